@@ -1,0 +1,1 @@
+"""Encoders: models that turn one modality into vectors. `families` is the one place where a new family goes."""
