@@ -1,0 +1,172 @@
+"""What is true of a sample, its caption, and its tag. Nothing here is rendered.
+
+The caption has one clause per modality, so the caption of any subset of modalities is defined: its
+clauses, in order.
+"""
+
+import math
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from itertools import combinations
+
+from mmbeam.corpus.draws import Stream, pick, uniforms
+from mmbeam.types import MODALITIES, Modality
+
+FORMS = ("circle", "square", "triangle", "ring", "cross", "star")
+COLOURS: Mapping[str, tuple[int, int, int]] = {
+    "red": (224, 36, 40),
+    "orange": (250, 136, 14),
+    "yellow": (252, 224, 48),
+    "green": (52, 178, 74),
+    "blue": (52, 110, 240),
+    "purple": (150, 58, 204),
+    "pink": (250, 152, 200),
+    "white": (244, 244, 244),
+}
+SIZES: Mapping[str, tuple[float, float]] = {"small": (8.0, 8.4), "large": (12.0, 12.8)}  # radius on a side of 64
+POSITIONS = (  # a grid of three by three, in reading order
+    "at the top left",
+    "at the top",
+    "at the top right",
+    "on the left",
+    "in the middle",
+    "on the right",
+    "at the bottom left",
+    "at the bottom",
+    "at the bottom right",
+)
+KINDS = ("tone", "rising chirp", "falling chirp", "noise")
+PITCHES: Mapping[str, tuple[float, float]] = {"low": (150, 175), "medium": (350, 410), "high": (800, 880)}  # Hz
+TEMPI: Mapping[str, tuple[float, float]] = {"steady": (0, 0), "slow": (2.0, 2.6), "fast": (6, 8)}  # pulses per second
+LOUDNESSES: Mapping[str, tuple[float, float]] = {"quiet": (0.022, 0.028), "loud": (0.15, 0.18)}  # RMS: 15 dB apart
+PLACES = (
+    "garden",
+    "harbour",
+    "market",
+    "forest",
+    "library",
+    "kitchen",
+    "museum",
+    "park",
+    "village",
+    "valley",
+    "station",
+    "desert",
+    "castle",
+    "stadium",
+    "workshop",
+    "theatre",
+)
+TIMES = ("dawn", "noon", "dusk", "night")
+TAGS = (
+    "{place} {time}",
+    "{time}, {place}",
+    "place: {place}; time: {time}",
+    "#{place} #{time}",
+    "the {place} at {time}",
+    "taken at {time} / {place}",
+)
+CASES = (str.lower, str.upper, str.title)
+
+VOCABULARY = tuple(
+    sorted(
+        {word for phrase in (*POSITIONS, *KINDS) for word in phrase.split()}
+        | {*FORMS, *COLOURS, *SIZES, *PITCHES, *TEMPI, *LOUDNESSES, *PLACES, *TIMES}
+        | {"a", "and", "with", "in", "the", "at", ",", "."}
+    )
+)
+
+
+def _pairs(distance: float) -> tuple[tuple[int, int], ...]:
+    """Pairs of grid positions, in reading order, at least `distance` cells apart."""
+    pairs = combinations(range(len(POSITIONS)), 2)
+    return tuple((a, b) for a, b in pairs if math.dist(divmod(a, 3), divmod(b, 3)) >= distance)
+
+
+_SMALL_PAIRS, _OTHER_PAIRS = _pairs(1.4), _pairs(2.0)  # where two shapes never touch
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """One shape of a picture, each attribute a word or phrase of the caption."""
+
+    form: str
+    colour: str
+    size: str
+    position: str
+
+    def __str__(self) -> str:
+        return f"a {self.size} {self.colour} {self.form} {self.position}"
+
+
+@dataclass(frozen=True, slots=True)
+class Sound:
+    """What is heard, each attribute a word or phrase of the caption."""
+
+    kind: str
+    pitch: str
+    tempo: str
+    loudness: str
+
+    def __str__(self) -> str:
+        return f"a {self.loudness} {self.tempo} {self.pitch} {self.kind}"
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """What is true of one sample. Two shapes come in reading order: their order carries no secret."""
+
+    seed: int
+    index: int
+    shapes: tuple[Shape, ...]
+    sound: Sound
+    place: str
+    time: str
+
+    @classmethod
+    def draw(cls, seed: int, index: int) -> "Scene":
+        """Sample `index` of `seed`; both are integers from 0 to 2**64 - 1."""
+        u = uniforms((seed, index), Stream.SCENE, 16).tolist()
+        sizes = [pick(u[0], tuple(SIZES)), pick(u[1], tuple(SIZES))]
+        cells: tuple[int, ...] = pick(u[3], _SMALL_PAIRS if sizes == ["small", "small"] else _OTHER_PAIRS)
+        if u[2] < 0.5:  # one shape
+            cells = (pick(u[3], range(len(POSITIONS))),)
+        shapes = tuple(
+            Shape(pick(form, FORMS), pick(colour, tuple(COLOURS)), size, POSITIONS[cell])
+            for form, colour, size, cell in zip(u[4:6], u[6:8], sizes, cells, strict=False)
+        )
+        options = (KINDS, tuple(PITCHES), tuple(TEMPI), tuple(LOUDNESSES))
+        sound = Sound(*(pick(value, choices) for value, choices in zip(u[8:12], options, strict=True)))
+        return cls(seed, index, shapes, sound, pick(u[12], PLACES), pick(u[13], TIMES))
+
+    @property
+    def key(self) -> str:
+        """The sample's key in a shard; it differs between seeds, so corpora can be joined."""
+        return f"{self.seed}-{self.index:06d}"
+
+    def clauses(self) -> dict[Modality, str]:
+        """What each modality shows, and no other does."""
+        return {
+            "image": " and ".join(map(str, self.shapes)),
+            "audio": f"with {self.sound}",
+            "text": f"in the {self.place} at {self.time}",
+        }
+
+    def caption(self, modalities: Collection[Modality] = MODALITIES) -> str:
+        """The true caption of the sample when only `modalities` are known. All words are of VOCABULARY."""
+        clauses = self.clauses()
+        return ", ".join(clauses[modality] for modality in MODALITIES if modality in modalities) + "."
+
+
+def samples(seed: int, start: int = 0, count: int | None = None) -> Iterator[Scene]:
+    """Scenes `start`, `start + 1`, ... of `seed`; without end if `count` is None."""
+    index = start
+    while count is None or index < start + count:
+        yield Scene.draw(seed, index)
+        index += 1
+
+
+def tag(scene: Scene) -> str:
+    """The sample's text: place and time in one of several templates and cases."""
+    template, case = uniforms((scene.seed, scene.index), Stream.TAG, 2).tolist()
+    return str(pick(case, CASES)(pick(template, TAGS).format(place=scene.place, time=scene.time)))

@@ -1,0 +1,212 @@
+"""The architecture, checked on the syntax tree of every module: who may import what, and who may print.
+
+An import inside a function, or one for annotations only, counts like any other. Each rule is also run on
+a planted breach, so that none of them is blind.
+"""
+
+import ast
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from graphlib import CycleError, TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+
+WALLS = {  # who may import it: these packages, and nobody else
+    "apache_beam": ("mmbeam.transforms", "mmbeam.jobs", "pipelines"),
+    "torch": ("mmbeam.ops", "mmbeam.models", "mmbeam.stages", "mmbeam.training"),
+    "transformers": ("mmbeam.ops", "mmbeam.models", "mmbeam.stages", "mmbeam.training"),
+}
+FLOORS = (  # a part imports from the floors above its own line in this list, and from itself
+    ("mmbeam", "errors"),
+    ("types",),
+    ("config",),
+    ("clean",),
+    ("io", "decode", "corpus", "metrics"),
+    ("reading", "report"),
+    ("ops",),
+    ("models",),
+    ("stages", "training"),
+    ("transforms",),
+    ("jobs",),
+    ("demo",),
+    ("cli",),
+    ("__main__",),
+)
+FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
+SLOW_TO_IMPORT = {"torch", "transformers", "apache_beam", "pyarrow"}
+
+
+@dataclass(frozen=True)
+class Module:
+    name: str  # dotted
+    tree: ast.Module
+
+    @cached_property
+    def imports(self) -> list[tuple[str, int]]:
+        """Every name that is imported, dotted, with its line."""
+        return [found for node in ast.walk(self.tree) for found in _imported(node)]
+
+    @property
+    def part(self) -> str:
+        """The floor's own name for it: `io` of mmbeam.io.tar, `mmbeam` of the package itself."""
+        return _part(self.name)
+
+
+def _imported(node: ast.AST) -> Iterator[tuple[str, int]]:
+    match node:
+        case ast.Import(names=names):
+            yield from ((alias.name, node.lineno) for alias in names)
+        case ast.ImportFrom(module=str(module), names=names, level=0):
+            yield from ((f"{module}.{alias.name}", node.lineno) for alias in names)
+        case ast.ImportFrom(level=level):
+            yield "." * level, node.lineno  # no relative imports here: one way to write a module's name
+        case ast.Call(
+            func=ast.Name(id="__import__" | "import_module") | ast.Attribute(attr="import_module"),
+            args=[ast.Constant(value=str(name)), *_],
+        ):
+            yield name, node.lineno
+
+
+def _part(name: str) -> str:
+    return name.split(".")[1] if "." in name else name
+
+
+def _within(name: str, package: str) -> bool:
+    return name == package or name.startswith(package + ".")
+
+
+def read_modules(root: Path) -> dict[str, Module]:
+    """Every module of mmbeam and pipelines, by its dotted name."""
+    modules = {}
+    for path in sorted([*root.glob("mmbeam/**/*.py"), *root.glob("pipelines/**/*.py")]):
+        name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
+        modules[name] = Module(name, ast.parse(path.read_text(), path))
+    return modules
+
+
+def inner_imports(module: Module, modules: dict[str, Module]) -> Iterator[tuple[str, int]]:
+    """The project's own modules that it imports: `from mmbeam.io import tar` is mmbeam.io.tar if that is a file."""
+    for name, line in module.imports:
+        if _within(name, "mmbeam"):
+            yield (name if name in modules else name.rpartition(".")[0] or name), line
+
+
+def breached_walls(modules: dict[str, Module]) -> list[str]:
+    return [
+        f"{module.name}:{line} imports {name}; only {', '.join(allowed)} may"
+        for module in modules.values()
+        for name, line in module.imports
+        for library, allowed in WALLS.items()
+        if _within(name, library) and not any(_within(module.name, package) for package in allowed)
+    ]
+
+
+def climbs(modules: dict[str, Module]) -> list[str]:
+    """Imports that do not go down the floors, parts that no floor names, and relative imports."""
+    found = []
+    for module in modules.values():
+        found += [f"{module.name}:{line} is a relative import" for name, line in module.imports if name[0] == "."]
+        if not _within(module.name, "mmbeam"):
+            continue
+        if module.part not in FLOOR_OF:
+            found.append(f"{module.name} is on no floor; add {module.part} to FLOORS")
+            continue
+        for name, line in inner_imports(module, modules):
+            own, other = FLOOR_OF[module.part], FLOOR_OF.get(_part(name), len(FLOORS))
+            if other >= own and _part(name) != module.part:
+                found.append(f"{module.name}:{line} imports {name}, which is not below it")
+    return found
+
+
+def cycle(modules: dict[str, Module]) -> list[str]:
+    """The modules of one import cycle, empty if there is none."""
+    graph = {name: {other for other, _ in inner_imports(module, modules)} for name, module in modules.items()}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
+
+
+def future_annotations(modules: dict[str, Module]) -> list[str]:
+    return [
+        f"{module.name}:{line}"
+        for module in modules.values()
+        for name, line in module.imports
+        if name == "__future__.annotations"
+    ]
+
+
+def prints(modules: dict[str, Module]) -> list[str]:
+    """Calls of print, and sys.stdout, outside the command line."""
+    return [
+        f"{module.name}:{node.lineno}"
+        for module in modules.values()
+        if module.name != "mmbeam.cli"
+        for node in ast.walk(module.tree)
+        if (isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "print")
+        or (isinstance(node, ast.Attribute) and node.attr == "stdout" and ast.unparse(node) == "sys.stdout")
+    ]
+
+
+Check = Callable[[dict[str, Module]], list[str]]
+CHECKS: tuple[Check, ...] = (breached_walls, climbs, cycle, future_annotations, prints)
+
+
+@pytest.fixture(scope="module")
+def modules() -> dict[str, Module]:
+    found = read_modules(ROOT)
+    assert {"mmbeam.types", "mmbeam.config", "mmbeam.corpus.scene"} <= set(found)
+    return found
+
+
+@pytest.mark.parametrize("check", CHECKS)
+def test_the_tree_keeps_the_rule(check: Check, modules: dict[str, Module]) -> None:
+    assert check(modules) == []
+
+
+@pytest.mark.parametrize(
+    ("check", "files"),
+    [
+        (breached_walls, {"mmbeam/io/tar.py": "import torch.nn as nn"}),
+        (breached_walls, {"mmbeam/cli.py": "def run():\n    from apache_beam import Pipeline"}),
+        (breached_walls, {"mmbeam/decode.py": "import importlib\nimportlib.import_module('transformers')"}),
+        (breached_walls, {"pipelines/embed.py": "import torch"}),
+        (breached_walls, {"mmbeam/models/clip.py": "import apache_beam"}),
+        (climbs, {"mmbeam/types.py": "from mmbeam.config import Limits", "mmbeam/config.py": ""}),
+        (climbs, {"mmbeam/io/tar.py": "from mmbeam.decode import decode_image", "mmbeam/decode.py": ""}),
+        (climbs, {"mmbeam/io/tar.py": "def f():\n    from mmbeam import jobs", "mmbeam/jobs/__init__.py": ""}),
+        (climbs, {"mmbeam/io/tar.py": "from . import shards", "mmbeam/io/shards.py": ""}),
+        (climbs, {"mmbeam/somewhere.py": ""}),
+        (cycle, {"mmbeam/io/a.py": "from mmbeam.io import b", "mmbeam/io/b.py": "def f():\n    import mmbeam.io.a"}),
+        (future_annotations, {"mmbeam/types.py": "from __future__ import annotations"}),
+        (prints, {"mmbeam/io/tar.py": "def f():\n    print(1)"}),
+        (prints, {"pipelines/embed.py": "import sys\nsys.stdout.write('1')"}),
+    ],
+)
+def test_the_rule_sees_a_breach(check: Check, files: dict[str, str], tmp_path: Path) -> None:
+    for name, source in files.items():
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(source)
+    assert check(read_modules(tmp_path))
+
+
+def test_the_rules_let_good_code_pass(tmp_path: Path) -> None:
+    (tmp_path / "mmbeam" / "models").mkdir(parents=True)
+    (tmp_path / "mmbeam" / "errors.py").write_text("class Error(Exception): ...")
+    (tmp_path / "mmbeam" / "cli.py").write_text("import torchlike\nfrom mmbeam.errors import Error\nprint(Error)")
+    (tmp_path / "mmbeam" / "models" / "clip.py").write_text("import torch\nfrom mmbeam.errors import Error")
+    assert [check(read_modules(tmp_path)) for check in CHECKS] == [[]] * len(CHECKS)
+
+
+def test_the_command_line_starts_without_the_slow_imports() -> None:
+    code = f"import sys, mmbeam.cli; print(sorted({SLOW_TO_IMPORT} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stdout.strip(), done.stderr) == ("[]", "")
