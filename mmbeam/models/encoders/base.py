@@ -54,6 +54,7 @@ class Encoder:
         self.spec = spec
         self.device = device
         self.dtype = dtype
+        self.image_filter: tuple[str, float] | None = None  # applied to pictures first; see ops/filters.py
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:

@@ -1,0 +1,113 @@
+"""Where models live: one thread per device, which loads them, runs them and alone touches the device.
+
+Units submit windows and wait for the result; two units at once keep a device busy, since one computes
+while the other opens, decodes or writes. Models are held by strong references for the life of the
+process. What is a sample's fault and what is the device's is told apart here.
+"""
+
+import threading
+import time
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from typing import Any, Literal
+
+import torch
+
+from mmbeam.errors import DeviceError
+from mmbeam.types import Batch, Stage, Tally
+
+Fault = Literal["memory", "device", "sample"]
+
+# What a broken device says in a plain RuntimeError. Such an error is sticky: nothing later is true.
+_DEVICE_WORDS = ("cuda error", "cudnn error", "cudnn_status", "cublas_status", "nccl error", "device-side assert")
+_MEMORY_WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
+
+
+def classify(error: BaseException) -> Fault:
+    """Whose fault an exception of a model is: too little memory, the device, or the sample."""
+    words = str(error).lower()
+    if isinstance(error, torch.OutOfMemoryError):
+        return "memory"
+    if isinstance(error, RuntimeError) and any(word in words for word in _MEMORY_WORDS):
+        return "memory"
+    accelerator = getattr(torch, "AcceleratorError", None)
+    if accelerator is not None and isinstance(error, accelerator):
+        return "device"
+    surroundings = isinstance(error, DeviceError | MemoryError | OSError)
+    return "device" if surroundings or any(word in words for word in _DEVICE_WORDS) else "sample"
+
+
+def resolve_device(name: str) -> str:
+    """The device that `name` means on this machine: "auto" takes a GPU if there is one.
+
+    Raises DeviceError for a GPU that is not there: there is no silent fall-back to the CPU.
+    """
+    if name == "auto":
+        return "cuda:0" if torch.cuda.is_available() else "cpu"
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise DeviceError(
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch {torch.__version__} "
+            "can use. Check nvidia-smi and the torch build, or run with --device cpu."
+        )
+    return "cuda:0" if name == "cuda" else name
+
+
+class Device:
+    """One device and the thread that owns it."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"mmbeam-{name}")
+        self._models: dict[str, Any] = {}
+        self._broken: BaseException | None = None
+
+    def run(self, stage: Stage, batch: Batch) -> Batch:
+        """Run `stage` on `batch` on the device's thread, and wait.
+
+        The result's tally gains the seconds computed ("compute") and those waited for the device
+        ("device_wait"). Raises DeviceError when the device fails, and at once ever after.
+        """
+        begin = time.perf_counter()
+        result, computed, loaded = self._thread.submit(self._run, stage, batch).result()
+        waited = max(0.0, time.perf_counter() - begin - computed - loaded)
+        seconds = {"compute": computed, "load_model": loaded, "device_wait": waited}
+        return replace(result, tally=result.tally + Tally(seconds=seconds))
+
+    def _run(self, stage: Stage, batch: Batch) -> tuple[Batch, float, float]:
+        if self._broken is not None:
+            raise DeviceError(f"{self.name} failed before: {self._broken}") from self._broken
+        begin = time.perf_counter()
+        try:
+            model = self._model(stage)
+            loaded = time.perf_counter()
+            result = stage.run(model, batch)
+        except Exception as error:
+            if classify(error) == "device":
+                self._broken = error
+                raise DeviceError(f"{self.name}: {type(error).__name__}: {error}") from error
+            raise
+        return result, time.perf_counter() - loaded, loaded - begin
+
+    def _model(self, stage: Stage) -> Any:
+        if stage.key not in self._models:
+            self._models[stage.key] = stage.load()
+        return self._models[stage.key]
+
+
+_devices: dict[str, Device] = {}
+_lock = threading.Lock()
+
+
+def device(name: str) -> Device:
+    """The one Device of that name in this process."""
+    with _lock:
+        if name not in _devices:
+            _devices[name] = Device(name)
+        return _devices[name]
+
+
+def loaded() -> Mapping[str, tuple[str, ...]]:
+    """The keys of the models each device of this process holds."""
+    return {name: tuple(owner._models) for name, owner in _devices.items()}

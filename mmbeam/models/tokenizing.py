@@ -1,0 +1,86 @@
+"""Texts to token ids and counts, with the tokenizer that a checkpoint brings. Padding is ops/collate.py's."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from threading import Lock
+from typing import Any, Literal
+
+from transformers import AutoTokenizer
+
+from mmbeam.errors import ModelError
+
+# One of these sets of files holds the vocabulary; without any, some tokenizer classes come up empty.
+_VOCABULARIES = (
+    ("tokenizer.json",),
+    ("vocab.json", "merges.txt"),
+    ("vocab.txt",),
+    ("spiece.model",),
+    ("tokenizer.model",),
+    ("sentencepiece.bpe.model",),
+    ("spm.model",),
+)
+
+
+class TextTokenizer:
+    """A checkpoint's tokenizer, for any number of threads.
+
+    The text of a sample is data: where it spells a special token ("<|endoftext|>", "[SEP]"), it is
+    tokenized as ordinary characters, while the reference processors would read the token itself.
+    On every other text the ids are the reference's.
+    """
+
+    def __init__(self, directory: Path) -> None:
+        check_vocabulary(directory)
+        try:
+            self._tokenizer: Any = AutoTokenizer.from_pretrained(
+                directory, local_files_only=True, trust_remote_code=False
+            )
+        except Exception as error:  # the tokenizers library raises bare Exceptions
+            raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+        # Truncation is a state of the tokenizer: changing it while another thread encodes raises "Already borrowed".
+        self._lock = Lock()
+
+    @property
+    def pad_id(self) -> int:
+        """What to pad with; 0 where the tokenizer names nothing, as the mask hides it."""
+        pad_id = self._tokenizer.pad_token_id
+        return 0 if pad_id is None else int(pad_id)
+
+    @property
+    def padding_side(self) -> Literal["left", "right"]:
+        """Where padding goes."""
+        return "left" if self._tokenizer.padding_side == "left" else "right"
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """What the model takes of this tokenizer: "input_ids", and "attention_mask" unless it was trained without."""
+        return tuple(self._tokenizer.model_input_names)
+
+    def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
+        """Ids of each text with special tokens, truncated to `max_length`, not padded."""
+        return self._ids(texts, truncation=True, max_length=max_length)
+
+    def count(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, not truncated, without special tokens."""
+        return [len(ids) for ids in self._ids(texts, truncation=False, add_special_tokens=False, verbose=False)]
+
+    def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
+        if not texts:
+            return []
+        with self._lock:
+            encoded = self._tokenizer(
+                list(texts),
+                padding=False,
+                split_special_tokens=True,
+                return_attention_mask=False,
+                return_token_type_ids=False,
+                **options,
+            )
+        return list(encoded["input_ids"])
+
+
+def check_vocabulary(directory: Path) -> None:
+    """Raise ModelError unless the directory holds a tokenizer's files."""
+    if not any(all((directory / name).is_file() for name in names) for names in _VOCABULARIES):
+        expected = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
+        raise ModelError(f"{directory}: has no tokenizer; expected {expected}")

@@ -1,0 +1,1 @@
+"""Pure tensor kernels, on any device, batched: no I/O and no state."""

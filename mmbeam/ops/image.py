@@ -1,0 +1,248 @@
+"""Pictures as models take them: resize, crop, normalise, cut into patches, on any device.
+
+Pure kernels: no I/O, no state. Each equals the reference processor of transformers 5: the torchvision
+backend exactly on a CPU; the Pillow backend, and either on other devices, within one of 256 levels (two
+in one value of 50,000 where a picture is enlarged, which the two backends differ by as well). What the
+checkpoint asks for is read by models/image_recipe.py; decoding is elsewhere.
+
+Shape suffixes: B batch, C channels, H height, W width, N patches, D values of a patch.
+"""
+
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from mmbeam.errors import LimitError
+from mmbeam.types import ImageHWC
+
+Interpolation = Literal["bicubic", "bilinear"]
+PixelFilter = Callable[[torch.Tensor], torch.Tensor]  # uint8 [B, C, H, W] to the same
+
+# A strip of 1 x 65535 resized to a shorter side of 224 would have 3.3 billion pixels.
+MAX_RESIZED_PIXELS = 1 << 25
+# CUDA's antialiasing kernel keeps its weights in shared memory, where those of a larger scale do not fit.
+MAX_DEVICE_SCALE = 64.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Patching:
+    """SigLIP 2 NaFlex: the picture keeps its aspect ratio and is cut into at most so many square patches."""
+
+    patch_size: int  # pixels
+    max_patches: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageRecipe:
+    """What a checkpoint's image processor does, in its order: resize, crop, rescale, normalise, patch."""
+
+    size: int | tuple[int, int] | Patching | None  # the shorter side, (height, width), or what patching needs
+    interpolation: Interpolation = "bicubic"
+    crop: tuple[int, int] | None = None  # height, width, around the centre
+    scale: float = 1.0  # a level is multiplied by this before the mean is subtracted
+    mean: tuple[float, ...] = (0.0, 0.0, 0.0)
+    std: tuple[float, ...] = (1.0, 1.0, 1.0)
+
+    def resized(self, height: int, width: int) -> tuple[int, int]:
+        """Height and width to which a picture is resized."""
+        if isinstance(self.size, Patching):
+            return naflex_size(height, width, self.size.patch_size, self.size.max_patches)
+        if isinstance(self.size, int):
+            return shortest_edge(height, width, self.size)
+        return self.size or (height, width)
+
+    @property
+    def shorter_side(self) -> int:
+        """Pixels that the shorter side of a picture needs, at most, to be resized without loss."""
+        if isinstance(self.size, Patching):
+            return math.isqrt(self.size.max_patches) * self.size.patch_size
+        if isinstance(self.size, int):
+            return self.size
+        return max(self.size or self.crop or (0,))
+
+
+@dataclass(frozen=True)
+class Patches:
+    """Pictures as rows of patches, padded to one length with zeros."""
+
+    pixels_BND: torch.Tensor
+    mask_BN: torch.Tensor  # int32, 1 for patches of the picture
+    shapes: list[tuple[int, int]]  # patches down and across, per picture
+
+
+def preprocess(
+    images: Sequence[ImageHWC],
+    recipe: ImageRecipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    pixel_filter: PixelFilter | None = None,
+) -> torch.Tensor:
+    """Pictures of any sizes, uint8 [H, W, 3], as the model's input [B, 3, height, width] on `device`.
+
+    `pixel_filter` is applied at the picture's own resolution. Pictures of one size share their
+    kernels; all of them share one normalisation. Raises LimitError for a picture that is too narrow.
+    """
+    pixels = torch.stack(_resized(images, recipe, device, pixel_filter))
+    return normalize(pixels, recipe.mean, recipe.std, recipe.scale).to(dtype)
+
+
+def preprocess_patches(
+    images: Sequence[ImageHWC],
+    recipe: ImageRecipe,
+    device: torch.device,
+    dtype: torch.dtype,
+    pixel_filter: PixelFilter | None = None,
+) -> Patches:
+    """Pictures of any sizes, uint8 [H, W, 3], as a NaFlex model's input; `recipe.size` is a Patching."""
+    assert isinstance(recipe.size, Patching)
+    side, length = recipe.size.patch_size, recipe.size.max_patches
+    pixels = _resized(images, recipe, device, pixel_filter)
+    shapes = [(picture.shape[-2] // side, picture.shape[-1] // side) for picture in pixels]
+    levels = torch.zeros(len(pixels), length, side * side * 3, dtype=torch.uint8, device=device)
+    mask = torch.zeros(len(pixels), length, dtype=torch.int32, device=device)
+    for row, (picture, (down, across)) in enumerate(zip(pixels, shapes, strict=True)):
+        levels[row, : down * across] = patchify(picture[None], side)[0]
+        mask[row, : down * across] = 1
+    channels_last = levels.view(len(pixels), length, side * side, 3).movedim(-1, 1)
+    normal = normalize(channels_last, recipe.mean, recipe.std, recipe.scale).movedim(1, -1)
+    return Patches((normal.reshape(levels.shape) * mask[..., None]).to(dtype), mask, shapes)
+
+
+def _resized(
+    images: Sequence[ImageHWC], recipe: ImageRecipe, device: torch.device, pixel_filter: PixelFilter | None
+) -> list[torch.Tensor]:
+    """Each picture filtered, resized and cropped: uint8 [3, height, width], in the order given."""
+    done: dict[int, torch.Tensor] = {}
+    for indices, pixels in _on_device(images, device):
+        if pixel_filter is not None:
+            pixels = pixel_filter(pixels)
+        pixels = resize(pixels, recipe.resized(pixels.shape[-2], pixels.shape[-1]), recipe.interpolation)
+        if recipe.crop is not None:
+            pixels = center_crop(pixels, recipe.crop)
+        done.update(zip(indices, pixels.unbind(), strict=True))
+    return [done[index] for index in range(len(images))]
+
+
+def _on_device(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Pictures as uint8 [B, 3, H, W] on `device`, those of one size together, with their indices.
+
+    On a CPU one by one and in place: there stacking is a copy that gains nothing.
+    """
+    if device.type != "cpu":
+        yield from packed(images, device)
+        return
+    for index, image in enumerate(images):
+        own = image if image.flags.writeable else image.copy()  # torch warns of memory that is read-only
+        yield [index], torch.from_numpy(own)[None].permute(0, 3, 1, 2)
+
+
+def packed(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Pictures grouped by size as uint8 [B, 3, H, W] on `device`, with their indices: one transfer for all."""
+    groups: dict[tuple[int, ...], list[int]] = {}
+    for index, image in enumerate(images):
+        groups.setdefault(image.shape, []).append(index)
+    order = [index for indices in groups.values() for index in indices]
+    host = torch.empty(sum(image.size for image in images), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    np.concatenate([images[index].reshape(-1) for index in order], out=host.numpy())
+    flat, start = host.to(device, non_blocking=True), 0
+    for shape, indices in groups.items():
+        end = start + len(indices) * math.prod(shape)
+        yield indices, flat[start:end].view(len(indices), *shape).permute(0, 3, 1, 2)
+        start = end
+
+
+def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:
+    """Resize uint8 pictures to (height, width) with antialiasing, as Pillow does.
+
+    On a CPU the native uint8 kernel, which is what torchvision runs. Elsewhere there is none: two
+    passes in float32, rounded in between, since Pillow rounds after its horizontal pass.
+    """
+    height, width = size
+    old_height, old_width = pixels_BCHW.shape[-2:]
+    if (height, width) == (old_height, old_width):
+        return pixels_BCHW
+    if height * width > MAX_RESIZED_PIXELS:
+        raise LimitError(
+            f"a picture of {old_width} x {old_height} pixels would be resized to {width} x {height}; "
+            f"expected at most {MAX_RESIZED_PIXELS:,} pixels. It is too narrow for this model"
+        )
+    device = pixels_BCHW.device
+    if device.type == "cpu" or max(old_height / height, old_width / width) > MAX_DEVICE_SCALE:
+        return functional.interpolate(pixels_BCHW.cpu(), size, mode=interpolation, antialias=True).to(device)
+    return resize_in_two_passes(pixels_BCHW, size, interpolation)
+
+
+def resize_in_two_passes(
+    pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation
+) -> torch.Tensor:
+    """`resize` for devices without a uint8 kernel, as near to Pillow as that is."""
+    height, width = size
+    pixels = pixels_BCHW.float()
+    for shape in ((pixels.shape[-2], width), (height, width)):
+        if shape != pixels.shape[-2:]:
+            pixels = functional.interpolate(pixels, shape, mode=interpolation, antialias=True)
+            pixels = (pixels + 0.5).floor_().clamp_(0, 255)  # halves go up, as in Pillow
+    return pixels.to(torch.uint8)
+
+
+def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
+    """Height and width with the shorter side `size` and the longer one truncated, as transformers computes them."""
+    if width <= height:
+        return int(size * height / width), size
+    return size, int(size * width / height)
+
+
+@functools.lru_cache(maxsize=4096)
+def naflex_size(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
+    """The largest height and width, multiples of `patch_size`, near the aspect ratio, of at most `max_patches`.
+
+    The bisection of transformers' Siglip2ImageProcessor (`get_image_size_for_max_num_patches`), to the last bit.
+    """
+    tolerance = 1e-5
+
+    def scaled(side: int, scale: float) -> int:
+        return max(patch_size, math.ceil(side * scale / patch_size) * patch_size)
+
+    low, high = tolerance / 10, 100.0
+    while high - low >= tolerance:
+        middle = (low + high) / 2
+        patches = (scaled(height, middle) / patch_size) * (scaled(width, middle) / patch_size)
+        low, high = (middle, high) if patches <= max_patches else (low, middle)
+    return scaled(height, low), scaled(width, low)
+
+
+def center_crop(pixels_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+    """The middle `size` (height, width) of pictures; smaller ones are first laid on black.
+
+    Where one pixel is left over the picture lies nearer to the top left, as in torchvision and the
+    original CLIP (transformers' PIL backend puts it nearer to the bottom right).
+    """
+    height, width = size
+    short_y, short_x = max(0, height - pixels_BCHW.shape[-2]), max(0, width - pixels_BCHW.shape[-1])
+    if short_y or short_x:
+        sides = (short_x // 2, short_x - short_x // 2, short_y // 2, short_y - short_y // 2)
+        pixels_BCHW = functional.pad(pixels_BCHW, sides)
+    top, left = (pixels_BCHW.shape[-2] - height) // 2, (pixels_BCHW.shape[-1] - width) // 2
+    return pixels_BCHW[..., top : top + height, left : left + width]
+
+
+def normalize(pixels_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float], scale: float) -> torch.Tensor:
+    """(pixels * scale - mean) / std per channel, in float32, with `scale` folded into the other two."""
+    shape = (-1, *(1 for _ in pixels_BCHW.shape[2:]))
+    factor = 1.0 / scale
+    mean_C = (torch.tensor(mean) * factor).to(pixels_BCHW.device, non_blocking=True).view(shape)
+    std_C = (torch.tensor(std) * factor).to(pixels_BCHW.device, non_blocking=True).view(shape)
+    return pixels_BCHW.to(torch.float32, copy=True).sub_(mean_C).div_(std_C)
+
+
+def patchify(pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:
+    """Pictures as patches [B, N, side * side * C], row by row; a patch is row by row with the channels last."""
+    batch, channels, height, width = pixels_BCHW.shape
+    grid = pixels_BCHW.reshape(batch, channels, height // side, side, width // side, side)
+    return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, side * side * channels)

@@ -1,0 +1,351 @@
+"""CLIP, SigLIP and SigLIP 2 against transformers' own models and processors, from the same directory."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from pictures import pictures
+from PIL import Image
+from scipy import ndimage
+from tiny_models import BUILDERS, PATCH, SIDE
+from torch.nn.functional import cosine_similarity
+from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+
+from mmbeam.errors import ModelError
+from mmbeam.models.encoders import FAMILIES, describe, family_of, load
+from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.encoders.joint import ImageTextEncoder
+from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
+from mmbeam.types import ImageHWC
+
+Checkpoints = dict[str, Path]
+
+TEXTS = (
+    *("a photo of a cat and a dog", "", " ", "The  Quick\tBrown\nFOX, jumps!?", "x"),
+    *(
+        "Größe, señor, naïve façade",
+        "привет мир",
+        "שלום עולם",
+        "مرحبا بالعالم",
+        "こんにちは世界",
+        "안녕하세요",
+        "नमस्ते दुनिया",
+    ),
+    *("สวัสดีชาวโลก", "emoji 👩‍👩‍👧‍👦 🏳️‍🌈", "a\u0301 combining", "cat " * 500, "世界" * 300),
+)
+FAMILY = pytest.mark.parametrize("family", list(BUILDERS))
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
+    root = tmp_path_factory.mktemp("models")
+    return {family: build(root / family) for family, build in BUILDERS.items()}
+
+
+def encoder_of(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> ImageTextEncoder:
+    encoder = load(describe(directory), device, dtype)
+    assert isinstance(encoder, ImageTextEncoder)
+    return encoder
+
+
+def reference_model(directory: Path, device: torch.device) -> Any:
+    return AutoModel.from_pretrained(directory, dtype=torch.float32).eval().to(device)
+
+
+def reference_pixels(directory: Path, images: list[ImageHWC], backend: str) -> dict[str, torch.Tensor]:
+    processor = AutoImageProcessor.from_pretrained(directory, backend=backend)
+    return dict(processor([Image.fromarray(image) for image in images], return_tensors="pt"))
+
+
+def our_pixels(recipe: ImageRecipe, family: str, images: list[ImageHWC], device: torch.device) -> torch.Tensor:
+    if family == "siglip2":
+        return preprocess_patches(images, recipe, device, torch.float32).pixels_BND
+    return preprocess(images, recipe, device, torch.float32)
+
+
+def assert_close_vectors(ours: torch.Tensor, theirs: torch.Tensor, cosine: float) -> None:
+    assert ours.shape == theirs.shape
+    assert cosine_similarity(ours.float().cpu(), theirs.float().cpu()).min() > cosine
+
+
+# A level is 1 / 255 of the range, divided by the smallest standard deviation of each processor.
+LEVEL = {"clip": 1 / 255 / 0.26130258, "siglip": 1 / 255 / 0.5, "siglip2": 1 / 255 / 0.5}
+
+
+@FAMILY
+def test_pixels_are_the_torchvision_processors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """Bit for bit on a CPU; elsewhere within a level, in less than 1 % of the values."""
+    theirs = reference_pixels(checkpoints[family], pictures(), "torchvision")["pixel_values"]
+    ours = our_pixels(read_image_recipe(checkpoints[family]), family, pictures(), device).cpu()
+    if device.type == "cpu":
+        assert torch.equal(ours, theirs)
+    else:
+        difference = (ours - theirs).abs()
+        assert difference.max() < 1.01 * LEVEL[family]
+        assert (difference > 1e-5).float().mean() < 0.01
+
+
+# Pillow's processor lays a too small picture on black one pixel lower; only CLIP crops, and never so here.
+@FAMILY
+def test_pixels_are_the_pillow_processors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """Within two levels of 256, and less than 1 % of the values differ at all."""
+    theirs = reference_pixels(checkpoints[family], pictures(), "pil")["pixel_values"]
+    ours = our_pixels(read_image_recipe(checkpoints[family]), family, pictures(), device).cpu()
+    difference = (ours - theirs).abs()
+    assert difference.max() < 2.01 * LEVEL[family]
+    assert (difference > 1e-5).float().mean() < 0.01
+
+
+def test_patches_mask_and_shapes_are_the_processors(checkpoints: Checkpoints, device: torch.device) -> None:
+    theirs = reference_pixels(checkpoints["siglip2"], pictures(), "torchvision")
+    recipe = read_image_recipe(checkpoints["siglip2"])
+    ours = preprocess_patches(pictures(), recipe, device, torch.float32)
+    assert torch.equal(ours.mask_BN.cpu(), theirs["pixel_attention_mask"])
+    assert torch.equal(torch.tensor(ours.shapes), theirs["spatial_shapes"])
+
+
+@FAMILY
+def test_picture_vectors_are_the_references(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """On the torchvision processor's pixels to 1e-5, end to end from Pillow's processor to a cosine of 0.9999."""
+    model = reference_model(checkpoints[family], device)
+    encoder = encoder_of(checkpoints[family], device)
+    ours = encoder.encode_image(pictures(), tokens=True)
+    for backend, cosine in (("torchvision", 1 - 1e-6 if device.type == "cpu" else 0.9999), ("pil", 0.9999)):
+        inputs = {
+            name: value.to(device) for name, value in reference_pixels(checkpoints[family], pictures(), backend).items()
+        }
+        with torch.inference_mode():
+            theirs = model.get_image_features(**inputs)
+        assert_close_vectors(ours.pooled, theirs.pooler_output, cosine)
+        if backend == "torchvision" and device.type == "cpu":
+            assert torch.allclose(ours.pooled, theirs.pooler_output, atol=1e-5)
+            assert ours.tokens is not None
+            for mine, hidden in zip(ours.tokens, theirs.last_hidden_state, strict=True):
+                assert torch.allclose(mine, hidden[: len(mine)], atol=1e-5)
+
+
+@FAMILY
+def test_text_vectors_are_the_references(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """In many scripts, empty, and longer than the model takes; to 1e-5, with the reference's own padding."""
+    directory = checkpoints[family]
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    padding = {"padding": True, "max_length": 77} if family == "clip" else {"padding": "max_length", "max_length": 64}
+    inputs = tokenizer(list(TEXTS), truncation=True, return_tensors="pt", **padding).to(device)
+    with torch.inference_mode():
+        theirs = reference_model(directory, device).get_text_features(**inputs)
+    encoder = encoder_of(directory, device)
+    ids = encoder.tokenize(TEXTS)
+    ours = encoder.encode_text(ids, tokens=True)
+    assert torch.allclose(ours.pooled, theirs.pooler_output, atol=1e-5)
+    assert ours.tokens is not None
+    for own, mine, hidden in zip(ids, ours.tokens, theirs.last_hidden_state, strict=True):
+        assert len(mine) == len(own)
+        assert torch.allclose(mine, hidden[: len(own)], atol=1e-5)
+
+
+@FAMILY
+def test_one_by_one_equals_together(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    encoder = encoder_of(checkpoints[family], device)
+    together = encoder.encode_image(pictures()).pooled
+    alone = torch.cat([encoder.encode_image([picture]).pooled for picture in pictures()])
+    assert torch.allclose(together, alone, atol=1e-5)
+    ids = encoder.tokenize(TEXTS)
+    together = encoder.encode_text(ids).pooled
+    alone = torch.cat([encoder.encode_text([own]).pooled for own in ids])
+    assert torch.allclose(together, alone, atol=1e-5)
+
+
+@FAMILY
+def test_different_inputs_have_different_vectors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """What makes the other tests here mean something."""
+    encoder = encoder_of(checkpoints[family], device)
+    vectors = encoder.encode_image(pictures()[5:]).pooled.cpu()
+    similarity = cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    assert similarity.fill_diagonal_(0).max() < 0.999
+    vectors = encoder.encode_text(encoder.tokenize(["a photo of a cat", "a photo of a dog", ""])).pooled.cpu()
+    similarity = cosine_similarity(vectors[:, None], vectors[None], dim=-1)
+    assert similarity.fill_diagonal_(0).max() < 0.999
+
+
+@FAMILY
+@pytest.mark.parametrize(("dtype", "cosine"), [(torch.float16, 0.9999), (torch.bfloat16, 0.995)])
+def test_half_precision_is_near_single(
+    family: str, dtype: torch.dtype, cosine: float, checkpoints: Checkpoints, device: torch.device
+) -> None:
+    single = encoder_of(checkpoints[family], device)
+    half = encoder_of(checkpoints[family], device, dtype)
+    vectors = half.encode_image(pictures()).pooled
+    assert vectors.dtype == dtype
+    assert_close_vectors(vectors, single.encode_image(pictures()).pooled, cosine)
+    ids = single.tokenize(TEXTS)
+    assert_close_vectors(half.encode_text(ids).pooled, single.encode_text(ids).pooled, cosine)
+
+
+@FAMILY
+def test_the_image_filter_is_applied_first(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    plain = encoder_of(checkpoints[family], device)
+    filtering = load(describe(checkpoints[family]), device, torch.float32, image_filter=("median", 5))
+    filtered = [ndimage.median_filter(picture, size=(5, 5, 1), mode="nearest") for picture in pictures()]
+    ours = filtering.encode_image(pictures()).pooled
+    assert torch.allclose(ours, plain.encode_image(filtered).pooled, atol=1e-6)
+    assert not torch.allclose(ours, plain.encode_image(pictures()).pooled, atol=1e-3)
+
+
+@FAMILY
+def test_a_special_token_spelt_in_a_text_is_only_characters(family: str, checkpoints: Checkpoints) -> None:
+    encoder = encoder_of(checkpoints[family], torch.device("cpu"))
+    special = encoder.tokenizer._tokenizer.eos_token
+    end = encoder.tokenizer._tokenizer.eos_token_id
+    (ids,) = encoder.tokenize([f"a cat {special} a dog"])
+    assert ids.count(end) == 1
+    assert ids[-1] == end
+
+
+@FAMILY
+def test_counts_are_of_the_whole_text_without_special_tokens(family: str, checkpoints: Checkpoints) -> None:
+    encoder = encoder_of(checkpoints[family], torch.device("cpu"))
+    short, long, empty = encoder.count_tokens(["a cat", "cat " * 500, ""])
+    special = len(encoder.tokenize([""])[0])
+    assert empty == 0
+    assert short == len(encoder.tokenize(["a cat"])[0]) - special
+    assert long >= 500
+    assert encoder.count_tokens([]) == encoder.tokenize([]) == []
+
+
+def test_specs_say_what_the_encoders_give(checkpoints: Checkpoints) -> None:
+    for family, directory in checkpoints.items():
+        spec = describe(directory)
+        encoder = encoder_of(directory, torch.device("cpu"))
+        picture = encoder.encode_image([np.zeros((9, 9, 3), np.uint8)], tokens=True)
+        text = encoder.encode_text(encoder.tokenize(["a"]), tokens=True)
+        assert spec.family == family
+        assert spec.dims == {"image": picture.pooled.shape[1], "text": text.pooled.shape[1]}
+        assert picture.tokens is not None
+        assert text.tokens is not None
+        assert spec.token_dims == {"image": picture.tokens[0].shape[1], "text": text.tokens[0].shape[1]}
+        assert spec.max_text_tokens == (77 if family == "clip" else 64)
+        assert spec.image_side == (64 if family == "siglip2" else SIDE)
+
+
+def test_every_family_is_where_the_registry_says() -> None:
+    for model_type in FAMILIES:
+        assert issubclass(family_of(model_type), Encoder)
+
+
+def test_an_unknown_family_is_an_error_that_names_the_known(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
+    with pytest.raises(ModelError, match=r"no encoder for model_type 'resnet'; there are bert, clap, clip"):
+        describe(tmp_path)
+
+
+def changed(directory: Path, target: Path, name: str, changes: dict[str, Any]) -> Path:
+    """A copy of a checkpoint with some settings of one of its JSON files changed; None takes one out."""
+    shutil.copytree(directory, target)
+    settings = json.loads((target / name).read_text()) | changes
+    kept = {key: value for key, value in settings.items() if value is not None}
+    (target / name).write_text(json.dumps(kept))
+    return target
+
+
+BAD_PROCESSORS = {
+    "unknown step": ("clip", {"do_pad": True, "pad_size": {"height": 99, "width": 99}}, "sets do_pad, pad_size"),
+    "unknown class": ("clip", {"image_processor_type": "ViTImageProcessor"}, "is ViTImageProcessor; expected one of"),
+    "unknown resampling": ("clip", {"resample": 0}, "resample 0; expected 2 .bilinear. or 3 .bicubic."),
+    "unknown size": ("siglip", {"size": {"max_height": 9, "max_width": 9}}, "expected shortest_edge, or height"),
+    "no fixed size": ("clip", {"do_center_crop": False}, "pictures of different sizes"),
+    "another size": (
+        "siglip",
+        {"size": {"height": 32, "width": 32}},
+        r"expects pictures of 48 x 48, .* makes \(32, 32\)",
+    ),
+    "other patches": ("siglip2", {"patch_size": 8}, f"expects patches of {PATCH} pixels"),
+    "unresized patches": ("siglip2", {"do_resize": False}, "do_resize is false"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_PROCESSORS)
+def test_a_processor_that_cannot_be_followed_is_an_error(case: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    family, changes, message = BAD_PROCESSORS[case]
+    directory = changed(checkpoints[family], tmp_path / "model", "preprocessor_config.json", changes)
+    with pytest.raises(ModelError, match=message):
+        describe(directory)
+
+
+GOOD_PROCESSORS = {
+    "old": (
+        "clip",
+        {
+            "image_processor_type": None,
+            "feature_extractor_type": "CLIPFeatureExtractor",
+            "size": SIDE,
+            "crop_size": SIDE,
+            "do_rescale": None,
+            "rescale_factor": None,
+            "do_convert_rgb": None,
+        },
+    ),
+    "fast": ("siglip", {"image_processor_type": "SiglipImageProcessorFast", "do_pad": False, "device": "cpu"}),
+    "bilinear": ("siglip", {"resample": 2}),
+    "larger before the crop": ("clip", {"size": {"shortest_edge": 57}}),
+    "smaller before the crop": ("clip", {"size": {"shortest_edge": 40}}),
+    "square before the crop": ("clip", {"size": {"height": 60, "width": 50}}),
+    "crop alone": ("clip", {"do_resize": False}),
+    "not rescaled": ("clip", {"do_rescale": False}),
+    "not normalised": ("siglip", {"do_normalize": False}),
+    "neither": ("siglip", {"do_normalize": False, "do_rescale": False}),
+    "fewer patches": ("siglip2", {"max_num_patches": 7}),
+}
+
+
+@pytest.mark.parametrize("case", GOOD_PROCESSORS)
+def test_a_processors_settings_are_followed(
+    case: str, checkpoints: Checkpoints, tmp_path: Path, device: torch.device
+) -> None:
+    """To the torchvision processor's pixels: on a CPU to the last bit but one, elsewhere in 99 of 100 values."""
+    family, changes = GOOD_PROCESSORS[case]
+    directory = changed(checkpoints[family], tmp_path / "model", "preprocessor_config.json", changes)
+    theirs = reference_pixels(directory, pictures(), "torchvision")["pixel_values"].float()
+    ours = our_pixels(read_image_recipe(directory), family, pictures(), device).cpu()
+    off = (ours - theirs).abs() > 1e-6 * theirs.abs().clamp(min=1)
+    assert off.float().mean() <= (0 if device.type == "cpu" else 0.01)
+
+
+def test_the_nested_processor_file_is_read_too(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(checkpoints["clip"], directory)
+    settings = json.loads((directory / "preprocessor_config.json").read_text())
+    (directory / "preprocessor_config.json").unlink()
+    (directory / "processor_config.json").write_text(json.dumps({"image_processor": settings}))
+    assert read_image_recipe(directory) == read_image_recipe(checkpoints["clip"])
+    assert describe(directory).image_side == SIDE
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("preprocessor_config.json", "has no preprocessor_config.json or processor_config.json"),
+        ("tokenizer.json", "has no tokenizer; expected tokenizer.json, or vocab.json with merges.txt"),
+        ("model.safetensors", "has no model.safetensors; pickled weights"),
+        ("config.json", "has no config.json"),
+    ],
+)
+def test_a_missing_file_is_named(name: str, message: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(checkpoints["clip"], directory)
+    (directory / name).unlink()
+    with pytest.raises(ModelError, match=message):
+        describe(directory)
+
+
+@pytest.mark.parametrize("family", ["siglip", "siglip2"])
+def test_a_model_without_a_pooled_vector_is_an_error(family: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+    config = json.loads((checkpoints[family] / "config.json").read_text())
+    vision = config["vision_config"] | {"vision_use_head": False}
+    directory = changed(checkpoints[family], tmp_path / "model", "config.json", {"vision_config": vision})
+    with pytest.raises(ModelError, match="vision_use_head is false"):
+        describe(directory)

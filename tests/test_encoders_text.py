@@ -1,0 +1,268 @@
+"""Text encoders against transformers and sentence-transformers, from the same directories."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.base.modules import Dense, Normalize, Transformer
+from sentence_transformers.sentence_transformer.modules import Dropout, LayerNorm, Pooling
+from tiny_audio_text import TEXTS, WIDTH, save_bert, save_modernbert, save_mpnet, save_roberta, save_t5
+from transformers import AutoModel, AutoTokenizer
+
+from mmbeam.errors import ModelError
+from mmbeam.models.encoders import describe, load
+from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.encoders.sentence import LEGACY_MODES, pool
+from mmbeam.models.encoders.text import TextEncoder
+
+CLOSE = 1e-5  # on vectors of length 1 to 10, float32
+HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}  # largest distance of a unit vector from its float32 self
+PLAIN: dict[str, Callable[[Path], Path]] = {
+    "bert": save_bert,
+    "roberta": save_roberta,
+    "modernbert": save_modernbert,
+    "mpnet": save_mpnet,
+}
+
+
+@pytest.fixture(scope="session")
+def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("text")
+    for name, save in PLAIN.items():
+        save(root / name)
+    save_t5(root / "t5")
+    return root
+
+
+def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
+    return load(describe(directory), device, dtype)
+
+
+def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
+    return encoder.encode_text(encoder.tokenize(texts)).pooled.cpu().numpy()
+
+
+def sentence(root: Path, target: Path, *after: Any, base: str = "bert", lower: bool = False, **options: Any) -> Path:
+    """A directory that sentence-transformers itself saved: a transformer and the modules after it."""
+    torch.manual_seed(1)
+    transformer = Transformer(str(root / base), max_seq_length=options.pop("max_seq_length", 20), do_lower_case=lower)
+    SentenceTransformer(modules=[transformer, *after], device="cpu", **options).save(str(target))
+    return target
+
+
+def reference(directory: Path) -> np.ndarray:
+    """sentence-transformers' own vectors of TEXTS, each encoded alone."""
+    model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
+    return model.encode(TEXTS, batch_size=1, show_progress_bar=False)
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_a_plain_model_is_the_mean_of_its_tokens(name: str, root: Path, device: torch.device) -> None:
+    directory = root / name
+    model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    encoder = loaded(directory, device)
+    assert (encoder.spec.family, encoder.spec.max_text_tokens) == (name, 64)
+    vectors = encode(encoder, TEXTS)
+    for text, vector in zip(TEXTS, vectors, strict=True):
+        inputs = tokenizer(text, truncation=True, max_length=64, return_tensors="pt")
+        with torch.inference_mode():
+            hidden = model(**inputs).last_hidden_state[0]
+        assert np.abs(hidden.mean(0).numpy() - vector).max() < CLOSE
+    assert np.abs(vectors[0] - vectors[2]).max() > 0.1  # the tiny model does tell texts apart
+
+
+@pytest.mark.parametrize("name", ["bert", "roberta"])
+def test_a_plain_model_is_what_sentence_transformers_makes_of_it(name: str, root: Path, device: torch.device) -> None:
+    model = SentenceTransformer(str(root / name), device="cpu", local_files_only=True)
+    short = TEXTS[:-2]  # of RoBERTa's positions sentence-transformers counts two too many, and fails
+    assert np.abs(model.encode(short, batch_size=1) - encode(loaded(root / name, device), short)).max() < CLOSE
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_padding_changes_nothing(name: str, root: Path, device: torch.device) -> None:
+    encoder = loaded(root / name, device)
+    ids = encoder.tokenize(TEXTS)
+    together = encoder.encode_text(ids, tokens=True)
+    assert together.tokens is not None
+    for position, own in enumerate(ids):
+        alone = encoder.encode_text([own], tokens=True)
+        assert torch.allclose(alone.pooled[0], together.pooled[position], atol=CLOSE)
+        assert alone.tokens is not None
+        assert alone.tokens[0].shape == (len(own), WIDTH)
+        assert torch.allclose(alone.tokens[0], together.tokens[position], atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", HALF)
+@pytest.mark.parametrize("name", PLAIN)
+def test_half_precision_is_near(name: str, dtype: torch.dtype, root: Path, device: torch.device) -> None:
+    full, half = (encode(loaded(root / name, device, one), TEXTS) for one in (torch.float32, dtype))
+    assert half.dtype == np.float32
+    distances = full / np.linalg.norm(full, axis=1, keepdims=True) - half / np.linalg.norm(half, axis=1, keepdims=True)
+    assert np.linalg.norm(distances, axis=1).max() < HALF[dtype]
+
+
+MODES = [*LEGACY_MODES.values(), ("mean", "cls"), tuple(LEGACY_MODES.values())]
+
+
+@pytest.mark.parametrize("mode", MODES, ids=str)
+@pytest.mark.parametrize("prompted", [False, True])
+def test_every_pooling_is_sentence_transformers_own(
+    mode: Any, prompted: bool, root: Path, tmp_path: Path, device: torch.device
+) -> None:
+    options: dict[str, Any] = {"prompts": {"q": "about rain. "}, "default_prompt_name": "q"} if prompted else {}
+    directory = sentence(root, tmp_path, Pooling(WIDTH, mode, include_prompt=not prompted), **options)
+    encoder = loaded(directory, device)
+    vectors = encode(encoder, TEXTS)
+    assert vectors.shape == (len(TEXTS), encoder.spec.dims["text"])
+    assert encoder.spec.max_text_tokens == 20
+    assert np.abs(reference(directory) - vectors).max() < 2 * CLOSE
+
+
+@pytest.mark.parametrize("base", ["roberta", "modernbert", "mpnet", "t5"])
+def test_a_chain_of_modules_is_sentence_transformers_own(
+    base: str, root: Path, tmp_path: Path, device: torch.device
+) -> None:
+    chain = [
+        Pooling(WIDTH, ("mean", "cls")),
+        Dropout(0.5),
+        Dense(2 * WIDTH, 24, activation_function=torch.nn.GELU()),
+        LayerNorm(24),
+        Dense(24, 16, bias=False, activation_function=torch.nn.Identity(), use_residual=True),
+        Normalize(),
+    ]
+    directory = sentence(root, tmp_path, *chain, base=base, prompts={"query": "ask: "}, default_prompt_name="query")
+    encoder = loaded(directory, device)
+    assert dict(encoder.spec.dims) == {"text": 16}
+    assert dict(encoder.spec.token_dims) == {"text": WIDTH}
+    assert np.abs(reference(directory) - encode(encoder, TEXTS)).max() < CLOSE
+    assert np.allclose(np.linalg.norm(encode(encoder, TEXTS), axis=1), 1, atol=1e-6)
+
+
+def test_a_truncated_dimension(root: Path, tmp_path: Path, device: torch.device) -> None:
+    directory = sentence(root, tmp_path, Pooling(WIDTH), truncate_dim=10)
+    encoder = loaded(directory, device)
+    assert dict(encoder.spec.dims) == {"text": 10}
+    assert np.abs(reference(directory) - encode(encoder, TEXTS)).max() < CLOSE
+
+
+def test_a_prompt_without_a_default_name_is_not_used(root: Path, tmp_path: Path, device: torch.device) -> None:
+    directory = sentence(root, tmp_path, Pooling(WIDTH), prompts={"query": "ask: "})
+    encoder = loaded(directory, device)
+    assert encoder.tokenize(["a dog"]) == loaded(root / "bert", device).tokenize(["a dog"])
+    assert np.abs(reference(directory) - encode(encoder, TEXTS)).max() < CLOSE
+
+
+def test_the_files_of_version_2(root: Path, tmp_path: Path, device: torch.device) -> None:
+    """Old class paths, one flag for each pooling, and limits in sentence_bert_config.json, in folders of their own."""
+    modern = sentence(root, tmp_path / "modern", Pooling(WIDTH, ("cls", "max")), Normalize(), lower=True)
+    old = tmp_path / "old"
+    (old / "0_Transformer").mkdir(parents=True)
+    for name in ("config.json", "model.safetensors"):
+        shutil.copy(modern / name, old / "0_Transformer")
+    AutoTokenizer.from_pretrained(root / "bert", do_lower_case=False).save_pretrained(old / "0_Transformer")
+    write(old / "0_Transformer" / "sentence_bert_config.json", {"max_seq_length": 20, "do_lower_case": True})
+    flags = {key: mode in ("cls", "max") for key, mode in LEGACY_MODES.items()}
+    write(old / "1_Pooling" / "config.json", {"word_embedding_dimension": WIDTH, **flags})
+    (old / "2_Normalize").mkdir()
+    kinds = ["Transformer", "Pooling", "Normalize"]
+    write(
+        old / "modules.json",
+        [{"path": f"{at}_{kind}", "type": f"sentence_transformers.models.{kind}"} for at, kind in enumerate(kinds)],
+    )
+    encoder, texts = loaded(old, device), [*TEXTS, "UPPER ΌΔΌΣ Case"]
+    assert encoder.spec.max_text_tokens == 20
+    assert np.abs(encode(loaded(modern, device), texts) - encode(encoder, texts)).max() < CLOSE
+    assert np.abs(reference(modern) - encode(encoder, TEXTS)).max() < CLOSE
+    assert encoder.tokenize(["UPPER"]) == encoder.tokenize(["upper"])
+
+
+@settings(max_examples=100, deadline=None)
+@given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), skip=st.integers(0, 3), seed=st.integers(0, 99))
+def test_pooling_of_any_shape_is_sentence_transformers_own(lengths: list[int], skip: int, seed: int) -> None:
+    hidden = torch.randn(len(lengths), max(lengths), 6, generator=torch.Generator().manual_seed(seed))
+    mask = torch.tensor([[at < length + skip for at in range(max(lengths))] for length in lengths]).long()
+    modes = tuple(mode for mode in LEGACY_MODES.values() if skip < max(lengths) or mode not in ("max", "lasttoken"))
+    features = {"token_embeddings": hidden, "attention_mask": mask, "prompt_length": skip}
+    theirs = Pooling(6, modes, include_prompt=False)(features)["sentence_embedding"]
+    assert torch.allclose(pool(hidden, mask, modes, skip), theirs, atol=1e-5)
+
+
+def test_counting_tokens(root: Path, tmp_path: Path, device: torch.device) -> None:
+    options: dict[str, Any] = {"prompts": {"q": "about rain. "}, "default_prompt_name": "q"}
+    encoder = loaded(sentence(root, tmp_path, Pooling(WIDTH), **options), device)
+    assert encoder.count_tokens(["", "a dog", "dog " * 100]) == [0, 4, 300]
+    assert len(encoder.tokenize(["dog " * 100])[0]) == 20
+
+
+def test_nothing_to_encode_is_no_error(root: Path, device: torch.device) -> None:
+    encoder = loaded(root / "bert", device)
+    assert encoder.tokenize([]) == []
+    assert encoder.count_tokens([]) == []
+    assert torch.isfinite(encoder.encode_text([[], [7, 8]]).pooled).all()  # a tokenizer without special tokens
+
+
+def write(path: Path, value: Any) -> None:
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps(value))
+
+
+def edit(directory: Path, name: str, **changes: Any) -> None:
+    write(directory / name, json.loads((directory / name).read_text()) | changes)
+
+
+@pytest.mark.parametrize(
+    ("name", "changes", "message"),
+    [
+        ("1_Pooling/config.json", {"pooling_mode": "median"}, "unknown pooling \\['median'\\]"),
+        ("2_Dense/config.json", {"activation_function": "os.system"}, "activation 'os.system' is not supported"),
+        ("2_Dense/config.json", {"activation_function": "torch.nn.Linear"}, "activation 'torch.nn.Linear'"),
+        ("2_Dense/config.json", {"out_features": 5}, "weights do not fit"),
+        ("2_Dense/config.json", {"out_features": None}, "out_features is None; expected a whole number"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "ask"}, "default_prompt_name 'ask'"),
+        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name is 'token_embeddings'"),
+        ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task 'fill-mask'"),
+        ("sentence_bert_config.json", {"model_args": {"rotary": 1}}, "not supported: rotary"),
+        ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config"),
+    ],
+)
+def test_what_a_sentence_encoder_may_not_say(
+    name: str, changes: dict[str, Any], message: str, root: Path, tmp_path: Path
+) -> None:
+    directory = sentence(root, tmp_path, Pooling(WIDTH), Dense(WIDTH, 8))
+    edit(directory, name, **changes)
+    with pytest.raises(ModelError, match=message):
+        loaded(directory, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("modules", "message"),
+    [
+        ([{"path": "", "type": "sentence_transformers.models.Transformer"}], "found Transformer$"),
+        ([{"path": "", "type": "sentence_transformers.models.CLIPModel"}], "found CLIPModel$"),
+        ([{"path": "", "type": "custom_st.Transformer"}], "custom_st.Transformer is code from outside"),
+        ([{"path": "../bert", "type": "sentence_transformers.models.Transformer"}], "leads out of"),
+        ({}, "expected a list of modules"),
+    ],
+)
+def test_what_modules_json_may_not_say(modules: Any, message: str, root: Path, tmp_path: Path) -> None:
+    directory = sentence(root, tmp_path, Pooling(WIDTH))
+    write(directory / "modules.json", modules)
+    with pytest.raises(ModelError, match=message):
+        TextEncoder.describe(directory, {})
+
+
+def test_pickled_weights_of_a_dense_layer_are_refused(root: Path, tmp_path: Path) -> None:
+    directory = sentence(root, tmp_path, Pooling(WIDTH), Dense(WIDTH, 8))
+    torch.save({}, directory / "2_Dense" / "pytorch_model.bin")
+    (directory / "2_Dense" / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"2_Dense: has no model\.safetensors"):
+        describe(directory)

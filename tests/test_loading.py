@@ -1,0 +1,392 @@
+"""Finding, checking and loading models: directories, remote directories, and a hub served on this machine."""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from tiny_models import save_clip, save_siglip
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
+
+from mmbeam.errors import ModelError, UsageError
+from mmbeam.models import loading
+from mmbeam.models.loading import (
+    check_weights,
+    digest,
+    dtype_name,
+    is_model_file,
+    load_pretrained,
+    parse_dtype,
+    read_json,
+    resolve,
+)
+from mmbeam.models.tokenizing import TextTokenizer
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("clip"))
+
+
+@pytest.fixture
+def copy(clip: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(clip, tmp_path / "model"))
+
+
+def test_a_directory_is_itself(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert resolve(str(clip)).directory == clip
+    monkeypatch.chdir(clip.parent)
+    found = resolve(clip.name)
+    assert found.directory == clip
+    assert found.revision is None
+    assert found.name == clip.name
+
+
+@pytest.mark.parametrize("model", ["/no/such/dir", "./nowhere", "~/nowhere_at_all", "a/b/c"])
+def test_a_directory_that_is_not_there(model: str) -> None:
+    with pytest.raises(ModelError, match="no such directory; give a directory that exists, or a hub name"):
+        resolve(model)
+
+
+def test_a_file_is_no_model(clip: Path) -> None:
+    with pytest.raises(ModelError, match=r"expected a directory with config.json and model.safetensors, found a file"):
+        resolve(str(clip / "config.json"))
+
+
+def test_offline_the_hub_says_what_to_do() -> None:
+    with pytest.raises(ModelError, match="not in the local hub cache, and the hub cannot be reached or HF_HUB_OFFLINE"):
+        resolve("nobody/nothing-of-this-name")
+
+
+def test_a_name_the_hub_cannot_have() -> None:
+    with pytest.raises(ModelError, match="neither a directory that exists nor a hub name"):
+        resolve("two words")
+
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub's HTTP interface as a download takes, for one model in one directory."""
+
+    def __init__(self, directory: Path, *args: Any) -> None:
+        self.directory = directory
+        super().__init__(*args)
+
+    def do_HEAD(self) -> None:
+        self.do_GET()
+
+    def do_GET(self) -> None:
+        path = self.path.partition("?")[0]
+        if path in (f"/api/models/org/clip/revision/{revision}" for revision in ("main", "v1", COMMIT)):
+            names = [{"rfilename": file.name} for file in sorted(self.directory.iterdir())]
+            self.answer(200, json.dumps({"id": "org/clip", "sha": COMMIT, "siblings": names}).encode())
+        elif path.startswith("/api/models/org/clip/tree/"):
+            tree = [
+                {"type": "file", "path": file.name, "size": file.stat().st_size, "oid": file_etag(file)}
+                for file in sorted(self.directory.iterdir())
+            ]
+            self.answer(200, json.dumps(tree).encode())
+        elif path.startswith(f"/org/clip/resolve/{COMMIT}/"):
+            file = self.directory / path.rpartition("/")[2]
+            self.answer(200, file.read_bytes(), ETag=f'"{file_etag(file)}"')
+        else:
+            known = path.startswith("/api/models/org/clip/")
+            self.answer(404, b"{}", **{"X-Error-Code": "RevisionNotFound" if known else "RepoNotFound"})
+
+    def answer(self, status: int, body: bytes, **headers: str) -> None:
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), "X-Repo-Commit": COMMIT, **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+def file_etag(file: Path) -> str:
+    return hashlib.sha1(file.read_bytes()).hexdigest()
+
+
+@pytest.fixture
+def hub(copy: Path) -> Iterator[str]:
+    (copy / "pytorch_model.bin").write_bytes(b"\x80\x04pickled")
+    (copy / "README.md").write_text("a card")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, copy)) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        yield f"http://127.0.0.1:{server.server_address[1]}"
+        server.shutdown()
+        thread.join()
+
+
+ELSEWHERE = """
+import sys
+from mmbeam.errors import ModelError
+from mmbeam.models.loading import resolve
+for model in sys.argv[1:]:
+    try:
+        found = resolve(model)
+        print(found.directory, found.revision, found.name)
+    except ModelError as error:
+        print("ModelError", error)
+"""
+
+
+def resolve_elsewhere(models: list[str], home: Path, endpoint: str | None) -> list[str]:
+    """`resolve` in a process whose hub is `endpoint`, or that is offline: what it returned or raised."""
+    there = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | there | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", ELSEWHERE, *models],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=120,
+    )
+    return done.stdout.splitlines()
+
+
+def test_a_hub_name_is_pinned_to_a_commit_and_pickles_stay_there(hub: str, copy: Path, tmp_path: Path) -> None:
+    (found,) = resolve_elsewhere(["org/clip@v1"], tmp_path / "hf", hub)
+    directory, revision, name = found.split()
+    assert (revision, name) == (COMMIT, "org/clip")
+    files = {file.name for file in Path(directory).iterdir()}
+    assert files == {file.name for file in copy.iterdir()} - {"pytorch_model.bin", "README.md"}
+    assert digest(Path(directory)) == digest(copy)
+    assert resolve_elsewhere(["org/clip@v1"], tmp_path / "hf", None) == [found]  # from the cache, offline
+
+
+def test_what_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
+    revision, model = resolve_elsewhere(["org/clip@v9", "org/other"], tmp_path / "hf", hub)
+    assert revision.startswith("ModelError org/clip: the hub has no revision 'v9' of it; leave out @v9")
+    assert model.startswith("ModelError org/other: no such directory here and no such model on the hub")
+
+
+@pytest.fixture
+def remote(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    fs = fsspec.filesystem("memory")
+    fs.put(str(clip) + "/", "/bucket/clip/", recursive=True)
+    fs.pipe("/bucket/clip/pytorch_model.bin", b"\x80\x04pickled")
+    yield "memory://bucket/clip"
+    fs.rm("/bucket", recursive=True)
+
+
+def test_a_remote_directory_is_copied_once(remote: str, clip: Path) -> None:
+    with ThreadPoolExecutor(4) as pool:
+        found = set(pool.map(resolve, [remote, remote + "/"] * 4))
+    (directory,) = {one.directory for one in found}
+    assert digest(directory) == digest(clip)
+    assert not (directory / "pytorch_model.bin").exists()
+    assert {one.revision for one in found} == {None}
+
+
+def test_a_remote_directory_that_changed_is_copied_again(remote: str) -> None:
+    first = resolve(remote).directory
+    assert resolve(remote).directory == first
+    fsspec.filesystem("memory").pipe("/bucket/clip/config.json", b'{"model_type": "other"}')
+    second = resolve(remote).directory
+    assert second != first
+    assert read_json(second, "config.json") == {"model_type": "other"}
+
+
+def test_a_copy_that_broke_off_leaves_nothing(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def short(fs: Any, sources: list[str], targets: list[str]) -> None:
+        for target in targets:
+            Path(target).write_bytes(b"torn")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(fsspec.filesystem("memory")), "get", short)
+        with pytest.raises(ModelError, match=r"expected [\d,]+ bytes, copied 4; try again"):
+            resolve(remote)
+    left = [path.name for path in (tmp_path / "cache" / "mmbeam" / "models").iterdir() if path.suffix != ".lock"]
+    assert left == []
+    assert resolve(remote).directory.is_dir()
+
+
+def test_a_remote_directory_without_a_model() -> None:
+    with pytest.raises(ModelError, match=r"memory://nothing/here: no model files there"):
+        resolve("memory://nothing/here")
+    with pytest.raises(ModelError, match="nosuch://bucket/x: cannot be listed"):
+        resolve("nosuch://user:secret@bucket/x?token=secret")
+
+
+def test_no_credential_reaches_a_name_or_an_error() -> None:
+    with pytest.raises(ModelError) as caught:
+        resolve("memory://user:secret@nothing/here?token=secret")
+    assert "secret" not in str(caught.value)
+
+
+def test_what_is_part_of_a_model() -> None:
+    parts = ["config.json", "model-00001-of-00002.safetensors", "vocab.txt", "spiece.model", "1_Pooling/config.json"]
+    others = ["README.md", "pytorch_model.bin", "onnx/config.json", ".gitattributes", ".cache/x.json", "tf_model.h5"]
+    assert all(map(is_model_file, parts))
+    assert not any(map(is_model_file, others))
+
+
+def test_the_digest_is_of_names_and_contents(copy: Path, clip: Path) -> None:
+    assert digest(copy) == digest(clip)
+    (copy / "README.md").write_text("does not count")
+    assert digest(copy) == digest(clip)
+    (copy / "config.json").write_text((copy / "config.json").read_text() + " ")
+    changed = digest(copy)
+    assert changed != digest(clip)
+    (copy / "config.json").rename(copy / "other.json")
+    assert digest(copy) not in (changed, digest(clip))
+
+
+def test_reading_json(tmp_path: Path) -> None:
+    (tmp_path / "good.json").write_text('{"a": "ä"}', encoding="utf-8")
+    (tmp_path / "torn.json").write_text('{"a": ')
+    (tmp_path / "bytes.json").write_bytes(b'{"a": "\xff"}')
+    (tmp_path / "list.json").write_text("[1]")
+    assert read_json(tmp_path, "good.json") == {"a": "ä"}
+    assert read_json(tmp_path, "none.json", required=False) == {}
+    for name, message in {
+        "none.json": "has no none.json",
+        "torn.json": "torn.json: cannot be read as JSON",
+        "bytes.json": "bytes.json: cannot be read as JSON",
+        "list.json": "expected a JSON object, found list",
+    }.items():
+        with pytest.raises(ModelError, match=message):
+            read_json(tmp_path, name)
+
+
+def test_pickled_weights_are_refused(copy: Path) -> None:
+    (copy / "model.safetensors").unlink()
+    torch.save({}, copy / "pytorch_model.bin")
+    with pytest.raises(ModelError, match=r"has no model.safetensors; pickled weights .* never loaded: convert them"):
+        check_weights(copy)
+    with pytest.raises(ModelError, match=r"has no model.safetensors"):
+        load_pretrained(CLIPModel, copy, CPU, torch.float32)
+
+
+def test_weights_in_several_files(copy: Path) -> None:
+    model = CLIPModel.from_pretrained(copy)
+    (copy / "model.safetensors").unlink()
+    model.save_pretrained(copy, max_shard_size="20KB")
+    check_weights(copy)
+    assert isinstance(load_pretrained(CLIPModel, copy, CPU, torch.float32), CLIPModel)
+    next(copy.glob("model-00002-*")).unlink()
+    with pytest.raises(
+        ModelError, match=r"names \['model-00002-of-.*safetensors'\], which are not there; copy it whole"
+    ):
+        check_weights(copy)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_loading_gives_the_dtype_asked_for_in_eval_mode(clip: Path, dtype: torch.dtype, device: torch.device) -> None:
+    model = load_pretrained(CLIPModel, clip, device, dtype)
+    assert not model.training
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+    assert model.device.type == device.type
+
+
+def rewrite_weights(directory: Path, change: dict[str, torch.Tensor | None]) -> None:
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(directory / "model.safetensors") | change
+    kept = {name: value for name, value in weights.items() if value is not None}
+    save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
+
+
+def test_a_weight_that_is_missing_is_an_error_that_names_it(copy: Path) -> None:
+    rewrite_weights(copy, {"visual_projection.weight": None})
+    with pytest.raises(
+        ModelError, match=r"missing or of another shape: visual_projection.weight; they would be random"
+    ):
+        load_pretrained(CLIPModel, copy, CPU, torch.float32)
+    load_pretrained(CLIPModel, copy, CPU, torch.float32, ignore_missing=("^visual_projection",))
+
+
+def test_a_weight_of_another_shape_is_an_error(copy: Path) -> None:
+    rewrite_weights(copy, {"visual_projection.weight": torch.zeros(3, 3)})
+    with pytest.raises(ModelError, match=r"visual_projection.weight \(3, 3\) for \(24, 32\)"):
+        load_pretrained(CLIPModel, copy, CPU, torch.float32)
+
+
+def test_weights_of_another_model_are_an_error(clip: Path, tmp_path: Path) -> None:
+    other = save_siglip(tmp_path / "siglip")
+    shutil.copy(clip / "model.safetensors", other / "model.safetensors")
+    from transformers import SiglipModel
+
+    with pytest.raises(ModelError, match="siglip"):
+        load_pretrained(SiglipModel, other, CPU, torch.float32)
+
+
+def test_a_torn_weight_file_is_an_error(copy: Path) -> None:
+    (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
+    with pytest.raises(ModelError, match="CLIPModel cannot be loaded"):
+        load_pretrained(CLIPModel, copy, CPU, torch.float32)
+
+
+def test_buffers_that_old_checkpoints_hold_and_other_towers_do_no_harm(
+    copy: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    rewrite_weights(copy, {"vision_model.embeddings.position_ids": torch.arange(10)[None]})
+    load_pretrained(CLIPModel, copy, CPU, torch.float32)
+    with caplog.at_level(logging.INFO, logger="mmbeam"):
+        load_pretrained(CLIPVisionModel, copy, CPU, torch.float32)
+    assert "weights are not used by CLIPVisionModel" in caplog.text
+
+
+def test_loading_writes_nothing(clip: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    load_pretrained(CLIPModel, clip, CPU, torch.float32)
+    out, err = capfd.readouterr()
+    assert out == err == ""
+
+
+def test_dtypes() -> None:
+    assert parse_dtype(None, "cpu") is torch.float32
+    assert parse_dtype(None, "cuda:1") is torch.bfloat16
+    assert parse_dtype("fp16", "cpu") is parse_dtype("float16", "cuda") is torch.float16
+    assert dtype_name("bf16", "cpu") == dtype_name(None, "cuda") == "bfloat16"
+    with pytest.raises(UsageError, match="--dtype int8: expected one of float32, fp32"):
+        parse_dtype("int8", "cpu")
+
+
+def test_tokenizing_from_many_threads(clip: Path) -> None:
+    """Truncating and counting at once is what fast tokenizers answer with "Already borrowed"."""
+    tokenizer = TextTokenizer(clip)
+    texts = [f"a cat number {number} " * 30 for number in range(20)]
+    expected = AutoTokenizer.from_pretrained(clip)(texts, truncation=True, max_length=16)["input_ids"]
+    counts = tokenizer.count(texts)
+
+    def work(turn: int) -> bool:
+        if turn % 2:
+            return tokenizer.count(texts) == counts
+        return tokenizer.encode(texts, 16) == expected
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(work, range(64)))
+
+
+def test_a_broken_tokenizer_is_an_error(copy: Path) -> None:
+    (copy / "tokenizer.json").write_text('{"version": "1.0"}')
+    with pytest.raises(ModelError, match="its tokenizer cannot be loaded"):
+        TextTokenizer(copy)
+
+
+def test_the_cache_is_where_others_are(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert loading._cache_directory() == tmp_path / ".cache" / "mmbeam" / "models"
