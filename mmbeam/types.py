@@ -145,6 +145,7 @@ class Tally:
     samples: int = 0
     rows: int = 0
     failed: int = 0
+    impaired: int = 0  # rows that lost some of their outputs
     repeated_keys: int = 0
     bytes_read: int = 0  # as stored
     skipped: Mapping[str, int] = field(default_factory=dict)  # by the name of the skip
@@ -268,3 +269,27 @@ class UnitReport:
         values["tally"] = Tally(**values["tally"])
         values["inputs"] = tuple(values.get("inputs", ()))
         return cls(**values)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunReport:
+    """What became of a run; summary.json holds the same.
+
+    `tally` sums all units; rate and speed of light are of the units that this launch wrote.
+    """
+
+    units_written: int
+    units_kept: int
+    units_failed: int
+    tally: Tally
+    wall_seconds: float  # of this launch
+    rate: float  # samples per second
+    speed_of_light: float  # seconds the models computed per second of wall time and device
+    failed: Mapping[str, str] = field(default_factory=dict)  # why, by unit
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        return cls(**{**data, "tally": Tally(**data["tally"])})

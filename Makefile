@@ -1,0 +1,37 @@
+# Two commands on a fresh machine: `make demo` and `make test`. Both set themselves up in .venv.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraints constraints.txt
+export HF_HUB_OFFLINE ?= 1
+
+.PHONY: demo test lint bench clean
+
+demo: $(VENV)/.ready
+	$(BIN)/mmbeam demo
+
+test: lint
+	$(BIN)/pytest
+
+lint: $(VENV)/.ready-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.ready-test
+	$(BIN)/python bench/run.py
+
+# uv installs torch's 5 GB in a third of the time that pip takes; bytecode is compiled here so that the
+# first start does not have to.
+$(VENV)/.ready: pyproject.toml constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv
+	$(UV) --editable .
+	touch $@
+
+$(VENV)/.ready-test: $(VENV)/.ready
+	$(UV) --group test --editable .
+	touch $@
+
+clean:
+	rm -rf $(VENV) .cache demo

@@ -1,0 +1,238 @@
+"""Samples of a work unit as windows, read and decoded ahead of whoever consumes them.
+
+A thread per unit reads the tar in order and hands samples to the process's decode pool (the codecs
+release the GIL); a bounded queue keeps it a stated number of windows ahead. Where a window closes
+depends on the data alone, so that a retry and another runner see the same windows.
+"""
+
+import os
+import queue
+import threading
+import time
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import cache
+from typing import TypeVar
+
+from mmbeam.clean import compile_where, select
+from mmbeam.config import Reading, Windows
+from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.errors import ShardError
+from mmbeam.io.stream import ShardStream, open_shard
+from mmbeam.io.tar import TarReader
+from mmbeam.types import MODALITIES, Batch, Failure, Needs, RawSample, Sample, Tally, WorkUnit
+
+InT = TypeVar("InT")
+OutT = TypeVar("OutT")
+
+
+@cache
+def decode_pool() -> ThreadPoolExecutor:
+    """The process's decoding threads, one per core this process may use."""
+    return ThreadPoolExecutor(max_workers=_cores(), thread_name_prefix="mmbeam-decode")
+
+
+def _cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def read_batches(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Iterator[Batch]:
+    """The unit's windows in order; the last one has `last`, and carries `broken` if an input failed.
+
+    The tally of each says what it cost: seconds of "read" and "decode" (of all threads), and
+    "read_wait", for which the consumer stood still. Closing the generator ends the thread.
+    """
+    ahead: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=windows.ahead)
+    stop = threading.Event()
+    thread = threading.Thread(
+        target=_fill, args=(ahead, stop, lambda: _windows(unit, reading, needs, windows)), name=f"mmbeam-read-{unit.id}"
+    )
+    thread.start()
+    try:
+        yield from _drain(ahead)
+    finally:
+        stop.set()
+        thread.join()
+
+
+def _fill(
+    ahead: "queue.Queue[Batch | BaseException]", stop: threading.Event, make: Callable[[], Iterator[Batch]]
+) -> None:
+    """Put each window, or the error that ended them, until the consumer has gone."""
+    try:
+        with closing(make()) as batches:  # type: ignore[type-var]
+            for batch in batches:
+                if not _put(ahead, batch, stop):
+                    return
+    except BaseException as error:
+        _put(ahead, error, stop)
+
+
+def _put(ahead: "queue.Queue[Batch | BaseException]", item: Batch | BaseException, stop: threading.Event) -> bool:
+    while not stop.is_set():
+        try:
+            ahead.put(item, timeout=0.1)
+        except queue.Full:
+            continue
+        return True
+    return False
+
+
+def _drain(ahead: "queue.Queue[Batch | BaseException]") -> Iterator[Batch]:
+    last = False
+    while not last:
+        begin = time.perf_counter()
+        item = ahead.get()
+        waited = Tally(seconds={"read_wait": time.perf_counter() - begin})
+        if isinstance(item, BaseException):
+            raise item
+        last = item.last
+        yield replace(item, tally=item.tally + waited)
+        del item  # a window is large: do not hold it while waiting for the next
+
+
+@dataclass
+class _Decoded:
+    """One sample on its way into a window; `sample` is None if `skip` names why."""
+
+    sample: Sample
+    failures: tuple[Failure, ...]
+    skip: str | None
+    repeated: bool
+    seconds: float
+
+
+@dataclass
+class _Window:
+    """What has been gathered of the window that is being filled."""
+
+    samples: list[Sample] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
+    counts: Counter[str] = field(default_factory=Counter)
+    skipped: Counter[str] = field(default_factory=Counter)
+    present: Counter[str] = field(default_factory=Counter)
+    decoded_bytes: int = 0
+    seconds: float = 0.0
+
+    def add(self, decoded: _Decoded) -> None:
+        self.counts["samples"] += 1
+        self.counts["repeated"] += decoded.repeated
+        self.present.update(m for m in MODALITIES if m in decoded.sample.present)
+        self.seconds += decoded.seconds
+        if decoded.skip is not None:
+            self.skipped[decoded.skip] += 1
+            return
+        self.samples.append(decoded.sample)
+        self.failures += decoded.failures
+        self.decoded_bytes += decoded.sample.nbytes
+
+    def full(self, windows: Windows) -> bool:
+        return self.decoded_bytes >= windows.decoded_bytes or len(self.samples) >= windows.samples
+
+    def close(self, unit: WorkUnit, index: int, source: "_Source", last: bool, broken: str | None = None) -> Batch:
+        tally = Tally(
+            samples=self.counts["samples"],
+            repeated_keys=self.counts["repeated"],
+            skipped=dict(self.skipped),
+            present=dict(self.present),
+            seconds={"decode": self.seconds},
+        )
+        return Batch(
+            unit=unit,
+            index=index,
+            last=last,
+            samples=tuple(self.samples),
+            failures=tuple(self.failures),
+            tally=tally + source.take(),
+            broken=broken,
+        )
+
+
+def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Iterator[Batch]:
+    wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
+
+    def decode(raw: RawSample) -> _Decoded:
+        begin = time.perf_counter()
+        sample, failures = decode_sample(raw, reading, needs)
+        skip = select(sample, wheres)
+        return _Decoded(sample, failures, skip, raw.repeated, time.perf_counter() - begin)
+
+    source = _Source(unit, reading, needs)
+    index, window, broken = 0, _Window(), None
+    try:
+        with closing(ordered_map(decode, source.samples(), decode_pool(), depth=2 * _cores() + 2)) as decoded:  # type: ignore[type-var]
+            for one in decoded:
+                window.add(one)
+                if window.full(windows):
+                    yield window.close(unit, index, source, last=False)
+                    index, window = index + 1, _Window()
+    except ShardError as error:
+        broken = str(error)
+    yield window.close(unit, index, source, last=True, broken=broken)
+
+
+def ordered_map(
+    call: Callable[[InT], OutT], items: Iterator[InT], pool: ThreadPoolExecutor, depth: int
+) -> Iterator[OutT]:
+    """`map(call, items)` in order, with at most `depth` calls waiting or running in `pool`."""
+    pending: deque[Future[OutT]] = deque()
+    try:
+        for item in items:
+            pending.append(pool.submit(call, item))
+            if len(pending) >= depth:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+    finally:
+        for future in pending:
+            future.cancel()
+
+
+class _Source:
+    """The raw samples of a unit's inputs, and what reading them has cost since it was last asked."""
+
+    def __init__(self, unit: WorkUnit, reading: Reading, needs: Needs) -> None:
+        self._unit = unit
+        self._reading = reading
+        self._want = wanted_fields(reading, needs)
+        self._tally = Tally()
+
+    def take(self) -> Tally:
+        tally, self._tally = self._tally, Tally()
+        return tally
+
+    def samples(self) -> Iterator[RawSample]:
+        left = self._unit.limit
+        for source in self._unit.inputs:
+            with open_shard(source.shard, source.begin) as stream:
+                reader = TarReader(stream, source.shard.path, self._want, self._reading.limits)
+                for raw in self._timed(iter(reader), stream):
+                    if left == 0:
+                        return
+                    left = None if left is None else left - 1
+                    yield raw
+                self._tally += Tally(warnings=_oddities(reader))
+
+    def _timed(self, samples: Iterator[RawSample], stream: ShardStream) -> Iterator[RawSample]:
+        """Each sample, with the seconds spent and the stored bytes read put on the tally."""
+        before = 0
+        while True:
+            begin = time.perf_counter()
+            raw = next(samples, None)
+            now = stream.bytes_read
+            self._tally += Tally(seconds={"read": time.perf_counter() - begin}, bytes_read=now - before)
+            before = now
+            if raw is None:
+                return
+            yield raw
+
+
+def _oddities(reader: TarReader) -> dict[str, int]:
+    oddities = {
+        "shards without an end-of-archive mark": reader.unterminated,
+        "shards with data behind their end-of-archive mark": reader.trailing_data,
+    }
+    return {name: 1 for name, seen in oddities.items() if seen}

@@ -1,0 +1,70 @@
+"""What shards hold, from their first samples: for `mmbeam inspect` and for the probe before a job."""
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+from mmbeam.config import FieldMap, Limits
+from mmbeam.errors import ShardError
+from mmbeam.io.shards import list_shards
+from mmbeam.io.stream import open_shard
+from mmbeam.io.tar import TarReader
+from mmbeam.types import MODALITIES, Modality, Shard
+
+PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # enough to see what a corpus is made of, little enough to be quick
+
+
+@dataclass
+class Probe:
+    """What the first samples of the first shards hold."""
+
+    samples: int = 0
+    fields: Counter[str] = field(default_factory=Counter)  # samples that hold a field
+    kinds: dict[str, str] = field(default_factory=dict)  # what is made of a field
+    keys: list[str] = field(default_factory=list)
+    whole: bool = True  # whether that was all there is
+
+    @property
+    def modalities(self) -> frozenset[Modality]:
+        return frozenset(modality for modality in MODALITIES if modality in self.kinds.values())
+
+
+def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = None) -> Probe:
+    """Read the headers of the first samples.
+
+    A shard that cannot be read is its unit's affair; ShardError is raised if there is no other.
+    """
+    found = Probe(whole=len(shards) <= PROBED_SHARDS)
+    broken: list[ShardError] = []
+    for shard in shards[:PROBED_SHARDS]:
+        try:
+            _look_into(shard, found, fields, limits or Limits())
+        except ShardError as error:
+            broken.append(error)
+    if len(broken) == len(shards):
+        raise broken[0]
+    return found
+
+
+def _look_into(shard: Shard, found: Probe, fields: FieldMap, limits: Limits) -> None:
+    with open_shard(shard) as stream:
+        for count, raw in enumerate(TarReader(stream, shard.path, lambda name: False, limits), 1):
+            found.samples += 1
+            found.keys.append(raw.key)
+            found.fields.update(raw.fields)
+            found.kinds |= {name: kind for kind, name in fields.choose(raw.fields).items()}
+            if count == PROBED_SAMPLES:
+                found.whole = False
+                break
+
+
+def inspect_text(patterns: Sequence[str], fields: FieldMap) -> Iterator[str]:
+    """Lines that say how many shards there are and what their first samples hold."""
+    shards = list_shards(patterns)
+    sizes = [shard.size for shard in shards if shard.size is not None]
+    yield f"{len(shards):,} shards, {sum(sizes) / 1e6:,.1f} MB" + (" known" if len(sizes) < len(shards) else "")
+    found = probe(shards, fields)
+    yield f"the first {found.samples:,} samples ({', '.join(found.keys[:3])}, ...):"
+    for name, count in found.fields.most_common():
+        yield f"  {name:<20} in {count:>4}  {found.kinds.get(name, '-')}"
+    yield "modalities: " + (", ".join(sorted(found.modalities)) or "none")

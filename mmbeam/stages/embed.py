@@ -1,0 +1,228 @@
+"""The stage that adds vectors: each modality of a window through one encoder.
+
+What fails is told apart per modality and sample, so that an unreadable picture does not cost its
+caption's vector, and one model's failure does not cost another model's column.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmbeam.models.encoders import load
+from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
+from mmbeam.models.loading import parse_dtype, resolve
+from mmbeam.models.placement import resolve_device
+from mmbeam.stages.packing import Packed, pack, run_packed
+from mmbeam.types import MODALITIES, Audio, Batch, Failure, Modality, Needs, Output, Sample, Tally, Waveform
+
+# Samples per batch when the user gives none: on a CPU larger batches gain nothing, on a GPU they fill it.
+AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+TEXT_TOKENS_PER_SAMPLE = 128  # a text batch holds at most batch_size times so many padded tokens
+
+Values = Sequence[Any]  # what one modality's items are: pictures, (wave, rate) pairs, token ids
+Kind = Literal["embedding", "tokens"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbedStage:
+    """One encoder on a window of samples.
+
+    `name` prefixes the columns when several models run in one pass. With `tokens` the sequence of
+    token or patch features is kept beside the pooled vector. `vector_type` is the type of a stored
+    number, float32 or float16. `count_tokens` fills `text_num_tokens` (one stage of a job does).
+    """
+
+    model: str  # where its files are, for whoever loads it: a directory, or a hub name with its @revision
+    spec: EncoderSpec
+    modalities: tuple[Modality, ...]
+    device: str = "cpu"
+    dtype: str | None = None
+    name: str | None = None
+    batch_size: int | None = None
+    tokens: bool = False
+    vector_type: str = "float32"
+    image_filter: tuple[str, float] | None = None
+    count_tokens: bool = False
+
+    @property
+    def key(self) -> str:
+        return f"{self.model}:{self.dtype}:{self.image_filter}:{self.device}"
+
+    @property
+    def needs(self) -> Needs:
+        """On a CPU sounds are resampled while they are decoded; a GPU does it better itself."""
+        on_cpu = torch.device(self.device).type == "cpu"
+        rate = self.spec.sampling_rate if "audio" in self.modalities and on_cpu else None
+        return Needs(
+            modalities=frozenset(self.modalities),
+            sampling_rates=frozenset(() if rate is None else (rate,)),
+            image_side=self.spec.image_side if "image" in self.modalities else None,
+        )
+
+    @property
+    def outputs(self) -> Sequence[Output]:
+        """One output per modality: `<modality>_embedding`, and `<modality>_tokens` if asked for."""
+        return [
+            Output(modalities=frozenset((modality,)), columns=tuple(self._columns(modality)))
+            for modality in self.modalities
+        ]
+
+    def _columns(self, modality: Modality) -> list[pa.Field]:
+        vector = pa.list_(pa.from_numpy_dtype(self.vector_type), self.spec.dims[modality])
+        columns = [pa.field(self._column(modality, "embedding"), vector)]
+        if self.tokens:
+            token = pa.list_(pa.from_numpy_dtype(self.vector_type), self.spec.token_dims[modality])
+            columns.append(pa.field(self._column(modality, "tokens"), pa.list_(token)))
+        return columns
+
+    def _column(self, modality: Modality, kind: Kind) -> str:
+        return f"{modality}_{kind}" if self.name is None else f"{self.name}_{modality}_{kind}"
+
+    def load(self) -> Encoder:
+        """The encoder on its device; on a worker the model's files are brought there first."""
+        spec = replace(self.spec, directory=str(resolve(self.model).directory))
+        device = torch.device(resolve_device(self.device))
+        return load(spec, device, parse_dtype(self.dtype, self.device), image_filter=self.image_filter)
+
+    @torch.inference_mode()
+    def run(self, model: Encoder, batch: Batch) -> Batch:
+        """Add this stage's columns to `batch.features`, and a Failure for each value lost."""
+        features, failures, warnings = dict(batch.features), list(batch.failures), {}
+        for modality in self.modalities:
+            positions = [i for i, sample in enumerate(batch.samples) if sample.has(modality)]
+            items = self._items(model, modality, [batch.samples[i] for i in positions])
+            packed = run_packed(
+                items,
+                pack(*self._limits(modality, items)),
+                lambda some, modality=modality: _encode(model, modality, some, self.tokens),  # type: ignore[misc]
+                _known_good(model, modality),
+            )
+            columns, lost = self._collect(modality, packed, len(items), model.normalized)
+            features |= {name: _spread(array, positions, len(batch.samples)) for name, array in columns.items()}
+            failures += [self._failure(batch.samples[positions[i]], modality, error) for i, error in lost.items()]
+            if packed.splits:
+                warnings["batches halved for lack of memory"] = packed.splits
+        if self.count_tokens:
+            features["text_num_tokens"] = _count_tokens(model, batch.samples)
+        tally = batch.tally + Tally(warnings=warnings)
+        return replace(batch, features=features, failures=tuple(failures), tally=tally)
+
+    def _items(self, model: Encoder, modality: Modality, samples: Sequence[Sample]) -> Values:
+        if modality == "image":
+            return [sample.image for sample in samples]
+        if modality == "text":
+            return model.tokenize([sample.model_text or "" for sample in samples])
+        return [_wave(sample.audio, self.spec.sampling_rate) for sample in samples if sample.audio is not None]
+
+    def _limits(self, modality: Modality, items: Values) -> tuple[list[int], int, int | None]:
+        """Weights of the items, the most items in a batch, and the most padded weight."""
+        size = self.batch_size or AUTO_BATCH_SIZE[torch.device(self.device).type]
+        if modality == "image":  # same sizes together; each is resized to the same side, so no padding
+            return [item.shape[0] * item.shape[1] for item in items], size, None
+        if modality == "audio":
+            return [len(wave) for wave, _ in items], size, None
+        return [len(ids) for ids in items], 4 * size, size * TEXT_TOKENS_PER_SAMPLE
+
+    def _collect(
+        self, modality: Modality, packed: Packed[Encoded], count: int, normalized: bool
+    ) -> tuple[dict[str, pa.Array], dict[int, Exception]]:
+        """Arrow arrays of `count` values in the window's order, and what was lost by position."""
+        lost = dict(packed.failed)
+        pooled = np.zeros((count, self.spec.dims[modality]), self.vector_type)
+        sequences: list[torch.Tensor | None] = [None] * count
+        for positions, encoded in packed.done:
+            vectors = encoded.pooled.float()
+            vectors = torch.nn.functional.normalize(vectors, dim=-1) if normalized else vectors
+            pooled[positions] = vectors.cpu().numpy()
+            for position, tokens in zip(positions, encoded.tokens or (), strict=bool(encoded.tokens)):
+                sequences[position] = tokens
+        for position in np.flatnonzero(~np.isfinite(pooled).all(axis=1)).tolist():
+            lost[position] = ArithmeticError("the model's vector is not finite (a wider --dtype may help)")
+        missing = np.zeros(count, bool)
+        missing[list(lost)] = True
+        columns = {self._column(modality, "embedding"): _vectors(pooled, missing)}
+        if self.tokens:
+            columns[self._column(modality, "tokens")] = _sequences(
+                sequences, missing, self.spec.token_dims[modality], self.vector_type
+            )
+        return columns, lost
+
+    def _failure(self, sample: Sample, modality: Modality, error: Exception) -> Failure:
+        return Failure(
+            key=sample.key,
+            shard=sample.shard,
+            offset=sample.offset,
+            modality=modality,
+            step="embed",
+            error=type(error).__name__,
+            message=str(error)[:300],
+            outputs=(self._column(modality, "embedding"),),
+        )
+
+
+def _wave(audio: Audio, rate: int | None) -> tuple[Waveform, int]:
+    """The sound at the model's rate, or at the highest there is, to be resampled on the device."""
+    best = rate if rate is not None and rate in audio.waves else max(audio.waves)
+    return audio.waves[best], best
+
+
+def _encode(model: Encoder, modality: Modality, items: Values, tokens: bool) -> Encoded:
+    if modality == "image":
+        return model.encode_image(items, tokens)
+    if modality == "text":
+        return model.encode_text(items, tokens)
+    return model.encode_audio([wave for wave, _ in items], [rate for _, rate in items], tokens)
+
+
+def _known_good(model: Encoder, modality: Modality) -> Any:
+    """An input that any sound model takes: a grey picture, a second of a soft tone, one letter."""
+    good: Mapping[Modality, Callable[[], Any]] = {
+        "image": lambda: np.full((32, 32, 3), 127, np.uint8),
+        "audio": lambda: (0.1 * np.sin(np.arange(16000, dtype=np.float32)), 16000),
+        "text": lambda: model.tokenize(["a"])[0],
+    }
+    return good[modality]()
+
+
+def _count_tokens(model: Encoder, samples: Sequence[Sample]) -> pa.Array:
+    positions = [i for i, sample in enumerate(samples) if sample.text is not None]
+    counts = model.count_tokens([samples[i].model_text or "" for i in positions])
+    return _spread(pa.array(counts, pa.int32()), positions, len(samples))
+
+
+def _vectors(values: np.ndarray[Any, Any], missing: np.ndarray[Any, Any]) -> pa.Array:
+    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(missing))
+
+
+def _sequences(
+    sequences: Sequence[torch.Tensor | None], missing: np.ndarray[Any, Any], width: int, dtype: str
+) -> pa.Array:
+    """list<fixed_size_list<dtype>[width]>, null where missing."""
+    kept = [
+        np.zeros((0, width), dtype) if tokens is None or gone else tokens.float().cpu().numpy().astype(dtype)
+        for tokens, gone in zip(sequences, missing.tolist(), strict=True)
+    ]
+    ends = np.cumsum([0, *(len(tokens) for tokens in kept)])
+    flat = np.concatenate([*kept, np.zeros((0, width), dtype)])
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width)
+    return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), vectors, mask=pa.array(missing))
+
+
+def _spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
+    """`array` at `positions` of an array of `count` values, null elsewhere."""
+    if len(positions) == count:
+        return array
+    places: list[int | None] = [None] * count
+    for place, position in enumerate(positions):
+        places[position] = place
+    return array.take(pa.array(places, pa.int64()))
+
+
+def asked_modalities(spec: EncoderSpec, asked: Sequence[Modality] | None) -> tuple[Modality, ...]:
+    """Those of the model's modalities that were asked for, in the fixed order."""
+    return tuple(m for m in MODALITIES if m in spec.dims and (asked is None or m in asked))

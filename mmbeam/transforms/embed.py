@@ -1,0 +1,52 @@
+"""Embed: runs a stage on every batch, on the thread that owns the stage's device."""
+
+import logging
+import os
+import socket
+from collections.abc import Iterator
+
+import apache_beam as beam
+
+from mmbeam.errors import DeviceError
+from mmbeam.models import placement
+from mmbeam.types import Batch, Stage
+
+log = logging.getLogger(__name__)
+
+
+class Embed(beam.PTransform):
+    """PCollection[Batch] -> PCollection[Batch]: adds the stage's outputs to each batch.
+
+    Several models in one pass over the shards are several Embed steps in a row. The model is loaded
+    once per process and device. A DeviceError fails the bundle; in a worker process it ends the
+    process too, because nothing a broken device says afterwards can be trusted.
+    """
+
+    def __init__(self, stage: Stage) -> None:
+        super().__init__()
+        self.stage = stage
+
+    def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[Batch]:
+        return batches | "Run" >> beam.ParDo(_RunStage(self.stage))
+
+
+class _RunStage(beam.DoFn):
+    def __init__(self, stage: Stage) -> None:
+        self.stage = stage
+        self.launcher = _process()
+
+    def process(self, batch: Batch) -> Iterator[Batch]:
+        if not batch.samples or batch.broken:
+            yield batch
+            return
+        try:
+            yield placement.device(self.stage.device).run(self.stage, batch)
+        except DeviceError as error:
+            if _process() != self.launcher:
+                log.critical("this worker ends, so that a fresh one can go on: %s", error)
+                os._exit(1)
+            raise
+
+
+def _process() -> tuple[str, int]:
+    return socket.gethostname(), os.getpid()

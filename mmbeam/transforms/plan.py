@@ -1,0 +1,52 @@
+"""Plan: from shard patterns, or from units already planned, to work units spread over the workers."""
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+
+import apache_beam as beam
+
+from mmbeam.io.shards import list_shards, plan_units, unit_from_json, unit_to_json
+from mmbeam.types import WorkUnit
+
+
+class Plan(beam.PTransform):
+    """PBegin -> PCollection[WorkUnit].
+
+    Takes patterns, listed here and now on the machine that builds the pipeline, or units that were
+    planned for a run. This is the only shuffle before the write, and it carries paths. Units travel
+    as JSON text, so that 100,000 of them stay small in the job's description.
+    """
+
+    def __init__(self, shards: str | Sequence[str] | Sequence[WorkUnit]) -> None:
+        super().__init__()
+        self.units = _units(shards)
+
+    def expand(self, begin: beam.Pipeline) -> beam.PCollection[WorkUnit]:
+        lines = [_line(unit) for unit in self.units]
+        return (
+            begin
+            | "Units" >> beam.Create(lines, reshuffle=False)  # str
+            | "Spread" >> beam.Reshuffle()  # str
+            | "Parse" >> beam.Map(_parse)  # WorkUnit
+        )
+
+
+def _line(unit: WorkUnit) -> str:
+    """The unit with what its plan leaves out: what is opened, where that is not the path itself."""
+    shards = [each.shard for each in unit.inputs]
+    urls = {shard.path: shard.url for shard in shards if shard.url != shard.path}
+    return json.dumps({**unit_to_json(unit), "urls": urls, "replace": unit.replace})
+
+
+def _parse(line: str) -> WorkUnit:
+    data = json.loads(line)
+    return replace(unit_from_json(data, data["urls"]), replace=data["replace"])
+
+
+def _units(shards: str | Sequence[str] | Sequence[WorkUnit]) -> list[WorkUnit]:
+    if isinstance(shards, str):
+        return plan_units(list_shards([shards]), [])
+    if all(isinstance(shard, str) for shard in shards):
+        return plan_units(list_shards([str(shard) for shard in shards]), [])
+    return [shard for shard in shards if isinstance(shard, WorkUnit)]

@@ -1,0 +1,354 @@
+"""The embed job end to end, in process: real shards in, committed Parquet out, whatever happens on the way."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
+
+from mmbeam.config import Cleaning, ModelRef, Reading, Windows
+from mmbeam.errors import DeviceError, FailureRateError, MissingModalityError, RunMismatchError, UsageError
+from mmbeam.jobs.embed import EmbedOptions, embed
+from mmbeam.models.encoders.clip import ClipEncoder
+from mmbeam.types import RunReport
+import shards
+from tiny_audio_text import save_clap
+from tiny_models import save_clip
+
+
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clap(tmp_path_factory.mktemp("models") / "clap")
+
+
+def run(tmp_path: Path, model: Path, pattern: Path | str, **changes: Any) -> RunReport:
+    """One embed job on the CPU with small windows, so that a unit is several batches."""
+    options = EmbedOptions(
+        input=(str(pattern),),
+        output=str(tmp_path / "out"),
+        models=(ModelRef(model=str(model)),),
+        device="cpu",
+        batch_size=4,
+        windows=Windows(samples=7),
+    )
+    return embed(replace(options, **changes))
+
+
+def rows_of(tmp_path: Path) -> list[dict[str, Any]]:
+    table = ds.dataset(tmp_path / "out" / "data").to_table()
+    return sorted(table.to_pylist(), key=lambda row: (row["shard"], row["offset"]))
+
+
+def failures_of(tmp_path: Path) -> list[dict[str, Any]]:
+    found: list[dict[str, Any]] = ds.dataset(tmp_path / "out" / "failures").to_table().to_pylist()
+    return found
+
+
+def conserved(report: RunReport) -> bool:
+    tally = report.tally
+    return tally.samples == tally.rows + tally.failed + sum(tally.skipped.values())
+
+
+def test_real_shards_of_every_make_become_rows_with_the_reference_models_vectors(tmp_path: Path, clip: Path) -> None:
+    """Tars by tar, by webdataset and in img2dataset's layout; every codec; text in many scripts."""
+    made = [
+        shards.make_tar_command(tmp_path / "in" / "tar", shards.make_truths(9)),
+        shards.make_webdataset(tmp_path / "in" / "wds", shards.make_truths(12, start=20)),
+        shards.make_img2dataset(tmp_path / "in" / "img2dataset"),
+    ]
+    truths = [truth for one in made for truth in one.truths]
+    report = run(tmp_path, clip, tmp_path / "in" / "*" / "*.tar")
+    rows = {row["key"]: row for row in rows_of(tmp_path)}
+    assert set(rows) == {truth.key for truth in truths}
+    assert report.tally.rows == len(truths)
+    assert conserved(report)
+    assert not report.tally.failures
+    model = CLIPModel.from_pretrained(clip).eval()
+    processor, tokenizer = CLIPImageProcessorPil.from_pretrained(clip), AutoTokenizer.from_pretrained(clip)
+    for truth in truths:
+        row = rows[truth.key]
+        assert (row["text"], row["errors"]) == (truth.text, [])
+        assert (row["image_width"], row["image_height"]) == truth.size
+        assert row["text_embedding"] == pytest.approx(reference_text(model, tokenizer, truth.text), abs=1e-5)
+    jpeg = next(truth for truth in truths if "jpg" in truth.members)
+    expected = reference_image(model, processor, jpeg.members["jpg"])
+    # Pixels may differ from Pillow's by one level of 255, which such a tiny, lively model passes on.
+    assert rows[jpeg.key]["image_embedding"] == pytest.approx(expected, abs=5e-3)
+
+
+@torch.inference_mode()
+def reference_text(model: CLIPModel, tokenizer: Any, text: str | None) -> list[float]:
+    inputs = tokenizer([text], return_tensors="pt", truncation=True, max_length=77)
+    vector = model.get_text_features(**inputs).pooler_output[0]
+    return [float(number) for number in torch.nn.functional.normalize(vector, dim=0)]
+
+
+@torch.inference_mode()
+def reference_image(model: CLIPModel, processor: Any, jpeg: bytes) -> list[float]:
+    import io
+
+    inputs = processor(Image.open(io.BytesIO(jpeg)), return_tensors="pt")
+    vector = model.get_image_features(**inputs).pooler_output[0]
+    return [float(number) for number in torch.nn.functional.normalize(vector, dim=0)]
+
+
+def test_bad_input_costs_what_is_bad_and_nothing_else(tmp_path: Path, clip: Path) -> None:
+    """Corrupt pictures, a cut tar, no tar at all, hostile names, a pickle: each sample found is accounted for."""
+    hostile = shards.make_hostile(tmp_path / "in")
+    report = run(tmp_path, clip, tmp_path / "in" / "*.tar", max_failure_rate=1.0)
+    assert conserved(report)
+    assert report.units_failed == 2  # no_tar and empty
+    rows = {(Path(row["shard"]).stem, row["key"]): row for row in rows_of(tmp_path)}
+    for name, made in hostile.items():
+        for truth in made.truths:
+            if truth.bad and name != "truncated":
+                row = rows.get((name, truth.key))
+                if truth.text is not None:
+                    assert row is not None
+                    assert row["errors"] == ["image_embedding"]
+                    assert row["image_embedding"] is None
+                    assert row["text_embedding"] is not None
+            elif not truth.bad:
+                assert rows[name, truth.key]["errors"] == []
+    failed = {(Path(record["shard"]).stem, record["key"]) for record in failures_of(tmp_path)}
+    assert {("pictures", "noise"), ("pictures", "cut"), ("pictures", "empty"), ("pictures", "huge")} <= failed
+    assert ("truncated", hostile["truncated"].truths[-1].key) in failed
+    assert ("no_tar", "") in failed
+    assert not list(tmp_path.rglob("PICKLED"))
+
+
+def test_the_same_command_again_does_only_what_is_not_committed(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(20), shards=4)
+    first = run(tmp_path, clip, tmp_path / "in")
+    before = rows_of(tmp_path)
+    calls = count_calls(monkeypatch)
+    second = run(tmp_path, clip, tmp_path / "in")
+    assert (first.units_written, second.units_written, second.units_kept) == (4, 0, 4)
+    assert second.tally.rows == first.tally.rows == 20
+    assert not calls
+    shards.make_webdataset(tmp_path / "in" / "more", shards.make_truths(5, start=50), shards=1)
+    third = run(tmp_path, clip, tmp_path / "in" / "**" / "*.tar")
+    assert (third.units_written, third.units_kept) == (1, 4)
+    assert [row for row in rows_of(tmp_path) if "/more/" not in row["shard"]] == before
+
+
+def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """How often the model is called from here on; the model itself stays the real one."""
+    calls: Counter[str] = Counter()
+    for name in ("encode_image", "encode_text"):
+        real = getattr(ClipEncoder, name)
+
+        def counted(self: ClipEncoder, items: Any, tokens: bool = False, _real: Any = real, _name: str = name) -> Any:
+            calls[_name] += 1
+            return _real(self, items, tokens)
+
+        monkeypatch.setattr(ClipEncoder, name, counted)
+    return calls
+
+
+def test_another_configuration_on_the_same_output_names_the_difference(tmp_path: Path, clip: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(4))
+    run(tmp_path, clip, tmp_path / "in")
+    with pytest.raises(RunMismatchError, match=r"dtype: float32 -> bfloat16"):
+        run(tmp_path, clip, tmp_path / "in", dtype="bfloat16")
+    report = run(tmp_path, clip, tmp_path / "in", dtype="bfloat16", overwrite=True)
+    assert report.units_written == 2
+
+
+def test_a_committed_shard_that_has_changed_is_an_error(tmp_path: Path, clip: Path) -> None:
+    made = shards.make_webdataset(tmp_path / "in", shards.make_truths(4))
+    run(tmp_path, clip, tmp_path / "in")
+    made.paths[0].write_bytes(made.paths[1].read_bytes())
+    with pytest.raises(RunMismatchError, match=made.paths[0].name):
+        run(tmp_path, clip, tmp_path / "in")
+
+
+def test_limit_takes_the_first_samples_as_one_unit(tmp_path: Path, clip: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(20), shards=4)
+    report = run(tmp_path, clip, tmp_path / "in", limit=8)
+    assert (report.units_written, report.tally.rows) == (1, 8)
+    assert [row["key"] for row in rows_of(tmp_path)] == [f"{index:06d}" for index in range(8)]
+
+
+def test_where_skips_by_name_and_cleaning_keeps_the_text_as_it_was(tmp_path: Path, clip: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(15), shards=1)
+    cleaning = Cleaning(text=("nfc", "whitespace", "lower"), where=("image_width >= 80", "metadata['index'] != 7"))
+    report = run(tmp_path, clip, tmp_path / "in", reading=Reading(cleaning=cleaning))
+    rows = rows_of(tmp_path)
+    expected = [index for index in range(15) if 64 + 8 * (index % 5) >= 80 and index != 7]
+    assert [json.loads(row["metadata"])["index"] for row in rows] == expected
+    assert report.tally.skipped == {"image_width >= 80": 6, "metadata['index'] != 7": 1}
+    assert conserved(report)
+    texts = list(shards.TEXTS.values())
+    assert [row["text"] for row in rows] == [texts[index % len(texts)] for index in expected]
+    assert all(row["text_clean"] == row["text_clean"].lower().strip() for row in rows)
+    assert all(row["text_num_tokens"] is not None for row in rows)
+
+
+def test_several_models_in_one_pass_each_with_its_columns(tmp_path: Path, clip: Path, clap: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(6), shards=1)
+    models = (ModelRef(model=str(clip), name="clip"), ModelRef(model=str(clap), name="clap"))
+    report = run(tmp_path, clip, tmp_path / "in", models=models)
+    names = {"clip_image_embedding", "clip_text_embedding", "clap_audio_embedding", "clap_text_embedding"}
+    assert dict(report.tally.made) == dict.fromkeys(names, 6)
+    for row in rows_of(tmp_path):
+        for name in names:
+            assert np.linalg.norm(row[name]) == pytest.approx(1, abs=1e-5)
+
+
+def test_one_models_failure_on_a_sample_costs_only_its_column(
+    tmp_path: Path, clip: Path, clap: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(9), shards=1)
+    real = ClipEncoder.encode_image
+
+    def fails_on_wide(self: ClipEncoder, images: Any, tokens: bool = False) -> Any:
+        if any(image.shape[1] == 96 for image in images):
+            raise ValueError("too wide for me")
+        return real(self, images, tokens)
+
+    monkeypatch.setattr(ClipEncoder, "encode_image", fails_on_wide)
+    models = (ModelRef(model=str(clip), name="clip"), ModelRef(model=str(clap), name="clap"))
+    report = run(tmp_path, clip, tmp_path / "in", models=models, max_failure_rate=1.0)
+    lost = [row for row in rows_of(tmp_path) if row["errors"]]
+    assert [row["key"] for row in lost] == ["000004"]
+    assert lost[0]["errors"] == ["clip_image_embedding"]
+    assert lost[0]["clap_audio_embedding"] is not None
+    assert report.tally.impaired == 1
+    record = failures_of(tmp_path)[0]
+    assert (record["outputs"], record["row"], record["message"]) == (["clip_image_embedding"], True, "too wide for me")
+
+
+def test_a_device_error_ends_the_attempt_and_blames_no_sample(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, fresh_devices: None
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(30), shards=3)
+    real, calls = ClipEncoder.encode_image, [0]
+
+    def lost(self: ClipEncoder, images: Any, tokens: bool = False) -> Any:
+        calls[0] += 1
+        if calls[0] == 6:
+            raise RuntimeError("CUDA error: unspecified launch failure")
+        return real(self, images, tokens)
+
+    monkeypatch.setattr(ClipEncoder, "encode_image", lost)
+    with pytest.raises(DeviceError, match="unspecified launch failure"):
+        run(tmp_path, clip, tmp_path / "in")
+    assert not list((tmp_path / "out" / "failures").glob("*"))
+    assert calls[0] == 6  # nothing was tried on the broken device
+    whole = len(list((tmp_path / "out" / "data").glob("*.parquet")))
+    monkeypatch.setattr(ClipEncoder, "encode_image", real)
+    fresh()
+    report = run(tmp_path, clip, tmp_path / "in")
+    assert (report.units_written, report.units_kept, report.tally.rows) == (3 - whole, whole, 30)
+
+
+@pytest.fixture
+def fresh_devices() -> Iterator[None]:
+    """A process whose device has not been broken yet, before and after."""
+    fresh()
+    yield
+    fresh()
+
+
+def fresh() -> None:
+    from mmbeam.models import placement
+
+    placement._devices.clear()
+
+
+def test_too_many_failures_stop_the_job_and_say_why(tmp_path: Path, clip: Path) -> None:
+    truths = shards.make_truths(150)
+    bad = [replace(truth, members={"jpg": b"\xff\xd8 no picture"}, text=None) for truth in truths[::2]]
+    mixed = [truth for pair in zip(bad, truths[1::2], strict=True) for truth in pair]
+    shards.make_webdataset(tmp_path / "in", mixed, shards=1)
+    with pytest.raises(FailureRateError, match=r"of 1\d\d samples lost.*decode: DecodeError"):
+        run(tmp_path, clip, tmp_path / "in")
+    assert not list((tmp_path / "out" / "data").glob("*"))
+    report = run(tmp_path, clip, tmp_path / "in", max_failure_rate=0.6)
+    assert (report.tally.failed, report.tally.rows) == (75, 75)
+
+
+def test_failed_samples_are_tried_again_when_asked(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(10), shards=2)
+    real = ClipEncoder.encode_image
+
+    def moody(self: ClipEncoder, images: Any, tokens: bool = False) -> Any:
+        if any(image.shape[:2] == (48, 64) for image in images):
+            raise ValueError("not today")
+        return real(self, images, tokens)
+
+    monkeypatch.setattr(ClipEncoder, "encode_image", moody)
+    first = run(tmp_path, clip, tmp_path / "in", max_failure_rate=1.0)
+    assert first.tally.impaired == 1
+    monkeypatch.setattr(ClipEncoder, "encode_image", real)
+    assert run(tmp_path, clip, tmp_path / "in").tally.impaired == 1
+    again = run(tmp_path, clip, tmp_path / "in", retry_failures=True)
+    assert (again.units_written, again.units_kept, again.tally.impaired) == (1, 1, 0)
+    assert not failures_of(tmp_path)
+    assert all(row["image_embedding"] for row in rows_of(tmp_path))
+
+
+def test_a_modality_that_is_nowhere_is_an_error(tmp_path: Path, clip: Path, clap: Path) -> None:
+    truths = [replace(truth, members={"txt": truth.members["txt"]}) for truth in shards.make_truths(4)]
+    shards.make_webdataset(tmp_path / "in", truths)
+    with pytest.raises(MissingModalityError, match="no image"):
+        run(tmp_path, clip, tmp_path / "in", modalities=("image", "text"))
+    with pytest.raises(UsageError, match="audio"):
+        run(tmp_path, clip, tmp_path / "in", modalities=("audio",))
+    assert not (tmp_path / "out").exists()
+    report = run(tmp_path, clip, tmp_path / "in")  # not asked for by name: nulls
+    assert dict(report.tally.made) == {"image_embedding": 0, "text_embedding": 4}
+
+
+def test_tokens_and_float16_are_stored_as_asked(tmp_path: Path, clip: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(5), shards=1)
+    run(tmp_path, clip, tmp_path / "in", tokens=True, vector_type="float16")
+    table = ds.dataset(tmp_path / "out" / "data").to_table()
+    assert table.schema.field("image_embedding").type.value_type == pa.float16()
+    assert table.schema.field("image_tokens").type == pa.list_(pa.list_(pa.float16(), 32))
+    assert all(len(row["image_tokens"]) in (9, 10) for row in table.to_pylist())
+
+
+def test_killed_at_any_moment_the_same_command_does_the_rest(tmp_path: Path, clip: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(64), shards=16)
+    command = [sys.executable, "-m", "mmbeam", "embed", "--input", str(tmp_path / "in"), "--model", str(clip)]
+    command += ["--device", "cpu", "--output"]
+    env = {**os.environ, "HF_HUB_OFFLINE": "1"}
+    data = tmp_path / "out" / "data"
+    with subprocess.Popen([*command, str(tmp_path / "out")], env=env, start_new_session=True) as process:
+        while len(list(data.glob("*.parquet"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.002)
+        os.killpg(process.pid, signal.SIGKILL)
+    committed = {path.name: path.stat().st_mtime_ns for path in data.glob("*.parquet")}
+    assert 2 <= len(committed) < 16
+    for path in data.glob("*.parquet"):
+        ds.dataset(path).to_table()  # whole, or not there
+    subprocess.run([*command, str(tmp_path / "out")], env=env, check=True)
+    assert {name: (data / name).stat().st_mtime_ns for name in committed} == committed
+    assert [row["key"] for row in rows_of(tmp_path)] == [f"{index:06d}" for index in range(64)]
+    assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))

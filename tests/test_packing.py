@@ -1,0 +1,90 @@
+"""Packing windows into batches, halving what does not fit, isolating what fails."""
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from mmbeam.errors import DeviceError
+from mmbeam.models.placement import classify
+from mmbeam.stages.packing import pack, run_packed
+
+weights = st.lists(st.integers(1, 500), max_size=80)
+
+
+@given(weights, st.integers(1, 20), st.one_of(st.none(), st.integers(1, 2000)))
+def test_every_item_is_in_exactly_one_batch_within_the_limits(
+    weights: list[int], size: int, max_weight: int | None
+) -> None:
+    batches = pack(weights, size, max_weight)
+    assert sorted(position for batch in batches for position in batch) == list(range(len(weights)))
+    for batch in batches:
+        assert 1 <= len(batch) <= size
+        heaviest = max(weights[position] for position in batch)
+        assert max_weight is None or len(batch) == 1 or len(batch) * heaviest <= max_weight
+
+
+@given(weights, st.integers(1, 20))
+def test_batches_are_ordered_by_weight_and_even(weights: list[int], size: int) -> None:
+    batches = pack(weights, size)
+    flat = [weights[position] for batch in batches for position in batch]
+    assert flat == sorted(flat, reverse=True)
+    sizes = [len(batch) for batch in batches]
+    assert not sizes or max(sizes) - sizes[-1] <= len(sizes)
+    assert len(batches) == -(-len(weights) // size)
+
+
+@given(st.lists(st.booleans(), max_size=60), st.integers(1, 16), st.integers(1, 16))
+def test_bad_items_fail_alone_and_the_others_are_done(bad: list[bool], size: int, memory: int) -> None:
+    """Whatever fails, and however small the memory, each item ends as done or as failed."""
+
+    def call(items: list[tuple[int, bool]]) -> list[int]:
+        if len(items) > memory:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+        if any(is_bad for _, is_bad in items):
+            raise ValueError("unusable")
+        return [number for number, _ in items]
+
+    items = list(enumerate(bad))
+    packed = run_packed(items, pack([1] * len(items), size), call, known_good=(-1, False))
+    done = {number for positions, result in packed.done for number in result}
+    for positions, result in packed.done:
+        assert positions == result
+    assert done == {number for number, is_bad in items if not is_bad}
+    assert set(packed.failed) == {number for number, is_bad in items if is_bad}
+    assert (packed.splits > 0) == any(len(batch) > memory for batch in pack([1] * len(items), size))
+
+
+def test_a_device_error_is_raised_and_recorded_against_no_sample() -> None:
+    def call(items: list[int]) -> None:
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    with pytest.raises(RuntimeError, match="illegal memory access"):
+        run_packed([1, 2], [[0, 1]], call, known_good=0)
+
+
+def test_a_model_that_fails_on_everything_is_not_the_samples_fault() -> None:
+    def call(items: list[int]) -> None:
+        raise ValueError("mat1 and mat2 shapes cannot be multiplied")
+
+    with pytest.raises(DeviceError, match="known to be good"):
+        run_packed([1, 2], [[0, 1]], call, known_good=0)
+
+
+@pytest.mark.parametrize(
+    ("error", "fault"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), "memory"),
+        (RuntimeError("[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"), "memory"),
+        (RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate"), "memory"),
+        (RuntimeError("CUDA error: device-side assert triggered"), "device"),
+        (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "device"),
+        (torch.AcceleratorError("CUDA error: unspecified launch failure"), "device"),
+        (OSError("disk full"), "device"),
+        (MemoryError(), "device"),
+        (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), "sample"),
+        (ValueError("odd"), "sample"),
+    ],
+)
+def test_whose_fault_it_is(error: Exception, fault: str) -> None:
+    assert classify(error) == fault
