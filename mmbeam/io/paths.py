@@ -1,0 +1,55 @@
+"""What names a shard, and what tells one content of it from another. Pure functions, no I/O."""
+
+import posixpath
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fsspec.implementations.local import LocalFileSystem
+
+ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # by what says most about the content
+ALIASES = {"gcs": "gs", "s3a": "s3"}
+URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
+
+Info = Mapping[str, Any]  # of one path, as fsspec gives it
+
+
+def without_query(url: str) -> str:
+    """`url` up to its query string or fragment; a local path, which may hold ? and #, as it is."""
+    return re.split("[?#]", url, maxsplit=1)[0] if "://" in url else url
+
+
+def public_path(url: str) -> str:
+    """`url` without user part, password, query string and fragment; a local path absolute and plain.
+
+    It is a shard's identity, the same for every spelling of the URL and safe in rows and logs.
+    """
+    scheme, separator, rest = without_query(url).partition("://")
+    scheme = ALIASES.get(scheme.lower(), scheme.lower())
+    if not separator or scheme in ("file", "local"):
+        return posixpath.normpath(str(LocalFileSystem._strip_protocol(url)))
+    host, slash, path = rest.partition("/")
+    plain = f"{host.rpartition('@')[2]}{slash}{path}"
+    return f"{scheme}://{plain.lstrip('/') if scheme == 'memory' else plain}"
+
+
+def plain_url(url: str) -> str:
+    """The public path if nothing but the spelling would be lost, so that spellings compare equal; else `url`."""
+    scheme, separator, rest = url.partition("://")
+    secret = "@" in rest.partition("/")[0] or re.search("[?#]", rest) is not None
+    return url if separator and scheme.lower() not in ("file", "local") and secret else public_path(url)
+
+
+def public_text(text: str) -> str:
+    """`text`, an error message say, with every URL in it made public."""
+    return URL_IN_TEXT.sub(lambda match: public_path(match[0]), text)
+
+
+def etag_of(info: Info) -> str | None:
+    """What tells one content of a path from another, out of a listing's entry; None if the store has nothing."""
+    for key in ETAG_KEYS:
+        if info.get(key):
+            return str(info[key]).strip('"')
+    if isinstance(info.get("mtime"), float) and "ino" in info:  # a local file; microseconds, as a float has no more
+        return f"{round(info['mtime'] * 1e6)}-{info['size']}"
+    return None

@@ -1,0 +1,41 @@
+"""A run and its place: the manifest, the plan, what is committed, what stops it, and its report.
+
+    OUT/data/part-<unit>.parquet                  the commit of a unit
+    OUT/failures/part-<unit>-<attempt>.parquet    named by the footer of the unit's Parquet
+    OUT/_mmbeam/run.json                          configuration, fingerprint, what is recorded beside them
+    OUT/_mmbeam/plan/<n>.jsonl                    work units, one file per launch that added some
+    OUT/_mmbeam/commits/<unit>.json               a cache of the footers
+    OUT/_mmbeam/stop.json, lock, summary.json
+
+Every file is published whole (store.py). Reading changes nothing: a run can be looked at by who may not
+write there. Rows are made in rows.py and written in parquet.py.
+"""
+
+from mmbeam.io.rows import build_schema
+from mmbeam.io.runs.commits import committed, load_reports, report_of
+from mmbeam.io.runs.control import clear_stop, judge, lock, stop, stopped
+from mmbeam.io.runs.plan import extend_plan, load_plan
+from mmbeam.io.runs.run import Run, differences, fingerprint_of, open_run, read_manifest
+from mmbeam.io.runs.summary import read_summary, sweep, write_summary
+
+__all__ = [
+    "Run",
+    "build_schema",
+    "clear_stop",
+    "committed",
+    "differences",
+    "extend_plan",
+    "fingerprint_of",
+    "judge",
+    "load_plan",
+    "load_reports",
+    "lock",
+    "open_run",
+    "read_manifest",
+    "read_summary",
+    "report_of",
+    "stop",
+    "stopped",
+    "sweep",
+    "write_summary",
+]

@@ -1,0 +1,126 @@
+"""Places to write to: a local directory, an S3 server (moto) and a GCS server (fake-gcs-server).
+
+The servers are processes on free ports of this machine, started when asked for, ended with the tests. The GCS server is
+a Go program: the environment's MMBEAM_FAKE_GCS names it, or it is on PATH, or Go builds it once into
+.cache/bin. Where there is none and no Go, "gcs" is not among STORES, and `report_header` says so.
+"""
+
+import atexit
+import functools
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+import uuid
+from pathlib import Path
+
+# Before gcsfs is imported: with it, gcsfs waits a minute per bucket for a service the server does not have.
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
+
+import fsspec.config
+
+BUCKET = "mmbeam-tests"
+BUILT = Path(__file__).parent.parent / ".cache" / "bin" / "fake-gcs-server"
+GCS_MODULE = "github.com/fsouza/fake-gcs-server@v1.56.1"
+
+# Serves one request at a time: moto looks and puts in two steps, which real S3 does in one.
+MOTO = """
+import sys
+from moto.server import DomainDispatcherApplication, create_backend_app
+from werkzeug.serving import run_simple
+run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_backend_app), threaded=False)
+"""
+
+
+def find_fake_gcs() -> str | None:
+    """Where fake-gcs-server is."""
+    found = os.environ.get("MMBEAM_FAKE_GCS") or shutil.which("fake-gcs-server")
+    return found or (str(BUILT) if BUILT.exists() else None)
+
+
+STORES = ["local", "s3", *(["gcs"] if find_fake_gcs() or shutil.which("go") else [])]
+
+
+def report_header() -> str:
+    """For pytest's header: which stores the tests write to, and why one is missing."""
+    missing = "" if "gcs" in STORES else "; not gcs: no fake-gcs-server (MMBEAM_FAKE_GCS, PATH) and no Go to build it"
+    return f"stores: {', '.join(STORES)}{missing}"
+
+
+def fresh_output(store: str, folder: Path) -> str:
+    """The URL of an output directory that does not exist yet."""
+    if store == "local":
+        return str(folder / f"out-{uuid.uuid4().hex[:8]}")
+    return f"{_bucket(store)}/out-{uuid.uuid4().hex[:8]}"
+
+
+@functools.cache
+def _bucket(store: str) -> str:
+    return _s3() if store == "s3" else _gcs()
+
+
+def _s3() -> str:
+    port = _free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    os.environ["AWS_ENDPOINT_URL"] = endpoint
+    os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
+    os.environ["AWS_DEFAULT_REGION"] = "us-east-1"
+    _start([sys.executable, "-c", MOTO, str(port)], endpoint)
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/{BUCKET}", method="PUT")).close()
+    return f"s3://{BUCKET}"
+
+
+def _gcs() -> str:
+    port = _free_port()
+    endpoint = f"http://127.0.0.1:{port}"
+    os.environ["STORAGE_EMULATOR_HOST"] = endpoint
+    os.environ["FSSPEC_GS"] = json.dumps({"token": "anon"})  # for the processes that tests start
+    fsspec.config.conf["gs"] = {"token": "anon"}
+    address = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-public-host", f"127.0.0.1:{port}"]
+    _start([_gcs_binary(), *address, "-backend", "memory"], f"{endpoint}/storage/v1/b?project=test")
+    body = json.dumps({"name": BUCKET}).encode()
+    headers = {"Content-Type": "application/json"}
+    urllib.request.urlopen(urllib.request.Request(f"{endpoint}/storage/v1/b?project=test", body, headers)).close()
+    return f"gs://{BUCKET}"
+
+
+def _gcs_binary() -> str:
+    found = find_fake_gcs()
+    if found is None:
+        environment = {**os.environ, "GOBIN": str(BUILT.parent), "GOFLAGS": "-modcacherw"}
+        subprocess.run(["go", "install", GCS_MODULE], env=environment, check=True, timeout=600)
+        found = str(BUILT)
+    return found
+
+
+def _free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return int(listener.getsockname()[1])
+
+
+def _start(command: list[str], url: str) -> None:
+    server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    atexit.register(_end, server, os.getpid())
+    deadline = time.monotonic() + 30
+    while time.monotonic() < deadline and server.poll() is None:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except urllib.error.HTTPError:  # it answers
+            return
+        except OSError:
+            time.sleep(0.05)
+        else:
+            return
+    raise RuntimeError(f"{command[0]} does not answer at {url} (exit status {server.poll()})")
+
+
+def _end(server: "subprocess.Popen[bytes]", owner: int) -> None:
+    if os.getpid() == owner:  # and not a fork of the test process
+        server.terminate()
+        server.wait(10)
