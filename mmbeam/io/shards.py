@@ -1,0 +1,282 @@
+"""From what a user typed to the shards a job reads, and from shards to units of work.
+
+Not here: opening a shard (stream.py), what is inside it (tar.py), where a plan is kept (runs.py).
+"""
+
+import hashlib
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any
+
+import fsspec
+from braceexpand import braceexpand
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+
+from mmbeam.errors import NoShardsError, UsageError
+from mmbeam.io.paths import Info, etag_of, plain_url, public_path, public_text, without_query
+from mmbeam.io.stream import open_shard as open_shard
+from mmbeam.types import Input, Shard, WorkUnit
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # what a folder given as a pattern stands for
+LIST_SUFFIXES = (".txt", ".list")
+LIST_FOLDER_ABOVE = 16  # so many paths in one folder: one listing is cheaper than a request for each
+HTTP_PROBES = 1000  # a web server lists no sizes: ask for the first so many, the others stay unknown
+REQUESTS_AT_ONCE = 32
+LOOKED_AT = 5  # places named in an error
+
+
+def expand(patterns: Sequence[str]) -> list[str]:
+    """The paths and globs that `patterns` stand for, in order, each once.
+
+    A pattern may join several with `::`, hold brace ranges (`data-{00000..00099}.tar`), or name a list
+    of shards (`@LIST`, or a path that ends in .txt or .list): one pattern per line, lines that begin
+    with # are comments, relative paths are relative to the list. Raises UsageError for a pattern that
+    would run a command, unbalanced braces, and a list that cannot be read.
+    """
+    return list(dict.fromkeys(entry for pattern in patterns for entry in _expand_joined(pattern)))
+
+
+def _expand_joined(pattern: str) -> Iterator[str]:
+    for entry in _expand_braces(pattern):
+        if _is_list(entry):
+            yield from _read_list(entry.removeprefix("@"))
+        else:
+            yield entry
+
+
+def _expand_braces(pattern: str) -> Iterator[str]:
+    for part in filter(None, (part.strip() for part in pattern.split("::"))):
+        if part.startswith(("pipe:", "|")) or part.endswith("|"):
+            raise UsageError("an input that runs a command (pipe:) is refused: give paths or URLs of shards")
+        try:
+            yield from braceexpand(part)
+        except ValueError:
+            raise UsageError(f"{public_path(part)}: unbalanced braces; write \\{{ for a brace in a name") from None
+
+
+def _is_list(entry: str) -> bool:
+    return entry.startswith("@") or without_query(entry).lower().endswith(LIST_SUFFIXES)
+
+
+def _read_list(url: str) -> Iterator[str]:
+    try:
+        with fsspec.open(url, "rt", encoding="utf-8-sig", expand=False) as lines:
+            text = lines.read()
+    except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, ValueError, ImportError) as error:
+        reason = type(error).__name__
+        raise UsageError(f"{public_path(url)}: cannot be read as a list of shards ({reason})") from None
+    folder = without_query(url).rpartition("/")[0]
+    for line in filter(None, map(str.strip, text.splitlines())):
+        if not line.startswith("#"):
+            yield from (_relative_to(folder, url, entry) for entry in _expand_braces(line))
+
+
+def _relative_to(folder: str, url: str, entry: str) -> str:
+    if _is_list(entry):
+        raise UsageError(f"{public_path(url)}: a list in a list ({public_path(entry)}); give both to --input")
+    if not folder or "://" in entry or entry.startswith(("/", "~")):
+        return entry
+    return f"{folder}/{entry.removeprefix('./')}"
+
+
+@dataclass(frozen=True)
+class _Place:
+    """A pattern, the file system it lies on, its path there, and what turns such a path into a URL."""
+
+    url: str
+    fs: Any
+    path: str
+    prefix: str
+
+    @property
+    def is_http(self) -> bool:
+        return self.url.startswith(("http://", "https://"))
+
+    @property
+    def is_glob(self) -> bool:
+        return re.search("[*[]" if self.is_http else "[*?[]", self.path) is not None
+
+    def shard(self, info: Info) -> Shard:
+        if info.get("islink"):  # a local listing dates the link, not the file
+            info = self.fs.info(info["name"])
+        return self.shard_at(self.prefix + info["name"], info)
+
+    def shard_at(self, url: str, info: Info) -> Shard:
+        path = public_path(url)
+        try:
+            path.encode()
+        except UnicodeEncodeError:
+            raise UsageError(f"{path!r}: the name is not UTF-8; rename the shard") from None
+        return Shard(path=path, url=plain_url(url), size=info.get("size"), etag=etag_of(info))
+
+
+def _place(url: str) -> _Place:
+    try:
+        fs, path = url_to_fs(url)
+    except ImportError as error:
+        raise UsageError(f"{public_path(url)}: needs a package that is not installed: {error}") from None
+    except ValueError as error:
+        raise UsageError(f"{public_path(url)}: {public_text(str(error))}") from None
+    plain = url.rstrip("/")
+    remote = not isinstance(fs, LocalFileSystem) and plain.endswith(path.rstrip("/"))
+    return _Place(url, fs, path, plain[: len(plain) - len(path.rstrip("/"))] if remote else "")
+
+
+@dataclass
+class _Listing:
+    """What was found, and where nothing was."""
+
+    shards: dict[str, Shard] = field(default_factory=dict)  # by path
+    missing: list[str] = field(default_factory=list)
+
+    def add(self, shard: Shard) -> None:
+        known = self.shards.setdefault(shard.path, shard)
+        if known.url != shard.url:
+            raise UsageError(f"{shard.path}: given twice, with different user parts or query strings; give one")
+
+
+def list_shards(patterns: Sequence[str]) -> list[Shard]:
+    """The shards that `patterns` (see `expand`) name, with the sizes and etags that listings give.
+
+    A glob's matches, and the tars of a folder, are sorted by path. A path that does not exist is a
+    shard too: its unit fails later, the others go on. Raises NoShardsError if nothing exists at all,
+    UsageError for a pattern that cannot be meant, and what the store raises if it refuses access.
+    """
+    places = [_place(entry) for entry in expand(patterns)]
+    infos = _look_up([place for place in places if not place.is_glob])
+    listing = _Listing()
+    for place in places:
+        _add_place(listing, place, infos)
+    for fs in {id(place.fs): place.fs for place in places}.values():
+        fs.invalidate_cache()  # a listing of 100,000 shards is not kept for the whole job
+    if len(listing.missing) == len(places):
+        looked = "\n  ".join([*listing.missing[:LOOKED_AT], *["..."] * (len(listing.missing) > LOOKED_AT)])
+        raise NoShardsError(f"no shard found; {len(places)} place(s) looked at:\n  {looked or 'no pattern was given'}")
+    return list(listing.shards.values())
+
+
+def _add_place(listing: _Listing, place: _Place, infos: Mapping[str, Info | None]) -> None:
+    info = infos.get(place.url, {})
+    is_folder = info is not None and (info.get("type") == "directory" or place.url.endswith("/"))
+    if place.is_glob or is_folder:
+        found = _list_folder(place) if is_folder else place.fs.glob(place.path, detail=True).values()
+        shards = [place.shard(entry) for entry in found if entry["type"] != "directory"]
+        if not shards:
+            listing.missing.append(f"{public_path(place.url)}: {_why_nothing(place, is_folder)}")
+        for shard in sorted(shards, key=lambda shard: shard.path):
+            listing.add(shard)
+        return
+    if info is None:
+        listing.missing.append(f"{public_path(place.url)}: does not exist")
+    listing.add(place.shard_at(place.url, info or {}))
+
+
+def _list_folder(place: _Place) -> list[Info]:
+    found = place.fs.ls(place.url if place.is_http else place.path, detail=True)
+    return [entry for entry in found if without_query(entry["name"]).lower().endswith(SHARD_SUFFIXES)]
+
+
+def _why_nothing(place: _Place, is_folder: bool) -> str:
+    if is_folder:
+        return f"holds no {', '.join('*' + suffix for suffix in SHARD_SUFFIXES)}"
+    folder = re.split("[*?[]", place.path)[0].rpartition("/")[0]
+    there = place.fs.exists(folder)
+    return f"no match in {public_path(place.prefix + folder)}, which {'exists' if there else 'does not exist'}"
+
+
+def _look_up(places: Sequence[_Place]) -> dict[str, Info | None]:
+    """Each place's entry by its URL, None for what does not exist; unknown ones ({}) past HTTP_PROBES."""
+    folders: dict[tuple[int, str], list[_Place]] = defaultdict(list)
+    for place in places:
+        folders[id(place.fs), place.path.rstrip("/").rpartition("/")[0]].append(place)
+    infos: dict[str, Info | None] = {}
+    singles: list[_Place] = []
+    for (_, folder), siblings in folders.items():
+        entries = (
+            None if siblings[0].is_http or len(siblings) <= LIST_FOLDER_ABOVE else _entries(siblings[0].fs, folder)
+        )
+        if entries is None:
+            singles += siblings
+        else:
+            infos.update((place.url, entries.get(place.path.rstrip("/"))) for place in siblings)
+    web = [place for place in singles if place.is_http]
+    unknown = {place.url for place in web[HTTP_PROBES:]}
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        asked = [place for place in singles if place.url not in unknown]
+        infos.update(zip((place.url for place in asked), pool.map(_info, asked), strict=True))
+    return infos | {url: {} for url in unknown}
+
+
+def _entries(fs: Any, folder: str) -> dict[str, Info] | None:
+    try:
+        return {entry["name"].rstrip("/"): entry for entry in fs.ls(folder, detail=True)}
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (PermissionError, NotImplementedError):  # a store may let files be read and not be listed
+        return None
+
+
+def _info(place: _Place) -> Info | None:
+    if place.is_http and place.url.endswith("/"):
+        return {"type": "directory"}
+    try:
+        info: Info = place.fs.info(place.path)
+        return info
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def unit_id(*inputs: Input) -> str:
+    """A name for the unit that reads `inputs`: readable, safe as a file name, fixed by what it reads."""
+    spans = "".join(f"{each.shard.path}\0{each.begin}\0{each.end}\n" for each in inputs)
+    name = inputs[0].shard.path.rpartition("/")[2]
+    stem = re.sub(r"(\.tar)?(\.gz|\.zst|\.tgz|\.tar)$", "", name, flags=re.IGNORECASE)
+    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[:60].strip("._-") or "shard"
+    return f"{safe}-{hashlib.sha256(spans.encode()).hexdigest()[:10]}"
+
+
+def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit]) -> list[WorkUnit]:
+    """New units for the shards that no known unit names: one each. Known units never change.
+
+    This is the one place that decides what a unit holds: byte ranges of giant shards and packs of tiny
+    ones are other `inputs` made here.
+    """
+    named = {each.shard.path for unit in known for each in unit.inputs}
+    inputs = [Input(shard=shard) for shard in shards if shard.path not in named]
+    units = {unit.id: unit for unit in (WorkUnit(id=unit_id(each), inputs=(each,)) for each in inputs)}
+    if len(units) != len(inputs) or not units.keys().isdisjoint(unit.id for unit in known):
+        raise UsageError("two shards got the same unit name; rename one of those added last")
+    return list(units.values())
+
+
+def limited_unit(shards: Sequence[Shard], limit: int) -> WorkUnit:
+    """One unit that ends after the first `limit` samples of `shards`, in their order."""
+    inputs = tuple(Input(shard=shard) for shard in shards)
+    return WorkUnit(id=f"first-{limit}-{unit_id(*inputs)}", inputs=inputs, limit=limit)
+
+
+def input_to_json(each: Input) -> dict[str, Any]:
+    """An input as plans and footers name it: nothing secret in it."""
+    shard = each.shard
+    return {"path": shard.path, "size": shard.size, "etag": shard.etag, "begin": each.begin, "end": each.end}
+
+
+def unit_to_json(unit: WorkUnit) -> dict[str, Any]:
+    """A unit as a line of the plan; what is to be done again (`replace`) is not the plan's."""
+    return {"id": unit.id, "inputs": [input_to_json(each) for each in unit.inputs], "limit": unit.limit}
+
+
+def unit_from_json(data: Mapping[str, Any], urls: Mapping[str, str] | None = None) -> WorkUnit:
+    """The unit of a line of the plan; `urls` says, by path, what to open where that is not the path itself."""
+    inputs = (_input_from_json(each, urls or {}) for each in data["inputs"])
+    return WorkUnit(id=data["id"], inputs=tuple(inputs), limit=data.get("limit"))
+
+
+def _input_from_json(data: Mapping[str, Any], urls: Mapping[str, str]) -> Input:
+    path = data["path"]
+    shard = Shard(path=path, url=urls.get(path, path), size=data["size"], etag=data["etag"])
+    return Input(shard=shard, begin=data["begin"], end=data["end"])

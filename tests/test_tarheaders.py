@@ -1,0 +1,256 @@
+"""Tars that are broken, cut, or made to harm: no error but ShardError, no wrong byte, nothing lost in silence."""
+
+import gzip
+import io
+import random
+import tarfile
+from collections.abc import Mapping
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tars import FORMATS, PACK, content, corpus, everything, grouped, info, read, write
+
+from mmbeam.config import Limits
+from mmbeam.errors import ShardError
+from mmbeam.io.tar import TarReader, split_name
+from mmbeam.io.tarheaders import BLOCK, pax_records
+
+
+class TestEnds:
+    def test_no_tar(self) -> None:
+        for data, message in [
+            (b"", "is empty"),
+            (b"PK\x03\x04 this is a zip" * 100, r"is no tar \(first 8 bytes b'PK\\x03\\x04 thi'\)"),
+            (b"short", "is no tar"),
+            (b"\0" * 100, "is no tar"),
+            (gzip.compress(b"hello" * 200), "is compressed, but no tar is inside .first 8 bytes b'hellohel'"),
+            (b"\x1f\x8b" + b"garbage" * 100, "no tar is inside.*cannot be decompressed"),
+            (write(corpus())[512:], "is no tar"),
+        ]:
+            with pytest.raises(ShardError, match=message):
+                read(data)
+
+    @pytest.mark.parametrize("zeros", [512, 1024, 10240])
+    def test_only_zeros(self, zeros: int) -> None:
+        assert read(b"\0" * zeros) == []
+
+    def test_no_end_mark(self) -> None:
+        pairs = corpus()
+        reader = TarReader(io.BytesIO(write(pairs, end=False)), "x", everything, Limits())
+        assert content(list(reader)) == grouped(pairs)
+        assert reader.unterminated
+
+    @pytest.mark.parametrize("pad", [BLOCK, 2 * BLOCK, 10240])
+    def test_one_zero_block_is_the_end_as_for_tarfile(self, pad: int) -> None:
+        one, two = [("a.jpg", b"1")], [("b.jpg", b"2")]
+        data = write(one, end=False) + b"\0" * pad + write(two)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            assert tar.getnames() == ["a.jpg"]
+        reader = TarReader(io.BytesIO(data), "x", everything, Limits())
+        assert content(list(reader)) == grouped(one)
+        assert reader.trailing_data
+        assert not reader.unterminated
+
+
+class TestDamage:
+    def test_header_in_the_middle(self) -> None:
+        pairs = corpus(count=5)
+        data = bytearray(write(pairs, "ustar"))
+        samples = read(bytes(data))
+        broken = samples[2].offset  # the header of 00002.jpg
+        data[broken + 10] ^= 1
+        found = read(bytes(data))
+        rest = {field: value for field, value in samples[2].members.items() if field != "jpg"}
+        assert content(found) == [*content(samples[:2]), ("00002", rest), *content(samples[3:])]
+        [damage] = found[1].damages
+        assert (damage.field, damage.offset, damage.error) == ("", broken, "DecodeError")
+        assert f"byte {broken:,}: expected a tar header, found a bad checksum" in damage.message
+        assert f"the next header is at byte {found[2].offset:,}" in damage.message
+        assert not any(sample.damages for sample in found if sample is not found[1])
+
+    def test_what_follows_damage_is_another_sample(self) -> None:
+        data = bytearray(write([("a.jpg", b"1"), ("a.txt", b"2"), ("a.json", b"3")], "ustar"))
+        data[1024] ^= 1
+        samples = read(bytes(data))
+        assert content(samples) == [("a", {"jpg": b"1"}), ("a", {"json": b"3"})]
+        assert [(len(sample.damages), sample.repeated) for sample in samples] == [(1, False), (0, True)]
+
+    def test_garbage_to_the_end(self) -> None:
+        data = write([("a.jpg", b"1")], end=False)
+        [sample] = read(data + b"garbage" * 10_000)
+        assert sample.members == {"jpg": b"1"}
+        assert sample.truncated
+        assert "no header follows: the shard ends at byte 71,024" in sample.damages[0].message
+
+    def test_ahead_of_the_first_sample(self) -> None:
+        readme = write([("README", b"no sample")], end=False)
+        [sample] = read(readme + b"garbage!" * 64 + write([("a.jpg", b"1")]))
+        assert sample.members == {"jpg": b"1"}
+        assert sample.damages[0].offset == len(readme)
+        with pytest.raises(ShardError, match=r"x\.tar: holds no sample that can be read: byte 1,024"):
+            read(readme + b"garbage!" * 640)
+
+    @pytest.mark.parametrize("wanted", [True, False])
+    def test_member_that_is_cut(self, wanted: bool) -> None:
+        data = write([("a.jpg", b"1"), ("b.jpg", b"2" * 1000), ("b.txt", b"3" * 5000)], "ustar")
+        offset = 1024 + 512 + 1024
+        whole, cut = read(data[: offset + 512 + 4000], lambda field: wanted)
+        assert (whole.truncated, whole.damages) == (False, ())
+        assert cut.truncated
+        assert cut.fields == ("jpg", "txt")
+        assert "txt" not in cut.members
+        [damage] = cut.damages
+        assert (damage.field, damage.offset, damage.error) == ("txt", offset, "DecodeError")
+        assert damage.message == (
+            f"member b.txt at byte {offset:,}: expected 5,000 bytes, found 4,000; "
+            f"the shard ends at byte {offset + 4512:,}"
+        )
+
+    def test_padding_may_be_missing(self) -> None:
+        reader = TarReader(io.BytesIO(write([("a.jpg", b"1" * 100)])[:612]), "x", everything, Limits())
+        assert content(list(reader)) == [("a", {"jpg": b"1" * 100})]
+        assert reader.unterminated
+
+    def test_sizes_that_cannot_be(self) -> None:
+        for size in (-5, 1 << 62, 1 << 80):
+            header = bytearray(info("b.jpg").tobuf(tarfile.GNU_FORMAT))
+            header[124:136] = (b"\xff" if size < 0 else b"\x80") + (size & ((1 << 88) - 1)).to_bytes(11, "big")
+            header[148:156] = b" " * 8
+            header[148:156] = b"%06o\0 " % sum(header)
+            samples = read(write([("a.jpg", b"1")], end=False) + bytes(header) + b"x" * 2000)
+            assert samples[-1].truncated or samples[-1].damages
+
+    @pytest.mark.parametrize(
+        "payload",
+        [b"99 path=a\n", b"x path=a\n", b"0 path=a\n", b"12 path=abc", b"14 size=-5000\n", b"30 " + b"9" * 26 + b"\n"],
+    )
+    def test_pax_header_that_is_none(self, payload: bytes) -> None:
+        with pytest.raises(ValueError, match="a pax header"):
+            pax_records(payload)
+        extension = info("p", size=len(payload), type=b"x").tobuf(tarfile.USTAR_FORMAT)
+        data = write([("a.jpg", b"1")], end=False) + extension + payload.ljust(512, b"\0")
+        samples = read(data + write([("b.jpg", b"2"), ("c.jpg", b"3")]))
+        assert content(samples) == [("a", {"jpg": b"1"}), ("c", {"jpg": b"3"})]
+        assert "a member whose name cannot be known" in samples[0].damages[0].message
+
+
+letters = st.text(st.characters(exclude_characters="./\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
+keys = st.lists(letters, min_size=1, max_size=3).map("/".join)
+fields = st.sampled_from(["jpg", "txt", "json", "a.png"])
+samples_of = st.lists(
+    st.tuples(keys, st.dictionaries(fields, st.binary(max_size=1500), min_size=1)),
+    min_size=1,
+    max_size=6,
+)
+
+
+class TestProperties:
+    @given(samples_of, st.sampled_from(["gnu", "pax"]), st.sampled_from(list(PACK)), st.booleans())
+    @settings(deadline=None, max_examples=150)
+    def test_round_trip(
+        self, made: list[tuple[str, Mapping[str, bytes]]], format: str, packing: str, end: bool
+    ) -> None:
+        pairs = [(f"{key}.{field}", data) for key, members in made for field, data in members.items()]
+        pairs = [(name, data) for name, data in pairs if split_name(name) is not None]
+        if pairs:
+            samples = read(PACK[packing](write(pairs, format, end)))
+            assert content(samples) == grouped(pairs)
+            assert not any(sample.damages or sample.truncated for sample in samples)
+
+    @pytest.mark.parametrize("packing", list(PACK))
+    @pytest.mark.parametrize("format", list(FORMATS))
+    def test_cut_at_any_byte(self, format: str, packing: str) -> None:
+        """What is left are the samples so far, and at most one more that is incomplete and says so."""
+        pairs = [
+            *corpus(count=3),
+            *((f"{'ü' * 60 if format != 'ustar' else 'u'}.{x}", b"long" * 300) for x in ("a", "b")),
+        ]
+        whole, data = content(read(write(pairs, format))), PACK[packing](write(pairs, format))
+        for cut in range(1, len(data), 3 if packing == "plain" else 37):
+            reader = TarReader(io.BytesIO(data[:cut]), "x", everything, Limits())
+            try:
+                found = list(reader)
+            except ShardError:
+                assert packing != "plain" or cut < BLOCK
+                continue
+            if not found:
+                continue
+            *complete, last = found
+            assert content(complete) == whole[: len(complete)]
+            assert not any(sample.damages for sample in complete)
+            key, members = whole[len(complete)]
+            assert last.key == key
+            assert last.members.items() <= members.items()
+            assert bool(last.damages) == last.truncated
+            assert last.truncated or reader.unterminated or content(found) == whole
+
+    def test_one_flipped_bit_in_a_header_costs_one_member(self) -> None:
+        source = random.Random(1)
+        pairs = corpus(count=4)
+        data = write(pairs, "ustar")
+        whole = set(pairs)
+        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+            headers = [(member.offset, member.name) for member in tar][1:]
+        for _ in range(300):
+            offset, name = source.choice(headers)
+            broken = bytearray(data)
+            broken[offset + source.randrange(148)] ^= 1 << source.randrange(8)
+            found = read(bytes(broken))
+            left = {(f"{sample.key}.{field}", value) for sample in found for field, value in sample.members.items()}
+            assert left == {pair for pair in whole if pair[0] != name}
+            assert sum(len(sample.damages) for sample in found) == 1
+
+    def check_fuzzed(self, data: bytes) -> None:
+        try:
+            samples = read(data, lambda field: field != "json", member_bytes=100_000)
+        except ShardError:
+            return
+        assert len(samples) <= len(data) // BLOCK + 1
+        for sample in samples:
+            assert sample.key.encode()
+            assert 0 <= sample.offset <= 10 * len(data) + 10_000_000
+            assert sample.members.keys() <= set(sample.fields)
+            assert not sample.truncated or sample.damages
+
+    @pytest.mark.parametrize("packing", list(PACK))
+    @pytest.mark.parametrize("format", list(FORMATS))
+    def test_flipped_bytes(self, format: str, packing: str) -> None:
+        source = random.Random(f"{format} {packing}")
+        data = PACK[packing](write([*corpus(count=4), ("n" * 90 + "/" + "m" * 90 + ".jpg", b"1")], format))
+        for _ in range(150):
+            broken = bytearray(data)
+            for _ in range(source.choice([1, 3, 30])):
+                broken[source.randrange(len(broken))] ^= 1 << source.randrange(8)
+            self.check_fuzzed(bytes(broken))
+
+    def test_blocks_moved_lost_and_doubled(self) -> None:
+        source = random.Random(5)
+        data = b"".join(write(corpus(seed, 3), format) for seed, format in enumerate(FORMATS))
+        blocks = [data[begin : begin + BLOCK] for begin in range(0, len(data), BLOCK)]
+        for _ in range(300):
+            self.check_fuzzed(b"".join(source.choices(blocks, k=source.randrange(1, 60))))
+
+    def test_headers_of_any_kind_with_right_checksums(self) -> None:
+        source = random.Random(6)
+        kinds = [b"0", b"\0", b"7", b"5", b"1", b"S", b"x", b"g", b"L", b"K", b"X", b"V", b"M", b"D", b"?"]
+        sizes = [0, 1, 511, 512, 700, 3000, 1 << 20, 1 << 33]
+        payloads = [b"", b"11 path=ab\n", b"20 GNU.sparse.major=", b"\xff" * 512, b"long name\0", b"12 size=999\n"]
+        for _ in range(400):
+            parts = []
+            for _ in range(source.randrange(1, 12)):
+                header = info(
+                    source.choice(["a.jpg", "b.txt", "c", "d/"]), size=source.choice(sizes), type=source.choice(kinds)
+                )
+                parts.append(header.tobuf(tarfile.GNU_FORMAT))
+                parts.append(source.choice(payloads).ljust(BLOCK * source.randrange(4), b"\0"))
+            self.check_fuzzed(b"".join(parts))
+
+    @given(st.binary(min_size=BLOCK, max_size=BLOCK))
+    @settings(deadline=None)
+    def test_random_header(self, block: bytes) -> None:
+        """With its checksum put right, it is a header or damage, never another error."""
+        header = bytearray(block)
+        header[148:156] = b" " * 8
+        header[148:156] = b"%06o\0 " % sum(header)
+        self.check_fuzzed(bytes(header) + block * 5)
