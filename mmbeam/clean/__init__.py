@@ -1,0 +1,43 @@
+"""Between decoding and the models: text normalised, samples selected, the picture filter named.
+
+Nothing here decodes; pictures are filtered on the device, by `mmbeam.ops.filters`.
+"""
+
+import math
+
+from mmbeam.clean.select import SampleValues, select
+from mmbeam.clean.text import TEXT_STEPS, check_steps, clean_text
+from mmbeam.clean.where import KIND_OF_NAME, compile_where, where_needs
+from mmbeam.errors import UsageError
+
+__all__ = [
+    "KIND_OF_NAME",
+    "TEXT_STEPS",
+    "SampleValues",
+    "check_steps",
+    "clean_text",
+    "compile_where",
+    "parse_image_filter",
+    "select",
+    "where_needs",
+]
+
+MAX_MEDIAN = 15  # pixels: the time grows with the fourth power of the side
+MAX_SIGMA = 100.0  # pixels
+
+
+def parse_image_filter(text: str) -> tuple[str, float]:
+    """("median", side in pixels) or ("gaussian", sigma in pixels); raises UsageError."""
+    name, _, number = text.partition(":")
+    try:
+        value = float(number)
+    except ValueError:
+        value = math.nan
+    if name == "median" and 1 <= value <= MAX_MEDIAN and value % 2 == 1:
+        return name, value
+    if name == "gaussian" and 0 < value <= MAX_SIGMA:
+        return name, value
+    raise UsageError(
+        f"image filter {text!r}: expected median:SIDE, an odd number of pixels up to {MAX_MEDIAN}, "
+        f"or gaussian:SIGMA, more than 0 and at most {MAX_SIGMA:g} pixels"
+    )

@@ -1,0 +1,248 @@
+"""The expressions of --where, by which samples are selected. Data, never code: nothing is called or imported.
+
+    image_width >= 256 and 0.5 < image_width / image_height < 2
+    text_words > 3 and "watermark" not in text and metadata.license in ("cc0", "cc-by")
+    audio_seconds is None or audio_seconds <= 30
+
+Names, constants, comparisons, `and`, `or`, `not`, `in`, `is None`, and `+ - * /` on numbers; entries of
+the metadata as `metadata.a.b` or `metadata['a'][0]`. As in SQL, what is missing is unknown, and so is
+what is made of it: a name whose modality the sample lacks, an entry that is not there, a comparison of
+a string with a number, a division by zero. `not` unknown is unknown, `unknown or True` is true, and a
+sample is selected only if the whole is true.
+"""
+
+import ast
+import operator
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any
+
+from mmbeam.errors import UsageError
+from mmbeam.types import Kind
+
+Values = Mapping[str, Any]  # what an expression sees, by name; None: missing
+_Term = Callable[[Values], Any]  # None: unknown
+
+KIND_OF_NAME: Mapping[str, Kind | None] = {
+    "image_width": "image",  # pixels, as shown
+    "image_height": "image",
+    "image_pixels": "image",
+    "audio_seconds": "audio",
+    "text_chars": "text",  # of the text that the model sees
+    "text_words": "text",
+    "text": "text",
+    "key": None,
+    "metadata": "metadata",
+}
+_MAX_CHARS, _MAX_NODES = 2000, 300  # so that neither the parser nor a sample's evaluation can recurse deeply
+_ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+_COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+}
+
+
+@lru_cache
+def compile_where(expression: str) -> Callable[[Values], bool]:
+    """A predicate on a mapping that holds every name of KIND_OF_NAME the expression uses.
+
+    Raises UsageError that points at the column.
+    """
+    term = _Compiler(expression).compile(_parse(expression))
+    return lambda values: _truth(term(values)) is True
+
+
+@lru_cache
+def where_needs(expression: str) -> frozenset[Kind]:
+    """The kinds of member that the expression looks at."""
+    names = {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)}
+    return frozenset(kind for name in names if (kind := KIND_OF_NAME.get(name)) is not None)
+
+
+def _parse(expression: str) -> ast.expr:
+    if len(expression) > _MAX_CHARS:
+        raise UsageError(f"where: an expression of {len(expression):,} characters, at most {_MAX_CHARS:,} are taken")
+    source = _one_line(expression)
+    try:
+        body = ast.parse(source, mode="eval").body
+    except SyntaxError as error:
+        column = error.offset - 1 if error.offset else len(source)  # 0 or None: at the end
+        raise _usage_error(source, column, error.msg) from error
+    except (RecursionError, MemoryError, ValueError) as error:  # nested too deeply for the parser; a NUL
+        raise UsageError(f"where: {expression!r} cannot be parsed: {error or 'nested too deeply'}") from error
+    if sum(1 for _ in ast.walk(body)) > _MAX_NODES:
+        raise UsageError(f"where: an expression of more than {_MAX_NODES} parts; give several --where instead")
+    return body
+
+
+def _one_line(expression: str) -> str:
+    return expression.strip().replace("\n", " ")
+
+
+def _usage_error(source: str, column: int, problem: str) -> UsageError:
+    names = ", ".join(KIND_OF_NAME)
+    return UsageError(f"where, column {column + 1}: {problem}\n  {source}\n  {' ' * column}^\nnames: {names}")
+
+
+class _Compiler:
+    """Turns the nodes that the language has into functions, and refuses all others."""
+
+    def __init__(self, expression: str) -> None:
+        self._source = _one_line(expression)
+
+    def compile(self, node: ast.expr) -> _Term:
+        compile_node = getattr(self, f"_compile_{type(node).__name__.lower()}", None)
+        if compile_node is None:
+            raise self._error(node, "only comparisons, and, or, not, in, is None and + - * / can be used")
+        term: _Term = compile_node(node)
+        return term
+
+    def _error(self, node: ast.expr, problem: str) -> UsageError:
+        before = self._source.encode()[: node.col_offset]  # ast counts bytes
+        return _usage_error(self._source, len(before.decode()), problem)
+
+    def _compile_constant(self, node: ast.Constant) -> _Term:
+        if not isinstance(node.value, bool | int | float | str | None):
+            raise self._error(node, f"{ast.unparse(node)} is no number, string, True, False or None")
+        return lambda values: node.value
+
+    def _compile_name(self, node: ast.Name) -> _Term:
+        if node.id not in KIND_OF_NAME:
+            raise self._error(node, f"unknown name {node.id!r}")
+        return lambda values: values[node.id]
+
+    def _compile_attribute(self, node: ast.Attribute) -> _Term:
+        return self._entry(node, node.attr)
+
+    def _compile_subscript(self, node: ast.Subscript) -> _Term:
+        if not isinstance(node.slice, ast.Constant) or not isinstance(node.slice.value, str | int):
+            raise self._error(node.slice, "in [ ] a string or a number is expected")
+        return self._entry(node, node.slice.value)
+
+    def _entry(self, node: ast.Attribute | ast.Subscript, name: str | int) -> _Term:
+        root: ast.expr = node
+        while isinstance(root, ast.Attribute | ast.Subscript):
+            root = root.value
+        if not isinstance(root, ast.Name) or root.id != "metadata":
+            raise self._error(node, "only metadata has entries")
+        parent = self.compile(node.value)
+        return lambda values: _look_up(parent(values), name)
+
+    def _compile_boolop(self, node: ast.BoolOp) -> _Term:
+        terms = [self.compile(value) for value in node.values]
+        return partial(_all if isinstance(node.op, ast.And) else _any, terms)
+
+    def _compile_unaryop(self, node: ast.UnaryOp) -> _Term:
+        term = self.compile(node.operand)
+        if isinstance(node.op, ast.Not):
+            return lambda values: _not(_truth(term(values)))
+        if isinstance(node.op, ast.USub):
+            return lambda values: _arithmetic(operator.sub, 0, term(values))
+        raise self._error(node, "of the signs only - can be used")
+
+    def _compile_binop(self, node: ast.BinOp) -> _Term:
+        if type(node.op) not in _ARITHMETIC:
+            raise self._error(node, "of arithmetic only + - * / can be used")
+        operation, left, right = _ARITHMETIC[type(node.op)], self.compile(node.left), self.compile(node.right)
+        return lambda values: _arithmetic(operation, left(values), right(values))
+
+    def _compile_compare(self, node: ast.Compare) -> _Term:
+        operands = [node.left, *node.comparators]
+        pairs = zip(operands, node.ops, operands[1:], strict=False)
+        return partial(_all, [self._comparison(left, op, right) for left, op, right in pairs])
+
+    def _comparison(self, left_node: ast.expr, op: ast.cmpop, right_node: ast.expr) -> _Term:
+        if isinstance(op, ast.In | ast.NotIn):
+            left, right = self.compile(left_node), self._container(right_node)
+            contains: _Term = lambda values: _contains(left(values), right(values))  # noqa: E731
+            return contains if isinstance(op, ast.In) else lambda values: _not(contains(values))
+        left, right = self.compile(left_node), self.compile(right_node)
+        if isinstance(op, ast.Is | ast.IsNot):
+            if not isinstance(right_node, ast.Constant) or right_node.value is not None:
+                raise self._error(right_node, "`is` can only be followed by None; compare with ==")
+            wanted = isinstance(op, ast.Is)
+            return lambda values: (left(values) is None) is wanted
+        compare = _COMPARISONS[type(op)]
+        return lambda values: _compare(compare, left(values), right(values))
+
+    def _container(self, node: ast.expr) -> _Term:
+        if not isinstance(node, ast.Tuple | ast.List):
+            return self.compile(node)
+        terms = [self.compile(element) for element in node.elts]
+        return lambda values: [term(values) for term in terms]
+
+
+def _look_up(parent: Any, name: str | int) -> Any:
+    if isinstance(parent, dict):
+        return parent.get(name)
+    if isinstance(parent, list) and type(name) is int and name < len(parent):
+        return parent[name]
+    return None
+
+
+def _truth(value: Any) -> bool | None:
+    return None if value is None else bool(value)
+
+
+def _not(truth: bool | None) -> bool | None:
+    return None if truth is None else not truth
+
+
+def _all(terms: list[_Term], values: Values) -> bool | None:
+    known = True
+    for term in terms:
+        truth = _truth(term(values))
+        if truth is False:
+            return False
+        known = known and truth is not None
+    return True if known else None
+
+
+def _any(terms: list[_Term], values: Values) -> bool | None:
+    known = True
+    for term in terms:
+        truth = _truth(term(values))
+        if truth is True:
+            return True
+        known = known and truth is not None
+    return False if known else None
+
+
+def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:
+    if not isinstance(left, int | float) or not isinstance(right, int | float):
+        return None
+    try:
+        return operation(left, right)
+    except ArithmeticError:  # division by zero, overflow
+        return None
+
+
+def _compare(comparison: Callable[[Any, Any], bool], left: Any, right: Any) -> bool | None:
+    numbers = isinstance(left, int | float) and isinstance(right, int | float)
+    if left is None or right is None or not (numbers or type(left) is type(right)):
+        return None
+    try:
+        return comparison(left, right)
+    except TypeError:  # an order of dictionaries, or of lists of mixed content
+        return None
+
+
+def _contains(element: Any, container: Any) -> bool | None:
+    """SQL's IN for a list, substring for a string, whether there is such an entry for a dictionary."""
+    if element is None or container is None:
+        return None
+    if isinstance(container, str):
+        return element in container if isinstance(element, str) else None
+    if not isinstance(container, list | dict):
+        return None
+    found = [_compare(operator.eq, element, other) for other in container if other is not None]
+    return True if True in found else None if None in container else False

@@ -1,0 +1,117 @@
+"""Samples decoded: bytes to uint8 pixels, float waveforms and strings, with limits.
+
+Shards are written by strangers, so whatever the bytes are, the outcome is a value or a SampleError, in
+time and memory that the limits bound. All of it is safe in threads, and the codecs release the GIL.
+Only MemoryError comes out, as a fault of the surroundings.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from mmbeam.clean import clean_text, where_needs
+from mmbeam.config import Reading
+from mmbeam.decode.audio import audio_seconds, decode_audio
+from mmbeam.decode.common import printable
+from mmbeam.decode.image import decode_image, image_size
+from mmbeam.decode.text import decode_metadata, decode_text
+from mmbeam.errors import FlowError, SampleError
+from mmbeam.types import KINDS, MODALITIES, Audio, Damage, Failure, Kind, Needs, RawSample, Sample
+
+__all__ = [
+    "audio_seconds",
+    "decode_audio",
+    "decode_image",
+    "decode_metadata",
+    "decode_sample",
+    "decode_text",
+    "image_size",
+    "wanted_fields",
+]
+
+
+def wanted_fields(reading: Reading, needs: Needs) -> Callable[[str], bool]:
+    """Whether the bytes of a field (lower case) have to be read: text and metadata always are."""
+    kinds = _wanted_kinds(reading, needs)
+    return lambda name: reading.fields.kind(name) in kinds
+
+
+def _wanted_kinds(reading: Reading, needs: Needs) -> frozenset[Kind]:
+    always: frozenset[Kind] = frozenset({"text", "metadata"})
+    return always.union(needs.modalities, *map(where_needs, reading.cleaning.where))
+
+
+def decode_sample(raw: RawSample, reading: Reading, needs: Needs) -> tuple[Sample, tuple[Failure, ...]]:
+    """The sample with what could be decoded of it, and a Failure for each thing that could not.
+
+    Pictures and sounds that no stage needs are not decoded; if a `where` expression asks for their size
+    or length, that alone is read from their header (an Audio without waves).
+    Of a sample that the shard cut short, or that has a damaged header inside, nothing is decoded, since
+    what it lost is not known: it gets one Failure of the whole sample (modality "").
+    """
+    chosen = reading.fields.choose(raw.fields)
+    values: dict[str, Any] = {"present": frozenset(kind for kind in MODALITIES if kind in chosen)}
+    failures = _whole_sample_failures(raw)
+    if not failures:
+        damages = {damage.field: damage for damage in raw.damages}
+        for kind in sorted(_wanted_kinds(reading, needs) & chosen.keys(), key=KINDS.index):
+            name = chosen[kind]
+            if name in damages:
+                failures.append(_read_failure(raw, kind, damages[name]))
+                continue
+            try:
+                values |= _decode(kind, _member(raw, name), reading, needs)
+            except SampleError as error:
+                failures.append(_failure(raw, kind, "decode", type(error).__name__, str(error)))
+    return Sample(key=raw.key, shard=raw.shard, offset=raw.offset, **values), tuple(failures)
+
+
+def _whole_sample_failures(raw: RawSample) -> list[Failure]:
+    failures = [_read_failure(raw, "", damage) for damage in raw.damages if damage.field == ""]
+    if raw.truncated and not failures:
+        message = f"the shard breaks off inside this sample, after {', '.join(raw.fields) or 'its first header'}"
+        failures.append(_failure(raw, "", "read", "DecodeError", message))
+    return failures[:1]
+
+
+def _read_failure(raw: RawSample, modality: str, damage: Damage) -> Failure:
+    return _failure(raw, modality, "read", damage.error, f"at byte {damage.offset:,}: {damage.message}")
+
+
+def _failure(raw: RawSample, modality: str, step: str, error: str, message: str) -> Failure:
+    return Failure(
+        key=raw.key,
+        shard=raw.shard,
+        offset=raw.offset,
+        modality=modality,
+        step=step,
+        error=error,
+        message=printable(message),
+    )
+
+
+def _member(raw: RawSample, name: str) -> bytes:
+    if name not in raw.members:
+        raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage says why")
+    return raw.members[name]
+
+
+def _decode(kind: Kind, data: bytes, reading: Reading, needs: Needs) -> dict[str, Any]:
+    """The values of a Sample that come from the member of one kind."""
+    limits = reading.limits
+    if kind == "image":
+        return _decode_image(data, reading, needs)
+    if kind == "audio":
+        if kind in needs.modalities:
+            return {"audio": decode_audio(data, limits, needs.sampling_rates)}
+        return {"audio": Audio(waves={}, seconds=audio_seconds(data, limits))}
+    if kind == "metadata":
+        return {"metadata": decode_metadata(data, limits)}
+    text, steps = decode_text(data, limits), reading.cleaning.text
+    return {"text": text, "text_clean": clean_text(text, steps) if steps else None}
+
+
+def _decode_image(data: bytes, reading: Reading, needs: Needs) -> dict[str, Any]:
+    if "image" not in needs.modalities:
+        return {"image_size": image_size(data, reading.limits)}
+    image, size = decode_image(data, reading.limits, reading.background, needs.image_side, reading.draft)
+    return {"image": image, "image_size": size}

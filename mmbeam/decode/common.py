@@ -1,0 +1,38 @@
+"""What every decoder shares: a codec's exceptions as sample errors, and text fit for a message. No codec."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from mmbeam.errors import DecodeError, SampleError
+
+MESSAGE_CHARS = 300  # of a codec's or a stranger's text in a message
+_SIGNS_OF_A_CUT = ("truncat", "premature end", "not enough data", "end of file", "eof")
+
+
+@contextmanager
+def codec_errors(what: str, size: int) -> Iterator[None]:
+    """Raise whatever a codec raises on `size` bytes of `what` as a DecodeError.
+
+    Codecs raise OSError, SyntaxError, struct.error, zlib.error and more for bad bytes. MemoryError and
+    errors of our own pass as they are.
+    """
+    try:
+        yield
+    except (MemoryError, SampleError):
+        raise
+    except Exception as error:
+        text = getattr(error, "error_string", str(error))  # of soundfile's: without the address of the file object
+        reason = printable(text) or type(error).__name__
+        state = "truncated" if any(sign in reason.lower() for sign in _SIGNS_OF_A_CUT) else "damaged"
+        raise DecodeError(f"{state} {what} ({size:,} bytes): {reason}") from error
+
+
+def printable(text: str) -> str:
+    """The beginning of `text` without control characters: nothing of a stranger's reaches a terminal."""
+    cut = text if len(text) <= MESSAGE_CHARS else text[: MESSAGE_CHARS - 3] + "..."
+    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in cut)
+
+
+def first_bytes(data: bytes) -> str:
+    """What the data looks like, for an error about what it is not."""
+    return f"it begins with {data[:16]!r}" if data else "it is empty"

@@ -1,0 +1,624 @@
+"""Decoding: every format against a reference, and whatever strangers may send."""
+
+import io
+import json
+import struct
+import time
+import tracemalloc
+import warnings
+import zlib
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+import pytest
+import soundfile
+import soxr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image, ImageOps, features
+
+from mmbeam.config import Cleaning, FieldMap, Limits, Reading
+from mmbeam.decode import (
+    audio_seconds,
+    decode_audio,
+    decode_image,
+    decode_metadata,
+    decode_sample,
+    decode_text,
+    image_size,
+    wanted_fields,
+)
+from mmbeam.errors import DecodeError, FlowError, LimitError, SampleError
+from mmbeam.types import Damage, Needs, RawSample
+
+LIMITS = Limits()
+RATE = 16_000
+
+
+def photo(width: int = 96, height: int = 64, mode: str = "RGB") -> Image.Image:
+    """Smooth noise, which all codecs can hold."""
+    channels = len(Image.new(mode, (1, 1)).getbands())
+    noise = np.random.default_rng(width * height).integers(0, 256, (8, 8, channels), dtype=np.uint8)
+    bands = [Image.fromarray(noise[:, :, band]).resize((width, height)) for band in range(channels)]
+    return Image.merge(mode, bands) if channels > 1 else bands[0]
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def opened(data: bytes) -> Image.Image:
+    return Image.open(io.BytesIO(data))
+
+
+def png_chunk(name: bytes, body: bytes) -> bytes:
+    return struct.pack(">I", len(body)) + name + body + struct.pack(">I", zlib.crc32(name + body))
+
+
+def png_header(width: int, height: int) -> bytes:
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 8, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + png_chunk(b"IEND", b"")
+
+
+def png16(values: np.ndarray) -> bytes:
+    """A 16-bit RGB PNG, which Pillow does not write."""
+    height, width, _ = values.shape
+    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
+    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+
+
+def tone(seconds: float = 0.5, rate: int = RATE, channels: int = 1) -> np.ndarray:
+    times = np.arange(int(seconds * rate)) / rate
+    noise = np.random.default_rng(0).normal(0, 0.02, (len(times), channels))
+    return 0.4 * np.sin(2 * np.pi * 440 * times)[:, None] * np.linspace(0.5, 1, channels) + noise
+
+
+def sound(
+    kind: str = "WAV", subtype: str | None = None, rate: int = RATE, seconds: float = 0.5, channels: int = 1
+) -> bytes:
+    buffer = io.BytesIO()
+    soundfile.write(buffer, tone(seconds, rate, channels), rate, format=kind, subtype=subtype)
+    return buffer.getvalue()
+
+
+IMAGES: Mapping[str, bytes] = {
+    "jpeg": saved(photo(), "JPEG", quality=90),
+    "jpeg progressive": saved(photo(), "JPEG", progressive=True),
+    "jpeg grey": saved(photo(mode="L"), "JPEG"),
+    "jpeg cmyk": saved(photo(mode="CMYK"), "JPEG"),
+    "png": saved(photo(), "PNG"),
+    "png grey": saved(photo(mode="L"), "PNG"),
+    "png bilevel": saved(photo().convert("1"), "PNG"),
+    "png palette": saved(photo().quantize(16), "PNG"),
+    "webp": saved(photo(), "WEBP"),
+    "webp lossless": saved(photo(), "WEBP", lossless=True),
+    "gif": saved(photo().quantize(64), "GIF"),
+    "bmp": saved(photo(), "BMP"),
+    "tiff": saved(photo(), "TIFF"),
+    "tiff lzw": saved(photo(), "TIFF", compression="tiff_lzw"),
+    "tiff cmyk": saved(photo(mode="CMYK"), "TIFF"),
+    "tiff jpeg": saved(photo(), "TIFF", compression="jpeg"),
+    "tiff lab": saved(photo(mode="LAB"), "TIFF"),
+}
+SOUNDS: Mapping[str, bytes] = {
+    "wav 8": sound("WAV", "PCM_U8"),
+    "wav 16": sound("WAV", "PCM_16"),
+    "wav 24": sound("WAV", "PCM_24"),
+    "wav 32": sound("WAV", "PCM_32"),
+    "wav float": sound("WAV", "FLOAT"),
+    "wavex": sound("WAVEX", "PCM_16"),
+    "rf64": sound("RF64", "PCM_16"),
+    "flac": sound("FLAC"),
+    "mp3": sound("MP3", seconds=2.0),
+    "ogg vorbis": sound("OGG", "VORBIS"),
+    "opus": sound("OGG", "OPUS"),
+}
+
+
+class TestImage:
+    @pytest.mark.parametrize("name", IMAGES)
+    def test_equals_pillow(self, name: str) -> None:
+        pixels, size = decode_image(IMAGES[name], LIMITS)
+        assert pixels.dtype == np.uint8
+        assert pixels.flags.c_contiguous
+        assert pixels.flags.writeable  # or torch.from_numpy warns
+        assert size == image_size(IMAGES[name], LIMITS) == (96, 64)
+        np.testing.assert_array_equal(pixels, np.asarray(opened(IMAGES[name]).convert("RGB")))
+
+    @pytest.mark.parametrize("orientation", range(1, 9))
+    @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP", "TIFF"])
+    def test_orientation_is_applied(self, kind: str, orientation: int) -> None:
+        exif = Image.Exif()
+        exif[0x0112] = orientation
+        data = saved(photo(97, 50), kind, exif=exif)
+        pixels, size = decode_image(data, LIMITS)
+        np.testing.assert_array_equal(pixels, np.asarray(ImageOps.exif_transpose(opened(data)).convert("RGB")))
+        assert size == image_size(data, LIMITS) == ((97, 50) if orientation < 5 else (50, 97))
+        assert pixels.flags.c_contiguous
+
+    @pytest.mark.parametrize("exif", [b"Exif\0\0", b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0" + b"\xff" * 40])
+    def test_damaged_exif_costs_no_picture(self, exif: bytes) -> None:
+        data = saved(photo(), "JPEG", exif=exif)
+        np.testing.assert_array_equal(decode_image(data, LIMITS)[0], np.asarray(opened(data)))
+
+    @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 77)])
+    def test_transparent_pictures_are_laid_on_the_background(self, background: tuple[int, int, int]) -> None:
+        rgba = photo(mode="RGBA")
+        grey_alpha = photo(mode="LA")
+        keyed = photo().convert("RGB")
+        indexed = photo().quantize(16)
+        files = {
+            "rgba": saved(rgba, "PNG"),
+            "rgba webp": saved(rgba, "WEBP", lossless=True, exact=True),
+            "la": saved(grey_alpha, "PNG"),
+            "rgb with a transparent colour": saved(keyed, "PNG", transparency=keyed.getpixel((5, 5))),
+            "palette with a transparent entry": saved(indexed, "PNG", transparency=3),
+            "palette with alpha": saved(indexed, "PNG", transparency=bytes(range(0, 256, 16))),
+            "grey with a transparent level": saved(photo(mode="L"), "PNG", transparency=100),
+            "gif": saved(indexed, "GIF", transparency=3),
+        }
+        for name, data in files.items():
+            source = np.asarray(opened(data).convert("RGBA")).astype(np.int64)
+            colour, alpha = source[:, :, :3], source[:, :, 3:]
+            assert (alpha < 255).any(), name
+            expected = (colour * alpha + np.array(background) * (255 - alpha) + 127) // 255
+            np.testing.assert_array_equal(decode_image(data, LIMITS, background)[0], expected, err_msg=name)
+
+    @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
+    def test_16_bit_grey_is_rounded(self, kind: str) -> None:
+        values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
+        data = saved(Image.fromarray(values), kind)
+        expected = np.rint(values / 257).astype(np.uint8)
+        pixels, _ = decode_image(data, LIMITS)
+        for channel in range(3):
+            np.testing.assert_array_equal(pixels[:, :, channel], expected)
+
+    def test_16_bit_big_endian_and_colour(self) -> None:
+        values = np.random.default_rng(0).integers(0, 65536, (20, 30), dtype=np.uint16)
+        big_endian = Image.frombytes("I;16B", (30, 20), values.astype(">u2").tobytes())
+        pixels, _ = decode_image(saved(big_endian, "TIFF"), LIMITS)
+        np.testing.assert_array_equal(pixels[:, :, 0], np.rint(values / 257))
+        colour = np.random.default_rng(0).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
+        np.testing.assert_array_equal(decode_image(png16(colour), LIMITS)[0], colour >> 8)
+
+    def test_32_bit_grey(self) -> None:
+        integers = np.array([[-5, 0, 257, 65535, 1 << 30]], dtype=np.int32)
+        pixels, _ = decode_image(saved(Image.fromarray(integers), "TIFF"), LIMITS)
+        assert pixels[0, :, 0].tolist() == [0, 0, 1, 255, 255]
+        reals = np.array([[-1, 0, 0.5, 1, 7, np.nan]], dtype=np.float32)
+        pixels, _ = decode_image(saved(Image.fromarray(reals), "TIFF"), LIMITS)
+        assert pixels[0, :, 0].tolist() == [0, 0, 128, 255, 255, 0]
+
+    @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
+    def test_first_frame_of_several(self, kind: str) -> None:
+        frames = [Image.new("RGB", (40, 30), colour) for colour in ((200, 0, 0), (0, 200, 0), (0, 0, 200))]
+        options = {"lossless": True} if kind == "WEBP" else {}
+        data = saved(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+        pixels, size = decode_image(data, LIMITS)
+        assert size == (40, 30)
+        assert (pixels == (200, 0, 0)).all()
+
+    @pytest.mark.parametrize("name", IMAGES)
+    def test_a_picture_cut_in_half_is_refused(self, name: str) -> None:
+        data = IMAGES[name]
+        with pytest.raises(DecodeError, match=r"truncated|damaged"):
+            decode_image(data[: len(data) // 2], LIMITS)
+
+    @pytest.mark.parametrize("name", ["jpeg", "jpeg progressive", "jpeg grey", "jpeg cmyk"])
+    def test_a_jpeg_is_never_half_grey(self, name: str) -> None:
+        data = IMAGES[name]
+        whole, _ = decode_image(data, LIMITS)
+        for end in range(20, len(data), 37):
+            with pytest.raises(DecodeError, match="JPEG"):
+                decode_image(data[:end], LIMITS)
+        np.testing.assert_array_equal(decode_image(data + b"trailing bytes", LIMITS)[0], whole)
+
+    def test_a_jpeg_that_breaks_off_inside_is_refused(self) -> None:
+        data = IMAGES["jpeg"]
+        with pytest.raises(DecodeError, match=r"^truncated JPEG \([\d,]+ bytes\): .*premature end of data"):
+            decode_image(data[: len(data) // 2] + b"\xff\xd9", LIMITS)
+
+    def test_a_jpeg_with_a_harmless_warning_is_decoded_as_pillow_does(self) -> None:
+        data = IMAGES["jpeg"]
+        odd = data.replace(b"JFIF\0\x01", b"JFIF\0\x07")  # libjpeg: unknown JFIF revision number
+        np.testing.assert_array_equal(decode_image(odd, LIMITS)[0], decode_image(data, LIMITS)[0])
+        assert odd != data
+
+    @pytest.mark.parametrize("size", [(1023, 767), (300, 901), (64, 64)])
+    def test_draft_keeps_twice_the_side(self, size: tuple[int, int]) -> None:
+        data = saved(photo(*size), "JPEG")
+        for side in (16, 40, 150, 400, None):
+            pixels, full = decode_image(data, LIMITS, side=side, draft=True)
+            assert full == size
+            factor = next((one for one in (8, 4, 2) if side and min(size) // one >= 2 * side), 1)
+            reference = opened(data)
+            reference.draft("RGB", (size[0] // factor, size[1] // factor))
+            np.testing.assert_array_equal(pixels, np.asarray(reference))
+            assert pixels.shape[1] == -(-size[0] // factor)
+        assert decode_image(data, LIMITS, side=16)[0].shape[1::-1] == size
+        assert decode_image(data, LIMITS, side=8, draft=True)[0].shape[1::-1] != size
+
+    def test_pixel_limit_is_checked_before_decoding(self) -> None:
+        with pytest.raises(LimitError, match=r"PNG of 50,000 x 50,000 pixels, at most 100,000,000"):
+            decode_image(png_header(50_000, 50_000), LIMITS)
+        with pytest.raises(LimitError, match="96 x 64 pixels, at most 6,143"):
+            decode_image(IMAGES["jpeg"], Limits(pixels=96 * 64 - 1))
+        assert decode_image(IMAGES["jpeg"], Limits(pixels=96 * 64))[1] == (96, 64)
+        with pytest.raises(LimitError, match="pixels"):
+            image_size(png_header(50_000, 50_000), LIMITS)
+
+    def test_webp_canvas_bomb(self) -> None:
+        data = bytearray(IMAGES["webp lossless"])
+        at = data.index(b"VP8L") + 9
+        flags = int.from_bytes(data[at : at + 4], "little") >> 28 << 28
+        data[at : at + 4] = (flags | 16382 << 14 | 16382).to_bytes(4, "little")
+        with pytest.raises(LimitError, match="16,383 x 16,383"):
+            decode_image(bytes(data), LIMITS)
+
+    def test_a_limit_beyond_pillows_own_is_ours_alone(self) -> None:
+        data = saved(Image.new("1", (20_000, 10_000)), "PNG")  # 200 Mpx: Pillow itself raises above 179
+        assert image_size(data, Limits(pixels=200_000_000)) == (20_000, 10_000)
+
+    def test_jpeg_scan_bomb(self) -> None:
+        data = IMAGES["jpeg progressive"]
+        last = data.rindex(b"\xff\xda")
+        bomb = data[:last] + data[last:-2] * 200 + b"\xff\xd9"
+        with pytest.raises(LimitError, match=r"JPEG of 2\d\d scans, at most 100"):
+            decode_image(bomb, LIMITS)
+
+    @pytest.mark.parametrize("data", [b"", b"\0", b"%!PS-Adobe-3.0 EPSF", b"<svg>", b"SIMPLE  =  T", b"P6 1 1 255 abc"])
+    def test_other_formats_are_not_opened(self, data: bytes) -> None:
+        with pytest.raises(DecodeError, match=r"no picture of a known format .*(it begins with|it is empty)"):
+            decode_image(data, LIMITS)
+
+    def test_pillows_warnings_do_not_leak(self) -> None:
+        tiff = bytearray(IMAGES["tiff"])
+        directory = struct.unpack_from("<I", tiff, 4)[0]
+        tiff[directory : directory + 2] = struct.pack("<H", 9000)  # more entries than there are: Pillow warns
+        with warnings.catch_warnings(record=True) as seen:
+            warnings.simplefilter("always")
+            opened(bytes(tiff))
+            assert seen  # the file is one that Pillow warns of
+            seen.clear()
+            decode_image(bytes(tiff), LIMITS)
+            assert not seen
+
+    def test_threads(self) -> None:
+        expected = {name: decode_image(data, LIMITS)[0] for name, data in IMAGES.items()}
+        with ThreadPoolExecutor(4) as pool:
+            jobs = [(name, pool.submit(decode_image, data, LIMITS)) for name, data in IMAGES.items() for _ in range(10)]
+            for name, job in jobs:
+                np.testing.assert_array_equal(job.result()[0], expected[name])
+
+
+class TestAudio:
+    @pytest.mark.parametrize("name", SOUNDS)
+    def test_equals_soundfile(self, name: str) -> None:
+        audio = decode_audio(SOUNDS[name], LIMITS, frozenset())
+        with soundfile.SoundFile(io.BytesIO(SOUNDS[name])) as file:
+            expected, rate = file.read(dtype="float32"), file.samplerate
+        assert list(audio.waves) == [rate] == [RATE]
+        assert audio.waves[rate].dtype == np.float32
+        assert audio.waves[rate].flags.writeable
+        np.testing.assert_array_equal(audio.waves[rate], expected)
+        assert audio.seconds == len(expected) / rate == audio_seconds(SOUNDS[name], LIMITS)
+
+    @pytest.mark.parametrize("channels", [2, 3, 6])
+    def test_channels_are_averaged(self, channels: int) -> None:
+        data = sound("WAV", "FLOAT", channels=channels, seconds=12.0)  # several blocks
+        expected = soundfile.read(io.BytesIO(data), dtype="float64")[0].mean(axis=1)
+        np.testing.assert_allclose(decode_audio(data, LIMITS, frozenset()).waves[RATE], expected, atol=1e-7)
+
+    def test_resampled_to_each_rate_by_soxr(self) -> None:
+        data = sound("FLAC", rate=44_100, channels=2)
+        audio = decode_audio(data, LIMITS, frozenset({16_000, 44_100, 48_000}))
+        mono = decode_audio(data, LIMITS, frozenset()).waves[44_100]
+        assert list(audio.waves) == [16_000, 44_100, 48_000]
+        np.testing.assert_array_equal(audio.waves[44_100], mono)
+        for rate in (16_000, 48_000):
+            np.testing.assert_array_equal(audio.waves[rate], soxr.resample(mono, 44_100, rate, quality="HQ"))
+            assert audio.waves[rate].dtype == np.float32
+
+    @pytest.mark.parametrize("name", SOUNDS)
+    def test_a_sound_cut_in_half_is_refused(self, name: str) -> None:
+        data = SOUNDS[name]
+        with pytest.raises(DecodeError, match=r"truncated|damaged"):
+            decode_audio(data[: len(data) // 2], LIMITS, frozenset())
+
+    @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+    def test_an_ogg_that_ends_inside_a_page_is_refused(self, subtype: str) -> None:
+        data = sound("OGG", subtype, seconds=8.0)
+        for end in range(len(data) // 5, len(data), len(data) // 7):
+            with pytest.raises(
+                DecodeError, match=rf"truncated Ogg \(its last page ends at byte .*, found {end:,} bytes"
+            ):
+                decode_audio(data[:end], LIMITS, frozenset())
+
+    def test_truncated_wav_says_what_is_missing(self) -> None:
+        data = SOUNDS["wav 16"]
+        with pytest.raises(DecodeError, match=r"truncated WAV \(expected 16,000 bytes of sound, found 15,900\)"):
+            decode_audio(data[:-100], LIMITS, frozenset())
+
+    @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000])
+    def test_wav_of_a_program_that_could_not_seek(self, size: int) -> None:
+        data = bytearray(SOUNDS["wav 16"])
+        struct.pack_into("<I", data, data.index(b"data") + 4, size)
+        assert decode_audio(bytes(data), LIMITS, frozenset()).seconds == 0.5
+
+    def test_mp3_without_xing_header_is_read_to_its_end(self) -> None:
+        quiet_at_first = tone(4.0) * (np.arange(4 * RATE) > RATE)[:, None]
+        buffer = io.BytesIO()
+        soundfile.write(buffer, quiet_at_first, RATE, format="MP3", bitrate_mode="VARIABLE")
+        data = buffer.getvalue()
+        assert b"Xing" in data[:64]
+        bare = data[data.index(data[:2], 2) :]
+        assert b"Xing" not in bare
+        assert soundfile.info(io.BytesIO(bare)).duration < 3 or soundfile.info(io.BytesIO(bare)).duration > 5  # guessed
+        audio = decode_audio(bare, LIMITS, frozenset())
+        assert 4.0 <= audio.seconds < 4.3  # without the header, the encoder's padding cannot be cut off
+        assert audio.seconds == audio_seconds(bare, LIMITS)
+
+    def test_length_limit_by_the_header_and_in_fact(self) -> None:
+        for name, data in SOUNDS.items():
+            with pytest.raises(LimitError, match=r"sound of .* seconds or more, at most 0.2"):
+                decode_audio(data, Limits(seconds=0.2), frozenset())
+            with pytest.raises(LimitError, match="seconds"):
+                audio_seconds(data, Limits(seconds=0.2))
+            assert decode_audio(data, Limits(seconds=2.0), frozenset()).seconds <= 2.0, name
+
+    def test_claims_of_ten_hours(self) -> None:
+        wav = bytearray(SOUNDS["wav 16"])
+        struct.pack_into("<I", wav, wav.index(b"data") + 4, 36_000 * RATE * 2)
+        with pytest.raises(DecodeError, match="truncated WAV"):
+            decode_audio(bytes(wav), LIMITS, frozenset())
+        flac = bytearray(SOUNDS["flac"])
+        claim = int.from_bytes(flac[18:26], "big") >> 36 << 36
+        flac[18:26] = (claim | 36_000 * RATE).to_bytes(8, "big")
+        with pytest.raises(LimitError, match=r"sound of 36,000\.0 seconds or more, at most 1,800"):
+            decode_audio(bytes(flac), LIMITS, frozenset())
+
+    def test_flac_that_does_not_say_how_long_it_is(self) -> None:
+        flac = bytearray(SOUNDS["flac"])
+        flac[18:26] = (int.from_bytes(flac[18:26], "big") >> 36 << 36).to_bytes(8, "big")
+        expected = decode_audio(SOUNDS["flac"], LIMITS, frozenset()).waves[RATE]
+        np.testing.assert_array_equal(decode_audio(bytes(flac), LIMITS, frozenset()).waves[RATE], expected)
+        assert audio_seconds(bytes(flac), LIMITS) == 0.5
+        with pytest.raises(DecodeError, match="FLAC"):
+            decode_audio(bytes(flac[:-200]), LIMITS, frozenset())
+        for read in (
+            lambda: decode_audio(bytes(flac), Limits(seconds=0.1), frozenset()),
+            lambda: audio_seconds(bytes(flac), Limits(seconds=0.1)),
+        ):
+            with pytest.raises(LimitError, match=r"at most 0\.1"):
+                read()
+
+    @pytest.mark.parametrize("kind", ["MP3", "OGG", "FLAC"])
+    def test_blocks_change_nothing(self, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        data = sound(kind, seconds=8.0)
+        with soundfile.SoundFile(io.BytesIO(data)) as file:
+            expected = file.read(dtype="float32")
+        monkeypatch.setattr("mmbeam.decode.audio._BLOCK_SAMPLES", 1000)
+        np.testing.assert_array_equal(decode_audio(data, LIMITS, frozenset()).waves[RATE], expected)
+
+    @pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+    @pytest.mark.parametrize("channels", [1, 2])
+    def test_samples_that_are_not_finite(self, value: float, channels: int) -> None:
+        samples = tone(channels=channels)
+        samples[100, 0] = value
+        buffer = io.BytesIO()
+        soundfile.write(buffer, samples, RATE, format="WAV", subtype="FLOAT")
+        with pytest.raises(DecodeError, match="not finite"):
+            decode_audio(buffer.getvalue(), LIMITS, frozenset())
+
+    def test_no_sound(self) -> None:
+        with pytest.raises(DecodeError, match="0 frames"):
+            decode_audio(sound(seconds=0.0), LIMITS, frozenset())
+        with pytest.raises(DecodeError, match="too short to resample: 1 frames"):
+            decode_audio(sound(rate=48_000, seconds=1.5 / 48_000), LIMITS, frozenset({16_000}))
+
+    def test_other_formats_are_not_opened(self) -> None:
+        with pytest.raises(DecodeError, match=r"m4a, AAC.* cannot be read here; WAV, FLAC"):
+            decode_audio(b"\0\0\0\x20ftypM4A \0\0\0\0" + b"\0" * 100, LIMITS, frozenset())
+        for data in (b"", b"\0" * 100, sound("AIFF"), sound("AU"), sound("CAF")):
+            with pytest.raises(DecodeError, match="no sound of a known format"):
+                decode_audio(data, LIMITS, frozenset())
+
+    def test_rates_out_of_range(self) -> None:
+        with pytest.raises(DecodeError, match="WAV of 2,000,000 Hz; 100 to 384,000 Hz"):
+            decode_audio(sound(rate=2_000_000, seconds=0.001), LIMITS, frozenset())
+
+
+class TestText:
+    def test_text(self) -> None:
+        assert decode_text("Grüße 日本 👩‍🚀\r\n".encode(), LIMITS) == "Grüße 日本 👩‍🚀\r\n"
+        assert decode_text(b"\xef\xbb\xbfa\xef\xbb\xbf", LIMITS) == "a\ufeff"
+        assert decode_text(b"", LIMITS) == ""
+
+    @pytest.mark.parametrize(("data", "where"), [(b"abc\xff", 3), (b"\xef\xbb\xbfa\xe9", 4), (b"\xed\xa0\x80", 0)])
+    def test_no_utf8(self, data: bytes, where: int) -> None:
+        with pytest.raises(DecodeError, match=f"no UTF-8: .* at byte {where}, where"):
+            decode_text(data, LIMITS)
+
+    def test_length(self) -> None:
+        assert decode_text("日本".encode(), Limits(text_chars=2)) == "日本"
+        for data in (b"abc", "日本x".encode(), b"a" * 100):
+            with pytest.raises(LimitError, match="at most 2"):
+                decode_text(data, Limits(text_chars=2))
+
+    @given(st.binary(max_size=60))
+    def test_any_bytes(self, data: bytes) -> None:
+        try:
+            expected = data.decode("utf-8-sig")
+        except UnicodeDecodeError:
+            with pytest.raises(DecodeError):
+                decode_text(data, LIMITS)
+        else:
+            assert decode_text(data, LIMITS) == expected
+
+    def test_metadata(self) -> None:
+        for text in ('{"a": [1, 2.5, null]}', ' {"b" :1} ', '{"a": NaN, "b": -Infinity}', "3"):
+            assert decode_metadata(text.encode(), LIMITS) == text
+
+    @pytest.mark.parametrize("data", [b"", b"{", b"{'a': 1}", b'{"a": 1}x', b"\xff", b"[" * 100_000, b"9" * 5000])
+    def test_no_json(self, data: bytes) -> None:
+        with pytest.raises(DecodeError, match=r"JSON|UTF-8"):
+            decode_metadata(data, LIMITS)
+
+
+def raw_sample(members: Mapping[str, bytes], **values: Any) -> RawSample:
+    plain: dict[str, Any] = {"key": "k", "shard": "s.tar", "offset": 512, "members": members, "fields": tuple(members)}
+    return RawSample(**plain | values)
+
+
+class TestSample:
+    FIELDS = {  # noqa: RUF012
+        "jpg": IMAGES["jpeg"],
+        "wav": SOUNDS["wav 16"],
+        "txt": b"  A <b>cat</b> ",
+        "json": b'{"a": 1}',
+        "cls": b"3",
+    }
+    ALL = Needs(modalities=frozenset({"image", "audio", "text"}), sampling_rates=frozenset({8000}))
+
+    def test_everything(self) -> None:
+        reading = Reading(cleaning=Cleaning(text=("markup", "whitespace", "lower")))
+        sample, failures = decode_sample(raw_sample(self.FIELDS), reading, self.ALL)
+        assert failures == ()
+        assert sample.present == {"image", "audio", "text"}
+        assert (sample.key, sample.shard, sample.offset) == ("k", "s.tar", 512)
+        assert sample.image is not None
+        assert sample.image.shape == (64, 96, 3)
+        assert sample.image_size == (96, 64)
+        assert sample.audio is not None
+        assert list(sample.audio.waves) == [8000]
+        assert (sample.text, sample.text_clean) == ("  A <b>cat</b> ", "a cat")
+        assert sample.metadata == '{"a": 1}'
+
+    def test_only_what_is_needed(self) -> None:
+        needs = Needs(modalities=frozenset({"text"}))
+        sample, failures = decode_sample(raw_sample({**self.FIELDS, "jpg": b"junk"}), Reading(), needs)
+        assert failures == ()
+        assert sample.present == {"image", "audio", "text"}
+        assert (sample.image, sample.image_size, sample.audio, sample.text_clean) == (None, None, None, None)
+        want = wanted_fields(Reading(), needs)
+        assert [name for name in self.FIELDS if want(name)] == ["txt", "json"]
+
+    def test_where_reads_headers_only(self) -> None:
+        reading = Reading(cleaning=Cleaning(where=("image_width > 10", "audio_seconds < 3")))
+        needs = Needs(modalities=frozenset({"text"}))
+        want = wanted_fields(reading, needs)
+        assert [name for name in self.FIELDS if want(name)] == ["jpg", "wav", "txt", "json"]
+        sample, _ = decode_sample(raw_sample(self.FIELDS), reading, needs)
+        assert (sample.image, sample.image_size) == (None, (96, 64))
+        assert sample.audio is not None
+        assert (dict(sample.audio.waves), sample.audio.seconds) == ({}, 0.5)
+
+    def test_each_bad_member_costs_its_own_modality(self) -> None:
+        bad = {"jpg": IMAGES["jpeg"][:500], "wav": b"junk\x1b[31m", "txt": b"\xff", "json": b"{"}
+        sample, failures = decode_sample(raw_sample(bad), Reading(), self.ALL)
+        assert [failure.modality for failure in failures] == ["image", "audio", "text", "metadata"]
+        assert {(failure.step, failure.error) for failure in failures} == {("decode", "DecodeError")}
+        assert all(failure.message.isprintable() and len(failure.message) <= 300 for failure in failures)
+        assert (sample.image, sample.audio, sample.text, sample.metadata) == (None, None, None, None)
+        assert sample.present == {"image", "audio", "text"}
+        _, failures = decode_sample(raw_sample(self.FIELDS), Reading(limits=Limits(pixels=9)), self.ALL)
+        assert [(failure.modality, failure.error) for failure in failures] == [("image", "LimitError")]
+
+    def test_damaged_members(self) -> None:
+        members = {name: data for name, data in self.FIELDS.items() if name != "jpg"}
+        damages = (
+            Damage(field="jpg", offset=1024, error="LimitError", message="300 MB\n" + "x" * 1000),
+            Damage(field="cls", offset=4096, error="DecodeError", message="nobody asked for it"),
+        )
+        raw = raw_sample(members, fields=tuple(self.FIELDS), damages=damages)
+        sample, failures = decode_sample(raw, Reading(), self.ALL)
+        assert [(one.modality, one.step, one.error) for one in failures] == [("image", "read", "LimitError")]
+        assert failures[0].message.startswith("at byte 1,024: 300 MB\N{REPLACEMENT CHARACTER}xxx")
+        assert len(failures[0].message) == 300
+        assert sample.has("audio")
+        assert sample.present == {"image", "audio", "text"}
+
+    @pytest.mark.parametrize(
+        "lost",
+        [{"truncated": True}, {"damages": (Damage(field="", offset=9, error="DecodeError", message="bad header"),)}],
+    )
+    def test_a_sample_that_lost_who_knows_what(self, lost: dict[str, object]) -> None:
+        sample, failures = decode_sample(raw_sample(self.FIELDS, **lost), Reading(), self.ALL)
+        assert [(one.modality, one.step, one.error) for one in failures] == [("", "read", "DecodeError")]
+        assert sample.present == {"image", "audio", "text"}
+        assert (sample.image, sample.audio, sample.text, sample.metadata) == (None, None, None, None)
+
+    def test_a_member_that_was_not_read_is_no_fault_of_the_sample(self) -> None:
+        with pytest.raises(FlowError, match=r"k\.jpg is needed but was not read"):
+            decode_sample(raw_sample({}, fields=("jpg",)), Reading(), self.ALL)
+
+    def test_named_fields(self) -> None:
+        fields = {"b.jpg": IMAGES["jpeg"], "jpg": IMAGES["png"], "caption": b"x"}
+        reading = Reading(fields=FieldMap(image="b.jpg", text="caption"))
+        sample, failures = decode_sample(raw_sample(fields), reading, self.ALL)
+        assert failures == ()
+        assert sample.text == "x"
+        np.testing.assert_array_equal(sample.image, decode_image(IMAGES["jpeg"], LIMITS)[0])
+
+
+SMALL = Limits(pixels=1_000_000, seconds=60.0, text_chars=100_000)
+
+
+def everything(data: bytes) -> None:
+    """Run each decoder on the bytes; only SampleError may come out."""
+    calls: tuple[Callable[[], object], ...] = (
+        lambda: decode_image(data, SMALL, side=8, draft=True),
+        lambda: image_size(data, SMALL),
+        lambda: decode_audio(data, SMALL, frozenset({8000})),
+        lambda: audio_seconds(data, SMALL),
+        lambda: decode_metadata(data, SMALL),
+    )
+    for call in calls:
+        message = ""
+        try:
+            call()
+        except SampleError as error:
+            message = str(error)
+        assert message.isprintable()
+        assert len(message) < 500
+        assert " at 0x" not in message  # the same bytes give the same message
+
+
+FILES = {**IMAGES, **SOUNDS, "json": json.dumps({"a": [1, {"b": "ü"}]}).encode()}
+
+
+class TestFuzz:
+    """Bounded time and memory, and nothing but SampleError, for bytes made of every format."""
+
+    @pytest.mark.parametrize("name", FILES)
+    def test_damaged_files(self, name: str, capfd: pytest.CaptureFixture[str]) -> None:
+        data, rng = FILES[name], np.random.default_rng(len(name))
+        tracemalloc.start()
+        begin = time.monotonic()
+        for turn in range(60):
+            bytes_ = np.frombuffer(data, dtype=np.uint8).copy()
+            end = len(data) if turn % 3 else int(rng.integers(len(data)))
+            head = 200 if turn % 2 else len(data)  # headers are where it hurts
+            where = rng.integers(0, min(head, len(data)), size=int(rng.integers(1, 6)))
+            bytes_[where] ^= rng.integers(1, 256, size=len(where), dtype=np.uint8)
+            everything(bytes_[:end].tobytes())
+        assert time.monotonic() - begin < 10
+        assert tracemalloc.get_traced_memory()[1] < 200 << 20
+        tracemalloc.stop()
+        assert "Traceback" not in capfd.readouterr().err
+
+    @settings(deadline=None, max_examples=150)
+    @given(st.sampled_from([data[:12] for data in FILES.values()]), st.binary(max_size=400))
+    def test_random_bytes(self, head: bytes, tail: bytes) -> None:
+        everything(head + tail)
+        everything(tail)
+
+
+def test_the_codecs_are_there() -> None:
+    assert features.check("webp")
+    assert features.check("libtiff")
