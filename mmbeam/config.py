@@ -89,7 +89,6 @@ class Windows:
 
     decoded_bytes: int = 32 * MIB  # a window closes when its samples decode to this much,
     samples: int = 1024  # or when it holds so many
-    ahead: int = 1  # closed windows that wait in front of the model, per unit
 
 
 @dataclass(frozen=True, kw_only=True)

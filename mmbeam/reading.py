@@ -10,11 +10,11 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache
+from functools import cache, partial
 from typing import TypeVar
 
 from mmbeam.clean import compile_where, select
@@ -42,56 +42,59 @@ def _cores() -> int:
 def read_batches(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Iterator[Batch]:
     """The unit's windows in order; the last one has `last`, and carries `broken` if an input failed.
 
-    The tally of each says what it cost: seconds of "read" and "decode" (of all threads), and
-    "read_wait", for which the consumer stood still. Closing the generator ends the thread.
+    One window is filled while the consumer has another, so two are in memory. The tally of each says
+    what it cost: seconds of "read" and "decode" (of all threads), and "read_wait", for which the
+    consumer stood still. Closing the generator ends the thread.
     """
-    ahead: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=windows.ahead)
-    stop = threading.Event()
-    thread = threading.Thread(
-        target=_fill, args=(ahead, stop, lambda: _windows(unit, reading, needs, windows)), name=f"mmbeam-read-{unit.id}"
-    )
+    ahead = _Ahead()
+    make = partial(_windows, unit, reading, needs, windows)
+    thread = threading.Thread(target=ahead.fill, args=(make,), name=f"mmbeam-read-{unit.id}")
     thread.start()
     try:
-        yield from _drain(ahead)
+        yield from ahead.drain()
     finally:
-        stop.set()
+        ahead.stop()
         thread.join()
 
 
-def _fill(
-    ahead: "queue.Queue[Batch | BaseException]", stop: threading.Event, make: Callable[[], Iterator[Batch]]
-) -> None:
-    """Put each window, or the error that ended them, until the consumer has gone."""
-    try:
-        with closing(make()) as batches:  # type: ignore[type-var]
-            for batch in batches:
-                if not _put(ahead, batch, stop):
-                    return
-    except BaseException as error:
-        _put(ahead, error, stop)
+class _Ahead:
+    """One window on its way from the thread that fills it to the one that consumes it."""
 
+    def __init__(self) -> None:
+        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
+        self._room = threading.Semaphore(1)  # held from the start of a window until it is taken
+        self._stopped = False
 
-def _put(ahead: "queue.Queue[Batch | BaseException]", item: Batch | BaseException, stop: threading.Event) -> bool:
-    while not stop.is_set():
+    def fill(self, make: Callable[[], Generator[Batch]]) -> None:
+        """Make windows, each once the one before is taken, until they end, fail, or nobody wants them."""
         try:
-            ahead.put(item, timeout=0.1)
-        except queue.Full:
-            continue
-        return True
-    return False
+            with closing(make()) as batches:
+                while self._may_go_on() and (batch := next(batches, None)) is not None:
+                    self._ready.put(batch)
+                    del batch  # a window is large: do not hold it while the next one is made
+        except BaseException as error:
+            self._ready.put(error)
 
+    def drain(self) -> Generator[Batch]:
+        last = False
+        while not last:
+            begin = time.perf_counter()
+            item = self._ready.get()
+            self._room.release()
+            waited = Tally(seconds={"read_wait": time.perf_counter() - begin})
+            if isinstance(item, BaseException):
+                raise item
+            last = item.last
+            yield replace(item, tally=item.tally + waited)
+            del item
 
-def _drain(ahead: "queue.Queue[Batch | BaseException]") -> Iterator[Batch]:
-    last = False
-    while not last:
-        begin = time.perf_counter()
-        item = ahead.get()
-        waited = Tally(seconds={"read_wait": time.perf_counter() - begin})
-        if isinstance(item, BaseException):
-            raise item
-        last = item.last
-        yield replace(item, tally=item.tally + waited)
-        del item  # a window is large: do not hold it while waiting for the next
+    def stop(self) -> None:
+        self._stopped = True
+        self._room.release()
+
+    def _may_go_on(self) -> bool:
+        self._room.acquire()
+        return not self._stopped
 
 
 @dataclass
@@ -122,11 +125,13 @@ class _Window:
         self.counts["repeated"] += decoded.repeated
         self.present.update(m for m in MODALITIES if m in decoded.sample.present)
         self.seconds += decoded.seconds
-        if decoded.skip is not None:
+        if decoded.skip is not None and not decoded.failures:
             self.skipped[decoded.skip] += 1
             return
+        # What could not be decoded could not be selected either: that is a failed sample, not a skip.
+        whole = {"modality": ""} if decoded.skip is not None else {}
         self.samples.append(decoded.sample)
-        self.failures += decoded.failures
+        self.failures += [replace(failure, **whole) for failure in decoded.failures]
         self.decoded_bytes += decoded.sample.nbytes
 
     def full(self, windows: Windows) -> bool:
@@ -151,7 +156,7 @@ class _Window:
         )
 
 
-def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Iterator[Batch]:
+def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
     wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
 
     def decode(raw: RawSample) -> _Decoded:
@@ -163,7 +168,7 @@ def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -
     source = _Source(unit, reading, needs)
     index, window, broken = 0, _Window(), None
     try:
-        with closing(ordered_map(decode, source.samples(), decode_pool(), depth=2 * _cores() + 2)) as decoded:  # type: ignore[type-var]
+        with closing(ordered_map(decode, source.samples(), decode_pool(), depth=2 * _cores() + 2)) as decoded:
             for one in decoded:
                 window.add(one)
                 if window.full(windows):
@@ -176,7 +181,7 @@ def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -
 
 def ordered_map(
     call: Callable[[InT], OutT], items: Iterator[InT], pool: ThreadPoolExecutor, depth: int
-) -> Iterator[OutT]:
+) -> Generator[OutT]:
     """`map(call, items)` in order, with at most `depth` calls waiting or running in `pool`."""
     pending: deque[Future[OutT]] = deque()
     try:
