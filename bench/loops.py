@@ -1,0 +1,180 @@
+"""One measured loop in a process of its own: `python bench/loops.py MODE CASE_DIR`. Prints one JSON line.
+
+MODE is decode (the thread pool alone), model (the model alone on decoded samples), bare (the plain torch
+loop: a thread pool decoding in front of the model, nothing else) or mmbeam (the whole job, rows on disk).
+CASE_DIR holds case.json, model/ and shards/, as bench/cases.py makes them. Importing, loading the model and
+a first warm-up batch are outside the time of every mode; opening shards and writing rows are inside.
+Of the start-up, load is importing torch, transformers and Beam and loading the model, and first is the job
+until its model is called. Of planning, plan is listing and planning the shards in CASE_DIR.
+"""
+
+import contextlib
+import json
+import os
+import resource
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mmbeam.config import Reading
+from mmbeam.decode import decode_audio, decode_image
+from mmbeam.models.encoders import describe, load
+from mmbeam.models.encoders.base import Encoder
+from mmbeam.reading import ordered_map
+
+if TYPE_CHECKING:
+    from mmbeam.jobs.embed import EmbedJob
+
+CORES = 2
+BATCH = 32
+LIMITS = Reading().limits
+BEGIN = float(os.environ.get("BENCH_BEGIN", "nan"))  # time.time() when this process was started
+
+
+def members(shards: list[Path]) -> Iterator[bytes]:
+    """The bytes of every member, in order, by the standard library's streaming reader."""
+    for shard in shards:
+        with tarfile.open(shard, "r|") as tar:
+            for member in tar:
+                file = tar.extractfile(member)
+                assert file is not None
+                yield file.read()
+
+
+def decoder(modality: str, rate: int | None) -> Callable[[bytes], Any]:
+    if modality == "image":
+        return lambda data: decode_image(data, LIMITS)[0]
+    if modality == "audio":
+        assert rate is not None
+        return lambda data: decode_audio(data, LIMITS, frozenset((rate,))).waves[rate]
+    return lambda data: data.decode()
+
+
+def encode(model: Encoder, modality: str, items: list[Any]) -> np.ndarray:
+    if modality == "image":
+        pooled = model.encode_image(items).pooled
+    elif modality == "audio":
+        pooled = model.encode_audio(items, [model.spec.sampling_rate] * len(items)).pooled
+    else:
+        pooled = model.encode_text(model.tokenize(items)).pooled
+    return torch.nn.functional.normalize(pooled.float(), dim=-1).cpu().numpy()
+
+
+def batches(items: Iterator[Any], size: int) -> Iterator[list[Any]]:
+    while batch := list(islice(items, size)):
+        yield batch
+
+
+def measure(mode: str, case: Path) -> dict[str, float]:
+    if mode == "plan":
+        return measure_plan(case)
+    about = json.loads((case / "case.json").read_text())
+    modality, batch = about["modality"], about["batch"]
+    if mode == "load":
+        return measure_load(case)
+    if mode in ("mmbeam", "first"):
+        return measure_mmbeam(case, modality, batch, only_first=mode == "first")
+    return measure_loop(mode, case, modality, batch, about["samples"])
+
+
+def measure_loop(mode: str, case: Path, modality: str, batch: int, samples: int) -> dict[str, float]:
+    shards = sorted((case / "shards").glob("*.tar"))
+    spec = describe(case / "model")
+    decode = decoder(modality, spec.sampling_rate)
+    with torch.inference_mode(), ThreadPoolExecutor(CORES) as pool:
+        decoded = ordered_map(decode, members(shards), pool, depth=2 * batch)
+        if mode == "decode":
+            begin = time.perf_counter()
+            return {"samples": sum(1 for _ in decoded), "seconds": time.perf_counter() - begin}
+        model = load(spec, torch.device("cpu"), torch.float32)
+        warm = list(islice(ordered_map(decode, members(shards[:1]), pool, depth=batch), batch))
+        encode(model, modality, warm)
+        begin = time.perf_counter()
+        if mode == "model":
+            rounds = max(1, samples // len(warm))
+            for _ in range(rounds):
+                encode(model, modality, warm)
+            return {"samples": rounds * len(warm), "seconds": time.perf_counter() - begin}
+        vectors = [encode(model, modality, items) for items in batches(decoded, batch)]
+        return {"samples": sum(map(len, vectors)), "seconds": time.perf_counter() - begin}
+
+
+def measure_load(case: Path) -> dict[str, float]:
+    import apache_beam  # noqa: F401
+    from transformers import CLIPModel
+
+    CLIPModel.from_pretrained(case / "model", dtype=torch.float32)
+    return {"samples": 0, "seconds": time.time() - BEGIN}
+
+
+def measure_plan(directory: Path) -> dict[str, float]:
+    from mmbeam.io.shards import list_shards, plan_units
+
+    begin = time.perf_counter()
+    units = plan_units(list_shards([str(directory)]), [])
+    return {"samples": len(units), "seconds": time.perf_counter() - begin}
+
+
+def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> dict[str, float]:
+    from mmbeam.config import ModelRef
+    from mmbeam.jobs.embed import EmbedOptions, prepare
+    from mmbeam.jobs.launch import execute
+    from mmbeam.models import placement
+    from mmbeam.reading import read_batches
+
+    with tempfile.TemporaryDirectory(dir=case) as output:
+        options = EmbedOptions(
+            input=(str(case / "shards"),),
+            output=output,
+            models=(ModelRef(model=str(case / "model")),),
+            modalities=(modality,),
+            device="cpu",
+            batch_size=batch,
+        )
+        job = prepare(options)
+        stage = job.stages[0]
+        if only_first:
+            return {"samples": 0, "seconds": time_of_first_batch(job)}
+        warm = next(read_batches(job.units[0], options.reading, stage.needs, options.windows))
+        placement.device("cpu").run(stage, warm)
+        del warm
+        begin = time.perf_counter()
+        report = execute(job.run, job.units, (), job.build, job.check)
+        seconds = time.perf_counter() - begin
+    return {"samples": report.tally.rows, "seconds": seconds, "light": report.speed_of_light}
+
+
+def time_of_first_batch(job: "EmbedJob") -> float:
+    """Seconds from the start of the process until the model is called for the first time."""
+    from mmbeam.jobs.launch import execute
+    from mmbeam.models.encoders.clip import ClipEncoder
+
+    called: list[float] = []
+
+    def encode_image(*_: object) -> None:
+        called.append(time.time())
+        raise MemoryError("the first batch has come")
+
+    ClipEncoder.encode_image = encode_image
+    with contextlib.suppress(Exception):
+        execute(job.run, job.units, (), job.build, job.check)
+    return called[0] - BEGIN
+
+
+if __name__ == "__main__":
+    torch.set_num_threads(CORES)
+    figures = measure(sys.argv[1], Path(sys.argv[2]))
+    figures["rate"] = figures["samples"] / figures["seconds"]
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    figures["cpu_seconds"] = usage.ru_utime + usage.ru_stime
+    figures["peak_mb"] = usage.ru_maxrss / 1024
+    print(json.dumps(figures))
