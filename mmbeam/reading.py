@@ -10,14 +10,14 @@ import queue
 import threading
 import time
 from collections import Counter, deque
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
 from typing import TypeVar
 
-from mmbeam.clean import compile_where, select
+from mmbeam.clean import compile_where, select, where_needs
 from mmbeam.config import Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.errors import ShardError
@@ -29,9 +29,17 @@ InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
 
-@cache
+_pool_lock = threading.Lock()
+
+
 def decode_pool() -> ThreadPoolExecutor:
     """The process's decoding threads, one per core this process may use."""
+    with _pool_lock:  # two units that start at once must not make two
+        return _make_pool()
+
+
+@cache
+def _make_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=_cores(), thread_name_prefix="mmbeam-decode")
 
 
@@ -39,7 +47,7 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_batches(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Iterator[Batch]:
+def read_batches(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
     """The unit's windows in order; the last one has `last`, and carries `broken` if an input failed.
 
     One window is filled while the consumer has another, so two are in memory. The tally of each says
@@ -48,13 +56,13 @@ def read_batches(unit: WorkUnit, reading: Reading, needs: Needs, windows: Window
     """
     ahead = _Ahead()
     make = partial(_windows, unit, reading, needs, windows)
-    thread = threading.Thread(target=ahead.fill, args=(make,), name=f"mmbeam-read-{unit.id}")
+    thread = threading.Thread(target=ahead.fill, args=(make,), name=f"mmbeam-read-{unit.id}", daemon=True)
     thread.start()
     try:
         yield from ahead.drain()
     finally:
         ahead.stop()
-        thread.join()
+        thread.join(timeout=1)  # it may be waiting for a store to answer; being a daemon it holds up no exit
 
 
 class _Ahead:
@@ -99,7 +107,7 @@ class _Ahead:
 
 @dataclass
 class _Decoded:
-    """One sample on its way into a window; `sample` is None if `skip` names why."""
+    """One sample on its way into a window, unless `skip` names why it does not go there."""
 
     sample: Sample
     failures: tuple[Failure, ...]
@@ -114,24 +122,23 @@ class _Window:
 
     samples: list[Sample] = field(default_factory=list)
     failures: list[Failure] = field(default_factory=list)
-    counts: Counter[str] = field(default_factory=Counter)
+    found: int = 0
+    repeated: int = 0
     skipped: Counter[str] = field(default_factory=Counter)
     present: Counter[str] = field(default_factory=Counter)
     decoded_bytes: int = 0
     seconds: float = 0.0
 
     def add(self, decoded: _Decoded) -> None:
-        self.counts["samples"] += 1
-        self.counts["repeated"] += decoded.repeated
+        self.found += 1
+        self.repeated += decoded.repeated
         self.present.update(m for m in MODALITIES if m in decoded.sample.present)
         self.seconds += decoded.seconds
-        if decoded.skip is not None and not decoded.failures:
+        if decoded.skip is not None:
             self.skipped[decoded.skip] += 1
             return
-        # What could not be decoded could not be selected either: that is a failed sample, not a skip.
-        whole = {"modality": ""} if decoded.skip is not None else {}
         self.samples.append(decoded.sample)
-        self.failures += [replace(failure, **whole) for failure in decoded.failures]
+        self.failures += decoded.failures
         self.decoded_bytes += decoded.sample.nbytes
 
     def full(self, windows: Windows) -> bool:
@@ -139,8 +146,8 @@ class _Window:
 
     def close(self, unit: WorkUnit, index: int, source: "_Source", last: bool, broken: str | None = None) -> Batch:
         tally = Tally(
-            samples=self.counts["samples"],
-            repeated_keys=self.counts["repeated"],
+            samples=self.found,
+            repeated_keys=self.repeated,
             skipped=dict(self.skipped),
             present=dict(self.present),
             seconds={"decode": self.seconds},
@@ -163,12 +170,17 @@ def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -
         begin = time.perf_counter()
         sample, failures = decode_sample(raw, reading, needs)
         skip = select(sample, wheres)
+        if skip is not None and (undecided := _undecided(skip, failures)):
+            sample, failures, skip = replace(sample, image=None, audio=None), (*failures, undecided), None
         return _Decoded(sample, failures, skip, raw.repeated, time.perf_counter() - begin)
+
+    def waiting(one: _Decoded) -> int:
+        return windows.decoded_bytes // max(1, one.sample.nbytes)
 
     source = _Source(unit, reading, needs)
     index, window, broken = 0, _Window(), None
     try:
-        with closing(ordered_map(decode, source.samples(), decode_pool(), depth=2 * _cores() + 2)) as decoded:
+        with closing(ordered_map(decode, source.samples(), decode_pool(), 2 * _cores() + 2, waiting)) as decoded:
             for one in decoded:
                 window.add(one)
                 if window.full(windows):
@@ -179,16 +191,34 @@ def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -
     yield window.close(unit, index, source, last=True, broken=broken)
 
 
+def _undecided(where: str, failures: Sequence[Failure]) -> Failure | None:
+    """The failure of a sample that could not be selected because what `where` looks at could not be decoded."""
+    looked_at = where_needs(where)
+    cause = next((failure for failure in failures if not failure.modality or failure.modality in looked_at), None)
+    return None if cause is None else replace(cause, modality="", message=f"{where}: {cause.message}"[:300])
+
+
 def ordered_map(
-    call: Callable[[InT], OutT], items: Iterator[InT], pool: ThreadPoolExecutor, depth: int
+    call: Callable[[InT], OutT],
+    items: Iterator[InT],
+    pool: ThreadPoolExecutor,
+    depth: int,
+    waiting: Callable[[OutT], int] | None = None,
 ) -> Generator[OutT]:
-    """`map(call, items)` in order, with at most `depth` calls waiting or running in `pool`."""
+    """`map(call, items)` in order, with at most `depth` calls waiting or running in `pool`.
+
+    `waiting` says of a result how many like it may wait; where they are large that is fewer than `depth`.
+    """
     pending: deque[Future[OutT]] = deque()
+    room = depth
     try:
         for item in items:
             pending.append(pool.submit(call, item))
-            if len(pending) >= depth:
-                yield pending.popleft().result()
+            while len(pending) >= room:
+                result = pending.popleft().result()
+                room = depth if waiting is None else min(depth, max(1, waiting(result)))
+                yield result
+                del result  # it may be large
         while pending:
             yield pending.popleft().result()
     finally:
@@ -203,10 +233,14 @@ class _Source:
         self._unit = unit
         self._reading = reading
         self._want = wanted_fields(reading, needs)
-        self._tally = Tally()
+        self._seconds = 0.0
+        self._bytes = 0
+        self._oddities: Counter[str] = Counter()
 
     def take(self) -> Tally:
-        tally, self._tally = self._tally, Tally()
+        tally = Tally(seconds={"read": self._seconds}, bytes_read=self._bytes, warnings=dict(self._oddities))
+        self._seconds, self._bytes = 0.0, 0
+        self._oddities.clear()
         return tally
 
     def samples(self) -> Iterator[RawSample]:
@@ -215,11 +249,11 @@ class _Source:
             with open_shard(source.shard, source.begin) as stream:
                 reader = TarReader(stream, source.shard.path, self._want, self._reading.limits)
                 for raw in self._timed(iter(reader), stream):
+                    yield raw
+                    left = None if left is None else left - 1
                     if left == 0:
                         return
-                    left = None if left is None else left - 1
-                    yield raw
-                self._tally += Tally(warnings=_oddities(reader))
+                self._oddities.update(_oddities(reader))
 
     def _timed(self, samples: Iterator[RawSample], stream: ShardStream) -> Iterator[RawSample]:
         """Each sample, with the seconds spent and the stored bytes read put on the tally."""
@@ -228,7 +262,8 @@ class _Source:
             begin = time.perf_counter()
             raw = next(samples, None)
             now = stream.bytes_read
-            self._tally += Tally(seconds={"read": time.perf_counter() - begin}, bytes_read=now - before)
+            self._seconds += time.perf_counter() - begin
+            self._bytes += now - before
             before = now
             if raw is None:
                 return

@@ -16,8 +16,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pytest
+import shards
 import torch
 from PIL import Image
+from tiny_audio_text import save_clap
+from tiny_models import save_clip
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
 from mmbeam.config import Cleaning, ModelRef, Reading, Windows
@@ -25,9 +28,6 @@ from mmbeam.errors import DeviceError, FailureRateError, MissingModalityError, R
 from mmbeam.jobs.embed import EmbedOptions, embed
 from mmbeam.models.encoders.clip import ClipEncoder
 from mmbeam.types import RunReport
-import shards
-from tiny_audio_text import save_clap
-from tiny_models import save_clip
 
 
 @pytest.fixture(scope="session")
@@ -191,6 +191,57 @@ def test_limit_takes_the_first_samples_as_one_unit(tmp_path: Path, clip: Path) -
     assert [row["key"] for row in rows_of(tmp_path)] == [f"{index:06d}" for index in range(8)]
 
 
+def test_a_limited_run_keeps_its_shards_and_notices_that_one_has_changed(tmp_path: Path, clip: Path) -> None:
+    made = shards.make_webdataset(tmp_path / "in", shards.make_truths(8), shards=2)
+    run(tmp_path, clip, tmp_path / "in", limit=3)
+    shards.make_webdataset(tmp_path / "in" / "a", shards.make_truths(3), shards=1)
+    report = run(tmp_path, clip, tmp_path / "in" / "**" / "*.tar", limit=3)
+    assert (report.units_written, report.units_kept, len(rows_of(tmp_path))) == (0, 1, 3)
+    made.paths[0].write_bytes(made.paths[1].read_bytes())
+    with pytest.raises(RunMismatchError, match=made.paths[0].name):
+        run(tmp_path, clip, tmp_path / "in", limit=3)
+
+
+@pytest.mark.parametrize("where", [(), ("image_width > 10_000",)])
+def test_a_unit_may_end_with_an_empty_window_or_hold_nothing_at_all(
+    tmp_path: Path, clip: Path, where: tuple[str, ...]
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(14), shards=1)  # twice the window
+    (tmp_path / "in" / "nothing.tar").write_bytes(bytes(1024))
+    report = run(tmp_path, clip, tmp_path / "in", reading=Reading(cleaning=Cleaning(where=where)))
+    assert report.units_written == 2
+    assert (report.tally.samples, report.tally.rows) == (14, 0 if where else 14)
+    assert conserved(report)
+
+
+def test_bad_arguments_are_found_before_anything_is_overwritten(tmp_path: Path, clip: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=1)
+    run(tmp_path, clip, tmp_path / "in")
+    with pytest.raises(UsageError, match="--typo"):
+        run(tmp_path, clip, tmp_path / "in", overwrite=True, beam_args=("--typo=1",))
+    assert len(rows_of(tmp_path)) == 4
+
+
+def test_when_one_unit_raises_the_others_end_soon_and_its_error_comes_out_as_it_was(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(80), shards=20)
+    real, calls = ClipEncoder.encode_image, [0]
+
+    def out_of_memory(self: ClipEncoder, images: Any, tokens: bool = False) -> Any:
+        calls[0] += 1
+        if calls[0] == 3:
+            raise MemoryError("the machine has no more")
+        return real(self, images, tokens)
+
+    monkeypatch.setattr(ClipEncoder, "encode_image", out_of_memory)
+    with pytest.raises(MemoryError, match="the machine has no more"):
+        run(tmp_path, clip, tmp_path / "in")
+    assert calls[0] <= 6
+    assert not list((tmp_path / "out" / "failures").glob("*"))
+    assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
+
+
 def test_where_skips_by_name_and_cleaning_keeps_the_text_as_it_was(tmp_path: Path, clip: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(15), shards=1)
     cleaning = Cleaning(text=("nfc", "whitespace", "lower"), where=("image_width >= 80", "metadata['index'] != 7"))
@@ -249,7 +300,7 @@ def test_a_device_error_ends_the_attempt_and_blames_no_sample(
     def lost(self: ClipEncoder, images: Any, tokens: bool = False) -> Any:
         calls[0] += 1
         if calls[0] == 6:
-            raise RuntimeError("CUDA error: unspecified launch failure")
+            raise RuntimeError("CUDA error: unspecified launch failure\nCUDA kernel errors might be reported later")
         return real(self, images, tokens)
 
     monkeypatch.setattr(ClipEncoder, "encode_image", lost)
@@ -290,9 +341,7 @@ def test_too_many_failures_stop_the_job_and_say_why(tmp_path: Path, clip: Path) 
     assert (report.tally.failed, report.tally.rows) == (75, 75)
 
 
-def test_failed_samples_are_tried_again_when_asked(
-    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_samples_are_tried_again_when_asked(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(10), shards=2)
     real = ClipEncoder.encode_image
 

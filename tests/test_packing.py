@@ -46,13 +46,13 @@ def test_bad_items_fail_alone_and_the_others_are_done(bad: list[bool], size: int
         return [number for number, _ in items]
 
     items = list(enumerate(bad))
-    packed = run_packed(items, pack([1] * len(items), size), call, known_good=(-1, False))
+    packed = run_packed(items, pack([1] * len(items), size), call, known_good=lambda: (-1, False))
     done = {number for positions, result in packed.done for number in result}
     for positions, result in packed.done:
         assert positions == result
     assert done == {number for number, is_bad in items if not is_bad}
     assert set(packed.failed) == {number for number, is_bad in items if is_bad}
-    assert (packed.splits > 0) == any(len(batch) > memory for batch in pack([1] * len(items), size))
+    assert (packed.splits["memory"] > 0) == any(len(batch) > memory for batch in pack([1] * len(items), size))
 
 
 def test_a_device_error_is_raised_and_recorded_against_no_sample() -> None:
@@ -60,7 +60,7 @@ def test_a_device_error_is_raised_and_recorded_against_no_sample() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        run_packed([1, 2], [[0, 1]], call, known_good=0)
+        run_packed([1, 2], [[0, 1]], call, known_good=lambda: 0)
 
 
 def test_a_model_that_fails_on_everything_is_not_the_samples_fault() -> None:
@@ -68,7 +68,7 @@ def test_a_model_that_fails_on_everything_is_not_the_samples_fault() -> None:
         raise ValueError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(DeviceError, match="known to be good"):
-        run_packed([1, 2], [[0, 1]], call, known_good=0)
+        run_packed([1, 2], [[0, 1]], call, known_good=lambda: 0)
 
 
 @pytest.mark.parametrize(
@@ -80,8 +80,8 @@ def test_a_model_that_fails_on_everything_is_not_the_samples_fault() -> None:
         (RuntimeError("CUDA error: device-side assert triggered"), "device"),
         (RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"), "device"),
         (torch.AcceleratorError("CUDA error: unspecified launch failure"), "device"),
-        (OSError("disk full"), "device"),
-        (MemoryError(), "device"),
+        (OSError("disk full"), "surroundings"),
+        (MemoryError(), "surroundings"),
         (RuntimeError("The size of tensor a (3) must match the size of tensor b (4)"), "sample"),
         (ValueError("odd"), "sample"),
     ],

@@ -225,7 +225,7 @@ def test_vectors_are_stored_as_their_field_says() -> None:
 
 
 def test_a_unit_written_is_read_back(run: Run) -> None:
-    report = write_unit(run, UNIT).commit({"image": 8})
+    report = write_unit(run, UNIT).commit()
     rows = rows_of(run)
     assert rows.schema.equals(run.schema)
     assert rows["offset"].to_pylist() == [number * 1024 for number in range(10)]
@@ -248,7 +248,7 @@ def test_a_unit_written_is_read_back(run: Run) -> None:
     }
     assert report.tally.rows == report.tally.samples == 10
     assert report.inputs == ({"path": "/shards/a-1.tar", "size": 1024, "etag": "e1", "begin": 0, "end": None},)
-    assert report.batch_plan == {"image": 8}
+    assert report.batch_plan == {name: run.recorded.get(name) for name in ("device", "batch_size", "windows")}
     assert report.tally.seconds["write"] > 0
     assert replace(report, status="kept") == runs.report_of(run, UNIT.id)
 

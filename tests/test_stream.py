@@ -180,7 +180,7 @@ class TestHttp:
         with serve(web := Web(cut_after=200_000, cuts=0)) as shard, open_shard(shard, waits=NO_WAIT) as stream:
             stream.read(10)
             web.cuts, web.etag = 1, '"two"'
-            with pytest.raises(ShardError, match=r"changed while it was read .*etag one.*etag two"):
+            with pytest.raises(ShardError, match=r"changed since it was listed or opened .*etag one.*etag two"):
                 stream.read()
 
     @pytest.mark.parametrize(("status", "error"), [(404, ShardError), (410, ShardError), (403, PermissionError)])
@@ -289,7 +289,7 @@ class TestStore:
         with open_shard(self.shard, waits=NO_WAIT) as stream:
             stream.read(10)
             flaky.objects = {"b/x.tar": DATA[:2_000_000]}
-            with pytest.raises(ShardError, match="changed while it was read"):
+            with pytest.raises(ShardError, match="changed since it was listed or opened"):
                 stream.read()
 
 
@@ -335,7 +335,7 @@ class TestShardStream:
         with open_shard(list_shards([str(path)])[0], waits=NO_WAIT) as stream:
             stream.read(10)
             path.write_bytes(DATA[:1_500_000])
-            with pytest.raises(ShardError, match="changed while it was read"):
+            with pytest.raises(ShardError, match="changed since it was listed or opened"):
                 stream.read()
 
 

@@ -34,7 +34,7 @@ FLOORS = (  # a part imports from the floors above its own line in this list, an
     ("stages", "training"),
     ("transforms",),
     ("jobs",),
-    ("demo",),
+    ("demo", "arguments"),
     ("cli",),
     ("__main__",),
 )

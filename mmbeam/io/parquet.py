@@ -29,6 +29,7 @@ from mmbeam.types import Batch, Tally, UnitReport, WorkUnit
 # 512 floats, large enough for a scan from object storage, small enough for many units in flight.
 ROW_GROUP_BYTES = 16 * MIB
 ROW_GROUP_ROWS = 65_536  # where rows are small: readers plan and skip by row group
+BATCH_PLAN = ("device", "batch_size", "windows")  # of what a run records, what a vector's last digits depend on
 FAILED = "failed"  # stands in the place of the attempt for a unit that could not be read
 
 
@@ -125,7 +126,7 @@ class UnitWriter:
         self._tally += tally
         return tally
 
-    def commit(self, batch_plan: Mapping[str, Any] | None = None) -> UnitReport:
+    def commit(self) -> UnitReport:
         """Publish what was written: the failures, then the Parquet, which is the commit, then the report.
 
         If another attempt was first, nothing of this one stays, and its report comes back as "kept".
@@ -136,7 +137,7 @@ class UnitWriter:
                 f"unit {self.unit.id}: expected window {self._next} or a last one, found the end. {_FUSION}"
             )
         check_conserved(self._tally, f"unit {self.unit.id}")
-        report = self._report(batch_plan or {})
+        report = self._report()
         record = commit_record(self.run, self.attempt, report)
         if self._failures is not None:
             name = failures_name(self.unit.id, self.attempt)
@@ -171,7 +172,7 @@ class UnitWriter:
             return report
         return None
 
-    def _report(self, batch_plan: Mapping[str, Any]) -> UnitReport:
+    def _report(self) -> UnitReport:
         failures = failures_name(self.unit.id, self.attempt).rpartition("/")[2]
         return UnitReport(
             unit=self.unit.id,
@@ -180,7 +181,7 @@ class UnitWriter:
             wall_seconds=time.monotonic() - self._began,
             failures_file=None if self._failures is None else failures,
             inputs=tuple(map(input_to_json, self.unit.inputs)),
-            batch_plan=batch_plan,
+            batch_plan={name: self.run.recorded.get(name) for name in BATCH_PLAN},
         )
 
     def _check_order(self, batch: Batch) -> None:
@@ -211,7 +212,7 @@ def report_failed_unit(run: Run, unit: WorkUnit, reason: str) -> UnitReport:
         return kept
     report = UnitReport(unit=unit.id, status="failed", error=reason, inputs=tuple(map(input_to_json, unit.inputs)))
     if kept is not None:
-        return report
+        return replace(report, tally=kept.tally)
     name = failures_name(unit.id, FAILED)
     file = _PartFile(run.store, FAILURE_SCHEMA)
     file.append(pa.Table.from_pylist([_failed_record(unit, reason)], FAILURE_SCHEMA))

@@ -103,6 +103,8 @@ def settle(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Settle
     Raises FlowError if an output was lost and no failure says why, a value was made that was not due, or
     features and samples do not fit together.
     """
+    if not batch.samples:  # a stage is not bothered with an empty window, so it has no features
+        return Settled(rows=schema.empty_table(), failures=[], tally=batch.tally)
     verdicts = _verdicts(batch, outputs)
     rows = _rows(batch, verdicts, schema)
     counts = Tally(

@@ -59,7 +59,7 @@ def open_shard(shard: Shard, begin: int = 0, waits: Sequence[float] = RETRY_WAIT
 
     A fault of the store or the network is met by opening again at the byte reached, after each of
     `waits` seconds. Raises ShardError, here or while reading, if the shard does not exist, has changed
-    since it was opened, or cannot be read on; PermissionError if access is refused.
+    since it was listed, or cannot be read on; PermissionError if access is refused.
     """
     source = _Source(shard, begin, waits)
     source.open()
@@ -80,8 +80,8 @@ class _Source(io.RawIOBase):
         self._block_bytes = BLOCK_BYTES
         self._opened = False
         self.bytes_read = 0
-        self.size: int | None = None
-        self.etag: str | None = None
+        self.size = shard.size
+        self.etag = shard.etag
 
     def readable(self) -> bool:
         return True
@@ -159,12 +159,12 @@ class _Source(io.RawIOBase):
             self._fs.invalidate_cache()
         info = self._fs.info(self._path)
         size, etag = info.get("size"), etag_of(info)
-        if self._opened and (_differ(size, self.size) or _differ(etag, self.etag)):
+        if _differ(size, self.size) or _differ(etag, self.etag):
             raise ShardError(
-                f"{self._shard.path}: changed while it was read ({self.size} bytes, etag {self.etag}; "
-                f"now {size} bytes, etag {etag})"
+                f"{self._shard.path}: changed since it was listed or opened ({self.size} bytes, etag {self.etag}; "
+                f"now {size} bytes, etag {etag}); the same command again lists it anew"
             )
-        self._opened, self.size, self.etag = True, size, etag
+        self._opened, self.size, self.etag = True, size or self.size, etag or self.etag
         self._file = self._open_file(info)
         self._go_to_position()
 

@@ -1,25 +1,25 @@
 """The embed job: shards in, one row of vectors per sample out."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
+from typing import Any
 
 import apache_beam as beam
 
 from mmbeam.clean import check_steps, compile_where, parse_image_filter
-from mmbeam.config import ModelRef
+from mmbeam.config import ModelRef, Reading
 from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
-from mmbeam.io.shards import limited_unit, list_shards
-from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, execute, versions
-from mmbeam.models.encoders import describe
-from mmbeam.models.loading import Resolved, digest, dtype_name, resolve
+from mmbeam.io.shards import limited_unit, list_shards, plan_units
+from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, execute, pipeline_options, public_args, versions
+from mmbeam.models.loading import dtype_name
 from mmbeam.report.inspect import probe
-from mmbeam.stages.embed import EmbedStage, asked_modalities
+from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
-from mmbeam.types import Modality, Needs, RunReport, WorkUnit
+from mmbeam.types import Modality, Needs, RunReport, Shard, WorkUnit
 
 # What a row means. A change of it is a change of every fingerprint.
 OUTPUT_VERSION = 1
@@ -78,52 +78,53 @@ def embed(options: EmbedOptions) -> RunReport:
 
 def prepare(options: EmbedOptions) -> EmbedJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
+    pipeline_options(options.beam_args)
     check_steps(options.reading.cleaning.text)
     for where in options.reading.cleaning.where:
         compile_where(where)
-    stages, resolved = _stages(options)
+    stages = _stages(options)
     shards = list_shards(options.input)
     able = [m for stage in stages for m in stage.modalities]
     found = probe(shards, options.reading.fields, options.reading.limits)
     check_modalities(found, able, asked=options.modalities is not None)
-    run = _run(options, stages, resolved)
+    run = embed_run(
+        options.output,
+        stages,
+        reading=options.reading,
+        limit=options.limit,
+        max_failure_rate=options.max_failure_rate,
+        recorded={"windows": asdict(options.windows), "beam_args": public_args(options.beam_args)},
+    )
     runs.open_run(run, overwrite=options.overwrite)
-    units = runs.extend_plan(run, shards) if options.limit is None else [limited_unit(shards, options.limit)]
+    planner = plan_units if options.limit is None else partial(_plan_limited, limit=options.limit)
+    units = runs.extend_plan(run, shards, planner)
     if options.retry_failures:
-        units = [_retried(run, unit) for unit in units]
+        units = _retried(run, units)
     return EmbedJob(run=run, stages=stages, units=tuple(units), options=options)
 
 
-def _stages(options: EmbedOptions) -> tuple[tuple[EmbedStage, ...], list[Resolved]]:
+def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
     names = [ref.name for ref in options.models]
     if len(set(names)) < len(names):
         raise UsageError("several models need different names: --model clip=DIR --model clap=DIR")
-    resolved = [resolve(ref.model) for ref in options.models]
     text_filter = options.reading.cleaning.image_filter
     stages: list[EmbedStage] = []
-    for ref, found in zip(options.models, resolved, strict=True):
-        spec = describe(found.directory)
-        modalities = asked_modalities(spec, options.modalities)
-        if not modalities:
-            asked = ", ".join(options.modalities or ())
-            raise UsageError(f"--modalities {asked}: {ref.model} encodes none of them, but {', '.join(spec.dims)}")
-        stages.append(
-            EmbedStage(
-                model=found.reference,
-                spec=spec,
-                name=ref.name,
-                modalities=modalities,
-                device=device_of(options),
-                dtype=options.dtype,
-                batch_size=options.batch_size,
-                tokens=options.tokens,
-                vector_type=options.vector_type,
-                image_filter=None if text_filter is None else parse_image_filter(text_filter),
-                count_tokens="text" in modalities and not any(stage.count_tokens for stage in stages),
-            )
+    for ref in options.models:
+        stage = embed_stage(
+            ref.model,
+            name=ref.name,
+            modalities=options.modalities,
+            device=device_of(options),
+            dtype=options.dtype,
+            batch_size=options.batch_size,
+            tokens=options.tokens,
+            vector_type=options.vector_type,
+            image_filter=None if text_filter is None else parse_image_filter(text_filter),
+            count_tokens=not any(stage.count_tokens for stage in stages),
         )
+        stages.append(stage)
     _check_all_served(options, stages)
-    return tuple(stages), resolved
+    return tuple(stages)
 
 
 def _check_all_served(options: EmbedOptions, stages: Sequence[EmbedStage]) -> None:
@@ -133,45 +134,78 @@ def _check_all_served(options: EmbedOptions, stages: Sequence[EmbedStage]) -> No
         raise UsageError(f"--modalities: no model here encodes {', '.join(unserved)}")
 
 
-def _run(options: EmbedOptions, stages: Sequence[EmbedStage], resolved: Sequence[Resolved]) -> Run:
-    outputs = tuple(output for stage in stages for output in stage.outputs)
-    models = {
-        stage.name or "model": {"family": stage.spec.family, "digest": digest(found.directory)}
-        for stage, found in zip(stages, resolved, strict=True)
-    }
+def embed_run(
+    output: str,
+    stages: Sequence[EmbedStage],
+    *,
+    reading: Reading | None = None,
+    limit: int | None = None,
+    max_failure_rate: float = 0.05,
+    recorded: Mapping[str, Any] | None = None,
+) -> Run:
+    """The run that writes what `stages` make of shards read by `reading` into `output`; nothing is touched yet.
+
+    It is the same run, with the same fingerprint, as the command line's for the same options, so that
+    either goes on where the other stopped. `recorded` is kept in run.json beside what is known here.
+    Raises UsageError if the stages do not agree with each other or with `reading`.
+    """
+    reading = reading or Reading()
+    _check_alike(stages, reading)
     configuration = {
         "task": "embed",
         "output_version": OUTPUT_VERSION,
-        "models": models,
-        "modalities": {stage.name or "model": list(stage.modalities) for stage in stages},
-        "dtype": dtype_name(options.dtype, stages[0].device),
-        "tokens": options.tokens,
-        "vector_type": options.vector_type,
-        "reading": asdict(options.reading),
-        "limit": options.limit,
+        "models": {_label(stage): {"family": stage.spec.family, "digest": stage.digest} for stage in stages},
+        "columns": [column.name for stage in stages for output in stage.outputs for column in output.columns],
+        "modalities": {_label(stage): list(stage.modalities) for stage in stages},
+        "dtype": dtype_name(stages[0].dtype, stages[0].device),
+        "tokens": stages[0].tokens,
+        "vector_type": stages[0].vector_type,
+        "reading": asdict(reading),
+        "limit": limit,
     }
-    recorded = {
+    known = {
         "versions": versions(),
-        "models": {stage.name or "model": found.reference for stage, found in zip(stages, resolved, strict=True)},
+        "models": {_label(stage): stage.model for stage in stages},
         "device": stages[0].device,
-        "batch_size": options.batch_size,
-        "windows": asdict(options.windows),
-        "beam_args": list(options.beam_args),
+        "batch_size": stages[0].batch_size,
     }
     return Run.create(
-        output=options.output,
+        output=output,
         configuration=configuration,
-        recorded=recorded,
-        outputs=outputs,
-        cleaning=bool(options.reading.cleaning.text),
-        max_failure_rate=options.max_failure_rate,
+        recorded={**known, **(recorded or {})},
+        outputs=tuple(output for stage in stages for output in stage.outputs),
+        cleaning=bool(reading.cleaning.text),
+        max_failure_rate=max_failure_rate,
     )
 
 
-def _retried(run: Run, unit: WorkUnit) -> WorkUnit:
-    """The unit, to be done again and replaced if some of its samples failed."""
-    report = runs.report_of(run, unit.id)
-    return replace(unit, replace=report is not None and bool(report.tally.failures))
+def _check_alike(stages: Sequence[EmbedStage], reading: Reading) -> None:
+    """What is said once for all models must hold for each: the fingerprint has one place for it."""
+    named = reading.cleaning.image_filter
+    expected = None if named is None else parse_image_filter(named)
+    kinds = {(dtype_name(s.dtype, s.device), s.tokens, s.vector_type, s.device, s.batch_size) for s in stages}
+    if len(kinds) != 1:
+        raise UsageError(f"expected stages of one dtype, device, batch size, tokens and vector type, found {kinds}")
+    for stage in stages:
+        if stage.image_filter != expected:
+            raise UsageError(f"image_filter of {stage.model}: {stage.image_filter}, but the reading's is {expected}")
+
+
+def _label(stage: EmbedStage) -> str:
+    return stage.name or "model"
+
+
+def _plan_limited(shards: Iterable[Shard], known: Sequence[WorkUnit], limit: int) -> list[WorkUnit]:
+    """One unit over the shards there were when it was planned; shards added later are not its own."""
+    return [] if known else [limited_unit(list(shards), limit)]
+
+
+def _retried(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
+    """The units; those that are committed and hold failures are to be done again and replaced."""
+    done = runs.committed(run)
+    reports = runs.load_reports(run, [unit.id for unit in units if unit.id in done])
+    failed = {report.unit for report in reports if report.tally.failures}
+    return [replace(unit, replace=unit.id in failed) for unit in units]
 
 
 def _check_found(report: RunReport, able: Sequence[Modality], asked: bool) -> None:

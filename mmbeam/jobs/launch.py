@@ -8,13 +8,14 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, StandardOptions
+from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
 from apache_beam.runners.runner import PipelineState
 
 from mmbeam import errors
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
 from mmbeam.io import runs
+from mmbeam.io.paths import public_text
 from mmbeam.io.runs import Run
 from mmbeam.models.placement import resolve_device
 from mmbeam.report.inspect import Probe
@@ -56,7 +57,7 @@ class JobOptions:
     beam_args: tuple[str, ...] = ()  # Beam's own options, as Beam spells them
 
 
-def pipeline_options(args: Sequence[str]) -> PipelineOptions:
+def pipeline_options(args: Sequence[str] = ()) -> PipelineOptions:
     """Beam's options; with no runner named, this process with two units at once.
 
     Raises UsageError for an argument that Beam does not know: Beam itself only logs and drops it.
@@ -71,7 +72,6 @@ def pipeline_options(args: Sequence[str]) -> PipelineOptions:
     if runner in (None, "DirectRunner", "SwitchingDirectRunner"):
         if runner:
             log.info("--runner=%s runs in this process, by Beam's FnApiRunner", runner)
-        args = [arg for arg in args if not arg.startswith("--runner")]
         args = ["--direct_running_mode=multi_threading", "--direct_num_workers=2", *args, "--runner=FnApiRunner"]
     return PipelineOptions(list(args))
 
@@ -87,9 +87,8 @@ def _named_runner(args: Sequence[str]) -> str | None:
 
 def workers_are_here(args: Sequence[str]) -> bool:
     """Whether the workers run on this machine, so that its devices are theirs."""
-    return _named_runner(args) in LOCAL_RUNNERS or any(
-        arg in ("--environment_type=LOOPBACK", "--job_endpoint=embed") for arg in args
-    )
+    environment = PipelineOptions(list(args)).view_as(PortableOptions).environment_type
+    return _named_runner(args) in LOCAL_RUNNERS or environment == "LOOPBACK"
 
 
 def device_of(options: JobOptions) -> str:
@@ -116,6 +115,23 @@ def _list(names: frozenset[Modality]) -> str:
     return ", ".join(sorted(names)) or "no image, audio or text"
 
 
+def public_args(args: Sequence[str]) -> list[str]:
+    """Beam's options as run.json may hold them: no secret's value, no user part or query string of a URL."""
+    shown, secret = [], False
+    for arg in args:
+        name, equals, _ = arg.partition("=")
+        if name.startswith("--"):
+            secret = _SECRET.search(name) is not None
+            shown.append(f"{name}=..." if secret and equals else public_text(arg))
+        else:
+            shown.append("..." if secret else public_text(arg))
+    return shown
+
+
+# Options whose value is kept out of every file: --s3_secret_access_key, --azure_connection_string, ...
+_SECRET = re.compile("secret|token|password|credential|key|connection_string", re.IGNORECASE)
+
+
 def versions() -> dict[str, str]:
     """The packages whose version may change a value, as installed."""
     return {name: metadata.version(name) for name in PACKAGES}
@@ -139,17 +155,18 @@ def execute(
     runs.clear_stop(run)
     pipeline = beam.Pipeline(options=pipeline_options(args))
     build(pipeline)
-    try:
-        state = pipeline.run().wait_until_finish()
-    except Exception as error:
-        raise _plain(run, error) from error
+    with runs.running_here(run) as raised:
+        try:
+            state = pipeline.run().wait_until_finish()
+        except Exception as error:
+            raise (raised[0] if raised else _plain(run, error)) from error
     if state != PipelineState.DONE:
         raise JobError(f"the pipeline ended as {state}; the runner's log says why")
     return runs.read_summary(run)
 
 
 def _plain(run: Run, error: Exception) -> Exception:
-    """The error that a step raised, read out of the traceback text that is all a runner keeps of it."""
+    """The error that a step raised in another process, read out of the traceback text that a runner keeps of it."""
     reason = runs.stopped(run)
     if reason is not None:
         return FailureRateError(reason)

@@ -5,6 +5,7 @@ while the other opens, decodes or writes. Models are held by strong references f
 process. What is a sample's fault and what is the device's is told apart here.
 """
 
+import re
 import threading
 import time
 from collections.abc import Mapping
@@ -14,10 +15,10 @@ from typing import Any, Literal
 
 import torch
 
-from mmbeam.errors import DeviceError
+from mmbeam.errors import DeviceError, UsageError
 from mmbeam.types import Batch, Stage, Tally
 
-Fault = Literal["memory", "device", "sample"]
+Fault = Literal["memory", "device", "surroundings", "sample"]
 
 # What a broken device says in a plain RuntimeError. Such an error is sticky: nothing later is true.
 _DEVICE_WORDS = ("cuda error", "cudnn error", "cudnn_status", "cublas_status", "nccl error", "device-side assert")
@@ -25,7 +26,7 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_
 
 
 def classify(error: BaseException) -> Fault:
-    """Whose fault an exception of a model is: too little memory, the device, or the sample."""
+    """Whose fault an exception of a model is: the device's (its memory, itself), the host's, or the sample's."""
     words = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError):
         return "memory"
@@ -34,8 +35,9 @@ def classify(error: BaseException) -> Fault:
     accelerator = getattr(torch, "AcceleratorError", None)
     if accelerator is not None and isinstance(error, accelerator):
         return "device"
-    surroundings = isinstance(error, DeviceError | MemoryError | OSError)
-    return "device" if surroundings or any(word in words for word in _DEVICE_WORDS) else "sample"
+    if isinstance(error, DeviceError) or any(word in words for word in _DEVICE_WORDS):
+        return "device"
+    return "surroundings" if isinstance(error, MemoryError | OSError) else "sample"
 
 
 def resolve_device(name: str) -> str:
@@ -45,11 +47,13 @@ def resolve_device(name: str) -> str:
     """
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch {torch.__version__} "
-            "can use. Check nvidia-smi and the torch build, or run with --device cpu."
+            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
+            f"{torch.__version__} can use. Check nvidia-smi and the torch build, or run with --device cpu."
         )
     return "cuda:0" if name == "cuda" else name
 
@@ -61,7 +65,7 @@ class Device:
         self.name = name
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"mmbeam-{name}")
         self._models: dict[str, Any] = {}
-        self._broken: BaseException | None = None
+        self._broken: str | None = None  # what it said when it broke
 
     def run(self, stage: Stage, batch: Batch) -> Batch:
         """Run `stage` on `batch` on the device's thread, and wait.
@@ -77,7 +81,7 @@ class Device:
 
     def _run(self, stage: Stage, batch: Batch) -> tuple[Batch, float, float]:
         if self._broken is not None:
-            raise DeviceError(f"{self.name} failed before: {self._broken}") from self._broken
+            raise DeviceError(f"{self.name} failed before: {self._broken}")
         begin = time.perf_counter()
         try:
             model = self._model(stage)
@@ -85,8 +89,8 @@ class Device:
             result = stage.run(model, batch)
         except Exception as error:
             if classify(error) == "device":
-                self._broken = error
-                raise DeviceError(f"{self.name}: {type(error).__name__}: {error}") from error
+                self._broken = _first_line(error)
+                raise DeviceError(f"{self.name}: {type(error).__name__}: {self._broken}") from error
             raise
         return result, time.perf_counter() - loaded, loaded - begin
 
@@ -94,6 +98,11 @@ class Device:
         if stage.key not in self._models:
             self._models[stage.key] = stage.load()
         return self._models[stage.key]
+
+
+def _first_line(error: BaseException) -> str:
+    """What CUDA says first; the lines after it are advice on debugging."""
+    return str(error).partition("\n")[0]
 
 
 _devices: dict[str, Device] = {}

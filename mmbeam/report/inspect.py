@@ -62,9 +62,14 @@ def inspect_text(patterns: Sequence[str], fields: FieldMap) -> Iterator[str]:
     """Lines that say how many shards there are and what their first samples hold."""
     shards = list_shards(patterns)
     sizes = [shard.size for shard in shards if shard.size is not None]
-    yield f"{len(shards):,} shards, {sum(sizes) / 1e6:,.1f} MB" + (" known" if len(sizes) < len(shards) else "")
+    known = "" if len(sizes) == len(shards) else f" ({len(shards) - len(sizes):,} of unknown size)"
+    yield f"shards: {len(shards):,}, {sum(sizes) / 1e6:,.1f} MB{known}"
     found = probe(shards, fields)
-    yield f"the first {found.samples:,} samples ({', '.join(found.keys[:3])}, ...):"
+    if not found.samples:
+        yield "no samples in them"
+        return
+    yield f"keys: {', '.join(found.keys[:3])}, ..."
+    yield f"fields, of {'all' if found.whole else 'the first'} {found.samples:,} samples:"
     for name, count in found.fields.most_common():
         yield f"  {name:<20} in {count:>4}  {found.kinds.get(name, '-')}"
     yield "modalities: " + (", ".join(sorted(found.modalities)) or "none")

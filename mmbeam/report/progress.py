@@ -1,32 +1,52 @@
-"""What this process has done of the run so far, for the progress line.
+"""The progress line: what is done of the run so far, how fast it goes, and how long it will take.
 
 Runners give metrics only at the end, so live progress is what the steps of this process put here, and,
-for workers elsewhere, what is committed in the output. It counts; the command line prints.
+for workers elsewhere, what is committed in the output. Nothing here decides anything.
 """
 
+import logging
+import os
 import threading
 import time
-from dataclasses import dataclass, field
+from collections import deque
+from dataclasses import replace
+from typing import TextIO
 
+from mmbeam.io import runs
+from mmbeam.io.runs import Run
 from mmbeam.types import Tally, UnitReport
 
+log = logging.getLogger(__name__)
 
-@dataclass
+RATE_SECONDS = 30.0  # the rate is that of so long a time
+POLL_SECONDS = 5.0  # between two looks at what is committed
+TERMINAL_SECONDS = 0.5  # between two lines on a terminal, which is rewritten in place,
+LOG_SECONDS = 10.0  # and elsewhere
+CLEAR_LINE = "\r\x1b[K"
+
+
 class Progress:
-    """Counters of one run. Thread-safe; `start` begins a new run."""
+    """Counters of one run. Thread-safe."""
 
-    units: int = 0  # that the run has in all
-    units_done: int = 0
-    units_kept: int = 0  # of those done: committed by an earlier run
-    units_failed: int = 0
-    tally: Tally = Tally()
-    started: float = field(default_factory=time.monotonic)
-    _lock: threading.Lock = field(default_factory=threading.Lock, repr=False)
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.start(0)
 
     def start(self, units: int) -> None:
+        """A run of so many units begins."""
         with self._lock:
-            self.units, self.units_done, self.units_kept, self.units_failed = units, 0, 0, 0
-            self.tally, self.started = Tally(), time.monotonic()
+            self.units = units
+            self.units_done = 0
+            self.units_failed = 0  # of those done
+            self.tally = Tally()  # of this launch
+            self.kept = Tally()  # of units that an earlier launch committed
+            self.finished = Tally()  # of all units that are done and have not failed
+            self._history = deque([(time.monotonic(), 0)])  # samples of this launch, by time
+
+    @property
+    def counted(self) -> bool:
+        """Whether anything has been done at all."""
+        return bool(self.units_done or self.tally.samples)
 
     def add(self, tally: Tally) -> None:
         """Put a window's counts on the sum."""
@@ -34,22 +54,45 @@ class Progress:
             self.tally += tally
 
     def unit_done(self, report: UnitReport) -> None:
+        """A unit came to its end: committed now or before, or failed."""
         with self._lock:
             self.units_done += 1
-            self.units_kept += report.status == "kept"
-            self.units_failed += report.status == "failed"
+            if report.status == "failed":
+                self.units_failed += 1
+                return
+            self.finished += report.tally
+            if report.status == "kept":
+                self.kept += report.tally
 
-    def line(self, committed: int = 0) -> str:
-        """One line: units, samples, rate, time left. `committed` is what the output itself shows."""
+    def line(self) -> str:
+        """One line: units, samples, the rate of the last half minute, failures, time left."""
         with self._lock:
-            seconds = time.monotonic() - self.started
-            done, tally = max(self.units_done, committed), self.tally
-            worked = max(done - self.units_kept, 0)
-            left = (self.units - done) * seconds / worked if worked else None
-        rate = tally.samples / seconds if seconds > 0 else 0.0
-        text = f"{done:,}/{self.units:,} units  {tally.samples:,} samples  {rate:,.0f}/s"
-        text += f"  {tally.failed:,} failed" if tally.failed else ""
-        return text + (f"  {clock(left)} left" if left is not None and done < self.units else "")
+            rate = self._rate()
+            left = self._left(rate)
+            text = f"{self.units_done:,}/{self.units:,} units  {self.tally.samples + self.kept.samples:,} samples"
+            text += f"  {rate:,.0f}/s" if rate >= 10 else f"  {rate:.1f}/s"
+            text += f"  {self.tally.failed:,} samples failed" if self.tally.failed else ""
+            text += f"  {self.units_failed:,} units FAILED" if self.units_failed else ""
+        return text if left is None else f"{text}  {clock(left)} left"
+
+    def _rate(self) -> float:
+        now = time.monotonic()
+        self._history.append((now, self.tally.samples))
+        while len(self._history) > 2 and self._history[1][0] <= now - RATE_SECONDS:
+            self._history.popleft()
+        then, samples = self._history[0]
+        return (self.tally.samples - samples) / max(now - then, 1e-9)
+
+    def _left(self, rate: float) -> float | None:
+        """Seconds, if the units to come hold as many samples as those that are finished."""
+        finished = self.units_done - self.units_failed
+        if not rate or not finished or self.units_done >= self.units:
+            return None
+        expected = self.finished.samples / finished * (self.units - self.units_failed)
+        return max(expected - self.kept.samples - self.tally.samples, 0) / rate
+
+
+progress = Progress()  # of this process
 
 
 def clock(seconds: float) -> str:
@@ -62,4 +105,81 @@ def clock(seconds: float) -> str:
     return f"{whole // 3600}h{whole % 3600 // 60:02}m"
 
 
-progress = Progress()
+class Committed:
+    """The progress of workers that are not of this process, seen from what they commit."""
+
+    def __init__(self, run: Run, units: int) -> None:
+        self.progress = Progress()
+        self.progress.start(units)
+        self._run = run
+        self._seen: set[str] = set()
+        self._before = True  # the first look finds what an earlier launch committed
+
+    def look(self) -> None:
+        """Take in what has been committed since the last look."""
+        new = sorted(runs.committed(self._run) - self._seen)
+        for report in runs.load_reports(self._run, new):
+            if not self._before:
+                self.progress.add(report.tally)
+            self.progress.unit_done(report if self._before else replace(report, status="written"))
+        self._seen.update(new)
+        self._before = False
+
+
+class ProgressLine:
+    """A context manager that shows the progress of the run in `output` on `stream` while it works.
+
+    On a terminal one line is rewritten in place and removed at the end; elsewhere a line is written every
+    ten seconds, so a quick job writes none.
+    """
+
+    def __init__(self, output: str, stream: TextIO, seconds: float | None = None) -> None:
+        self._output = output
+        self._stream = stream
+        self._terminal = stream.isatty()
+        self._seconds = seconds or (TERMINAL_SECONDS if self._terminal else LOG_SECONDS)
+        self._elsewhere: Committed | None = None
+        self._next_look = time.monotonic() + POLL_SECONDS
+        self._end = threading.Event()
+        self._thread = threading.Thread(target=self._show, name="mmbeam-progress", daemon=True)
+
+    def __enter__(self) -> None:
+        self._thread.start()
+
+    def __exit__(self, *_: object) -> None:
+        self._end.set()
+        self._thread.join()
+        if self._terminal:
+            self._write(CLEAR_LINE)
+
+    def _show(self) -> None:
+        while not self._end.wait(self._seconds):
+            if not progress.units:
+                self._write(f"{CLEAR_LINE}starting" if self._terminal else "")
+                continue
+            line = self._progress().line()
+            self._write(f"{CLEAR_LINE}{line[: self._columns() - 1]}" if self._terminal else f"{line}\n")
+
+    def _progress(self) -> Progress:
+        """What this process has counted; if that is nothing, what is committed."""
+        if progress.counted:
+            return progress
+        if time.monotonic() >= self._next_look:
+            self._look()
+            self._next_look = time.monotonic() + POLL_SECONDS
+        return progress if self._elsewhere is None else self._elsewhere.progress
+
+    def _look(self) -> None:
+        try:
+            if self._elsewhere is None:
+                self._elsewhere = Committed(runs.find_run(self._output), progress.units)
+            self._elsewhere.look()
+        except Exception as error:  # a line that is not up to date is no reason to end a job
+            log.debug("%s: cannot see what is committed: %s", self._output, error)
+
+    def _columns(self) -> int:
+        return os.get_terminal_size(self._stream.fileno()).columns or 80
+
+    def _write(self, text: str) -> None:
+        self._stream.write(text)
+        self._stream.flush()

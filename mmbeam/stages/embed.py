@@ -4,25 +4,34 @@ What fails is told apart per modality and sample, so that an unreadable picture 
 caption's vector, and one model's failure does not cost another model's column.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import torch
+import torch.nn.functional as F
 
-from mmbeam.models.encoders import load
+from mmbeam.errors import UsageError
+from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
-from mmbeam.models.loading import parse_dtype, resolve
-from mmbeam.models.placement import resolve_device
+from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
+from mmbeam.models.placement import Fault, resolve_device
 from mmbeam.stages.packing import Packed, pack, run_packed
 from mmbeam.types import MODALITIES, Audio, Batch, Failure, Modality, Needs, Output, Sample, Tally, Waveform
 
 # Samples per batch when the user gives none: on a CPU larger batches gain nothing, on a GPU they fill it.
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+SPLIT: Mapping[Fault, str] = {
+    "memory": "batches halved for lack of memory",
+    "sample": "batches that failed on a sample",
+}
 TEXT_TOKENS_PER_SAMPLE = 128  # a text batch holds at most batch_size times so many padded tokens
 
+FloatTD = np.ndarray[Any, np.dtype[np.float32]]  # [tokens, width]
 Values = Sequence[Any]  # what one modality's items are: pictures, (wave, rate) pairs, token ids
 Kind = Literal["embedding", "tokens"]
 
@@ -38,6 +47,7 @@ class EmbedStage:
 
     model: str  # where its files are, for whoever loads it: a directory, or a hub name with its @revision
     spec: EncoderSpec
+    digest: str  # of those files: another model in the same directory is another model
     modalities: tuple[Modality, ...]
     device: str = "cpu"
     dtype: str | None = None
@@ -50,7 +60,7 @@ class EmbedStage:
 
     @property
     def key(self) -> str:
-        return f"{self.model}:{self.dtype}:{self.image_filter}:{self.device}"
+        return f"{self.digest}:{dtype_name(self.dtype, self.device)}:{self.image_filter}:{self.device}"
 
     @property
     def needs(self) -> Needs:
@@ -91,7 +101,7 @@ class EmbedStage:
     @torch.inference_mode()
     def run(self, model: Encoder, batch: Batch) -> Batch:
         """Add this stage's columns to `batch.features`, and a Failure for each value lost."""
-        features, failures, warnings = dict(batch.features), list(batch.failures), {}
+        features, failures, splits = dict(batch.features), list(batch.failures), Counter[Fault]()
         for modality in self.modalities:
             positions = [i for i, sample in enumerate(batch.samples) if sample.has(modality)]
             items = self._items(model, modality, [batch.samples[i] for i in positions])
@@ -99,15 +109,15 @@ class EmbedStage:
                 items,
                 pack(*self._limits(modality, items)),
                 lambda some, modality=modality: _encode(model, modality, some, self.tokens),  # type: ignore[misc]
-                _known_good(model, modality),
+                partial(_known_good, model, modality),
             )
             columns, lost = self._collect(modality, packed, len(items), model.normalized)
             features |= {name: _spread(array, positions, len(batch.samples)) for name, array in columns.items()}
             failures += [self._failure(batch.samples[positions[i]], modality, error) for i, error in lost.items()]
-            if packed.splits:
-                warnings["batches halved for lack of memory"] = packed.splits
+            splits += packed.splits
         if self.count_tokens:
             features["text_num_tokens"] = _count_tokens(model, batch.samples)
+        warnings = {SPLIT[fault]: count for fault, count in splits.items()}
         tally = batch.tally + Tally(warnings=warnings)
         return replace(batch, features=features, failures=tuple(failures), tally=tally)
 
@@ -132,23 +142,24 @@ class EmbedStage:
     ) -> tuple[dict[str, pa.Array], dict[int, Exception]]:
         """Arrow arrays of `count` values in the window's order, and what was lost by position."""
         lost = dict(packed.failed)
-        pooled = np.zeros((count, self.spec.dims[modality]), self.vector_type)
-        sequences: list[torch.Tensor | None] = [None] * count
+        pooled = np.zeros((count, self.spec.dims[modality]), np.float32)
+        none = np.zeros((0, self.spec.token_dims.get(modality, 1)), np.float32)
+        sequences = [none] * count
         for positions, encoded in packed.done:
             vectors = encoded.pooled.float()
-            vectors = torch.nn.functional.normalize(vectors, dim=-1) if normalized else vectors
-            pooled[positions] = vectors.cpu().numpy()
+            pooled[positions] = (F.normalize(vectors, dim=-1) if normalized else vectors).cpu().numpy()
             for position, tokens in zip(positions, encoded.tokens or (), strict=bool(encoded.tokens)):
-                sequences[position] = tokens
-        for position in np.flatnonzero(~np.isfinite(pooled).all(axis=1)).tolist():
-            lost[position] = ArithmeticError("the model's vector is not finite (a wider --dtype may help)")
+                sequences[position] = tokens.float().cpu().numpy()
+        for position, values in enumerate(zip(pooled, sequences, strict=True)):
+            problem = _problem(values, self.vector_type)
+            if problem is not None and position not in lost:
+                lost[position] = ArithmeticError(problem)
         missing = np.zeros(count, bool)
         missing[list(lost)] = True
-        columns = {self._column(modality, "embedding"): _vectors(pooled, missing)}
+        pooled[missing] = 0  # null, whatever it was; it may not fit
+        columns = {self._column(modality, "embedding"): _vectors(pooled.astype(self.vector_type), missing)}
         if self.tokens:
-            columns[self._column(modality, "tokens")] = _sequences(
-                sequences, missing, self.spec.token_dims[modality], self.vector_type
-            )
+            columns[self._column(modality, "tokens")] = _sequences(sequences, missing, none.astype(self.vector_type))
         return columns, lost
 
     def _failure(self, sample: Sample, modality: Modality, error: Exception) -> Failure:
@@ -199,18 +210,21 @@ def _vectors(values: np.ndarray[Any, Any], missing: np.ndarray[Any, Any]) -> pa.
     return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(missing))
 
 
-def _sequences(
-    sequences: Sequence[torch.Tensor | None], missing: np.ndarray[Any, Any], width: int, dtype: str
-) -> pa.Array:
-    """list<fixed_size_list<dtype>[width]>, null where missing."""
-    kept = [
-        np.zeros((0, width), dtype) if tokens is None or gone else tokens.float().cpu().numpy().astype(dtype)
-        for tokens, gone in zip(sequences, missing.tolist(), strict=True)
-    ]
+def _sequences(sequences: Sequence[FloatTD], missing: np.ndarray[Any, Any], none: np.ndarray[Any, Any]) -> pa.Array:
+    """list<fixed_size_list<number>[width]>, null where missing; `none` has the width and the number's type."""
+    kept = [tokens[:0] if gone else tokens for tokens, gone in zip(sequences, missing.tolist(), strict=True)]
     ends = np.cumsum([0, *(len(tokens) for tokens in kept)])
-    flat = np.concatenate([*kept, np.zeros((0, width), dtype)])
-    vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), width)
+    flat = np.concatenate([none, *kept]).astype(none.dtype)
+    vectors = pa.FixedSizeListArray.from_arrays(pa.array(flat.reshape(-1)), flat.shape[1])
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), vectors, mask=pa.array(missing))
+
+
+def _problem(values: Sequence[np.ndarray[Any, Any]], dtype: str) -> str | None:
+    """Why these numbers cannot be stored as `dtype`; None if they can."""
+    if not all(np.isfinite(each).all() for each in values):
+        return "the model's vector is not finite (a wider --dtype may help)"
+    largest = max(float(np.abs(each).max(initial=0)) for each in values)
+    return None if largest <= float(np.finfo(dtype).max) else f"{largest:g} does not fit {dtype}; leave out --float16"
 
 
 def _spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
@@ -223,6 +237,35 @@ def _spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
     return array.take(pa.array(places, pa.int64()))
 
 
-def asked_modalities(spec: EncoderSpec, asked: Sequence[Modality] | None) -> tuple[Modality, ...]:
-    """Those of the model's modalities that were asked for, in the fixed order."""
-    return tuple(m for m in MODALITIES if m in spec.dims and (asked is None or m in asked))
+def embed_stage(
+    model: str,
+    *,
+    modalities: Sequence[Modality] | None = None,
+    device: str = "cpu",
+    count_tokens: bool = True,
+    **options: Any,
+) -> EmbedStage:
+    """The stage of a model: a hub name with optional @revision, or a directory. Reads no weights.
+
+    `modalities` are those to encode, None for all that the model has. `device` is the workers': "cpu" or
+    "cuda[:N]"; "auto" looks at this machine. `options` are the other fields of EmbedStage: name, dtype,
+    batch_size, tokens, vector_type, image_filter. Several stages of one pipeline need different names,
+    and one of them counts tokens.
+
+    Raises ModelError for a model that cannot be used, UsageError if it encodes none of `modalities`.
+    """
+    found = resolve(model)
+    spec = describe(found.directory)
+    chosen = tuple(m for m in MODALITIES if m in spec.dims and (modalities is None or m in modalities))
+    if not chosen:
+        asked = ", ".join(modalities or ())
+        raise UsageError(f"modalities {asked}: {model} encodes none of them, but {', '.join(spec.dims)}")
+    return EmbedStage(
+        model=found.reference,
+        spec=spec,
+        digest=digest(found.directory),
+        modalities=chosen,
+        device=resolve_device(device) if device == "auto" else device,
+        count_tokens=count_tokens and "text" in chosen,
+        **options,
+    )

@@ -6,12 +6,13 @@ size removes nearly all of it (measured: 0.48 to 0.95 of the tokens are real at 
 
 import logging
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
 from mmbeam.errors import DeviceError
-from mmbeam.models.placement import classify
+from mmbeam.models.placement import Fault, classify
 
 log = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
@@ -24,7 +25,7 @@ class Packed(Generic[ResultT]):
 
     done: list[tuple[list[int], ResultT]] = field(default_factory=list)
     failed: dict[int, Exception] = field(default_factory=dict)  # by position
-    splits: int = 0  # batches halved because the device's memory did not hold them
+    splits: Counter[Fault] = field(default_factory=Counter)  # batches that failed, by whose fault
 
 
 def pack(weights: Sequence[int], batch_size: int, max_weight: int | None = None) -> list[list[int]]:
@@ -56,12 +57,12 @@ def run_packed(
     items: Sequence[ItemT],
     batches: Sequence[list[int]],
     call: Callable[[list[ItemT]], ResultT],
-    known_good: ItemT,
+    known_good: Callable[[], ItemT],
 ) -> Packed[ResultT]:
     """Call `call` on each batch of `items`; halve a batch that does not fit or that fails.
 
-    An item that fails alone is the item's fault only if `known_good` passes; if that fails too, or
-    the device itself breaks, DeviceError is raised and nothing is recorded against any sample.
+    An item that fails alone is the item's fault only if what `known_good` makes passes; if that fails
+    too, or the device itself breaks, DeviceError is raised and nothing is recorded against any sample.
     """
     packed: Packed[ResultT] = Packed()
     todo = list(reversed(batches))
@@ -71,21 +72,22 @@ def run_packed(
             packed.done.append((positions, call([items[position] for position in positions])))
         except Exception as error:
             fault = classify(error)
-            if fault == "device":
+            if fault in ("device", "surroundings"):
                 raise
-            packed.splits += fault == "memory"
+            packed.splits[fault] += 1
+            error.with_traceback(None)  # its frames hold the batch's memory
             if len(positions) > 1:
                 log.info("a batch of %d is halved: %s", len(positions), error)
                 middle = (len(positions) + 1) // 2
                 todo += [positions[middle:], positions[:middle]]
             else:
                 _must_pass(call, known_good, error)
-                packed.failed[positions[0]] = error.with_traceback(None)  # its frames hold the batch's memory
+                packed.failed[positions[0]] = error
     return packed
 
 
-def _must_pass(call: Callable[[list[ItemT]], ResultT], known_good: ItemT, error: Exception) -> None:
+def _must_pass(call: Callable[[list[ItemT]], ResultT], known_good: Callable[[], ItemT], error: Exception) -> None:
     try:
-        call([known_good])
+        call([known_good()])
     except Exception as also:
         raise DeviceError(f"the model fails on an input known to be good ({also}), after: {error}") from also

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 import apache_beam as beam
 
 from mmbeam.errors import DeviceError
+from mmbeam.io import runs
 from mmbeam.models import placement
 from mmbeam.types import Batch, Stage
 
@@ -24,10 +25,10 @@ class Embed(beam.PTransform):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
-        self.stage = stage
+        self.dofn = _RunStage(stage)
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[Batch]:
-        return batches | "Run" >> beam.ParDo(_RunStage(self.stage))
+        return batches | "Run" >> beam.ParDo(self.dofn)
 
 
 class _RunStage(beam.DoFn):
@@ -35,16 +36,21 @@ class _RunStage(beam.DoFn):
         self.stage = stage
         self.launcher = _process()
 
+    def setup(self) -> None:
+        if _process() != self.launcher:  # nobody reads a worker's stdout: after 64 KB a library that prints would block
+            os.dup2(2, 1)
+
     def process(self, batch: Batch) -> Iterator[Batch]:
         if not batch.samples or batch.broken:
             yield batch
             return
         try:
             yield placement.device(self.stage.device).run(self.stage, batch)
-        except DeviceError as error:
-            if _process() != self.launcher:
+        except Exception as error:
+            if isinstance(error, DeviceError) and _process() != self.launcher:
                 log.critical("this worker ends, so that a fresh one can go on: %s", error)
                 os._exit(1)
+            runs.note(error)
             raise
 
 

@@ -6,21 +6,26 @@ from dataclasses import replace
 
 import apache_beam as beam
 
+from mmbeam.io import runs
+from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards, plan_units, unit_from_json, unit_to_json
-from mmbeam.types import WorkUnit
+from mmbeam.types import Shard, WorkUnit
 
 
 class Plan(beam.PTransform):
     """PBegin -> PCollection[WorkUnit].
 
     Takes patterns, listed here and now on the machine that builds the pipeline, or units that were
-    planned for a run. This is the only shuffle before the write, and it carries paths. Units travel
-    as JSON text, so that 100,000 of them stay small in the job's description.
+    planned before. With a `run` the patterns are planned for it: its output is opened, and units that
+    an earlier launch planned stay as they are. This is the only shuffle before the write, and it
+    carries paths. Units travel as JSON text, so that 100,000 of them stay small in the job's description.
+
+    Raises NoShardsError, and RunMismatchError if the output holds another run or a shard has changed.
     """
 
-    def __init__(self, shards: str | Sequence[str] | Sequence[WorkUnit]) -> None:
+    def __init__(self, shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None = None) -> None:
         super().__init__()
-        self.units = _units(shards)
+        self.units = _units(shards, run)
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection[WorkUnit]:
         lines = [_line(unit) for unit in self.units]
@@ -44,9 +49,17 @@ def _parse(line: str) -> WorkUnit:
     return replace(unit_from_json(data, data["urls"]), replace=data["replace"])
 
 
-def _units(shards: str | Sequence[str] | Sequence[WorkUnit]) -> list[WorkUnit]:
-    if isinstance(shards, str):
-        return plan_units(list_shards([shards]), [])
-    if all(isinstance(shard, str) for shard in shards):
-        return plan_units(list_shards([str(shard) for shard in shards]), [])
-    return [shard for shard in shards if isinstance(shard, WorkUnit)]
+def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) -> list[WorkUnit]:
+    given = [shards] if isinstance(shards, str) else list(shards)
+    patterns = [each for each in given if isinstance(each, str)]
+    units = [each for each in given if isinstance(each, WorkUnit)]
+    if not patterns and given:
+        return units
+    found = list_shards(patterns)
+    return units + (plan_units(found, units) if run is None else _planned(run, found))
+
+
+def _planned(run: Run, shards: Sequence[Shard]) -> list[WorkUnit]:
+    runs.open_run(run)
+    runs.clear_stop(run)
+    return runs.extend_plan(run, shards)

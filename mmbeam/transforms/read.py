@@ -1,6 +1,7 @@
 """ReadShards: work units to batches of decoded samples, read ahead in the background."""
 
 from collections.abc import Iterator
+from contextlib import closing
 
 import apache_beam as beam
 
@@ -37,6 +38,13 @@ class _Read(beam.DoFn):
         self.windows = windows
 
     def process(self, unit: WorkUnit) -> Iterator[Batch]:
+        try:
+            yield from self._batches(unit)
+        except Exception as error:
+            runs.note(error)
+            raise
+
+    def _batches(self, unit: WorkUnit) -> Iterator[Batch]:
         if self.run is not None:
             reason = runs.stopped(self.run)
             if reason is not None:
@@ -45,4 +53,9 @@ class _Read(beam.DoFn):
             if report is not None:
                 yield Batch(unit=unit, index=0, last=True, report=report)
                 return
-        yield from read_batches(unit, self.reading, self.needs, self.windows)
+        with closing(read_batches(unit, self.reading, self.needs, self.windows)) as batches:
+            for batch in batches:
+                if self.run is not None:
+                    runs.go_on(self.run)
+                yield batch
+                del batch  # a window is large: do not hold it while waiting for the next

@@ -1,12 +1,14 @@
 """WriteParquet, Summarize and Rows: batches to one Parquet per unit, reports to a summary, or plain rows."""
 
+import logging
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
+import pyarrow as pa
 
-from mmbeam.errors import FlowError
+from mmbeam.errors import FlowError, ShardError
 from mmbeam.io import runs
 from mmbeam.io.parquet import UnitWriter, report_failed_unit
 from mmbeam.io.rows import build_schema, settle
@@ -14,16 +16,18 @@ from mmbeam.io.runs import Run
 from mmbeam.report.progress import progress
 from mmbeam.types import Batch, Output, RunReport, Stage, UnitReport
 
+log = logging.getLogger(__name__)
+
 
 class WriteParquet(beam.PTransform):
     """PCollection[Batch] -> PCollection[UnitReport]: one Parquet per unit, published whole."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
-        self.run = run
+        self.dofn = _Write(run)
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[UnitReport]:
-        return batches | "Write" >> beam.ParDo(_Write(self.run))
+        return batches | "Write" >> beam.ParDo(self.dofn)
 
 
 class _Write(beam.DoFn):
@@ -37,26 +41,31 @@ class _Write(beam.DoFn):
         self.writers = {}
 
     def process(self, batch: Batch) -> Iterator[UnitReport]:
-        unit = batch.unit
-        if batch.report is not None:
-            progress.unit_done(batch.report)
-            yield batch.report
-            return
-        if batch.broken is not None:
-            self._abort(unit.id)
-            report = report_failed_unit(self.run, unit, batch.broken)
+        try:
+            report = batch.report or self._write(batch)
+        except Exception as error:
+            runs.note(error)
+            raise
+        if report is not None:
             progress.unit_done(report)
             yield report
-            return
+
+    def _write(self, batch: Batch) -> UnitReport | None:
+        """The unit's report if this was its last window."""
+        unit = batch.unit
+        if batch.broken is not None:
+            self._abort(unit.id)
+            return report_failed_unit(self.run, unit, batch.broken)
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
         progress.add(tally)
-        runs.judge(self.run, tally, batch.failures)
-        if batch.last:
-            report = writer.commit()
-            del self.writers[unit.id]
-            progress.unit_done(report)
-            yield report
+        if not unit.replace:  # one that is done again holds what failed before, more than its share
+            runs.judge(self.run, tally, batch.failures)
+        if not batch.last:
+            return None
+        report = writer.commit()
+        del self.writers[unit.id]
+        return report
 
     def finish_bundle(self) -> None:
         left = sorted(self.writers)
@@ -108,18 +117,28 @@ def _summarize(
 class Rows(beam.PTransform):
     """PCollection[Batch] -> PCollection[dict]: what WriteParquet would write, for a sink of one's own.
 
-    `stages` are those of the pipeline; a failed sample gives no row. Nothing is committed, so nothing
-    is resumed: that is what WriteParquet is for.
+    `stages` are those of the pipeline; `cleaning` says that the reading cleans text, and adds
+    `text_clean`. `schema` is the rows' as an Arrow schema, for a sink that asks for one. Nothing is
+    committed, so nothing is resumed: that is what WriteParquet is for. A sample that lost every output
+    gives no row but a warning in the log; a shard that cannot be read raises ShardError, since rows
+    alone could not show that some are missing.
     """
 
-    def __init__(self, *stages: Stage) -> None:
+    def __init__(self, *stages: Stage, cleaning: bool = False) -> None:
         super().__init__()
         self.outputs: list[Output] = [output for stage in stages for output in stage.outputs]
+        self.schema = build_schema(self.outputs, cleaning, metadata={})
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[dict[str, Any]]:
-        return batches | "Rows" >> beam.FlatMap(_rows, outputs=self.outputs)
+        return batches | "Rows" >> beam.FlatMap(_rows, outputs=self.outputs, schema=self.schema)
 
 
-def _rows(batch: Batch, outputs: Sequence[Output]) -> Iterator[dict[str, Any]]:
-    schema = build_schema(outputs, cleaning=any(s.text_clean is not None for s in batch.samples), metadata={})
-    yield from settle(batch, outputs, schema).rows.to_pylist()
+def _rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Iterator[dict[str, Any]]:
+    if batch.broken is not None:
+        raise ShardError(batch.broken)
+    settled = settle(batch, outputs, schema)
+    lost = next((record for record in settled.failures if not record["row"]), None)
+    if lost is not None:
+        count, message = settled.tally.failed, lost["message"]
+        log.warning("%d samples gave no row; %s of %s: %s", count, lost["key"], lost["shard"], message)
+    yield from settled.rows.to_pylist()

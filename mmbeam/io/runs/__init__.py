@@ -13,9 +13,9 @@ write there. Rows are made in rows.py and written in parquet.py.
 
 from mmbeam.io.rows import build_schema
 from mmbeam.io.runs.commits import committed, load_reports, report_of
-from mmbeam.io.runs.control import clear_stop, judge, lock, stop, stopped
+from mmbeam.io.runs.control import clear_stop, go_on, judge, lock, note, running_here, stop, stopped
 from mmbeam.io.runs.plan import extend_plan, load_plan
-from mmbeam.io.runs.run import Run, differences, fingerprint_of, open_run, read_manifest
+from mmbeam.io.runs.run import Run, differences, find_run, fingerprint_of, open_run, read_manifest
 from mmbeam.io.runs.summary import read_summary, sweep, write_summary
 
 __all__ = [
@@ -25,15 +25,19 @@ __all__ = [
     "committed",
     "differences",
     "extend_plan",
+    "find_run",
     "fingerprint_of",
+    "go_on",
     "judge",
     "load_plan",
     "load_reports",
     "lock",
+    "note",
     "open_run",
     "read_manifest",
     "read_summary",
     "report_of",
+    "running_here",
     "stop",
     "stopped",
     "sweep",

@@ -22,6 +22,8 @@ logger = logging.getLogger(__name__)
 
 JUDGED_SAMPLES = 100  # below so many a failure rate says little
 
+_errors: dict[str, list[Exception]] = {}  # by launch, of those that this process runs itself
+_at_work = threading.local()  # the launch whose unit a thread is at
 _seen: dict[str, Tally] = {}  # by launch: what this process has settled
 _seen_lock = threading.Lock()
 
@@ -46,6 +48,38 @@ def judge(run: Run, tally: Tally, failures: Sequence[Failure] = ()) -> None:
     )
     stop(run, reason)
     raise FailureRateError(reason)
+
+
+@contextmanager
+def running_here(run: Run) -> Iterator[list[Exception]]:
+    """While a runner in this process executes the run: what its steps raised, in order.
+
+    Such a runner fails the run at the first error, but only once its other workers have come to their
+    end: they ask `go_on` between two windows, so that this is soon.
+    """
+    errors: list[Exception] = []
+    _errors[run.launch] = errors
+    try:
+        yield errors
+    finally:
+        errors.append(JobError("the run has ended"))  # for units that are still at work
+
+
+def go_on(run: Run) -> None:
+    """Called by a unit before each of its windows, on the thread that takes them through all steps.
+
+    Raises JobError if the run has failed, or has ended, in this process, so that no unit need go on.
+    """
+    _at_work.launch = run.launch
+    if _errors.get(run.launch):
+        raise JobError(f"another unit has failed: {_errors[run.launch][0]}")
+
+
+def note(error: Exception) -> None:
+    """A step has failed on this thread; of no consequence where a runner tries again."""
+    errors = _errors.get(getattr(_at_work, "launch", ""))
+    if errors is not None:
+        errors.append(error)
 
 
 def stop(run: Run, reason: str) -> None:

@@ -12,7 +12,7 @@ from typing import Any, Self
 
 import pyarrow as pa
 
-from mmbeam.errors import RunMismatchError
+from mmbeam.errors import JobError, RunMismatchError
 from mmbeam.io.rows import build_schema
 from mmbeam.io.store import Store
 from mmbeam.types import Output
@@ -118,9 +118,11 @@ def open_run(run: Run, overwrite: bool = False) -> None:
 def read_manifest(store: Store) -> dict[str, Any] | None:
     """What run.json says: fingerprint, configuration, recorded. None if there is no run."""
     try:
-        manifest = json.loads(store.read(MANIFEST))
+        content = store.read(MANIFEST)
     except FileNotFoundError:
         return None
+    try:
+        manifest = json.loads(content)
     except ValueError:
         manifest = None
     if isinstance(manifest, dict) and manifest.keys() >= {"fingerprint", "configuration", "recorded"}:
@@ -128,6 +130,21 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
     raise RunMismatchError(
         f"{store}/{MANIFEST}: expected the manifest of a run, found something else. "
         "Choose another --output, or give --overwrite to start over"
+    )
+
+
+def find_run(output: str) -> Run:
+    """The run that `output` holds, to look at: without its outputs and schema. Nothing is written.
+
+    Raises JobError if there is none, RunMismatchError if its manifest cannot be read.
+    """
+    store = Store(output)
+    manifest = read_manifest(store)
+    if manifest is None:
+        raise JobError(f"{store}: holds no run of mmbeam (there is no {MANIFEST}); give the --output of a job")
+    configuration, recorded = manifest["configuration"], manifest["recorded"]
+    return Run(
+        output=store.url, configuration=configuration, recorded=recorded, outputs=(), schema=build_schema((), False, {})
     )
 
 

@@ -1,0 +1,29 @@
+"""Embed every sample of a bucket of shards: what one submits to a runner.
+
+    python pipelines/embed.py --input 'shards/*.tar' --output out --model openai/clip-vit-base-patch32
+
+runs in this process. The arguments are those of `mmbeam embed` (see --help), and every Apache Beam pipeline
+option is taken as Beam spells it:
+
+    python pipelines/embed.py --input 'gs://bucket/shards/*.tar' --output gs://bucket/out --model ORG/NAME \\
+        --device cuda --runner=FlinkRunner --flink_master=HOST:8081 \\
+        --environment_type=EXTERNAL --environment_config=localhost:50000
+
+Where the workers are elsewhere, `--device` must say what they have, and `--output` and the model must be
+where they can reach them. The same command again does only what is not committed yet.
+Exit status: 0 done, 1 failed, 2 bad arguments, 3 done but some shards could not be read (run again).
+"""
+
+import sys
+from collections.abc import Sequence
+
+from mmbeam.cli import main as mmbeam
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the job by the command line's own parser, and return its exit status."""
+    return mmbeam(["embed", *(sys.argv[1:] if arguments is None else arguments)])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,398 @@
+"""The command line as a person meets it: what it says, where it says it, its exit status, what it leaves behind."""
+
+import json
+import logging
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow.dataset as ds
+import pytest
+import shards
+import torch
+from tiny_audio_text import save_clap
+from tiny_models import save_clip
+
+from mmbeam import __version__
+from mmbeam.cli import main
+from mmbeam.report.progress import progress
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="module")
+def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clap(tmp_path_factory.mktemp("models") / "clap")
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("shards")
+    shards.make_webdataset(directory, shards.make_truths(6))
+    return directory
+
+
+@pytest.fixture(autouse=True)
+def as_before() -> Iterator[None]:
+    """What main sets for its process: the logger's level, and the progress that it shows."""
+    logger = logging.getLogger("mmbeam")
+    level = logger.level
+    yield
+    logger.setLevel(level)
+    progress.start(0)
+
+
+class Said(NamedTuple):
+    status: int
+    out: str
+    err: str
+
+
+Mmbeam = Callable[..., Said]
+
+
+@pytest.fixture
+def mmbeam(capfd: pytest.CaptureFixture[str]) -> Mmbeam:
+    """The command line in this process, with all that it writes to either stream, by whatever way."""
+
+    def call(*args: str | Path) -> Said:
+        status = main([str(arg) for arg in args])
+        return Said(status, *capfd.readouterr())
+
+    return call
+
+
+@pytest.fixture
+def embed(mmbeam: Mmbeam, good: Path, clip: Path, tmp_path: Path) -> Mmbeam:
+    """`mmbeam embed` of good shards with a good model; what is given once more is meant instead."""
+    options = {"--input": str(good), "--model": str(clip), "--output": str(tmp_path / "out"), "--device": "cpu"}
+
+    def call(*args: str | Path) -> Said:
+        given = [str(arg) for arg in args]
+        rest = [word for name, value in options.items() if name not in given for word in (name, value)]
+        return mmbeam("embed", *given, *rest)
+
+    return call
+
+
+def check_refused(said: Said, status: int, *words: str) -> None:
+    """One message on stderr that says all `words`, no traceback, nothing on stdout."""
+    assert said.status == status, said
+    assert said.out == ""
+    assert said.err.startswith("mmbeam: ")
+    assert "Traceback" not in said.err
+    for word in words:
+        assert word in said.err
+
+
+# Good runs
+
+
+def test_a_good_run_says_what_it_did_on_stdout_and_nothing_on_stderr(embed: Mmbeam, tmp_path: Path) -> None:
+    said = embed()
+    assert (said.status, said.err) == (0, "")
+    assert said.out.startswith("units: 2 written\nsamples: 6 = 6 rows\nmade: 6 image_embedding, 6 text_embedding\n")
+    assert said.out.endswith(f"rows: {tmp_path}/out/data/\n")
+    assert ds.dataset(tmp_path / "out" / "data").count_rows() == 6
+    again = embed()
+    assert (again.status, again.err) == (0, "")
+    assert again.out.startswith("units: 0 written, 2 committed before\nsamples: 6 = 6 rows")
+
+
+def test_every_option_reaches_the_job(embed: Mmbeam, clip: Path, clap: Path, tmp_path: Path) -> None:
+    models = ["--model", f"clip={clip}", "--model", f"clap={clap}", "--modalities", "image,audio"]
+    fields = ["--image-field", "jpg", "--audio-field", "wav", "--text-field", "txt", "--metadata-field", "json"]
+    cleaning = ["--clean-text", "nfc,lower", "--where", "image_width >= 1", "--image-filter", "median:3", "--draft"]
+    running = ["--dtype", "bfloat16", "--batch-size", "2", "--limit", "5", "--max-failure-rate", "0.5", "--tokens"]
+    said = embed(*models, *fields, *cleaning, *running, "--float16", "--direct_num_workers=1")
+    assert said.status == 0, said
+    manifest = json.loads((tmp_path / "out" / "_mmbeam" / "run.json").read_text())
+    configuration, recorded = manifest["configuration"], manifest["recorded"]
+    assert configuration["modalities"] == {"clip": ["image"], "clap": ["audio"]}
+    assert (configuration["dtype"], configuration["limit"], configuration["tokens"]) == ("bfloat16", 5, True)
+    assert configuration["vector_type"] == "float16"
+    reading = configuration["reading"]
+    assert reading["fields"] == {"image": "jpg", "audio": "wav", "text": "txt", "metadata": "json"}
+    cleaned = {"text": ["nfc", "lower"], "where": ["image_width >= 1"], "image_filter": "median:3"}
+    assert reading["cleaning"] == cleaned
+    assert reading["draft"] is True
+    assert (recorded["batch_size"], recorded["beam_args"]) == (2, ["--direct_num_workers=1"])
+
+
+def test_a_shard_of_which_nothing_is_kept_has_an_empty_part(embed: Mmbeam, tmp_path: Path) -> None:
+    said = embed("--where", "image_width >= 1000")
+    assert (said.status, said.err) == (0, "")
+    assert "samples: 6 = 0 rows + 6 skipped (image_width >= 1000)\n" in said.out
+    data = ds.dataset(tmp_path / "out" / "data")
+    assert (len(data.files), data.count_rows(), "image_embedding" in data.schema.names) == (2, 0, True)
+
+
+def test_a_corrupt_picture_costs_one_record_and_not_the_job(embed: Mmbeam, tmp_path: Path) -> None:
+    truths = shards.make_truths(5)
+    truths[2] = replace(truths[2], members={"jpg": b"no picture", "txt": b"text"})
+    shards.make_webdataset(tmp_path / "in", truths, shards=1)
+    said = embed("--input", tmp_path / "in")
+    assert (said.status, said.err) == (0, "")
+    assert "samples: 5 = 5 rows; 1 of the rows lost some of their outputs\n" in said.out
+    assert f"failures: 1 decode: DecodeError, for example 000002 of {tmp_path}/in/shard-000000.tar: " in said.out
+    assert f"failure records: {tmp_path}/out/failures/\n" in said.out
+    records = ds.dataset(tmp_path / "out" / "failures").to_table().to_pylist()
+    assert [(record["key"], record["modality"]) for record in records] == [("000002", "image")]
+
+
+def test_a_shard_that_is_no_tar_among_good_ones_fails_its_unit(embed: Mmbeam, good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "in")
+    (tmp_path / "in" / "bad.tar").write_bytes(b"no tar at all" * 100)
+    said = embed("--input", tmp_path / "in")
+    assert (said.status, said.err) == (3, "")
+    assert "units: 2 written, 1 FAILED\n" in said.out
+    assert "bad.tar: is no tar" in said.out
+    assert "Run the same command again" in said.out
+    assert ds.dataset(tmp_path / "out" / "data").count_rows() == 6
+
+
+def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbeam, tmp_path: Path) -> None:
+    """Beam prints a traceback of ninety lines past all logging: it must not come through."""
+    truths = [replace(truth, members={"jpg": b"none"}) for truth in shards.make_truths(120)]
+    shards.make_webdataset(tmp_path / "in", truths, shards=1)
+    said = embed("--input", tmp_path / "in")
+    check_refused(said, 1, "120 of 120 samples lost what was due", "--max-failure-rate")
+    assert said.err.count("\n") == 1
+    assert "STOPPED: 120 of 120 samples" in mmbeam("status", tmp_path / "out").out
+
+
+# Refused before anything is written
+
+
+def test_no_shard_matches(embed: Mmbeam, tmp_path: Path) -> None:
+    check_refused(embed("--input", tmp_path / "none-*.tar"), 1, "no shard found", f"{tmp_path}/none-*.tar: no match")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_only_shard_is_no_tar(embed: Mmbeam, tmp_path: Path) -> None:
+    (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
+    check_refused(embed("--input", tmp_path / "bad.tar"), 1, "bad.tar: is no tar")
+    assert not (tmp_path / "out").exists()
+
+
+def spoil_weights(model: Path) -> None:
+    (model / "model.safetensors").unlink()
+
+
+def spoil_pickled(model: Path) -> None:
+    (model / "model.safetensors").rename(model / "pytorch_model.bin")
+
+
+def spoil_family(model: Path) -> None:
+    config = json.loads((model / "config.json").read_text())
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "perceiver"}))
+
+
+def spoil_processor(model: Path) -> None:
+    (model / "preprocessor_config.json").unlink()
+
+
+def spoil_tokenizer(model: Path) -> None:
+    (model / "tokenizer.json").unlink()
+
+
+def spoil_config(model: Path) -> None:
+    (model / "config.json").write_text("{")
+
+
+@pytest.mark.parametrize(
+    ("spoil", "words"),
+    [
+        (spoil_weights, ["has no model.safetensors"]),
+        (spoil_pickled, ["has no model.safetensors", "pickled weights", "never loaded"]),
+        (spoil_family, ["no encoder for model_type 'perceiver'"]),
+        (spoil_processor, ["preprocessor_config.json"]),
+        (spoil_tokenizer, ["tokenizer"]),
+        (spoil_config, ["config.json: cannot be read as JSON"]),
+    ],
+)
+def test_a_model_directory_that_cannot_be_used(
+    spoil: Callable[[Path], None], words: list[str], embed: Mmbeam, clip: Path, tmp_path: Path
+) -> None:
+    model = shutil.copytree(clip, tmp_path / "model")
+    spoil(model)
+    check_refused(embed("--model", model), 1, str(model), *words)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_modality_asked_for_and_found_nowhere(embed: Mmbeam, clap: Path, tmp_path: Path) -> None:
+    truths = [replace(truth, members={"txt": b"text alone"}) for truth in shards.make_truths(3)]
+    shards.make_webdataset(tmp_path / "in", truths)
+    said = embed("--input", tmp_path / "in", "--model", clap, "--modalities", "audio")
+    check_refused(said, 1, "no audio in the first samples", "which hold text", "--audio-field")
+    check_refused(embed("--modalities", "audio"), 2, "encodes none of them")
+    assert not (tmp_path / "out").exists()
+
+
+def test_an_output_that_holds_another_configurations_run(embed: Mmbeam, tmp_path: Path) -> None:
+    assert embed().status == 0
+    before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
+    said = embed("--modalities", "image", "--where", "image_width >= 8")
+    check_refused(
+        said, 1, "modalities.model:", '["image", "text"] -> ["image"]', "cleaning.where: [] -> ", "--overwrite"
+    )
+    assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
+
+
+def test_an_output_that_cannot_be_written(embed: Mmbeam, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    check_refused(embed("--output", tmp_path / "file" / "out"), 1, f"{tmp_path}/file/out", "Not a directory")
+    check_refused(embed("--output", "/proc/out"), 1, "/proc/out", "No such file")
+    check_refused(embed("--output", "nowhere://out"), 2, "--output nowhere://out: Protocol not known")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
+    check_refused(embed("--device", "cuda"), 1, "--device cuda: this machine has 0 CUDA devices", "--device cpu")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--bogus"], ["unknown argument --bogus"]),
+        (["--direct_num_workers=many"], ["--direct_num_workers", "invalid int value: 'many'"]),
+        (["--limit", "0"], ["--limit: expected a whole number of at least 1, found '0'", "mmbeam embed --help"]),
+        (["--limit", "1e3"], ["--limit: expected a whole number of at least 1, found '1e3'"]),
+        (["--batch-size", "-1"], ["--batch-size"]),
+        (["--max-failure-rate", "5"], ["--max-failure-rate: expected a number from 0 to 1, found '5'"]),
+        (["--max-failure-rate", "nan"], ["expected a number from 0 to 1, found 'nan'"]),
+        (["--device", "tpu"], ["--device: expected auto, cpu, cuda or cuda:N, found 'tpu'"]),
+        (["--dtype", "int8"], ["--dtype: invalid choice: 'int8'"]),
+        (["--modalities", "image,smell"], ["'smell' is none of image, audio, text"]),
+        (["--where", "image_width >="], ["where", "invalid syntax"]),
+        (["--where", "__import__('os')"], ["where"]),
+        (["--clean-text", "wash"], ["'wash' is unknown", "nfc"]),
+        (["--image-filter", "median:2"], ["median:2", "odd"]),
+        (["--model", "no-name!=x"], ["'no-name!' is no column prefix"]),
+        (["--runner=FlinkRunner", "--device", "auto"], ["--device auto", "the workers are elsewhere"]),
+    ],
+)
+def test_arguments_that_cannot_be_meant(args: list[str], words: list[str], embed: Mmbeam, tmp_path: Path) -> None:
+    check_refused(embed(*args), 2, *words)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("args", "word"),
+    [
+        ([], "COMMAND"),
+        (["dance"], "invalid choice: 'dance'"),
+        (["embed"], "--input, --output, --model"),
+        (["inspect"], "SHARDS"),
+        (["inspect", "x.tar", "--bogus"], "unknown argument --bogus"),
+        (["status"], "OUT"),
+        (["status", "nowhere://out"], "Protocol not known"),
+        (["--verb"], "COMMAND"),  # options are not abbreviated
+    ],
+)
+def test_commands_that_cannot_be_meant(args: list[str], word: str, mmbeam: Mmbeam) -> None:
+    said = mmbeam(*args)
+    check_refused(said, 2, word)
+    assert said.err.count("\n") == 1
+
+
+# What else it says
+
+
+def test_verbose_shows_the_traceback(embed: Mmbeam, tmp_path: Path) -> None:
+    said = embed("--verbose", "--input", tmp_path / "none-*.tar")
+    assert said.status == 1
+    assert said.err.startswith("Traceback")
+    assert "\nmmbeam: no shard found" in said.err
+
+
+def test_what_nobody_foresaw_is_one_line_too(embed: Mmbeam) -> None:
+    check_refused(embed("--runner=NoSuchRunner"), 1, "NoSuchRunner")
+
+
+def test_status_and_inspect(embed: Mmbeam, mmbeam: Mmbeam, good: Path, tmp_path: Path) -> None:
+    check_refused(mmbeam("status", tmp_path), 1, f"{tmp_path}: holds no run of mmbeam")
+    assert embed("--limit", "4").status == 0
+    said = mmbeam("status", tmp_path / "out")
+    assert (said.status, said.err) == (0, "")
+    assert "units: 1 planned, 1 committed\nsamples: 4 = 4 rows\n" in said.out
+    said = mmbeam("inspect", good)
+    assert (said.status, said.err) == (0, "")
+    assert "modalities: audio, image, text" in said.out
+    check_refused(mmbeam("inspect", tmp_path / "none"), 1, "does not exist")
+
+
+def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main(["--version"])
+    assert (ended.value.code, capsys.readouterr().out) == (0, f"mmbeam {__version__}\n")
+
+
+@pytest.mark.parametrize("command", [[], ["demo"], ["embed"], ["inspect"], ["status"]])
+def test_help_names_every_argument(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    assert capsys.readouterr().out.startswith(f"usage: {' '.join(['mmbeam', *command])}")
+
+
+def test_help_comes_at_once_and_imports_nothing_slow() -> None:
+    code = "import sys; from mmbeam.cli import main\ntry: main(['embed', '--help'])\nexcept SystemExit: pass\n"
+    code += (
+        "print([name for name in ('torch', 'transformers', 'apache_beam', 'pyarrow', 'numpy') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n[]\n")
+
+
+def test_an_interrupt_ends_it_at_once_and_the_same_command_does_the_rest(
+    mmbeam: Mmbeam, clip: Path, tmp_path: Path
+) -> None:
+    """A real SIGINT to a real process with stderr on a terminal, while two units are being worked on."""
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(120), shards=60)
+    args = ["embed", "--input", tmp_path / "in", "--model", clip, "--output", tmp_path / "out", "--device", "cpu"]
+    data, (master, slave) = tmp_path / "out" / "data", os.openpty()
+    with subprocess.Popen([sys.executable, "-m", "mmbeam", *args], stdout=subprocess.PIPE, stderr=slave) as process:
+        os.close(slave)
+        while len(list(data.glob("*.parquet"))) < 2:
+            assert process.poll() is None
+            time.sleep(0.005)
+        process.send_signal(signal.SIGINT)
+        sent = time.monotonic()
+        assert process.wait() == 130
+        assert time.monotonic() - sent < 2
+        assert process.stdout is not None
+        assert process.stdout.read() == b""
+    shown = os.read(master, 1 << 16).decode()
+    os.close(master)
+    assert "\r\x1b[Kstarting" in shown
+    assert shown.endswith("\r\x1b[Kmmbeam: interrupted; the same command again does the rest\r\n")
+    assert "Traceback" not in shown
+    committed = len(list(data.glob("*.parquet")))
+    assert 2 <= committed < 60
+    before = signal.getsignal(signal.SIGINT)
+    said = mmbeam(*args)
+    assert (said.status, said.err) == (0, "")
+    assert f"units: {60 - committed} written, {committed} committed before\nsamples: 120 = 120 rows\n" in said.out
+    assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_a_reader_that_has_seen_enough_is_no_error(good: Path) -> None:
+    command = [sys.executable, "-m", "mmbeam", "inspect", str(good)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        process.stdout.close()
+        assert process.stderr is not None
+        assert process.stderr.read() == b""
+        assert process.wait() == 1

@@ -1,0 +1,142 @@
+"""Windows read ahead: their limits, what they hold in memory, and what becomes of the thread."""
+
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import shards
+
+from mmbeam import reading as module
+from mmbeam.config import Cleaning, Limits, Reading, Windows
+from mmbeam.io.shards import limited_unit, list_shards, plan_units
+from mmbeam.reading import ordered_map, read_batches
+from mmbeam.types import Batch, Needs, WorkUnit
+
+IMAGES = Needs(modalities=frozenset({"image"}))
+
+
+def unit_of(directory: Path, samples: int = 12, limit: int | None = None) -> WorkUnit:
+    shards.make_webdataset(directory, shards.make_truths(samples), shards=1)
+    found = list_shards([str(directory)])
+    return plan_units(found, [])[0] if limit is None else limited_unit(found, limit)
+
+
+def read(unit: WorkUnit, reading: Reading | None = None, windows: Windows | None = None) -> list[Batch]:
+    return list(read_batches(unit, reading or Reading(), IMAGES, windows or Windows(samples=5)))
+
+
+def test_windows_close_by_count_or_by_decoded_bytes_and_the_last_one_ends_the_unit(tmp_path: Path) -> None:
+    unit = unit_of(tmp_path)
+    assert [len(batch.samples) for batch in read(unit)] == [5, 5, 2]
+    assert [batch.index for batch in read(unit)] == [0, 1, 2]
+    assert [batch.last for batch in read(unit)] == [False, False, True]
+    by_bytes = read(unit, windows=Windows(decoded_bytes=1))
+    assert [len(batch.samples) for batch in by_bytes] == [1] * 12 + [0]
+
+
+@pytest.mark.parametrize("limit", [3, 12, 15])
+def test_a_limit_reads_so_many_samples_and_no_further(tmp_path: Path, limit: int) -> None:
+    """Not even the next shard is opened: here it is no tar."""
+    shards.make_webdataset(tmp_path, shards.make_truths(15), shards=1)
+    (tmp_path / "shard-x.tar").write_bytes(b"no tar" * 200)
+    batches = read(limited_unit(list_shards([str(tmp_path)]), limit))
+    assert sum(batch.tally.samples for batch in batches) == limit
+    assert batches[-1].broken is None
+
+
+def test_what_a_condition_cannot_decide_fails_and_what_it_decides_is_skipped(tmp_path: Path) -> None:
+    """A picture that cannot be read has no width; a bad text does not make a small picture's skip a failure."""
+    good = shards.make_truths(4)
+    broken = replace(good[0], key="broken", members={"jpg": b"\xff\xd8 none"})
+    small = replace(good[1], key="small", members={**good[1].members, "txt": b"\xff\xfe\xfd"})
+    shards.make_webdataset(tmp_path, [broken, small, *good[2:]], shards=1)
+    unit = plan_units(list_shards([str(tmp_path)]), [])[0]
+    batch = read(unit, Reading(cleaning=Cleaning(where=("image_width >= 80",))))[0]
+    assert [sample.key for sample in batch.samples] == ["broken", "000002", "000003"]
+    assert [(failure.key, failure.modality) for failure in batch.failures] == [("broken", "image"), ("broken", "")]
+    assert batch.tally.skipped == {"image_width >= 80": 1}
+
+
+def test_a_shard_that_cannot_be_read_ends_its_unit_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    [batch] = read(plan_units(list_shards([str(tmp_path)]), [])[0])
+    assert batch.last
+    assert batch.broken is not None
+    assert "a.tar" in batch.broken
+
+
+def test_closing_ends_the_thread_and_an_error_in_a_decoder_comes_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    unit = unit_of(tmp_path, samples=40)
+    batches = read_batches(unit, Reading(), IMAGES, Windows(samples=2))
+    next(batches)
+    batches.close()
+    assert not readers()
+
+    def no_memory(data: bytes, *_: object) -> None:
+        raise MemoryError("no room for a picture")
+
+    monkeypatch.setattr("mmbeam.decode.decode_image", no_memory)
+    with pytest.raises(MemoryError, match="no room"):
+        read(unit)
+    assert not readers()
+
+
+def readers() -> list[str]:
+    return [thread.name for thread in threading.enumerate() if thread.name.startswith("mmbeam-read-")]
+
+
+def test_one_window_is_made_ahead_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    unit, made = unit_of(tmp_path, samples=40), [0]
+    decode = module.decode_sample
+
+    def counted(*args: object) -> object:
+        made[0] += 1
+        return decode(*args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(module, "decode_sample", counted)
+    batches = read_batches(unit, Reading(), IMAGES, Windows(samples=2))
+    next(batches)
+    time.sleep(0.5)
+    depth = 2 * module._cores() + 2
+    assert made[0] <= 2 + 2 + depth  # the window taken, the one made ahead, and what waits behind it
+    batches.close()
+
+
+def test_where_results_are_large_few_wait() -> None:
+    """Once a result says so: here each may wait alone."""
+    running, most = [0], [0]
+    lock = threading.Lock()
+
+    def call(number: int) -> int:
+        with lock:
+            running[0] += 1
+            most[0] = max(most[0], running[0])
+        return number
+
+    def consume(results: Iterator[int]) -> list[int]:
+        taken = []
+        for result in results:
+            taken.append(result)
+            with lock:
+                running[0] -= 1
+            if len(taken) == 10:
+                most[0] = 0
+            time.sleep(0.002)
+        return taken
+
+    with ThreadPoolExecutor(4) as pool:
+        assert consume(ordered_map(call, iter(range(50)), pool, 16, lambda _: 1)) == list(range(50))
+    assert most[0] <= 2
+
+
+def test_a_member_over_the_limit_is_a_failure_of_its_sample(tmp_path: Path) -> None:
+    unit = unit_of(tmp_path, samples=3)
+    batch = read(unit, Reading(limits=Limits(member_bytes=500)))[0]
+    assert {failure.error for failure in batch.failures} == {"LimitError"}
+    assert len(batch.samples) == 3

@@ -1,0 +1,243 @@
+"""The job on stores: shards read from and rows written to S3, GCS, memory, file URLs and a web server.
+
+The rows are those of local shards, a second launch finds them, and no secret of a URL or of the environment
+is in any file, row or log line.
+"""
+
+import io
+import json
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import shards
+from servers import STORES, fresh_output
+
+from mmbeam.config import ModelRef
+from mmbeam.errors import NoShardsError
+from mmbeam.jobs.embed import EmbedOptions, embed
+from mmbeam.models.tiny import save_clip
+from mmbeam.types import RunReport
+
+SECRET = "hush-5b2f"
+SIGNED = f"X-Amz-Signature={SECRET}&X-Amz-Expires=60"
+
+Rows = list[dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Local:
+    """Shards, a model, and the rows that a local job makes of them."""
+
+    root: Path
+    rows: Rows
+    paths: list[Path]
+
+    def options(self, pattern: str, output: str) -> EmbedOptions:
+        return EmbedOptions(
+            input=(pattern,), output=output, models=(ModelRef(model=str(self.root / "clip")),), device="cpu"
+        )
+
+
+@pytest.fixture(scope="module")
+def local(tmp_path_factory: pytest.TempPathFactory) -> Local:
+    root = tmp_path_factory.mktemp("local")
+    save_clip(root / "clip")
+    truths = shards.make_truths(12)
+    truths[4] = replace(truths[4], members={"txt": b"no picture"})
+    paths = shards.make_webdataset(root / "in", truths, shards=3).paths
+    bare = Local(root, [], paths)
+    embed(bare.options(str(root / "in"), str(root / "out")))
+    return replace(bare, rows=rows_in(str(root / "out")))
+
+
+def rows_in(output: str) -> Rows:
+    """The rows, by pyarrow through fsspec, with the shard's name in the place of its path."""
+    fs, path = fsspec.core.url_to_fs(output)
+    fs.invalidate_cache()
+    rows: Rows = ds.dataset(f"{path}/data", filesystem=fs, format="parquet").to_table().to_pylist()
+    named = [{**row, "shard": row["shard"].rpartition("/")[2]} for row in rows]
+    return sorted(named, key=lambda row: (row["shard"], row["offset"]))
+
+
+def shards_named_in(output: str) -> set[str]:
+    fs, path = fsspec.core.url_to_fs(output)
+    column: list[str] = ds.dataset(f"{path}/data", filesystem=fs).to_table(["shard"])["shard"].to_pylist()
+    return set(column)
+
+
+def everything_in(output: str) -> Iterator[tuple[str, bytes]]:
+    """Every file of the output, and the uncompressed text of every Parquet's rows and metadata."""
+    fs, path = fsspec.core.url_to_fs(output)
+    for name in fs.find(path):
+        content = fs.cat_file(name)
+        yield name, content
+        if name.endswith(".parquet"):
+            table = pq.read_table(io.BytesIO(content))
+            metadata = pq.read_metadata(io.BytesIO(content)).metadata
+            yield name, repr((table.to_pylist(), table.schema.metadata, metadata)).encode()
+
+
+def assert_no_secret(output: str, *said: str) -> None:
+    files = list(everything_in(output))
+    assert any(name.endswith("run.json") for name, _ in files)
+    assert [name for name, content in files if SECRET.encode() in content] == []
+    assert not any(SECRET in text for text in said)
+
+
+def put_shards(local: Local, folder: str) -> None:
+    fs, path = fsspec.core.url_to_fs(folder)
+    for shard in local.paths:
+        fs.pipe_file(f"{path}/{shard.name}", shard.read_bytes())
+
+
+@pytest.mark.parametrize("store", [store for store in STORES if store != "local"])
+def test_shards_and_rows_in_a_bucket(local: Local, store: str, tmp_path: Path) -> None:
+    bucket = fresh_output(store, tmp_path)
+    put_shards(local, f"{bucket}/in")
+    options = local.options(f"{bucket}/in/*.tar", f"{bucket}/out")
+    first = embed(options)
+    assert (first.units_written, first.units_failed) == (3, 0)
+    assert rows_in(f"{bucket}/out") == local.rows
+    assert shards_named_in(f"{bucket}/out") == {f"{bucket}/in/{path.name}" for path in local.paths}
+    again = embed(options)
+    assert (again.units_written, again.units_kept) == (0, 3)
+    fs, path = fsspec.core.url_to_fs(f"{bucket}/out/data")
+    fs.rm_file(fs.ls(path, detail=False)[0])  # a unit that is not committed
+    resumed = embed(options)
+    assert (resumed.units_written, resumed.units_kept) == (1, 2)
+    assert rows_in(f"{bucket}/out") == local.rows
+
+
+def test_the_command_with_fsspecs_environment_for_endpoint_and_keys(local: Local, tmp_path: Path) -> None:
+    """FSSPEC_<PROTOCOL>_<ARGUMENT> reaches every process that mmbeam starts, and no file of its own."""
+    bucket = fresh_output("s3", tmp_path)
+    put_shards(local, f"{bucket}/in")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
+    environment |= {"FSSPEC_S3_ENDPOINT_URL": os.environ["AWS_ENDPOINT_URL"]}
+    environment |= {"FSSPEC_S3_KEY": f"key-{SECRET}", "FSSPEC_S3_SECRET": SECRET, "AWS_EC2_METADATA_DISABLED": "true"}
+    command = [sys.executable, "-m", "mmbeam", "embed", "--input", f"{bucket}/in/*.tar", "--output", f"{bucket}/out"]
+    command += ["--model", str(local.root / "clip"), "--device=cpu", "--verbose"]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert rows_in(f"{bucket}/out") == local.rows
+    assert_no_secret(f"{bucket}/out", done.stdout, done.stderr)
+
+
+def in_memory(local: Local, folder: Path) -> str:
+    put_shards(local, f"memory:/{folder}/in")
+    return f"memory:/{folder}"
+
+
+def as_files(local: Local, folder: Path) -> str:
+    (folder / "in").mkdir()
+    put_shards(local, f"file://{folder}/in")
+    return f"file://{folder}"
+
+
+@pytest.mark.parametrize("place", [in_memory, as_files])
+def test_shards_and_rows_in_memory_and_by_file_urls(
+    local: Local, place: Callable[[Local, Path], str], tmp_path: Path
+) -> None:
+    root = place(local, tmp_path)
+    options = local.options(f"{root}/in/shard-{{000000..000002}}.tar", f"{root}/out")
+    assert embed(options).units_written == 3
+    assert rows_in(f"{root}/out") == local.rows
+    assert embed(options).units_kept == 3
+
+
+# A web server
+
+
+@dataclass
+class Web:
+    """A server of a folder that answers only what is signed, and who is named."""
+
+    server: ThreadingHTTPServer
+
+    def url(self, path: str, user: str = "") -> str:
+        return f"http://{user}127.0.0.1:{self.server.server_port}/{path}"
+
+
+class SignedOnly(SimpleHTTPRequestHandler):
+    """Serves a file whose URL is signed or whose user has said the password; whole files, no ranges."""
+
+    def send_head(self) -> Any:
+        if SECRET not in self.path and "Authorization" not in self.headers:
+            self.send_error(403)
+            return None
+        return super().send_head()
+
+    def log_message(self, *_: Any) -> None:
+        pass
+
+
+@pytest.fixture
+def web(local: Local) -> Iterator[Web]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), partial(SignedOnly, directory=str(local.root / "in")))
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield Web(server)
+    server.shutdown()
+    server.server_close()
+    thread.join()
+
+
+def run_logged(options: EmbedOptions, caplog: pytest.LogCaptureFixture) -> tuple[RunReport, str]:
+    """The job with everything logged that --verbose would show."""
+    with caplog.at_level(logging.INFO):
+        report = embed(options)
+    return report, caplog.text
+
+
+@pytest.mark.parametrize("how", ["query", "user"])
+def test_signed_urls_are_opened_and_nowhere_written_down(
+    local: Local, web: Web, how: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = "shard-{000000..000002}.tar"
+    url = web.url(f"{names}?{SIGNED}") if how == "query" else web.url(names, user=f"me:{SECRET}@")
+    output = str(tmp_path / "out")
+    report, said = run_logged(local.options(url, output), caplog)
+    assert (report.units_written, report.units_failed) == (3, 0)
+    assert rows_in(output) == local.rows
+    assert shards_named_in(output) == {web.url(path.name) for path in local.paths}
+    assert_no_secret(output, said, repr(report))
+    renewed = url.replace("Expires=60", "Expires=90")  # tomorrow's signature is the same shard
+    again, _ = run_logged(local.options(renewed, output), caplog)
+    assert (again.units_written, again.units_kept) == (0, 3)
+
+
+def test_what_cannot_be_opened_is_named_without_its_signature(
+    local: Local, web: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    output = str(tmp_path / "out")
+    report, said = run_logged(local.options(web.url(f"shard-{{000002..000003}}.tar?{SIGNED}"), output), caplog)
+    assert (report.units_written, report.units_failed) == (1, 1)
+    assert "shard-000003.tar: does not exist" in json.dumps(report.to_json())
+    assert_no_secret(output, said, repr(report))
+    with pytest.raises(NoShardsError) as nothing:
+        embed(local.options(web.url(f"none.tar?{SIGNED}"), output))
+    with pytest.raises((NoShardsError, PermissionError)) as refused:  # a listing cannot tell the two apart
+        embed(local.options(web.url("shard-000000.tar?sig=hush"), output))
+    assert SECRET not in str(nothing.value)
+    assert "hush" not in str(refused.value)
+
+
+def test_an_endpoint_with_keys_among_beams_options_is_recorded_without_them(local: Local, tmp_path: Path) -> None:
+    options = local.options(str(local.root / "in"), str(tmp_path / "out"))
+    embed(replace(options, beam_args=(f"--s3_secret_access_key={SECRET}", "--s3_access_key_id", SECRET)))
+    recorded = json.loads((tmp_path / "out" / "_mmbeam" / "run.json").read_text())["recorded"]
+    assert recorded["beam_args"] == ["--s3_secret_access_key=...", "--s3_access_key_id", "..."]
+    assert_no_secret(str(tmp_path / "out"))

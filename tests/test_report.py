@@ -1,0 +1,306 @@
+"""What a person sees of a run: the progress line on a real terminal and off it, the summary, the status."""
+
+import fcntl
+import io
+import os
+import struct
+import termios
+import threading
+import time
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import shards
+from outputs import make_run, make_unit, write_unit
+from servers import STORES, fresh_output
+
+from mmbeam.config import FieldMap
+from mmbeam.errors import JobError
+from mmbeam.io import runs
+from mmbeam.io.parquet import report_failed_unit
+from mmbeam.io.runs import Run
+from mmbeam.io.store import Store
+from mmbeam.report import progress as module
+from mmbeam.report.inspect import inspect_text
+from mmbeam.report.progress import Committed, Progress, ProgressLine, clock, progress
+from mmbeam.report.status import status_text
+from mmbeam.report.summary import summary_text
+from mmbeam.types import RunReport, Shard, Tally, UnitReport
+
+
+def unit(samples: int, status: Any = "written", name: str = "a") -> UnitReport:
+    return UnitReport(unit=name, status=status, tally=Tally(samples=samples, rows=samples))
+
+
+# Counters
+
+
+class Clock:
+    """Stands in the place of time.monotonic."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def ticking(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    ticking = Clock()
+    monkeypatch.setattr(module.time, "monotonic", ticking)
+    return ticking
+
+
+def test_the_rate_is_that_of_the_last_half_minute(ticking: Clock) -> None:
+    seen = Progress()
+    seen.start(10)
+    for _ in range(60):  # a minute at 100 per second, then a minute at 10
+        ticking.now += 1
+        seen.add(Tally(samples=100))
+        seen.line()
+    assert "6,000 samples  100/s" in seen.line()
+    for _ in range(60):
+        ticking.now += 1
+        seen.add(Tally(samples=10))
+        seen.line()
+    assert "6,600 samples  10/s" in seen.line()
+
+
+def test_the_time_left_is_that_of_units_like_those_that_are_done(ticking: Clock) -> None:
+    seen = Progress()
+    seen.start(5)
+    assert "left" not in seen.line()
+    seen.unit_done(unit(50, "kept"))  # costs no time
+    ticking.now += 10
+    seen.add(Tally(samples=100))
+    seen.unit_done(unit(50))
+    assert seen.line() == "2/5 units  150 samples  10/s  10s left"  # 5 x 50, less 150, at 10 per second
+    seen.unit_done(unit(0, "failed"))
+    assert seen.line() == "3/5 units  150 samples  10/s  1 units FAILED  5s left"
+    seen.add(Tally(samples=100, failed=3))
+    for _ in range(2):
+        seen.unit_done(unit(50))
+    assert seen.line() == "5/5 units  250 samples  20/s  3 samples failed  1 units FAILED"
+
+
+@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0s"), (59.4, "59s"), (200, "3m20s"), (7530, "2h05m")])
+def test_seconds_as_a_person_says_them(seconds: float, said: str) -> None:
+    assert clock(seconds) == said
+
+
+def test_what_workers_elsewhere_commit_is_seen(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
+    runs.open_run(run)
+    write_unit(run, make_unit("a-1")).commit()
+    seen = Committed(runs.find_run(str(tmp_path / "out")), 3)
+    seen.look()
+    assert (seen.progress.units_done, seen.progress.kept.samples, seen.progress.tally.samples) == (1, 10, 0)
+    write_unit(run, make_unit("a-2")).commit()
+    seen.look()
+    seen.look()
+    assert (seen.progress.units_done, seen.progress.kept.samples, seen.progress.tally.samples) == (2, 10, 10)
+    assert seen.progress.line().startswith("2/3 units  20 samples")
+
+
+# The line
+
+
+@pytest.fixture(autouse=True)
+def fresh_progress() -> Iterator[None]:
+    progress.start(0)
+    yield
+    progress.start(0)
+
+
+class Terminal:
+    """A pseudo-terminal of 40 columns, and what a person would have seen on it."""
+
+    def __init__(self) -> None:
+        self.master, slave = os.openpty()
+        fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 40, 0, 0))
+        self.stream = os.fdopen(slave, "w")
+        self.seen = ""
+        self._thread = threading.Thread(target=self._read)
+        self._thread.start()
+
+    def _read(self) -> None:
+        try:
+            while chunk := os.read(self.master, 4096):
+                self.seen += chunk.decode()
+        except OSError:  # closed on the other side
+            return
+
+    def wait_for(self, text: str) -> None:
+        until = time.monotonic() + 10
+        while text not in self.seen:
+            assert time.monotonic() < until, self.seen
+            time.sleep(0.005)
+
+    def close(self) -> None:
+        self.stream.close()
+        self._thread.join()
+        os.close(self.master)
+
+
+def test_a_terminal_shows_one_line_that_is_rewritten_and_removed() -> None:
+    terminal = Terminal()
+    with ProgressLine("nowhere", terminal.stream, seconds=0.01):
+        terminal.wait_for("starting")
+        progress.start(4)
+        progress.add(Tally(samples=1234, failed=56))
+        progress.unit_done(unit(1234))
+        terminal.wait_for("1/4 units  1,234 samples")
+    terminal.close()
+    lines = terminal.seen.split("\r\x1b[K")
+    assert "\n" not in terminal.seen
+    assert (lines[0], lines[-1]) == ("", "")
+    assert max(map(len, lines)) == 39  # cut, or it would wrap and could not be rewritten
+
+
+def test_off_a_terminal_plain_lines_come_and_a_quick_job_has_none() -> None:
+    stream = io.StringIO()
+    progress.start(2)
+    progress.add(Tally(samples=5))
+    with ProgressLine("nowhere", stream):
+        time.sleep(0.05)
+    assert stream.getvalue() == ""
+    assert ProgressLine("nowhere", stream)._seconds == 10
+    with ProgressLine("nowhere", stream, seconds=0.01):
+        time.sleep(0.2)
+    lines = stream.getvalue().splitlines()
+    assert len(lines) > 1
+    assert all(line.startswith("0/2 units  5 samples") for line in lines)
+
+
+def test_the_line_comes_from_the_commits_while_this_process_counts_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    run = make_run(str(tmp_path / "out"))
+    terminal = Terminal()
+    with ProgressLine(str(tmp_path / "out"), terminal.stream, seconds=0.01):
+        progress.start(2)  # and the output is not there yet
+        terminal.wait_for("0/2 units")
+        runs.open_run(run)
+        write_unit(run, make_unit("a-1")).commit()
+        terminal.wait_for("1/2 units  10 samples")
+        progress.add(Tally(samples=7))
+        terminal.wait_for("0/2 units  7 samples")
+    terminal.close()
+
+
+# The summary
+
+
+def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
+    runs.open_run(run)
+    reports = [write_unit(run, make_unit(f"a-{number}")).commit() for number in range(2)]
+    reports += [report_failed_unit(run, make_unit(f"b-{number}"), f"b-{number}.tar: is no tar") for number in range(7)]
+    extra = Tally(samples=3, skipped={"image_width >= 64": 3}, repeated_keys=2, seconds={"compute": 3, "read_wait": 1})
+    reports[0] = replace(reports[0], tally=reports[0].tally + extra)
+    text = summary_text(runs.write_summary(run, reports, wall_seconds=4.0), str(tmp_path / "out"))
+    assert text.splitlines()[:4] == [
+        "units: 2 written, 7 FAILED",
+        "samples: 23 = 20 rows + 3 skipped (image_width >= 64); 4 of the rows lost some of their outputs",
+        "made: 16 image_embedding, 16 text_embedding",
+        "time: 4.0s, 5.8 samples/s, speed of light 75% (the share of the time in which the model computed)",
+    ]
+    assert "a unit's time: the model 7" in text
+    assert "2 samples have a key that came before in their shard" in text
+    assert "failures: 4 decode: DecodeError, for example 00000 of /shards/a-0.tar: truncated JPEG" in text
+    assert f"failure records: {tmp_path}/out/failures/" in text
+    assert "FAILED unit b-4: b-4.tar: is no tar\nFAILED: 2 more units" in text
+    assert "Run the same command again" in text
+    assert text.endswith(f"rows: {tmp_path}/out/data/")
+
+
+def test_a_summary_of_a_run_that_found_all_done_is_short(tmp_path: Path) -> None:
+    report = RunReport(
+        units_written=0,
+        units_kept=4,
+        units_failed=0,
+        tally=Tally(samples=8, rows=8, made={"image_embedding": 8}),
+        wall_seconds=0.0,
+        rate=0.0,
+        speed_of_light=0.0,
+    )
+    assert summary_text(report, "memory://out/").splitlines() == [
+        "units: 0 written, 4 committed before",
+        "samples: 8 = 8 rows",
+        "made: 8 image_embedding",
+        f"rows: {Store('memory://out/')}/data/",
+    ]
+
+
+# The status
+
+
+@pytest.fixture(params=STORES)
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    return fresh_output(request.param, tmp_path)
+
+
+def planned_run(output: str, units: int) -> tuple[Run, list[Any]]:
+    run = make_run(output, dtype="float32", modalities={"clip": ["image", "text"]})
+    runs.open_run(run)
+    paths = [f"/shards/{number}.tar" for number in range(units)]
+    return run, runs.extend_plan(run, [Shard(path=path, url=path, size=1 << 30, etag="e") for path in paths])
+
+
+def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
+    run, units = planned_run(output, 4)
+    assert "units: 4 planned, 0 committed, 4 to do" in list(status_text(output))
+    write_unit(run, units[0]).commit()
+    report_failed_unit(run, units[1], "1.tar: is no tar")
+    before = listing(run)
+    text = "\n".join(status_text(output))
+    assert f"run: {run.store}, fingerprint {run.fingerprint}\ntask: embed, float32 on cpu" in text
+    assert "units: 4 planned, 1 committed, 1 FAILED, 2 to do" in text
+    assert "samples: 10 = 10 rows; 2 of the rows lost some of their outputs" in text
+    assert f"FAILED unit {units[1].id}: 1.tar: is no tar" in text
+    assert "The job is at work, or was interrupted" in text
+    runs.stop(run, "too many failures")
+    text = "\n".join(status_text(output))
+    assert text.endswith("STOPPED: too many failures")
+    runs.clear_stop(run)
+    assert listing(run) == before  # looking wrote nothing
+    for each in units[1:]:
+        write_unit(run, each).commit()
+    text = "\n".join(status_text(output))
+    assert "units: 4 planned, 4 committed\n" in text
+    assert "FAILED" not in text
+
+
+def listing(run: Run) -> dict[str, dict[str, int]]:
+    return {folder: run.store.list(folder) for folder in ("data", "failures", "_mmbeam", "_mmbeam/commits")}
+
+
+def test_status_of_a_limited_run_that_has_not_begun(tmp_path: Path) -> None:
+    runs.open_run(make_run(str(tmp_path / "out"), limit=8))
+    text = "\n".join(status_text(str(tmp_path / "out")))
+    assert 'options: "limit": 8' in text
+    assert "units: 1 planned, 0 committed, 1 to do" in text
+
+
+def test_status_of_a_directory_that_holds_no_run(tmp_path: Path) -> None:
+    with pytest.raises(JobError, match="holds no run"):
+        list(status_text(str(tmp_path)))
+    assert not list(tmp_path.iterdir())
+
+
+# Inspect
+
+
+def test_inspect_says_what_shards_hold(tmp_path: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=1)
+    text = "\n".join(inspect_text([str(tmp_path / "in")], FieldMap()))
+    assert "keys: 000000, 000001, 000002" in text
+    assert "fields, of all 4 samples:" in text
+    assert "modalities: audio, image, text" in text
+    (tmp_path / "in" / "shard-000000.tar").write_bytes(bytes(1024))
+    assert list(inspect_text([str(tmp_path / "in")], FieldMap()))[-1] == "no samples in them"

@@ -1,0 +1,182 @@
+"""The embed stage and the device that runs it, on a real tiny model."""
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shards
+import torch
+from safetensors.torch import load_file, save_file
+from tiny_models import save_clip
+
+from mmbeam.errors import DeviceError, UsageError
+from mmbeam.models.encoders.base import Encoded
+from mmbeam.models.encoders.clip import ClipEncoder
+from mmbeam.models.placement import Device, resolve_device
+from mmbeam.stages.embed import EmbedStage, embed_stage
+from mmbeam.types import Batch, Sample, WorkUnit
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clip(tmp_path_factory.mktemp("model") / "clip")
+
+
+def batch_of(count: int, **changes: Any) -> Batch:
+    """Samples of three picture sizes with texts of different lengths."""
+    samples = tuple(
+        Sample(
+            key=str(i),
+            shard="s.tar",
+            offset=i,
+            present=frozenset({"image", "text"}),
+            image=shards.natural_image(i, 40 + 8 * (i % 3), 48),
+            text="word " * (i % 7),
+        )
+        for i in range(count)
+    )
+    return replace(Batch(unit=WorkUnit(id="u", inputs=()), index=0, last=True, samples=samples), **changes)
+
+
+def vectors(batch: Batch, column: str) -> list[list[float] | None]:
+    found: list[list[float] | None] = batch.features[column].to_pylist()
+    return found
+
+
+def run(stage: EmbedStage, batch: Batch) -> Batch:
+    return stage.run(stage.load(), batch)
+
+
+def test_vectors_are_in_the_samples_order_whatever_the_batches(clip: Path) -> None:
+    """Packed by size and length, split for memory, one by one: the same vector for the same sample."""
+    batch = batch_of(13)
+    whole = run(embed_stage(str(clip)), batch)
+    alone = run(embed_stage(str(clip), batch_size=1), batch)
+    for column in ("image_embedding", "text_embedding"):
+        np.testing.assert_allclose(vectors(whole, column), vectors(alone, column), atol=1e-5)
+
+
+def test_too_little_memory_halves_the_batch_and_is_counted(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real = ClipEncoder.encode_image
+
+    def small(self: ClipEncoder, images: Any, tokens: bool = False) -> Encoded:
+        if len(images) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return real(self, images, tokens)
+
+    batch = batch_of(13)
+    whole = run(embed_stage(str(clip)), batch)
+    monkeypatch.setattr(ClipEncoder, "encode_image", small)
+    halved = run(embed_stage(str(clip)), batch)
+    np.testing.assert_allclose(vectors(whole, "image_embedding"), vectors(halved, "image_embedding"), atol=1e-5)
+    assert halved.tally.warnings["batches halved for lack of memory"] >= 3
+    assert not halved.failures
+
+
+def change(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
+    """Let `make` change what the model says of pictures."""
+    real = ClipEncoder.encode_image
+    monkeypatch.setattr(
+        ClipEncoder, "encode_image", lambda self, images, tokens=False: make(real(self, images, tokens))
+    )
+
+
+def test_a_vector_that_is_not_finite_is_a_failure(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def spoil(encoded: Encoded) -> Encoded:
+        encoded.pooled[0, 0] = torch.nan
+        return encoded
+
+    change(monkeypatch, spoil)
+    result = run(embed_stage(str(clip), batch_size=32), batch_of(5))
+    assert vectors(result, "image_embedding").count(None) == 1
+    [failure] = result.failures
+    assert failure.outputs == ("image_embedding",)
+    assert "not finite" in failure.message
+
+
+@pytest.mark.parametrize(("value", "words"), [(torch.nan, "not finite"), (1e6, "does not fit float16")])
+def test_tokens_that_cannot_be_stored_are_a_failure(
+    clip: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
+) -> None:
+    def spoil(encoded: Encoded) -> Encoded:
+        assert encoded.tokens is not None
+        encoded.tokens[0][0, 0] = value
+        return encoded
+
+    change(monkeypatch, spoil)
+    result = run(embed_stage(str(clip), tokens=True, vector_type="float16", batch_size=32), batch_of(5))
+    assert vectors(result, "image_tokens").count(None) == vectors(result, "image_embedding").count(None) == 1
+    assert words in result.failures[0].message
+
+
+def test_samples_without_a_modality_have_nulls_tokens_too(clip: Path) -> None:
+    batch = batch_of(4)
+    bare = replace(batch, samples=tuple(replace(s, image=None, present=frozenset({"text"})) for s in batch.samples))
+    result = run(embed_stage(str(clip), tokens=True), bare)
+    assert vectors(result, "image_embedding") == vectors(result, "image_tokens") == [None] * 4
+    assert not result.failures
+
+
+def test_other_weights_in_the_same_directory_are_another_model(tmp_path: Path) -> None:
+    batch, device = batch_of(3), Device("cpu")
+    save_clip(tmp_path / "clip")
+    before = device.run(embed_stage(str(tmp_path / "clip")), batch)
+    weights = tmp_path / "clip" / "model.safetensors"
+    save_file({name: 1 - tensor for name, tensor in load_file(weights).items()}, weights, {"format": "pt"})
+    after = device.run(embed_stage(str(tmp_path / "clip")), batch)
+    assert not np.allclose(vectors(before, "image_embedding"), vectors(after, "image_embedding"), atol=1e-3)
+
+
+def test_a_model_is_loaded_once_however_its_dtype_is_spelled(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    loads, real = [0], EmbedStage.load
+
+    def counted(self: EmbedStage) -> Any:
+        loads[0] += 1
+        return real(self)
+
+    monkeypatch.setattr(EmbedStage, "load", counted)
+    device = Device("cpu")
+    for dtype in (None, "float32", "fp32"):
+        device.run(embed_stage(str(clip), dtype=dtype), batch_of(2))
+    assert loads == [1]
+
+
+class Stub:
+    """A stage that raises what it is told; the seam is the Stage protocol."""
+
+    key = "stub"
+    device = "cpu"
+
+    def __init__(self, error: Exception) -> None:
+        self.error: Exception | None = error
+
+    def load(self) -> None:
+        return None
+
+    def run(self, model: None, batch: Batch) -> Batch:
+        if self.error is not None:
+            raise self.error
+        return batch
+
+
+def test_a_broken_device_stays_broken_and_a_full_disk_does_not_break_it() -> None:
+    batch, device = batch_of(1), Device("cpu")
+    stage: Any = Stub(OSError(28, "No space left on device"))
+    with pytest.raises(OSError, match="No space"):
+        device.run(stage, batch)
+    stage.error = None
+    assert device.run(stage, batch).samples == batch.samples
+    stage.error = RuntimeError("CUDA error: device-side assert triggered\nCUDA kernel errors might be reported later")
+    with pytest.raises(DeviceError, match=r"device-side assert triggered$"):
+        device.run(stage, batch)
+    stage.error = None
+    with pytest.raises(DeviceError, match="failed before"):
+        device.run(stage, batch)
+
+
+@pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", "mps"])
+def test_a_device_of_another_kind_is_refused(name: str) -> None:
+    with pytest.raises(UsageError, match=f"--device {name}"):
+        resolve_device(name)

@@ -1,0 +1,327 @@
+"""The Python API: the whole job in a few lines, rows into a sink of one's own, and each transform alone."""
+
+import json
+import logging
+import pickle
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import shards
+from apache_beam import coders
+from outputs import make_batches, make_run, make_unit
+from tiny_audio_text import save_clap
+
+from mmbeam.config import Cleaning, ModelRef, Reading, Windows
+from mmbeam.errors import ModelError, NoShardsError, RunMismatchError, UsageError
+from mmbeam.io import runs
+from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
+from mmbeam.jobs.launch import pipeline_options
+from mmbeam.models.tiny import save_clip
+from mmbeam.stages.embed import EmbedStage, embed_stage
+from mmbeam.transforms import BatchCoder, Embed, Plan, ReadShards, Rows, Summarize, WriteParquet
+from mmbeam.types import Batch, Needs, Sample, Tally, UnitReport
+
+# As the README shows them. The names are those of a hub model and of a folder, which the tests put there.
+WHOLE_JOB = """
+import apache_beam as beam
+from mmbeam.jobs.embed import embed_run
+from mmbeam.jobs.launch import pipeline_options
+from mmbeam.stages.embed import embed_stage
+from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
+
+stage = embed_stage("openai/clip-vit-base-patch32")
+run = embed_run("out", [stage])
+with beam.Pipeline(options=pipeline_options()) as p:
+    batches = p | Plan("shards/*.tar", run) | ReadShards(stage.needs, run=run)
+    batches | Embed(stage) | WriteParquet(run) | Summarize(run)
+"""
+OWN_SINK = """
+import json
+import apache_beam as beam
+from mmbeam.jobs.launch import pipeline_options
+from mmbeam.stages.embed import embed_stage
+from mmbeam.transforms import Embed, Plan, ReadShards, Rows
+
+stage = embed_stage("openai/clip-vit-base-patch32")
+with beam.Pipeline(options=pipeline_options()) as p:
+    rows = p | Plan("shards/*.tar") | ReadShards(stage.needs) | Embed(stage) | Rows(stage)
+    rows | beam.Map(json.dumps) | beam.io.WriteToText("rows", file_name_suffix=".jsonl")
+"""
+MODEL = "openai/clip-vit-base-patch32"
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("home")
+    save_clip(home / MODEL)
+    save_clap(home / "clap")
+    truths = shards.make_truths(12)
+    truths[4] = replace(truths[4], members={"txt": b"no picture"})
+    shards.make_webdataset(home / "shards", truths, shards=3)
+    return home
+
+
+@pytest.fixture
+def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory of the test's own that holds the shards and the models."""
+    for name in ("openai", "shards", "clap"):
+        (tmp_path / name).symlink_to(home / name)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+_collected: list[Any] = []
+
+
+def _keep(element: Any) -> None:
+    _collected.append(element)
+
+
+def collect(*steps: Any) -> list[Any]:
+    """What a pipeline of `steps` ends with; the runner is Beam's in-process one."""
+    _collected.clear()
+    with beam.Pipeline(options=pipeline_options()) as pipeline:
+        elements = pipeline
+        for number, step in enumerate(steps):
+            elements = elements | f"step {number}" >> step
+        _ = elements | beam.Map(_keep)
+    return list(_collected)
+
+
+def rows_in(data: Path) -> list[dict[str, Any]]:
+    rows = ds.dataset(data).to_table().to_pylist()
+    return sorted(rows, key=lambda row: (row["shard"], row["offset"]))
+
+
+def by_command(output: str) -> EmbedOptions:
+    """What the command line makes of --input 'shards/*.tar' --model MODEL."""
+    return EmbedOptions(input=("shards/*.tar",), output=output, models=(ModelRef(model=MODEL),), device="cpu")
+
+
+def test_the_whole_job_in_a_few_lines_and_the_command_goes_on_where_it_stopped(here: Path) -> None:
+    assert len(WHOLE_JOB.partition("\n\n")[2].splitlines()) <= 6
+    exec(WHOLE_JOB, {})
+    by_hand = rows_in(here / "out" / "data")
+    assert [row["key"] for row in by_hand] == [f"{index:06d}" for index in range(12)]
+    report = embed(by_command("out"))
+    assert (report.units_written, report.units_kept) == (0, 3)
+    embed(by_command("other"))
+    assert rows_in(here / "other" / "data") == by_hand
+    exec(WHOLE_JOB, {})
+    assert rows_in(here / "out" / "data") == by_hand
+
+
+def test_rows_as_json_into_a_sink_of_ones_own(here: Path) -> None:
+    exec(OWN_SINK, {})
+    lines = [json.loads(line) for path in here.glob("rows*.jsonl") for line in path.read_text().splitlines()]
+    embed(by_command("out"))
+    assert sorted(lines, key=lambda row: str(row["key"])) == rows_in(here / "out" / "data")
+    assert [row["key"] for row in lines if row["image_embedding"] is None] == ["000004"]
+
+
+def test_rows_into_beams_own_parquet(here: Path) -> None:
+    stage = embed_stage(MODEL)
+    rows = Rows(stage)
+    with beam.Pipeline(options=pipeline_options()) as pipeline:
+        found = pipeline | Plan("shards/*.tar") | ReadShards(stage.needs) | Embed(stage) | rows
+        _ = found | beam.io.WriteToParquet("rows", rows.schema, file_name_suffix=".parquet")
+    found = [row for path in here.glob("rows*.parquet") for row in pq.read_table(path).to_pylist()]
+    embed(by_command("out"))
+    assert sorted(found, key=lambda row: str(row["key"])) == rows_in(here / "out" / "data")
+
+
+# Stages and runs made by hand
+
+
+def test_embed_stage_takes_a_model_and_what_is_asked_of_it(here: Path) -> None:
+    stage = embed_stage(MODEL, modalities=["text"], name="clip", vector_type="float16", batch_size=8)
+    assert (stage.modalities, stage.count_tokens, stage.device) == (("text",), True, "cpu")
+    assert [output.name for output in stage.outputs] == ["clip_text_embedding"]
+    assert stage.needs == Needs(modalities=frozenset({"text"}))
+    assert embed_stage("clap").modalities == ("audio", "text")
+    assert embed_stage(MODEL, modalities=["image"]).count_tokens is False
+    with pytest.raises(UsageError, match=r"audio: .*clip.* encodes none of them, but image, text"):
+        embed_stage(MODEL, modalities=["audio"])
+    with pytest.raises(ModelError, match="no such directory"):
+        embed_stage("./nowhere")
+
+
+def test_stages_that_do_not_agree_are_no_run(here: Path) -> None:
+    clip, clap = embed_stage(MODEL, name="clip"), embed_stage("clap", name="clap", dtype="bfloat16")
+    with pytest.raises(UsageError, match="one dtype"):
+        embed_run("out", [clip, clap])
+    filtered = embed_stage(MODEL, image_filter=("median", 3.0))
+    with pytest.raises(UsageError, match="image_filter"):
+        embed_run("out", [filtered])
+    reading = Reading(cleaning=Cleaning(image_filter="median:3"))
+    assert embed_run("out", [filtered], reading=reading).configuration["reading"]["cleaning"]["image_filter"]
+    assert not (here / "out").exists()
+
+
+def test_two_models_by_hand(here: Path) -> None:
+    stages = [embed_stage(MODEL, name="clip"), embed_stage("clap", name="clap", count_tokens=False)]
+    run = embed_run("out", stages)
+    needs = stages[0].needs | stages[1].needs
+    (report,) = collect(
+        Plan("shards/*.tar", run), ReadShards(needs, run=run), *map(Embed, stages), WriteParquet(run), Summarize(run)
+    )
+    assert report.tally.made == {
+        "clip_image_embedding": 11,
+        "clip_text_embedding": 12,
+        "clap_audio_embedding": 11,
+        "clap_text_embedding": 12,
+    }
+
+
+# Each transform alone
+
+
+def test_plan_lists_here_and_now(here: Path) -> None:
+    units = collect(Plan(["shards/*0.tar", "shards/*2.tar"]))
+    assert sorted(Path(unit.inputs[0].shard.path).name for unit in units) == [
+        "shard-000000.tar",
+        "shard-000002.tar",
+    ]
+    assert all(unit.inputs[0].shard.size for unit in units)
+    with pytest.raises(NoShardsError, match="nothing"):
+        Plan("nothing/*.tar")
+
+
+def test_plan_takes_units_and_keeps_what_is_opened_and_what_is_replaced() -> None:
+    unit = replace(make_unit("a-1", path="http://h/a.tar", url="http://h/a.tar?sig=1"), limit=3, replace=True)
+    assert collect(Plan([unit])) == [unit]
+    with pytest.raises(NoShardsError, match="no pattern was given"):
+        Plan([])
+
+
+def test_plan_for_a_run_keeps_its_units_and_refuses_another_run(here: Path) -> None:
+    run = embed_run("out", [embed_stage(MODEL)])
+    first = Plan("shards/*0.tar", run).units
+    assert {unit.id for unit in first} < {unit.id for unit in Plan("shards/*.tar", run).units}
+    assert len(runs.load_plan(run)) == 3
+    runs.stop(run, "too many failures")
+    Plan("shards/*.tar", run)  # a new launch: it may go on
+    assert runs.stopped(run) is None
+    with pytest.raises(RunMismatchError, match="dtype: float32 -> float16"):
+        Plan("shards/*.tar", embed_run("out", [embed_stage(MODEL, dtype="float16")]))
+
+
+def test_read_shards_alone(here: Path) -> None:
+    needs = Needs(modalities=frozenset({"image"}))
+    batches = collect(Plan("shards/*.tar"), ReadShards(needs, windows=Windows(samples=3)))
+    assert sorted((Path(b.samples[0].shard).name, b.index, b.last, len(b.samples)) for b in batches) == [
+        (f"shard-{number:06d}.tar", index, last, count)
+        for number in range(3)
+        for index, last, count in ((0, False, 3), (1, True, 1))
+    ]
+    for batch in batches:
+        for sample in batch.samples:
+            assert (sample.image is not None, sample.audio) == (sample.key != "000004", None)
+
+
+def test_embed_alone(here: Path) -> None:
+    stage = embed_stage(MODEL)
+    picture = shards.natural_image(0)
+    samples = (
+        Sample(key="a", shard="s", offset=0, present=frozenset({"image"}), image=picture),
+        Sample(key="b", shard="s", offset=512, present=frozenset({"text"}), text="a cat"),
+    )
+    batch = Batch(unit=make_unit(), index=0, last=True, samples=samples)
+    (found,) = collect(beam.Create([batch], reshuffle=False), Embed(stage))
+    assert [name for name, array in found.features.items() if array[0].is_valid] == ["image_embedding"]
+    assert found.features["text_embedding"].is_valid().to_pylist() == [False, True]
+    assert found.tally.seconds["compute"] > 0
+
+
+@pytest.mark.parametrize("changes", [{"samples": ()}, {"broken": "s.tar: no tar"}, {"report": "kept"}])
+def test_embed_passes_on_what_is_not_for_the_model(changes: dict[str, Any]) -> None:
+    """No model is even loaded: there is none."""
+    if "report" in changes:
+        changes = {"report": UnitReport(unit="a-1", status="kept")}
+    stage = EmbedStage(model="/nowhere", spec=None, digest="", modalities=("text",))  # type: ignore[arg-type]
+    batch = Batch(unit=make_unit(), index=0, last=True, **changes)
+    assert collect(beam.Create([batch], reshuffle=False), Embed(stage)) == [batch]
+
+
+def windows_of(names: Sequence[str]) -> list[list[Batch]]:
+    return [make_batches(make_unit(name)) for name in names]
+
+
+def test_write_parquet_and_summarize_alone(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
+    runs.open_run(run)
+    units = beam.Create(windows_of(["a-1", "b-2"]), reshuffle=False)
+    reports = collect(units, beam.FlatMap(lambda windows: windows), WriteParquet(run))
+    assert sorted((report.unit, report.status, report.tally.rows) for report in reports) == [
+        ("a-1", "written", 10),
+        ("b-2", "written", 10),
+    ]
+    assert ds.dataset(tmp_path / "out" / "data").count_rows() == 20
+    (summary,) = collect(beam.Create(reports), Summarize(run))
+    assert (summary.units_written, summary.tally.samples) == (2, 20)
+    assert runs.read_summary(run) == summary
+
+
+def test_write_parquet_passes_on_units_that_are_committed_or_broken(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
+    runs.open_run(run)
+    kept = Batch(unit=make_unit("a-1"), index=0, last=True, report=UnitReport(unit="a-1", status="kept"))
+    broken = Batch(unit=make_unit("b-2"), index=0, last=True, broken="b-2.tar: does not exist")
+    reports = collect(beam.Create([kept, broken], reshuffle=False), WriteParquet(run))
+    assert {report.unit: report.status for report in reports} == {"a-1": "kept", "b-2": "failed"}
+    assert not (tmp_path / "out" / "data").exists() or not list((tmp_path / "out" / "data").iterdir())
+
+
+def refuse(report: Any) -> None:
+    raise UsageError(f"{report.tally.samples} samples are not enough")
+
+
+def test_summarize_lets_its_check_fail_the_job_once_the_summary_is_there(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
+    runs.open_run(run)
+    reports = [UnitReport(unit="a-1", status="kept", tally=Tally(samples=2, rows=2))]
+    with pytest.raises(RuntimeError, match="UsageError: 2 samples are not enough"):  # Beam keeps no type
+        collect(beam.Create(reports), Summarize(run, refuse))
+    assert runs.read_summary(run).tally.samples == 2
+
+
+def test_rows_say_what_they_leave_out(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A sample that lost everything is a warning; a shard that cannot be read ends the pipeline."""
+    (here / "bad").mkdir()
+    (here / "bad" / "a.tar").write_bytes(shards.tar_bytes([("one.jpg", b"no picture"), ("two.txt", b"two")]))
+    stage = embed_stage(MODEL)
+    with caplog.at_level(logging.WARNING, "mmbeam"):
+        (row,) = collect(Plan("bad/*.tar"), ReadShards(stage.needs), Embed(stage), Rows(stage))
+    assert row["key"] == "two"
+    assert "1 samples gave no row; one of" in caplog.text
+    (here / "bad" / "b.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(RuntimeError, match=r"ShardError: .*b\.tar"):
+        collect(Plan("bad/*.tar"), ReadShards(stage.needs), Embed(stage), Rows(stage))
+
+
+def test_rows_have_the_cleaned_text_in_every_row_if_the_reading_cleans(here: Path) -> None:
+    stage = embed_stage(MODEL, modalities=["text"])
+    reading = Reading(cleaning=Cleaning(text=("lower",)))
+    rows = Rows(stage, cleaning=True)
+    found = collect(Plan("shards/*.tar"), ReadShards(stage.needs, reading), Embed(stage), rows)
+    assert {tuple(row) for row in found} == {tuple(rows.schema.names)}
+    assert [row["text_clean"] for row in found] == [row["text"].lower() for row in found]
+
+
+def test_beam_weighs_a_batch_without_pickling_it() -> None:
+    (batch, _) = make_batches(make_unit())
+    coder = coders.registry.get_coder(Batch)
+    assert isinstance(coder, BatchCoder)
+    assert coder.decode(coder.encode(batch)) == batch
+    picture = replace(batch.samples[0], image=shards.natural_image(0, 320, 240))
+    heavy = replace(batch, samples=(picture, *batch.samples[1:]))
+    assert coder.estimate_size(heavy) - coder.estimate_size(batch) == 320 * 240 * 3
+    assert coder.estimate_size(heavy) == pytest.approx(len(pickle.dumps(heavy)), rel=0.05)
+    assert pa.types.is_fixed_size_list(coder.decode(coder.encode(heavy)).features["image_embedding"].type)
