@@ -1,7 +1,5 @@
 """`python -m mmbeam` is the command line."""
 
-import sys
+from mmbeam.cli import entry
 
-from mmbeam.cli import main
-
-sys.exit(main())
+entry()

@@ -4,6 +4,7 @@ Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 done but some units fa
 """
 
 import argparse
+import atexit
 import logging
 import os
 import signal
@@ -13,12 +14,26 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
+from typing import NoReturn
 
 from mmbeam.arguments import check_url, embed_options, fields_of, parse
 from mmbeam.errors import MmbeamError, UsageError
 
 SOME_UNITS_FAILED = 3
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+def entry() -> NoReturn:
+    """What the shell starts: `main`, and an end that waits for no thread of a library.
+
+    Beam's and gRPC's threads outlive a job; where the interpreter takes them down in the middle of C++
+    code, the process aborts after all its work is done (seen once in about fifty runs).
+    """
+    status = main()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,8 +64,17 @@ def _say(error: object, status: int, verbose: bool) -> int:
         traceback.print_exc()
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    print(f"mmbeam: {error}", file=sys.stderr)
+    print(f"mmbeam: {_harmless(str(error))}", file=sys.stderr)
     return status
+
+
+def _show(text: str) -> None:
+    print(_harmless(text), flush=True)
+
+
+def _harmless(text: str) -> str:
+    """Without control characters: keys and names of shards come from strangers and go to a terminal."""
+    return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 @contextmanager
@@ -109,7 +133,7 @@ def _embed(args: argparse.Namespace) -> int:
     options = embed_options(args)
     with ProgressLine(options.output, sys.stderr), _libraries_quiet(args.verbose):
         report = embed(options)
-    print(summary_text(report, options.output))
+    _show(summary_text(report, options.output))
     return SOME_UNITS_FAILED if report.units_failed else 0
 
 
@@ -117,7 +141,7 @@ def _inspect(args: argparse.Namespace) -> int:
     from mmbeam.report.inspect import inspect_text
 
     for line in inspect_text(args.shards, fields_of(args)):
-        print(line)
+        _show(line)
     return 0
 
 
@@ -126,7 +150,7 @@ def _status(args: argparse.Namespace) -> int:
 
     check_url("OUT", args.output)
     for line in status_text(args.output):
-        print(line)
+        _show(line)
     return 0
 
 
@@ -135,7 +159,7 @@ def _demo(args: argparse.Namespace) -> int:
 
     with _libraries_quiet(args.verbose):
         for line in run_demo(Path(args.directory)):
-            print(line, flush=True)
+            _show(line)
     return 0
 
 
@@ -147,4 +171,4 @@ COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
 }
 
 if __name__ == "__main__":
-    sys.exit(main())
+    entry()

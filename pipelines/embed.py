@@ -15,15 +15,9 @@ Exit status: 0 done, 1 failed, 2 bad arguments, 3 done but some shards could not
 """
 
 import sys
-from collections.abc import Sequence
 
-from mmbeam.cli import main as mmbeam
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the job by the command line's own parser, and return its exit status."""
-    return mmbeam(["embed", *(sys.argv[1:] if arguments is None else arguments)])
-
+from mmbeam.cli import entry
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.argv.insert(1, "embed")
+    entry()
