@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/mmbeam demo
 
 test: lint
-	$(BIN)/pytest
+	$(BIN)/pytest --numprocesses 2
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

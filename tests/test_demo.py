@@ -1,7 +1,6 @@
 """The demo, as a person runs it: offline, twice, and the command that it proposes."""
 
 import shlex
-import time
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +15,7 @@ def test_the_demo_shows_real_rows_and_runs_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    began = time.monotonic()
     assert main(["demo"]) == 0
-    assert time.monotonic() - began < 20
     said, errors = capfd.readouterr()
     assert errors == ""
     assert "weights are random" in said

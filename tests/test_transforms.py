@@ -3,6 +3,7 @@
 import json
 import logging
 import pickle
+import re
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -29,31 +30,8 @@ from mmbeam.transforms import BatchCoder, Embed, Plan, ReadShards, Rows, Summari
 from mmbeam.types import Batch, Needs, Sample, Tally, UnitReport
 
 # As the README shows them. The names are those of a hub model and of a folder, which the tests put there.
-WHOLE_JOB = """
-import apache_beam as beam
-from mmbeam.jobs.embed import embed_run
-from mmbeam.jobs.launch import pipeline_options
-from mmbeam.stages.embed import embed_stage
-from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
-
-stage = embed_stage("openai/clip-vit-base-patch32")
-run = embed_run("out", [stage])
-with beam.Pipeline(options=pipeline_options()) as p:
-    batches = p | Plan("shards/*.tar", run) | ReadShards(stage.needs, run=run)
-    batches | Embed(stage) | WriteParquet(run) | Summarize(run)
-"""
-OWN_SINK = """
-import json
-import apache_beam as beam
-from mmbeam.jobs.launch import pipeline_options
-from mmbeam.stages.embed import embed_stage
-from mmbeam.transforms import Embed, Plan, ReadShards, Rows
-
-stage = embed_stage("openai/clip-vit-base-patch32")
-with beam.Pipeline(options=pipeline_options()) as p:
-    rows = p | Plan("shards/*.tar") | ReadShards(stage.needs) | Embed(stage) | Rows(stage)
-    rows | beam.Map(json.dumps) | beam.io.WriteToText("rows", file_name_suffix=".jsonl")
-"""
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+WHOLE_JOB, OWN_SINK, READING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 MODEL = "openai/clip-vit-base-patch32"
 
 

@@ -1,0 +1,78 @@
+"""The README is true: its commands run, its output is the real one, its reading lines read."""
+
+import re
+import shlex
+from pathlib import Path
+
+import numpy as np
+import pytest
+import shards
+
+from mmbeam.cli import main
+from mmbeam.config import EXTENSIONS
+from mmbeam.models.tiny import save_clap, save_clip
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+CONSOLE = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
+MODELS = {"openai/clip-vit-base-patch32": save_clip, "laion/clap-htsat-unfused": save_clap}
+
+
+@pytest.fixture
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A directory with shards, and in it directories named like the README's hub models, of tiny ones."""
+    monkeypatch.chdir(tmp_path)
+    shards.make_webdataset(tmp_path / "shards", shards.make_truths(9), shards=2)
+    for name, save in MODELS.items():
+        save(tmp_path / name)
+    return tmp_path
+
+
+def test_every_command_runs_and_the_rows_are_read_as_it_says(here: Path) -> None:
+    commands = [line[2:].partition("#")[0].strip() for block in CONSOLE for line in block.splitlines()]
+    assert commands[:2] == ["make demo", "make test"]
+    for command in commands[2:]:
+        name, *arguments = shlex.split(command)
+        assert name == "mmbeam"
+        assert main(arguments) == 0, command
+    *_, reading = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+    found: dict[str, np.ndarray] = {}
+    exec(reading, found)
+    assert found["vectors"].shape == (9, 24)
+
+
+def test_the_models_it_names_in_one_pass_run(here: Path) -> None:
+    options = " ".join(re.findall(r"`((?:--model \w+=[\w/-]+ ?)+)`", README))
+    assert options.count("--model") == 2
+    assert main(["embed", "--input", "shards/*.tar", "--output", "both", *shlex.split(options)]) == 0
+
+
+def test_the_options_it_names_are_taken(here: Path) -> None:
+    cleaning = re.findall(r"`(--(?:clean-text|where|image-filter)[^`]*)`", README)
+    assert len(cleaning) == 3
+    arguments = [word for option in cleaning for word in shlex.split(option)]
+    assert main(["embed", "--input", "shards", "--output", "out", "--model", next(iter(MODELS)), *arguments]) == 0
+
+
+def test_the_demos_output_is_the_real_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """But for numbers, and for the rows that the README leaves out."""
+    monkeypatch.chdir(tmp_path)
+    assert main(["demo"]) == 0
+    said = capfd.readouterr().out.replace(str(tmp_path), "...")
+    real = {without_numbers(line) for line in said.splitlines()}
+    shown = re.findall(r"```text\n(.*?)```", README, re.DOTALL)[0].splitlines()
+    assert len(shown) > 30
+    assert [line for line in shown if without_numbers(line) not in real | {"  ..."}] == []
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r"[+-]?\d[\d.,]*(m\d\ds|s\b)?", "#", line)
+
+
+def test_it_lists_the_extensions_that_are_read() -> None:
+    for kind, extensions in EXTENSIONS.items():
+        listed = re.search(rf"{kind} `([a-z0-9 ]+)`", README)
+        assert listed is not None
+        assert set(listed[1].split()) == set(extensions) - {"m4a"}
