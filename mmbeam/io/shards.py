@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.io.paths import Info, etag_of, plain_url, public_path, public_text, without_query
-from mmbeam.io.stream import open_shard as open_shard
+from mmbeam.io.stream import http_status
 from mmbeam.types import Input, Shard, WorkUnit
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # what a folder given as a pattern stands for
@@ -226,7 +226,10 @@ def _info(place: _Place) -> Info | None:
     try:
         info: Info = place.fs.info(place.path)
         return info
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError) as error:
+        status = http_status(error)
+        if status in (401, 403):  # fsspec calls every HTTP failure a file that was not found
+            raise PermissionError(f"{public_path(place.url)}: access refused (status {status})") from None
         return None
 
 

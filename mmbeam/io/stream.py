@@ -141,7 +141,7 @@ class _Source(io.RawIOBase):
 
     def _judge(self, error: Exception) -> str:
         """What went wrong, in public words, if trying again may help; raises what is final."""
-        path, status = self._shard.path, _status(error)
+        path, status = self._shard.path, http_status(error)
         if status in (401, 403):
             raise PermissionError(f"{path}: access refused (status {status})") from None
         if isinstance(error, MmbeamError | PermissionError):
@@ -205,7 +205,7 @@ def _open_http(fs: Any, url: str, size: int | None, block_bytes: int) -> Any:
     return fs.open(url, "rb", block_size=block_bytes, cache_type="readahead", size=size, timeout=timeout)
 
 
-def _status(error: BaseException) -> int | None:
+def http_status(error: BaseException) -> int | None:
     """The HTTP status that an error of a store's client stands for, if it says so."""
     if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs
         return 403
