@@ -5,7 +5,7 @@ import json
 import sys
 import tarfile
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -139,6 +139,18 @@ CASES = [
     ),
 ]
 
+LARGE = tower(1024, 24) | {"patch_size": 14}
+GPU_CASES = [
+    replace(CASES[0], name="gpu-clip-vit-b-32", samples=16_000, per_shard=1000, batch=256),
+    replace(
+        CASES[0],
+        name="gpu-clip-vit-l-14",
+        samples=8000,
+        per_shard=500,
+        batch=256,
+        model=clip(LARGE, tower(768, 12), 768),
+    ),
+]
 TINY = clip(tower(64, 1) | {"patch_size": 16}, tower(64, 1), 32, side=32)
 
 

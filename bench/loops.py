@@ -1,11 +1,13 @@
 """One measured loop in a process of its own: `python bench/loops.py MODE CASE_DIR`. Prints one JSON line.
 
 MODE is decode (the thread pool alone), model (the model alone on decoded samples), bare (the plain torch
-loop: a thread pool decoding in front of the model, nothing else) or mmbeam (the whole job, rows on disk).
+loop: a thread pool decoding in front of the model, nothing else), mmbeam (the whole job, rows on disk) or flow
+(its reading and its stage without Beam and without writing, for a machine that has no Beam).
 CASE_DIR holds case.json, model/ and shards/, as bench/cases.py makes them. Importing, loading the model and
 a first warm-up batch are outside the time of every mode; opening shards and writing rows are inside.
-Of the start-up, load is importing torch, transformers and Beam and loading the model, and first is the job
-until its model is called. Of planning, plan is listing and planning the shards in CASE_DIR.
+BENCH_DEVICE names the device (default: cpu), in whose default dtype the model runs. Of the start-up, load is
+importing torch, transformers and Beam and loading the model, and first is the job until its model is called.
+Of planning, plan is listing and planning the shards in CASE_DIR.
 """
 
 import contextlib
@@ -29,13 +31,15 @@ from mmbeam.config import Reading
 from mmbeam.decode import decode_audio, decode_image
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
-from mmbeam.reading import ordered_map
+from mmbeam.models.loading import parse_dtype
+from mmbeam.reading import Ahead, ordered_map
 
 if TYPE_CHECKING:
     from mmbeam.jobs.embed import EmbedJob
+    from mmbeam.types import WorkUnit
 
-CORES = 2
-BATCH = 32
+CORES = len(os.sched_getaffinity(0))
+DEVICE = os.environ.get("BENCH_DEVICE", "cpu")
 LIMITS = Reading().limits
 BEGIN = float(os.environ.get("BENCH_BEGIN", "nan"))  # time.time() when this process was started
 
@@ -81,6 +85,8 @@ def measure(mode: str, case: Path) -> dict[str, float]:
     modality, batch = about["modality"], about["batch"]
     if mode == "load":
         return measure_load(case)
+    if mode == "flow":
+        return measure_flow(case, modality, batch)
     if mode in ("mmbeam", "first"):
         return measure_mmbeam(case, modality, batch, only_first=mode == "first")
     return measure_loop(mode, case, modality, batch, about["samples"])
@@ -91,12 +97,12 @@ def measure_loop(mode: str, case: Path, modality: str, batch: int, samples: int)
     spec = describe(case / "model")
     decode = decoder(modality, spec.sampling_rate)
     with torch.inference_mode(), ThreadPoolExecutor(CORES) as pool:
-        decoded = ordered_map(decode, members(shards), pool, depth=2 * batch)
+        decoded = ordered_map(decode, members(shards), pool, Ahead(2 * batch))
         if mode == "decode":
             begin = time.perf_counter()
             return {"samples": sum(1 for _ in decoded), "seconds": time.perf_counter() - begin}
-        model = load(spec, torch.device("cpu"), torch.float32)
-        warm = list(islice(ordered_map(decode, members(shards[:1]), pool, depth=batch), batch))
+        model = load(spec, torch.device(DEVICE), parse_dtype(None, DEVICE))
+        warm = list(islice(ordered_map(decode, members(shards[:1]), pool, Ahead(batch)), batch))
         encode(model, modality, warm)
         begin = time.perf_counter()
         if mode == "model":
@@ -137,7 +143,7 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
             output=output,
             models=(ModelRef(model=str(case / "model")),),
             modalities=(modality,),
-            device="cpu",
+            device=DEVICE,
             batch_size=batch,
         )
         job = prepare(options)
@@ -145,12 +151,41 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
         if only_first:
             return {"samples": 0, "seconds": time_of_first_batch(job)}
         warm = next(read_batches(job.units[0], options.reading, stage.needs, options.windows))
-        placement.device("cpu").run(stage, warm)
+        placement.device(DEVICE).run(stage, warm)
         del warm
         begin = time.perf_counter()
         report = execute(job.run, job.units, (), job.build, job.check)
         seconds = time.perf_counter() - begin
     return {"samples": report.tally.rows, "seconds": seconds, "light": report.speed_of_light}
+
+
+def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
+    """Two units at once, as in the job: each thread reads its units and waits for the device."""
+    from mmbeam.config import Windows
+    from mmbeam.io.shards import list_shards, plan_units
+    from mmbeam.models import placement
+    from mmbeam.reading import read_batches
+    from mmbeam.stages.embed import embed_stage
+
+    units = plan_units(list_shards([str(case / "shards")]), [])
+    stage = embed_stage(str(case / "model"), modalities=(modality,), device=DEVICE, batch_size=batch)
+    device = placement.device(DEVICE)
+
+    def embed(some: list[WorkUnit]) -> tuple[int, float]:
+        samples, computed = 0, 0.0
+        for unit in some:
+            for window in read_batches(unit, Reading(), stage.needs, Windows()):
+                done = device.run(stage, window) if window.samples else window
+                samples += len(done.samples)
+                computed += done.tally.seconds.get("compute", 0.0)
+        return samples, computed
+
+    embed(units[:1])
+    begin = time.perf_counter()
+    with ThreadPoolExecutor(2) as pool:
+        found = list(pool.map(embed, (units[::2], units[1::2])))
+    seconds = time.perf_counter() - begin
+    return {"samples": sum(n for n, _ in found), "seconds": seconds, "light": sum(s for _, s in found) / seconds}
 
 
 def time_of_first_batch(job: "EmbedJob") -> float:

@@ -1,4 +1,4 @@
-"""The benchmark: `make bench`, or `python bench/run.py [throughput] [memory] [start] [plan]`.
+"""The benchmark: `make bench`, or `python bench/run.py [throughput] [memory] [start] [plan] [gpu]`.
 
 Speed is a ratio in one run: the bare torch loop and mmbeam alternate, A B A B, and the median of five
 pairs is what counts, since a machine's own speed drifts. Every figure is of a process of its own. The
@@ -14,7 +14,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from cases import CASES, Case, memory_case
+from cases import CASES, GPU_CASES, Case, memory_case
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "bench"
@@ -45,6 +45,24 @@ def throughput(cases: list[Case]) -> None:
             f"{case.name:<20}" + "".join(f"{rate:>8,.0f}" for rate in [*alone, *rates]) + f"   "
             f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})  "
             f"{peaks[0]:>6,.0f} {peaks[1] - peaks[0]:>+6,.0f}",
+            flush=True,
+        )
+
+
+def gpu() -> None:
+    """On the first GPU, where Beam may be missing: the bare loop against mmbeam's reading and stage."""
+    os.environ["BENCH_DEVICE"] = "cuda:0"
+    print(f"\nGPU, bfloat16: rates in samples/s; flow / bare: median of {PAIRS} alternating pairs (lowest-highest)")
+    for case in GPU_CASES:
+        directory = case.build(CACHE)
+        decode, model = (measure(mode, directory)["rate"] for mode in ("decode", "model"))
+        pairs = [(measure("bare", directory), measure("flow", directory)) for _ in range(PAIRS)]
+        ratios = sorted(flow["rate"] / bare["rate"] for bare, flow in pairs)
+        bare, flow = (statistics.median(pair[side]["rate"] for pair in pairs) for side in (0, 1))
+        light = statistics.median(pair[1]["light"] for pair in pairs)
+        print(
+            f"{case.name:<20} decode {decode:,.0f}  model {model:,.0f}  bare {bare:,.0f}  flow {flow:,.0f}  "
+            f"flow / bare {statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})  light {light:.0%}",
             flush=True,
         )
 
@@ -116,7 +134,7 @@ def main(sections: list[str]) -> None:
         if section == "throughput":
             throughput(CASES)
         else:
-            {"memory": memory, "start": start, "plan": plan}[section]()
+            {"memory": memory, "start": start, "plan": plan, "gpu": gpu}[section]()
 
 
 if __name__ == "__main__":

@@ -42,7 +42,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def _parser() -> _Parser:
     parser = _Parser(
-        prog="mmbeam", description="Embeddings and captions for buckets of image-text-audio shards.", allow_abbrev=False
+        prog="mmbeam", description="Embeddings for buckets of image-text-audio shards.", allow_abbrev=False
     )
     parser.add_argument("--version", action="version", version=f"mmbeam {__version__}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")

@@ -106,7 +106,3 @@ class ModelRef:
         if not name.isidentifier():
             raise UsageError(f"--model {text}: {name!r} is no column prefix; use letters, digits and _")
         return cls(model=model, name=name)
-
-    def column(self, what: str) -> str:
-        """The name of a column for `what`: `image_embedding`, or `clip_image_embedding`."""
-        return what if self.name is None else f"{self.name}_{what}"

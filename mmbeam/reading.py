@@ -7,6 +7,7 @@ depends on the data alone, so that a retry and another runner see the same windo
 
 import os
 import queue
+import sys
 import threading
 import time
 from collections import Counter, deque
@@ -15,12 +16,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
-from typing import TypeVar
+from typing import Generic, TypeVar
 
 from mmbeam.clean import compile_where, select, where_needs
 from mmbeam.config import Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
-from mmbeam.errors import ShardError
+from mmbeam.errors import FlowError, ShardError
 from mmbeam.io.stream import ShardStream, open_shard
 from mmbeam.io.tar import TarReader
 from mmbeam.types import MODALITIES, Batch, Failure, Needs, RawSample, Sample, Tally, WorkUnit
@@ -174,13 +175,13 @@ def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -
             sample, failures, skip = replace(sample, image=None, audio=None), (*failures, undecided), None
         return _Decoded(sample, failures, skip, raw.repeated, time.perf_counter() - begin)
 
-    def waiting(one: _Decoded) -> int:
-        return windows.decoded_bytes // max(1, one.sample.nbytes)
-
+    ahead: Ahead[RawSample, _Decoded] = Ahead(
+        2 * _cores() + 2, windows.decoded_bytes, _raw_bytes, lambda one: one.sample.nbytes
+    )
     source = _Source(unit, reading, needs)
     index, window, broken = 0, _Window(), None
     try:
-        with closing(ordered_map(decode, source.samples(), decode_pool(), 2 * _cores() + 2, waiting)) as decoded:
+        with closing(ordered_map(decode, source.samples(), decode_pool(), ahead)) as decoded:
             for one in decoded:
                 window.add(one)
                 if window.full(windows):
@@ -198,31 +199,46 @@ def _undecided(where: str, failures: Sequence[Failure]) -> Failure | None:
     return None if cause is None else replace(cause, modality="", message=f"{where}: {cause.message}"[:300])
 
 
-def ordered_map(
-    call: Callable[[InT], OutT],
-    items: Iterator[InT],
-    pool: ThreadPoolExecutor,
-    depth: int,
-    waiting: Callable[[OutT], int] | None = None,
-) -> Generator[OutT]:
-    """`map(call, items)` in order, with at most `depth` calls waiting or running in `pool`.
+def _raw_bytes(raw: RawSample) -> int:
+    return sum(map(len, raw.members.values()))
 
-    `waiting` says of a result how many like it may wait; where they are large that is fewer than `depth`.
-    """
-    pending: deque[Future[OutT]] = deque()
-    room = depth
+
+@dataclass(frozen=True)
+class Ahead(Generic[InT, OutT]):
+    """How far `ordered_map` may go ahead: so many items, or fewer where items or results are large."""
+
+    depth: int
+    most_bytes: int = sys.maxsize
+    item_bytes: Callable[[InT], int] = lambda item: 0
+    result_bytes: Callable[[OutT], int] = lambda result: 0
+
+    def room(self, result: OutT) -> int:
+        """How many results like this one may wait."""
+        return min(self.depth, max(1, self.most_bytes // max(1, self.result_bytes(result))))
+
+
+def ordered_map(
+    call: Callable[[InT], OutT], items: Iterator[InT], pool: ThreadPoolExecutor, ahead: Ahead[InT, OutT]
+) -> Generator[OutT]:
+    """`map(call, items)` in order, run by `pool` ahead of whoever takes the results."""
+    pending: deque[tuple[Future[OutT], int]] = deque()
+    room, held = min(ahead.depth, 2), 0  # until a result shows how large they are
     try:
         for item in items:
-            pending.append(pool.submit(call, item))
-            while len(pending) >= room:
-                result = pending.popleft().result()
-                room = depth if waiting is None else min(depth, max(1, waiting(result)))
+            size = ahead.item_bytes(item)
+            pending.append((pool.submit(call, item), size))
+            held += size
+            del item  # it may be large
+            while len(pending) >= room or (held > ahead.most_bytes and pending):
+                future, size = pending.popleft()
+                result = future.result()
+                held, room = held - size, ahead.room(result)
                 yield result
-                del result  # it may be large
+                del result, future
         while pending:
-            yield pending.popleft().result()
+            yield pending.popleft()[0].result()
     finally:
-        for future in pending:
+        for future, _ in pending:
             future.cancel()
 
 
@@ -246,6 +262,8 @@ class _Source:
     def samples(self) -> Iterator[RawSample]:
         left = self._unit.limit
         for source in self._unit.inputs:
+            if source.end is not None:
+                raise FlowError(f"{source.shard.path}: byte ranges of a shard cannot be read yet")
             with open_shard(source.shard, source.begin) as stream:
                 reader = TarReader(stream, source.shard.path, self._want, self._reading.limits)
                 for raw in self._timed(iter(reader), stream):

@@ -242,6 +242,25 @@ def test_when_one_unit_raises_the_others_end_soon_and_its_error_comes_out_as_it_
     assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
 
 
+def test_an_error_ahead_of_the_first_window_comes_out_as_it_was(
+    tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(20), shards=10)
+
+    def refused(*_: object) -> None:
+        raise PermissionError("access refused")
+
+    monkeypatch.setattr("mmbeam.reading.open_shard", refused)
+    with pytest.raises(PermissionError, match=r"^access refused$"):
+        run(tmp_path, clip, tmp_path / "in")
+
+
+def test_models_need_different_names(tmp_path: Path, clip: Path) -> None:
+    models = (ModelRef(model=str(clip)), ModelRef(model=str(clip), name="model"))
+    with pytest.raises(UsageError, match="different names"):
+        run(tmp_path, clip, tmp_path / "in", models=models)
+
+
 def test_where_skips_by_name_and_cleaning_keeps_the_text_as_it_was(tmp_path: Path, clip: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(15), shards=1)
     cleaning = Cleaning(text=("nfc", "whitespace", "lower"), where=("image_width >= 80", "metadata['index'] != 7"))

@@ -13,7 +13,7 @@ import shards
 from mmbeam import reading as module
 from mmbeam.config import Cleaning, Limits, Reading, Windows
 from mmbeam.io.shards import limited_unit, list_shards, plan_units
-from mmbeam.reading import ordered_map, read_batches
+from mmbeam.reading import Ahead, ordered_map, read_batches
 from mmbeam.types import Batch, Needs, WorkUnit
 
 IMAGES = Needs(modalities=frozenset({"image"}))
@@ -131,7 +131,9 @@ def test_where_results_are_large_few_wait() -> None:
         return taken
 
     with ThreadPoolExecutor(4) as pool:
-        assert consume(ordered_map(call, iter(range(50)), pool, 16, lambda _: 1)) == list(range(50))
+        assert consume(ordered_map(call, iter(range(50)), pool, Ahead(16, 100, result_bytes=lambda _: 100))) == list(
+            range(50)
+        )
     assert most[0] <= 2
 
 

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_clip
 
-from mmbeam.errors import DeviceError, UsageError
+from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.clip import ClipEncoder
 from mmbeam.models.placement import Device, resolve_device
@@ -85,7 +85,8 @@ def change(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
 
 def test_a_vector_that_is_not_finite_is_a_failure(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(encoded: Encoded) -> Encoded:
-        encoded.pooled[0, 0] = torch.nan
+        if len(encoded.pooled) > 1:  # what is known to be good comes alone
+            encoded.pooled[0, 0] = torch.nan
         return encoded
 
     change(monkeypatch, spoil)
@@ -96,13 +97,28 @@ def test_a_vector_that_is_not_finite_is_a_failure(clip: Path, monkeypatch: pytes
     assert "not finite" in failure.message
 
 
+def test_a_model_whose_vectors_are_never_finite_is_no_samples_fault(
+    clip: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change(monkeypatch, lambda encoded: Encoded(pooled=encoded.pooled * torch.nan))
+    with pytest.raises(DeviceError, match="known to be good is not finite"):
+        run(embed_stage(str(clip)), batch_of(5))
+
+
+def test_files_that_are_others_than_at_launch_are_not_loaded(tmp_path: Path) -> None:
+    stage = embed_stage(str(save_clip(tmp_path / "clip")))
+    (tmp_path / "clip" / "config.json").write_text((tmp_path / "clip" / "config.json").read_text() + " ")
+    with pytest.raises(ModelError, match="other files"):
+        stage.load()
+
+
 @pytest.mark.parametrize(("value", "words"), [(torch.nan, "not finite"), (1e6, "does not fit float16")])
 def test_tokens_that_cannot_be_stored_are_a_failure(
     clip: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
 ) -> None:
     def spoil(encoded: Encoded) -> Encoded:
-        assert encoded.tokens is not None
-        encoded.tokens[0][0, 0] = value
+        if encoded.tokens is not None:
+            encoded.tokens[0][0, 0] = value
         return encoded
 
     change(monkeypatch, spoil)

@@ -131,3 +131,16 @@ def test_stale_scratch_is_swept(tmp_path: Path) -> None:
     os.utime(old, (0, time.time() - SCRATCH_SECONDS - 60))
     store.sweep_scratch()
     assert sorted(store.scratch().iterdir()) == sorted([live, recent])
+
+
+def test_sweeping_touches_no_file_of_another_name(tmp_path: Path) -> None:
+    store = Store(str(tmp_path))
+    mine, others = store.scratch_file(".parquet"), store.scratch() / "mmbeam-results-2024-05.parquet"
+    folder = store.scratch() / f"mmbeam-{mine.stem.removeprefix('mmbeam-')}"
+    for path in (mine, others):
+        path.write_bytes(b"x")
+    folder.mkdir()
+    for path in (mine, others, folder):
+        os.utime(path, (0, 0))
+    store.sweep_scratch()
+    assert sorted(store.scratch().iterdir()) == sorted([others, folder])

@@ -278,7 +278,7 @@ def test_rows_say_what_they_leave_out(here: Path, caplog: pytest.LogCaptureFixtu
     with caplog.at_level(logging.WARNING, "mmbeam"):
         (row,) = collect(Plan("bad/*.tar"), ReadShards(stage.needs), Embed(stage), Rows(stage))
     assert row["key"] == "two"
-    assert "1 samples gave no row; one of" in caplog.text
+    assert "1 samples gave no row; 'one' of" in caplog.text
     (here / "bad" / "b.tar").write_bytes(b"no tar at all" * 100)
     with pytest.raises(RuntimeError, match=r"ShardError: .*b\.tar"):
         collect(Plan("bad/*.tar"), ReadShards(stage.needs), Embed(stage), Rows(stage))
@@ -303,3 +303,21 @@ def test_beam_weighs_a_batch_without_pickling_it() -> None:
     assert coder.estimate_size(heavy) - coder.estimate_size(batch) == 320 * 240 * 3
     assert coder.estimate_size(heavy) == pytest.approx(len(pickle.dumps(heavy)), rel=0.05)
     assert pa.types.is_fixed_size_list(coder.decode(coder.encode(heavy)).features["image_embedding"].type)
+
+
+def test_rows_of_a_run_that_is_committed_are_refused(here: Path) -> None:
+    """They would not be read, and so be missing."""
+    exec(WHOLE_JOB, {})
+    stage = embed_stage(MODEL)
+    run = embed_run("out", [stage])
+    with pytest.raises(RuntimeError, match="give ReadShards no run"):
+        collect(Plan("shards/*.tar", run), ReadShards(stage.needs, run=run), Embed(stage), Rows(stage))
+
+
+def test_a_run_is_read_as_it_was_made(here: Path) -> None:
+    """With the reading that its fingerprint tells of, and no further than its limit."""
+    stage = embed_stage(MODEL)
+    with pytest.raises(UsageError, match="another `reading`"):
+        ReadShards(stage.needs, Reading(draft=True), embed_run("out", [stage]))
+    (unit,) = Plan("shards/*.tar", embed_run("few", [stage], limit=2)).units
+    assert unit.limit == 2

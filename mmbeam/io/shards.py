@@ -18,7 +18,6 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.io.paths import Info, etag_of, plain_url, public_path, public_text, without_query
-from mmbeam.io.stream import http_status
 from mmbeam.types import Input, Shard, WorkUnit
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # what a folder given as a pattern stands for
@@ -171,7 +170,9 @@ def _add_place(listing: _Listing, place: _Place, infos: Mapping[str, Info | None
             listing.add(shard)
         return
     if info is None:
-        listing.missing.append(f"{public_path(place.url)}: does not exist")
+        listing.missing.append(
+            f"{public_path(place.url)}: does not exist{', or access is refused' if place.is_http else ''}"
+        )
     listing.add(place.shard_at(place.url, info or {}))
 
 
@@ -226,10 +227,10 @@ def _info(place: _Place) -> Info | None:
     try:
         info: Info = place.fs.info(place.path)
         return info
-    except (FileNotFoundError, NotADirectoryError) as error:
-        status = http_status(error)
-        if status in (401, 403):  # fsspec calls every HTTP failure a file that was not found
-            raise PermissionError(f"{public_path(place.url)}: access refused (status {status})") from None
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # over HTTP also what is refused: some stores answer so for what is not
         return None
 
 
@@ -257,8 +258,11 @@ def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit]) -> list[WorkU
 
 
 def limited_unit(shards: Sequence[Shard], limit: int) -> WorkUnit:
-    """One unit that ends after the first `limit` samples of `shards`, in their order."""
-    inputs = tuple(Input(shard=shard) for shard in shards)
+    """One unit that ends after the first `limit` samples of `shards`, in their order.
+
+    It names no more than `limit` shards, since each can be expected to hold a sample.
+    """
+    inputs = tuple(Input(shard=shard) for shard in shards[:limit])
     return WorkUnit(id=f"first-{limit}-{unit_id(*inputs)}", inputs=inputs, limit=limit)
 
 

@@ -7,6 +7,7 @@ an exception in the middle of such a write publishes a short file. Shards are no
 
 import errno
 import os
+import re
 import socket
 import tempfile
 import threading
@@ -28,6 +29,7 @@ from mmbeam.io.paths import public_path
 SCRATCH = "_mmbeam/tmp"
 SCRATCH_SECONDS = 24 * 3600.0  # scratch of another machine is stale when it is this old
 
+_SCRATCH_FILE = re.compile(r"mmbeam-.+-\d+-[0-9a-f]{32}(\.\w+)?")  # as scratch_file names them; /tmp holds others' too
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _moving = threading.Lock()
@@ -121,8 +123,8 @@ class Store:
         Containers that share a host name but not their processes can lose live scratch by this; their
         attempt then fails to publish, loudly, and is tried again.
         """
-        for path in self.scratch().glob("mmbeam-*-*-*"):
-            if _is_stale(path):
+        for path in self.scratch().glob("mmbeam-*"):
+            if _SCRATCH_FILE.fullmatch(path.name) and path.is_file() and _is_stale(path):
                 with suppress(PermissionError):  # another user's, in a temporary directory that all share
                     path.unlink(missing_ok=True)
 

@@ -1,6 +1,6 @@
 """The embed job: shards in, one row of vectors per sample out."""
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -13,16 +13,17 @@ from mmbeam.config import ModelRef, Reading
 from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
-from mmbeam.io.shards import limited_unit, list_shards, plan_units
+from mmbeam.io.shards import list_shards
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, execute, pipeline_options, public_args, versions
 from mmbeam.models.loading import dtype_name
 from mmbeam.report.inspect import probe
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
-from mmbeam.types import Modality, Needs, RunReport, Shard, WorkUnit
+from mmbeam.types import Modality, Needs, RunReport, WorkUnit
 
 # What a row means. A change of it is a change of every fingerprint.
 OUTPUT_VERSION = 1
+UNNAMED = "model"  # what the configuration calls a model without a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,7 +62,7 @@ class EmbedJob:
     @property
     def check(self) -> Callable[[RunReport], None]:
         """Raises MissingModalityError for a report in which what was asked for is nowhere."""
-        able = tuple(modality for stage in self.stages for modality in stage.modalities)
+        able = tuple(dict.fromkeys(modality for stage in self.stages for modality in stage.modalities))
         return partial(_check_found, able=able, asked=self.options.modalities is not None)
 
 
@@ -84,7 +85,7 @@ def prepare(options: EmbedOptions) -> EmbedJob:
         compile_where(where)
     stages = _stages(options)
     shards = list_shards(options.input)
-    able = [m for stage in stages for m in stage.modalities]
+    able = list(dict.fromkeys(m for stage in stages for m in stage.modalities))
     found = probe(shards, options.reading.fields, options.reading.limits)
     check_modalities(found, able, asked=options.modalities is not None)
     run = embed_run(
@@ -96,18 +97,17 @@ def prepare(options: EmbedOptions) -> EmbedJob:
         recorded={"windows": asdict(options.windows), "beam_args": public_args(options.beam_args)},
     )
     runs.open_run(run, overwrite=options.overwrite)
-    planner = plan_units if options.limit is None else partial(_plan_limited, limit=options.limit)
-    units = runs.extend_plan(run, shards, planner)
+    units = runs.extend_plan(run, shards)
     if options.retry_failures:
         units = _retried(run, units)
     return EmbedJob(run=run, stages=stages, units=tuple(units), options=options)
 
 
 def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
-    names = [ref.name for ref in options.models]
+    names = [ref.name or UNNAMED for ref in options.models]
     if len(set(names)) < len(names):
         raise UsageError("several models need different names: --model clip=DIR --model clap=DIR")
-    text_filter = options.reading.cleaning.image_filter
+    image_filter = options.reading.cleaning.image_filter
     stages: list[EmbedStage] = []
     for ref in options.models:
         stage = embed_stage(
@@ -119,7 +119,7 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
             batch_size=options.batch_size,
             tokens=options.tokens,
             vector_type=options.vector_type,
-            image_filter=None if text_filter is None else parse_image_filter(text_filter),
+            image_filter=None if image_filter is None else parse_image_filter(image_filter),
             count_tokens=not any(stage.count_tokens for stage in stages),
         )
         stages.append(stage)
@@ -192,12 +192,7 @@ def _check_alike(stages: Sequence[EmbedStage], reading: Reading) -> None:
 
 
 def _label(stage: EmbedStage) -> str:
-    return stage.name or "model"
-
-
-def _plan_limited(shards: Iterable[Shard], known: Sequence[WorkUnit], limit: int) -> list[WorkUnit]:
-    """One unit over the shards there were when it was planned; shards added later are not its own."""
-    return [] if known else [limited_unit(list(shards), limit)]
+    return stage.name or UNNAMED
 
 
 def _retried(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:

@@ -149,7 +149,8 @@ def execute(
     done = runs.committed(run)
     if all(unit.id in done and not unit.replace for unit in units):
         log.info("every unit is committed already")
-        report = runs.write_summary(run, list(runs.load_reports(run, [unit.id for unit in units])), 0.0)
+        reports = list(runs.load_reports(run, [unit.id for unit in units]))
+        report = runs.confirm_summary(run, reports)
         check(report)
         return report
     runs.clear_stop(run)

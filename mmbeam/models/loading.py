@@ -14,6 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
+from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -215,10 +216,18 @@ def check_weights(directory: Path) -> None:
 
 def digest(directory: Path) -> str:
     """SHA-256 over the names and contents of the model's files, for the run's fingerprint."""
-    files = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
-    names = sorted(name for name in files if is_model_file(name))
+    found = {path.relative_to(directory).as_posix(): path for path in directory.rglob("*") if path.is_file()}
+    files = {name: path for name, path in sorted(found.items()) if is_model_file(name)}
+    states = tuple((name, path.stat().st_size, path.stat().st_mtime_ns) for name, path in files.items())
+    return _digest(directory, states)
+
+
+@cache
+def _digest(directory: Path, states: tuple[tuple[str, int, int], ...]) -> str:
+    """The digest of files whose names, sizes and times are `states`: a launch asks for it more than once."""
+    names = [name for name, _, _ in states]
     with ThreadPoolExecutor(max_workers=4) as pool:  # hashing releases the GIL
-        digests = list(pool.map(_file_digest, [files[name] for name in names]))
+        digests = list(pool.map(_file_digest, [directory / name for name in names]))
     lines = [f"{name}\0{file_digest}\n" for name, file_digest in zip(names, digests, strict=True)]
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 

@@ -8,7 +8,6 @@ process. What is a sample's fault and what is the device's is told apart here.
 import re
 import threading
 import time
-from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any, Literal
@@ -115,8 +114,3 @@ def device(name: str) -> Device:
         if name not in _devices:
             _devices[name] = Device(name)
         return _devices[name]
-
-
-def loaded() -> Mapping[str, tuple[str, ...]]:
-    """The keys of the models each device of this process holds."""
-    return {name: tuple(owner._models) for name, owner in _devices.items()}

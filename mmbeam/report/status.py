@@ -59,7 +59,7 @@ def _configuration(run: Run) -> Iterator[str]:
 
 
 def _planned(run: Run, known: set[str]) -> int:
-    """How many units there are. A run with --limit has one, of which no plan tells."""
+    """How many units there are; a run with --limit has one, planned or not yet."""
     ids = {str(unit["id"]) for unit in runs.load_plan(run)} | known
     return len(ids) or int(run.configuration.get("limit") is not None)
 

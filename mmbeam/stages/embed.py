@@ -15,7 +15,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from mmbeam.errors import UsageError
+from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
@@ -33,7 +33,7 @@ TEXT_TOKENS_PER_SAMPLE = 128  # a text batch holds at most batch_size times so m
 
 FloatTD = np.ndarray[Any, np.dtype[np.float32]]  # [tokens, width]
 Values = Sequence[Any]  # what one modality's items are: pictures, (wave, rate) pairs, token ids
-Kind = Literal["embedding", "tokens"]
+What = Literal["embedding", "tokens"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,12 +89,15 @@ class EmbedStage:
             columns.append(pa.field(self._column(modality, "tokens"), pa.list_(token)))
         return columns
 
-    def _column(self, modality: Modality, kind: Kind) -> str:
-        return f"{modality}_{kind}" if self.name is None else f"{self.name}_{modality}_{kind}"
+    def _column(self, modality: Modality, what: What) -> str:
+        return f"{modality}_{what}" if self.name is None else f"{self.name}_{modality}_{what}"
 
     def load(self) -> Encoder:
         """The encoder on its device; on a worker the model's files are brought there first."""
-        spec = replace(self.spec, directory=str(resolve(self.model).directory))
+        directory = resolve(self.model).directory
+        if digest(directory) != self.digest:
+            raise ModelError(f"{directory}: holds other files than {self.model} did where the job was launched")
+        spec = replace(self.spec, directory=str(directory))
         device = torch.device(resolve_device(self.device))
         return load(spec, device, parse_dtype(self.dtype, self.device), image_filter=self.image_filter)
 
@@ -112,6 +115,8 @@ class EmbedStage:
                 partial(_known_good, model, modality),
             )
             columns, lost = self._collect(modality, packed, len(items), model.normalized)
+            if any(isinstance(error, FloatingPointError) for error in lost.values()):
+                self._must_be_finite(model, modality)
             features |= {name: _spread(array, positions, len(batch.samples)) for name, array in columns.items()}
             failures += [self._failure(batch.samples[positions[i]], modality, error) for i, error in lost.items()]
             splits += packed.splits
@@ -137,6 +142,15 @@ class EmbedStage:
             return [len(wave) for wave, _ in items], size, None
         return [len(ids) for ids in items], 4 * size, size * TEXT_TOKENS_PER_SAMPLE
 
+    def _must_be_finite(self, model: Encoder, modality: Modality) -> None:
+        """Raise DeviceError if it is not the samples' fault that their vectors are not finite."""
+        vector = _encode(model, modality, [_known_good(model, modality)], tokens=False).pooled
+        if not bool(torch.isfinite(vector).all()):
+            raise DeviceError(
+                f"{self.model} on {self.device}: the {modality} vector of an input known to be good is not finite; "
+                f"is {dtype_name(self.dtype, self.device)} too narrow for this model (--dtype), or the device at fault?"
+            )
+
     def _collect(
         self, modality: Modality, packed: Packed[Encoded], count: int, normalized: bool
     ) -> tuple[dict[str, pa.Array], dict[int, Exception]]:
@@ -153,7 +167,7 @@ class EmbedStage:
         for position, values in enumerate(zip(pooled, sequences, strict=True)):
             problem = _problem(values, self.vector_type)
             if problem is not None and position not in lost:
-                lost[position] = ArithmeticError(problem)
+                lost[position] = problem
         missing = np.zeros(count, bool)
         missing[list(lost)] = True
         pooled[missing] = 0  # null, whatever it was; it may not fit
@@ -219,12 +233,13 @@ def _sequences(sequences: Sequence[FloatTD], missing: np.ndarray[Any, Any], none
     return pa.ListArray.from_arrays(pa.array(ends, pa.int32()), vectors, mask=pa.array(missing))
 
 
-def _problem(values: Sequence[np.ndarray[Any, Any]], dtype: str) -> str | None:
+def _problem(values: Sequence[np.ndarray[Any, Any]], dtype: str) -> ArithmeticError | None:
     """Why these numbers cannot be stored as `dtype`; None if they can."""
     if not all(np.isfinite(each).all() for each in values):
-        return "the model's vector is not finite (a wider --dtype may help)"
+        return FloatingPointError("the model's vector is not finite (a wider --dtype may help)")
     largest = max(float(np.abs(each).max(initial=0)) for each in values)
-    return None if largest <= float(np.finfo(dtype).max) else f"{largest:g} does not fit {dtype}; leave out --float16"
+    fits = largest <= float(np.finfo(dtype).max)
+    return None if fits else OverflowError(f"{largest:g} does not fit {dtype}; leave out --float16")
 
 
 def _spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator
 from contextlib import closing
+from dataclasses import asdict
 
 import apache_beam as beam
 
 from mmbeam.config import Reading, Windows
-from mmbeam.errors import FailureRateError
+from mmbeam.errors import FailureRateError, UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
 from mmbeam.reading import read_batches
@@ -24,7 +25,10 @@ class ReadShards(beam.PTransform):
         self, needs: Needs, reading: Reading | None = None, run: Run | None = None, windows: Windows | None = None
     ) -> None:
         super().__init__()
-        self.dofn = _Read(needs, reading or Reading(), run, windows or Windows())
+        reading = reading or Reading()
+        if run is not None and run.configuration.get("reading", asdict(reading)) != asdict(reading):
+            raise UsageError("ReadShards: the run was made for another `reading`; give both the same")
+        self.dofn = _Read(needs, reading, run, windows or Windows())
 
     def expand(self, units: beam.PCollection[WorkUnit]) -> beam.PCollection[Batch]:
         return units | "Read" >> beam.ParDo(self.dofn)
@@ -46,6 +50,7 @@ class _Read(beam.DoFn):
 
     def _batches(self, unit: WorkUnit) -> Iterator[Batch]:
         if self.run is not None:
+            runs.go_on(self.run)
             reason = runs.stopped(self.run)
             if reason is not None:
                 raise FailureRateError(reason)

@@ -38,7 +38,7 @@ class _Write(beam.DoFn):
         self.writers: dict[str, UnitWriter] = {}
 
     def start_bundle(self) -> None:
-        self.writers = {}
+        self.teardown()  # what a bundle that failed has left
 
     def process(self, batch: Batch) -> Iterator[UnitReport]:
         try:
@@ -109,6 +109,8 @@ def _summarize(
     reports: list[UnitReport], run: Run, started: float, check: Callable[[RunReport], None] | None
 ) -> RunReport:
     report = runs.write_summary(run, reports, time.time() - started)
+    if report.units_written:
+        runs.check_rate(run, report.tally)
     if check is not None:
         check(report)
     return report
@@ -136,9 +138,12 @@ class Rows(beam.PTransform):
 def _rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Iterator[dict[str, Any]]:
     if batch.broken is not None:
         raise ShardError(batch.broken)
+    if batch.report is not None:
+        raise FlowError(f"Rows: unit {batch.unit.id} is committed, so it is not read; give ReadShards no run")
     settled = settle(batch, outputs, schema)
     lost = next((record for record in settled.failures if not record["row"]), None)
     if lost is not None:
-        count, message = settled.tally.failed, lost["message"]
-        log.warning("%d samples gave no row; %s of %s: %s", count, lost["key"], lost["shard"], message)
+        log.warning(
+            "%d samples gave no row; %r of %s: %s", settled.tally.failed, *map(lost.get, ("key", "shard", "message"))
+        )
     yield from settled.rows.to_pylist()

@@ -13,16 +13,18 @@ write there. Rows are made in rows.py and written in parquet.py.
 
 from mmbeam.io.rows import build_schema
 from mmbeam.io.runs.commits import committed, load_reports, report_of
-from mmbeam.io.runs.control import clear_stop, go_on, judge, lock, note, running_here, stop, stopped
+from mmbeam.io.runs.control import check_rate, clear_stop, go_on, judge, lock, note, running_here, stop, stopped
 from mmbeam.io.runs.plan import extend_plan, load_plan
 from mmbeam.io.runs.run import Run, differences, find_run, fingerprint_of, open_run, read_manifest
-from mmbeam.io.runs.summary import read_summary, sweep, write_summary
+from mmbeam.io.runs.summary import confirm_summary, read_summary, sweep, write_summary
 
 __all__ = [
     "Run",
     "build_schema",
+    "check_rate",
     "clear_stop",
     "committed",
+    "confirm_summary",
     "differences",
     "extend_plan",
     "find_run",

@@ -28,6 +28,11 @@ _seen: dict[str, Tally] = {}  # by launch: what this process has settled
 _seen_lock = threading.Lock()
 
 
+def check_rate(run: Run, tally: Tally) -> None:
+    """The same over a whole run, whatever processes it was spread over."""
+    _judge(run, tally, ())
+
+
 def judge(run: Run, tally: Tally, failures: Sequence[Failure] = ()) -> None:
     """Count a window's samples in this process; past the limit of failures, stop the run: FailureRateError.
 
@@ -37,6 +42,10 @@ def judge(run: Run, tally: Tally, failures: Sequence[Failure] = ()) -> None:
     with _seen_lock:
         seen = _seen.get(run.launch, Tally()) + replace(tally, seconds={})
         _seen[run.launch] = seen
+    _judge(run, seen, failures)
+
+
+def _judge(run: Run, seen: Tally, failures: Sequence[Failure]) -> None:
     samples, hurt = seen.rows + seen.failed, seen.failed + seen.impaired
     if samples < JUDGED_SAMPLES or hurt <= run.max_failure_rate * samples:
         return
@@ -62,7 +71,7 @@ def running_here(run: Run) -> Iterator[list[Exception]]:
     try:
         yield errors
     finally:
-        errors.append(JobError("the run has ended"))  # for units that are still at work
+        _errors[run.launch] = [JobError("the run has ended")]  # for units that are still at work
 
 
 def go_on(run: Run) -> None:
@@ -125,6 +134,12 @@ def lock(run: Run) -> Iterator[None]:
     finally:
         if _holder(run).get("token") == token:
             run.store.remove(LOCK)
+
+
+def locked_by_another(run: Run) -> bool:
+    """Whether a job of another process is replacing parts of the run."""
+    holder = _holder(run)
+    return bool(holder) and (holder.get("host"), holder.get("pid")) != (socket.gethostname(), os.getpid())
 
 
 def _take_over(run: Run, mine: bytes) -> None:

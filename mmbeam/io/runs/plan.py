@@ -9,7 +9,7 @@ from typing import Any
 from mmbeam.errors import RunMismatchError
 from mmbeam.io.runs.commits import committed, load_reports
 from mmbeam.io.runs.run import PLAN, Run
-from mmbeam.io.shards import plan_units, unit_from_json, unit_to_json
+from mmbeam.io.shards import limited_unit, plan_units, unit_from_json, unit_to_json
 from mmbeam.types import Input, Shard, WorkUnit
 
 logger = logging.getLogger(__name__)
@@ -23,10 +23,11 @@ def load_plan(run: Run) -> list[dict[str, Any]]:
     return [json.loads(line) for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines()]
 
 
-def extend_plan(run: Run, shards: Sequence[Shard], planner: Planner = plan_units) -> list[WorkUnit]:
+def extend_plan(run: Run, shards: Sequence[Shard], planner: Planner | None = None) -> list[WorkUnit]:
     """The units to run over `shards`: the planned ones, and new ones for shards that no unit names.
 
     `planner(shards, known units)` gives the new units; they are written down before they are returned.
+    Without one it is `plan_units`, or for a run with a limit one unit over the shards there are at first.
     A planned unit keeps its id and its ranges. It comes with the URLs, sizes and etags that its shards
     have now; if they are not those that its committed rows were made from, that is an error. A planned
     unit one of whose shards is not among `shards` is left out, and a log line says so.
@@ -34,6 +35,7 @@ def extend_plan(run: Run, shards: Sequence[Shard], planner: Planner = plan_units
     Raises RunMismatchError naming the committed shards that have changed.
     """
     now = {shard.path: shard for shard in shards}
+    planner = planner or _planner(run)
     while True:
         number = len(run.store.list(PLAN))
         known = _known(run, now)
@@ -46,6 +48,11 @@ def extend_plan(run: Run, shards: Sequence[Shard], planner: Planner = plan_units
         except FileExistsError:  # another launch was first: its units are known now
             continue
         return [*_present(known, now), *new]
+
+
+def _planner(run: Run) -> Planner:
+    limit = run.configuration.get("limit")
+    return plan_units if limit is None else lambda shards, known: [] if known else [limited_unit(shards, limit)]
 
 
 def _known(run: Run, now: Mapping[str, Shard]) -> list[WorkUnit]:

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from mmbeam.errors import FlowError
+from mmbeam.io.runs.control import locked_by_another
 from mmbeam.io.runs.run import FAILURES, PART, SUMMARY, Run
 from mmbeam.types import RunReport, Tally, UnitReport
 
@@ -19,7 +20,25 @@ def check_conserved(tally: Tally, where: str) -> None:
 
 
 def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, devices: int = 1) -> RunReport:
-    """Sum up the units' reports, write summary.json, and sweep the failure files.
+    """Sum up the units' reports, write summary.json, and sweep the failure files. See `sum_up`."""
+    summary = sum_up(reports, wall_seconds, devices)
+    run.store.replace(SUMMARY, json.dumps(summary.to_json(), indent=2).encode())
+    sweep(run, reports)
+    return summary
+
+
+def confirm_summary(run: Run, reports: Sequence[UnitReport]) -> RunReport:
+    """The sum of units that were all committed before; summary.json stays, if it tells of the same rows."""
+    summary = sum_up(reports, 0.0)
+    try:
+        told = read_summary(run).tally.rows
+    except FileNotFoundError:
+        told = None
+    return summary if told == summary.tally.rows else write_summary(run, reports, 0.0)
+
+
+def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int = 1) -> RunReport:
+    """The report of a run out of those of its units.
 
     `wall_seconds` and `devices` are this launch's: rate and speed of light count only what it wrote.
     Raises FlowError if the counts do not add up.
@@ -28,7 +47,7 @@ def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, 
         check_conserved(report.tally, f"unit {report.unit}")
     statuses = [report.status for report in reports]
     written = sum((report.tally for report in reports if report.status == "written"), Tally())
-    summary = RunReport(
+    return RunReport(
         units_written=statuses.count("written"),
         units_kept=statuses.count("kept"),
         units_failed=statuses.count("failed"),
@@ -38,9 +57,6 @@ def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, 
         speed_of_light=written.seconds.get("compute", 0.0) / (wall_seconds * devices) if wall_seconds else 0.0,
         failed={report.unit: report.error or "" for report in reports if report.status == "failed"},
     )
-    run.store.replace(SUMMARY, json.dumps(summary.to_json(), indent=2).encode())
-    sweep(run, reports)
-    return summary
 
 
 def read_summary(run: Run) -> RunReport:
@@ -53,6 +69,8 @@ def sweep(run: Run, reports: Sequence[UnitReport]) -> None:
 
     Those of units that are not committed stay until they are: an attempt may be about to name them.
     """
+    if locked_by_another(run):  # it may be about to name what it has published
+        return
     named = {report.unit: report.failures_file for report in reports if report.status != "failed"}
     for name in run.store.list(FAILURES):
         found = PART.fullmatch(name)
