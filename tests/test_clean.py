@@ -148,9 +148,9 @@ class TestMarkup:
         "unit", ["<", "<!--", "<a ", '<a b="', "<a x='", "<script ", "<script>", "<![CDATA[", "&#"]
     )
     def test_time_is_linear(self, unit: str) -> None:
-        begin = time.monotonic()
+        begin = time.process_time()
         TEXT_STEPS["markup"](unit * (400_000 // len(unit)))
-        assert time.monotonic() - begin < 2
+        assert time.process_time() - begin < 2
 
 
 def values(**known: Any) -> Mapping[str, Any]:

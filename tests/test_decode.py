@@ -599,7 +599,7 @@ class TestFuzz:
     def test_damaged_files(self, name: str, capfd: pytest.CaptureFixture[str]) -> None:
         data, rng = FILES[name], np.random.default_rng(len(name))
         tracemalloc.start()
-        begin = time.monotonic()
+        begin = time.process_time()
         for turn in range(60):
             bytes_ = np.frombuffer(data, dtype=np.uint8).copy()
             end = len(data) if turn % 3 else int(rng.integers(len(data)))
@@ -607,7 +607,7 @@ class TestFuzz:
             where = rng.integers(0, min(head, len(data)), size=int(rng.integers(1, 6)))
             bytes_[where] ^= rng.integers(1, 256, size=len(where), dtype=np.uint8)
             everything(bytes_[:end].tobytes())
-        assert time.monotonic() - begin < 10
+        assert time.process_time() - begin < 10
         assert tracemalloc.get_traced_memory()[1] < 200 << 20
         tracemalloc.stop()
         assert "Traceback" not in capfd.readouterr().err
