@@ -8,7 +8,9 @@ import atexit
 import logging
 import os
 import signal
+import socket
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -81,15 +83,32 @@ def _harmless(text: str) -> str:
 def _interrupt_ends_it() -> Iterator[None]:
     """While this lasts, Ctrl-C ends the process at once, and not when the units that are being worked on are done.
 
-    Nothing is lost by it: a unit is committed whole or not at all.
+    Nothing is lost by it: a unit is committed whole or not at all. A thread of its own waits for the
+    signal, because the main one may be in a runner's code that lets no handler run for seconds.
     """
     before = signal.getsignal(signal.SIGINT)
-    if before is not signal.SIG_IGN:  # a shell's background job, say, is not to be interrupted
-        signal.signal(signal.SIGINT, _interrupted)
+    if before is signal.SIG_IGN:  # a shell's background job, say, is not to be interrupted
+        yield
+        return
+    told, teller = socket.socketpair()
+    teller.setblocking(False)
+    signal.signal(signal.SIGINT, _interrupted)
+    woken = signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_wait_for_interrupt, args=(told,), name="mmbeam-interrupt", daemon=True).start()
     try:
         yield
     finally:
+        signal.set_wakeup_fd(woken)
         signal.signal(signal.SIGINT, before)
+        teller.close()
+
+
+def _wait_for_interrupt(told: socket.socket) -> None:
+    """End the process when the number of SIGINT comes; return when the other end is closed."""
+    with told:
+        while number := told.recv(1):
+            if number[0] == signal.SIGINT:
+                _interrupted()
 
 
 def _interrupted(*_: object) -> None:
