@@ -13,15 +13,13 @@ import sys
 import threading
 import traceback
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, redirect_stderr
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import NoReturn
 
-from mmbeam.arguments import check_url, embed_options, fields_of, parse
+from mmbeam.commands import command, parse
 from mmbeam.errors import MmbeamError, UsageError
 
-SOME_UNITS_FAILED = 3
 INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
@@ -46,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         verbose = args.verbose
         _set_up_logging(verbose)
         with _interrupt_ends_it():
-            status = COMMANDS[args.command](args)
+            status = _run(args)
         sys.stdout.flush()
         return status
     except UsageError as error:
@@ -60,6 +58,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _say(f"{type(error).__name__}: {error} (--verbose shows where)", 1, verbose)
 
 
+def _run(args: argparse.Namespace) -> int:
+    lines = command(args.command).run(args)
+    while True:
+        try:
+            line = next(lines)
+        except StopIteration as end:
+            return int(end.value)
+        print(_harmless(line), flush=True)
+
+
 def _say(error: object, status: int, verbose: bool) -> int:
     """One message on stderr; with --verbose the traceback before it."""
     if verbose:
@@ -68,10 +76,6 @@ def _say(error: object, status: int, verbose: bool) -> int:
         error = f"{error.filename}: {error.strerror}"
     print(f"mmbeam: {_harmless(str(error))}", file=sys.stderr)
     return status
-
-
-def _show(text: str) -> None:
-    print(_harmless(text), flush=True)
 
 
 def _harmless(text: str) -> str:
@@ -130,64 +134,6 @@ def _set_up_logging(verbose: bool) -> None:
     if not verbose:
         warnings.simplefilter("ignore")
 
-
-@contextmanager
-def _libraries_quiet(verbose: bool) -> Iterator[None]:
-    """Drop what libraries print on stderr past all logging: Beam a traceback of 90 lines for each error of a step.
-
-    mmbeam's log and its progress line hold the stream itself, and go on.
-    """
-    if verbose:
-        yield
-        return
-    with Path(os.devnull).open("w") as nowhere, redirect_stderr(nowhere):
-        yield
-
-
-def _embed(args: argparse.Namespace) -> int:
-    from mmbeam.jobs.embed import embed
-    from mmbeam.report.progress import ProgressLine
-    from mmbeam.report.summary import summary_text
-
-    options = embed_options(args)
-    with ProgressLine(options.output, sys.stderr), _libraries_quiet(args.verbose):
-        report = embed(options)
-    _show(summary_text(report, options.output))
-    return SOME_UNITS_FAILED if report.units_failed else 0
-
-
-def _inspect(args: argparse.Namespace) -> int:
-    from mmbeam.report.inspect import inspect_text
-
-    for line in inspect_text(args.shards, fields_of(args)):
-        _show(line)
-    return 0
-
-
-def _status(args: argparse.Namespace) -> int:
-    from mmbeam.report.status import status_text
-
-    check_url("OUT", args.output)
-    for line in status_text(args.output):
-        _show(line)
-    return 0
-
-
-def _demo(args: argparse.Namespace) -> int:
-    from mmbeam.demo import run_demo
-
-    with _libraries_quiet(args.verbose):
-        for line in run_demo(Path(args.directory)):
-            _show(line)
-    return 0
-
-
-COMMANDS: Mapping[str, Callable[[argparse.Namespace], int]] = {
-    "demo": _demo,
-    "embed": _embed,
-    "inspect": _inspect,
-    "status": _status,
-}
 
 if __name__ == "__main__":
     entry()

@@ -34,7 +34,8 @@ FLOORS = (  # a part imports from the floors above its own line in this list, an
     ("stages", "training"),
     ("transforms",),
     ("jobs",),
-    ("demo", "arguments"),
+    ("demo",),
+    ("commands",),
     ("cli",),
     ("__main__",),
 )
