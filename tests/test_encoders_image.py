@@ -1,4 +1,4 @@
-"""CLIP, SigLIP and SigLIP 2 against transformers' own models and processors, from the same directory."""
+"""Joint spaces of pictures and texts against transformers' own models and processors, from the same directory."""
 
 import json
 import shutil
@@ -8,18 +8,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from pictures import pictures
 from PIL import Image
 from scipy import ndimage
-from tiny_models import BUILDERS, PATCH, SIDE
+from tiny_models import BUILDERS, save_blip
 from torch.nn.functional import cosine_similarity
-from transformers import AutoImageProcessor, AutoModel, AutoTokenizer
+from transformers import AutoImageProcessor, AutoTokenizer
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders import FAMILIES, describe, family_of, load
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.encoders.joint import ImageTextEncoder
 from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.models.tiny import PATCH, SIDE
 from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
 from mmbeam.types import ImageHWC
 
@@ -38,6 +40,7 @@ TEXTS = (
     ),
     *("สวัสดีชาวโลก", "emoji 👩‍👩‍👧‍👦 🏳️‍🌈", "a\u0301 combining", "cat " * 500, "世界" * 300),
 )
+TOKENS = {"clip": 77, "metaclip_2": 77}  # that the model takes; 64 elsewhere
 FAMILY = pytest.mark.parametrize("family", list(BUILDERS))
 
 
@@ -54,7 +57,21 @@ def encoder_of(directory: Path, device: torch.device, dtype: torch.dtype = torch
 
 
 def reference_model(directory: Path, device: torch.device) -> Any:
-    return AutoModel.from_pretrained(directory, dtype=torch.float32).eval().to(device)
+    """The class that config.json names; AutoModel would make a BLIP for retrieval another one."""
+    config = json.loads((directory / "config.json").read_text())
+    cls = getattr(transformers, config["architectures"][0])
+    return cls.from_pretrained(directory, dtype=torch.float32).eval().to(device)
+
+
+@torch.inference_mode()
+def reference_features(model: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Pooled vectors, projected, and last hidden states."""
+    of_pictures = "pixel_values" in inputs
+    if not isinstance(model, transformers.BlipForImageTextRetrieval):
+        out = (model.get_image_features if of_pictures else model.get_text_features)(**inputs)
+        return out.pooler_output, out.last_hidden_state
+    hidden = (model.vision_model if of_pictures else model.text_encoder)(**inputs).last_hidden_state
+    return (model.vision_proj if of_pictures else model.text_proj)(hidden[:, 0]), hidden
 
 
 def reference_pixels(directory: Path, images: list[ImageHWC], backend: str) -> dict[str, torch.Tensor]:
@@ -74,7 +91,10 @@ def assert_close_vectors(ours: torch.Tensor, theirs: torch.Tensor, cosine: float
 
 
 # A level is 1 / 255 of the range, divided by the smallest standard deviation of each processor.
-LEVEL = {"clip": 1 / 255 / 0.26130258, "siglip": 1 / 255 / 0.5, "siglip2": 1 / 255 / 0.5}
+LEVEL = {
+    **dict.fromkeys(("clip", "metaclip_2", "blip"), 1 / 255 / 0.26130258),
+    **dict.fromkeys(("siglip", "siglip2"), 1 / 255 / 0.5),
+}
 
 
 @FAMILY
@@ -119,13 +139,12 @@ def test_picture_vectors_are_the_references(family: str, checkpoints: Checkpoint
         inputs = {
             name: value.to(device) for name, value in reference_pixels(checkpoints[family], pictures(), backend).items()
         }
-        with torch.inference_mode():
-            theirs = model.get_image_features(**inputs)
-        assert_close_vectors(ours.pooled, theirs.pooler_output, cosine)
+        pooled, tokens = reference_features(model, **inputs)
+        assert_close_vectors(ours.pooled, pooled, cosine)
         if backend == "torchvision" and device.type == "cpu":
-            assert torch.allclose(ours.pooled, theirs.pooler_output, atol=1e-5)
+            assert torch.allclose(ours.pooled, pooled, atol=1e-5)
             assert ours.tokens is not None
-            for mine, hidden in zip(ours.tokens, theirs.last_hidden_state, strict=True):
+            for mine, hidden in zip(ours.tokens, tokens, strict=True):
                 assert torch.allclose(mine, hidden[: len(mine)], atol=1e-5)
 
 
@@ -134,16 +153,19 @@ def test_text_vectors_are_the_references(family: str, checkpoints: Checkpoints, 
     """In many scripts, empty, and longer than the model takes; to 1e-5, with the reference's own padding."""
     directory = checkpoints[family]
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    padding = {"padding": True, "max_length": 77} if family == "clip" else {"padding": "max_length", "max_length": 64}
+    padding = {
+        "padding": "max_length" if family in ("siglip", "siglip2") else True,
+        "max_length": TOKENS.get(family, 64),
+    }
     inputs = tokenizer(list(TEXTS), truncation=True, return_tensors="pt", **padding).to(device)
-    with torch.inference_mode():
-        theirs = reference_model(directory, device).get_text_features(**inputs)
+    taken = {name: value for name, value in inputs.items() if name != "token_type_ids"}
+    pooled, tokens = reference_features(reference_model(directory, device), **taken)
     encoder = encoder_of(directory, device)
     ids = encoder.tokenize(TEXTS)
     ours = encoder.encode_text(ids, tokens=True)
-    assert torch.allclose(ours.pooled, theirs.pooler_output, atol=1e-5)
+    assert torch.allclose(ours.pooled, pooled, atol=1e-5)
     assert ours.tokens is not None
-    for own, mine, hidden in zip(ids, ours.tokens, theirs.last_hidden_state, strict=True):
+    for own, mine, hidden in zip(ids, ours.tokens, tokens, strict=True):
         assert len(mine) == len(own)
         assert torch.allclose(mine, hidden[: len(own)], atol=1e-5)
 
@@ -199,8 +221,8 @@ def test_the_image_filter_is_applied_first(family: str, checkpoints: Checkpoints
 @FAMILY
 def test_a_special_token_spelt_in_a_text_is_only_characters(family: str, checkpoints: Checkpoints) -> None:
     encoder = encoder_of(checkpoints[family], torch.device("cpu"))
-    special = encoder.tokenizer._tokenizer.eos_token
-    end = encoder.tokenizer._tokenizer.eos_token_id
+    special = "[SEP]" if family == "blip" else encoder.tokenizer._tokenizer.eos_token
+    end = encoder.tokenizer._tokenizer.convert_tokens_to_ids(special)
     (ids,) = encoder.tokenize([f"a cat {special} a dog"])
     assert ids.count(end) == 1
     assert ids[-1] == end
@@ -228,7 +250,7 @@ def test_specs_say_what_the_encoders_give(checkpoints: Checkpoints) -> None:
         assert picture.tokens is not None
         assert text.tokens is not None
         assert spec.token_dims == {"image": picture.tokens[0].shape[1], "text": text.tokens[0].shape[1]}
-        assert spec.max_text_tokens == (77 if family == "clip" else 64)
+        assert spec.max_text_tokens == TOKENS.get(family, 64)
         assert spec.image_side == (64 if family == "siglip2" else SIDE)
 
 
@@ -238,8 +260,8 @@ def test_every_family_is_where_the_registry_says() -> None:
 
 
 def test_an_unknown_family_is_an_error_that_names_the_known(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"model_type": "resnet"}')
-    with pytest.raises(ModelError, match=r"no encoder for model_type 'resnet'; there are bert, clap, clip"):
+    (tmp_path / "config.json").write_text('{"model_type": "yolos"}')
+    with pytest.raises(ModelError, match=r"no encoder for model_type 'yolos'; there are .*bert, .*clap, clip"):
         describe(tmp_path)
 
 
@@ -254,7 +276,7 @@ def changed(directory: Path, target: Path, name: str, changes: dict[str, Any]) -
 
 BAD_PROCESSORS = {
     "unknown step": ("clip", {"do_pad": True, "pad_size": {"height": 99, "width": 99}}, "sets do_pad, pad_size"),
-    "unknown class": ("clip", {"image_processor_type": "ViTImageProcessor"}, "is ViTImageProcessor; expected one of"),
+    "unknown class": ("clip", {"image_processor_type": "BeitImageProcessor"}, "is BeitImageProcessor; expected one of"),
     "unknown resampling": ("clip", {"resample": 0}, "resample 0; expected 2 .bilinear. or 3 .bicubic."),
     "unknown size": ("siglip", {"size": {"max_height": 9, "max_width": 9}}, "expected shortest_edge, or height"),
     "no fixed size": ("clip", {"do_center_crop": False}, "pictures of different sizes"),
@@ -348,4 +370,38 @@ def test_a_model_without_a_pooled_vector_is_an_error(family: str, checkpoints: C
     vision = config["vision_config"] | {"vision_use_head": False}
     directory = changed(checkpoints[family], tmp_path / "model", "config.json", {"vision_config": vision})
     with pytest.raises(ModelError, match="vision_use_head is false"):
+        describe(directory)
+
+
+def test_blips_cosines_are_its_own_scores(checkpoints: Checkpoints) -> None:
+    """What it gives for matching without the matching head."""
+    directory, texts = checkpoints["blip"], ["a cat", "dog, dog", "photo of a dog"]
+    inputs = AutoTokenizer.from_pretrained(directory)(texts, padding=True, return_tensors="pt")
+    pixels = reference_pixels(directory, pictures()[4:8], "torchvision")["pixel_values"]
+    with torch.inference_mode():
+        scores = reference_model(directory, torch.device("cpu"))(
+            input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, pixel_values=pixels, use_itm_head=False
+        ).itm_score
+    encoder = encoder_of(directory, torch.device("cpu"))
+    image, text = encoder.encode_image(pictures()[4:8]).pooled, encoder.encode_text(encoder.tokenize(texts)).pooled
+    assert torch.allclose(cosine_similarity(image[:, None], text[None], dim=-1), scores, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["BlipForConditionalGeneration", "BlipForQuestionAnswering"])
+def test_a_blip_for_captions_or_answers_encodes_pictures_alone(name: str, tmp_path: Path, device: torch.device) -> None:
+    directory = save_blip(tmp_path / "blip", getattr(transformers, name))
+    spec = describe(directory)
+    assert (dict(spec.dims), spec.max_text_tokens) == ({"image": 32}, None)
+    pixels = reference_pixels(directory, pictures(), "torchvision")["pixel_values"].to(device)
+    with torch.inference_mode():
+        hidden = reference_model(directory, device).vision_model(pixels).last_hidden_state
+    ours = load(spec, device, torch.float32).encode_image(pictures(), tokens=True)
+    assert_close_vectors(ours.pooled, hidden[:, 0], 1 - 1e-6 if device.type == "cpu" else 0.9999)
+    assert ours.tokens is not None
+    assert len(ours.tokens[0]) == hidden.shape[1]
+
+
+def test_a_bare_blip_model_is_an_error(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    directory = changed(checkpoints["blip"], tmp_path / "blip", "config.json", {"architectures": ["BlipModel"]})
+    with pytest.raises(ModelError, match="architectures names BlipModel; expected BlipForImageTextRetrieval"):
         describe(directory)

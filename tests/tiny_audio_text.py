@@ -8,6 +8,9 @@ import numpy as np
 import torch
 from tokenizers import pre_tokenizers
 from transformers import (
+    ASTConfig,
+    ASTFeatureExtractor,
+    ASTForAudioClassification,
     BertConfig,
     BertModel,
     BertTokenizer,
@@ -15,6 +18,8 @@ from transformers import (
     ClapFeatureExtractor,
     ClapModel,
     ClapProcessor,
+    HubertConfig,
+    HubertForCTC,
     ModernBertConfig,
     ModernBertModel,
     MPNetConfig,
@@ -25,6 +30,11 @@ from transformers import (
     RobertaTokenizer,
     T5Config,
     T5EncoderModel,
+    Wav2Vec2Config,
+    Wav2Vec2FeatureExtractor,
+    Wav2Vec2ForCTC,
+    WavLMConfig,
+    WavLMModel,
     WhisperConfig,
     WhisperFeatureExtractor,
     WhisperModel,
@@ -48,6 +58,12 @@ TEXTS = [
     "🎻 a violin, far away " * 3,
     "thunder " * 200,
 ]
+
+SPEECH: dict[str, tuple[Any, Any]] = {
+    "wav2vec2": (Wav2Vec2Config, Wav2Vec2ForCTC),
+    "hubert": (HubertConfig, HubertForCTC),
+    "wavlm": (WavLMConfig, WavLMModel),
+}
 
 
 def clap_extractor(fusion: bool, seconds: int = 10, **options: Any) -> ClapFeatureExtractor:
@@ -91,6 +107,31 @@ def save_whisper(directory: Path, seconds: int = 2) -> Path:
     )
     _save(WhisperModel, config, directory)
     WhisperFeatureExtractor(chunk_length=seconds).save_pretrained(directory)
+    return directory
+
+
+CONVOLUTIONS: dict[
+    str, Any
+] = {  # the published front end with fewer channels: 400 samples to the first frame, 320 to each
+    "conv_dim": (16,) * 7,
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 4,
+}
+
+
+def save_speech(directory: Path, family: str, large: bool = False) -> Path:
+    """A "wav2vec2", "hubert" or "wavlm" for transcription; `large`: normalised per frame, with a mask, as those are."""
+    config, model = SPEECH[family]
+    large_options = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True} if large else {}
+    _save(model, config(vocab_size=12, **TOWER, **CONVOLUTIONS, **large_options), directory)
+    Wav2Vec2FeatureExtractor(return_attention_mask=large).save_pretrained(directory)
+    return directory
+
+
+def save_ast(directory: Path, frames: int = 64) -> Path:
+    """An AST for classification with a window of 64 frames (0.65 s) of 128 mel bins."""
+    _save(ASTForAudioClassification, ASTConfig(**TOWER, max_length=frames), directory)
+    ASTFeatureExtractor(max_length=frames).save_pretrained(directory)
     return directory
 
 

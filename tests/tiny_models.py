@@ -1,12 +1,39 @@
-"""Tiny checkpoints with random weights: SigLIP and SigLIP 2, beside the CLIP that the package itself has."""
+"""Tiny checkpoints with random weights: joint spaces beside the CLIP that the package itself has, vision backbones."""
 
 import io
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import sentencepiece
+import torch
 from tokenizers.processors import TemplateProcessing
 from transformers import (
+    BertTokenizer,
+    BitImageProcessorPil,
+    BlipConfig,
+    BlipForImageTextRetrieval,
+    BlipImageProcessorPil,
+    BlipProcessor,
+    CLIPImageProcessorPil,
+    ConvNextConfig,
+    ConvNextImageProcessorPil,
+    ConvNextModel,
+    ConvNextV2Config,
+    ConvNextV2Model,
+    Dinov2Config,
+    Dinov2Model,
+    Dinov2WithRegistersConfig,
+    Dinov2WithRegistersModel,
+    DINOv3ConvNextConfig,
+    DINOv3ConvNextModel,
+    DINOv3ViTConfig,
+    DINOv3ViTImageProcessor,
+    DINOv3ViTModel,
+    MetaClip2Config,
+    MetaClip2Model,
+    ResNetConfig,
+    ResNetForImageClassification,
     Siglip2Config,
     Siglip2ImageProcessorPil,
     Siglip2Model,
@@ -15,9 +42,15 @@ from transformers import (
     SiglipImageProcessorPil,
     SiglipModel,
     SiglipTokenizer,
+    ViTConfig,
+    ViTForImageClassification,
+    ViTImageProcessorPil,
+    XLMRobertaTokenizer,
 )
 
-from mmbeam.models.tiny import PATCH, SIDE, TOWER, save_clip, save_lively
+from mmbeam.models.tiny import DIM, PATCH, SIDE, TOWER, save_clip, save_lively
+
+SQUARE = {"height": SIDE, "width": SIDE}
 
 
 def save_siglip(directory: Path) -> Path:
@@ -55,7 +88,123 @@ def save_siglip2(directory: Path) -> Path:
     return directory
 
 
-BUILDERS: dict[str, Callable[[Path], Path]] = {"clip": save_clip, "siglip": save_siglip, "siglip2": save_siglip2}
+def save_metaclip2(directory: Path) -> Path:
+    """A MetaCLIP 2 of 48 x 48 pixels and 77 tokens, with a tokenizer of XLM-RoBERTa's kind: `</s>` is 2 and pools."""
+    pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    pieces += [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz.,!</>äöüжд世界"] + [("▁cat", -3.0)]
+    tokenizer = XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)], model_max_length=77)
+    text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 77, "eos_token_id": 2, "bos_token_id": 0}
+    config = MetaClip2Config(
+        text_config=text, vision_config=TOWER | {"image_size": SIDE, "patch_size": PATCH}, projection_dim=DIM
+    )
+    save_lively(MetaClip2Model, config, directory)
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE).save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    return directory
+
+
+def save_blip(directory: Path, model: Any = BlipForImageTextRetrieval) -> Path:
+    """A BLIP of 48 x 48 pixels and 64 tokens: for retrieval, or any other class of it."""
+    letters = [*"abcdefghijklmnopqrstuvwxyz.,!?", "cat", "dog", "photo"]
+    tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
+    tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=64)
+    text = TOWER | {"vocab_size": len(tokens), "max_position_embeddings": 64, "encoder_hidden_size": 32}
+    ids = {"bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
+    vision = TOWER | {"image_size": SIDE, "patch_size": PATCH}
+    config = BlipConfig(text_config=text | ids, vision_config=vision, projection_dim=DIM, image_text_hidden_size=DIM)
+    save_lively(model, config, directory)
+    BlipProcessor(BlipImageProcessorPil(size=SQUARE), tokenizer).save_pretrained(directory)
+    return directory
+
+
+BUILDERS: dict[str, Callable[[Path], Path]] = {
+    "clip": save_clip,
+    "metaclip_2": save_metaclip2,
+    "siglip": save_siglip,
+    "siglip2": save_siglip2,
+    "blip": save_blip,
+}
+
+STAGES: dict[str, Any] = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stages": 2}
+
+
+def save_vit(directory: Path) -> Path:
+    """A ViT of 48 x 48 pixels as most are published: a classifier, without a pooler."""
+    save_lively(ViTForImageClassification, ViTConfig(**TOWER, image_size=SIDE, patch_size=PATCH), directory)
+    ViTImageProcessorPil(size=SQUARE).save_pretrained(directory)
+    return directory
+
+
+def save_dinov2(directory: Path) -> Path:
+    """A DINOv2 whose positions are of larger pictures (80 x 80) than its processor makes."""
+    config = Dinov2Config(**_without_intermediate(), image_size=80, patch_size=PATCH)
+    save_lively(Dinov2Model, config, directory)
+    BitImageProcessorPil(size={"shortest_edge": 55}, crop_size=SQUARE).save_pretrained(directory)
+    return directory
+
+
+def save_dinov2_with_registers(directory: Path) -> Path:
+    """A DINOv2 with two registers."""
+    options = _without_intermediate() | {"image_size": SIDE, "patch_size": PATCH, "num_register_tokens": 2}
+    save_lively(Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**options), directory)
+    BitImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE).save_pretrained(directory)
+    return directory
+
+
+def save_dinov3_vit(directory: Path) -> Path:
+    """A DINOv3 ViT with two registers."""
+    config = DINOv3ViTConfig(**TOWER, image_size=SIDE, patch_size=PATCH, num_register_tokens=2)
+    save_lively(DINOv3ViTModel, config, directory)
+    DINOv3ViTImageProcessor(size=SQUARE).save_pretrained(directory)
+    return directory
+
+
+def save_dinov3_convnext(directory: Path) -> Path:
+    """A DINOv3 ConvNeXt."""
+    options: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_scale_init_value": 1.0}
+    save_lively(DINOv3ConvNextModel, DINOv3ConvNextConfig(**options), directory)
+    DINOv3ViTImageProcessor(size=SQUARE).save_pretrained(directory)
+    return directory
+
+
+def save_resnet(directory: Path) -> Path:
+    """A ResNet as published: a classifier, whose processor resizes to 54 and crops to 48."""
+    torch.manual_seed(0)
+    config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 1], layer_type="bottleneck")
+    ResNetForImageClassification(config).save_pretrained(directory)
+    ConvNextImageProcessorPil(size={"shortest_edge": SIDE}).save_pretrained(directory)
+    return directory
+
+
+def save_convnext(directory: Path) -> Path:
+    """A ConvNeXt."""
+    save_lively(ConvNextModel, ConvNextConfig(**STAGES, layer_scale_init_value=1.0), directory)
+    ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=0.95).save_pretrained(directory)
+    return directory
+
+
+def save_convnextv2(directory: Path) -> Path:
+    """A ConvNeXt V2 of 384 pixels, to which pictures are warped, not cropped."""
+    save_lively(ConvNextV2Model, ConvNextV2Config(**STAGES, patch_size=PATCH), directory)
+    ConvNextImageProcessorPil(size={"shortest_edge": 384}).save_pretrained(directory)
+    return directory
+
+
+BACKBONES: dict[str, Callable[[Path], Path]] = {
+    "vit": save_vit,
+    "dinov2": save_dinov2,
+    "dinov2_with_registers": save_dinov2_with_registers,
+    "dinov3_vit": save_dinov3_vit,
+    "dinov3_convnext": save_dinov3_convnext,
+    "resnet": save_resnet,
+    "convnext": save_convnext,
+    "convnextv2": save_convnextv2,
+}
+
+
+def _without_intermediate() -> dict[str, Any]:
+    """DINOv2 names a ratio instead."""
+    return {key: value for key, value in TOWER.items() if key != "intermediate_size"}
 
 
 def _byte_fallback_vocabulary() -> dict[str, int]:

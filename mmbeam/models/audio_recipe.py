@@ -1,4 +1,4 @@
-"""Read how a checkpoint wants its sound, from its own feature extractor file. The kernels are ops/log_mel.py's.
+"""Read how a checkpoint wants its sound, from its own feature extractor file. The kernels are in ops/.
 
 What is not supported is a ModelError that names the file, the option and its value; options that the
 reference extractors themselves never read (top_db, nb_max_frames, chunk_length_s, ...) are ignored.
@@ -11,7 +11,8 @@ from typing import Any, cast
 
 from mmbeam.errors import ModelError
 from mmbeam.models.loading import read_json
-from mmbeam.ops.log_mel import ClapRecipe, Padding, Truncation, WhisperRecipe
+from mmbeam.ops.audio import WaveRecipe
+from mmbeam.ops.log_mel import AstRecipe, ClapRecipe, GemmaRecipe, Padding, Truncation, WhisperRecipe
 
 
 def read_whisper_recipe(directory: Path) -> WhisperRecipe:
@@ -49,6 +50,54 @@ def read_clap_recipe(directory: Path) -> ClapRecipe:
     )
 
 
+def read_ast_recipe(directory: Path) -> AstRecipe:
+    """The recipe of an AST checkpoint; its defaults are those of ASTFeatureExtractor."""
+    options = _Options(*_feature_extractor(directory))
+    options.only("feature_extractor_type", "ASTFeatureExtractor")
+    options.only("sampling_rate", 16000)  # its frames are counted in samples at this rate
+    normalized = options.flag("do_normalize", True)
+    return AstRecipe(
+        n_mels=options.count("num_mel_bins", 128),
+        n_frames=options.count("max_length", 1024),
+        mean=options.number("mean", -4.2677393, least=-1e6) if normalized else 0.0,
+        spread=2.0 * options.number("std", 4.5689974, least=1e-6) if normalized else 1.0,
+    )
+
+
+def read_gemma_recipe(directory: Path) -> GemmaRecipe:
+    """The recipe of a Gemma 4 or EmbeddingGemma 2 checkpoint; its defaults are those of Gemma4AudioFeatureExtractor."""
+    options = _Options(*_feature_extractor(directory))
+    options.only("feature_extractor_type", "Gemma4AudioFeatureExtractor")
+    options.only("dither", 0.0)  # noise: no two runs alike
+    options.only("preemphasis", 0.0)
+    for key in ("per_bin_mean", "per_bin_stddev"):
+        options.only(key, None)
+    rate = options.count("sampling_rate", 16000)
+    frame = round(rate * options.number("frame_length_ms", 20.0, least=1.0) / 1000)
+    return GemmaRecipe(
+        n_mels=options.count("feature_size", 128),
+        sampling_rate=rate,
+        frame_length=frame,
+        hop_length=round(rate * options.number("hop_length_ms", 10.0, least=1.0) / 1000),
+        n_fft=(1 + options.flag("fft_overdrive", False)) * 2 ** math.ceil(math.log2(frame)),
+        low=options.number("min_frequency", 0.0),
+        high=options.number("max_frequency", 8000.0),
+        floor=options.number("mel_floor", 1e-3, least=1e-12),
+        loudness=options.number("input_scale_factor", 1.0),
+    )
+
+
+def read_wave_recipe(directory: Path) -> WaveRecipe:
+    """The recipe of a wav2vec2, HuBERT or WavLM checkpoint; its defaults are those of Wav2Vec2FeatureExtractor."""
+    options = _Options(*_feature_extractor(directory))
+    options.only("feature_extractor_type", "Wav2Vec2FeatureExtractor")
+    options.only("feature_size", 1)
+    return WaveRecipe(
+        sampling_rate=options.count("sampling_rate", 16000),
+        normalize=options.flag("do_normalize", True),
+    )
+
+
 def _feature_extractor(directory: Path) -> tuple[Mapping[str, Any], str]:
     """The extractor's options and the file they stand in: processor_config.json before the older name."""
     nested = read_json(directory, "processor_config.json", required=False)
@@ -65,10 +114,10 @@ class _Options:
     def __init__(self, options: Mapping[str, Any], where: str) -> None:
         self.options, self.where = options, where
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float, least: float = 0.0) -> float:
         value = self.options.get(key, default)
-        if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < math.inf:
-            raise self._error(key, "a number from 0 on")
+        if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
+            raise self._error(key, f"a number from {least:g} on")
         return float(value)
 
     def count(self, key: str, default: int) -> int:
@@ -83,7 +132,13 @@ class _Options:
             raise self._error(key, " or ".join(map(repr, choices)))
         return str(value)
 
-    def only(self, key: str, supported: str | float) -> None:
+    def flag(self, key: str, default: bool) -> bool:
+        value = self.options.get(key, default)
+        if not isinstance(value, bool):
+            raise self._error(key, "true or false")
+        return value
+
+    def only(self, key: str, supported: str | float | None) -> None:
         if self.options.get(key, supported) != supported:
             raise self._error(key, repr(supported))
 

@@ -8,22 +8,32 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoImageProcessor
+from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from mmbeam.errors import ModelError
-from mmbeam.ops.image import ImageRecipe, Interpolation, Patching
+from mmbeam.models.loading import read_json
+from mmbeam.ops.image import ImageRecipe, Interpolation, Patching, PooledPatching
 
 # Processors whose steps are exactly: resize, centre crop, rescale, normalise (and patch).
-_PROCESSORS = ("CLIPImageProcessor", "SiglipImageProcessor", "Siglip2ImageProcessor")
+_PROCESSORS = (
+    *("BitImageProcessor", "BlipImageProcessor", "CLIPImageProcessor", "ConvNextImageProcessor"),
+    *("DINOv3ViTImageProcessor", "Gemma4ImageProcessor", "SiglipImageProcessor", "Siglip2ImageProcessor"),
+    "ViTImageProcessor",
+)
+# transformers reads DINOv3's only where there is torchvision; its options are those of ViT's, with these defaults.
+_DINOV3 = "DINOv3ViTImageProcessor"
+_DINOV3_DEFAULTS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _INTERPOLATIONS: Mapping[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 _USED = {
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
-    *("do_normalize", "image_mean", "image_std", "patch_size", "max_num_patches"),
+    *("do_normalize", "image_mean", "image_std", "patch_size", "max_num_patches", "crop_pct"),
+    *("max_soft_tokens", "pooling_kernel_size"),
 }
 _HARMLESS = {
     *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "model_input_names"),
     *("do_convert_rgb", "default_to_square", "input_data_format", "data_format", "return_tensors", "device"),
+    "image_seq_length",
 }
 
 
@@ -33,12 +43,13 @@ def read_image_recipe(directory: Path) -> ImageRecipe:
     unknown = sorted(key for key, value in settings.items() if value and key not in _USED | _HARMLESS)
     if unknown:
         raise ModelError(f"{directory}: its image processor sets {', '.join(unknown)}, which is not implemented here")
-    scale = float(settings["rescale_factor"]) if settings.get("do_rescale") else 1.0
+    size, crop = _size_and_crop(directory, settings)
     recipe = ImageRecipe(
-        size=_size(directory, settings),
+        size=size,
         interpolation=_interpolation(directory, settings.get("resample")),
-        crop=_height_width(settings["crop_size"]) if settings.get("do_center_crop") else None,
-        scale=scale,
+        crop=crop,
+        rounded=settings["image_processor_type"] != _DINOV3,
+        scale=float(settings["rescale_factor"]) if settings.get("do_rescale") else 1.0,
         **_mean_std(settings),
     )
     if recipe.crop is None and not isinstance(recipe.size, tuple | Patching):
@@ -53,12 +64,10 @@ def _read_settings(directory: Path) -> dict[str, Any]:
         raise ModelError(
             f"{directory}: has no preprocessor_config.json or processor_config.json, which say how to resize"
         )
-    auto: Any = AutoImageProcessor  # untyped
     try:
-        processor = auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
+        settings = _read_dinov3(directory) or _read_any(directory)
     except Exception as error:  # transformers raises whatever its parts raise
         raise ModelError(f"{directory}: its image processor cannot be read: {type(error).__name__}: {error}") from error
-    settings: dict[str, Any] = processor.to_dict()
     if settings.get("image_processor_type") not in _PROCESSORS:
         raise ModelError(
             f"{directory}: its image processor is {settings.get('image_processor_type')}; "
@@ -67,11 +76,42 @@ def _read_settings(directory: Path) -> dict[str, Any]:
     return settings
 
 
+def _read_any(directory: Path) -> dict[str, Any]:
+    auto: Any = AutoImageProcessor  # untyped
+    processor = auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
+    return dict(processor.to_dict())
+
+
+def _read_dinov3(directory: Path) -> dict[str, Any] | None:
+    """The settings of a DINOv3 processor; None if it is another's."""
+    nested = read_json(directory, "processor_config.json", required=False).get("image_processor")
+    given = nested or read_json(directory, "preprocessor_config.json", required=False)
+    if str(given.get("image_processor_type")).removesuffix("Fast") != _DINOV3:
+        return None
+    named = {key: value for key, value in given.items() if value is not None}
+    processor: Any = ViTImageProcessorPil  # untyped
+    return {**processor.from_dict(_DINOV3_DEFAULTS | named).to_dict(), "image_processor_type": _DINOV3}
+
+
+def _size_and_crop(
+    directory: Path, settings: Mapping[str, Any]
+) -> tuple[int | tuple[int, int] | Patching | None, tuple[int, int] | None]:
+    crop = _height_width(settings["crop_size"]) if settings.get("do_center_crop") else None
+    if settings["image_processor_type"] != "ConvNextImageProcessor" or not settings["do_resize"]:
+        return _size(directory, settings), crop
+    if set(settings["size"]) != {"shortest_edge"} or crop is not None:
+        raise ModelError(f"{directory}: its image processor has size {settings['size']}; expected shortest_edge alone")
+    side = int(settings["size"]["shortest_edge"])
+    if side >= 384:  # so the reference: large pictures are warped, others keep their aspect ratio and are cropped
+        return (side, side), None
+    return int(side / settings["crop_pct"]), (side, side)
+
+
 def _size(directory: Path, settings: Mapping[str, Any]) -> int | tuple[int, int] | Patching | None:
-    if settings["image_processor_type"] == "Siglip2ImageProcessor":
+    if settings["image_processor_type"] in ("Siglip2ImageProcessor", "Gemma4ImageProcessor"):
         if not settings["do_resize"]:
             raise ModelError(f"{directory}: do_resize is false; pictures must be resized to whole patches")
-        return Patching(patch_size=settings["patch_size"], max_patches=settings["max_num_patches"])
+        return _patching(settings)
     if not settings["do_resize"]:
         return None
     size = settings["size"]
@@ -80,6 +120,14 @@ def _size(directory: Path, settings: Mapping[str, Any]) -> int | tuple[int, int]
     if set(size) == {"height", "width"}:
         return _height_width(size)
     raise ModelError(f"{directory}: its image processor has size {size}; expected shortest_edge, or height and width")
+
+
+def _patching(settings: Mapping[str, Any]) -> Patching:
+    side = settings["patch_size"]
+    if settings["image_processor_type"] == "Siglip2ImageProcessor":
+        return Patching(patch_size=side, max_patches=settings["max_num_patches"])
+    pooling = settings["pooling_kernel_size"]
+    return PooledPatching(patch_size=side, max_patches=settings["max_soft_tokens"] * pooling**2, pooling=pooling)
 
 
 def _height_width(size: Mapping[str, int]) -> tuple[int, int]:

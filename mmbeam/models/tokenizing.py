@@ -13,6 +13,7 @@ from mmbeam.errors import ModelError
 _VOCABULARIES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
+    ("vocab.json", "source.spm", "target.spm"),
     ("vocab.txt",),
     ("spiece.model",),
     ("tokenizer.model",),
@@ -25,8 +26,9 @@ class TextTokenizer:
     """A checkpoint's tokenizer, for any number of threads.
 
     The text of a sample is data: where it spells a special token ("<|endoftext|>", "[SEP]"), it is
-    tokenized as ordinary characters, while the reference processors would read the token itself.
-    On every other text the ids are the reference's.
+    tokenized as ordinary characters, while the reference processors would read the token itself; where
+    the vocabulary has no other way to spell it ("</s>" is a piece like any other to XLM-RoBERTa's), it is
+    left out. On every other text the ids are the reference's.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -39,6 +41,8 @@ class TextTokenizer:
             raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
         # Truncation is a state of the tokenizer: changing it while another thread encodes raises "Already borrowed".
         self._lock = Lock()
+        self._spellable: frozenset[int] = frozenset()
+        self._spellable = self._find_spellable()
 
     @property
     def pad_id(self) -> int:
@@ -74,9 +78,22 @@ class TextTokenizer:
                 split_special_tokens=True,
                 return_attention_mask=False,
                 return_token_type_ids=False,
+                return_special_tokens_mask=bool(self._spellable),
                 **options,
             )
-        return list(encoded["input_ids"])
+        if not self._spellable:
+            return list(encoded["input_ids"])
+        return [
+            [token for token, added in zip(ids, mask, strict=True) if added or token not in self._spellable]
+            for ids, mask in zip(encoded["input_ids"], encoded["special_tokens_mask"], strict=True)
+        ]
+
+    def _find_spellable(self) -> frozenset[int]:
+        """Special tokens that a text gets by spelling them, although they are to be split."""
+        special = dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True))
+        special.pop(self._tokenizer.unk_token_id, None)
+        spelt = self._ids(list(special.values()), add_special_tokens=False)
+        return frozenset(token for token, ids in zip(special, spelt, strict=True) if token in ids)
 
 
 def check_vocabulary(directory: Path) -> None:

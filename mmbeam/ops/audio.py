@@ -9,6 +9,7 @@ Shapes: B batch, N samples of a waveform, F frequency bins, T frames, K taps of 
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, cast
 
 import numpy as np
@@ -129,6 +130,20 @@ def even_starts(length: int, window: int) -> list[int]:
     return [index * (length - window) // (count - 1) for index in range(count)] if count > 1 else [0]
 
 
+@dataclass(frozen=True, kw_only=True)
+class WaveRecipe:
+    """The options of a Wav2Vec2FeatureExtractor, for models that hear the waveform itself."""
+
+    sampling_rate: int  # Hz
+    normalize: bool  # to mean 0 and variance 1, each sound by itself
+
+
+def standardize(wave_N: torch.Tensor) -> torch.Tensor:
+    """The sound with mean 0 and variance 1, as Wav2Vec2FeatureExtractor makes it (to 1e-5: other sums)."""
+    variance, mean = torch.var_mean(wave_N, correction=0)
+    return (wave_N - mean) / torch.sqrt(variance + 1e-7)
+
+
 def power_spectrogram(wave_BN: torch.Tensor, n_fft: int, hop_length: int, center: bool = True) -> torch.Tensor:
     """|STFT|^2 under a periodic Hann window, [B, n_fft // 2 + 1, T], in the wave's own precision.
 
@@ -148,12 +163,29 @@ def mel_filter_bank(
     `slaney_norm` gives each filter the same area instead of the same height.
     """
     edges = _from_mels(np.linspace(_to_mels(low, scale), _to_mels(high, scale), n_mels + 2), scale)
-    slopes = edges - np.linspace(0, sampling_rate // 2, n_bins)[:, None]
-    widths = np.diff(edges)
-    bank = np.maximum(0.0, np.minimum(-slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]))
+    bank = _triangles(np.linspace(0, sampling_rate // 2, n_bins), edges)
     if slaney_norm:
         bank *= 2.0 / (edges[2:] - edges[:-2])
-    return cast(npt.NDArray[np.float64], bank)
+    return bank
+
+
+def kaldi_filter_bank(n_bins: int, n_mels: int, low: float, high: float, sampling_rate: int) -> npt.NDArray[np.float64]:
+    """Kaldi's filters [n_bins, n_mels], triangular on the mel scale itself.
+
+    Equals transformers' mel_filter_bank with mel_scale="kaldi" and triangularize_in_mel_space.
+    """
+    bins = sampling_rate / (2 * (n_bins - 1)) * np.arange(n_bins)
+    mels, start, end = (1127.0 * np.log(1.0 + hertz / 700.0) for hertz in (bins, np.float64(low), np.float64(high)))
+    return _triangles(mels, np.linspace(start, end, n_mels + 2))
+
+
+def _triangles(points: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    """[points, edges - 2]: filters that rise from one edge to the next and fall to the one after."""
+    slopes = edges - points[:, None]
+    widths = np.diff(edges)
+    return cast(
+        npt.NDArray[np.float64], np.maximum(0.0, np.minimum(-slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]))
+    )
 
 
 # Slaney's scale is linear (15 mels for the first 1000 Hz), then logarithmic (27 mels for a factor of 6.4).

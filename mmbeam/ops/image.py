@@ -1,9 +1,10 @@
 """Pictures as models take them: resize, crop, normalise, cut into patches, on any device.
 
 Pure kernels: no I/O, no state. Each equals the reference processor of transformers 5: the torchvision
-backend exactly on a CPU; the Pillow backend, and either on other devices, within one of 256 levels (two
-in one value of 50,000 where a picture is enlarged, which the two backends differ by as well). What the
-checkpoint asks for is read by models/image_recipe.py; decoding is elsewhere.
+backend exactly on a CPU (DINOv3's, which resizes in float, within 1e-5); the Pillow backend, and either on
+other devices, within one of 256 levels (two in one value of 50,000 where a picture is enlarged, which the
+two backends differ by as well). What the checkpoint asks for is read by models/image_recipe.py; decoding is
+elsewhere.
 
 Shape suffixes: B batch, C channels, H height, W width, N patches, D values of a patch.
 """
@@ -39,18 +40,28 @@ class Patching:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PooledPatching(Patching):
+    """Gemma 4: the picture is cut into whole groups of pooling x pooling patches, each group one token of the model."""
+
+    pooling: int  # patches on a side of a group
+
+
+@dataclass(frozen=True, kw_only=True)
 class ImageRecipe:
     """What a checkpoint's image processor does, in its order: resize, crop, rescale, normalise, patch."""
 
     size: int | tuple[int, int] | Patching | None  # the shorter side, (height, width), or what patching needs
     interpolation: Interpolation = "bicubic"
     crop: tuple[int, int] | None = None  # height, width, around the centre
+    rounded: bool = True  # whether the resize gives whole levels again; DINOv3's rescales first and does not
     scale: float = 1.0  # a level is multiplied by this before the mean is subtracted
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
         """Height and width to which a picture is resized."""
+        if isinstance(self.size, PooledPatching):
+            return pooled_size(height, width, self.size)
         if isinstance(self.size, Patching):
             return naflex_size(height, width, self.size.patch_size, self.size.max_patches)
         if isinstance(self.size, int):
@@ -99,7 +110,7 @@ def preprocess_patches(
     dtype: torch.dtype,
     pixel_filter: PixelFilter | None = None,
 ) -> Patches:
-    """Pictures of any sizes, uint8 [H, W, 3], as a NaFlex model's input; `recipe.size` is a Patching."""
+    """Pictures of any sizes, uint8 [H, W, 3], as rows of patches; `recipe.size` is a Patching."""
     assert isinstance(recipe.size, Patching)
     side, length = recipe.size.patch_size, recipe.size.max_patches
     pixels = _resized(images, recipe, device, pixel_filter)
@@ -117,11 +128,13 @@ def preprocess_patches(
 def _resized(
     images: Sequence[ImageHWC], recipe: ImageRecipe, device: torch.device, pixel_filter: PixelFilter | None
 ) -> list[torch.Tensor]:
-    """Each picture filtered, resized and cropped: uint8 [3, height, width], in the order given."""
+    """Each picture filtered, resized and cropped: levels [3, height, width], in the order given."""
     done: dict[int, torch.Tensor] = {}
     for indices, pixels in _on_device(images, device):
         if pixel_filter is not None:
             pixels = pixel_filter(pixels)
+        if not recipe.rounded:
+            pixels = pixels.float()
         pixels = resize(pixels, recipe.resized(pixels.shape[-2], pixels.shape[-1]), recipe.interpolation)
         if recipe.crop is not None:
             pixels = center_crop(pixels, recipe.crop)
@@ -158,7 +171,7 @@ def packed(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[l
 
 
 def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:
-    """Resize uint8 pictures to (height, width) with antialiasing, as Pillow does.
+    """Resize uint8 pictures to (height, width) with antialiasing, as Pillow does; float ones stay unrounded.
 
     On a CPU the native uint8 kernel, which is what torchvision runs. Elsewhere there is none: two
     passes in float32, rounded in between, since Pillow rounds after its horizontal pass.
@@ -173,8 +186,10 @@ def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Inte
             f"expected at most {MAX_RESIZED_PIXELS:,} pixels. It is too narrow for this model"
         )
     device = pixels_BCHW.device
-    if device.type == "cpu" or max(old_height / height, old_width / width) > MAX_DEVICE_SCALE:
-        return functional.interpolate(pixels_BCHW.cpu(), size, mode=interpolation, antialias=True).to(device)
+    if max(old_height / height, old_width / width) > MAX_DEVICE_SCALE:
+        pixels_BCHW = pixels_BCHW.cpu()
+    if pixels_BCHW.device.type == "cpu" or pixels_BCHW.is_floating_point():
+        return functional.interpolate(pixels_BCHW, size, mode=interpolation, antialias=True).to(device)
     return resize_in_two_passes(pixels_BCHW, size, interpolation)
 
 
@@ -215,6 +230,22 @@ def naflex_size(height: int, width: int, patch_size: int, max_patches: int) -> t
         patches = (scaled(height, middle) / patch_size) * (scaled(width, middle) / patch_size)
         low, high = (middle, high) if patches <= max_patches else (low, middle)
     return scaled(height, low), scaled(width, low)
+
+
+def pooled_size(height: int, width: int, patching: PooledPatching) -> tuple[int, int]:
+    """The largest height and width in whole groups of patches that keep the aspect ratio and the number of patches.
+
+    transformers' `get_aspect_ratio_preserving_size` of Gemma4ImageProcessor, to the last bit.
+    """
+    side = patching.pooling * patching.patch_size
+    longest = patching.max_patches // patching.pooling**2 * side
+    factor = math.sqrt(patching.max_patches * patching.patch_size**2 / (height * width))
+    down, across = (math.floor(factor * length / side) * side for length in (height, width))
+    if down == 0:
+        return side, min(width // height * side, longest)
+    if across == 0:
+        return min(height // width * side, longest), side
+    return down, across
 
 
 def center_crop(pixels_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:

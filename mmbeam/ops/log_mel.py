@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Whisper and CLAP hear sound, by a recipe that models/audio_recipe.py reads.
+"""Log-mel spectrograms as Whisper, CLAP, AST and Gemma 4 hear sound, by a recipe that models/audio_recipe.py reads.
 
 Each function equals the family's feature extractor in transformers wherever that is a function of its
 input; where it draws lots or cuts sounds short, the rule kept here instead is stated. Pure kernels on
@@ -15,7 +15,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from mmbeam.ops.audio import MelScale, even_starts, mel_filter_bank, power_spectrogram
+from mmbeam.ops.audio import MelScale, even_starts, kaldi_filter_bank, mel_filter_bank, power_spectrogram
 
 BLOCK_FRAMES = 4096  # of a spectrogram computed at a time: 34 MB at 513 bins in float64
 MIN_POWER = 1e-10  # the floor under every logarithm, that of both references
@@ -153,6 +153,114 @@ def _fuse(mel_TM: torch.Tensor, recipe: ClapRecipe) -> tuple[torch.Tensor, bool]
     size = (chunk, recipe.n_mels)
     shrunk = functional.interpolate(mel_TM[None, None], size=size, mode="bilinear", align_corners=False)[0, 0]
     return torch.stack([shrunk, *(mel_TM[start : start + chunk] for start in (0, (extra + 1) // 2, extra))]), True
+
+
+AST_RATE, AST_FRAME, AST_HOP, AST_FFT = 16000, 400, 160, 512  # Hz, and samples: fixed in the reference
+AST_LOW, AST_FLOOR = 20.0, 1.192092955078125e-07  # Hz, and of the power (float32's epsilon)
+AST_PREEMPHASIS = 0.97
+
+
+@dataclass(frozen=True, kw_only=True)
+class AstRecipe:
+    """The options of an ASTFeatureExtractor."""
+
+    n_mels: int
+    n_frames: int  # of the model's window: 1024 of 10 ms
+    mean: float  # of log-mels, subtracted
+    spread: float  # twice their standard deviation, divided by
+
+    @property
+    def n_samples(self) -> int:
+        """The sound that fills a window."""
+        return (self.n_frames - 1) * AST_HOP + AST_FRAME
+
+
+def ast_windows(wave_N: torch.Tensor, recipe: AstRecipe) -> list[torch.Tensor]:
+    """The windows that it takes to cover a sound, evenly spread; a sound below one frame (25 ms) is filled up to it.
+
+    The reference cuts what is longer than one window.
+    """
+    wave_N = _fill(wave_N, max(len(wave_N), AST_FRAME))
+    return [wave_N[start : start + recipe.n_samples] for start in even_starts(len(wave_N), recipe.n_samples)]
+
+
+def ast_log_mel(windows: Sequence[torch.Tensor], recipe: AstRecipe) -> torch.Tensor:
+    """Log-mel features [B, T, M], float32, of windows from `ast_windows`, zero where a window has no sound.
+
+    Equal to ASTFeatureExtractor where torchaudio is not installed, within 1e-5; computed in float64 as
+    there. The features are Kaldi's fbank: each frame without its mean, pre-emphasised, under a Hann window.
+    """
+    wave_BN = torch.stack([_fill(window, recipe.n_samples) for window in windows]).double()
+    frames_BTK = wave_BN.unfold(-1, AST_FRAME, AST_HOP)
+    frames_BTK = frames_BTK - frames_BTK.mean(-1, keepdim=True)
+    before_BTK = torch.cat([frames_BTK[..., :1], frames_BTK[..., :-1]], dim=-1)
+    hann_K = torch.hann_window(AST_FRAME, periodic=False, dtype=wave_BN.dtype, device=wave_BN.device)
+    spectrum_BTF = torch.fft.rfft((frames_BTK - AST_PREEMPHASIS * before_BTK) * hann_K, n=AST_FFT)
+    mel_BTM = (spectrum_BTF.abs() ** 2) @ _kaldi_bank(recipe.n_mels, wave_BN.device)
+    log_BTM = torch.clamp(mel_BTM, min=AST_FLOOR).log().float()
+    counts = torch.tensor([1 + (len(window) - AST_FRAME) // AST_HOP for window in windows], device=wave_BN.device)
+    beyond_BT = torch.arange(recipe.n_frames, device=wave_BN.device) >= counts[:, None]
+    return (log_BTM.masked_fill(beyond_BT[..., None], 0.0) - recipe.mean) / recipe.spread
+
+
+@functools.lru_cache(maxsize=4)
+def _kaldi_bank(n_mels: int, device: torch.device) -> torch.Tensor:
+    """[F, M] in float64."""
+    with torch.inference_mode(False):
+        bank_FM = kaldi_filter_bank(AST_FFT // 2 + 1, n_mels, AST_LOW, AST_RATE / 2, AST_RATE)
+        return torch.from_numpy(bank_FM).to(device)
+
+
+GEMMA_SECONDS = 30  # that the reference hears of a sound, in no checkpoint's file
+
+
+@dataclass(frozen=True, kw_only=True)
+class GemmaRecipe:
+    """The options of a Gemma4AudioFeatureExtractor; lengths are in samples at `sampling_rate`."""
+
+    n_mels: int
+    sampling_rate: int  # Hz
+    frame_length: int
+    hop_length: int
+    n_fft: int
+    low: float  # Hz
+    high: float  # Hz
+    floor: float  # added to the magnitudes
+    loudness: float  # the sound is multiplied by it
+
+    def frames(self, samples: int) -> int:
+        """Frames that see nothing beyond a sound of so many samples; the first begins half a frame before it."""
+        return (samples - self.frame_length // 2 - 1) // self.hop_length + 1
+
+
+def gemma_windows(wave_N: torch.Tensor, recipe: GemmaRecipe) -> list[torch.Tensor]:
+    """The windows of 30 s that it takes to cover a sound, evenly spread; what is below one frame is filled up to it.
+
+    The reference cuts what is longer than one window.
+    """
+    wave_N = _fill(wave_N, max(len(wave_N), recipe.frame_length // 2 + 1))
+    window = GEMMA_SECONDS * recipe.sampling_rate
+    return [wave_N[start : start + window] for start in even_starts(len(wave_N), window)]
+
+
+def gemma_log_mel(windows: Sequence[torch.Tensor], recipe: GemmaRecipe) -> tuple[torch.Tensor, torch.Tensor]:
+    """Log-mel features [B, T, M], float32, zero where a window has no sound, and their mask [B, T].
+
+    Equal to Gemma4AudioFeatureExtractor within 0.01, which is how far its float32 transform of a loud tone
+    is from the one in float64 here, near the floor.
+    """
+    longest = max(map(len, windows))
+    wave_BN = torch.stack([_fill(window, longest) for window in windows]).double() * recipe.loudness
+    padded_BN = functional.pad(wave_BN, (recipe.frame_length // 2, 0))
+    hann_K = torch.hann_window(recipe.frame_length, dtype=wave_BN.dtype, device=wave_BN.device)
+    frames_BTK = padded_BN.unfold(-1, recipe.frame_length, recipe.hop_length)[:, : recipe.frames(longest)]
+    magnitude_BTF = torch.fft.rfft(frames_BTK * hann_K, n=recipe.n_fft).abs()
+    options = (recipe.n_fft, recipe.n_mels, recipe.low, recipe.high, recipe.sampling_rate)
+    bank_MF = _mel_bank(*options, "htk", torch.float64, wave_BN.device)
+    log_BTM = (magnitude_BTF @ bank_MF.T + recipe.floor).log().float()
+    counts = torch.tensor([recipe.frames(len(window)) for window in windows], device=wave_BN.device)
+    mask_BT = torch.arange(log_BTM.shape[1], device=wave_BN.device) < counts[:, None]
+    return log_BTM * mask_BT[..., None], mask_BT
 
 
 def _fill(wave_N: torch.Tensor, length: int) -> torch.Tensor:

@@ -8,11 +8,14 @@ windows, order, failures or memory: the embed stage does that.
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
 
+from mmbeam.ops.filters import apply_filter
+from mmbeam.ops.image import PixelFilter
 from mmbeam.types import ImageHWC, Modality, Waveform
 
 PooledBD = torch.Tensor  # [batch, dim], on the model's device
@@ -65,6 +68,14 @@ class Encoder:
     def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> "Encoder":
         """Load the weights (safetensors only) onto `device`, in eval mode."""
         raise NotImplementedError
+
+    @property
+    def pixel_filter(self) -> PixelFilter | None:
+        """`image_filter` as a function on uint8 pixels."""
+        if self.image_filter is None:
+            return None
+        name, value = self.image_filter
+        return partial(apply_filter, name=name, value=value)
 
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
         """Encode pictures of any sizes, uint8 [H, W, 3]."""

@@ -1,4 +1,7 @@
-"""CLIP (Radford et al., 2021, arXiv:2103.00020): pictures and texts projected into one space."""
+"""CLIP (Radford et al., 2021, arXiv:2103.00020): pictures and texts projected into one space.
+
+And MetaCLIP 2 (Chuang et al., 2025, arXiv:2507.22062), which is CLIP with a tokenizer of 300 languages.
+"""
 
 from typing import Any
 
@@ -16,3 +19,10 @@ class ClipEncoder(ImageTextEncoder):
     @classmethod
     def _dims(cls, parsed: Any) -> dict[Modality, int]:
         return {"image": parsed.projection_dim, "text": parsed.projection_dim}
+
+
+class MetaClip2Encoder(ClipEncoder):
+    """As CLIP. (The first MetaCLIP's checkpoints are CLIP models and say so.)"""
+
+    model_types = ("metaclip_2",)
+    model_name = "MetaClip2Model"

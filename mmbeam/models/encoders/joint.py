@@ -1,9 +1,8 @@
 """What the joint image and text spaces (CLIP, SigLIP, SigLIP 2) share; their differences are in their own modules."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar
 
 import torch
 import transformers
@@ -14,8 +13,7 @@ from mmbeam.models.image_recipe import read_image_recipe
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
 from mmbeam.ops.collate import pad, unpad
-from mmbeam.ops.filters import apply_filter
-from mmbeam.ops.image import ImageRecipe, PixelFilter, preprocess
+from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.types import ImageHWC, Modality
 
 
@@ -73,7 +71,7 @@ class ImageTextEncoder(Encoder):
         raise NotImplementedError
 
     @classmethod
-    def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Self:
+    def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Encoder:
         directory = Path(spec.directory)
         model = load_pretrained(getattr(transformers, cls.model_name), directory, device, dtype)
         return cls(spec, model, read_image_recipe(directory), TextTokenizer(directory))
@@ -84,14 +82,6 @@ class ImageTextEncoder(Encoder):
         pixels = preprocess(images, self.recipe, self.device, self.dtype, self.pixel_filter)
         out = self.model.get_image_features(pixel_values=pixels)
         return Encoded(pooled=out.pooler_output, tokens=list(out.last_hidden_state) if tokens else None)
-
-    @property
-    def pixel_filter(self) -> PixelFilter | None:
-        """`image_filter` as a function on uint8 pixels."""
-        if self.image_filter is None:
-            return None
-        name, value = self.image_filter
-        return partial(apply_filter, name=name, value=value)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer.encode(texts, self._max_tokens)

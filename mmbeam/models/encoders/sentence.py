@@ -80,8 +80,10 @@ class SentenceRecipe:
         return min(width, self.truncate_dim or width)
 
 
-def read_sentence_recipe(directory: Path, modules: list[Any]) -> SentenceRecipe:
-    """The recipe of a directory whose modules.json holds `modules`."""
+def read_sentence_recipe(
+    directory: Path, modules: list[Any], inputs: frozenset[str] = frozenset(("text",))
+) -> SentenceRecipe:
+    """The recipe of a directory whose modules.json holds `modules`; `inputs` are the kinds that its model may take."""
     named = [_module(directory, module) for module in modules]
     names = [name for name, _ in named]
     head = tuple((name, path) for name, path in named[2:] if name != "Dropout")
@@ -93,7 +95,7 @@ def read_sentence_recipe(directory: Path, modules: list[Any]) -> SentenceRecipe:
     for name, path in head:
         _check_module(name, path)
     general = read_json(directory, "config_sentence_transformers.json", required=False)
-    transformer = _transformer_options(named[0][1])
+    transformer = _transformer_options(named[0][1], inputs)
     pooling = read_json(named[1][1], "config.json")
     return SentenceRecipe(
         transformer=named[0][1],
@@ -120,21 +122,30 @@ def _module(directory: Path, module: Mapping[str, Any]) -> tuple[str, Path]:
     return kind.rpartition(".")[2], path
 
 
-def _transformer_options(directory: Path) -> dict[str, Any]:
+def _transformer_options(directory: Path, inputs: frozenset[str]) -> dict[str, Any]:
     options = next((found for name in TRANSFORMER_CONFIGS if (found := read_json(directory, name, required=False))), {})
     extra = [
         options.get(f"{what}_{end}") or {} for what in ("model", "tokenizer", "config") for end in ("args", "kwargs")
     ]
     extra += [options.get("processor_kwargs") or {}, options.get("processing_kwargs") or {}]
     unknown = sorted({key for given in extra for key in given} - HARMLESS_OPTIONS)
-    text = {"method": "forward", "method_output_name": "last_hidden_state"}
     if options.get("transformer_task", "feature-extraction") != "feature-extraction":
         unknown.append(f"transformer_task {options['transformer_task']!r}")
-    if options.get("modality_config", {"text": text}) != {"text": text}:
+    if not _reads_hidden_states(options.get("modality_config"), inputs):
         unknown.append(f"modality_config {options['modality_config']!r}")
     if unknown:
         raise ModelError(f"{directory}: the Transformer module sets what is not supported: {', '.join(unknown)}")
     return options
+
+
+def _reads_hidden_states(config: Any, inputs: frozenset[str]) -> bool:
+    """Whether every kind of input, all among `inputs`, goes through the model's forward to its last hidden states."""
+    if config is None:
+        return True
+    kinds = config if isinstance(config, dict) else {}
+    expected = {"method": "forward", "method_output_name": "last_hidden_state"}
+    forward = [isinstance(how, dict) and expected.items() <= how.items() for how in kinds.values()]
+    return "text" in kinds and set(kinds) <= inputs and all(forward)
 
 
 def _modes(directory: Path, pooling: Mapping[str, Any]) -> tuple[str, ...]:

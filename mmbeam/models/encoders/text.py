@@ -13,12 +13,12 @@ from typing import Any, ClassVar, Self
 
 import torch
 import transformers
-from transformers import AutoConfig, AutoModel
+from transformers import AutoModel
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.encoders.sentence import SentenceRecipe, load_head, pool, read_sentence_recipe
-from mmbeam.models.loading import check_weights, load_pretrained, read_json
+from mmbeam.models.loading import check_weights, load_pretrained, read_config, read_json
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
 from mmbeam.ops.collate import pad, unpad
 
@@ -51,8 +51,8 @@ class TextEncoder(Encoder):
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
         """Read modules.json and the modules' configurations, or config.json alone; `config` is the transformer's."""
-        recipe = _read_recipe(directory)
-        full = _full_config(recipe.transformer)
+        recipe = read_recipe(directory)
+        full = read_config(recipe.transformer)
         check_weights(recipe.transformer)
         check_vocabulary(recipe.transformer)
         return EncoderSpec(
@@ -66,8 +66,8 @@ class TextEncoder(Encoder):
     @classmethod
     def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Self:
         """Load tokenizer and weights; pooling and what follows it run in float32 whatever the dtype."""
-        recipe = _read_recipe(Path(spec.directory))
-        half = ENCODER_HALVES.get(_full_config(recipe.transformer).model_type)
+        recipe = read_recipe(Path(spec.directory))
+        half = ENCODER_HALVES.get(read_config(recipe.transformer).model_type)
         family = AutoModel if half is None else getattr(transformers, half)
         model = load_pretrained(family, recipe.transformer, device, dtype, ignore_missing=UNUSED)
         return cls(spec, model, recipe, TextTokenizer(recipe.transformer))
@@ -83,10 +83,14 @@ class TextEncoder(Encoder):
     @torch.inference_mode()
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
         """Encode tokenized texts, padded on the right to the longest; tokens are the last hidden states."""
+        return self._encode(token_ids, tokens, self.skip)
+
+    def _encode(self, token_ids: Sequence[Sequence[int]], tokens: bool, skip: int, **more: torch.Tensor) -> Encoded:
+        """Run the model on token ids (and `more` of its inputs), and pool all but the first `skip` of each."""
         longest = max(1, *map(len, token_ids))
         ids_BL, mask_BL = pad(token_ids, self.tokenizer.pad_id, self.device, length=longest)
-        hidden_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL).last_hidden_state
-        pooled = self.head(pool(hidden_BLD, mask_BL, self.recipe.modes, self.skip))[:, : self.spec.dims["text"]]
+        hidden_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL, **more).last_hidden_state
+        pooled = self.head(pool(hidden_BLD, mask_BL, self.recipe.modes, skip))[:, : self.spec.dims["text"]]
         return Encoded(pooled=pooled, tokens=unpad(hidden_BLD.float(), list(map(len, token_ids))) if tokens else None)
 
     @property
@@ -121,7 +125,8 @@ def text_limit(directory: Path, config: Any, max_tokens: int | None = None) -> i
     )
 
 
-def _read_recipe(directory: Path) -> SentenceRecipe:
+def read_recipe(directory: Path, inputs: frozenset[str] = frozenset(("text",))) -> SentenceRecipe:
+    """How the checkpoint in `directory` makes one vector of a model's tokens; `inputs` are the kinds it may take."""
     path = directory / "modules.json"
     if not path.exists():
         logger.info("%s: has no modules.json; the vector of a text is the mean over its tokens", directory)
@@ -132,13 +137,4 @@ def _read_recipe(directory: Path) -> SentenceRecipe:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ModelError(f"{path}: expected a list of modules")
-    return read_sentence_recipe(directory, modules)
-
-
-def _full_config(directory: Path) -> Any:
-    """The transformer's configuration with its defaults, which config.json may leave out."""
-    read_json(directory, "config.json")  # for its clear errors
-    try:
-        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise ModelError(f"{directory}/config.json: {type(error).__name__}: {error}") from error
+    return read_sentence_recipe(directory, modules, inputs)

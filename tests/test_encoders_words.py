@@ -1,0 +1,169 @@
+"""Averages of word vectors against sentence-transformers, and the files that hold them against arbitrary bytes."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save_file
+from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings
+from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
+
+from mmbeam.errors import ModelError
+from mmbeam.models import word_vectors
+from mmbeam.models.encoders import describe, load
+from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.loading import digest
+from mmbeam.models.word_vectors import read_word_vectors
+
+WIDTH = 5
+WORDS = ["the", "cat", "Cat", "dog", "sat", ",", "don't", "naïve", "дом", "家", "u.s.", "\u2028"]
+TEXTS = [
+    *(
+        "the cat sat",
+        "The CAT, sat; on the dog!",
+        "",
+        "unknown words only",
+        "  the\tcat\n\nsat ",
+        "don't 'don't' \"Cat\"",
+    ),
+    *("naïve NAÏVE дом Дом 家", "u.s. (u.s.) u.s", ", , .", "the " * 300),
+]
+
+
+def table(rows: int = len(WORDS)) -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((rows, WIDTH)).astype(np.float32)
+
+
+def text_lines(words: Sequence[str] = WORDS) -> str:
+    rows = table(len(words)).tolist()
+    return "".join(f"{word} {' '.join(map(str, row))}\n" for word, row in zip(words, rows, strict=True))
+
+
+def save_glove(directory: Path) -> Path:
+    (directory / "glove.6B.5d.txt").write_text(text_lines(), encoding="utf-8", newline="")
+    return directory
+
+
+def save_fasttext(directory: Path) -> Path:
+    """With its header, a space at each line's end, and other line ends than ours."""
+    lines = f"{len(WORDS)} {WIDTH}\n{text_lines()}".replace("\n", " \r\n")
+    (directory / "wiki.simple.vec").write_bytes(lines.encode())
+    return directory
+
+
+def save_safetensors(directory: Path) -> Path:
+    save_file({"embedding.weight": torch.from_numpy(table())}, directory / "model.safetensors")
+    (directory / "vocab.txt").write_text("\n".join(WORDS) + "\n", encoding="utf-8", newline="")
+    return directory
+
+
+FORMATS = {"glove": save_glove, "fasttext": save_fasttext, "safetensors": save_safetensors}
+
+
+def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
+    return load(describe(directory), device, dtype)
+
+
+def reference(directory: Path) -> np.ndarray:
+    """sentence-transformers' mean of the same file, without stop words."""
+    path = save_glove(directory) / "glove.6B.5d.txt"
+    words = WordEmbeddings.from_text_file(str(path), tokenizer=WhitespaceTokenizer(stop_words=()))
+    model = SentenceTransformer(modules=[words, Pooling(WIDTH, "mean")], device="cpu")
+    return model.encode(TEXTS, show_progress_bar=False)
+
+
+@pytest.mark.parametrize("name", FORMATS)
+def test_a_vector_is_sentence_transformers_mean(name: str, tmp_path: Path, device: torch.device) -> None:
+    (tmp_path / "own").mkdir()
+    encoder = loaded(FORMATS[name](tmp_path / "own"), device, torch.bfloat16)
+    assert (encoder.spec.family, dict(encoder.spec.dims)) == ("word-vectors", {"text": WIDTH})
+    ids = encoder.tokenize(TEXTS)
+    together = encoder.encode_text(ids, tokens=True)
+    assert np.abs(together.pooled.cpu().numpy() - reference(tmp_path)).max() < 1e-5
+    assert not together.pooled[2:4].any()  # no known word
+    assert together.tokens is not None
+    for own, vector, tokens in zip(ids, together.pooled, together.tokens, strict=True):
+        assert torch.equal(tokens.cpu(), torch.from_numpy(table())[own])
+        assert torch.allclose(encoder.encode_text([own]).pooled[0], vector, atol=1e-6)
+
+
+def test_words_are_counted_known_or_not(tmp_path: Path) -> None:
+    encoder = loaded(save_glove(tmp_path), torch.device("cpu"))
+    assert encoder.count_tokens(TEXTS[:4]) == [3, 6, 0, 3]
+    assert encoder.tokenize([]) == encoder.count_tokens([]) == []
+    assert encoder.encode_text([[], []], tokens=True).pooled.shape == (2, WIDTH)
+
+
+def test_a_word_may_hold_spaces_and_the_first_of_two_counts(tmp_path: Path) -> None:
+    (tmp_path / "vectors.txt").write_bytes(b"a 1 2\n. . . 3 4\n\na 5 6\nb\xff 7 8\nlast 9 1e-1")
+    found = read_word_vectors(tmp_path)
+    assert found.rows == {"a": 0, ". . .": 1, "b\ufffd": 3, "last": 4}
+    assert found.table.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [9, np.float32(0.1)]]
+
+
+def test_a_file_of_vectors_is_part_of_the_models_digest(tmp_path: Path) -> None:
+    before = digest(save_fasttext(tmp_path))
+    (tmp_path / "wiki.simple.vec").write_text("a 1 2 3 4 5\n")
+    assert digest(tmp_path) != before
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        ({"vectors.txt": b"a 1 2\nb 1\n"}, r"vectors.txt, line 2: expected a word and 2 numbers, found b'b 1'"),
+        ({"vectors.txt": b"2 2\na 1 2\nb 1 x\n"}, r"line 3: expected a word and 2 numbers, found b'b 1 x'"),
+        ({"vectors.txt": b"a 1 2\nb 1 nan\n"}, "row 2 holds a number that is not finite"),
+        ({"vectors.txt": b"1 " + b"9" * 5000 + b"\n"}, "row 1 holds a number that is not finite"),
+        ({"vectors.txt": b"a 1e39 1\n"}, "row 1 holds a number that is not finite"),
+        ({"vectors.txt": b""}, "expected lines of a word and its numbers"),
+        ({"vectors.txt": b"3 300\n"}, "holds no words"),
+        ({"vectors.txt": b"a 1\n" + b"b" * (1 << 20)}, "line 2: longer than 1,048,576 bytes"),
+        ({"a.vec": b"a 1\n", "glove.txt": b"a 1\n"}, "expected one file of word vectors, found a.vec, glove.txt"),
+        ({"model.safetensors": b"x" * 20, "vocab.txt": b"a\n"}, "cannot be read as safetensors"),
+        ({"vocab.txt": b"a\n"}, "has no config.json"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_an_error_that_names_the_line(
+    files: dict[str, bytes], message: str, tmp_path: Path
+) -> None:
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    with pytest.raises(ModelError, match=message):
+        loaded(tmp_path, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("tensors", "message"),
+    [
+        ({"a": torch.zeros(2, 3)}, "expected 2 words, one a line, found 12"),
+        ({"a": torch.zeros(12, 3), "b": torch.zeros(12, 3)}, "expected one table"),
+        ({"a": torch.zeros(12)}, "expected one table"),
+    ],
+)
+def test_a_table_that_does_not_fit_its_words_is_an_error(
+    tensors: dict[str, torch.Tensor], message: str, tmp_path: Path
+) -> None:
+    save_file(tensors, save_safetensors(tmp_path) / "model.safetensors")
+    with pytest.raises(ModelError, match=message):
+        loaded(tmp_path, torch.device("cpu"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(content=st.binary(max_size=200) | st.text("a1 .-e\n\r\t", max_size=200).map(str.encode))
+def test_any_bytes_are_vectors_or_an_error(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+    directory = tmp_path_factory.getbasetemp() / "any"
+    directory.mkdir(exist_ok=True)
+    (directory / "vectors.txt").write_bytes(content)
+    try:
+        found = read_word_vectors(directory)
+    except ModelError:
+        return
+    assert found.rows
+    assert max(found.rows.values()) < len(found.table)
+    assert np.isfinite(found.table).all()
+    assert found.table.shape[1] == word_vectors.word_vector_width(directory)
