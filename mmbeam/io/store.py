@@ -74,6 +74,11 @@ class Store:
         fs, path = self._at(name)
         return bytes(fs.cat_file(path))
 
+    def open(self, name: str) -> Any:
+        """The file as a stream to read from, at any place; a context manager. FileNotFoundError if there is none."""
+        fs, path = self._at(name)
+        return fs.open(path, "rb")
+
     def tail(self, name: str, size: int) -> bytes:
         """The last `size` bytes of the file, or all of it if it is shorter."""
         fs, path = self._at(name)

@@ -1,0 +1,133 @@
+"""mmbeam evaluate."""
+
+import argparse
+from collections.abc import Generator, Iterator, Mapping
+from typing import Any
+
+from mmbeam.commands.common import check_url, libraries_quiet
+
+ABOUT = "Measure what a run wrote: texts against references, retrieval between modalities, linear probes."
+_TEXT_WIDTH = 100  # characters of a text that are shown
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(takes_beam_options=True)
+    parser.epilog = (
+        "With neither --reference nor --label it measures retrieval. Apache Beam's own options are taken as Beam "
+        "spells them, --runner=FlinkRunner for example."
+    )
+    parser.add_argument("run", metavar="OUT", help="the --output of a job")
+    parser.add_argument(
+        "--reference",
+        metavar="FIELD",
+        help="what the text should be: an entry of the metadata, or a column; a string or a list of strings",
+    )
+    parser.add_argument(
+        "--references",
+        metavar="FILE",
+        help="take references from a Parquet, JSON lines or CSV file with `key` and FIELD (default: reference)",
+    )
+    parser.add_argument("--column", metavar="NAME", help="the text to measure (default: the one that was generated)")
+    parser.add_argument(
+        "--metrics",
+        metavar="LIST",
+        help="of chrf,bleu,rouge,cider,exact_match (the default), and wer,cer (for transcripts); the worst samples "
+        "are those by the first",
+    )
+    parser.add_argument(
+        "--retrieval",
+        action="append",
+        default=[],
+        metavar="LEFT:RIGHT",
+        help="two columns of vectors, or `all` for all pairs of one model; may be repeated",
+    )
+    parser.add_argument("--label", metavar="FIELD", help="fit a linear classifier of it to each column of vectors")
+    parser.add_argument("--output", metavar="DIR", help="where the results go (default: OUT/_mmbeam)")
+
+
+def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    from mmbeam.jobs.evaluate import EvaluateOptions, evaluate
+
+    for name, url in (("OUT", args.run), ("--output", args.output), ("--references", args.references)):
+        if url is not None:
+            check_url(name, url)
+    options = EvaluateOptions(
+        run=args.run,
+        reference=args.reference,
+        references=args.references,
+        column=args.column,
+        metrics=None if args.metrics is None else tuple(args.metrics.split(",")),
+        retrieval=tuple(args.retrieval),
+        label=args.label,
+        output=args.output,
+        beam_args=args.beam_args,
+    )
+    with libraries_quiet(args.verbose):
+        result = evaluate(options)
+    yield from result_text(result)
+    return 0
+
+
+def result_text(result: Mapping[str, Any]) -> Iterator[str]:
+    """The tables of an evaluation, the worst samples among them, and where all of it is."""
+    if result["failed_samples"]:
+        yield f"warning: {result['failed_samples']:,} samples failed in the run, have no row, and are not measured"
+    if "text" in result:
+        yield from _texts(result["text"])
+    if result["retrieval"]:
+        yield from _retrieval(result["retrieval"])
+    if result["probes"]:
+        yield from _probes(result["probes"])
+    yield f"report: {result['report']}"
+
+
+def _texts(text: Mapping[str, Any]) -> Iterator[str]:
+    lost = [("without_hypothesis", f"without {text['column']}"), ("without_reference", "without reference")]
+    parts = [f"{text['scored']:,} scored", *(f"{text[name]:,} {label}" for name, label in lost if text[name])]
+    yield f"{text['column']}: {text['rows']:,} rows = {' + '.join(parts)}; {text['references']:,} references"
+    if text["unused_keys"]:
+        yield f"warning: {text['unused_keys']:,} keys of the references are in no row"
+    if text["empty"]:
+        yield f"warning: {text['empty']:,} texts are empty"
+    if text["foreign"] and "rouge" in text["metrics"]:
+        yield f"warning: ROUGE sees only a-z and 0-9, which the references of {text['foreign']:,} rows lack; see chrf"
+    yield from (f"  {name:<12} {score:8.4f}" for name, score in text["scores"].items())
+    yield f"the worst by {text['metrics'][0]}:"
+    for worst in text["worst"]:
+        yield f"  {abs(worst['badness']):8.4f}  {worst['key']} of {worst['shard']}"
+        yield f"    {text['column']}: {_short(worst['hypothesis'])}"
+        yield f"    reference: {_short(worst['reference'])}"
+
+
+def _short(text: str) -> str:
+    """One line of it."""
+    line = " ".join(text.split())
+    return line if len(line) <= _TEXT_WIDTH else f"{line[:_TEXT_WIDTH]}..."
+
+
+def _retrieval(found: list[dict[str, Any]]) -> Iterator[str]:
+    yield f"{'retrieval':<44} {'rows':>9}   R@1   R@5  R@10  median    MRR"
+    for each in found:
+        ways = ((each["left"], each["right"], "left_to_right"), (each["right"], each["left"], "right_to_left"))
+        for query, answer, way in ways:
+            scores = each[way]
+            recalls = " ".join(f"{scores[f'recall@{cutoff}']:5.3f}" for cutoff in (1, 5, 10))
+            yield (
+                f"{f'{query} -> {answer}':<44} {each['rows']:>9,} {recalls} {scores['median_rank']:7,.1f} "
+                f"{scores['mrr']:6.4f}"
+            )
+        if each["left_out"]:
+            yield f"  {each['left_out']:,} rows lack one of the two and are left out"
+
+
+def _probes(found: list[dict[str, Any]]) -> Iterator[str]:
+    names = ("accuracy", "majority", "precision", "recall", "f1", "auc")
+    header = " ".join(f"{name:>9}" for name in ("classes", "test rows", *names))
+    yield f"{'probe of ' + found[0]['label']:<30} {header}"
+    for each in found:
+        scores = " ".join("        -" if each[name] is None else f"{each[name]:9.4f}" for name in names)
+        yield f"{each['embedding']:<30} {each['classes']:>9,} {each['test_rows']:>9,} {scores}"
+        if each["left_out"]:
+            yield f"  {each['left_out']:,} rows have no label or no vector and are left out"
+        if not each["converged"]:
+            yield "  warning: the solver came to its limit of steps before it converged"

@@ -1,0 +1,276 @@
+"""Text metrics against the libraries that define them, and CIDEr-D against its reference implementation."""
+
+import json
+import math
+from collections import Counter, defaultdict
+from collections.abc import Sequence
+from fractions import Fraction
+from functools import reduce
+from operator import add
+from typing import Any
+
+import jiwer
+import pytest
+import sacrebleu
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rouge_score.rouge_scorer import RougeScorer
+
+from mmbeam.errors import UsageError
+from mmbeam.metrics.cider import CiderD, document_frequencies, tokenize
+from mmbeam.metrics.counts import Counts, mean_counts, means
+from mmbeam.metrics.pairs import Pair
+from mmbeam.metrics.text import METRICS, text_metrics
+from mmbeam.metrics.totals import SHOWN, TextTotals, score_pair
+
+Case = tuple[str, list[str]]  # hypothesis, references
+
+CASES: list[Case] = [
+    ("A man rides a wave on a surfboard.", ["A man riding a wave on top of a surfboard.", "a surfer, at sea"]),
+    ("a dog runs", ["A brown dog runs across the grass with a ball in its mouth.", "A dog doesn't run."]),
+    ("a red bus parked on the street", ["a red bus parked on the street"]),
+    ("", ["a plate of food on a table"]),
+    ("a plate a plate a plate of food", ["a plate of food", "food on a plate", "a table with 1,000 plates"]),
+    ("Ein Hund läuft über die Straße", ["Ein Hund rennt über eine Straße", "Hund", "ein Hund", "Der Hund läuft"]),
+    ("一只狗在草地上跑", ["一只狗在草地上奔跑"]),
+    ("short", ["a very much longer reference than what was said, by far"]),
+]
+
+VOCABULARY = ("a", "an", "the", "dog", "cat", "runs", "sits", "on", "grass", "red", ".", ",", "'s", "don't")
+words = st.lists(st.sampled_from(VOCABULARY), max_size=9).map(" ".join)
+cases = st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=4)), min_size=1, max_size=12)
+
+
+def corpus_scores(found: Sequence[Case], names: Sequence[str]) -> dict[str, float]:
+    """The scores of the sum of the samples' counts."""
+    metrics = text_metrics(names, document_frequencies(references for _, references in found))
+    scores: dict[str, float] = {}
+    for metric in metrics.values():
+        scores |= metric.corpus_scores(reduce(add, (metric.measure(*case) for case in found)))
+    return scores
+
+
+def streams(found: Sequence[Case]) -> tuple[list[str], Any]:
+    """Hypotheses, and references as sacrebleu takes them: by number, None where a sample has fewer."""
+    most = max(len(references) for _, references in found)
+    return [text for text, _ in found], [[dict(enumerate(r)).get(n) for _, r in found] for n in range(most)]
+
+
+# Against the libraries: the sum of the counts is the library's score of the whole list, to the last bit
+
+
+@given(cases)
+@settings(max_examples=60, deadline=None)
+def test_bleu_and_chrf_are_sacrebleus_of_the_whole_list(found: list[Case]) -> None:
+    found = [*found, *CASES]
+    scores = corpus_scores(found, ("bleu", "chrf"))
+    assert scores["bleu"] == sacrebleu.BLEU().corpus_score(*streams(found)).score
+    assert scores["chrf"] == sacrebleu.CHRF().corpus_score(*streams(found)).score
+
+
+@given(cases)
+@settings(max_examples=60, deadline=None)
+def test_rouge_is_the_mean_of_rouge_scores(found: list[Case]) -> None:
+    found = [*found, *CASES]
+    names = ("rouge1", "rouge2", "rougeL")
+    scorer = RougeScorer(names)
+    single = [scorer.score_multi(references, text) for text, references in found]
+    scores = corpus_scores(found, ("rouge",))
+    for name in names:
+        assert scores[name] == float(sum(Fraction(score[name].fmeasure) for score in single) / len(found))
+
+
+@given(st.lists(st.tuples(words, words), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_error_rates_are_jiwers_of_the_whole_list(pairs: list[tuple[str, str]]) -> None:
+    hypotheses, references = [text for text, _ in pairs], [text for _, text in pairs]
+    scores = corpus_scores([(text, [reference]) for text, reference in pairs], ("wer", "cer"))
+    assert scores == {"wer": jiwer.wer(references, hypotheses), "cer": jiwer.cer(references, hypotheses)}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_scores_of_a_sample_are_the_libraries_of_a_sentence(case: Case) -> None:
+    text, references = case
+    metrics = text_metrics(("bleu", "chrf"))
+    found = {name: metric.sample_scores(metric.measure(text, references))[name] for name, metric in metrics.items()}
+    assert found["bleu"] == sacrebleu.sentence_bleu(text, references).score
+    assert found["chrf"] == sacrebleu.sentence_chrf(text, references).score
+
+
+def test_of_several_transcripts_the_nearest_counts() -> None:
+    assert corpus_scores([("the dog runs", ["a cat", "the dog ran", "dogs"])], ("wer",)) == {"wer": 1 / 3}
+
+
+def test_silence_is_right_if_nothing_was_heard() -> None:
+    assert corpus_scores([("", [""])], ("wer", "cer")) == {"wer": 0, "cer": 0}
+    assert corpus_scores([("thank you", [""])], ("wer",)) == {"wer": 2}
+    assert corpus_scores([("thank you", [""]), ("a b c d", ["a b c d"])], ("wer",)) == {"wer": 0.5}
+
+
+def test_exact_match_is_with_any_of_the_references() -> None:
+    found = [("a dog", ["a cat", "a dog\n"]), ("A dog", ["a dog"]), ("", ["x"]), ("x", ["x"])]
+    assert corpus_scores(found, ("exact_match",)) == {"exact_match": 0.5}
+
+
+# CIDEr-D
+
+
+def reference_cider(found: Sequence[tuple[list[str], list[list[str]]]]) -> list[float]:
+    """CIDEr-D as the paper and its authors' code have it, on tokens: plain, and slow."""
+
+    def grams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
+        return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
+
+    document_frequency: dict[tuple[str, ...], int] = defaultdict(int)
+    for _, references in found:
+        for gram in {gram for tokens in references for n in (1, 2, 3, 4) for gram in grams(tokens, n)}:
+            document_frequency[gram] += 1
+
+    def weights(tokens: list[str], n: int) -> dict[tuple[str, ...], float]:
+        of = grams(tokens, n)
+        return {g: of[g] * (math.log(len(found)) - math.log(max(1, document_frequency[g]))) for g in of}
+
+    def similarity(candidate: list[str], reference: list[str], n: int) -> float:
+        g, h = weights(candidate, n), weights(reference, n)
+        norm = math.sqrt(sum(v * v for v in g.values())) * math.sqrt(sum(v * v for v in h.values()))
+        product = sum(min(g[w], h[w]) * h[w] for w in g if w in h)
+        lengths = [sum(grams(tokens, 2).values()) for tokens in (candidate, reference)]
+        return (product / norm if norm else 0.0) * math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * 6.0**2))
+
+    return [
+        10 * sum(similarity(text, each, n) for n in (1, 2, 3, 4) for each in references) / 4 / len(references)
+        for text, references in found
+    ]
+
+
+@given(cases)
+@settings(max_examples=60, deadline=None)
+def test_cider_is_the_papers(found: list[Case]) -> None:
+    found = [*found, *CASES]
+    tokens = [(tokenize(text), [tokenize(reference) for reference in references]) for text, references in found]
+    cider = CiderD(document_frequencies(references for _, references in found))
+    expected = reference_cider(tokens)
+    assert [cider.score(*case) for case in found] == pytest.approx(expected, abs=1e-9)
+    assert corpus_scores(found, ("cider",))["cider"] == pytest.approx(sum(expected) / len(found), abs=1e-9)
+
+
+def test_cider_gives_the_figures_of_the_reference_implementation() -> None:
+    """What CiderScorer of pycocoevalcap 1.2, by the metric's authors, says of these (tokenised) captions."""
+    golden = [
+        (
+            "a man rides a wave on a surfboard",
+            "a man riding a wave on top of a surfboard|a surfer rides a wave in the ocean",
+        ),
+        ("a dog runs", "a brown dog runs across the grass with a ball in its mouth|a dog runs on the grass"),
+        ("a red bus parked on the street", "a red bus parked on the street"),
+        ("", "a plate of food on a table"),
+        (
+            "a plate a plate a plate of food",
+            "a plate of food on a table|food on a plate|a table with a plate of food on it",
+        ),
+        ("two zebras", "a herd of zebras grazing|two zebras"),
+    ]
+    found = [(text, references.split("|")) for text, references in golden]
+    cider = CiderD(document_frequencies(references for _, references in found))
+    expected = [2.7544966363579793, 2.38800817759137, 10.0, 0.0, 1.672732861986619, 2.9465521821715623]
+    assert [cider.score(*case) for case in found] == pytest.approx(expected, abs=1e-12)
+
+
+def test_what_one_sample_alone_has_may_be_dropped_from_the_frequencies() -> None:
+    whole = document_frequencies(references for _, references in CASES)
+    some = CiderD({gram: count for gram, count in whole.items() if count > 1})
+    assert [some.score(*case) for case in CASES] == [CiderD(whole).score(*case) for case in CASES]
+
+
+@given(cases, st.integers(0, 12))
+def test_the_frequencies_of_two_parts_add_up(found: list[Case], cut: int) -> None:
+    references = [each for _, each in found]
+    joined = document_frequencies(references[:cut]) + document_frequencies(references[cut:])
+    assert joined == document_frequencies(references)
+    assert joined[""] == len(found)
+
+
+@pytest.mark.parametrize(
+    ("text", "tokens"),
+    [  # as edu.stanford.nlp.process.PTBTokenizer 3.4.1 has them, lower case, without pycocoevalcap's punctuation
+        ("A man riding a wave on top of a surfboard.", "a man riding a wave on top of a surfboard"),
+        ("A black-and-white dog doesn't like the cat's food, it's cold!",
+         "a black-and-white dog does n't like the cat 's food it 's cold"),
+        ("A $5.00 bill, 50% off & more", "a $ 5.00 bill 50 % off & more"),
+        ("\"Quoted\" text isn\u2019t 'always' easy...", "quoted text is n't always easy"),
+        ("A woman cannot see the T-shirt - it hides -- there", "a woman can not see the t-shirt it hides there"),
+        ("A cup of café at 5:30, 1,000 of 1/2", "a cup of café at 5:30 1,000 of 1/2"),
+        ("It can't be won't shan't", "it ca n't be wo n't sha n't"),
+    ],
+)  # fmt: skip
+def test_tokens_are_the_treebanks(text: str, tokens: str) -> None:
+    assert tokenize(text) == tokens.split()
+
+
+def test_tokens_take_linear_time_of_hostile_text() -> None:
+    assert len(tokenize("a" * 200_000)) == 1
+    assert len(tokenize("a-" * 100_000)) == 1
+    assert len(tokenize("n't" * 60_000)) > 0
+
+
+# Sums
+
+
+@given(st.lists(st.floats(0, 10), min_size=1, max_size=20), st.randoms())
+def test_a_mean_is_exact_in_any_order(values: list[float], random: Any) -> None:
+    shuffled = random.sample(values, len(values))
+    mean = means(reduce(add, (mean_counts([value]) for value in shuffled)))
+    assert mean == [pytest.approx(math.fsum(values) / len(values), rel=1e-15, abs=1e-30)]
+    assert mean == means(reduce(add, (mean_counts([value]) for value in values)))
+
+
+def test_counts_of_different_metrics_do_not_add_up() -> None:
+    with pytest.raises(ValueError, match="shorter"):
+        Counts((1, 2)) + Counts((1,))
+
+
+def totals_of(found: Sequence[Case]) -> list[TextTotals]:
+    """The totals of one row each; some rows lack what is compared."""
+    metrics = text_metrics(METRICS, document_frequencies(references for _, references in found))
+    pairs = [
+        Pair(
+            key=f"{n:03}",
+            shard="a.tar",
+            offset=n * 512,
+            hypothesis=None if n % 7 == 5 else text,
+            references=() if n % 5 == 4 else tuple(references),
+        )
+        for n, (text, references) in enumerate(found)
+    ]
+    return [score_pair(pair, metrics)[0] for pair in pairs]
+
+
+@given(cases, st.randoms())
+@settings(max_examples=30, deadline=None)
+def test_any_partition_in_any_order_gives_the_same_totals(found: list[Case], random: Any) -> None:
+    single = totals_of([*found, *CASES])
+    whole = reduce(add, single, TextTotals())
+    cuts = sorted(random.sample(range(len(single)), 2))
+    shuffled = random.sample(single, len(single))
+    parts = [reduce(add, shuffled[a:b], TextTotals()) for a, b in zip([0, *cuts], [*cuts, len(single)], strict=True)]
+    a, b, c = parts
+    assert (a + b) + c == a + (b + c) == c + a + b == whole
+    assert whole.rows == len(single) == whole.scored + whole.without_hypothesis + whole.without_reference
+    metrics = text_metrics(METRICS)
+    assert (a + (c + b)).scores(metrics) == whole.scores(metrics)
+    assert TextTotals.from_json(json.loads(json.dumps(whole.to_json()))) == whole
+
+
+def test_the_worst_samples_are_kept() -> None:
+    metrics = text_metrics(("wer",))
+    pairs = [
+        Pair(key=str(n), shard="s", offset=n, hypothesis="a " * n, references=("a a a a a a a a a",)) for n in range(10)
+    ]
+    totals = reduce(add, (score_pair(pair, metrics)[0] for pair in pairs))
+    assert [worst.key for worst in totals.worst] == [str(n) for n in range(SHOWN)]
+    assert totals.empty == 1
+
+
+def test_an_unknown_metric_is_an_error_that_lists_them() -> None:
+    with pytest.raises(UsageError, match=r"'meteor' is unknown; the metrics are bleu, .*cider"):
+        text_metrics(("meteor",))
