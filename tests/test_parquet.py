@@ -38,7 +38,7 @@ from servers import STORES, fresh_output
 
 from mmbeam.errors import FlowError
 from mmbeam.io import parquet, runs
-from mmbeam.io.parquet import UnitWriter, report_failed_unit
+from mmbeam.io.parquet import UnitWriter
 from mmbeam.io.rows import FAILURE_SCHEMA, build_schema, settle
 from mmbeam.io.runs import Run
 from mmbeam.types import MODALITIES, Audio, Batch, Failure, Output, Sample, Tally, UnitReport
@@ -219,6 +219,30 @@ def test_vectors_are_stored_as_their_field_says() -> None:
     assert rows.schema.field("image_embedding").type.value_type == pa.float16()
     assert rows["image_embedding"].to_pylist()[1:3] == [vector(1), vector(2)]
     assert schema.metadata[b"mmbeam.dims"] == b'{"image_embedding": 4, "text_embedding": 4}'
+
+
+def test_vectors_are_stored_so_that_they_are_quick_to_read(tmp_path: Path) -> None:
+    """No number of a vector is null, and none is compressed; all else is."""
+    tokens = Output(modalities=frozenset({"image"}), columns=(IMAGE.columns[0], pa.field("tokens", pa.list_(VECTOR))))
+    run = make_run(str(tmp_path), (tokens, TEXT))
+    [batch] = make_batches(UNIT, windows=1)
+    values = pa.array([[vector(1)], [], None, [vector(2), vector(3)], None], pa.list_(VECTOR))
+    with UnitWriter(run, UNIT) as writer:
+        writer.write(replace(batch, features={**batch.features, "tokens": values}))
+        writer.commit()
+    file = pq.ParquetFile(tmp_path / "data" / f"part-{UNIT.id}.parquet")
+    assert file.read()["tokens"].to_pylist() == values.to_pylist()
+    group = file.metadata.row_group(0)
+    codecs = {column.path_in_schema: column.compression for column in map(group.column, range(group.num_columns))}
+    vectors = {path for path, codec in codecs.items() if codec == "UNCOMPRESSED"}
+    assert vectors == {
+        "image_embedding.list.element",
+        "text_embedding.list.element",
+        "tokens.list.element.list.element",
+    }
+    assert {codecs[path] for path in codecs if path not in vectors} == {"ZSTD"}
+    levels = {column.path: column.max_definition_level for column in map(file.schema.column, range(len(file.schema)))}
+    assert {levels[path] for path in vectors} == {2, 3}  # the list may be null, and empty; of tokens both lists
 
 
 # Writing
@@ -445,7 +469,7 @@ def test_a_replacement_that_is_killed_leaves_no_old_report(local: Run) -> None:
 
 def test_a_unit_that_cannot_be_read_leaves_one_record_until_it_commits(run: Run) -> None:
     for reason in ("gone", "no tar"):
-        report = report_failed_unit(run, UNIT, reason)
+        report = runs.report_failed_unit(run, UNIT, reason)
     assert (report.status, report.error, report.failures_file) == ("failed", "no tar", "part-a-1-failed.parquet")
     assert report.tally == Tally()
     assert runs.committed(run) == set()
@@ -453,20 +477,20 @@ def test_a_unit_that_cannot_be_read_leaves_one_record_until_it_commits(run: Run)
     assert (record["shard"], record["message"], record["row"]) == ("/shards/a-1.tar", "no tar", False)
     write_unit(run, UNIT).commit()
     check_committed_once(run)
-    assert report_failed_unit(run, UNIT, "too late").status == "kept"
+    assert runs.report_failed_unit(run, UNIT, "too late").status == "kept"
     check_committed_once(run)
 
 
 def test_a_retry_that_cannot_be_read_keeps_the_rows(local: Run) -> None:
     write_unit(local, UNIT).commit()
-    report = report_failed_unit(local, replace(UNIT, replace=True), "gone")
+    report = runs.report_failed_unit(local, replace(UNIT, replace=True), "gone")
     assert (report.status, report.error) == ("failed", "gone")
     check_committed_once(local)
 
 
 def test_failure_files_of_all_kinds_have_one_schema(local: Run) -> None:
     named = write_unit(local, UNIT).commit().failures_file
-    failed = report_failed_unit(local, make_unit("b-2"), "gone").failures_file
+    failed = runs.report_failed_unit(local, make_unit("b-2"), "gone").failures_file
     for name in (named, failed):
         assert pq.read_schema(BytesIO(local.store.read(f"failures/{name}"))).equals(FAILURE_SCHEMA)
 

@@ -53,7 +53,8 @@ def build_schema(outputs: Sequence[Output], cleaning: bool, metadata: Mapping[st
 
     A vector column fixed_size_list<T>[D] is stored as list<T>, because no release of pyarrow up to 25
     reads a null in a fixed-size list back from Parquet (apache/arrow issue 35692); D is in the metadata
-    under "mmbeam.dims", a JSON object by column.
+    under "mmbeam.dims", a JSON object by column. A vector may be null, a number in it may not: a reader that
+    knows this need not look at each of them.
     """
     columns = [column for output in outputs for column in output.columns]
     dims = {column.name: column.type.list_size for column in columns if pa.types.is_fixed_size_list(column.type)}
@@ -75,7 +76,15 @@ def build_schema(outputs: Sequence[Output], cleaning: bool, metadata: Mapping[st
 
 
 def _stored(kind: pa.DataType) -> pa.DataType:
-    return pa.list_(pa.field("element", kind.value_type)) if pa.types.is_fixed_size_list(kind) else kind
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_element(kind.value_type))
+    if pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type):  # tokens: none of them is null
+        return pa.list_(_element(pa.list_(_element(kind.value_type.value_type), kind.value_type.list_size)))
+    return kind
+
+
+def _element(kind: pa.DataType) -> pa.Field:
+    return pa.field("element", kind, nullable=False)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,9 +105,9 @@ class _Verdict:
 def settle(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Settled:
     """Decide for each sample of the window whether it is a row, and which outputs it lost.
 
-    An output is due if one of its modalities is present in the sample, and made if its first column is
-    not null. A sample is a row if something was made or nothing was due. A failure of the whole sample
-    (no modality, no outputs) costs it every output, whatever has a value, and its row.
+    An output is due as Output.due says, and made if its first column is not null. A sample is a row if
+    something was made or nothing was due. A failure of the whole sample (no modality, no outputs) costs it
+    every output, whatever has a value, and its row.
 
     Raises FlowError if an output was lost and no failure says why, a value was made that was not due, or
     features and samples do not fit together.
@@ -124,7 +133,7 @@ def _verdicts(batch: Batch, outputs: Sequence[Output]) -> list[_Verdict]:
     verdicts = []
     for position, sample in enumerate(batch.samples):
         if sample.present not in due_of:
-            due_of[sample.present] = tuple(o.name for o in outputs if o.modalities & sample.present)
+            due_of[sample.present] = tuple(o.name for o in outputs if o.due(sample.present))
         due = due_of[sample.present]
         has = [name for name, flags in made.items() if flags[position]]
         if (sample.shard, sample.offset) in whole:
@@ -196,15 +205,16 @@ def _records(batch: Batch, verdicts: Sequence[_Verdict], outputs: Sequence[Outpu
         lost = [output for output in outputs if output.name in verdict.lost]
         failures = of_sample[sample.shard, sample.offset]
         for output in lost:
-            if not any(_covers(failure, output) for failure in failures):
+            if not any(covers(failure, output) for failure in failures):
                 raise FlowError(f"{_where(sample)}: {output.name} was lost, and no failure says why")
         for failure in failures:
-            columns = [output.name for output in lost if _covers(failure, output)]
+            columns = [output.name for output in lost if covers(failure, output)]
             records.append(_record(failure, columns, verdict.row, batch.unit.id))
     return records
 
 
-def _covers(failure: Failure, output: Output) -> bool:
+def covers(failure: Failure, output: Output) -> bool:
+    """Whether the failure is a reason for the output not to be made of its sample."""
     if failure.outputs:
         return output.name in failure.outputs
     return not failure.modality or failure.modality in output.modalities
