@@ -1,0 +1,344 @@
+"""The fusion model: sources to a shared space and to one memory, and from that to text.
+
+Shapes: B batch, T words or tokens, M fused tokens, D hidden size, E width of the shared space, V vocabulary.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutput
+from transformers.utils import ModelOutput
+
+from mmbeam.errors import ModelError
+from mmbeam.models.fusion.configuration import BOS, EOS, PAD, FusionConfig, text_tower
+from mmbeam.models.fusion.decoders import build_decoder
+from mmbeam.models.fusion.encoders import Tokens, build_encoder
+from mmbeam.models.fusion.fusers import Fused, build_fuser
+from mmbeam.models.fusion.objectives import GeneratorAdversary, ModalityAdversary, Reconstruction, SharedSpace
+
+IGNORED = -100  # of labels: padding
+MASK = "_mask"  # ends the name of the input that says what of a source is there
+
+
+@dataclass
+class FusionOutput(ModelOutput):
+    """What a call of the model gives. Losses are there with labels, the weighted sum in `loss`."""
+
+    loss: torch.Tensor | None = None
+    losses: dict[str, torch.Tensor] | None = None  # by name, not weighted
+    logits: torch.Tensor | None = None  # [B, T, V]
+    past_key_values: Any = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What the encoders and the fusion made of a batch."""
+
+    memory: torch.Tensor  # [B, M, D]
+    memory_mask: torch.Tensor  # bool [B, M]
+    embeddings: dict[str, torch.Tensor]  # by source, and "fused": [B, E], not normalised
+    present: dict[str, torch.Tensor]  # by the same names: bool [B]
+
+
+class FusionModel(PreTrainedModel, GenerationMixin):
+    """Text from any sources that are there.
+
+    Inputs are given by the sources' names: `image=`, float [B, C, H, W]; `text=`, ids [B, T];
+    `clip_image_embedding=`, float [B, width]. `<name>_mask=` says what is there: bool [B], or bool [B, T]
+    for a sequence (False throughout: missing). A source that is not given is missing in the whole batch.
+    """
+
+    config_class = FusionConfig
+    config: FusionConfig
+    base_model_prefix = "fusion"
+    main_input_name = "decoder_input_ids"
+    _supports_sdpa = True
+    _supports_cache_class = True
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__(config)
+        self.sources = config.parsed_sources()
+        self.pairs = config.aligned_pairs()
+        self.weights = {name: weight for name, weight in (config.loss_weights or {}).items() if weight}
+        self.text_tower = text_tower(self.sources)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.encoders = nn.ModuleDict({name: build_encoder(source, config) for name, source in self.sources.items()})
+        self.fuser = build_fuser(list(self.sources), config)
+        self.decoder = build_decoder(config)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+        names = [*self.sources, "fused", *(["caption"] if self.text_tower else [])]
+        self.space = SharedSpace(names, self.pairs, config)
+        if "reconstruct" in self.weights:
+            self.reconstruction = Reconstruction(self.sources, config)
+        if "modality_adversary" in self.weights:
+            self.modality_adversary = ModalityAdversary(list(self.sources), config)
+        if "generator_adversary" in self.weights:
+            self.generator_adversary = GeneratorAdversary(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Modules begin as torch makes them, but for embeddings, which are also the rows that score words.
+
+        A checkpoint may lack the heads of losses that it was trained without: they are made anew here.
+        """
+        if isinstance(module, nn.Embedding):
+            nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
+        elif isinstance(module, Reconstruction | ModalityAdversary | GeneratorAdversary):
+            for part in module.modules():
+                if isinstance(part, nn.Linear | nn.GRU):
+                    part.reset_parameters()
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.words
+
+    def encode(self, **inputs: torch.Tensor) -> Encoding:
+        """Encode and fuse what is there of each source; nothing at all is allowed."""
+        batch = self._batch(inputs)
+        tokens: dict[str, Tokens] = {}
+        present: dict[str, torch.Tensor] = {}
+        for name in self.sources:
+            if inputs.get(name) is not None:
+                mask = self._mask(name, inputs)
+                present[name] = mask if mask.dim() == 1 else mask.any(1)
+                if present[name].any():
+                    tokens[name] = self._encode_source(name, inputs[name], mask, present[name])
+        fused: Fused = self.fuser(tokens, batch)
+        embeddings = {name: self.space.project[name](_mean(*of)) for name, of in tokens.items()}
+        embeddings["fused"] = self.space.project["fused"](fused.pooled)
+        present = {name: present[name] for name in tokens}
+        present["fused"] = torch.stack([*present.values()]).any(0) if present else fused.mask.new_zeros(batch)
+        return Encoding(fused.memory, fused.mask, embeddings, present)
+
+    def _batch(self, inputs: Mapping[str, Any]) -> int:
+        unknown = [name for name in inputs if name.removesuffix(MASK) not in self.sources]
+        if unknown:
+            raise ModelError(f"input {unknown[0]}: the model's sources are {', '.join(self.sources)}")
+        sizes = {len(value) for value in inputs.values() if value is not None}
+        if len(sizes) != 1:
+            raise ModelError(f"inputs of {sorted(sizes)} samples; expected one batch, of at least one source")
+        return sizes.pop()
+
+    def _mask(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """As given; by default all is there."""
+        mask: torch.Tensor | None = inputs.get(name + MASK)
+        if mask is not None:
+            return mask.bool()
+        value = inputs[name]
+        source = self.sources[name]
+        sequence = source.tokens or (source.modality == "text" and source.kind != "features")
+        return torch.ones(value.shape[: 2 if sequence else 1], dtype=torch.bool, device=value.device)
+
+    def _encode_source(self, name: str, values: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> Tokens:
+        """Encode the samples that have the source, and put nothing in the place of the others."""
+        source, encoder = self.sources[name], self.encoders[name]
+        self._check_shape(name, values, mask)
+        whole = bool(present.all())
+        some, own = (values, mask) if whole else (values[present], mask[present])
+        if source.kind == "features":
+            tokens, real = encoder(some.to(self.dtype), own)
+        elif source.modality == "text" and source.kind != "pretrained":
+            tokens, real = encoder(self.words(some), own)
+        else:
+            tokens, real = encoder(some, own) if source.kind == "pretrained" else encoder(some)
+        if whole:
+            return tokens, real
+        all_tokens = tokens.new_zeros(len(values), *tokens.shape[1:])
+        all_real = real.new_zeros(len(values), *real.shape[1:])
+        return all_tokens.index_put((present,), tokens), all_real.index_put((present,), real)
+
+    def _check_shape(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
+        source = self.sources[name]
+        if source.kind == "features" and values.shape[-1] != source.width:
+            raise ModelError(f"features {name}: vectors of width {values.shape[-1]}, the model takes {source.width}")
+        if mask.dim() > 1 and mask.shape[1] > source.max_tokens:
+            raise ModelError(f"source {name}: {mask.shape[1]} tokens, the model takes {source.max_tokens}")
+
+    def embed(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[Tokens, torch.Tensor]:
+        """One source's tokens and its vectors in the shared space [B, E], of samples that all have it."""
+        mask = self._mask(name, {name: values, name + MASK: mask})
+        tokens = self._encode_source(name, values, mask, mask if mask.dim() == 1 else mask.any(1))
+        embedding: torch.Tensor = self.space.project[name](_mean(*tokens))
+        return tokens, embedding
+
+    def embed_captions(self, labels: torch.Tensor) -> torch.Tensor | None:
+        """Captions [B, T] in the shared space, [B, E], read by the model's own encoder of texts; None without one."""
+        if self.text_tower is None:
+            return None
+        limit = self.sources[self.text_tower].max_tokens
+        mask = (labels != IGNORED)[:, :limit]
+        words = self.words(labels[:, :limit].clamp(min=0))
+        embedding: torch.Tensor = self.space.project["caption"](_mean(*self.encoders[self.text_tower](words, mask)))
+        return embedding
+
+    def similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
+        """Similarities [A, B] of embeddings of a pair's first name with embeddings of its second."""
+        return self.space.similarity(kind, pair, a_AE, b_BE)
+
+    def forward(
+        self,
+        labels: torch.Tensor | None = None,
+        decoder_input_ids: torch.Tensor | None = None,
+        encoder_outputs: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        past_key_values: Any = None,
+        groups: torch.Tensor | None = None,
+        views: Mapping[str, torch.Tensor] | None = None,
+        use_cache: bool | None = None,
+        return_dict: bool | None = None,
+        **inputs: torch.Tensor,
+    ) -> FusionOutput:
+        """Logits, and with `labels` [B, T] the losses.
+
+        `decoder_input_ids` default to the labels, shifted. `encoder_outputs` and `attention_mask` are what
+        `generate` made of the sources before. `groups` [B] of equal number are alike to the alignment (a
+        negative one is alike to none), `views` are the sources seen another way.
+        """
+        encoding = None
+        if encoder_outputs is None:
+            encoding = self.encode(**inputs)
+            memory, mask = encoding.memory, encoding.memory_mask
+        else:
+            memory = encoder_outputs[0]
+            mask = memory.new_ones(memory.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
+        if decoder_input_ids is None:
+            if labels is None:
+                raise ModelError("the model needs labels or decoder_input_ids")
+            decoder_input_ids = self.shift(labels)
+        cache = past_key_values if use_cache else None
+        states = self.decoder(self.words(decoder_input_ids), memory, mask.bool(), cache)
+        logits = self._score(states)
+        output = FusionOutput(logits=logits, past_key_values=cache)
+        if labels is not None:
+            output.losses = {"caption": self._caption_loss(logits, labels)}
+            if encoding is not None:
+                output.losses |= self._other_losses(encoding, inputs, labels, states, groups, views or {})
+            output.loss = sum(
+                (self.weights.get(name, 0.0) * loss for name, loss in output.losses.items()), start=logits.new_zeros(())
+            )
+        return output
+
+    def shift(self, labels: torch.Tensor) -> torch.Tensor:
+        """What the generator reads to write `labels` [B, T]: the same a place later, begun by the first token."""
+        begin = labels.new_full((len(labels), 1), BOS)
+        return torch.cat([begin, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, PAD)], 1)
+
+    def _score(self, states: torch.Tensor) -> torch.Tensor:
+        return F.linear(states, self.words.weight, self.bias)
+
+    def _caption_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        smoothing = self.config.label_smoothing if self.training else 0.0
+        return F.cross_entropy(
+            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing
+        )
+
+    def _other_losses(
+        self,
+        encoding: Encoding,
+        inputs: Mapping[str, torch.Tensor],
+        labels: torch.Tensor,
+        states: torch.Tensor,
+        groups: torch.Tensor | None,
+        views: Mapping[str, torch.Tensor],
+    ) -> dict[str, torch.Tensor]:
+        losses = {}
+        if "align" in self.weights:
+            losses["align"] = self._align(encoding, labels, groups, views)
+        if "reconstruct" in self.weights:
+            given = {f"{name}{MASK}": self._mask(name, inputs) for name in encoding.present if name != "fused"}
+            losses["reconstruct"] = self.reconstruction.loss({**inputs, **given}, encoding.embeddings, encoding.present)
+        if "modality_adversary" in self.weights:
+            losses["modality_adversary"] = self.modality_adversary.loss(encoding.embeddings, encoding.present)
+        if "generator_adversary" in self.weights:
+            losses["generator_adversary"] = self._professor_forcing(encoding, labels, states)
+        return losses
+
+    def _align(
+        self,
+        encoding: Encoding,
+        labels: torch.Tensor,
+        groups: torch.Tensor | None,
+        views: Mapping[str, torch.Tensor],
+    ) -> torch.Tensor:
+        """Samples are alike that have the same caption, or are of one group."""
+        embeddings, present = dict(encoding.embeddings), dict(encoding.present)
+        captions = self.embed_captions(labels) if any("caption" in pair for pair in self.pairs) else None
+        if captions is not None:
+            embeddings["caption"] = captions
+            present["caption"] = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+        alike = (labels[:, None] == labels[None]).all(-1)
+        if groups is not None:
+            alike = alike | ((groups[:, None] == groups[None]) & (groups >= 0)[:, None])
+        seen = self.encode(**views).embeddings if views else {}
+        return self.space.loss(self.pairs, embeddings, present, seen, alike)
+
+    def _professor_forcing(self, encoding: Encoding, labels: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
+        """The generator writes as many words as the longest label has, drawn at random; its states are judged."""
+        with torch.no_grad():
+            own = self._write(encoding, labels.shape[1])
+        own_states = self.decoder(self.words(own), encoding.memory, encoding.memory_mask)
+        ended = own.eq(EOS).cumsum(1) > 0
+        return self.generator_adversary.loss(states, labels != IGNORED, own_states, ~ended)
+
+    def _write(self, encoding: Encoding, length: int) -> torch.Tensor:
+        """What the generator reads while it writes `length` words of its own: [B, length]."""
+        training = self.decoder.training
+        self.decoder.eval()  # it alone: a frozen encoder's mode is not ours to restore
+        try:
+            words: torch.Tensor = super().generate(
+                encoder_outputs=BaseModelOutput(last_hidden_state=encoding.memory.detach()),
+                attention_mask=encoding.memory_mask,
+                do_sample=True,
+                top_k=0,
+                max_new_tokens=length,
+                use_cache=self.config.generator_kind == "transformer",
+            )
+        finally:
+            self.decoder.train(training)
+        return words[:, :length]
+
+    @torch.no_grad()
+    def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
+        """As in transformers, with the sources among the arguments; they are encoded once.
+
+        `encoder_outputs` and `attention_mask`, the memory and its mask of an earlier `encode`, may stand
+        in their place.
+        """
+        given = {name: kwargs.pop(name) for name in list(kwargs) if name.removesuffix(MASK) in self.sources}
+        if kwargs.get("encoder_outputs") is None:
+            encoding = self.encode(**given)
+            kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoding.memory)
+            kwargs["attention_mask"] = encoding.memory_mask
+        if self.config.generator_kind == "lstm":
+            kwargs["use_cache"] = False
+        return super().generate(inputs, generation_config, **kwargs)
+
+    def prepare_inputs_for_generation(
+        self,
+        input_ids: torch.Tensor,
+        past_key_values: Any = None,
+        encoder_outputs: Any = None,
+        attention_mask: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **_: Any,
+    ) -> dict[str, Any]:
+        """What `forward` takes for the next word: with a cache, only the words that are not in it."""
+        if use_cache and past_key_values is not None:
+            input_ids = input_ids[:, past_key_values.get_seq_length() :]
+        return {
+            "decoder_input_ids": input_ids,
+            "encoder_outputs": encoder_outputs,
+            "attention_mask": attention_mask,
+            "past_key_values": past_key_values,
+            "use_cache": use_cache,
+        }
+
+
+def _mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The mean of what is there, [B, T, D] to [B, D]."""
+    weights = mask.to(tokens.dtype)[..., None]
+    return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)

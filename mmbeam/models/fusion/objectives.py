@@ -1,0 +1,212 @@
+"""The parts of the training loss beside the captions: alignment, reconstruction, and two adversaries.
+
+Shapes: B batch, E width of the shared space, D hidden size, T words, V vocabulary.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
+
+THUMBNAIL = 8  # side of what is reconstructed of a picture or a spectrogram
+MAX_SCALE = math.log(100)  # of cosine similarities, as in CLIP (Radford et al., 2021)
+Embeddings = Mapping[str, torch.Tensor]  # by name, [B, E]
+Present = Mapping[str, torch.Tensor]  # by name, bool [B]
+
+
+class SharedSpace(nn.Module):
+    """Projections into one space, and three products to compare what is in it."""
+
+    def __init__(self, names: Sequence[str], pairs: Sequence[tuple[str, str]], config: FusionConfig) -> None:
+        super().__init__()
+        self.similarities = list(config.similarities)
+        self.project = nn.ModuleDict({name: nn.Linear(config.hidden_size, config.embedding_dim) for name in names})
+        self.scale = nn.Parameter(torch.tensor(math.log(1 / 0.07)))
+        self.width = config.embedding_dim
+        self.bilinear = nn.ParameterDict()
+        if "bilinear" in self.similarities:
+            self.bilinear.update({_key(pair): torch.eye(self.width) for pair in pairs})
+
+    def similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
+        """Logits [A, B] of all a with all b: scaled cosine, dot product, or a W b with W learned for the pair."""
+        if kind == "cosine":
+            scale = self.scale.clamp(max=MAX_SCALE).exp()
+            return scale * F.normalize(a_AE, dim=-1) @ F.normalize(b_BE, dim=-1).T
+        if kind == "bilinear":
+            a_AE = a_AE @ self.bilinear[_key(pair)]
+        return a_AE @ b_BE.T / math.sqrt(self.width)
+
+    def loss(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        embeddings: Embeddings,
+        present: Present,
+        views: Embeddings,
+        positives: torch.Tensor,
+    ) -> torch.Tensor:
+        """Symmetric InfoNCE, the mean over pairs and similarities; samples that lack either are left out.
+
+        `positives` [B, B] says which samples are alike (each is like itself). Of a pair of a name with
+        itself the other side is `views`, where there is one; else the samples that are alike, if any.
+        """
+        losses = []
+        for pair in pairs:
+            a, b = pair
+            if a not in embeddings or b not in embeddings:
+                continue
+            rows = (present[a] & present[b]).nonzero()[:, 0]
+            alike, skip = positives[rows][:, rows], None
+            other = embeddings[b]
+            if a == b and a in views:
+                other = views[a]
+            elif a == b:
+                skip = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
+            for kind in self.similarities:
+                logits = self.similarity(kind, pair, embeddings[a][rows], other[rows])
+                losses.append(info_nce(logits, alike, skip))
+        return torch.stack(losses).mean() if losses else self.scale.new_zeros(())
+
+
+def _key(pair: tuple[str, str]) -> str:
+    return f"{pair[0]}|{pair[1]}"
+
+
+def info_nce(logits: torch.Tensor, positives: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
+    """Symmetric InfoNCE with any number of positives (van den Oord et al., 2018; Khosla et al., 2020, L_in).
+
+    `logits`, bool `positives` and `skip` (neither positive nor negative) are [N, N]. A row without a
+    positive says nothing; if none has one, 0.
+    """
+    if skip is not None:
+        positives = positives & ~skip
+        logits = logits.masked_fill(skip, -torch.inf)
+    losses = []
+    for scores, alike in ((logits, positives), (logits.T, positives.T)):
+        kept = alike.any(1)
+        if kept.any():
+            chosen = scores[kept].masked_fill(~alike[kept], -torch.inf)
+            losses.append((scores[kept].logsumexp(1) - chosen.logsumexp(1)).mean())
+    return torch.stack(losses).mean() if losses else logits.new_zeros(())
+
+
+class Reconstruction(nn.Module):
+    """The decoders of an autoencoder whose code is the shared space: a source's input from its embedding.
+
+    Of a picture or spectrogram a thumbnail, of a text its words in any order, of features themselves.
+    """
+
+    def __init__(self, sources: Mapping[str, SourceConfig], config: FusionConfig) -> None:
+        super().__init__()
+        self.sources = dict(sources)
+        self.vocab_size = config.vocab_size
+        self.heads = nn.ModuleDict(
+            {
+                name: nn.Sequential(
+                    nn.Linear(config.embedding_dim, 2 * config.hidden_size),
+                    nn.GELU(),
+                    nn.Linear(2 * config.hidden_size, width),
+                )
+                for name, source in sources.items()
+                if (width := self._width(source)) is not None
+            }
+        )
+
+    def _width(self, source: SourceConfig) -> int | None:
+        if source.kind == "features":
+            return source.width
+        if source.kind == "pretrained":
+            return None
+        return self.vocab_size if source.modality == "text" else source.shape[0] * THUMBNAIL**2
+
+    def loss(self, inputs: Mapping[str, Any], embeddings: Embeddings, present: Present) -> torch.Tensor:
+        """The mean over sources: squared error, for texts cross-entropy to the shares of their words."""
+        losses = []
+        for name, head in self.heads.items():
+            if name in embeddings and present[name].any():
+                rows = present[name]
+                code = F.normalize(embeddings[name][rows], dim=-1)
+                losses.append(self._error(name, head(code), inputs[name][rows], inputs[f"{name}_mask"][rows]))
+        return torch.stack(losses).mean() if losses else next(iter(embeddings.values())).new_zeros(())
+
+    def _error(self, name: str, guess: torch.Tensor, true: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        source = self.sources[name]
+        if source.kind == "features":
+            if source.tokens:
+                true = true.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
+            return F.mse_loss(guess, F.layer_norm(true, true.shape[-1:]))
+        if source.modality == "text":
+            counts = torch.zeros_like(guess).scatter_add_(1, true, mask.to(guess.dtype))
+            return F.cross_entropy(guess, counts / counts.sum(1, keepdim=True))
+        return F.mse_loss(guess, F.adaptive_avg_pool2d(true, THUMBNAIL).flatten(1))
+
+
+class _Reverse(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        return -gradients[0]
+
+
+def reverse_gradient(values: torch.Tensor) -> torch.Tensor:
+    """The identity, whose gradient is reversed (Ganin and Lempitsky, 2015, arXiv:1409.7495).
+
+    So one optimiser trains an adversary to tell things apart, and what is before it to make them alike.
+    """
+    reversed_: torch.Tensor = _Reverse.apply(values)  # type: ignore[no-untyped-call]
+    return reversed_
+
+
+class ModalityAdversary(nn.Module):
+    """Tries to tell from an embedding which source it came from; the embeddings learn to give nothing away."""
+
+    def __init__(self, names: Sequence[str], config: FusionConfig) -> None:
+        super().__init__()
+        self.names = list(names)
+        self.net = nn.Sequential(
+            nn.Linear(config.embedding_dim, config.hidden_size),
+            nn.GELU(),
+            nn.Linear(config.hidden_size, len(self.names)),
+        )
+
+    def loss(self, embeddings: Embeddings, present: Present) -> torch.Tensor:
+        """Cross-entropy; at log(len(names)) the adversary has lost."""
+        found = [(i, embeddings[name][present[name]]) for i, name in enumerate(self.names) if name in embeddings]
+        if not found:
+            return next(iter(embeddings.values())).new_zeros(())
+        vectors = torch.cat([F.normalize(each, dim=-1) for _, each in found])
+        truth = torch.cat([torch.full((len(each),), i, device=each.device) for i, each in found])
+        return F.cross_entropy(self.net(reverse_gradient(vectors)), truth)
+
+
+class GeneratorAdversary(nn.Module):
+    """Tries to tell the generator's states on its own text from those on a real one (professor forcing).
+
+    Lamb et al., 2016, arXiv:1610.09038; both kinds of states learn to be alike.
+    """
+
+    def __init__(self, config: FusionConfig) -> None:
+        super().__init__()
+        self.rnn = nn.GRU(config.hidden_size, config.hidden_size // 2, batch_first=True, bidirectional=True)
+        self.score = nn.Linear(config.hidden_size, 1)
+
+    def loss(
+        self, real: torch.Tensor, real_mask: torch.Tensor, own: torch.Tensor, own_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """Cross-entropy of states [B, T, D] with bool masks [B, T]; at log(2) the adversary has lost."""
+        scores = [self._judge(real, real_mask), self._judge(own, own_mask)]
+        truth = torch.cat([torch.ones_like(scores[0]), torch.zeros_like(scores[1])])
+        return F.binary_cross_entropy_with_logits(torch.cat(scores), truth)
+
+    def _judge(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        heard = self.rnn(reverse_gradient(states))[0] * mask[..., None]
+        mean = heard.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        scores: torch.Tensor = self.score(mean)[:, 0]
+        return scores

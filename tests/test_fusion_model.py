@@ -1,0 +1,461 @@
+"""The fusion model of every make: it learns, is saved and read again, and never sees what is masked."""
+
+import itertools
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tiny_fusion import (
+    BATCH,
+    FUSIONS,
+    GENERATORS,
+    KINDS,
+    SIDE,
+    SIZES,
+    TOKENS,
+    VOCABULARY,
+    media,
+    only,
+    spoiled,
+    tiny_config,
+    tiny_inputs,
+    tiny_labels,
+    tiny_model,
+)
+from transformers import AutoConfig, AutoModel
+from transformers.modeling_outputs import BaseModelOutput
+
+from mmbeam.errors import ModelError
+from mmbeam.models.fusion import FusionConfig, FusionModel
+from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.loading import load_pretrained
+from mmbeam.types import MODALITIES
+
+CPU = torch.device("cpu")
+SUBSETS = [s for size in range(4) for s in itertools.combinations(MODALITIES, size)]
+EVERY_LOSS = {"align": 0.1, "reconstruct": 0.1, "modality_adversary": 0.1}
+FEATURES: dict[str, tuple[Any, int, bool]] = {
+    "clip_image_embedding": ("image", 12, False),
+    "dino_image_tokens": ("image", 20, True),
+    "clap_audio_embedding": ("audio", 8, False),
+    "bert_text_embedding": ("text", 10, False),
+    "t5_text_tokens": ("text", 6, True),
+}
+
+
+def features_of(*names: str) -> dict[str, Any]:
+    made = FusionConfig.for_features({name: FEATURES[name] for name in names or FEATURES}).sources
+    return dict(made or {})
+
+
+MAKES: dict[str, dict[str, Any]] = {
+    **{fusion: {"fusion": fusion} for fusion in FUSIONS},
+    "lstm": {"generator_kind": "lstm"},
+    **{f"encoders-{kind}": {"sources": media(kind)} for kind in KINDS},
+    "features": {"sources": features_of()},
+    "features-bilinear": {"sources": features_of(), "fusion": "bilinear"},
+}
+
+
+@pytest.fixture(scope="module", params=MAKES)
+def model(request: pytest.FixtureRequest) -> FusionModel:
+    return tiny_model(**MAKES[request.param])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_each_make_trains_whole_and_comes_back_from_its_files_the_same(
+    fusion: str, generator: str, kind: str, tmp_path: Path
+) -> None:
+    model = tiny_model(media(kind), fusion=fusion, generator_kind=generator)
+    inputs, labels = tiny_inputs(model), tiny_labels()
+    with torch.no_grad():
+        before = model(labels=labels, **inputs)
+    assert before.logits.shape == (BATCH, TOKENS, VOCABULARY)
+    model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.bin"))
+    for again in (load_pretrained(FusionModel, tmp_path, CPU, torch.float32), AutoModel.from_pretrained(tmp_path)):
+        assert type(again) is FusionModel
+        with torch.no_grad():
+            after = again(labels=labels, **inputs)
+        torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
+        torch.testing.assert_close(after.logits, before.logits, rtol=1e-5, atol=1e-5)  # memory is aligned otherwise
+        torch.testing.assert_close(after.losses, before.losses, rtol=1e-5, atol=1e-5)
+    model.train()(labels=labels, **inputs).loss.backward()
+    still = {name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()}
+    assert still <= {name for name in still if name.endswith("bias")}, "no gradient"
+    assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
+
+
+def test_features_train_whole_too() -> None:
+    model = tiny_model(
+        features_of(), pairs=[["clip_image_embedding", "bert_text_embedding"], ["fused", "t5_text_tokens"]]
+    )
+    model.train()(labels=tiny_labels(), **tiny_inputs(model)).loss.backward()
+    assert [name for name, value in model.named_parameters() if value.grad is None] == []
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(MODALITIES))[1:])
+def test_sources_may_stand_in_any_order(order: Sequence[str], tmp_path: Path) -> None:
+    model = tiny_model(fusion="concat")
+    inputs, labels = tiny_inputs(model), tiny_labels()
+    model.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["sources"] = {name: config["sources"][name] for name in order}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    again = load_pretrained(FusionModel, tmp_path, CPU, torch.float32)
+    turned = {name: inputs[name] for name in reversed(inputs)}
+    torch.testing.assert_close(again(labels=labels, **turned).loss, model(labels=labels, **inputs).loss, rtol=0, atol=0)
+
+
+# What is missing is masked
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("fusion", FUSIONS)
+def test_a_source_missing_in_the_batch_is_as_if_it_were_left_out(fusion: str, training: bool) -> None:
+    model = tiny_model(fusion=fusion, loss_weights=EVERY_LOSS).train(training)
+    for present in SUBSETS:
+        absent = [name for name in MODALITIES if name not in present]
+        masked = spoiled(tiny_inputs(model), {name: torch.ones(BATCH, dtype=torch.bool) for name in absent})
+        first = _outcome(model, masked)
+        assert first["loss"].isfinite()
+        assert set(model.encode(**masked).embeddings) == {*present, "fused"}
+        grew = {name.split(".")[1] for name in first if name.startswith("encoders")}
+        assert grew == ({*present, "text"} if present else set())  # the encoder of texts reads the captions
+        if present:  # with nothing at all the model would not know how many samples there are
+            left_out = {name: value for name, value in masked.items() if name.removesuffix(MASK) in present}
+            torch.testing.assert_close(_outcome(model, left_out), first, rtol=0, atol=0)
+
+
+def test_none_is_the_same_as_nothing() -> None:
+    model = tiny_model(loss_weights=EVERY_LOSS)
+    text = {name: value for name, value in tiny_inputs(model).items() if name.startswith("text")}
+    none = {"image": None, "audio": None, "audio_mask": None}
+    torch.testing.assert_close(_outcome(model, text | none), _outcome(model, text), rtol=0, atol=0)
+
+
+def _outcome(model: FusionModel, inputs: Any) -> dict[str, torch.Tensor]:
+    """What a call gives, random as it is in training, and the gradients that it leaves."""
+    torch.manual_seed(5)
+    model.zero_grad()
+    out = model(labels=tiny_labels(len(next(iter(inputs.values())))), **inputs)
+    out.loss.backward()
+    gradients = {name: value.grad for name, value in model.named_parameters() if value.grad is not None}
+    return {"loss": out.loss, "logits": out.logits, **out.losses, **gradients}
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
+def test_what_stands_in_a_masked_place_changes_nothing(model: FusionModel, training: bool) -> None:
+    model.train(training)
+    names = list(model.sources)
+    rows = torch.arange(BATCH)
+    absent = {name: rows % len(names) == place for place, name in enumerate(names)}
+    nonsense = spoiled(tiny_inputs(model), absent)
+    zeros = {name: value.clone() for name, value in nonsense.items()}
+    for name in names:
+        zeros[name][absent[name]] = 0
+    first = _outcome(model, nonsense)
+    torch.testing.assert_close(_outcome(model, zeros), first, rtol=0, atol=0)
+    assert all(value.isfinite().all() for value in first.values())
+
+
+def test_padding_of_a_sequence_changes_nothing(model: FusionModel) -> None:
+    inputs = tiny_inputs(model)
+    clean = _outcome(model.eval(), inputs)
+    for name, source in model.sources.items():
+        if inputs[name + MASK].dim() > 1:
+            values = inputs[name].clone()
+            values[~inputs[name + MASK]] = 7 if source.kind != "features" else float("nan")
+            inputs[name] = values
+    torch.testing.assert_close(_outcome(model.eval(), inputs), clean, rtol=0, atol=0)
+
+
+def _mixed(model: FusionModel) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
+    """A batch of which each sample has other sources, and which; nothing at all among them."""
+    names = list(model.sources)
+    inputs = tiny_inputs(model, batch=6)
+    kept = [names, names[:1], names[1:], names[-1:], names[::2], []]
+    absent = {name: torch.tensor([name not in each for each in kept]) for name in names}
+    return spoiled(inputs, absent), kept
+
+
+@torch.inference_mode()
+def test_a_sample_gives_in_a_batch_what_it_gives_alone_with_what_it_has(model: FusionModel) -> None:
+    model.eval()
+    inputs, kept = _mixed(model)
+    labels = tiny_labels(len(kept))
+    together = model(labels=labels, **inputs).logits
+    encoding = model.encode(**inputs)
+    for row, names in enumerate(kept):
+        alone = only(inputs, row, names or list(model.sources))
+        own = (labels[row] != -100).sum()
+        logits = model(labels=labels[row : row + 1, :own], **alone).logits
+        torch.testing.assert_close(together[row, :own], logits[0], rtol=1e-4, atol=1e-4)
+        for name, embedding in model.encode(**alone).embeddings.items():
+            torch.testing.assert_close(encoding.embeddings[name][row], embedding[0], rtol=1e-4, atol=1e-4)
+        assert {name for name, rows in encoding.present.items() if rows[row]} == {*names, *(["fused"] if names else [])}
+    assert (together[0] - together[-1]).abs().max() > 0.01  # what is there does matter
+
+
+@torch.inference_mode()
+def _writes_alone(model: FusionModel, **how: Any) -> None:
+    inputs, kept = _mixed(model)
+    together = model.generate(**inputs, max_new_tokens=8, **how)
+    assert together[:, 0].tolist() == [1] * len(kept)
+    for row, names in enumerate(kept):
+        alone = model.generate(**only(inputs, row, names or list(model.sources)), max_new_tokens=8, **how)[0]
+        assert together[row, : len(alone)].tolist() == alone.tolist()
+        assert set(together[row, len(alone) :].tolist()) <= {0, 2}  # beam search pads with the end-of-text token
+    assert len({tuple(row) for row in together.tolist()}) > 2
+
+
+def test_a_batch_writes_what_each_sample_writes_alone(model: FusionModel) -> None:
+    _writes_alone(model.eval())
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_batch_writes_by_beams_what_each_sample_writes_alone(generator: str) -> None:
+    _writes_alone(tiny_model(generator_kind=generator, fusion="gated"), num_beams=3)
+
+
+# Generation
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_generate_is_the_models_own_most_likely_next_word(generator: str) -> None:
+    model = tiny_model(generator_kind=generator)
+    inputs = tiny_inputs(model)
+    written = model.generate(**inputs, max_new_tokens=8)
+    for row, words in enumerate(written.tolist()):
+        end = words.index(2) if 2 in words else len(words) - 1
+        with torch.no_grad():
+            logits = model(decoder_input_ids=written[row : row + 1, :end], **only(inputs, row)).logits[0]
+        assert logits.argmax(-1).tolist() == words[1 : end + 1]
+
+
+def test_beams_find_what_is_at_least_as_likely() -> None:
+    model = tiny_model()
+    inputs = tiny_inputs(model, batch=8)
+
+    def logprobs(ids: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            scores = model(decoder_input_ids=ids[:, :-1], **inputs).logits.log_softmax(-1)
+        return scores.gather(2, ids[:, 1:, None])[..., 0].sum(1)
+
+    length = {"min_new_tokens": 4, "max_new_tokens": 4}
+    greedy = logprobs(model.generate(**inputs, **length))
+    beams = logprobs(model.generate(**inputs, num_beams=20, **length))
+    assert (beams >= greedy - 1e-4).all()
+    assert (beams > greedy + 1e-3).any()
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_sampling_draws_by_chance(generator: str) -> None:
+    model = tiny_model(generator_kind=generator)
+    inputs = only(tiny_inputs(model), 0)
+    torch.manual_seed(0)
+    drawn = model.generate(**inputs, max_new_tokens=1, do_sample=True, top_k=0, num_return_sequences=2000)[:, 1]
+    with torch.no_grad():
+        truth = model(decoder_input_ids=torch.tensor([[1]]), **inputs).logits[0, -1].softmax(-1)
+    torch.testing.assert_close(drawn.bincount(minlength=VOCABULARY) / 2000, truth, rtol=0, atol=0.05)
+    assert len(set(drawn.tolist())) > 5
+
+
+def test_a_cache_of_fixed_size_writes_the_same() -> None:
+    model = tiny_model()
+    inputs, _ = _mixed(model)
+    dynamic = model.generate(**inputs, max_new_tokens=8)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, cache_implementation="static"), dynamic)
+    assert torch.equal(model.generate(**inputs, max_new_tokens=8, use_cache=False), dynamic)
+
+
+@pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_a_memory_made_before_writes_and_scores_the_same(generator: str, how: dict[str, int]) -> None:
+    model = tiny_model(generator_kind=generator)
+    inputs, _ = _mixed(model)
+    with torch.no_grad():
+        encoding = model.encode(**inputs)
+        made = {"encoder_outputs": (encoding.memory,), "attention_mask": encoding.memory_mask}
+        labels = tiny_labels(6)
+        torch.testing.assert_close(model(labels=labels, **made).logits, model(labels=labels, **inputs).logits)
+    made["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoding.memory)
+    expected = model.generate(**inputs, max_new_tokens=8, **how)
+    assert torch.equal(model.generate(**made, max_new_tokens=8, **how), expected)
+
+
+# What it is made of
+
+
+def test_two_encoders_of_the_same_text_are_both_read() -> None:
+    texts = {
+        name: {"modality": "text", "kind": kind, "layers": 1} for name, kind in (("text", "lstm"), ("text2", "conv"))
+    }
+    model = tiny_model(texts)
+    inputs, labels = tiny_inputs(model), tiny_labels()
+    with torch.no_grad():
+        both = model(labels=labels, **inputs).logits
+        for name in texts:
+            alone = model(labels=labels, **{name: inputs[name], name + MASK: inputs[name + MASK]}).logits
+            assert (alone - both).abs().max() > 0.01
+    assert ("text", "text2") in model.pairs
+
+
+def test_each_column_of_features_is_read() -> None:
+    model = tiny_model(features_of())
+    inputs, labels = tiny_inputs(model), tiny_labels()
+    with torch.no_grad():
+        whole = model(labels=labels, **inputs).logits
+        for name in FEATURES:
+            changed = inputs | {name: inputs[name].flip(-1)}
+            assert (model(labels=labels, **changed).logits - whole).abs().max() > 0.001
+            if FEATURES[name][2]:  # tokens have an order
+                turned = {name: inputs[name][:, :2].flip(1), name + MASK: inputs[name + MASK][:, :2]}
+                straight = {name: inputs[name][:, :2], name + MASK: inputs[name + MASK][:, :2]}
+                first, second = (model(labels=labels, **each).logits for each in (turned, straight))
+                assert (first - second).abs().max() > 0.001
+
+
+def test_halves_of_bytes_in_the_file_and_float32_in_the_computer(tmp_path: Path) -> None:
+    model = tiny_model()
+    rounded = {
+        name: value.to(torch.bfloat16).float()
+        for name, value in model.state_dict().items()
+        if value.is_floating_point()
+    }
+    inputs, labels = tiny_inputs(model), tiny_labels()
+    model.to(torch.bfloat16).save_pretrained(tmp_path)
+    half = (tmp_path / "model.safetensors").stat().st_size
+    again = load_pretrained(FusionModel, tmp_path, CPU, torch.float32)
+    assert half < 0.6 * sum(value.numel() * 4 for value in again.parameters())
+    torch.testing.assert_close({name: again.state_dict()[name] for name in rounded}, rounded, rtol=0, atol=0)
+    with torch.no_grad():
+        assert again(labels=labels, **inputs).logits.dtype == torch.float32
+        low = load_pretrained(FusionModel, tmp_path, CPU, torch.bfloat16)(labels=labels, **inputs)
+    assert low.logits.dtype == torch.bfloat16
+    assert low.loss.isfinite()
+
+
+def test_the_configuration_comes_back_from_json(tmp_path: Path) -> None:
+    config = tiny_config(
+        {**media("lstm"), **features_of()},
+        fusion="bilinear",
+        generator_kind="lstm",
+        similarities=("dot", "bilinear"),
+        pairs=[["image", "audio"], ["image", "image"]],
+        loss_weights={"align": 0.3, "generator_adversary": 0.05},
+        label_smoothing=0.1,
+    )
+    config.save_pretrained(tmp_path)
+    for again in (FusionConfig.from_pretrained(tmp_path), AutoConfig.from_pretrained(tmp_path)):
+        assert type(again) is FusionConfig
+        assert again.parsed_sources() == config.parsed_sources()
+        assert again.aligned_pairs() == [("image", "audio"), ("image", "image")]
+        assert again.loss_weights == {"caption": 1.0, "align": 0.3, "reconstruct": 0.1, "generator_adversary": 0.05}
+        for name in ("fusion", "generator_kind", "similarities", "label_smoothing", *SIZES):
+            assert getattr(again, name) == getattr(config, name)
+    assert type(AutoModel.from_config(config)) is FusionModel
+
+
+def test_a_head_that_the_checkpoint_was_trained_without_is_made_anew(tmp_path: Path) -> None:
+    tiny_model(loss_weights={"reconstruct": 0.0}).save_pretrained(tmp_path)
+    config = tiny_config(loss_weights={"reconstruct": 0.1, "generator_adversary": 0.1, "modality_adversary": 0.1})
+    heads = ("reconstruction", "generator_adversary", "modality_adversary")
+    with pytest.raises(ModelError, match=r"missing.*generator_adversary"):
+        load_pretrained(FusionModel, tmp_path, CPU, torch.float32, config=config)
+    ignored = [rf"^{head}\." for head in heads]
+    model = load_pretrained(FusionModel, tmp_path, CPU, torch.float32, ignored, config=config)
+    fresh = {name: value for name, value in model.named_parameters() if name.startswith(heads)}
+    assert {name.split(".")[0] for name in fresh} == set(heads)
+    for name, value in fresh.items():
+        assert 0 < value.abs().max() < 1, name
+
+
+def test_features_of_another_width_are_an_error_that_names_both() -> None:
+    model = tiny_model(features_of("clip_image_embedding", "t5_text_tokens"))
+    with pytest.raises(ModelError, match=r"features clip_image_embedding: vectors of width 16, the model takes 12"):
+        model.encode(clip_image_embedding=torch.zeros(2, 16))
+    with pytest.raises(ModelError, match=r"source t5_text_tokens: 65 tokens, the model takes 64"):
+        model.encode(t5_text_tokens=torch.zeros(2, 65, 6))
+
+
+def test_inputs_that_are_no_batch_of_the_models_are_an_error() -> None:
+    model = tiny_model()
+    with pytest.raises(ModelError, match="input video: the model's sources are image, audio, text"):
+        model(labels=tiny_labels(), video=torch.zeros(2, 3))
+    with pytest.raises(ModelError, match=r"inputs of \[2, 3\] samples"):
+        model.encode(image=torch.zeros(2, 3, SIDE, SIDE), image_mask=torch.ones(3))
+    with pytest.raises(ModelError, match=r"inputs of \[\] samples; expected one batch, of at least one source"):
+        model.encode()
+    with pytest.raises(ModelError, match="needs labels or decoder_input_ids"):
+        model(image=torch.zeros(2, 3, SIDE, SIDE))
+
+
+GRID = {"modality": "image", "kind": "transformer", "shape": [3, 32, 32]}
+WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
+    "kind": (
+        {"image": GRID | {"kind": "vgg"}},
+        {},
+        "source image: modality 'image', kind 'vgg'; expected one of image,",
+    ),
+    "modality": ({"film": {"modality": "video"}}, {}, "source film: modality 'video'"),
+    "field": ({"image": GRID | {"depth": 2}}, {}, r"source image: unknown \['depth'\]"),
+    "no modality": ({"image": {"kind": "conv"}}, {}, r"source image: .*missing \['modality'\]"),
+    "no shape": ({"image": {"modality": "image"}}, {}, "source image: a source of kind conv needs shape"),
+    "no channels": ({"image": GRID | {"kind": "conv"}}, {}, "source image: a source of kind conv needs channels"),
+    "no patch": ({"image": GRID}, {}, "source image: a source of kind transformer needs patch"),
+    "flat": ({"image": GRID | {"shape": [32, 32], "patch": [8, 8]}}, {}, "expected channels, height and width"),
+    "patches": ({"image": GRID | {"patch": [5, 8]}}, {}, r"patches of \(5, 8\) do not divide \(32, 32\)"),
+    "no width": ({"image": {"modality": "image", "kind": "features"}}, {}, "source image: .* features needs width"),
+    "no model": ({"image": {"modality": "image", "kind": "pretrained"}}, {}, "source image: .* pretrained needs model"),
+    "a taken name": (
+        {"labels": GRID | {"patch": [8, 8]}},
+        {},
+        "source 'labels': the model has another input of this name",
+    ),
+    "a dot": ({"a.b": GRID | {"patch": [8, 8]}}, {}, "source 'a.b': no name for a part of a model; rename the column"),
+    "a method": ({"values": GRID | {"patch": [8, 8]}}, {}, "source 'values': no name for a part of a model"),
+    "fusion": ({}, {"fusion": "sum"}, "fusion 'sum': expected one of attention, concat, gated, bilinear"),
+    "generator": ({}, {"generator_kind": "gpt"}, "generator_kind 'gpt': expected one of transformer, lstm"),
+    "similarity": ({}, {"similarities": ["euclid"]}, "similarities: euclid: expected of cosine, dot, bilinear"),
+    "loss": ({}, {"loss_weights": {"aligned": 1.0}}, "loss_weights: aligned: expected of caption, align"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_configuration_is_an_error_that_names_what_and_what_would_be_right(case: str) -> None:
+    sources, options, message = WRONG[case]
+    with pytest.raises(ModelError, match=message):
+        tiny_config(sources, **options)
+
+
+def test_an_unknown_name_in_a_pair_is_an_error() -> None:
+    with pytest.raises(ModelError, match="pairs: film: expected of image, audio, text, fused, caption"):
+        tiny_config(pairs=[["image", "film"]]).aligned_pairs()
+
+
+# It learns
+
+
+@pytest.mark.parametrize("generator", GENERATORS)
+def test_it_learns_to_say_what_it_is_shown(generator: str) -> None:
+    """Each caption is two words by the picture's source, two by the sound's and two by the text's."""
+    torch.manual_seed(0)
+    model = FusionModel(tiny_config(generator_kind=generator, dropout=0.0, loss_weights={"align": 0.05}))
+    inputs = tiny_inputs(model, batch=16)
+    labels = torch.cat([torch.randint(3, VOCABULARY, (16, 6)), torch.full((16, 1), 2)], 1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(80):
+        optimizer.zero_grad()
+        out = model(labels=labels, **inputs)
+        out.loss.backward()
+        optimizer.step()
+        losses.append(out.losses["caption"].item())
+    assert losses[-1] < 0.1 < 2 < losses[0]
+    assert torch.equal(model.eval().generate(**inputs, max_new_tokens=7)[:, 1:], labels)

@@ -1,0 +1,218 @@
+"""Checkpoints of transformers as encoders of a fusion model, frozen or not, against the checkpoints themselves."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_audio_text as sounds
+import tiny_models as pictures
+import torch
+from tiny_fusion import SIZES, tiny_config, tiny_labels
+from transformers import AutoModel
+
+from mmbeam.errors import ModelError
+from mmbeam.models.fusion import FusionModel, FusionProcessor
+from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.fusion.towers import load_weights, read_preprocessing, read_source
+from mmbeam.models.generators.base import Request
+from mmbeam.models.loading import load_pretrained
+from mmbeam.types import Modality
+
+CPU = torch.device("cpu")
+Save = Callable[[Path], Path]
+CHECKPOINTS: dict[str, tuple[Save, Modality]] = {
+    "clip-image": (pictures.save_clip, "image"),
+    "clip-text": (pictures.save_clip, "text"),
+    "siglip-image": (pictures.save_siglip, "image"),
+    "metaclip2-text": (pictures.save_metaclip2, "text"),
+    "blip-image": (pictures.save_blip, "image"),
+    "vit": (pictures.save_vit, "image"),
+    "dinov2": (pictures.save_dinov2, "image"),
+    "resnet": (pictures.save_resnet, "image"),
+    "whisper": (sounds.save_whisper, "audio"),
+    "bert": (sounds.save_bert, "text"),
+    "roberta": (sounds.save_roberta, "text"),
+    "t5": (sounds.save_t5, "text"),
+    "clap-text": (sounds.save_clap, "text"),
+}
+TRAINED = ("clip-image", "clip-text", "vit", "bert", "whisper", "resnet", "t5")
+REQUESTS = [
+    Request(
+        image=np.random.default_rng(row).integers(0, 256, (40 + row, 50, 3), dtype=np.uint8),
+        audio=(sounds.tone(8000, 0.5 + row), 8000),
+        text="a dog [SEP] barks </s> and " + "barks " * 30 * row,
+    )
+    for row in range(3)
+]
+
+
+def make(name: str, directory: Path, frozen: bool) -> tuple[FusionModel, FusionProcessor]:
+    save, modality = CHECKPOINTS[name]
+    save(directory)
+    config = tiny_config({"tower": read_source(directory, modality, frozen=frozen, max_tokens=20)}, vocab_size=260)
+    processor = FusionProcessor.fit(config.parsed_sources(), ["a dog"], 260)
+    read_preprocessing(processor, "tower", directory)
+    torch.manual_seed(0)
+    model = FusionModel(config)
+    load_weights(model, "tower", directory)
+    return model, processor
+
+
+def reference(name: str, directory: Path, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """The checkpoint's own last hidden states."""
+    model = AutoModel.from_pretrained(directory).eval()
+    part = {"clip-image": "vision_model", "siglip-image": "vision_model", "blip-image": "vision_model"}.get(name)
+    part = part or ("text_model" if name in ("clip-text", "metaclip2-text", "clap-text") else None)
+    tower: Any = getattr(model, part) if part else model
+    if name in ("whisper", "t5"):
+        tower = model.get_encoder()
+    with torch.no_grad():
+        if mask.dim() > 1:
+            return tower(input_ids=values, attention_mask=mask.long()).last_hidden_state
+        return tower(values).last_hidden_state
+
+
+@pytest.mark.parametrize("name", CHECKPOINTS)
+def test_the_encoder_gives_what_the_checkpoint_gives(name: str, tmp_path: Path) -> None:
+    model, processor = make(name, tmp_path / "own", frozen=True)
+    inputs = processor(REQUESTS, CPU)
+    values, mask = inputs["tower"], inputs["tower" + MASK]
+    expected = reference(name, tmp_path / "own", values, mask)
+    if expected.dim() == 4:
+        expected = expected.flatten(2).transpose(1, 2)
+    found: list[torch.Tensor] = []
+    encoder: Any = model.eval().encoders["tower"]
+    encoder.project.register_forward_hook(lambda module, args, out: found.append(args[0]))
+    tokens, _ = model.embed("tower", values, mask)
+    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    if mask.dim() > 1:
+        assert mask.sum(1).max() <= 20
+        assert torch.equal(tokens[1], mask)
+
+
+@pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
+@pytest.mark.parametrize("name", TRAINED)
+def test_frozen_stays_and_unfrozen_learns_and_both_need_the_checkpoint_no_more(
+    name: str, frozen: bool, tmp_path: Path
+) -> None:
+    model, processor = make(name, tmp_path / "own", frozen)
+    encoder: Any = model.encoders["tower"]
+    before = {key: value.clone() for key, value in encoder.model.state_dict().items()}
+    inputs = processor(REQUESTS, CPU)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2, weight_decay=0.5)
+    model.train()(labels=tiny_labels(3), **inputs).loss.backward()
+    optimizer.step()
+    changed = [key for key, value in encoder.model.state_dict().items() if not torch.equal(value, before[key])]
+    assert bool(changed) != frozen
+    assert encoder.model.training != frozen
+    model.save_pretrained(tmp_path / "fusion")
+    processor.save(tmp_path / "fusion")
+    shutil.rmtree(tmp_path / "own")
+    again = load_pretrained(FusionModel, tmp_path / "fusion", CPU, torch.float32)
+    assert any(value.requires_grad for value in again.encoders["tower"].model.parameters()) != frozen
+    read = FusionProcessor.from_directory(tmp_path / "fusion")(REQUESTS, CPU)
+    torch.testing.assert_close(read, inputs, rtol=0, atol=0)
+    expected = model.eval()(labels=tiny_labels(3), **inputs).logits
+    torch.testing.assert_close(again(labels=tiny_labels(3), **read).logits, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_sample_without_the_encoders_input_is_masked(tmp_path: Path) -> None:
+    _, processor = make("bert", tmp_path, frozen=True)
+    inputs = processor([REQUESTS[0], Request(), Request(text="")], CPU)
+    assert inputs["tower" + MASK].any(1).tolist() == [True, False, False]
+    assert not processor([Request(), Request()], CPU)["tower" + MASK].any()
+
+
+def test_a_text_that_is_cut_keeps_its_last_special_token_and_spells_none(tmp_path: Path) -> None:
+    _, processor = make("bert", tmp_path, frozen=True)
+    cls, sep = 2, 3
+    short, long = processor.input_ids(["a [SEP] dog", "dog " * 50], "tower")
+    assert (short[0], short[-1], short.count(sep)) == (cls, sep, 1)
+    assert (len(long), long[0], long[-1]) == (20, cls, sep)
+
+
+def test_two_checkpoints_read_the_same_text(tmp_path: Path) -> None:
+    bert, clip = sounds.save_bert(tmp_path / "bert"), pictures.save_clip(tmp_path / "clip")
+    sources = {
+        "bert": read_source(bert, "text"),
+        "clip_text": read_source(clip, "text"),
+        "clip": read_source(clip, "image"),
+    }
+    config = tiny_config(sources, vocab_size=260)
+    processor = FusionProcessor.fit(config.parsed_sources(), ["a dog"], 260)
+    for name, directory in (("bert", bert), ("clip_text", clip), ("clip", clip)):
+        read_preprocessing(processor, name, directory)
+    model = FusionModel(config).eval()
+    ids = model.generate(**processor(REQUESTS, CPU), max_new_tokens=4)
+    assert ids.shape[0] == len(REQUESTS)
+    assert processor.modalities == ("image", "text")
+    assert processor.image_side == pictures.SIDE
+
+
+REFUSED: dict[str, tuple[Save, Modality, str]] = {
+    "AST": (
+        sounds.save_ast,
+        "audio",
+        "reads input_values, not input_features; compute its vectors with `mmbeam embed`",
+    ),
+    "wav2vec 2.0": (lambda path: sounds.save_speech(path, "wav2vec2"), "audio", "reads input_values"),
+    "CLAP": (sounds.save_clap, "audio", "no encoder of clap_audio_model can be made alone; compute its vectors with"),
+    "a text for a picture": (sounds.save_bert, "image", "bert reads input_ids, not pixel_values"),
+    "a picture for a text": (pictures.save_vit, "text", "vit reads pixel_values, not input_ids"),
+}
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
+@pytest.mark.parametrize("case", REFUSED)
+def test_what_no_source_can_be_is_refused_with_the_way_round(case: str, tmp_path: Path) -> None:
+    save, modality, message = REFUSED[case]
+    with pytest.raises(ModelError, match=message):
+        read_source(save(tmp_path), modality)
+
+
+def test_a_tokenizer_of_another_library_is_refused(tmp_path: Path) -> None:
+    directory = pictures.save_siglip(tmp_path)
+    config = tiny_config({"tower": read_source(directory, "text")})
+    processor = FusionProcessor.fit(config.parsed_sources(), ["a"], 260)
+    with pytest.raises(ModelError, match="its SiglipTokenizer can be no part of another model's files"):
+        read_preprocessing(processor, "tower", directory)
+
+
+def test_patches_of_any_shape_are_refused(tmp_path: Path) -> None:
+    directory = pictures.save_siglip2(tmp_path)
+    config = tiny_config({"tower": read_source(directory, "image")})
+    processor = FusionProcessor.fit(config.parsed_sources(), ["a"], 260)
+    with pytest.raises(ModelError, match=r"differ in shape.*mmbeam embed"):
+        read_preprocessing(processor, "tower", directory)
+
+
+def test_pictures_that_the_encoder_does_not_take_are_refused(tmp_path: Path) -> None:
+    directory = pictures.save_vit(tmp_path)
+    source = read_source(directory, "image")
+    source["model"] = {**source["model"], "image_size": 64}
+    processor = FusionProcessor.fit(tiny_config({"tower": source}).parsed_sources(), ["a"], 260)
+    with pytest.raises(ModelError, match=r"does not take \[3, 48, 48\]"):
+        read_preprocessing(processor, "tower", directory)
+
+
+def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
+    source = read_source(pictures.save_vit(tmp_path / "vit"), "image")
+    source["model"] = {**source["model"], "hidden_size": 16, "intermediate_size": 8}
+    with pytest.raises(ModelError, match="its weights are not those of source tower"):
+        load_weights(
+            FusionModel(tiny_config({"tower": source}, **{"hidden_size": SIZES["hidden_size"]})),
+            "tower",
+            tmp_path / "vit",
+        )
+
+
+def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
+    directory = pictures.save_vit(tmp_path)
+    model = FusionModel(tiny_config({"tower": read_source(directory, "image")}))
+    torch.save(AutoModel.from_pretrained(directory).state_dict(), directory / "pytorch_model.bin")
+    (directory / "model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"no model\.safetensors; pickled weights"):
+        load_weights(model, "tower", directory)
