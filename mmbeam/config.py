@@ -10,6 +10,7 @@ from mmbeam.errors import UsageError
 from mmbeam.types import KINDS, Kind
 
 MIB = 1 << 20
+SHIPPED = "shipped"  # the name of the small fusion model that is part of this package
 
 EXTENSIONS: Mapping[Kind, tuple[str, ...]] = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),

@@ -9,7 +9,7 @@ reading side and the writing side know no model. Nothing here imports Beam or to
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +22,7 @@ KINDS: tuple[Kind, ...] = ("image", "audio", "text", "metadata")
 
 ImageHWC = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 Waveform = npt.NDArray[np.float32]  # [frames], mono, nominally -1 to 1
+Feature = npt.NDArray[np.floating[Any]]  # [width], or [tokens, width]: what an encoder made of a modality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,13 +39,34 @@ class Shard:
     etag: str | None = None
 
 
+class Seam(NamedTuple):
+    """Where one part of a shard ends and the next begins, as io/parts.py finds it from the place of the cut."""
+
+    sample: int | None  # where the first sample behind it begins; None: no sample is behind it
+    header: int | None  # of the last member before that sample, if it lies behind the cut; else None
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A shard, or the part of an uncompressed one whose samples begin in bytes [begin, end)."""
+    """A shard, or the part of an uncompressed one between the seams that the cuts at `begin` and `end` lead to."""
 
     shard: Shard
     begin: int = 0
     end: int | None = None  # None: to the end of the shard
+    seam: Seam | None = None  # where it begins, if that is known; None: to be found
+
+    @property
+    def is_part(self) -> bool:
+        return self.begin > 0 or self.end is not None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Found:
+    """What reading an input has shown, beside its samples."""
+
+    begin: Seam | None = None  # of a part; None if it begins with the shard, or if no header begins in it,
+    end: Seam | None = None  # which leaves this one out too
+    error: str | None = None  # why nothing of it could be read, if its unit has others that can
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -103,6 +125,7 @@ class Sample:
     text: str | None = None  # as it was
     text_clean: str | None = None  # what cleaning made of it; None if cleaning was not asked for
     metadata: str | None = None  # the JSON as it was
+    features: Mapping[str, Feature] = field(default_factory=dict)  # by column, where rows are read in place of shards
 
     def has(self, modality: Modality) -> bool:
         """Whether the modality was found and decoded."""
@@ -118,7 +141,8 @@ class Sample:
         """Decoded size in bytes, by which windows close."""
         image = 0 if self.image is None else self.image.nbytes
         audio = 0 if self.audio is None else sum(wave.nbytes for wave in self.audio.waves.values())
-        return image + audio + len(self.text or "") + len(self.metadata or "")
+        features = sum(feature.nbytes for feature in self.features.values())
+        return image + audio + features + len(self.text or "") + len(self.metadata or "")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -184,6 +208,17 @@ class Batch:
     tally: Tally = Tally()
     report: "UnitReport | None" = None
     broken: str | None = None
+    found: tuple[Found, ...] = ()  # of each of the unit's inputs, on the last window
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureColumn:
+    """A column of features, computed before, that a model takes in place of a modality's media."""
+
+    name: str
+    modality: Modality
+    width: int  # of one vector
+    tokens: bool = False  # [tokens, width] per sample, and not [width]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -193,6 +228,7 @@ class Needs:
     modalities: frozenset[Modality] = frozenset()
     sampling_rates: frozenset[int] = frozenset()  # Hz; empty: the sound's own rate
     image_side: int | None = None  # pixels: the largest shorter side any model resizes to
+    columns: frozenset[FeatureColumn] = frozenset()  # where rows are read in place of shards
 
     def __or__(self, other: "Needs") -> "Needs":
         sides = [side for side in (self.image_side, other.image_side) if side is not None]
@@ -200,6 +236,7 @@ class Needs:
             modalities=self.modalities | other.modalities,
             sampling_rates=self.sampling_rates | other.sampling_rates,
             image_side=max(sides, default=None),
+            columns=self.columns | other.columns,
         )
 
 
@@ -207,15 +244,20 @@ class Needs:
 class Output:
     """A thing a stage makes: a column, or several of which the first says whether it was made.
 
-    It is due for every sample in which one of `modalities` is present.
+    It is due for every sample in which one of `modalities` is present, and all of `required`.
     """
 
     modalities: frozenset[Modality]
     columns: tuple[pa.Field, ...]
+    required: frozenset[Modality] = frozenset()
 
     @property
     def name(self) -> str:
         return str(self.columns[0].name)
+
+    def due(self, present: frozenset[Modality]) -> bool:
+        """Whether a sample that holds these modalities should have it."""
+        return bool(self.modalities & present) and self.required <= present
 
 
 class Stage(Protocol):
@@ -257,7 +299,7 @@ class UnitReport:
     wall_seconds: float = 0.0
     error: str | None = None  # why it failed
     failures_file: str | None = None  # name under failures/, None if nothing failed
-    inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin, end
+    inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin, end, and what was found
     batch_plan: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

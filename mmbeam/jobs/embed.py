@@ -1,29 +1,29 @@
 """The embed job: shards in, one row of vectors per sample out."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass, replace
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from typing import Any
 
-import apache_beam as beam
-
-from mmbeam.clean import check_steps, compile_where, parse_image_filter
+from mmbeam.clean import parse_image_filter
 from mmbeam.config import ModelRef, Reading
-from mmbeam.errors import MissingModalityError, UsageError
-from mmbeam.io import runs
+from mmbeam.errors import UsageError
 from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards
-from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, execute, pipeline_options, public_args, versions
+from mmbeam.jobs.common import (
+    OUTPUT_VERSION,
+    UNNAMED,
+    Job,
+    check_options,
+    image_filter_of,
+    must_find,
+    plan,
+    recorded_of,
+)
+from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
 from mmbeam.models.loading import dtype_name
 from mmbeam.report.inspect import probe
 from mmbeam.stages.embed import EmbedStage, embed_stage
-from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
-from mmbeam.types import Modality, Needs, RunReport, WorkUnit
-
-# What a row means. A change of it is a change of every fingerprint.
-OUTPUT_VERSION = 1
-UNNAMED = "model"  # what the configuration calls a model without a name
+from mmbeam.types import Modality, RunReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,33 +37,11 @@ class EmbedOptions(JobOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbedJob:
-    """Everything decided before the pipeline: what runs, where it goes, what is to be done."""
+class EmbedJob(Job):
+    """A job whose stages embed."""
 
-    run: Run
     stages: tuple[EmbedStage, ...]
-    units: tuple[WorkUnit, ...]
     options: EmbedOptions
-
-    def build(self, pipeline: beam.Pipeline) -> beam.PCollection[RunReport]:
-        """The job's pipe expression."""
-        needs = Needs()
-        for stage in self.stages:
-            needs |= stage.needs
-        batches = (
-            pipeline
-            | Plan(self.units)  # WorkUnit
-            | ReadShards(needs, self.options.reading, self.run, self.options.windows)  # Batch
-        )
-        for number, stage in enumerate(self.stages):
-            batches = batches | f"Embed{stage.name or number}" >> Embed(stage)  # Batch
-        return batches | WriteParquet(self.run) | Summarize(self.run, self.check)  # UnitReport, RunReport
-
-    @property
-    def check(self) -> Callable[[RunReport], None]:
-        """Raises MissingModalityError for a report in which what was asked for is nowhere."""
-        able = tuple(dict.fromkeys(modality for stage in self.stages for modality in stage.modalities))
-        return partial(_check_found, able=able, asked=self.options.modalities is not None)
 
 
 def embed(options: EmbedOptions) -> RunReport:
@@ -72,42 +50,36 @@ def embed(options: EmbedOptions) -> RunReport:
     Raises UsageError, NoShardsError, ModelError, RunMismatchError, MissingModalityError or DeviceError
     before anything is written, FailureRateError or DeviceError while it runs.
     """
-    job = prepare(options)
-    with runs.lock(job.run) if options.retry_failures else nullcontext():
-        return execute(job.run, job.units, options.beam_args, job.build, job.check)
+    return prepare(options).execute()
 
 
 def prepare(options: EmbedOptions) -> EmbedJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
-    pipeline_options(options.beam_args)
-    check_steps(options.reading.cleaning.text)
-    for where in options.reading.cleaning.where:
-        compile_where(where)
+    check_options(options)
     stages = _stages(options)
     shards = list_shards(options.input)
     able = list(dict.fromkeys(m for stage in stages for m in stage.modalities))
     found = probe(shards, options.reading.fields, options.reading.limits)
-    check_modalities(found, able, asked=options.modalities is not None)
+    asked = options.modalities is not None
+    check_modalities(found, able, asked=asked)
     run = embed_run(
         options.output,
         stages,
         reading=options.reading,
         limit=options.limit,
         max_failure_rate=options.max_failure_rate,
-        recorded={"windows": asdict(options.windows), "beam_args": public_args(options.beam_args)},
+        recorded=recorded_of(options),
     )
-    runs.open_run(run, overwrite=options.overwrite)
-    units = runs.extend_plan(run, shards)
-    if options.retry_failures:
-        units = _retried(run, units)
-    return EmbedJob(run=run, stages=stages, units=tuple(units), options=options)
+    units = plan(run, shards, options)
+    return EmbedJob(
+        run=run, stages=stages, units=units, options=options, check=must_find(able, required=able if asked else ())
+    )
 
 
 def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
     names = [ref.name or UNNAMED for ref in options.models]
     if len(set(names)) < len(names):
         raise UsageError("several models need different names: --model clip=DIR --model clap=DIR")
-    image_filter = options.reading.cleaning.image_filter
     stages: list[EmbedStage] = []
     for ref in options.models:
         stage = embed_stage(
@@ -119,7 +91,7 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
             batch_size=options.batch_size,
             tokens=options.tokens,
             vector_type=options.vector_type,
-            image_filter=None if image_filter is None else parse_image_filter(image_filter),
+            image_filter=image_filter_of(options),
             count_tokens=not any(stage.count_tokens for stage in stages),
         )
         stages.append(stage)
@@ -193,20 +165,3 @@ def _check_alike(stages: Sequence[EmbedStage], reading: Reading) -> None:
 
 def _label(stage: EmbedStage) -> str:
     return stage.name or UNNAMED
-
-
-def _retried(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
-    """The units; those that are committed and hold failures are to be done again and replaced."""
-    done = runs.committed(run)
-    reports = runs.load_reports(run, [unit.id for unit in units if unit.id in done])
-    failed = {report.unit for report in reports if report.tally.failures}
-    return [replace(unit, replace=unit.id in failed) for unit in units]
-
-
-def _check_found(report: RunReport, able: Sequence[Modality], asked: bool) -> None:
-    """What was asked for by name, or all that the models encode, must be in some sample."""
-    missing = [modality for modality in able if not report.tally.present.get(modality)]
-    if missing and report.tally.samples and (asked or len(missing) == len(able)):
-        raise MissingModalityError(
-            f"none of the {report.tally.samples:,} samples has {' or '.join(missing)}; the rows have nulls there"
-        )

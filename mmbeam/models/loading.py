@@ -25,14 +25,16 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import errors as hub_errors
+from transformers import AutoConfig
 
+from mmbeam.config import SHIPPED
 from mmbeam.errors import ModelError, UsageError
 
 logger = logging.getLogger(__name__)
 
-# What a model consists of: configuration, weights, tokenizer. Nothing else is downloaded, copied or
+# What a model consists of: configuration, weights, tokenizer, word vectors. Nothing else is downloaded, copied or
 # digested: no pickles, no other frameworks' exports, no pictures of the model card.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
+MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja", "*.vec")
 NOT_MODEL_FILES = ("onnx/*", "openvino/*", ".*", "*/.*")
 
 DTYPES: Mapping[str, torch.dtype] = {
@@ -43,6 +45,8 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bfloat16": torch.bfloat16,
     "bf16": torch.bfloat16,
 }
+
+_SHIPPED_DIRECTORY = Path(__file__).parent / "fusion" / SHIPPED
 
 # Buffers that older checkpoints hold or lack, and that are computed from the configuration alone.
 _COMPUTED_KEYS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
@@ -61,15 +65,19 @@ class Resolved:
         """What `resolve` on another machine has to be given to find the same files."""
         if self.revision is not None:
             return f"{self.name}@{self.revision}"
+        if self.name == SHIPPED:
+            return SHIPPED  # every installation of this package has it, wherever that is
         return self.name if "://" in self.name else str(self.directory)
 
 
 def resolve(model: str) -> Resolved:
-    """Bring the files of `model` to this machine: a directory, a remote directory, or a hub name.
+    """Bring the files of `model` to this machine: a directory, a remote directory, a hub name, or "shipped".
 
     A hub name may end in `@revision`; it is resolved to a commit here, once. HF_HUB_OFFLINE is honoured.
     Raises ModelError saying what to do.
     """
+    if model == SHIPPED:
+        return Resolved(_SHIPPED_DIRECTORY, None, SHIPPED)
     if "://" in model:
         return Resolved(_copy_remote(model), None, _public(model))
     path = Path(model).expanduser()
@@ -195,6 +203,15 @@ def read_json(directory: Path, name: str, required: bool = True) -> dict[str, An
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
     return value
+
+
+def read_config(directory: Path) -> Any:
+    """config.json as transformers reads it, with the defaults that the file leaves out. Raises ModelError."""
+    read_json(directory, "config.json")  # for its clear errors
+    try:
+        return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise ModelError(f"{directory}/config.json: {type(error).__name__}: {error}") from error
 
 
 def check_weights(directory: Path) -> None:

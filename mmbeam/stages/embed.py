@@ -15,20 +15,24 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from mmbeam.errors import DeviceError, ModelError, UsageError
+from mmbeam.errors import DeviceError, UsageError
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
 from mmbeam.models.placement import Fault, resolve_device
+from mmbeam.stages.common import (
+    AUTO_BATCH_SIZE,
+    files_of,
+    good_picture,
+    good_sound,
+    spread,
+    tally_of,
+    text_tokens,
+    wave_of,
+)
 from mmbeam.stages.packing import Packed, pack, run_packed
-from mmbeam.types import MODALITIES, Audio, Batch, Failure, Modality, Needs, Output, Sample, Tally, Waveform
+from mmbeam.types import MODALITIES, Batch, Failure, Modality, Needs, Output, Sample
 
-# Samples per batch when the user gives none: on a CPU larger batches gain nothing, on a GPU they fill it.
-AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
-SPLIT: Mapping[Fault, str] = {
-    "memory": "batches halved for lack of memory",
-    "sample": "batches that failed on a sample",
-}
 TEXT_TOKENS_PER_SAMPLE = 128  # a text batch holds at most batch_size times so many padded tokens
 
 FloatTD = np.ndarray[Any, np.dtype[np.float32]]  # [tokens, width]
@@ -94,10 +98,7 @@ class EmbedStage:
 
     def load(self) -> Encoder:
         """The encoder on its device; on a worker the model's files are brought there first."""
-        directory = resolve(self.model).directory
-        if digest(directory) != self.digest:
-            raise ModelError(f"{directory}: holds other files than {self.model} did where the job was launched")
-        spec = replace(self.spec, directory=str(directory))
+        spec = replace(self.spec, directory=str(files_of(self.model, self.digest)))
         device = torch.device(resolve_device(self.device))
         return load(spec, device, parse_dtype(self.dtype, self.device), image_filter=self.image_filter)
 
@@ -117,21 +118,19 @@ class EmbedStage:
             columns, lost = self._collect(modality, packed, len(items), model.normalized)
             if any(isinstance(error, FloatingPointError) for error in lost.values()):
                 self._must_be_finite(model, modality)
-            features |= {name: _spread(array, positions, len(batch.samples)) for name, array in columns.items()}
+            features |= {name: spread(array, positions, len(batch.samples)) for name, array in columns.items()}
             failures += [self._failure(batch.samples[positions[i]], modality, error) for i, error in lost.items()]
             splits += packed.splits
         if self.count_tokens:
-            features["text_num_tokens"] = _count_tokens(model, batch.samples)
-        warnings = {SPLIT[fault]: count for fault, count in splits.items()}
-        tally = batch.tally + Tally(warnings=warnings)
-        return replace(batch, features=features, failures=tuple(failures), tally=tally)
+            features["text_num_tokens"] = text_tokens(model.count_tokens, batch.samples)
+        return replace(batch, features=features, failures=tuple(failures), tally=batch.tally + tally_of(splits))
 
     def _items(self, model: Encoder, modality: Modality, samples: Sequence[Sample]) -> Values:
         if modality == "image":
             return [sample.image for sample in samples]
         if modality == "text":
             return model.tokenize([sample.model_text or "" for sample in samples])
-        return [_wave(sample.audio, self.spec.sampling_rate) for sample in samples if sample.audio is not None]
+        return [wave_of(sample.audio, self.spec.sampling_rate) for sample in samples if sample.audio is not None]
 
     def _limits(self, modality: Modality, items: Values) -> tuple[list[int], int, int | None]:
         """Weights of the items, the most items in a batch, and the most padded weight."""
@@ -189,12 +188,6 @@ class EmbedStage:
         )
 
 
-def _wave(audio: Audio, rate: int | None) -> tuple[Waveform, int]:
-    """The sound at the model's rate, or at the highest there is, to be resampled on the device."""
-    best = rate if rate is not None and rate in audio.waves else max(audio.waves)
-    return audio.waves[best], best
-
-
 def _encode(model: Encoder, modality: Modality, items: Values, tokens: bool) -> Encoded:
     if modality == "image":
         return model.encode_image(items, tokens)
@@ -204,19 +197,13 @@ def _encode(model: Encoder, modality: Modality, items: Values, tokens: bool) -> 
 
 
 def _known_good(model: Encoder, modality: Modality) -> Any:
-    """An input that any sound model takes: a grey picture, a second of a soft tone, one letter."""
+    """An input that any sound model takes."""
     good: Mapping[Modality, Callable[[], Any]] = {
-        "image": lambda: np.full((32, 32, 3), 127, np.uint8),
-        "audio": lambda: (0.1 * np.sin(np.arange(16000, dtype=np.float32)), 16000),
+        "image": good_picture,
+        "audio": good_sound,
         "text": lambda: model.tokenize(["a"])[0],
     }
     return good[modality]()
-
-
-def _count_tokens(model: Encoder, samples: Sequence[Sample]) -> pa.Array:
-    positions = [i for i, sample in enumerate(samples) if sample.text is not None]
-    counts = model.count_tokens([samples[i].model_text or "" for i in positions])
-    return _spread(pa.array(counts, pa.int32()), positions, len(samples))
 
 
 def _vectors(values: np.ndarray[Any, Any], missing: np.ndarray[Any, Any]) -> pa.Array:
@@ -240,16 +227,6 @@ def _problem(values: Sequence[np.ndarray[Any, Any]], dtype: str) -> ArithmeticEr
     largest = max(float(np.abs(each).max(initial=0)) for each in values)
     fits = largest <= float(np.finfo(dtype).max)
     return None if fits else OverflowError(f"{largest:g} does not fit {dtype}; leave out --float16")
-
-
-def _spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
-    """`array` at `positions` of an array of `count` values, null elsewhere."""
-    if len(positions) == count:
-        return array
-    places: list[int | None] = [None] * count
-    for place, position in enumerate(positions):
-        places[position] = place
-    return array.take(pa.array(places, pa.int64()))
 
 
 def embed_stage(

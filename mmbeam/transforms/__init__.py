@@ -1,9 +1,22 @@
-"""The steps of a job as Beam transforms, each usable alone: Plan, ReadShards, Embed, WriteParquet, Summarize, Rows."""
+"""The steps of a job as Beam transforms, each usable alone: Plan, ReadShards or ReadFeatures, Embed, Generate,
+WriteParquet or Rows, Summarize."""
 
 from mmbeam.transforms.coder import BatchCoder
 from mmbeam.transforms.embed import Embed
+from mmbeam.transforms.features import ReadFeatures
+from mmbeam.transforms.generate import Generate
 from mmbeam.transforms.plan import Plan
 from mmbeam.transforms.read import ReadShards
 from mmbeam.transforms.write import Rows, Summarize, WriteParquet
 
-__all__ = ["BatchCoder", "Embed", "Plan", "ReadShards", "Rows", "Summarize", "WriteParquet"]
+__all__ = [
+    "BatchCoder",
+    "Embed",
+    "Generate",
+    "Plan",
+    "ReadFeatures",
+    "ReadShards",
+    "Rows",
+    "Summarize",
+    "WriteParquet",
+]

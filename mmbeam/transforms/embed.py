@@ -25,13 +25,15 @@ class Embed(beam.PTransform):
 
     def __init__(self, stage: Stage) -> None:
         super().__init__()
-        self.dofn = _RunStage(stage)
+        self.dofn = RunStage(stage)
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[Batch]:
         return batches | "Run" >> beam.ParDo(self.dofn)
 
 
-class _RunStage(beam.DoFn):
+class RunStage(beam.DoFn):
+    """A stage on each batch that holds samples."""
+
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.launcher = _process()

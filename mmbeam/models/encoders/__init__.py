@@ -13,22 +13,48 @@ import torch
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoder, EncoderSpec
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
+from mmbeam.models.word_vectors import has_word_vectors
 
 # model_type: module.class, imported when first needed.
 FAMILIES: Mapping[str, str] = {
+    "mmbeam-fusion": "fusion.FusionEncoder",
     "clip": "clip.ClipEncoder",
+    "metaclip_2": "clip.MetaClip2Encoder",
     "siglip": "siglip.SiglipEncoder",
     "siglip2": "siglip2.Siglip2Encoder",
+    "embedding_gemma2": "embedding_gemma2.EmbeddingGemma2Encoder",
+    "blip": "blip.BlipEncoder",
+    "vit": "vision.VisionEncoder",
+    "dinov2": "vision.VisionEncoder",
+    "dinov2_with_registers": "vision.VisionEncoder",
+    "dinov3_vit": "vision.VisionEncoder",
+    "dinov3_convnext": "vision.VisionEncoder",
+    "resnet": "vision.VisionEncoder",
+    "convnext": "vision.VisionEncoder",
+    "convnextv2": "vision.VisionEncoder",
     "clap": "clap.ClapEncoder",
     "whisper": "whisper.WhisperEncoder",
+    "audio-spectrogram-transformer": "ast.AstEncoder",
+    "wav2vec2": "speech.SpeechEncoder",
+    "hubert": "speech.SpeechEncoder",
+    "wavlm": "speech.SpeechEncoder",
     "bert": "text.TextEncoder",
     "roberta": "text.TextEncoder",
     "xlm-roberta": "text.TextEncoder",
     "distilbert": "text.TextEncoder",
     "mpnet": "text.TextEncoder",
     "modernbert": "text.TextEncoder",
+    "albert": "text.TextEncoder",
+    "deberta-v2": "text.TextEncoder",
+    "electra": "text.TextEncoder",
+    "t5": "text.TextEncoder",
+    "mt5": "text.TextEncoder",
+    "umt5": "text.TextEncoder",
+    "word-vectors": "words.WordsEncoder",
     "sentence-transformers": "text.TextEncoder",
 }
+
+OWN_MODULES = ("embedding_gemma2",)  # families that read modules.json themselves
 
 
 def family_of(model_type: str | None) -> type[Encoder]:
@@ -46,13 +72,15 @@ def family_of(model_type: str | None) -> type[Encoder]:
 def describe(directory: Path) -> EncoderSpec:
     """What is known of the model in `directory` before its weights are loaded.
 
-    A directory with modules.json is a sentence-transformers model, whatever model it wraps.
+    A directory with modules.json is a sentence-transformers model, whatever model it wraps (but for
+    OWN_MODULES); one of word vectors (word_vectors.py) has neither that nor config.json.
     Raises ModelError if files are missing, weights are pickled, or the family is unknown.
     """
     quiet_transformers()
-    sentence = (directory / "modules.json").is_file()
-    config = read_json(directory, "config.json", required=not sentence)
-    model_type = "sentence-transformers" if sentence else config.get("model_type")
+    sentence, words = (directory / "modules.json").is_file(), has_word_vectors(directory)
+    config = read_json(directory, "config.json", required=not (sentence or words))
+    sentence = sentence and config.get("model_type") not in OWN_MODULES
+    model_type = "sentence-transformers" if sentence else "word-vectors" if words else config.get("model_type")
     try:
         family = family_of(model_type)
     except ModelError as error:

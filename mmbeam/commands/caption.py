@@ -1,0 +1,76 @@
+"""mmbeam caption."""
+
+import argparse
+import sys
+from collections.abc import Generator
+from typing import TYPE_CHECKING
+
+from mmbeam.commands.common import SOME_UNITS_FAILED, job_arguments, libraries_quiet, positive, share, shared_options
+from mmbeam.errors import UsageError
+
+if TYPE_CHECKING:
+    from mmbeam.jobs.caption import CaptionOptions
+
+ABOUT = "Write a caption of every sample of the shards, or of features that `mmbeam embed` wrote."
+MAX_NEW_TOKENS = 64
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    job_arguments(parser, features=True)
+    parser.add_argument(
+        "--model",
+        metavar="MODEL",
+        help="hub name with optional @revision, or a directory (default: the small fusion model of this package)",
+    )
+    parser.add_argument("--explain", action="store_true", help="say what each caption rests on: picture, sound, text")
+    parser.add_argument("--with-embeddings", action="store_true", help="write the model's vectors as well")
+    decoding = parser.add_argument_group("decoding (default: the most likely token each time)")
+    decoding.add_argument(
+        "--max-new-tokens",
+        type=positive,
+        default=MAX_NEW_TOKENS,
+        metavar="N",
+        help=f"of a caption (default: {MAX_NEW_TOKENS})",
+    )
+    decoding.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beam search of so many beams")
+    decoding.add_argument("--temperature", type=float, metavar="T", help="sample, at this temperature")
+    decoding.add_argument("--top-p", type=share, metavar="P", help="sample from the likeliest tokens of this much")
+    decoding.add_argument("--seed", type=int, metavar="S", help="of sampling (default: 0)")
+
+
+def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    options = _options(args)
+
+    from mmbeam.jobs.caption import caption
+    from mmbeam.report.progress import ProgressLine
+    from mmbeam.report.summary import summary_text
+
+    with ProgressLine(options.output, sys.stderr), libraries_quiet(args.verbose):
+        report = caption(options)
+    yield summary_text(report, options.output)
+    return SOME_UNITS_FAILED if report.units_failed else 0
+
+
+def _options(args: argparse.Namespace) -> "CaptionOptions":
+    for name in ("top_p", "seed"):
+        if args.temperature is None and getattr(args, name) is not None:
+            raise UsageError(f"--{name.replace('_', '-')} goes with sampling: give --temperature too")
+
+    from mmbeam.config import SHIPPED
+    from mmbeam.jobs.caption import CaptionOptions
+    from mmbeam.models.generators.base import Decoding
+
+    decoding = Decoding(
+        max_new_tokens=args.max_new_tokens,
+        num_beams=args.num_beams,
+        temperature=args.temperature,
+        top_p=1.0 if args.top_p is None else args.top_p,
+        seed=args.seed or 0,
+    )
+    return CaptionOptions(
+        model=args.model or SHIPPED,
+        decoding=decoding,
+        explain=args.explain,
+        with_embeddings=args.with_embeddings,
+        **shared_options(args),
+    )

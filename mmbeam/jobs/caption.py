@@ -1,0 +1,171 @@
+"""The caption job: shards or features in, one row with the text that a model makes of each sample out."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from mmbeam.config import MIB, SHIPPED, FieldMap, Reading
+from mmbeam.errors import UsageError
+from mmbeam.io.features import check_columns, feature_patterns
+from mmbeam.io.paths import public_path
+from mmbeam.io.runs import Run
+from mmbeam.io.shards import list_shards
+from mmbeam.jobs.common import (
+    OUTPUT_VERSION,
+    UNNAMED,
+    Job,
+    check_options,
+    image_filter_of,
+    must_find,
+    plan,
+    recorded_of,
+)
+from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
+from mmbeam.models.generators.base import Decoding
+from mmbeam.models.loading import dtype_name
+from mmbeam.report.inspect import probe
+from mmbeam.stages.embed import EmbedStage, embed_stage
+from mmbeam.stages.generate import GenerateStage, generate_stage
+from mmbeam.types import RunReport, Shard
+
+UNIT_BYTES = 32 * MIB  # of a shard, as stored: minutes of work for a model that generates
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionOptions(JobOptions):
+    """The caption job, as the command line or a program asks for it. `input` is shards, or features of embed's."""
+
+    model: str = SHIPPED
+    decoding: Decoding = field(default_factory=Decoding)
+    explain: bool = False  # say what each caption rests on
+    with_embeddings: bool = False  # the model's vectors as well
+
+
+@dataclass(frozen=True, kw_only=True)
+class CaptionJob(Job):
+    """A job whose last stage generates."""
+
+    stages: tuple[EmbedStage | GenerateStage, ...]
+    options: CaptionOptions
+
+
+def caption(options: CaptionOptions) -> RunReport:
+    """Run the caption job to its end.
+
+    Raises UsageError, NoShardsError, ModelError, RunMismatchError, MissingModalityError or DeviceError
+    before anything is written, FailureRateError or DeviceError while it runs.
+    """
+    return prepare(options).execute()
+
+
+def prepare(options: CaptionOptions) -> CaptionJob:
+    """Check everything that can be checked without a model's weights, and plan the work."""
+    check_options(options)
+    shared = _shared_by_stages(options)
+    generate = generate_stage(options.model, decoding=options.decoding, explain=options.explain, **shared)
+    files = feature_patterns(options.input)
+    shards = list_shards(files or options.input)
+    if files:
+        _check_features(generate, shards, options)
+    else:
+        _check_shards(generate, shards, options)
+    embed = [embed_stage(generate.model, count_tokens=False, **shared)] if options.with_embeddings else []
+    run = caption_run(
+        options.output,
+        generate,
+        embed,
+        features=bool(files),
+        reading=options.reading,
+        limit=options.limit,
+        max_failure_rate=options.max_failure_rate,
+        recorded=recorded_of(options),
+    )
+    return CaptionJob(
+        run=run,
+        stages=(*embed, generate),
+        units=plan(run, shards, options, unit_bytes=None if files else UNIT_BYTES),
+        options=options,
+        check=must_find(generate.spec.modalities, generate.spec.required),
+        features=bool(files),
+    )
+
+
+def _shared_by_stages(options: CaptionOptions) -> dict[str, Any]:
+    return {
+        "device": device_of(options),
+        "dtype": options.dtype,
+        "batch_size": options.batch_size,
+        "image_filter": image_filter_of(options),
+    }
+
+
+def _check_shards(stage: GenerateStage, shards: Sequence[Shard], options: CaptionOptions) -> None:
+    if stage.spec.columns:
+        names = ", ".join(column.name for column in stage.spec.columns)
+        raise UsageError(f"--input: {stage.model} takes features ({names}); give the output of `mmbeam embed`")
+    found = probe(shards, options.reading.fields, options.reading.limits)
+    check_modalities(found, stage.spec.modalities, asked=False)
+    check_modalities(found, stage.spec.required, asked=True)
+
+
+def _check_features(stage: GenerateStage, files: Sequence[Shard], options: CaptionOptions) -> None:
+    raw = [modality for modality in stage.media if modality != "text"]
+    if raw:
+        raise UsageError(f"--input: {stage.model} takes {' and '.join(raw)} as such, and no features; give shards")
+    if options.with_embeddings:
+        raise UsageError("--with-embeddings: the input is embeddings already")
+    if any(file.path.startswith(f"{public_path(options.output)}/") for file in files):
+        raise UsageError(f"--output {public_path(options.output)}: the features are there; choose another place")
+    reading = options.reading
+    if reading.fields != FieldMap() or reading.draft or reading.cleaning.image_filter is not None:
+        raise UsageError(
+            "features hold no fields and no pictures: leave out --image-field and its like, --image-filter"
+        )
+    check_columns(files, stage.spec.columns)
+
+
+def caption_run(
+    output: str,
+    stage: GenerateStage,
+    embed: Sequence[EmbedStage] = (),
+    *,
+    features: bool = False,
+    reading: Reading | None = None,
+    limit: int | None = None,
+    max_failure_rate: float = 0.05,
+    recorded: Mapping[str, Any] | None = None,
+) -> Run:
+    """The run that writes what `stage`, after the stages of `embed`, makes of an input; nothing is touched yet.
+
+    The input is shards read by `reading`, or with `features` what `mmbeam embed` wrote. It is the same run,
+    with the same fingerprint, as the command line's for the same options, so that either goes on where the
+    other stopped. `recorded` is kept in run.json beside what is known here.
+    """
+    reading = reading or Reading()
+    outputs = [output for each in embed for output in each.outputs] + list(stage.outputs)
+    configuration = {
+        "task": "caption",
+        "output_version": OUTPUT_VERSION,
+        "input": "features" if features else "shards",
+        "models": {UNNAMED: {"family": stage.spec.family, "digest": stage.digest}},
+        "columns": [column.name for output in outputs for column in output.columns],
+        "modalities": {UNNAMED: list(stage.spec.modalities)},
+        "dtype": dtype_name(stage.dtype, stage.device),
+        "decoding": asdict(stage.decoding),
+        "reading": asdict(reading),
+        "limit": limit,
+    }
+    known = {
+        "versions": versions(),
+        "models": {UNNAMED: stage.model},
+        "device": stage.device,
+        "batch_size": stage.batch_size,
+    }
+    return Run.create(
+        output=output,
+        configuration=configuration,
+        recorded={**known, **(recorded or {})},
+        outputs=outputs,
+        cleaning=bool(reading.cleaning.text),
+        max_failure_rate=max_failure_rate,
+    )

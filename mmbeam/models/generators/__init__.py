@@ -1,0 +1,84 @@
+"""The families of generators: which module serves a model, by its configuration's model_type.
+
+To add a family: write a module with a subclass of base.Generator and name it here. Nothing else changes.
+What has no family of its own and is text to text alone, transformers' lists say: such models need no line here.
+"""
+
+import importlib
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.models.auto import modeling_auto
+
+from mmbeam.errors import ModelError
+from mmbeam.models.generators.base import Generator, GeneratorSpec
+from mmbeam.models.loading import check_weights, quiet_transformers, read_json
+
+# model_type: module.class, imported when first needed.
+FAMILIES: Mapping[str, str] = {
+    "mmbeam-fusion": "fusion.FusionGenerator",
+    "whisper": "whisper.WhisperGenerator",
+}
+# Text to text: any class of these lists, of the model types that take nothing but text.
+TEXT_FAMILIES: Mapping[str, Mapping[str, str]] = {
+    "seq2seq.Seq2SeqGenerator": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
+    "causal.CausalGenerator": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+}
+_NOT_TEXT = (
+    *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+    *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    *("moshi", "musicgen", "musicgen_melody", "seamless_m4t", "seamless_m4t_v2"),
+)
+
+
+def family_of(model_type: str | None, architecture: str | None = None) -> type[Generator]:
+    """The class that serves models of this type, and architecture, if known; ModelError if there is none."""
+    path = FAMILIES.get(model_type or "") or _text_family(model_type or "", architecture)
+    if path is None:
+        raise ModelError(
+            f"no generator for model_type {model_type!r} with architecture {architecture!r}; there are "
+            f"{', '.join(sorted(FAMILIES))}, and of models of text alone those that transformers has as "
+            "...ForConditionalGeneration, ...ForCausalLM or ...LMHeadModel. "
+            "A new family is a subclass of mmbeam.models.generators.base.Generator, named in FAMILIES"
+        )
+    module, _, name = path.rpartition(".")
+    family: type[Generator] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
+    return family
+
+
+def _text_family(model_type: str, architecture: str | None) -> str | None:
+    """Of a BART there are an encoder-decoder and a decoder: the architecture decides, or else the first of them."""
+    if model_type in _NOT_TEXT:
+        return None
+    found = {path: classes[model_type] for path, classes in TEXT_FAMILIES.items() if model_type in classes}
+    return next((path for path, name in found.items() if architecture in (None, name)), None)
+
+
+def describe(directory: Path) -> GeneratorSpec:
+    """What is known of the model in `directory` before its weights are loaded.
+
+    Raises ModelError if files are missing, weights are pickled, or the family is unknown.
+    """
+    quiet_transformers()
+    config = read_json(directory, "config.json")
+    try:
+        family = family_of(config.get("model_type"), _architecture(config))
+    except ModelError as error:
+        raise ModelError(f"{directory}: {error}") from None
+    check_weights(directory)
+    return replace(family.describe(directory, config), family=str(config["model_type"]))
+
+
+def load(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> Generator:
+    """The generator with its weights on `device`."""
+    architecture = _architecture(read_json(Path(spec.directory), "config.json"))
+    return family_of(spec.family, architecture).load(spec, device, dtype)
+
+
+def _architecture(config: Mapping[str, Any]) -> str | None:
+    """The class whose weights a checkpoint holds, if its configuration says so."""
+    found = config.get("architectures") or [None]
+    return None if found[0] is None else str(found[0])

@@ -1,0 +1,90 @@
+"""mmbeam's own fusion model as a generator: text from image, audio, text or features, whichever are there."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers.modeling_outputs import BaseModelOutput
+
+from mmbeam.errors import ModelError
+from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
+from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request
+from mmbeam.models.generators.decoding import decode, score
+from mmbeam.models.loading import load_pretrained
+from mmbeam.types import FeatureColumn
+
+
+def read_processor(directory: Path, config: Mapping[str, Any]) -> FusionProcessor:
+    """The processor, once it is clear that the configuration is one of this version. Raises ModelError."""
+    try:
+        FusionConfig.from_dict(dict(config))
+    except Exception as error:  # transformers validates with errors of its own
+        raise ModelError(f"{directory}/config.json: no configuration of a fusion model: {error}") from error
+    return FusionProcessor.from_directory(directory)
+
+
+class FusionGenerator(Generator):
+    """A FusionModel and its processor."""
+
+    model_types = ("mmbeam-fusion",)
+
+    def __init__(self, spec: GeneratorSpec, model: Any, processor: FusionProcessor) -> None:
+        super().__init__(spec, model.device, model.dtype)
+        self.model = model
+        self.processor = processor
+
+    @classmethod
+    def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
+        processor = read_processor(directory, config)
+        texts = [source.max_tokens for source in processor.sources.values() if source.modality == "text"]
+        return GeneratorSpec(
+            family=cls.model_types[0],
+            directory=str(directory),
+            modalities=processor.modalities,
+            sampling_rate=processor.sampling_rate,
+            image_side=processor.image_side,
+            max_text_tokens=max(texts, default=None),
+            max_new_tokens=config.get("max_target_positions"),
+            columns=tuple(
+                FeatureColumn(name=name, modality=source.modality, width=source.width, tokens=source.tokens)
+                for name, source in processor.sources.items()
+                if source.kind == "features"
+            ),
+            embedding_dim=config.get("embedding_dim"),
+        )
+
+    @classmethod
+    def load(cls, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> "FusionGenerator":
+        directory = Path(spec.directory)
+        model = load_pretrained(FusionModel, directory, device, dtype)
+        return cls(spec, model, FusionProcessor.from_directory(directory))
+
+    def weigh(self, requests: Sequence[Request]) -> list[int]:
+        """The tokens of the text; a picture or a sound is as much to the model as any other."""
+        texts = self.processor.token_ids([request.text or "" for request in requests])
+        features = [sum(len(f) for f in request.features.values() if f.ndim > 1) for request in requests]
+        return [len(ids) + of_features for ids, of_features in zip(texts, features, strict=True)]
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Tokens of each text, not truncated."""
+        return [len(ids) for ids in self.processor.token_ids(texts)]
+
+    @torch.inference_mode()
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
+        decoded = decode(self.model, self._memory(requests), decoding, [request.seed for request in requests])
+        texts = self.processor.decode([each.token_ids for each in decoded])
+        return [
+            Generated(text=text, token_ids=each.token_ids, num_tokens=each.num_tokens, logprob=each.logprob)
+            for text, each in zip(texts, decoded, strict=True)
+        ]
+
+    @torch.inference_mode()
+    def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
+        return score(self.model, self._memory(requests), [text.token_ids for text in texts])
+
+    def _memory(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """What the generator reads: the sources encoded and fused, once."""
+        encoding = self.model.encode(**self.processor(requests, self.device, self.dtype))
+        memory = BaseModelOutput(last_hidden_state=encoding.memory)
+        return {"encoder_outputs": memory, "attention_mask": encoding.memory_mask}

@@ -1,0 +1,284 @@
+"""Tiny checkpoints of the families of generators that the hub holds, with random weights and all their files."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import sentencepiece
+import torch
+from tiny_audio_text import TOWER, byte_tokenizer, word_tokenizer
+from tiny_text import unigrams
+from tokenizers import AddedToken
+from tokenizers.pre_tokenizers import ByteLevel
+from transformers import (
+    BartConfig,
+    BartForConditionalGeneration,
+    BertConfig,
+    EncoderDecoderConfig,
+    EncoderDecoderModel,
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPT2Tokenizer,
+    LlamaConfig,
+    LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    M2M100Tokenizer,
+    MarianConfig,
+    MarianMTModel,
+    MarianTokenizer,
+    MBartConfig,
+    MBartForConditionalGeneration,
+    MBartTokenizer,
+    PegasusConfig,
+    PegasusForConditionalGeneration,
+    PegasusTokenizer,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen2Tokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    T5Tokenizer,
+    WhisperConfig,
+    WhisperFeatureExtractor,
+    WhisperForConditionalGeneration,
+    WhisperProcessor,
+    WhisperTokenizer,
+)
+
+from mmbeam.models.generators import describe, load
+from mmbeam.models.generators.base import Decoding, Generated, Generator, Request
+from mmbeam.models.tiny import save_lively
+
+CPU = torch.device("cpu")
+NEW = 8  # tokens
+HALVES: dict[str, Any] = {
+    f"{half}_{what}": size
+    for half in ("encoder", "decoder")
+    for what, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+}
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n"
+    "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
+    "{% if part.type == 'text' %}{{ part.text }}{% else %}MEDIUM{% endif %}{% endfor %}{% endif %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def load_tiny(directory: Path) -> Generator:
+    """The generator of a checkpoint, as the stage loads it."""
+    return load(describe(directory), CPU, torch.float32)
+
+
+def made(model: Generator, requests: Sequence[Request], **options: Any) -> list[Generated]:
+    """What a model makes of requests in one batch."""
+    return model.generate(requests, Decoding(max_new_tokens=NEW, **options))
+
+
+def check_batches(model: Generator, requests: Sequence[Request], **options: Any) -> list[Generated]:
+    """The texts of a batch, each of which its request gives alone as well, and in a batch of another order."""
+    together = made(model, requests, **options)
+    alone = [made(model, [request], **options)[0] for request in requests]
+    backwards = made(model, requests[::-1], **options)[::-1]
+    for others in (alone, backwards):
+        assert [each.token_ids for each in others] == [each.token_ids for each in together]
+        assert [each.text for each in others] == [each.text for each in together]
+        assert [each.logprob for each in others] == pytest.approx([each.logprob for each in together], abs=1e-3)
+    assert len({each.token_ids for each in together}) > len(requests) // 2  # it is lively, and hears what it is told
+    return together
+
+
+def check_scores(model: Generator, requests: Sequence[Request], texts: Sequence[Generated]) -> None:
+    """A text scores what it had when it came out."""
+    assert model.score(requests, texts) == pytest.approx([each.logprob for each in texts], abs=1e-3)
+
+
+def byte_vocabulary(*special: str) -> dict[str, int]:
+    """Letters for the 256 bytes, and special tokens behind them."""
+    return {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
+
+
+def chat_tokenizer(*special: str, template: str = CHATML, **named: str) -> Any:
+    """A byte-level tokenizer of Qwen's kind with a chat template; `named` are special tokens with names."""
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
+    tokenizer = Qwen2Tokenizer(
+        vocab=byte_vocabulary(*marks, *named.values()), merges=[], extra_special_tokens=named, eos_token="<|im_end|>"
+    )
+    tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
+    tokenizer.chat_template = template
+    return tokenizer
+
+
+def save(model: Any, config: Any, directory: Path, *files: Any, **generation: Any) -> Path:
+    """Write a lively model, its tokenizer and processors, and what its generation_config adds."""
+    save_lively(model, config, directory)
+    for file in files:
+        file.save_pretrained(directory)
+    if generation:
+        found = json.loads((directory / "generation_config.json").read_text())
+        found.pop("_from_model_config", None)
+        (directory / "generation_config.json").write_text(json.dumps(found | generation))
+    return directory
+
+
+def ids_of(tokenizer: Any) -> dict[str, Any]:
+    """The special ids that configurations want."""
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
+
+
+def save_t5(directory: Path) -> Path:
+    """A T5: positions are relative, so only its tokenizer names a limit."""
+    tokenizer = T5Tokenizer(vocab=unigrams(["<pad>", "</s>", "<unk>"]), extra_ids=4, model_max_length=64)
+    sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer)}
+    return save(T5ForConditionalGeneration, T5Config(decoder_start_token_id=0, **sizes), directory, tokenizer)
+
+
+def save_bart(directory: Path) -> Path:
+    """A BART of 64 positions, forced to begin with its begin token and to end at the limit."""
+    tokenizer = byte_tokenizer(model_max_length=64)
+    config = BartConfig(
+        d_model=32,
+        max_position_embeddings=64,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        **HALVES,
+        **ids_of(tokenizer),
+    )
+    return save(BartForConditionalGeneration, config, directory, tokenizer, forced_bos_token_id=tokenizer.bos_token_id)
+
+
+def save_mbart(directory: Path) -> Path:
+    """An mBART that is told the language wanted by a token."""
+    tokenizer = MBartTokenizer(vocab=unigrams(["<s>", "<pad>", "</s>", "<unk>"]), src_lang="en_XX", tgt_lang="de_DE")
+    config = MBartConfig(
+        d_model=32,
+        max_position_embeddings=64,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        **HALVES,
+        **ids_of(tokenizer),
+    )
+    return save(MBartForConditionalGeneration, config, directory, tokenizer)
+
+
+def save_marian(directory: Path) -> Path:
+    """A Marian with two sentencepiece models and a vocabulary beside them."""
+    directory.mkdir(parents=True, exist_ok=True)
+    pieces = _sentencepiece(directory / "source.spm")
+    _sentencepiece(directory / "target.spm")
+    vocabulary = {piece: index for index, piece in enumerate(["</s>", "<unk>", *pieces, "<pad>"])}
+    (directory / "vocab.json").write_text(json.dumps(vocabulary))
+    tokenizer = MarianTokenizer(*(str(directory / name) for name in ("source.spm", "target.spm", "vocab.json")))
+    config = MarianConfig(
+        d_model=32,
+        max_position_embeddings=64,
+        decoder_start_token_id=tokenizer.pad_token_id,
+        forced_eos_token_id=tokenizer.eos_token_id,
+        **HALVES,
+        **(ids_of(tokenizer) | {"bos_token_id": 0}),
+    )
+    return save(MarianMTModel, config, directory, tokenizer)
+
+
+def save_pegasus(directory: Path) -> Path:
+    """A Pegasus of 64 positions."""
+    tokenizer = PegasusTokenizer(vocab=unigrams(["<pad>", "</s>", "<mask_1>", "<mask_2>", "<unk>"]), offset=0)
+    config = PegasusConfig(
+        d_model=32, max_position_embeddings=64, decoder_start_token_id=0, **HALVES, **ids_of(tokenizer)
+    )
+    return save(PegasusForConditionalGeneration, config, directory, tokenizer)
+
+
+def save_bert_to_bert(directory: Path) -> Path:
+    """An EncoderDecoder of two BERTs of 64 and 32 positions."""
+    tokenizer = word_tokenizer(model_max_length=64)
+    bert = TOWER | {"vocab_size": len(tokenizer)}
+    config = EncoderDecoderConfig.from_encoder_decoder_configs(
+        BertConfig(**bert, max_position_embeddings=64), BertConfig(**bert, max_position_embeddings=32)
+    )
+    config.decoder_start_token_id, config.eos_token_id = tokenizer.cls_token_id, tokenizer.sep_token_id
+    config.pad_token_id = tokenizer.pad_token_id
+    return save(EncoderDecoderModel, config, directory, tokenizer)
+
+
+def save_gpt2(directory: Path) -> Path:
+    """A GPT-2 of 96 positions, without padding and without a chat template."""
+    tokenizer = GPT2Tokenizer(vocab=byte_vocabulary("<|endoftext|>"), merges=[])
+    ids = {"vocab_size": len(tokenizer), "bos_token_id": 256, "eos_token_id": 256}
+    return save(
+        GPT2LMHeadModel, GPT2Config(n_positions=96, n_embd=32, n_layer=2, n_head=4, **ids), directory, tokenizer
+    )
+
+
+def save_llama(directory: Path) -> Path:
+    """A Llama with a begin token and no chat template."""
+    tokenizer = byte_tokenizer()
+    config = LlamaConfig(max_position_embeddings=256, **TOWER, **ids_of(tokenizer))
+    return save(LlamaForCausalLM, config, directory, tokenizer)
+
+
+def save_qwen2(directory: Path) -> Path:
+    """A Qwen2 that chats."""
+    tokenizer = chat_tokenizer()
+    return save(
+        Qwen2ForCausalLM, Qwen2Config(**TOWER, num_key_value_heads=2, **ids_of(tokenizer)), directory, tokenizer
+    )
+
+
+SEQ2SEQ = {
+    "t5": save_t5,
+    "bart": save_bart,
+    "mbart": save_mbart,
+    "marian": save_marian,
+    "pegasus": save_pegasus,
+    "encoder-decoder": save_bert_to_bert,
+}
+CAUSAL = {"gpt2": save_gpt2, "llama": save_llama, "qwen2": save_qwen2}
+
+
+def _sentencepiece(path: Path) -> list[str]:
+    """Train a unigram model on a few sentences; its pieces."""
+    sentences = ["a photo of a cat and a dog", "the quick brown fox jumps over the lazy dog", "zwei Katzen im Garten"]
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(sentences * 10),
+            model_writer=file,
+            vocab_size=64,
+            hard_vocab_limit=False,
+            pad_id=-1,
+            bos_id=-1,
+            eos_id=0,
+            unk_id=1,
+            minloglevel=2,
+        )
+    model = sentencepiece.SentencePieceProcessor(str(path))
+    return [model.id_to_piece(index) for index in range(2, model.get_piece_size())]
+
+
+def save_whisper(directory: Path, multilingual: bool = True) -> Path:
+    """A Whisper of windows of 2 s; without `multilingual` it knows English alone."""
+    stamps = [f"<|{index / 50:.2f}|>" for index in range(101)]
+    special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"]
+    special += ["<|startofprev|>", "<|nospeech|>", "<|notimestamps|>"]
+    tokenizer = WhisperTokenizer(vocab=byte_vocabulary(*special, *stamps), merges=[])
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in special])
+    end, start, english, german, translate, transcribe, *_, unstamped = tokenizer.convert_tokens_to_ids(special)
+    config = WhisperConfig(
+        d_model=32,
+        max_source_positions=100,
+        max_target_positions=40,
+        decoder_start_token_id=start,
+        suppress_tokens=[3, 4],
+        begin_suppress_tokens=[5, end],
+        **HALVES,
+        **(ids_of(tokenizer) | {"pad_token_id": end}),
+    )
+    WhisperProcessor(WhisperFeatureExtractor(chunk_length=2), tokenizer).save_pretrained(directory)
+    options: dict[str, Any] = {"no_timestamps_token_id": unstamped, "max_initial_timestamp_index": 50}
+    options |= {"is_multilingual": multilingual, "max_length": 40, "begin_suppress_tokens": [5, end]}
+    options |= {"suppress_tokens": [3, 4], "forced_decoder_ids": [[1, None], [2, transcribe]]}
+    if multilingual:
+        options["lang_to_id"] = {"<|en|>": english, "<|de|>": german}
+        options["task_to_id"] = {"translate": translate, "transcribe": transcribe}
+    return save(WhisperForConditionalGeneration, config, directory, **options)
