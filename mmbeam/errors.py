@@ -10,6 +10,7 @@ MmbeamError
 |   +-- FailureRateError        more samples fail than the limit allows
 |   +-- DeviceError             the device is gone, absent or broken: never a sample's fault
 |   +-- FlowError               a promise of the flow is broken (order, fusion, conservation)
+|   +-- TrainingError           a model cannot be fitted to these samples, or the loss is no number any more
 +-- ShardError            an input is gone, unreadable or no tar: its unit fails, the others go on
 +-- SampleError           something is wrong with one sample: it becomes a Failure, never raised out
     +-- DecodeError             the bytes are not what they claim to be
@@ -58,6 +59,10 @@ class DeviceError(JobError):
 
 class FlowError(JobError):
     """Batches came out of order or incomplete, or the counts do not add up."""
+
+
+class TrainingError(JobError):
+    """There is nothing to train on, or the loss or a gradient became infinite or not a number."""
 
 
 class ShardError(MmbeamError):

@@ -6,7 +6,6 @@ depends on the data alone, so that a retry and another runner see the same windo
 """
 
 import os
-import queue
 import sys
 import threading
 import time
@@ -16,15 +15,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import cache, partial
+from itertools import chain, islice, starmap
 from typing import Generic, TypeVar
 
 from mmbeam.clean import compile_where, select, where_needs
 from mmbeam.config import Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
-from mmbeam.errors import FlowError, ShardError
+from mmbeam.errors import ShardError
+from mmbeam.io.ahead import one_ahead
+from mmbeam.io.parts import Part
 from mmbeam.io.stream import ShardStream, open_shard
 from mmbeam.io.tar import TarReader
-from mmbeam.types import MODALITIES, Batch, Failure, Needs, RawSample, Sample, Tally, WorkUnit
+from mmbeam.types import MODALITIES, Batch, Failure, Found, Input, Needs, RawSample, Sample, Tally, WorkUnit
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -48,62 +50,19 @@ def _cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def read_batches(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
+def read_batches(
+    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, wanted: Callable[[str], bool] | None = None
+) -> Generator[Batch]:
     """The unit's windows in order; the last one has `last`, and carries `broken` if an input failed.
+
+    Samples whose key is not `wanted` are passed over before they are decoded, and counted nowhere.
 
     One window is filled while the consumer has another, so two are in memory. The tally of each says
     what it cost: seconds of "read" and "decode" (of all threads), and "read_wait", for which the
     consumer stood still. Closing the generator ends the thread.
     """
-    ahead = _Ahead()
-    make = partial(_windows, unit, reading, needs, windows)
-    thread = threading.Thread(target=ahead.fill, args=(make,), name=f"mmbeam-read-{unit.id}", daemon=True)
-    thread.start()
-    try:
-        yield from ahead.drain()
-    finally:
-        ahead.stop()
-        thread.join(timeout=1)  # it may be waiting for a store to answer; being a daemon it holds up no exit
-
-
-class _Ahead:
-    """One window on its way from the thread that fills it to the one that consumes it."""
-
-    def __init__(self) -> None:
-        self._ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
-        self._room = threading.Semaphore(1)  # held from the start of a window until it is taken
-        self._stopped = False
-
-    def fill(self, make: Callable[[], Generator[Batch]]) -> None:
-        """Make windows, each once the one before is taken, until they end, fail, or nobody wants them."""
-        try:
-            with closing(make()) as batches:
-                while self._may_go_on() and (batch := next(batches, None)) is not None:
-                    self._ready.put(batch)
-                    del batch  # a window is large: do not hold it while the next one is made
-        except BaseException as error:
-            self._ready.put(error)
-
-    def drain(self) -> Generator[Batch]:
-        last = False
-        while not last:
-            begin = time.perf_counter()
-            item = self._ready.get()
-            self._room.release()
-            waited = Tally(seconds={"read_wait": time.perf_counter() - begin})
-            if isinstance(item, BaseException):
-                raise item
-            last = item.last
-            yield replace(item, tally=item.tally + waited)
-            del item
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._room.release()
-
-    def _may_go_on(self) -> bool:
-        self._room.acquire()
-        return not self._stopped
+    make = partial(_windows, unit, reading, needs, windows, wanted)
+    return one_ahead(make, f"mmbeam-read-{unit.id}")
 
 
 @dataclass
@@ -161,10 +120,13 @@ class _Window:
             failures=tuple(self.failures),
             tally=tally + source.take(),
             broken=broken,
+            found=tuple(source.found) if last else (),
         )
 
 
-def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
+def _windows(
+    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, wanted: Callable[[str], bool] | None
+) -> Generator[Batch]:
     wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
 
     def decode(raw: RawSample) -> _Decoded:
@@ -179,9 +141,10 @@ def _windows(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -
         2 * _cores() + 2, windows.decoded_bytes, _raw_bytes, lambda one: one.sample.nbytes
     )
     source = _Source(unit, reading, needs)
+    raws = filter(lambda raw: wanted is None or wanted(raw.key), source.samples())
     index, window, broken = 0, _Window(), None
     try:
-        with closing(ordered_map(decode, source.samples(), decode_pool(), ahead)) as decoded:
+        with closing(ordered_map(decode, raws, decode_pool(), ahead)) as decoded:
             for one in decoded:
                 window.add(one)
                 if window.full(windows):
@@ -252,6 +215,7 @@ class _Source:
         self._seconds = 0.0
         self._bytes = 0
         self._oddities: Counter[str] = Counter()
+        self.found = [Found()] * len(unit.inputs)
 
     def take(self) -> Tally:
         tally = Tally(seconds={"read": self._seconds}, bytes_read=self._bytes, warnings=dict(self._oddities))
@@ -260,18 +224,33 @@ class _Source:
         return tally
 
     def samples(self) -> Iterator[RawSample]:
-        left = self._unit.limit
-        for source in self._unit.inputs:
-            if source.end is not None:
-                raise FlowError(f"{source.shard.path}: byte ranges of a shard cannot be read yet")
-            with open_shard(source.shard, source.begin) as stream:
-                reader = TarReader(stream, source.shard.path, self._want, self._reading.limits)
-                for raw in self._timed(iter(reader), stream):
-                    yield raw
-                    left = None if left is None else left - 1
-                    if left == 0:
-                        return
-                self._oddities.update(_oddities(reader))
+        packed = len(self._unit.inputs) > 1 and self._unit.limit is None  # which samples are the first is no matter
+        read = self._packed if packed else self._input
+        return islice(chain.from_iterable(starmap(read, enumerate(self._unit.inputs))), self._unit.limit)
+
+    def _packed(self, number: int, source: Input) -> Iterator[RawSample]:
+        """An input of which nothing can be read is noted, and costs its neighbours nothing."""
+        any_read = False
+        try:
+            for raw in self._input(number, source):
+                any_read = True
+                yield raw
+                del raw  # it may be large
+        except ShardError as error:
+            if any_read:
+                raise
+            self.found[number] = Found(error=str(error))
+
+    def _input(self, number: int, source: Input) -> Iterator[RawSample]:
+        part = Part(source) if source.is_part else None
+        if part is None or not part.is_empty:
+            with open_shard(source.shard, 0 if part is None else part.origin) as stream:
+                reader = TarReader(stream, source.shard.path, self._want, self._reading.limits, part)
+                yield from self._timed(iter(reader), stream)
+                if part is None or part.holds_the_last:
+                    self._oddities.update(_oddities(reader))
+        if part is not None:
+            self.found[number] = part.found
 
     def _timed(self, samples: Iterator[RawSample], stream: ShardStream) -> Iterator[RawSample]:
         """Each sample, with the seconds spent and the stored bytes read put on the tally."""

@@ -12,7 +12,8 @@ import shards
 
 from mmbeam import reading as module
 from mmbeam.config import Cleaning, Limits, Reading, Windows
-from mmbeam.io.shards import limited_unit, list_shards, plan_units
+from mmbeam.io.shards import list_shards
+from mmbeam.io.units import limited_unit, plan_units
 from mmbeam.reading import Ahead, ordered_map, read_batches
 from mmbeam.types import Batch, Needs, WorkUnit
 

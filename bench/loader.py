@@ -1,0 +1,152 @@
+"""The loader of pre-computed features against pyarrow alone: `python bench/loader.py`, or as a section of run.py.
+
+Three columns of 512 float16 numbers, one vector in ten missing, in files as `mmbeam embed` writes them, in
+the page cache. Every figure is of a process of its own on one core, and of processor time: nothing waits
+here, so on a quiet machine the clock says the same. pyarrow decodes the same columns to Arrow and does
+nothing else, in the quicker of two ways.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from mmbeam.io.parquet import UnitWriter
+from mmbeam.io.runs import Run
+from mmbeam.types import MODALITIES, Batch, Input, Modality, Output, Sample, Shard, Tally, WorkUnit
+
+CACHE = Path(__file__).parents[1] / ".cache" / "bench"
+WIDTH = 512
+COLUMNS = [f"{modality}_embedding" for modality in MODALITIES]
+UNITS, ROWS = 16, 10_000  # 480 MB: two windows
+BATCH = 1024
+EPOCHS = 3  # in one process; the first fills buffers that the others find
+PAIRS = 5
+
+
+def build() -> Path:
+    """The data set, made unless it is there."""
+    output = CACHE / f"features-{UNITS}x{ROWS}"
+    if not (output / "done").exists():
+        rng = np.random.default_rng(0)
+        outputs = [_output(modality) for modality in MODALITIES]
+        run = Run.create(output=str(output), configuration={"task": "embed"}, recorded={}, outputs=outputs)
+        for number in range(UNITS):
+            shard = Shard(path=f"/{number}.tar", url=f"/{number}.tar", size=1, etag="")
+            unit = WorkUnit(id=f"{number:05}", inputs=(Input(shard=shard),))
+            with UnitWriter(run, unit) as writer:
+                writer.write(_window(rng, unit))
+                writer.commit()
+        (output / "done").touch()
+    return output
+
+
+def _output(modality: Modality) -> Output:
+    column = pa.field(f"{modality}_embedding", pa.list_(pa.float16(), WIDTH))
+    return Output(modalities=frozenset({modality}), columns=(column,))
+
+
+def _window(rng: np.random.Generator, unit: WorkUnit) -> Batch:
+    there = rng.random((ROWS, len(MODALITIES))) < 0.9
+    samples = [
+        Sample(
+            key=f"{unit.id}-{number:08}",
+            shard=unit.inputs[0].shard.path,
+            offset=number * 1024,
+            present=frozenset(modality for modality, has in zip(MODALITIES, row, strict=True) if has),
+        )
+        for number, row in enumerate(there)
+    ]
+    features = {column: _vectors(rng, ~there[:, i]) for i, column in enumerate(COLUMNS)}
+    return Batch(unit=unit, index=0, last=True, samples=tuple(samples), features=features, tally=Tally(samples=ROWS))
+
+
+def _vectors(rng: np.random.Generator, missing: np.ndarray) -> pa.Array:
+    vectors = rng.standard_normal((len(missing), WIDTH), np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    flat = pa.array(vectors.astype(np.float16).reshape(-1))
+    return pa.FixedSizeListArray.from_arrays(flat, WIDTH, mask=pa.array(missing))
+
+
+def by_row_group(output: Path) -> int:
+    rows = 0
+    for path in sorted(output.glob("data/*.parquet")):
+        with pq.ParquetFile(path) as file:
+            for group in range(file.num_row_groups):
+                rows += file.read_row_group(group, columns=COLUMNS, use_threads=False).num_rows
+    return rows
+
+
+def by_step(output: Path) -> int:
+    rows = 0
+    for path in sorted(output.glob("data/*.parquet")):
+        with pq.ParquetFile(path) as file:
+            rows += sum(b.num_rows for b in file.iter_batches(BATCH // 2, columns=COLUMNS, use_threads=False))
+    return rows
+
+
+def loader(output: Path) -> Callable[[], int]:
+    import torch
+
+    from mmbeam.training import FeatureDataset
+
+    torch.set_num_threads(1)
+    dataset = FeatureDataset(str(output), batch_size=BATCH)
+    epochs = iter(range(EPOCHS))
+
+    def epoch() -> int:
+        dataset.set_epoch(next(epochs))
+        return sum(len(batch[COLUMNS[0]]) for batch in dataset)
+
+    return epoch
+
+
+def run_one(mode: str, output: Path) -> float:
+    """Rows per second of processor time, of the quickest of a few epochs."""
+    modes = {"row groups": lambda: by_row_group(output), "steps": lambda: by_step(output)}
+    epoch = loader(output) if mode == "mmbeam" else modes[mode]
+    best = 0.0
+    for _ in range(EPOCHS):
+        begin = time.process_time()
+        rows = epoch()
+        assert rows == UNITS * ROWS
+        best = max(best, rows / (time.process_time() - begin))
+    return best
+
+
+def measure(mode: str) -> float:
+    command = [sys.executable, "-W", "ignore", __file__, mode]
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return float(json.loads(subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout))
+
+
+def section() -> None:
+    """Print the table."""
+    build()
+    print("\nthe loader of features on one core, shuffled: three 512-wide float16 vectors, thousands of rows/s")
+    alone = {mode: measure(mode) for mode in ("row groups", "steps")}
+    quicker = max(alone, key=lambda mode: alone[mode])
+    print("pyarrow alone, by " + ", by ".join(f"{mode}: {rate / 1000:,.0f}" for mode, rate in alone.items()))
+    pairs = [(measure(quicker), measure("mmbeam")) for _ in range(PAIRS)]
+    pyarrow, mmbeam = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
+    ratios = sorted(mine / bare for bare, mine in pairs)
+    print(
+        f"pyarrow {pyarrow / 1000:,.0f}  mmbeam {mmbeam / 1000:,.0f}  mmbeam / pyarrow "
+        f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}, {PAIRS} alternating pairs)"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
+        print(json.dumps(run_one(sys.argv[1], build())))
+    else:
+        section()

@@ -1,0 +1,214 @@
+"""mmbeam train."""
+
+import argparse
+import sys
+from collections.abc import Generator
+from dataclasses import fields
+from typing import TYPE_CHECKING, Any
+
+from mmbeam.commands.common import field_arguments, fields_of, modalities_of, positive, share
+
+if TYPE_CHECKING:
+    from mmbeam.training.options import TrainOptions
+
+ABOUT = "Fit the fusion model: captions from image, audio and text, learned from shards or from features."
+EPILOG = """\
+The samples are split by a hash of their keys into training, validation and test. After each epoch the model
+is scored on the validation part, and the best weights are kept; the test part is read once, at the end. The same
+command again goes on where an interrupted one stopped. The model is what `mmbeam caption --model MODEL_DIR` takes.
+"""
+CHOICES = {  # options of the model that have a few values
+    "fusion": ("attention", "concat", "gated", "bilinear"),
+    "generator": ("transformer", "lstm"),
+}
+ENCODERS = ("conv", "mlp", "lstm", "transformer")
+LOSSES = ("caption", "align", "reconstruct", "modality_adversary", "generator_adversary")
+SIMILARITIES = ("cosine", "dot", "bilinear")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = EPILOG
+    parser.add_argument(
+        "--input",
+        action="append",
+        required=True,
+        metavar="SHARDS_OR_FEATURES",
+        help="shards, or what `mmbeam embed` wrote (its output, or Parquet files); may be repeated",
+    )
+    parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="local directory for the model")
+    parser.add_argument("--overwrite", action="store_true", help="start over; forget a training in the output")
+    _data_arguments(parser.add_argument_group("what is learned"))
+    _model_arguments(parser.add_argument_group("the model"))
+    _training_arguments(parser.add_argument_group("how it is trained"))
+
+
+def _data_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--captions",
+        default="caption",
+        metavar="FIELD",
+        help="field of the samples' JSON, or column, that is the caption; text: the samples' text (default: caption)",
+    )
+    group.add_argument(
+        "--captions-from", metavar="FILE", help="of features: .parquet, .jsonl, .csv with key and FIELD, joined by key"
+    )
+    group.add_argument(
+        "--clauses",
+        metavar="FIELD",
+        help='field of the JSON like {"image": ..., "audio": ..., "text": ...}: the parts of the caption, which then '
+        "says only what the modalities show that are there",
+    )
+    group.add_argument("--group", metavar="FIELD", help="field of the JSON; samples that share its value are alike")
+    group.add_argument("--modalities", metavar="LIST", help="of image,audio,text (default: all there are)")
+    group.add_argument(
+        "--column", action="append", metavar="NAME[=MODALITY]", help="of features; may be repeated (default: all)"
+    )
+    group.add_argument(
+        "--split", type=_shares, default="0.9,0.05,0.05", metavar="T,V,T", help="shares (default: 0.9,0.05,0.05)"
+    )
+    field_arguments(group)
+
+
+def _model_arguments(group: argparse._ArgumentGroup) -> None:
+    for name, choices in CHOICES.items():
+        group.add_argument(f"--{name}", choices=choices, help=f"default: {choices[0]}")
+    group.add_argument(
+        "--encoder",
+        action="append",
+        type=_encoder,
+        metavar="MODALITY=KIND",
+        help=f"of shards: {', '.join(ENCODERS)} (default: image=conv, audio=conv, text=transformer); may be repeated",
+    )
+    group.add_argument("--hidden-size", type=positive, metavar="N", help="width of the model (default: 128)")
+    group.add_argument("--similarity", action="append", choices=SIMILARITIES, help="may be repeated (default: cosine)")
+    group.add_argument(
+        "--pair",
+        action="append",
+        type=_pair,
+        metavar="A:B",
+        help="sources to align, fused and caption among them; A:A aligns two views of a source, or with --group the "
+        "samples that are alike; may be repeated (default: all that differ)",
+    )
+    group.add_argument("--vocab-size", type=positive, default=2000, metavar="N", help="tokens (default: 2000)")
+    group.add_argument("--audio-seconds", type=_number, metavar="S", help="of sound that is heard (default: as it is)")
+    group.add_argument("--init", metavar="MODEL", help="start from this model's weights, with its architecture")
+    group.add_argument(
+        "--freeze",
+        metavar="LIST",
+        help="parts of it that stay as they are: names of sources, words, space, fusion, generator",
+    )
+
+
+def _training_arguments(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--epochs", type=positive, default=20, metavar="N", help="default: 20")
+    group.add_argument("--steps", type=positive, metavar="N", help="of the optimizer, in the place of --epochs")
+    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default: 64")
+    group.add_argument("--learning-rate", type=_number, default=1e-3, metavar="R", help="highest (default: 0.001)")
+    group.add_argument("--warmup-steps", type=int, metavar="N", help="default: a twentieth of all")
+    group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="default: cosine")
+    group.add_argument("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="default: adamw")
+    group.add_argument("--weight-decay", type=_number, default=0.01, metavar="W", help="default: 0.01")
+    group.add_argument("--clip-norm", type=_number, default=1.0, metavar="N", help="of gradients (default: 1)")
+    group.add_argument("--dropout", type=share, default=0.1, metavar="P", help="default: 0.1")
+    group.add_argument("--label-smoothing", type=share, default=0.0, metavar="P", help="default: 0")
+    group.add_argument(
+        "--modality-dropout", type=share, default=0.15, metavar="P", help="of each modality of a sample (default: 0.15)"
+    )
+    group.add_argument(
+        "--loss-weight",
+        action="append",
+        type=_weight,
+        metavar="LOSS=W",
+        help=f"of {', '.join(LOSSES)} (default: caption=1, align=0.1, reconstruct=0.1, the others 0)",
+    )
+    group.add_argument(
+        "--patience", type=int, default=5, metavar="N", help="epochs without a better score; 0: no end (default: 5)"
+    )
+    group.add_argument("--select", choices=("loss", "exact_match"), default="loss", help="score (default: loss)")
+    group.add_argument(
+        "--search", type=positive, metavar="N", help="try N configurations first; train the best on validation"
+    )
+    group.add_argument("--search-steps", type=positive, default=200, metavar="N", help="of each (default: 200)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
+    group.add_argument("--no-mixed-precision", action="store_true", help="compute in float32 on a GPU too")
+
+
+def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    options = _options(args)
+
+    from mmbeam.training.progress import TrainingLine
+    from mmbeam.training.train import train
+
+    line = TrainingLine(sys.stderr)
+    try:
+        report = train(options, overwrite=args.overwrite, watcher=line)
+    finally:
+        line.end()
+    training, test = report["training"], report["test"]
+    yield f"trained: {training['step']:,} steps, {training['samples']:,} samples, {training['seconds']:,.0f} s"
+    yield f"best: epoch {training['best_epoch'] + 1} of {training['epoch']}; {_scores(report['validation'])}"
+    if test["samples"]:
+        yield f"test part, {test['samples']:,} samples: {_scores(test)}"
+    yield f"model: {options.output}"
+    return 0
+
+
+def _scores(scores: dict[str, Any]) -> str:
+    right = f"exact match {scores['exact_match']:.1%}, words right {scores['words_right']:.1%}"
+    return f"loss {scores['loss']:.3f}, {right}"
+
+
+def _options(args: argparse.Namespace) -> "TrainOptions":
+    from mmbeam.config import Reading
+    from mmbeam.training.options import TrainOptions
+
+    model = {"fusion": args.fusion, "generator_kind": args.generator, "hidden_size": args.hidden_size}
+    model |= {"kinds": dict(args.encoder or ()), "pairs": args.pair, "similarities": args.similarity}
+    same = {field.name for field in fields(TrainOptions)}
+    other = {
+        "input": tuple(args.input),
+        "reading": Reading(fields=fields_of(args)),
+        "modalities": modalities_of(args.modalities),
+        "columns": None if args.column is None else tuple(args.column),
+        "shares": args.split,
+        "model": {name: value for name, value in model.items() if value},
+        "freeze": tuple(args.freeze.split(",")) if args.freeze else (),
+        "loss_weights": dict(args.loss_weight or ()),
+        "patience": args.patience or None,
+        "search": args.search or 0,
+        "mixed_precision": not args.no_mixed_precision,
+    }
+    return TrainOptions(**({name: value for name, value in vars(args).items() if name in same} | other))
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
+def _shares(text: str) -> tuple[float, ...]:
+    return tuple(_number(each) for each in text.split(","))
+
+
+def _pair(text: str) -> tuple[str, str]:
+    a, colon, b = text.partition(":")
+    if not (a and colon and b):
+        raise argparse.ArgumentTypeError(f"expected A:B, found {text!r}")
+    return a, b
+
+
+def _encoder(text: str) -> tuple[str, str]:
+    modality, _, kind = text.partition("=")
+    if modality not in ("image", "audio", "text") or kind not in ENCODERS:
+        raise argparse.ArgumentTypeError(f"expected MODALITY=KIND, KIND of {', '.join(ENCODERS)}, found {text!r}")
+    return modality, kind
+
+
+def _weight(text: str) -> tuple[str, float]:
+    name, _, weight = text.partition("=")
+    if name not in LOSSES:
+        raise argparse.ArgumentTypeError(f"expected LOSS=W, LOSS of {', '.join(LOSSES)}, found {text!r}")
+    return name, _number(weight)

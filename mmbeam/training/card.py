@@ -1,0 +1,79 @@
+"""The model card: README.md of a trained model, in the form that model hubs read."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from mmbeam.training.options import TrainOptions
+
+_DEFAULTS = TrainOptions(input=("",), output="").identity()
+
+
+def model_card(report: Mapping[str, Any]) -> str:
+    """A card for what `train` reports: what the model is, how it was made, and how good it is."""
+    options, data = report["options"], report["data"]
+    changed = {name: value for name, value in options.items() if value != _DEFAULTS.get(name)}
+    modalities = " and ".join(sorted(data.get("modalities", {}))) or "stored features"
+    return "\n".join(
+        [
+            "---",
+            "library_name: mmbeam",
+            "tags: [multimodal, captioning]",
+            "---",
+            "# A fusion model made by `mmbeam train`",
+            "",
+            f"It writes a caption from {modalities}; any of them may be missing.",
+            f"It has {report['parameters']:,} parameters. Use it with `mmbeam caption --model DIRECTORY`.",
+            "",
+            "## Training",
+            "",
+            *_training(report),
+            "",
+            "Options that are not the defaults:",
+            "",
+            "```json",
+            json.dumps(changed, indent=2),
+            "```",
+            "",
+            "## Figures",
+            "",
+            *_figures(report),
+            "",
+            "Exact match: the greedy caption equals the true one, character for character. Words right: words that",
+            "equal the true one at the same place, of the words of the longer of the two.",
+            "",
+            "## Limits",
+            "",
+            "It knows what its training samples showed, and nothing else; say here what they were.",
+            "",
+        ]
+    )
+
+
+def _training(report: Mapping[str, Any]) -> list[str]:
+    training, data, versions = report["training"], report["data"], report["versions"]
+    captions = ", ".join(f"{count:,} {part}" for part, count in data.get("captions", {}).items())
+    return [
+        f"- samples with a caption: {captions or data['samples']}",
+        f"- {training['step']:,} steps, {training['samples']:,} samples seen, {training['seconds']:,.0f} s on "
+        f"{report['device']}; the weights are those of epoch {training['best_epoch'] + 1} of {training['epoch']}",
+        f"- seed {report['options']['seed']}; {', '.join(f'{name} {of}' for name, of in versions.items())}",
+    ]
+
+
+def _figures(report: Mapping[str, Any]) -> list[str]:
+    lines = ["| | validation | test |", "|---|---|---|"]
+    parts = [report["validation"], report["test"]]
+    for name in ("samples", "loss", "exact_match", "words_right"):
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(_number(part[name]) for part in parts) + " |")
+    for kind, title in (("subsets", "exact match, {} alone"), ("recall", "recall@1, {}")):
+        for name in dict.fromkeys(name for part in parts for name in part[kind]):
+            values = " | ".join(_number(part[kind].get(name)) for part in parts)
+            lines.append(f"| {title.format(name)} | {values} |")
+    return lines
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return ""
+    return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"

@@ -1,0 +1,133 @@
+"""What a training run is asked to do: frozen options, each with its default and its reason."""
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from typing import Any, Literal
+
+from mmbeam.config import Reading
+from mmbeam.errors import UsageError
+from mmbeam.io.paths import public_path
+from mmbeam.types import Modality
+
+OptimizerName = Literal["adamw", "adam", "sgd"]
+Schedule = Literal["cosine", "linear", "constant"]
+Selection = Literal["loss", "exact_match"]
+OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adam", "sgd")
+SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
+SELECTIONS: tuple[Selection, ...] = ("loss", "exact_match")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainOptions:
+    """One training run. `identity` is what must not change when it goes on after an interruption."""
+
+    input: tuple[str, ...]  # shards, or Parquet files of features
+    output: str  # a local directory
+    reading: Reading = field(default_factory=Reading)  # of shards
+    modalities: tuple[Modality, ...] | None = None  # None: all that the samples have
+    columns: tuple[str, ...] | None = None  # of features; None: every one whose name ends in _embedding
+
+    captions: str = "caption"  # field of the sample's JSON, or column; "text": the sample's text, then no input
+    captions_from: str | None = None  # of features: a file that holds `key` and that field, joined by key
+    clauses: str | None = None  # field of the sample's JSON: {"image": ..., "audio": ..., "text": ...}
+    group: str | None = None  # field of the sample's JSON; samples that share its value are alike
+    shares: tuple[float, float, float] = (0.9, 0.05, 0.05)  # of training, validation, test
+
+    model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig.for_media or for_features
+    vocab_size: int = 2000  # tokens; enough for the captions of a few thousand samples
+    audio_seconds: float | None = None  # the window of sound; None: the longest of the first sounds, at most 30
+    init: str | None = None  # directory of the model to start from
+    freeze: tuple[str, ...] = ()  # parts that stay as they are: names of sources, "fusion", "generator", ...
+
+    loss_weights: Mapping[str, float] = field(default_factory=dict)  # over the configuration's own
+    modality_dropout: float = 0.15  # probability that a modality of a sample is masked
+    dropout: float = 0.1
+    label_smoothing: float = 0.0
+    optimizer: OptimizerName = "adamw"
+    learning_rate: float = 1e-3  # at its highest
+    warmup_steps: int | None = None  # None: a twentieth of all steps
+    schedule: Schedule = "cosine"
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0  # of all gradients together
+    batch_size: int = 64
+    epochs: int = 20
+    steps: int | None = None  # of the optimizer; they end the training before `epochs` or after
+    patience: int | None = 5  # epochs without a better validation score; None: never stop early
+    select: Selection = "loss"  # what the best weights are best at, on the validation part
+    validation_samples: int = 1000  # of the validation part at most, after each epoch
+    search: int = 0  # so many configurations are tried first, and the best on the validation part is trained
+    search_steps: int = 200  # of each of them
+    seed: int = 0
+
+    device: str = "auto"
+    mixed_precision: bool = True  # bfloat16 where the device is a GPU; a CPU computes in float32
+    checkpoint_seconds: float = 300.0  # between two checkpoints; there is one after each epoch besides
+
+    def __post_init__(self) -> None:
+        check(self)
+
+    def identity(self) -> dict[str, Any]:
+        """The options that decide what the weights become, as JSON has them."""
+        free = ("output", "device", "checkpoint_seconds")
+        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in free}
+        return values | {"input": [public_path(each) for each in self.input]}
+
+
+def _plain(value: Any) -> Any:
+    if is_dataclass(value):
+        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(each) for name, each in value.items()}
+    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+
+
+def check(options: TrainOptions) -> None:
+    """Raise UsageError for a value that cannot be meant."""
+    _one_of("--optimizer", options.optimizer, OPTIMIZERS)
+    _one_of("--schedule", options.schedule, SCHEDULES)
+    _one_of("--select", options.select, SELECTIONS)
+    if not options.loss_weights.get("caption", 1.0) > 0:
+        raise UsageError("--loss-weight caption: must be above 0, or no captions are learned")
+    for name in ("batch_size", "epochs", "steps", "patience", "validation_samples", "vocab_size", "search_steps"):
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    if options.warmup_steps is not None and options.warmup_steps < 0:
+        raise UsageError(f"--warmup-steps {options.warmup_steps}: expected 0 or more")
+    for name in ("learning_rate", "weight_decay", "clip_norm", "modality_dropout", "dropout", "label_smoothing"):
+        value = getattr(options, name)
+        below_one = name in ("modality_dropout", "dropout", "label_smoothing")
+        if not (math.isfinite(value) and value >= 0) or (below_one and value >= 1):
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected 0 or more{', below 1' * below_one}")
+    _check_together(options)
+
+
+def _check_together(options: TrainOptions) -> None:
+    if options.captions == "text" and "text" in (options.modalities or ()):
+        raise UsageError("--captions text: the text is what is to be said, so it cannot be an input; leave it out")
+    if options.freeze and options.init is None:
+        raise UsageError("--freeze: only what --init brings can stay as it is; weights drawn at random learn nothing")
+    if options.init is not None and options.model:
+        raise UsageError(f"--init brings its own architecture; leave out {', '.join(sorted(options.model))}")
+    if len(options.shares) != 3 or min(options.shares) < 0 or not math.isclose(sum(options.shares), 1, abs_tol=1e-9):
+        raise UsageError(f"--split {options.shares}: expected three shares that add up to 1")
+    if "://" in options.output:
+        raise UsageError(f"--output {public_path(options.output)}: expected a local directory, for a model's files")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise UsageError(f"{name} {value}: expected one of {', '.join(known)}")
+
+
+def difference(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """Where two identities differ, one line each: "learning_rate: 0.001 -> 0.002"."""
+    lines: list[str] = []
+    for name in dict.fromkeys((*then, *now)):
+        old, new = then.get(name), now.get(name)
+        if isinstance(old, Mapping) and isinstance(new, Mapping):
+            lines += difference(old, new, f"{prefix}{name}.")
+        elif old != new:
+            lines.append(f"{prefix}{name}: {old} -> {new}")
+    return lines

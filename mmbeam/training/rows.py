@@ -1,0 +1,158 @@
+"""Examples from rows of pre-computed features: the Parquet files that `mmbeam embed` wrote.
+
+The loader itself is `mmbeam.training.features`; here its batches become the examples that the training
+takes from everywhere. A vector with a number that is not finite counts as missing.
+"""
+
+import logging
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+
+from mmbeam.errors import UsageError
+from mmbeam.models.generators.base import Request
+from mmbeam.training.captions import Captions
+from mmbeam.training.examples import PARTS, Example, Part, clauses_of, json_object, text_of
+from mmbeam.training.feature_files import StoredFeature, list_files
+from mmbeam.training.feature_rows import CAPTION
+from mmbeam.training.features import FeatureDataset
+from mmbeam.training.sources import SPLIT_SEED, SURVEYED, Labelling, Survey
+from mmbeam.types import MODALITIES, Feature, Modality
+
+log = logging.getLogger(__name__)
+
+ROWS = 1024  # taken from the files at once
+SUFFIXES = ("embedding", "tokens")  # a column is called [NAME_]<modality>_embedding or ..._tokens
+
+
+def modality_of(column: str) -> Modality:
+    """The modality that a column of features is of, by its name. Raises UsageError if the name does not say."""
+    for modality in MODALITIES:
+        if any(column == each or column.endswith(f"_{each}") for each in (f"{modality}_{end}" for end in SUFFIXES)):
+            return modality
+    raise UsageError(f"column {column}: its name does not end in <modality>_embedding or _tokens; write {column}=image")
+
+
+def parse_column(text: str) -> tuple[str, Modality | None]:
+    """NAME or NAME=MODALITY. Raises UsageError."""
+    name, equals, given = text.partition("=")
+    modality = next((modality for modality in MODALITIES if modality == given), None)
+    if equals and modality is None:
+        raise UsageError(f"--column {text}: expected one of {', '.join(MODALITIES)} after the =")
+    return name, modality
+
+
+def captions_of(paths: Sequence[str], name: str, file: str | None) -> Captions:
+    """Where the captions called `name` are: in `file`, a column of the rows, or a field of their JSON."""
+    if file is not None:
+        return Captions(file=file, file_caption=name)
+    fs, path = url_to_fs(list_files(paths)[0])
+    with fs.open(path) as data:
+        names = pq.read_schema(data).names
+    return Captions(column=name) if name in names else Captions(metadata=name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FeatureSource:
+    """Rows with a caption; those of training in another order in each epoch."""
+
+    paths: Sequence[str]
+    captions: Captions
+    labelling: Labelling
+    columns: Mapping[str, Modality | None] | None = None  # None: every column of vectors; a modality overrules the name
+    counts: Mapping[Part, int] = field(default_factory=dict)
+    seed: int = 0
+    _warned: set[str] = field(default_factory=set, repr=False, compare=False)  # columns that were complained about
+
+    def features(self) -> dict[str, tuple[Modality, StoredFeature]]:
+        """The columns of features, each with its modality."""
+        stored = self._dataset("train").features
+        named = self.columns or {}
+        return {name: (named.get(name) or modality_of(name), feature) for name, feature in stored.items()}
+
+    def survey(self, limit: int | None = None) -> Survey:
+        """Count the rows of each part; look at the first rows of the training part, no more than `limit`."""
+        survey = Survey()
+        for part in PARTS:
+            count = self._dataset(part).count()
+            survey.captions[part] = count.rows
+            survey.samples += count.rows + count.without_caption
+        for example in islice(self.examples("train"), min(SURVEYED, limit or SURVEYED)):
+            survey.texts.append(example.caption)
+            survey.modalities.update(example.present)
+            survey.clauses += example.clauses is not None
+        return survey
+
+    def count(self, part: Part) -> int | None:
+        return self.counts.get(part)
+
+    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+        """The part's rows that have a caption and at least one feature."""
+        dataset = self._dataset(part)
+        dataset.set_epoch(epoch)
+        modalities = {name: modality for name, (modality, _) in self.features().items()}
+        for batch in dataset:
+            columns = {name: self._values(batch, name) for name in modalities}
+            for row in range(len(batch["key"])):
+                features = {name: value for name, rows in columns.items() if (value := rows[row]) is not None}
+                if features:
+                    yield self._example(batch, row, features, modalities)
+
+    def _example(
+        self, batch: Mapping[str, Any], row: int, features: Mapping[str, Feature], modalities: Mapping[str, Modality]
+    ) -> Example:
+        values = json_object(batch["metadata"][row]) if self._asks_json else {}
+        labelling = self.labelling
+        return Example(
+            key=batch["key"][row],
+            caption=batch[CAPTION][row],
+            present=frozenset(modalities[name] for name in features),
+            request=partial(_request, features, modalities),
+            clauses=clauses_of(values.get(labelling.clauses or "")),
+            group=text_of(values.get(labelling.group or "")),
+            nbytes=sum(feature.nbytes for feature in features.values()),
+        )
+
+    def _values(self, batch: Mapping[str, Any], name: str) -> list[Feature | None]:
+        """Each row's vector, [width], or vectors, [tokens, width]; None where it has none that is all numbers."""
+        values, mask = batch[name].numpy(), batch[f"{name}_mask"].numpy()
+        finite = np.isfinite(values).all(tuple(range(1, values.ndim)))
+        counts = mask.reshape(len(mask), -1).sum(1)
+        if not finite.all() and name not in self._warned:
+            self._warned.add(name)
+            key = batch["key"][finite.argmin()]
+            log.warning("column %s: vectors that are not finite count as missing, the first of key %s", name, key)
+        rows: list[Feature | None] = []
+        for value, count, good in zip(values, counts.tolist(), finite.tolist(), strict=True):
+            rows.append((value[:count] if values.ndim > 2 else value) if count and good else None)
+        return rows
+
+    @property
+    def _asks_json(self) -> bool:
+        return self.labelling.clauses is not None or self.labelling.group is not None
+
+    def _dataset(self, part: Part) -> FeatureDataset:
+        return FeatureDataset(
+            self.paths,
+            batch_size=ROWS,
+            features=None if self.columns is None else list(self.columns),
+            columns=["key", *(["metadata"] if self._asks_json else [])],
+            captions=self.captions,
+            split=part,
+            shares=self.labelling.shares,
+            split_seed=SPLIT_SEED,
+            shuffle=part == "train",
+            seed=self.seed,
+            rank=0,
+            world_size=1,
+        )
+
+
+def _request(features: Mapping[str, Feature], modalities: Mapping[str, Modality], kept: frozenset[Modality]) -> Request:
+    return Request(features={name: value for name, value in features.items() if modalities[name] in kept})

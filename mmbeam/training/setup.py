@@ -1,0 +1,216 @@
+"""From options to what is trained: a configuration, a processor, a source of examples, and the model.
+
+What was learned from the samples before the training, the vocabulary and their number, is kept beside the
+checkpoint, so that an interrupted run finds the same.
+"""
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmbeam.errors import MissingModalityError, NoShardsError, UsageError
+from mmbeam.io.shards import expand, list_shards
+from mmbeam.io.units import plan_units
+from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
+from mmbeam.models.loading import load_pretrained, resolve
+from mmbeam.training.checkpoint import write_text
+from mmbeam.training.examples import Part, Source
+from mmbeam.training.feature_files import list_files
+from mmbeam.training.options import TrainOptions
+from mmbeam.training.rows import FeatureSource, captions_of, parse_column
+from mmbeam.training.sources import CAPTION_IS_TEXT, SURVEYED, Labelling, ShardSource, Survey
+from mmbeam.types import MODALITIES, Modality, Needs
+
+log = logging.getLogger(__name__)
+
+START, FACTS = "start", "samples.json"
+LISTENED = 100  # sounds whose length says how long the model's window is to be
+MAX_SECONDS = 30.0  # of that window
+TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # of the losses alone
+
+
+@dataclass(frozen=True, kw_only=True)
+class Setup:
+    """What a model is made from and trained on."""
+
+    config: FusionConfig
+    processor: FusionProcessor
+    source: Source
+    facts: Mapping[str, Any]  # of the samples, for the model card
+
+
+def set_up(options: TrainOptions, directory: Path) -> Setup:
+    """What the run in `directory` trains: as an earlier launch of it found, or found now and written down.
+
+    Raises NoShardsError, TrainingError, MissingModalityError, ModelError, UsageError.
+    """
+    start = directory / START
+    features = are_features(options.input)
+    if not (start / FACTS).exists():
+        facts = _begin(options, features, start)
+        write_text(start / FACTS, json.dumps(facts, indent=2) + "\n")
+    facts = json.loads((start / FACTS).read_text())
+    config = FusionConfig.from_pretrained(start)
+    processor = FusionProcessor.from_directory(start)
+    if bool(processor.columns) != features:
+        takes = f"features ({', '.join(processor.columns)})" if processor.columns else ", ".join(processor.modalities)
+        raise UsageError(f"--init {options.init}: the model takes {takes}, which --input is not")
+    counts = facts["captions"] if facts["counted"] else {}
+    source: Source = row_source(options, processor, counts) if features else shard_source(options, processor, counts)
+    return Setup(config=config, processor=processor, source=source, facts=facts)
+
+
+def are_features(paths: Sequence[str]) -> bool:
+    """Whether the input is Parquet, and not shards. Raises NoShardsError if it is neither."""
+    if all(path.lower().endswith(".parquet") for path in expand(paths)):
+        return True
+    try:
+        list_shards(paths)
+    except NoShardsError as error:
+        try:
+            return bool(list_files(paths))
+        except NoShardsError:
+            raise error from None
+    return False
+
+
+def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]:
+    """Look at the samples, decide from what they hold, and write down configuration and processor; the facts."""
+    source = row_source(options) if features else shard_source(options)
+    survey = source.survey(SURVEYED if options.steps is not None else None)
+    survey.check(options.captions)
+    if options.init is not None:
+        directory = resolve(options.init).directory
+        config, processor = FusionConfig.from_pretrained(directory), FusionProcessor.from_directory(directory)
+        if options.captions == CAPTION_IS_TEXT and "text" in processor.modalities:
+            raise UsageError(f"--captions text: the model {options.init} reads the text that it is to write")
+    else:
+        config = _config(options, source, survey)
+        processor = FusionProcessor.fit(
+            config.parsed_sources(), survey.texts, options.vocab_size, _audio_seconds(options, config, source)
+        )
+        config.vocab_size = processor.vocab_size
+    config.save_pretrained(start)
+    processor.save(start)
+    return survey.facts()
+
+
+def _config(options: TrainOptions, source: ShardSource | FeatureSource, survey: Survey) -> FusionConfig:
+    modalities = _modalities(options, survey)
+    if isinstance(source, ShardSource):
+        return FusionConfig.for_media(modalities, **options.model)
+    if "kinds" in options.model:
+        raise UsageError("--encoder: features were encoded before; leave it out")
+    found = {name: of for name, of in source.features().items() if of[0] in modalities}
+    columns = {name: (modality, stored.width, stored.tokens) for name, (modality, stored) in found.items()}
+    return FusionConfig.for_features(columns, **options.model)
+
+
+def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSource | FeatureSource) -> float:
+    hears = any(of.modality == "audio" for of in config.parsed_sources().values())
+    if options.audio_seconds is None and hears and isinstance(source, ShardSource):
+        return source.longest_sound(LISTENED, MAX_SECONDS)
+    return options.audio_seconds or 1.0
+
+
+def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
+    """Those that are asked for, or all that there are."""
+    found = [modality for modality in MODALITIES if survey.modalities[modality]]
+    if options.captions == CAPTION_IS_TEXT:
+        found = [modality for modality in found if modality != "text"]
+    missing = [modality for modality in options.modalities or () if modality not in found]
+    if missing or not found:
+        raise MissingModalityError(
+            f"no {', '.join(missing) or 'image, audio or text'} in the {survey.samples:,} samples; "
+            "see `mmbeam inspect`, and --image-field, --audio-field, --text-field"
+        )
+    return tuple(options.modalities or found)
+
+
+def shard_source(
+    options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Part, int] | None = None
+) -> ShardSource:
+    """The samples of the shards, decoded as the processor takes them; without one nothing but texts is."""
+    source = ShardSource(
+        units=plan_units(list_shards(options.input), []),
+        labelling=_labelling(options),
+        reading=options.reading,
+        counts=counts or {},
+        seed=options.seed,
+    )
+    if processor is None:
+        return source
+    rate = processor.sampling_rate
+    needs = Needs(
+        modalities=frozenset(processor.modalities),
+        sampling_rates=frozenset(() if rate is None else (rate,)),
+        image_side=processor.image_side,
+    )
+    return replace(source, needs=needs, modalities=needs.modalities)
+
+
+def row_source(
+    options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Part, int] | None = None
+) -> FeatureSource:
+    """The rows of the Parquet files, with the columns that the processor takes, or those of the options."""
+    columns: Mapping[str, Modality | None] | None = processor.columns if processor else None
+    if processor is None and options.columns is not None:
+        columns = dict(parse_column(each) for each in options.columns)
+    return FeatureSource(
+        paths=options.input,
+        captions=captions_of(options.input, options.captions, options.captions_from),
+        labelling=_labelling(options),
+        columns=columns,
+        counts=counts or {},
+        seed=options.seed,
+    )
+
+
+def _labelling(options: TrainOptions) -> Labelling:
+    return Labelling(captions=options.captions, clauses=options.clauses, group=options.group, shares=options.shares)
+
+
+def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tuple[FusionModel, list[torch.nn.Module]]:
+    """The model as the training begins, and the parts of it that are to stay as they are.
+
+    Weights are drawn with the options' seed, or those of `init`. Raises UsageError, ModelError.
+    """
+    config = configured(setup.config, options)
+    if options.init is None:
+        torch.manual_seed(options.seed)
+        model = FusionModel(config).to(device)
+    else:
+        directory = resolve(options.init).directory
+        model = load_pretrained(FusionModel, directory, device, torch.float32, TRAINING_HEADS, config=config)
+    return model, frozen_parts(model, options.freeze)
+
+
+def configured(config: FusionConfig, options: TrainOptions) -> FusionConfig:
+    """The configuration with what the options say of losses and dropout."""
+    weights = {**(config.loss_weights or {}), **options.loss_weights}
+    changed = {"dropout": options.dropout, "label_smoothing": options.label_smoothing, "loss_weights": weights}
+    made: FusionConfig = FusionConfig.from_dict({**config.to_dict(), **changed})
+    return made
+
+
+def parts_of(model: FusionModel) -> dict[str, torch.nn.Module]:
+    """The parts of a model by the names that `freeze` takes: its sources' encoders, and what they share.
+
+    "words" are the vectors of the vocabulary, which texts are read by and captions are written by.
+    """
+    shared = {"words": model.words, "space": model.space, "fusion": model.fuser, "generator": model.decoder}
+    return {**dict(model.encoders.items()), **shared}
+
+
+def frozen_parts(model: FusionModel, names: Sequence[str]) -> list[torch.nn.Module]:
+    """The parts of these names. Raises UsageError for a name that is none."""
+    parts = parts_of(model)
+    for name in names:
+        if name not in parts:
+            raise UsageError(f"--freeze {name}: the parts of this model are {', '.join(parts)}")
+    return [parts[name] for name in names]

@@ -1,0 +1,178 @@
+"""The model that ships with the package: how it is trained on the procedural corpus, and how good it is.
+
+The corpus is rendered while the model trains on it; every batch is new. What is measured at the end are
+scenes of EVALUATION_SEED, which neither the training nor the choice of the best weights has seen.
+"""
+
+import json
+import logging
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import replace
+from itertools import zip_longest
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmbeam.corpus import Scene, samples, tag
+from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
+from mmbeam.models.loading import load_pretrained, quiet_transformers
+from mmbeam.models.placement import resolve_device
+from mmbeam.training.checkpoint import write_text
+from mmbeam.training.examples import Example
+from mmbeam.training.fit import Watcher
+from mmbeam.training.options import TrainOptions
+from mmbeam.training.scores import SUBSETS, Judge, count_words
+from mmbeam.training.setup import Setup
+from mmbeam.training.sources import CorpusSource, scene_example
+from mmbeam.training.train import REPORT, open_run, read_report, train_on, write_model
+from mmbeam.types import MODALITIES, Modality
+
+log = logging.getLogger(__name__)
+
+EPOCH_SAMPLES = 12_800  # between two validations
+VOCABULARY_SAMPLES = 4000  # whose captions and tags make the vocabulary
+VOCABULARY = 1024  # tokens at most: all words of the corpus in all their cases, and the bytes
+# What the corpus's modalities show has nothing to do with one another: each aligns with the caption alone.
+PAIRS = [[name, "caption"] for name in (*MODALITIES, "fused")]
+SIMILARITIES = ["cosine", "dot", "bilinear"]
+EVALUATION_SEED = 2026
+EVALUATION_SAMPLES = 2000
+FIGURES = "figures.json"
+
+
+def shipped_options(output: str, **changed: Any) -> TrainOptions:
+    """How the shipped model is trained; `changed["model"]` adds to its configuration."""
+    changed["model"] = {"similarities": SIMILARITIES, **changed.get("model", {})}
+    return replace(
+        TrainOptions(
+            input=("corpus://procedural",),
+            output=output,
+            vocab_size=VOCABULARY,
+            learning_rate=2e-3,
+            warmup_steps=60,
+            weight_decay=0.01,
+            dropout=0.1,
+            modality_dropout=0.15,
+            batch_size=64,
+            steps=1000,
+            patience=None,
+            validation_samples=500,
+            select="exact_match",
+        ),
+        **changed,
+    )
+
+
+def train_shipped(
+    options: TrainOptions, *, overwrite: bool = False, watcher: Watcher | None = None, count: int = EVALUATION_SAMPLES
+) -> dict[str, Any]:
+    """Train on the corpus, measure on fresh scenes, and write the model in bfloat16 with its figures; the figures.
+
+    The same options again go on where an interrupted training stopped. Raises what `train` raises.
+    """
+    device = torch.device(resolve_device(options.device))
+    quiet_transformers()
+    directory = open_run(options, overwrite)
+    output = directory.parent
+    done = (directory / REPORT).exists()
+    report = read_report(directory) if done else train_on(corpus_setup(options), options, directory, device, watcher)
+    model = load_pretrained(FusionModel, output, torch.device("cpu"), torch.bfloat16)  # half the size
+    write_model(model, FusionProcessor.from_directory(output), output)
+    figures = {"training": report, "evaluation": evaluate(output, device, count)}
+    write_text(output / FIGURES, json.dumps(figures, indent=2) + "\n")
+    return figures
+
+
+def corpus_setup(options: TrainOptions) -> Setup:
+    """A model for the corpus, and the corpus as a source of examples."""
+    modalities = options.modalities or MODALITIES
+    pairs = [pair for pair in PAIRS if pair[0] in (*modalities, "fused") and "text" in modalities]
+    config = FusionConfig.for_media(modalities, **{"pairs": pairs, **options.model})
+    scenes = samples(options.seed, count=VOCABULARY_SAMPLES)
+    texts = (text for scene in scenes for text in (scene.caption(), tag(scene)))
+    processor = FusionProcessor.fit(config.parsed_sources(), texts, options.vocab_size)
+    config.vocab_size = processor.vocab_size
+    source = CorpusSource(
+        seed=options.seed,
+        epoch_size=EPOCH_SAMPLES,
+        evaluation_size=options.validation_samples,
+        modalities=processor.modalities,
+    )
+    about = "the procedural corpus of mmbeam.corpus, 64 pixels and 8 kHz"
+    facts = {"samples": about, "modalities": dict.fromkeys(processor.modalities, "rendered")}
+    return Setup(config=config, processor=processor, source=source, facts=facts)
+
+
+def evaluate(directory: Path, device: torch.device, count: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
+    """How good the model in `directory` is on `count` fresh scenes, from every subset of the modalities.
+
+    Of each subset: the share of samples whose caption is its clauses, all right and nothing else; with all
+    modalities also the share of words right, and of each class of words and each word those that stand
+    where they belong.
+    """
+    model = load_pretrained(FusionModel, directory, device, torch.float32)
+    judge = Judge(model, FusionProcessor.from_directory(directory), device, batch_size=100)
+    kept = [subset for subset in SUBSETS if set(subset) <= set(judge.processor.modalities)]
+    scenes = list(samples(seed, count=count))
+    examples = [scene_example(scene).keeping(kept[-1]) for scene in scenes]
+    written = {subset: judge.captions([each.keeping(subset) for each in examples]) for subset in kept}
+    counts = [count_words(example.caption, caption) for example, caption in written[kept[-1]]]
+    exact = {"+".join(subset): _share(e.caption == caption for e, caption in of) for subset, of in written.items()}
+    return {
+        "seed": seed,
+        "samples": count,
+        "exact_match": exact["+".join(kept[-1])],
+        "words_right": sum(right for right, _ in counts) / sum(words for _, words in counts),
+        "subsets": exact,
+        "classes": word_classes(scenes, written[kept[-1]]),
+        "words": single_words(written[kept[-1]]),
+        "recall": judge.recall(examples),
+    }
+
+
+def _share(right: Iterable[bool]) -> float:
+    found = list(right)
+    return sum(found) / len(found)
+
+
+def word_classes(scenes: Iterable[Scene], written: Iterable[tuple[Example, str]]) -> dict[str, float]:
+    """Of each class of words (colour, pitch, place, ...), the share that stands where it belongs."""
+    by_key = {scene.key: scene for scene in scenes}
+    total, right = Counter[str](), Counter[str]()
+    for example, caption in written:
+        names = [name for m, each in _classes(by_key[example.key]).items() if m in example.present for name in each]
+        for name, hit in zip(names, _hits(example.caption, caption), strict=True):
+            total[name] += 1
+            right[name] += hit
+    return {name: right[name] / count for name, count in sorted(total.items())}
+
+
+def single_words(written: Iterable[tuple[Example, str]]) -> dict[str, float]:
+    """Of each word of the true captions, the share that stands where it belongs."""
+    total, right = Counter[str](), Counter[str]()
+    for example, caption in written:
+        for word, hit in zip(example.caption.split(), _hits(example.caption, caption), strict=True):
+            total[word.strip(",.")] += 1
+            right[word.strip(",.")] += hit
+    return {word: right[word] / count for word, count in sorted(total.items())}
+
+
+def _hits(true: str, written: str) -> list[bool]:
+    """Whether each word of the true caption stands at its place in the other."""
+    return [ours == theirs for ours, theirs in zip_longest(true.split(), written.split()) if ours is not None]
+
+
+def _classes(scene: Scene) -> dict[Modality, list[str]]:
+    """The class of each word of the scene's clauses; what is the same in all captions is "grammar"."""
+    shapes: list[str] = []
+    for number, shape in enumerate(scene.shapes):
+        shapes += ["grammar"] * (1 + bool(number))  # [and] a
+        shapes += ["size", "colour", "form", *["position"] * len(shape.position.split())]
+    kind = ["kind"] * len(scene.sound.kind.split())
+    return {
+        "image": shapes,
+        "audio": ["grammar", "grammar", "loudness", "tempo", "pitch", *kind],  # with a
+        "text": ["grammar", "grammar", "place", "grammar", "time"],  # in the ... at ...
+    }

@@ -1,0 +1,246 @@
+"""Where examples come from: shards, or the procedural corpus rendered as it is asked for.
+
+Rows of pre-computed features are in rows.py. Nothing is held in memory here but the windows
+that are being read.
+"""
+
+import logging
+from collections import Counter
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import islice
+from typing import Any
+
+import numpy as np
+
+from mmbeam.config import Reading, Windows
+from mmbeam.corpus import Scene, render_audio, render_image, samples, tag
+from mmbeam.errors import ShardError, TrainingError
+from mmbeam.models.generators.base import Request
+from mmbeam.reading import read_batches
+from mmbeam.training.examples import PARTS, Example, Part, clauses_of, json_object, text_of
+from mmbeam.training.split import split_of
+from mmbeam.types import MODALITIES, Audio, Modality, Needs, Sample, Waveform, WorkUnit
+
+log = logging.getLogger(__name__)
+
+CAPTION_IS_TEXT = "text"  # as the name of the caption's field: the sample's text itself
+SPLIT_SEED = 0  # the same for every run, so that no model's test part is part of another's training
+SURVEYED = 50_000  # samples whose texts are enough to learn a vocabulary from
+TEXT_ONLY = Needs()  # of a sample; its JSON always comes along
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """Which fields of a sample's JSON say what is right, and which part a key belongs to."""
+
+    captions: str
+    clauses: str | None = None
+    group: str | None = None
+    shares: tuple[float, float, float] = (0.9, 0.05, 0.05)
+
+    def part(self, key: str) -> Part:
+        """The part that the sample belongs to, by its key alone."""
+        return split_of(key, SPLIT_SEED, self.shares)
+
+    def caption(self, sample: Sample) -> str | None:
+        """The sample's caption, if it has one."""
+        if self.captions == CAPTION_IS_TEXT:
+            return text_of(sample.text)
+        return text_of(json_object(sample.metadata).get(self.captions))
+
+    def facts(self, sample: Sample) -> tuple[dict[Modality, str] | None, str | None]:
+        """The caption's clauses and the sample's group, as far as they are asked for and there."""
+        values = json_object(sample.metadata)
+        clauses = None if self.clauses is None else clauses_of(values.get(self.clauses))
+        return clauses, None if self.group is None else text_of(values.get(self.group))
+
+
+@dataclass(kw_only=True)
+class Survey:
+    """What the samples hold, before anything is decoded."""
+
+    samples: int = 0
+    captions: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    modalities: Counter[Modality] = field(default_factory=Counter)
+    clauses: int = 0  # samples whose captions come in parts
+    texts: list[str] = field(default_factory=list)  # of the training part: captions and texts
+    fields: set[str] = field(default_factory=set)  # of the samples' JSON
+    whole: bool = True  # whether all samples were looked at
+
+    def check(self, captions: str) -> None:
+        """Raise TrainingError if nothing can be learned or measured from such samples."""
+        if not sum(self.captions.values()):
+            raise TrainingError(
+                f"none of the {self.samples:,} samples has a caption in {captions!r}; their JSON has "
+                f"{', '.join(sorted(self.fields)[:12]) or 'no fields'}. Name a field with --captions, or text for "
+                "the samples' own text"
+            )
+        for part in ("train", "validation"):
+            if not self.captions[part]:
+                raise TrainingError(
+                    f"the {part} part is empty: {self.captions}. There are too few samples with a caption for this "
+                    "--split; give more, or larger shares"
+                )
+
+    def facts(self) -> dict[str, Any]:
+        """What is kept of it, as JSON."""
+        without = self.samples - sum(self.captions.values())
+        if without:
+            log.warning("%d of %d samples have no caption and are left out", without, self.samples)
+        return {
+            "samples": self.samples,
+            "captions": self.captions,
+            "clauses": self.clauses,
+            "modalities": dict(self.modalities),
+            "counted": self.whole,
+        }
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardSource:
+    """Samples of shards, read and decoded ahead; the units in another order in each epoch of training."""
+
+    units: Sequence[WorkUnit]
+    labelling: Labelling
+    modalities: frozenset[Modality] = frozenset(MODALITIES)
+    needs: Needs = TEXT_ONLY
+    reading: Reading = field(default_factory=Reading)
+    counts: Mapping[Part, int] = field(default_factory=dict)
+    seed: int = 0
+
+    def survey(self, limit: int | None = None) -> Survey:
+        """Look at the texts and JSON of the samples, of the first `limit` if one is given."""
+        survey = Survey()
+        for sample in self._samples(self.units, None):
+            if limit is not None and survey.samples >= limit:
+                survey.whole = False
+                break
+            _look_at(sample, self.labelling, survey)
+        return survey
+
+    def longest_sound(self, limit: int, most: float) -> float:
+        """Seconds of the longest among the first `limit` sounds, at most `most`; 1 if there is none."""
+        source = replace(self, needs=Needs(modalities=frozenset(("audio",))))
+        found = (s.audio.seconds for s in source._samples(self.units, None) if s.audio is not None)
+        return min(most, max(islice(found, limit), default=1.0))
+
+    def count(self, part: Part) -> int | None:
+        return self.counts.get(part)
+
+    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+        """The part's samples that have a caption and something of the modalities that could be decoded."""
+        order: Sequence[int] = range(len(self.units))
+        if part == "train":
+            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.units)).tolist()
+        for sample in self._samples([self.units[place] for place in order], part):
+            example = self._example(sample)
+            if example is not None:
+                yield example
+
+    def _samples(self, units: Sequence[WorkUnit], part: Part | None) -> Iterator[Sample]:
+        wanted = None if part is None else lambda key: self.labelling.part(key) == part
+        for unit in units:
+            with closing(read_batches(unit, self.reading, self.needs, Windows(), wanted)) as batches:
+                for batch in batches:
+                    yield from batch.samples
+                    if batch.broken is not None:
+                        raise ShardError(f"{batch.broken}. The same command again goes on from the last checkpoint")
+
+    def _example(self, sample: Sample) -> Example | None:
+        caption = self.labelling.caption(sample)
+        present = frozenset(modality for modality in self.modalities if _usable(sample, modality))
+        if caption is None or not present:
+            return None
+        clauses, group = self.labelling.facts(sample)
+        return Example(
+            key=sample.key,
+            caption=caption,
+            present=present,
+            request=partial(request_of, sample),
+            clauses=clauses,
+            group=group,
+            nbytes=sample.nbytes,
+        )
+
+
+def _look_at(sample: Sample, labelling: Labelling, survey: Survey) -> None:
+    survey.samples += 1
+    survey.modalities.update(sample.present)
+    survey.fields.update(json_object(sample.metadata))
+    caption, part = labelling.caption(sample), labelling.part(sample.key)
+    if caption is None:
+        return
+    survey.captions[part] += 1
+    survey.clauses += labelling.facts(sample)[0] is not None
+    if part == "train" and len(survey.texts) < 2 * SURVEYED:
+        survey.texts += [caption, *filter(None, [sample.model_text])]
+
+
+def _usable(sample: Sample, modality: Modality) -> bool:
+    if modality == "text":
+        return bool(sample.model_text)
+    if modality == "audio":
+        return sample.audio is not None and bool(sample.audio.waves)
+    return sample.has(modality)
+
+
+def request_of(sample: Sample, modalities: frozenset[Modality]) -> Request:
+    """What a model gets of a sample of shards."""
+    return Request(
+        image=sample.image if "image" in modalities else None,
+        audio=_sound(sample.audio) if "audio" in modalities else None,
+        text=sample.model_text if "text" in modalities else None,
+    )
+
+
+def _sound(audio: Audio | None) -> tuple[Waveform, int] | None:
+    if audio is None:
+        return None
+    rate, wave = max(audio.waves.items())
+    return wave, rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusSource:
+    """The procedural corpus without end: every epoch of training has new scenes.
+
+    The parts are told apart by their seeds: training has `seed`, validation the next, test the one after.
+    """
+
+    seed: int
+    epoch_size: int
+    evaluation_size: int
+    modalities: Collection[Modality] | None = None  # no clauses but theirs are in the captions; None: all
+    side: int = 64  # pixels
+    rate: int = 8000  # Hz
+
+    def count(self, part: Part) -> int | None:
+        return self.epoch_size if part == "train" else self.evaluation_size
+
+    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+        size = self.count(part) or 0
+        start = epoch * size if part == "train" else 0
+        for scene in samples(self.seed + PARTS.index(part), start, size):
+            yield scene_example(scene, self.side, self.rate).keeping(self.modalities or MODALITIES)
+
+
+def scene_example(scene: Scene, side: int = 64, rate: int = 8000) -> Example:
+    """The example of a scene, rendered when its request is made."""
+    return Example(
+        key=scene.key,
+        caption=scene.caption(),
+        present=frozenset(MODALITIES),
+        request=partial(_render, scene, side, rate),
+        clauses=scene.clauses(),
+    )
+
+
+def _render(scene: Scene, side: int, rate: int, modalities: frozenset[Modality]) -> Request:
+    return Request(
+        image=render_image(scene, side) if "image" in modalities else None,
+        audio=(render_audio(scene, rate), rate) if "audio" in modalities else None,
+        text=tag(scene) if "text" in modalities else None,
+    )

@@ -1,0 +1,124 @@
+"""Train a fusion model: from options to a directory that `mmbeam caption --model` takes.
+
+MODEL_DIR/config.json, model.safetensors, tokenizer.json, preprocessing.json, README.md
+MODEL_DIR/_training/run.json           what was asked for: the same command again goes on, another is refused
+MODEL_DIR/_training/start/             the configuration and the vocabulary, as the training began
+MODEL_DIR/_training/checkpoint.safetensors, best.safetensors
+MODEL_DIR/_training/metrics.jsonl, loss.png, search.json, report.json
+"""
+
+import json
+import logging
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmbeam.errors import RunMismatchError, UsageError
+from mmbeam.models.fusion import FusionModel, FusionProcessor
+from mmbeam.models.loading import quiet_transformers
+from mmbeam.models.placement import resolve_device
+from mmbeam.training.card import model_card
+from mmbeam.training.checkpoint import write_text
+from mmbeam.training.fit import SUBSETS_PER_BATCH, Trainer, Watcher
+from mmbeam.training.options import TrainOptions, difference
+from mmbeam.training.scores import Judge
+from mmbeam.training.search import search
+from mmbeam.training.setup import Setup, new_model, set_up
+
+log = logging.getLogger(__name__)
+
+TRAINING, RUN, REPORT = "_training", "run.json", "report.json"
+
+
+def train(options: TrainOptions, *, overwrite: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
+    """Train, measure on the test part once, and write the model; the report.
+
+    The same options again go on where an interrupted run stopped; a run that is done is not done again.
+    Raises UsageError, NoShardsError, MissingModalityError, ModelError, RunMismatchError, DeviceError before the
+    training, TrainingError or ShardError in it.
+    """
+    device = torch.device(resolve_device(options.device))
+    quiet_transformers()
+    directory = open_run(options, overwrite)
+    if (directory / REPORT).exists():
+        log.info("%s: trained already", options.output)
+        return read_report(directory)
+    return train_on(set_up(options, directory), options, directory, device, watcher)
+
+
+def train_on(
+    setup: Setup, options: TrainOptions, directory: Path, device: torch.device, watcher: Watcher | None = None
+) -> dict[str, Any]:
+    """Train what was set up, and write the model beside `directory`; the report."""
+    if options.search:
+        options = search(setup, options, directory, device, watcher)
+    model, frozen = new_model(options, setup, device)
+    trainer = Trainer(model, setup.processor, setup.source, options, directory, frozen=frozen, watcher=watcher)
+    state = trainer.run()
+    judge = Judge(model, setup.processor, device, options.batch_size)
+    test = judge.scores(setup.source.examples("test"), SUBSETS_PER_BATCH)
+    trainer.journal.draw()
+    epochs = [line for line in trainer.journal.lines() if "epoch" in line]
+    report = {
+        "options": options.identity(),
+        "versions": {name: version(name) for name in ("mmbeam", "torch", "transformers", "tokenizers", "numpy")},
+        "device": device.type,
+        "parameters": model.num_parameters(),
+        "data": setup.facts,
+        "training": asdict(state),
+        "validation": next(line["validation"] for line in epochs if line["epoch"] == state.best_epoch),
+        "test": test.to_json(),
+    }
+    output = directory.parent
+    write_model(model, setup.processor, output)
+    write_text(output / "README.md", model_card(report))
+    write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
+    return report
+
+
+def write_model(model: FusionModel, processor: FusionProcessor, directory: Path) -> None:
+    """Write weights, configuration and processor, for whoever may read the directory."""
+    model.save_pretrained(directory)
+    processor.save(directory)
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes it the owner's
+
+
+def read_report(directory: Path) -> dict[str, Any]:
+    """The report of a training that is done."""
+    report: dict[str, Any] = json.loads((directory / REPORT).read_text())
+    return report
+
+
+def open_run(options: TrainOptions, overwrite: bool) -> Path:
+    """The directory of the run's own files, made ready: its run.json says what is asked for.
+
+    Raises RunMismatchError if a run of other options is there, UsageError if something else is.
+    """
+    output = Path(options.output).expanduser()
+    directory = output / TRAINING
+    if overwrite and directory.exists():
+        shutil.rmtree(directory)
+    if (directory / RUN).exists():
+        _check_same(json.loads((directory / RUN).read_text()), options)
+        return directory
+    if output.exists() and not output.is_dir():
+        raise UsageError(f"--output {options.output}: expected a directory, found a file")
+    if (output / "config.json").exists() and not overwrite:
+        raise UsageError(f"--output {options.output}: holds a model that no training here made; choose another")
+    directory.mkdir(parents=True, exist_ok=True)
+    write_text(directory / RUN, json.dumps(options.identity(), indent=2) + "\n")
+    return directory
+
+
+def _check_same(then: Mapping[str, Any], options: TrainOptions) -> None:
+    lines = difference(then, options.identity())
+    if lines:
+        raise RunMismatchError(
+            f"--output {options.output}: holds a training with other options:\n  " + "\n  ".join(lines) + "\n"
+            "Give the options of then to go on with it, choose another --output, or give --overwrite to start over"
+        )

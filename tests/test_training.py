@@ -1,0 +1,483 @@
+"""What surrounds the training loop: options, examples, batches, schedule, checkpoints, scores."""
+
+import json
+import math
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from mmbeam.corpus import VOCABULARY, samples
+from mmbeam.errors import TrainingError, UsageError
+from mmbeam.models.fusion import FusionConfig, FusionModel
+from mmbeam.models.generators.base import Request
+from mmbeam.training import checkpoint
+from mmbeam.training.batching import POOL_BATCHES, Batch, ahead, collate, dropped, plain_batches, training_batches
+from mmbeam.training.examples import Example, clauses_of, compose, json_object, text_of
+from mmbeam.training.journal import Journal, plot
+from mmbeam.training.optim import learning_rate_factor, make_optimizer, warmup_steps
+from mmbeam.training.options import SCHEDULES, TrainOptions, difference
+from mmbeam.training.retrieval import Retrieval
+from mmbeam.training.scores import count_words
+from mmbeam.training.search import SPACE, draw, with_choice
+from mmbeam.training.shipped import single_words, word_classes
+from mmbeam.training.sources import CorpusSource, scene_example
+from mmbeam.training.views import make_views
+from mmbeam.types import MODALITIES, Modality
+
+OPTIONS = TrainOptions(input=("shards/*.tar",), output="model")
+
+
+def example(number: int, caption: str = "a cat.", clauses: bool = False, group: str | None = None) -> Example:
+    parts: dict[Modality, str] = {"image": "a cat", "audio": "with a meow", "text": "at home"}
+    return Example(
+        key=str(number),
+        caption=compose(parts, MODALITIES) if clauses else caption,
+        present=frozenset(MODALITIES),
+        request=lambda kept: Request(text=" ".join(sorted(kept))),
+        clauses=parts if clauses else None,
+        group=group,
+    )
+
+
+# options
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"optimizer": "lion"}, "adamw, adam, sgd"),
+        ({"schedule": "step"}, "cosine, linear, constant"),
+        ({"select": "bleu"}, "loss, exact_match"),
+        ({"batch_size": 0}, "--batch-size 0"),
+        ({"learning_rate": math.nan}, "--learning-rate nan"),
+        ({"modality_dropout": 1.0}, "below 1"),
+        ({"loss_weights": {"caption": 0.0}}, "caption"),
+        ({"captions": "text", "modalities": ("image", "text")}, "cannot be an input"),
+        ({"freeze": ("image",)}, "--init"),
+        ({"init": "m", "model": {"fusion": "gated"}}, "fusion"),
+        ({"shares": (0.5, 0.4, 0.2)}, "add up to 1"),
+        ({"output": "gs://bucket/model"}, "local directory"),
+    ],
+)
+def test_options_that_cannot_be_meant_are_refused(changed: dict[str, object], message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        TrainOptions(**({"input": ("a.tar",), "output": "model"} | changed))  # type: ignore[arg-type]
+
+
+def test_the_identity_is_json_and_leaves_out_where_and_on_what_a_run_runs() -> None:
+    other = TrainOptions(input=("shards/*.tar",), output="elsewhere", device="cpu", checkpoint_seconds=1.0)
+    assert json.loads(json.dumps(OPTIONS.identity())) == OPTIONS.identity() == other.identity()
+
+
+def test_a_difference_names_what_differs_however_deep() -> None:
+    now = TrainOptions(input=OPTIONS.input, output="model", seed=3, loss_weights={"align": 0.5})
+    assert difference(OPTIONS.identity(), now.identity()) == ["loss_weights.align: None -> 0.5", "seed: 0 -> 3"]
+
+
+# examples
+
+
+def test_a_caption_says_what_the_modalities_kept_show() -> None:
+    whole = example(0, clauses=True)
+    assert whole.keeping(MODALITIES).caption == "a cat, with a meow, at home."
+    assert whole.keeping(("text", "image")).caption == "a cat, at home."
+    assert whole.keeping(("text", "image")).make().text == "image text"
+    assert example(0).keeping(("audio",)).caption == "a cat."  # nobody knows its parts
+
+
+def test_a_caption_whose_parts_are_all_dropped_stays_whole() -> None:
+    partly = Example(
+        key="0",
+        caption="a cat.",
+        present=frozenset(MODALITIES),
+        request=lambda kept: Request(),
+        clauses={"image": "a cat"},
+    )
+    assert partly.keeping(("audio",)).caption == "a cat."
+
+
+@pytest.mark.parametrize("text", [None, "", "[1]", "{", "null", '"caption"'])
+def test_what_is_no_json_object_holds_no_fields(text: str | None) -> None:
+    assert json_object(text) == {}
+
+
+def test_captions_and_groups_are_texts_or_numbers() -> None:
+    assert [text_of(value) for value in (" a ", 3, 0.5, "", " ", None, True, ["a"])] == ["a", "3", "0.5", *[None] * 5]
+
+
+def test_clauses_are_strings_by_modality() -> None:
+    assert clauses_of({"image": "a cat", "audio": 3, "video": "b"}) == {"image": "a cat"}
+    assert [clauses_of(value) for value in (None, "a", {}, {"audio": ""})] == [None] * 4
+
+
+# batches
+
+
+@given(lengths=st.lists(st.integers(1, 30), max_size=200), batch_size=st.integers(1, 7), dropout=st.floats(0, 0.9))
+def test_every_example_comes_once_and_only_the_last_batch_is_short(
+    lengths: list[int], batch_size: int, dropout: float
+) -> None:
+    examples = [example(number, "a" * length) for number, length in enumerate(lengths)]
+    for batches in (
+        list(training_batches(examples, batch_size, dropout, (1, 2))),
+        list(plain_batches(examples, batch_size)),
+    ):
+        assert sorted(int(each.key) for batch in batches for each in batch) == list(range(len(examples)))
+        sizes = sorted(map(len, batches), reverse=True)
+        assert all(size == batch_size for size in sizes[:-1])
+
+
+def test_batches_are_alike_in_length_in_random_order_and_the_same_for_the_same_seed() -> None:
+    rng = np.random.default_rng(0)
+    examples = [example(number, "a" * int(length)) for number, length in enumerate(rng.integers(1, 100, 256))]
+
+    def keys(seed: tuple[int, int]) -> list[list[str]]:
+        return [[each.key for each in batch] for batch in training_batches(examples, 16, 0.0, seed)]
+
+    first, again, other = keys((0, 0)), keys((0, 0)), keys((0, 1))
+    assert first == again != other
+    lengths = [[len(examples[int(key)].caption) for key in batch] for batch in first]
+    assert np.mean([max(batch) - min(batch) for batch in lengths]) < 15  # of 100, in random batches 94
+    assert [sum(batch) for batch in lengths] != sorted(sum(batch) for batch in lengths)
+
+
+def test_a_buffer_of_large_examples_holds_fewer() -> None:
+    from dataclasses import replace
+
+    pulled: list[int] = []
+
+    def large() -> Iterator[Example]:
+        for number in range(POOL_BATCHES * 4):
+            pulled.append(number)
+            yield replace(example(number), nbytes=100 << 20)
+
+    next(training_batches(large(), 4, 0.0, (0, 0)))
+    assert len(pulled) == 4
+
+
+@given(st.floats(0, 0.99), st.integers(0, 1000))
+def test_dropping_leaves_something_of_every_sample(probability: float, seed: int) -> None:
+    some = [example(number, clauses=True).keeping(kept) for number, kept in enumerate([MODALITIES, ("text",)] * 5)]
+    for before, after in zip(some, dropped(some, probability, np.random.default_rng(seed)), strict=True):
+        assert after.present
+        assert after.present <= before.present
+        assert before.clauses is not None
+        assert after.caption == compose(before.clauses, after.present)
+
+
+def test_modalities_are_dropped_as_often_as_asked_for() -> None:
+    some = dropped([example(number) for number in range(4000)], 0.2, np.random.default_rng(0))
+    counts = Counter(modality for each in some for modality in each.present)
+    assert all(abs(counts[modality] / 4000 - 0.8) < 0.03 for modality in MODALITIES)
+
+
+class Words:
+    """A processor whose inputs are how many words a request has."""
+
+    def __call__(
+        self, requests: Sequence[Request], device: torch.device, dtype: torch.dtype
+    ) -> dict[str, torch.Tensor]:
+        return {"words": torch.tensor([len((request.text or "").split()) for request in requests])}
+
+    def labels(self, captions: Sequence[str], device: torch.device, max_length: int | None = None) -> torch.Tensor:
+        return torch.tensor([[len(caption)] for caption in captions])
+
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        return [""] * len(ids)
+
+
+def test_a_batch_holds_inputs_labels_and_numbered_groups() -> None:
+    groups = ["x", None, "y", "x", None]
+    batch = collate([example(n, group=group) for n, group in enumerate(groups)], Words(), torch.device("cpu"), 8)
+    assert batch.inputs["words"].tolist() == [3] * 5
+    assert batch.labels.tolist() == [[6]] * 5
+    assert batch.groups is not None
+    assert batch.groups.tolist() == [0, 1, 2, 0, 3]
+    assert collate([example(0)], Words(), torch.device("cpu"), 8).groups is None
+
+
+def test_items_are_made_ahead_and_the_thread_ends_with_the_generator() -> None:
+    made: list[int] = []
+
+    def numbers() -> Iterator[int]:
+        for number in range(100):
+            made.append(number)
+            yield number
+
+    items = ahead(numbers, depth=2)
+    assert next(items) == 0
+    deadline = time.monotonic() + 5
+    while len(made) < 4 and time.monotonic() < deadline:
+        time.sleep(0.001)
+    time.sleep(0.02)
+    assert len(made) == 4  # one taken, two waiting, one in hand
+    items.close()
+    assert not [thread for thread in threading.enumerate() if thread.name == "mmbeam-batches"]
+
+
+def test_what_is_raised_ahead_is_raised_where_the_items_are_taken() -> None:
+    def broken() -> Iterator[int]:
+        yield 1
+        raise TrainingError("no more")
+
+    items = ahead(broken)
+    assert next(items) == 1
+    with pytest.raises(TrainingError, match="no more"):
+        next(items)
+
+
+# the corpus as a source
+
+
+def test_the_corpus_has_new_scenes_in_each_epoch_and_each_part_its_own() -> None:
+    source = CorpusSource(seed=5, epoch_size=10, evaluation_size=4)
+    epochs = [[each.key for each in source.examples("train", epoch)] for epoch in (0, 1)]
+    parts = [[each.key for each in source.examples(part)] for part in ("validation", "test")]
+    assert [len(keys) for keys in (*epochs, *parts)] == [10, 10, 4, 4]
+    assert len({key for keys in (*epochs, *parts) for key in keys}) == 28
+    assert source.count("train") == 10
+
+
+def test_a_scene_renders_only_what_is_kept() -> None:
+    scene = next(samples(0))
+    request = scene_example(scene).keeping(("image", "text")).make()
+    assert request.image is not None
+    assert request.image.shape == (64, 64, 3)
+    assert (request.audio, bool(request.text)) == (None, True)
+
+
+# optimizer and schedule
+
+
+@given(st.sampled_from(SCHEDULES), st.integers(2, 500), st.integers(0, 100))
+def test_the_learning_rate_rises_then_falls(schedule: str, total: int, warmup: int) -> None:
+    factors = [learning_rate_factor(step, total, warmup, schedule) for step in range(total)]  # type: ignore[arg-type]
+    peak = min(warmup, total)
+    assert all(0 <= factor <= 1 for factor in factors)
+    assert factors[:peak] == sorted(factors[:peak])
+    assert factors[peak:] == sorted(factors[peak:], reverse=True)
+    if warmup and warmup <= total:
+        assert factors[warmup - 1] == 1
+
+
+def test_the_schedules_end_where_they_should() -> None:
+    assert [round(learning_rate_factor(99, 100, 0, name), 3) for name in SCHEDULES] == [0.0, 0.01, 1.0]
+    assert learning_rate_factor(50, 100, 0, "cosine") == pytest.approx(0.5)
+    assert warmup_steps(OPTIONS, 1000) == 50
+
+
+@pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
+def test_vectors_do_not_decay_and_frozen_weights_are_not_the_optimizers(name: str) -> None:
+    model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+    model[2].requires_grad_(False)
+    optimizer = make_optimizer(model, TrainOptions(input=("a",), output="b", optimizer=name))  # type: ignore[arg-type]
+    assert [[len(group["params"]), group["weight_decay"]] for group in optimizer.param_groups] == [[1, 0.01], [3, 0.0]]
+
+
+# checkpoints
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd"])
+def test_an_optimizer_goes_on_from_its_checkpoint_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
+    options = TrainOptions(input=("a",), output="b", optimizer=name, learning_rate=0.1)  # type: ignore[arg-type]
+
+    def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
+        for _ in range(count):
+            optimizer.zero_grad()
+            model(torch.rand(5, 3)).square().sum().backward()
+            optimizer.step()
+
+    torch.manual_seed(0)
+    model = nn.Linear(3, 2)
+    optimizer = make_optimizer(model, options)
+    steps(model, optimizer, 3)
+    tensors = {
+        **checkpoint.prefixed("model", model.state_dict()),
+        **checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(optimizer)),
+        **checkpoint.prefixed("random", checkpoint.random_tensors()),
+    }
+    checkpoint.save(tmp_path / "at", tensors, {"step": 3})
+    steps(model, optimizer, 3)
+
+    other = nn.Linear(3, 2)
+    again = make_optimizer(other, options)
+    loaded, facts = checkpoint.load(tmp_path / "at")
+    other.load_state_dict(checkpoint.under("model", loaded))
+    checkpoint.restore_optimizer(again, checkpoint.under("optimizer", loaded))
+    checkpoint.restore_random(checkpoint.under("random", loaded))
+    steps(other, again, 3)
+    assert facts == {"step": 3}
+    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
+
+
+def test_tied_tensors_are_saved(tmp_path: Path) -> None:
+    shared = torch.arange(4.0)
+    checkpoint.save(tmp_path / "at", {"a": shared, "b": shared[1:3]}, {})
+    loaded, _ = checkpoint.load(tmp_path / "at")
+    assert (loaded["a"].tolist(), loaded["b"].tolist()) == ([0, 1, 2, 3], [1, 2])
+
+
+def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "at"
+    checkpoint.save(path, {"a": torch.zeros(3)}, {"step": 1})
+    monkeypatch.setattr(checkpoint.os, "fsync", lambda file: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(path, {"a": torch.ones(3)}, {"step": 2})
+    assert checkpoint.load(path)[1] == {"step": 1}
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04\x95pickle", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
+def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+    (tmp_path / "at").write_bytes(content)
+    with pytest.raises(TrainingError, match=r"no checkpoint of mmbeam train .*remove the file"):
+        checkpoint.load(tmp_path / "at")
+
+
+# the journal
+
+
+def test_the_journal_forgets_what_will_be_done_again_and_a_line_cut_short(tmp_path: Path) -> None:
+    journal = Journal(tmp_path)
+    for step in range(1, 41):
+        journal.step(step, 1 / step, 0.1)
+    with journal.path.open("a") as file:
+        file.write('{"step": 5')
+    journal.cut(20)
+    assert [line["step"] for line in Journal(tmp_path).lines()] == [10, 20]
+
+
+def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+    validation = {"loss": 2.0, "exact_match": 0.25}
+    plot(
+        [{"step": 10, "loss": 3.0}, {"epoch": 0, "step": 10, "train": {"caption": 2.5}, "validation": validation}],
+        tmp_path / "loss.png",
+    )
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+# scores
+
+
+@pytest.mark.parametrize(
+    ("true", "written", "right"),
+    [
+        ("a red cat.", "a red cat.", (3, 3)),
+        ("a red cat.", "a blue cat.", (2, 3)),
+        ("a red cat.", "a cat.", (1, 3)),
+        ("a cat.", "a cat. and more", (2, 4)),
+        ("a cat.", "", (0, 2)),
+    ],
+)
+def test_words_count_where_they_stand(true: str, written: str, right: tuple[int, int]) -> None:
+    assert count_words(true, written) == right
+
+
+def test_every_word_of_the_corpus_has_a_class() -> None:
+    scenes = list(samples(1, count=200))
+    written = [(each, each.caption.replace("red", "blue")) for each in map(scene_example, scenes)]
+    shares = word_classes(scenes, written)
+    assert set(shares) == {
+        *("form", "colour", "size", "position", "kind", "pitch", "tempo", "loudness", "place", "time", "grammar")
+    }
+    assert {name for name, share in shares.items() if share < 1} == {"colour"}
+    words = single_words(written)
+    assert {word for word, share in words.items() if share < 1} == {"red"}
+    assert set(words) <= set(VOCABULARY)
+    heard = [each.keeping(("audio",)) for each, _ in written]
+    assert word_classes(scenes, [(each, each.caption) for each in heard]) == dict.fromkeys(
+        ("grammar", "kind", "loudness", "pitch", "tempo"), 1.0
+    )
+
+
+# retrieval and views
+
+SOURCES: dict[str, dict[str, object]] = {
+    "a_embedding": {"modality": "image", "kind": "features", "width": 6},
+    "b_embedding": {"modality": "audio", "kind": "features", "width": 6},
+}
+
+
+def feature_batch(values: torch.Tensor, examples: Sequence[Example], missing: int = 0) -> Batch:
+    mask = torch.ones(len(values), dtype=torch.bool)
+    mask[:missing] = False
+    inputs = {"a_embedding": values, "a_embedding_mask": mask, "b_embedding": values, "b_embedding_mask": mask}
+    return Batch(inputs=inputs, labels=torch.zeros(len(values), 2, dtype=torch.int64), groups=None, examples=examples)
+
+
+def recall_of(pairs: list[list[str]], examples: Sequence[Example], tie: bool = True) -> dict[str, float]:
+    torch.manual_seed(0)
+    config = FusionConfig(sources=SOURCES, pairs=pairs, vocab_size=8, hidden_size=16, dropout=0.0, embedding_dim=16)
+    model = FusionModel(config).eval()
+    if tie:  # both sources are embedded alike
+        model.encoders["b_embedding"].load_state_dict(model.encoders["a_embedding"].state_dict())
+        model.space.project["b_embedding"].load_state_dict(model.space.project["a_embedding"].state_dict())
+    retrieval = Retrieval(model)
+    with torch.no_grad():
+        retrieval.add(feature_batch(torch.randn(len(examples), 6), examples, missing=2))
+    return retrieval.recall()
+
+
+def test_sources_that_are_embedded_alike_find_each_other() -> None:
+    examples = [example(number, f"caption {number}") for number in range(40)]
+    names = {"a_embedding->b_embedding cosine", "b_embedding->a_embedding cosine"}
+    pair = [["a_embedding", "b_embedding"]]
+    assert recall_of(pair, examples) == dict.fromkeys(names, 1.0)
+    assert max(recall_of(pair, examples, tie=False).values()) < 0.5
+
+
+def test_a_candidate_that_says_the_same_is_a_hit() -> None:
+    examples = [example(number, "one caption for all") for number in range(40)]
+    assert min(recall_of([["a_embedding", "b_embedding"]], examples, tie=False).values()) == 1.0
+
+
+def test_a_source_finds_its_other_view_or_the_others_of_its_group() -> None:
+    alone = [example(number, f"caption {number}") for number in range(40)]
+    views = recall_of([["a_embedding", "a_embedding"]], alone)
+    assert views["a_embedding->a_embedding (another view) cosine"] > 0.5
+    together = [example(number, group="same" if number < 39 else None) for number in range(40)]
+    groups = recall_of([["a_embedding", "a_embedding"]], together)
+    assert groups["a_embedding->a_embedding cosine"] > 0.8
+
+
+def test_views_change_values_a_little_and_never_hide_a_sample() -> None:
+    config = FusionConfig.for_media(vocab_size=300)
+    inputs = {
+        "image": torch.rand(3, 3, 64, 64) * 2 - 1,
+        "image_mask": torch.ones(3, dtype=torch.bool),
+        "audio": torch.zeros(3, 1),
+        "audio_mask": torch.zeros(3, dtype=torch.bool),
+        "text": torch.full((3, 5), 7),
+        "text_mask": torch.tensor([[True] * 5, [True] + [False] * 4, [False] * 5]),
+    }
+    sources = config.parsed_sources()
+    for seed in range(20):
+        views = make_views(sources, ["image", "audio", "text"], inputs, torch.Generator().manual_seed(seed))
+        assert set(views) == {"image", "image_mask", "text", "text_mask"}
+        assert views["image"].shape == (3, 3, 64, 64)
+        assert 0 < (views["image"] - inputs["image"]).abs().mean() < 1
+        assert views["text_mask"].any(1).tolist() == [True, True, False]
+        assert (views["text_mask"] <= inputs["text_mask"]).all()
+
+
+# search
+
+
+def test_a_search_draws_within_the_space_and_tries_what_was_given_first() -> None:
+    options = TrainOptions(input=("a",), output="b", search=30)
+    drawn = draw(options)
+    assert drawn == draw(options) != draw(TrainOptions(input=("a",), output="b", search=30, seed=1))
+    assert (drawn[0], len(drawn)) == ({}, 30)
+    for choice in drawn[1:]:
+        assert all(span.low <= choice[name] <= span.high for name, span in SPACE.items())
+        made = with_choice(options, choice)
+        assert (made.learning_rate, made.loss_weights["align"]) == (choice["learning_rate"], choice["align"])
+    assert len({choice["learning_rate"] for choice in drawn[1:]}) > 20
