@@ -123,7 +123,8 @@ def measure_load(case: Path) -> dict[str, float]:
 
 
 def measure_plan(directory: Path) -> dict[str, float]:
-    from mmbeam.io.shards import list_shards, plan_units
+    from mmbeam.io.shards import list_shards
+    from mmbeam.io.units import plan_units
 
     begin = time.perf_counter()
     units = plan_units(list_shards([str(directory)]), [])
@@ -162,7 +163,8 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
 def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
     """Two units at once, as in the job: each thread reads its units and waits for the device."""
     from mmbeam.config import Windows
-    from mmbeam.io.shards import list_shards, plan_units
+    from mmbeam.io.shards import list_shards
+    from mmbeam.io.units import plan_units
     from mmbeam.models import placement
     from mmbeam.reading import read_batches
     from mmbeam.stages.embed import embed_stage

@@ -20,7 +20,6 @@ from servers import STORES, fresh_output
 from mmbeam.config import FieldMap
 from mmbeam.errors import JobError
 from mmbeam.io import runs
-from mmbeam.io.parquet import report_failed_unit
 from mmbeam.io.runs import Run
 from mmbeam.io.store import Store
 from mmbeam.report import progress as module
@@ -200,7 +199,9 @@ def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path
     run = make_run(str(tmp_path / "out"))
     runs.open_run(run)
     reports = [write_unit(run, make_unit(f"a-{number}")).commit() for number in range(2)]
-    reports += [report_failed_unit(run, make_unit(f"b-{number}"), f"b-{number}.tar: is no tar") for number in range(7)]
+    reports += [
+        runs.report_failed_unit(run, make_unit(f"b-{number}"), f"b-{number}.tar: is no tar") for number in range(7)
+    ]
     extra = Tally(samples=3, skipped={"image_width >= 64": 3}, repeated_keys=2, seconds={"compute": 3, "read_wait": 1})
     reports[0] = replace(reports[0], tally=reports[0].tally + extra)
     text = summary_text(runs.write_summary(run, reports, wall_seconds=4.0), str(tmp_path / "out"))
@@ -249,14 +250,14 @@ def planned_run(output: str, units: int) -> tuple[Run, list[Any]]:
     run = make_run(output, dtype="float32", modalities={"clip": ["image", "text"]})
     runs.open_run(run)
     paths = [f"/shards/{number}.tar" for number in range(units)]
-    return run, runs.extend_plan(run, [Shard(path=path, url=path, size=1 << 30, etag="e") for path in paths])
+    return run, runs.extend_plan(run, [Shard(path=path, url=path, size=1 << 20, etag="e") for path in paths])
 
 
 def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     run, units = planned_run(output, 4)
     assert "units: 4 planned, 0 committed, 4 to do" in list(status_text(output))
     write_unit(run, units[0]).commit()
-    report_failed_unit(run, units[1], "1.tar: is no tar")
+    runs.report_failed_unit(run, units[1], "1.tar: is no tar")
     before = listing(run)
     text = "\n".join(status_text(output))
     assert f"run: {run.store}, fingerprint {run.fingerprint}\ntask: embed, float32 on cpu" in text

@@ -17,7 +17,6 @@ from servers import STORES, fresh_output
 
 from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError
 from mmbeam.io import runs
-from mmbeam.io.parquet import report_failed_unit
 from mmbeam.io.runs import Run
 from mmbeam.io.store import Store
 from mmbeam.types import Shard, Tally, UnitReport
@@ -336,7 +335,7 @@ def test_the_summary_adds_up(output: str) -> None:
     reports = [
         commit(run, "b-2"),
         *runs.load_reports(run, ["a-1"]),
-        report_failed_unit(run, make_unit("c-3"), "no tar"),
+        runs.report_failed_unit(run, make_unit("c-3"), "no tar"),
     ]
     summary = runs.write_summary(run, reports, wall_seconds=5.0)
     assert (summary.units_written, summary.units_kept, summary.units_failed) == (1, 1, 1)

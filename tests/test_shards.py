@@ -1,9 +1,7 @@
-"""Patterns to shards to units: spellings, listings, names, plans."""
+"""Patterns to shards: spellings, listings, names."""
 
-import json
 import os
 import re
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,16 +16,8 @@ from hypothesis import strategies as st
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.io import shards as shards_module
 from mmbeam.io.paths import plain_url, public_path, public_text
-from mmbeam.io.shards import (
-    expand,
-    limited_unit,
-    list_shards,
-    plan_units,
-    unit_from_json,
-    unit_id,
-    unit_to_json,
-)
-from mmbeam.types import Input, Shard
+from mmbeam.io.shards import expand, list_shards
+from mmbeam.types import Shard
 
 
 @pytest.fixture
@@ -228,56 +218,3 @@ class TestListShards:
         listed = list_shards(["http://127.0.0.1:9/{0..9}.tar"])
         assert sorted(asked) == [f"http://127.0.0.1:9/{number}.tar" for number in range(3)]
         assert [shard.size for shard in listed] == [7, 7, 7] + [None] * 7
-
-
-class TestUnits:
-    def shard(self, path: str) -> Shard:
-        return Shard(path=path, url=f"{path}?secret", size=5, etag="e")
-
-    def test_id_is_fixed(self) -> None:
-        """A change of these names orphans every output in the world."""
-        assert unit_id(Input(shard=self.shard("gs://bucket/a/data-00001.tar"))) == "data-00001-0981a16aff"
-        assert unit_id(Input(shard=self.shard("/d/é ü.tar.gz"), begin=5, end=9)) == "shard-bb76b5d695"
-
-    @given(st.text(max_size=300), st.integers(0, 2**60))
-    def test_id_is_a_safe_file_name(self, name: str, begin: int) -> None:
-        name = name.encode("utf-8", "replace").decode()
-        identity = unit_id(Input(shard=self.shard(f"s3://bucket/{name}"), begin=begin))
-        assert re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,59}-[0-9a-f]{10}", identity)
-
-    def test_id_depends_on_path_and_range_only(self) -> None:
-        one = Input(shard=self.shard("/a/x.tar"))
-        assert unit_id(one) == unit_id(Input(shard=Shard(path="/a/x.tar", url="elsewhere")))
-        others = [Input(shard=self.shard("/b/x.tar")), Input(shard=one.shard, begin=1), Input(shard=one.shard, end=1)]
-        assert len({unit_id(each) for each in [one, *others]}) == 4
-
-    def test_only_new_shards_are_planned(self) -> None:
-        old, new = [self.shard(f"/d/{number}.tar") for number in range(3)], self.shard("/d/3.tar")
-        known = plan_units(old, [])
-        assert [unit.inputs for unit in known] == [(Input(shard=shard),) for shard in old]
-        added = plan_units([new, *old], known)
-        assert [unit.inputs[0].shard for unit in added] == [new]
-        assert plan_units([*old, new], [*known, *added]) == []
-
-    def test_limit_is_one_unit(self) -> None:
-        shards = [self.shard(f"/d/{number}.tar") for number in range(3)]
-        unit = limited_unit(shards, 10)
-        assert (unit.limit, [each.shard for each in unit.inputs]) == (10, shards)
-        assert unit.id.startswith("first-10-0-")
-        assert len({unit.id, limited_unit(shards, 11).id, limited_unit(shards[:2], 10).id}) == 3
-
-    def test_json_round_trip(self) -> None:
-        for unit in [*plan_units([self.shard("s3://b/x.tar")], []), limited_unit([self.shard("s3://b/y.tar")], 3)]:
-            text = json.dumps(unit_to_json(unit))
-            assert "secret" not in text
-            urls = {each.shard.path: each.shard.url for each in unit.inputs}
-            assert unit_from_json(json.loads(text), urls) == unit
-            assert unit_from_json(json.loads(text)).inputs[0].shard.url == unit.inputs[0].shard.path
-
-    def test_planning_is_quick(self, tmp_path: Path) -> None:
-        """100,000 shards in under 30 s is the requirement; a tenth of them here."""
-        for number in range(10_000):
-            (tmp_path / f"{number:05d}.tar").touch()
-        begin = time.process_time()
-        assert len(plan_units(list_shards([f"{tmp_path}/{{00000..09999}}.tar"]), [])) == 10_000
-        assert time.process_time() - begin < 3

@@ -1,12 +1,11 @@
-"""From what a user typed to the shards a job reads, and from shards to units of work.
+"""From what a user typed to the shards a job reads.
 
-Not here: opening a shard (stream.py), what is inside it (tar.py), where a plan is kept (runs.py).
+Not here: the units of work they make (units.py), opening a shard (stream.py), what is inside it (tar.py).
 """
 
-import hashlib
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,7 +17,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.io.paths import Info, etag_of, plain_url, public_path, public_text, without_query
-from mmbeam.types import Input, Shard, WorkUnit
+from mmbeam.types import Shard
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # what a folder given as a pattern stands for
 LIST_SUFFIXES = (".txt", ".list")
@@ -232,58 +231,3 @@ def _info(place: _Place) -> Info | None:
         NotADirectoryError,
     ):  # over HTTP also what is refused: some stores answer so for what is not
         return None
-
-
-def unit_id(*inputs: Input) -> str:
-    """A name for the unit that reads `inputs`: readable, safe as a file name, fixed by what it reads."""
-    spans = "".join(f"{each.shard.path}\0{each.begin}\0{each.end}\n" for each in inputs)
-    name = inputs[0].shard.path.rpartition("/")[2]
-    stem = re.sub(r"(\.tar)?(\.gz|\.zst|\.tgz|\.tar)$", "", name, flags=re.IGNORECASE)
-    safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[:60].strip("._-") or "shard"
-    return f"{safe}-{hashlib.sha256(spans.encode()).hexdigest()[:10]}"
-
-
-def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit]) -> list[WorkUnit]:
-    """New units for the shards that no known unit names: one each. Known units never change.
-
-    This is the one place that decides what a unit holds: byte ranges of giant shards and packs of tiny
-    ones are other `inputs` made here.
-    """
-    named = {each.shard.path for unit in known for each in unit.inputs}
-    inputs = [Input(shard=shard) for shard in shards if shard.path not in named]
-    units = {unit.id: unit for unit in (WorkUnit(id=unit_id(each), inputs=(each,)) for each in inputs)}
-    if len(units) != len(inputs) or not units.keys().isdisjoint(unit.id for unit in known):
-        raise UsageError("two shards got the same unit name; rename one of those added last")
-    return list(units.values())
-
-
-def limited_unit(shards: Sequence[Shard], limit: int) -> WorkUnit:
-    """One unit that ends after the first `limit` samples of `shards`, in their order.
-
-    It names no more than `limit` shards, since each can be expected to hold a sample.
-    """
-    inputs = tuple(Input(shard=shard) for shard in shards[:limit])
-    return WorkUnit(id=f"first-{limit}-{unit_id(*inputs)}", inputs=inputs, limit=limit)
-
-
-def input_to_json(each: Input) -> dict[str, Any]:
-    """An input as plans and footers name it: nothing secret in it."""
-    shard = each.shard
-    return {"path": shard.path, "size": shard.size, "etag": shard.etag, "begin": each.begin, "end": each.end}
-
-
-def unit_to_json(unit: WorkUnit) -> dict[str, Any]:
-    """A unit as a line of the plan; what is to be done again (`replace`) is not the plan's."""
-    return {"id": unit.id, "inputs": [input_to_json(each) for each in unit.inputs], "limit": unit.limit}
-
-
-def unit_from_json(data: Mapping[str, Any], urls: Mapping[str, str] | None = None) -> WorkUnit:
-    """The unit of a line of the plan; `urls` says, by path, what to open where that is not the path itself."""
-    inputs = (_input_from_json(each, urls or {}) for each in data["inputs"])
-    return WorkUnit(id=data["id"], inputs=tuple(inputs), limit=data.get("limit"))
-
-
-def _input_from_json(data: Mapping[str, Any], urls: Mapping[str, str]) -> Input:
-    path = data["path"]
-    shard = Shard(path=path, url=urls.get(path, path), size=data["size"], etag=data["etag"])
-    return Input(shard=shard, begin=data["begin"], end=data["end"])

@@ -13,7 +13,8 @@ from typing import BinaryIO
 from mmbeam.config import MIB, Limits
 from mmbeam.errors import ShardError
 from mmbeam.io.decompress import Decompressed, is_compressed
-from mmbeam.io.tarheaders import BLOCK, Break, ByteReader, Member, Members, is_header
+from mmbeam.io.parts import Part
+from mmbeam.io.tarheaders import BLOCK, Break, ByteReader, Member, Members, find_header, is_header
 from mmbeam.types import Damage, RawSample
 
 SAMPLE_MEMBERS = 4  # a sample may hold so many times Limits.member_bytes: a picture, a sound, a text, metadata
@@ -55,15 +56,20 @@ class _Group:
 class TarReader:
     """The samples of one tar, plain or compressed by gzip or zstd (its first bytes decide, not its name).
 
-    `want(field)` says whether the bytes of a member are needed; others are passed over. Iterate once.
+    `want(field)` says whether the bytes of a member are needed; others are passed over. With a `part` the
+    stream stands at its origin, and only its samples are given; a tar that is compressed is the first part
+    as a whole. Iterate once.
     Adjacent members of one key are a sample; a field that comes twice, and damage, begin another one.
     Damage ahead of the first sample is put to the first sample. Offsets are those in the uncompressed
     tar. Raises ShardError if the stream is no tar, or is damaged and holds no sample at all; what
     `stream` raises passes through.
     """
 
-    def __init__(self, stream: BinaryIO, shard: str, want: Callable[[str], bool], limits: Limits) -> None:
-        self._source = ByteReader(stream)
+    def __init__(
+        self, stream: BinaryIO, shard: str, want: Callable[[str], bool], limits: Limits, part: Part | None = None
+    ) -> None:
+        self._source = ByteReader(stream, position=0 if part is None else part.origin)
+        self._part = part
         self._shard = shard
         self._want = want
         self._limits = limits
@@ -84,15 +90,12 @@ class TarReader:
         return self._headers is not None and self._headers.trailing_data
 
     def __iter__(self) -> Iterator[RawSample]:
-        first = self._first_block()  # it may put a decompressor into the source's place
-        self._headers = Members(self._source, first)
         group: _Group | None = None
         early: list[Damage] = []  # ahead of the first sample
-        for found in self._headers:
+        for found, named in self._own_members():
             if isinstance(found, Break) or found.problem:
                 _hurt(group, early, found)
                 continue
-            named = split_name(found.name) if found.regular else None
             if named is None:
                 continue
             if group is None or not group.takes(*named):
@@ -104,6 +107,23 @@ class TarReader:
             yield self._finish(group)
         elif early:
             raise ShardError(f"{self._shard}: holds no sample that can be read: {early[0].message}")
+
+    def _own_members(self) -> Iterator[tuple[Member | Break, tuple[str, str] | None]]:
+        """The members and breaks of the part, with key and field of those that are in a sample."""
+        part = self._part
+        first = self._first_block() if part is None or part.begun else find_header(self._source, part.stop)
+        if len(first) < BLOCK:
+            return  # no header begins in this part
+        self._headers = Members(self._source, first)
+        for found in self._headers:
+            named = _key_and_field(found)
+            # what a global header said before its beginning a part cannot know: so there are none behind one
+            if part and named and not self._headers.global_pax and part.ends(found.offset, named[0]):
+                return
+            if part is None or part.begun:
+                yield found, named
+        if part is not None:
+            part.finish()
 
     def _first_block(self) -> bytes:
         """The first header, which comes out of the decompressor if the tar is compressed."""
@@ -119,6 +139,8 @@ class TarReader:
         return block
 
     def _unpack(self, head: bytes) -> bytes:
+        if self._part is not None:
+            self._part.take_all()
         stream = self._source.stream
         self._source = ByteReader(stream, Decompressed(stream, head, self._limits.expansion))
         return self._source.read(BLOCK)
@@ -165,6 +187,12 @@ class TarReader:
             whole = f"{group.held + member.size:,} bytes; {SAMPLE_MEMBERS} times {allowed:,} are allowed"
             return "LimitError", f"would bring its sample to {whole} (Limits.member_bytes)"
         return None
+
+
+def _key_and_field(found: Member | Break) -> tuple[str, str] | None:
+    if isinstance(found, Break) or found.problem or not found.regular:
+        return None
+    return split_name(found.name)
 
 
 def _hurt(group: _Group | None, early: list[Damage], found: Break | Member) -> None:

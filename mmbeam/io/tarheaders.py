@@ -58,15 +58,15 @@ class _BadHeaderError(Exception):
 class ByteReader:
     """Exact reads and skips over a stream, and where in the tar it stands."""
 
-    def __init__(self, stream: BinaryIO, decompressed: Decompressed | None = None) -> None:
+    def __init__(self, stream: BinaryIO, decompressed: Decompressed | None = None, position: int = 0) -> None:
         self.stream = stream if decompressed is None else io.BufferedReader(decompressed, READ_BYTES)
-        self.position = 0
+        self.position = position  # in the tar, of the stream's next byte
         self._decompressed = decompressed
         self._origin = self._size = 0
         if self.stream.seekable():
-            self._origin = self.stream.tell()
+            self._origin = self.stream.tell() - position
             self._size = self.stream.seek(0, io.SEEK_END) - self._origin
-            self.stream.seek(self._origin)
+            self.stream.seek(self._origin + position)
 
     def read(self, size: int) -> bytes:
         """`size` bytes, fewer at the end only."""
@@ -107,6 +107,11 @@ class Members:
         self._source = source
         self._block = first  # the header to come
         self._global_pax: dict[str, str] = {}
+
+    @property
+    def global_pax(self) -> bool:
+        """Whether a pax global header has said what holds for every member behind it."""
+        return bool(self._global_pax)
 
     def __iter__(self) -> Iterator[Member | Break]:
         while self._block or self._source.fault is not None:
@@ -187,9 +192,7 @@ class Members:
     def _resynchronise(self, found: str) -> Break:
         """Go to the next block that is surely a header."""
         begin = self._source.position - len(self._block)
-        self._block = self._source.read(BLOCK)
-        while len(self._block) == BLOCK and not (self._block[257:262] == b"ustar" and is_header(self._block)):
-            self._block = self._source.read(BLOCK)
+        self._block = find_header(self._source)
         expected = f"byte {begin:,}: expected a tar header, found {found}"
         if len(self._block) == BLOCK:
             there = self._source.position - BLOCK
@@ -225,6 +228,14 @@ def parse(block: bytes) -> tarfile.TarInfo | None:
     if info.size < 0:
         raise _BadHeaderError(f"a size of {info.size}")
     return info
+
+
+def find_header(source: ByteReader, stop: int | None = None) -> bytes:
+    """The next block that is surely a header, if it begins before `stop`; else what is left, less than a block."""
+    block = source.read(BLOCK)
+    while len(block) == BLOCK and not (block[257:262] == b"ustar" and is_header(block)):
+        block = source.read(BLOCK) if stop is None or source.position < stop else b""
+    return block
 
 
 def is_header(block: bytes) -> bool:

@@ -8,7 +8,8 @@ import apache_beam as beam
 
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
-from mmbeam.io.shards import list_shards, plan_units, unit_from_json, unit_to_json
+from mmbeam.io.shards import list_shards
+from mmbeam.io.units import plan_units, unit_from_json, unit_to_json
 from mmbeam.types import Shard, WorkUnit
 
 
@@ -17,7 +18,8 @@ class Plan(beam.PTransform):
 
     Takes patterns, listed here and now on the machine that builds the pipeline, or units that were
     planned before. With a `run` the patterns are planned for it: its output is opened, and units that
-    an earlier launch planned stay as they are. This is the only shuffle before the write, and it
+    an earlier launch planned stay as they are. Only then are giant shards cut and tiny ones packed, since
+    the run is what tells a part that was read from a wrong place. This is the only shuffle before the write, and it
     carries paths. Units travel as JSON text, so that 100,000 of them stay small in the job's description.
 
     Raises NoShardsError, and RunMismatchError if the output holds another run or a shard has changed.

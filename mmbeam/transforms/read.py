@@ -1,6 +1,6 @@
 """ReadShards: work units to batches of decoded samples, read ahead in the background."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict
 
@@ -25,21 +25,31 @@ class ReadShards(beam.PTransform):
         self, needs: Needs, reading: Reading | None = None, run: Run | None = None, windows: Windows | None = None
     ) -> None:
         super().__init__()
-        reading = reading or Reading()
-        if run is not None and run.configuration.get("reading", asdict(reading)) != asdict(reading):
-            raise UsageError("ReadShards: the run was made for another `reading`; give both the same")
-        self.dofn = _Read(needs, reading, run, windows or Windows())
+        self.dofn = ReadUnits(read_batches, needs, reading, run, windows)
 
     def expand(self, units: beam.PCollection[WorkUnit]) -> beam.PCollection[Batch]:
         return units | "Read" >> beam.ParDo(self.dofn)
 
 
-class _Read(beam.DoFn):
-    def __init__(self, needs: Needs, reading: Reading, run: Run | None, windows: Windows) -> None:
+class ReadUnits(beam.DoFn):
+    """Units to batches by `read`, but for units that are committed."""
+
+    def __init__(
+        self,
+        read: Callable[[WorkUnit, Reading, Needs, Windows], Generator[Batch]],
+        needs: Needs,
+        reading: Reading | None,
+        run: Run | None,
+        windows: Windows | None,
+    ) -> None:
+        self.read = read
         self.needs = needs
-        self.reading = reading
+        self.reading = reading or Reading()
         self.run = run
-        self.windows = windows
+        self.windows = windows or Windows()
+        made_for = asdict(self.reading) if run is None else run.configuration.get("reading", asdict(self.reading))
+        if made_for != asdict(self.reading):
+            raise UsageError("the run was made for another `reading`; give both the same")
 
     def process(self, unit: WorkUnit) -> Iterator[Batch]:
         try:
@@ -58,7 +68,7 @@ class _Read(beam.DoFn):
             if report is not None:
                 yield Batch(unit=unit, index=0, last=True, report=report)
                 return
-        with closing(read_batches(unit, self.reading, self.needs, self.windows)) as batches:
+        with closing(self.read(unit, self.reading, self.needs, self.windows)) as batches:
             for batch in batches:
                 if self.run is not None:
                     runs.go_on(self.run)

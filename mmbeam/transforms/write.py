@@ -10,7 +10,7 @@ import pyarrow as pa
 
 from mmbeam.errors import FlowError, ShardError
 from mmbeam.io import runs
-from mmbeam.io.parquet import UnitWriter, report_failed_unit
+from mmbeam.io.parquet import UnitWriter
 from mmbeam.io.rows import build_schema, settle
 from mmbeam.io.runs import Run
 from mmbeam.report.progress import progress
@@ -55,7 +55,7 @@ class _Write(beam.DoFn):
         unit = batch.unit
         if batch.broken is not None:
             self._abort(unit.id)
-            return report_failed_unit(self.run, unit, batch.broken)
+            return runs.report_failed_unit(self.run, unit, batch.broken)
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
         progress.add(tally)

@@ -3,7 +3,7 @@
     OUT/data/part-<unit>.parquet                  the commit of a unit
     OUT/failures/part-<unit>-<attempt>.parquet    named by the footer of the unit's Parquet
     OUT/_mmbeam/run.json                          configuration, fingerprint, what is recorded beside them
-    OUT/_mmbeam/plan/<n>.jsonl                    work units, one file per launch that added some
+    OUT/_mmbeam/plan/<n>.jsonl                    work units, one file per launch that added or corrected some
     OUT/_mmbeam/commits/<unit>.json               a cache of the footers
     OUT/_mmbeam/stop.json, lock, summary.json
 
@@ -14,7 +14,9 @@ write there. Rows are made in rows.py and written in parquet.py.
 from mmbeam.io.rows import build_schema
 from mmbeam.io.runs.commits import committed, load_reports, report_of
 from mmbeam.io.runs.control import check_rate, clear_stop, go_on, judge, lock, note, running_here, stop, stopped
-from mmbeam.io.runs.plan import extend_plan, load_plan
+from mmbeam.io.runs.extend import extend_plan
+from mmbeam.io.runs.failed import report_failed_unit
+from mmbeam.io.runs.plan import load_plan
 from mmbeam.io.runs.run import Run, differences, find_run, fingerprint_of, open_run, read_manifest
 from mmbeam.io.runs.summary import confirm_summary, read_summary, sweep, write_summary
 
@@ -38,6 +40,7 @@ __all__ = [
     "open_run",
     "read_manifest",
     "read_summary",
+    "report_failed_unit",
     "report_of",
     "running_here",
     "stop",

@@ -4,6 +4,7 @@ import json
 from collections.abc import Sequence
 
 from mmbeam.errors import FlowError
+from mmbeam.io.runs.amend import amend
 from mmbeam.io.runs.control import locked_by_another
 from mmbeam.io.runs.run import FAILURES, PART, SUMMARY, Run
 from mmbeam.types import RunReport, Tally, UnitReport
@@ -20,7 +21,8 @@ def check_conserved(tally: Tally, where: str) -> None:
 
 
 def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, devices: int = 1) -> RunReport:
-    """Sum up the units' reports, write summary.json, and sweep the failure files. See `sum_up`."""
+    """Sum up the units' reports, write summary.json, and sweep the failure files. See `amend` and `sum_up`."""
+    reports = amend(run, reports)
     summary = sum_up(reports, wall_seconds, devices)
     run.store.replace(SUMMARY, json.dumps(summary.to_json(), indent=2).encode())
     sweep(run, reports)
@@ -28,13 +30,15 @@ def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, 
 
 
 def confirm_summary(run: Run, reports: Sequence[UnitReport]) -> RunReport:
-    """The sum of units that were all committed before; summary.json stays, if it tells of the same rows."""
+    """The sum of units that were all committed before, amended; summary.json stays, if it tells of the same rows."""
+    reports = amend(run, reports)
     summary = sum_up(reports, 0.0)
     try:
         told = read_summary(run).tally.rows
     except FileNotFoundError:
         told = None
-    return summary if told == summary.tally.rows else write_summary(run, reports, 0.0)
+    same = told == summary.tally.rows and not summary.units_failed
+    return summary if same else write_summary(run, reports, 0.0)
 
 
 def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int = 1) -> RunReport:
