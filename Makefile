@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraints constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench clean
+.PHONY: demo test lint bench model ablations clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mmbeam demo
@@ -21,6 +21,13 @@ lint: $(VENV)/.ready-test
 bench: $(VENV)/.ready-test
 	$(BIN)/python bench/run.py
 
+# The model that ships with the package, trained anew; then compare model/figures.json, and put it in its place.
+model: $(VENV)/.ready
+	$(BIN)/python pipelines/train_fusion.py --output model
+
+ablations: $(VENV)/.ready-test
+	$(BIN)/python bench/ablations.py
+
 # uv installs torch's 5 GB in a third of the time that pip takes; bytecode is compiled here so that the
 # first start does not have to.
 $(VENV)/.ready: pyproject.toml constraints.txt
@@ -34,4 +41,4 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	touch $@
 
 clean:
-	rm -rf $(VENV) .cache demo
+	rm -rf $(VENV) .cache demo model

@@ -1,4 +1,4 @@
-"""The benchmark: `make bench`, or `python bench/run.py [throughput] [memory] [start] [plan] [gpu]`.
+"""The benchmark: `make bench`, or `python bench/run.py [throughput] [captions] [loader] [memory] [start] [plan] [gpu]`.
 
 Speed is a ratio in one run: the bare torch loop and mmbeam alternate, A B A B, and the median of five
 pairs is what counts, since a machine's own speed drifts. Every figure is of a process of its own. The
@@ -14,12 +14,14 @@ import tempfile
 import time
 from pathlib import Path
 
+import generation
+import loader
 from cases import CASES, GPU_CASES, Case, memory_case
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "bench"
 PAIRS = 5
-SECTIONS = ("throughput", "memory", "start", "plan")
+SECTIONS = ("throughput", "captions", "loader", "memory", "start", "plan")
 
 
 def measure(mode: str, case: Path) -> dict[str, float]:
@@ -128,13 +130,23 @@ def resume_case() -> Case:
     return Case(**{**vars(tiny), "name": "resume-1000", "per_shard": 1})
 
 
+OTHERS = {
+    "captions": generation.section,
+    "loader": loader.section,
+    "memory": memory,
+    "start": start,
+    "plan": plan,
+    "gpu": gpu,
+}
+
+
 def main(sections: list[str]) -> None:
     print(f"{os.cpu_count()} cores; torch on the CPU; every process alone on the machine")
     for section in sections or SECTIONS:
         if section == "throughput":
             throughput(CASES)
         else:
-            {"memory": memory, "start": start, "plan": plan, "gpu": gpu}[section]()
+            OTHERS[section]()
 
 
 if __name__ == "__main__":

@@ -8,37 +8,36 @@ import pyarrow.dataset as ds
 import pytest
 
 from mmbeam.cli import main
+from mmbeam.corpus.scene import COLOURS
 from mmbeam.demo import nearest_neighbours
+from mmbeam.report.sketch import sketch_audio, sketch_image
+from mmbeam.types import MODALITIES
 
 
-def test_the_demo_shows_real_rows_and_runs_again(
+def test_the_demo_captions_rightly_and_runs_again(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert main(["demo"]) == 0
     said, errors = capfd.readouterr()
     assert errors == ""
-    assert "weights are random" in said
     assert "samples: 48 = 48 rows" in said
-    table = ds.dataset("demo/embeddings/data").to_table()
+    assert "48 of 48 captions are exactly what the corpus's own JSON says is true" in said
+    table = ds.dataset("demo/captions/data").to_table()
     assert table.num_rows == 48
-    names = {f"{model}_{modality}_embedding" for model, modality in zip(MODELS, MODALITIES, strict=True)}
-    assert names <= set(table.column_names)
-    for name in names:
-        assert f"  {name:<22} list of float, 24 each" in said
-        assert table[name].null_count == 0
-    assert "  0-000000  'The Valley At Noon', 256 x 256 pixels, 1 s of sound" in said
+    for modality in MODALITIES:
+        assert f"  {modality + '_embedding':<22} list of float, 64 each" in said
+        assert table[f"{modality}_embedding"].null_count == 0
+        assert table[f"caption_{modality}_share"].null_count == 0
+    assert "  11-000000  text '#Harbour #Noon'" in said
     check_the_proposed_command(said, capfd)
     assert main(["demo"]) == 0  # again: made anew
     assert "units: 4 written" in capfd.readouterr().out
 
 
-MODELS, MODALITIES = ("clip", "clip", "clap", "clap"), ("image", "text", "audio", "text")
-
-
 def check_the_proposed_command(said: str, capfd: pytest.CaptureFixture[str]) -> None:
     """What the demo proposes to type works as it is printed, and finds all of it done."""
-    command = said[said.index("mmbeam embed") : said.index("The rows, in Python")].replace("\\\n", " ")
+    command = said[said.index("mmbeam caption") : said.index("The rows, in Python")].replace("\\\n", " ")
     assert main(shlex.split(command)[1:]) == 0
     assert "units: 0 written, 4 committed before" in capfd.readouterr().out
     lines = said[said.index("  import pyarrow") :].splitlines()
@@ -54,6 +53,27 @@ def test_the_demo_leaves_a_directory_of_other_things_alone(tmp_path: Path, capsy
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
 
 
-def test_neighbours_are_the_nearest_by_direction_from_the_mean() -> None:
-    vectors = np.array([[9.0, 1.0], [9.5, 2.5], [9.0, -1.0], [9.5, -2.5]])
-    assert nearest_neighbours(vectors) == [1, 0, 3, 2]
+def test_neighbours_are_the_nearest_by_direction() -> None:
+    vectors = np.array([[9.0, 1.0], [1.0, 3.0], [90.0, 20.0], [0.1, 0.2]])
+    assert nearest_neighbours(vectors) == [2, 3, 0, 1]
+
+
+def test_a_picture_is_drawn_with_the_letters_of_its_colours() -> None:
+    image = np.zeros((40, 40, 3), np.uint8)
+    image[:20, :20] = COLOURS["red"]
+    image[20:, 20:] = COLOURS["pink"]  # P is purple's
+    assert sketch_image(image, COLOURS, rows=4) == ["RRRR....", "RRRR....", "....IIII", "....IIII"]
+
+
+def test_a_sound_is_drawn_high_notes_above_and_loud_ones_darker() -> None:
+    time = np.arange(16000) / 16000
+    chirp = np.sin(2 * np.pi * np.where(time < 0.5, 200, 3000) * time).astype(np.float32)
+    low, high = (
+        {row for row, line in enumerate(sketch_audio(chirp, 16000)) if line[column] != " "} for column in (8, 24)
+    )
+    assert min(low) > max(high)
+    soft = sketch_audio(0.03 * chirp, 16000)
+    assert "█" in "".join(sketch_audio(chirp, 16000))
+    assert "█" not in "".join(soft)
+    assert set("".join(soft)) != {" "}
+    assert set("".join(sketch_audio(0 * chirp, 16000))) == {" "}

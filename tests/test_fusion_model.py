@@ -132,6 +132,14 @@ def test_a_source_missing_in_the_batch_is_as_if_it_were_left_out(fusion: str, tr
             torch.testing.assert_close(_outcome(model, left_out), first, rtol=0, atol=0)
 
 
+def test_a_gate_lets_nothing_through_of_what_is_missing() -> None:
+    model = tiny_model(fusion="gated")
+    inputs = tiny_inputs(model)
+    model(labels=tiny_labels(), text=inputs["text"], text_mask=inputs["text" + MASK]).loss.backward()
+    learned = [any(value.grad.any() for value in part.parameters()) for part in model.fuser.values]
+    assert learned == [False, False, True]  # image, audio, text: not even a constant of theirs
+
+
 def test_none_is_the_same_as_nothing() -> None:
     model = tiny_model(loss_weights=EVERY_LOSS)
     text = {name: value for name, value in tiny_inputs(model).items() if name.startswith("text")}
@@ -173,6 +181,23 @@ def test_padding_of_a_sequence_changes_nothing(model: FusionModel) -> None:
             values[~inputs[name + MASK]] = 7 if source.kind != "features" else float("nan")
             inputs[name] = values
     torch.testing.assert_close(_outcome(model.eval(), inputs), clean, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_hidden_inside_a_text_is_not_read_and_those_behind_it_are(kind: str) -> None:
+    model = tiny_model(media("conv", text=kind))
+    mask = torch.tensor([[True, True, False, True]])
+    words = torch.tensor([[5, 6, 7, 8]])
+
+    def read(words: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            return model.encode(text=words, text_mask=mask).embeddings["text"]
+
+    whole = read(words)
+    torch.testing.assert_close(read(torch.tensor([[5, 6, 30, 8]])), whole, rtol=0, atol=0)
+    assert (read(torch.tensor([[5, 6, 7, 30]])) - whole).abs().max() > 1e-3
+    other_order = (read(torch.tensor([[6, 5, 7, 8]])) - whole).abs().max()
+    assert other_order > 1e-4
 
 
 def _mixed(model: FusionModel) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
@@ -245,9 +270,10 @@ def test_beams_find_what_is_at_least_as_likely() -> None:
     def logprobs(ids: torch.Tensor) -> torch.Tensor:
         with torch.no_grad():
             scores = model(decoder_input_ids=ids[:, :-1], **inputs).logits.log_softmax(-1)
-        return scores.gather(2, ids[:, 1:, None])[..., 0].sum(1)
+        chosen: torch.Tensor = scores.gather(2, ids[:, 1:, None])[..., 0].sum(1)
+        return chosen
 
-    length = {"min_new_tokens": 4, "max_new_tokens": 4}
+    length: dict[str, Any] = {"min_new_tokens": 4, "max_new_tokens": 4}
     greedy = logprobs(model.generate(**inputs, **length))
     beams = logprobs(model.generate(**inputs, num_beams=20, **length))
     assert (beams >= greedy - 1e-4).all()
@@ -276,12 +302,12 @@ def test_a_cache_of_fixed_size_writes_the_same() -> None:
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_a_memory_made_before_writes_and_scores_the_same(generator: str, how: dict[str, int]) -> None:
+def test_a_memory_made_before_writes_and_scores_the_same(generator: str, how: dict[str, Any]) -> None:
     model = tiny_model(generator_kind=generator)
     inputs, _ = _mixed(model)
     with torch.no_grad():
         encoding = model.encode(**inputs)
-        made = {"encoder_outputs": (encoding.memory,), "attention_mask": encoding.memory_mask}
+        made: dict[str, Any] = {"encoder_outputs": (encoding.memory,), "attention_mask": encoding.memory_mask}
         labels = tiny_labels(6)
         torch.testing.assert_close(model(labels=labels, **made).logits, model(labels=labels, **inputs).logits)
     made["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoding.memory)

@@ -19,13 +19,14 @@ from mmbeam.models.fusion.modeling import MASK
 from mmbeam.models.fusion.towers import load_weights, read_preprocessing, read_source
 from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import load_pretrained
+from mmbeam.models.tiny import SIDE, save_clip
 from mmbeam.types import Modality
 
 CPU = torch.device("cpu")
 Save = Callable[[Path], Path]
 CHECKPOINTS: dict[str, tuple[Save, Modality]] = {
-    "clip-image": (pictures.save_clip, "image"),
-    "clip-text": (pictures.save_clip, "text"),
+    "clip-image": (save_clip, "image"),
+    "clip-text": (save_clip, "text"),
     "siglip-image": (pictures.save_siglip, "image"),
     "metaclip2-text": (pictures.save_metaclip2, "text"),
     "blip-image": (pictures.save_blip, "image"),
@@ -64,15 +65,12 @@ def make(name: str, directory: Path, frozen: bool) -> tuple[FusionModel, FusionP
 def reference(name: str, directory: Path, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The checkpoint's own last hidden states."""
     model = AutoModel.from_pretrained(directory).eval()
-    part = {"clip-image": "vision_model", "siglip-image": "vision_model", "blip-image": "vision_model"}.get(name)
-    part = part or ("text_model" if name in ("clip-text", "metaclip2-text", "clap-text") else None)
-    tower: Any = getattr(model, part) if part else model
-    if name in ("whisper", "t5"):
-        tower = model.get_encoder()
+    part = {"image": "vision_model", "text": "text_model"}.get(name.partition("-")[2])
+    tower: Any = getattr(model, part) if part else model.get_encoder() if name in ("whisper", "t5") else model
+    masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
     with torch.no_grad():
-        if mask.dim() > 1:
-            return tower(input_ids=values, attention_mask=mask.long()).last_hidden_state
-        return tower(values).last_hidden_state
+        states: torch.Tensor = tower(values, **masks).last_hidden_state
+    return states
 
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
@@ -135,7 +133,7 @@ def test_a_text_that_is_cut_keeps_its_last_special_token_and_spells_none(tmp_pat
 
 
 def test_two_checkpoints_read_the_same_text(tmp_path: Path) -> None:
-    bert, clip = sounds.save_bert(tmp_path / "bert"), pictures.save_clip(tmp_path / "clip")
+    bert, clip = sounds.save_bert(tmp_path / "bert"), save_clip(tmp_path / "clip")
     sources = {
         "bert": read_source(bert, "text"),
         "clip_text": read_source(clip, "text"),
@@ -149,7 +147,7 @@ def test_two_checkpoints_read_the_same_text(tmp_path: Path) -> None:
     ids = model.generate(**processor(REQUESTS, CPU), max_new_tokens=4)
     assert ids.shape[0] == len(REQUESTS)
     assert processor.modalities == ("image", "text")
-    assert processor.image_side == pictures.SIDE
+    assert processor.image_side == SIDE
 
 
 REFUSED: dict[str, tuple[Save, Modality, str]] = {

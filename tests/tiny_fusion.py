@@ -8,8 +8,10 @@ import torch
 from mmbeam.models.fusion import FusionConfig, FusionModel
 from mmbeam.models.fusion.configuration import Fusion, GeneratorKind
 from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.tiny import compute_on_one_thread
 from mmbeam.types import MODALITIES
 
+compute_on_one_thread()
 FUSIONS: tuple[str, ...] = get_args(Fusion)
 GENERATORS: tuple[str, ...] = get_args(GeneratorKind)
 KINDS = ("conv", "mlp", "lstm", "transformer")  # of encoders of this model's own
@@ -45,7 +47,7 @@ def tiny_config(sources: Mapping[str, Any] | None = None, **options: Any) -> Fus
 def tiny_model(sources: Mapping[str, Any] | None = None, **options: Any) -> FusionModel:
     """In eval mode; its weights are random but large, so that inputs matter and texts are lively."""
     torch.manual_seed(1)
-    model = FusionModel(tiny_config(sources, **options)).eval()
+    model: FusionModel = FusionModel(tiny_config(sources, **options)).eval()
     for name, value in model.named_parameters():
         if value.dim() > 1 and "space" not in name:
             torch.nn.init.normal_(value.data, std=1.5 * value[0].numel() ** -0.5)

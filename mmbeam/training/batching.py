@@ -22,6 +22,9 @@ T = TypeVar("T")
 
 POOL_BATCHES = 16  # in the shuffle buffer, whose examples are dealt out as batches of similar length,
 POOL_BYTES = 256 * MIB  # unless it holds so much before
+# Captions whose lengths are of one such step are alike. Finer steps pad less, but the batches then hold captions
+# that say nearly the same, and a model learns slower: sorted by the character, the corpus's tags took twice the steps.
+BUCKET_CHARS = 32
 AHEAD = 2  # batches that are made while the model computes
 
 
@@ -93,7 +96,7 @@ def plain_batches(examples: Iterable[Example], batch_size: int) -> Iterator[list
 
 
 def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
-    ordered = sorted(examples, key=lambda example: len(example.caption))  # stable: ties stay shuffled
+    ordered = sorted(examples, key=lambda example: len(example.caption) // BUCKET_CHARS)  # stable: ties stay shuffled
     return [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
 
 

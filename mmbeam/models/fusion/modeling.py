@@ -79,7 +79,9 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             self.modality_adversary = ModalityAdversary(list(self.sources), config)
         if "generator_adversary" in self.weights:
             self.generator_adversary = GeneratorAdversary(config)
+        self.built = False
         self.post_init()
+        self.built = True
 
     def _init_weights(self, module: nn.Module) -> None:
         """Modules begin as torch makes them, but for embeddings, which are also the rows that score words.
@@ -88,10 +90,8 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
-        elif isinstance(module, Reconstruction | ModalityAdversary | GeneratorAdversary):
-            for part in module.modules():
-                if isinstance(part, nn.Linear | nn.GRU):
-                    part.reset_parameters()
+        elif self.built and isinstance(module, nn.Linear | nn.GRU):
+            module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.words
@@ -139,12 +139,12 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         self._check_shape(name, values, mask)
         whole = bool(present.all())
         some, own = (values, mask) if whole else (values[present], mask[present])
-        if source.kind == "features":
-            tokens, real = encoder(some.to(self.dtype), own)
-        elif source.modality == "text" and source.kind != "pretrained":
-            tokens, real = encoder(self.words(some), own)
-        else:
-            tokens, real = encoder(some, own) if source.kind == "pretrained" else encoder(some)
+        if some.is_floating_point():
+            some = some.to(self.dtype)
+        elif source.kind != "pretrained":
+            some = self.words(some)
+        takes_mask = source.kind in ("features", "pretrained") or source.modality == "text"
+        tokens, real = encoder(some, own) if takes_mask else encoder(some)
         if whole:
             return tokens, real
         all_tokens = tokens.new_zeros(len(values), *tokens.shape[1:])

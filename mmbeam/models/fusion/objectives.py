@@ -77,10 +77,10 @@ def _key(pair: tuple[str, str]) -> str:
 
 
 def info_nce(logits: torch.Tensor, positives: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-    """Symmetric InfoNCE with any number of positives (van den Oord et al., 2018; Khosla et al., 2020, L_in).
+    """Symmetric InfoNCE with any number of positives (van den Oord et al., 2018; Khosla et al., 2020).
 
-    `logits`, bool `positives` and `skip` (neither positive nor negative) are [N, N]. A row without a
-    positive says nothing; if none has one, 0.
+    Of Khosla's two it is L_in, but for a constant. `logits`, bool `positives` and `skip` (neither positive
+    nor negative) are [N, N]. A row without a positive says nothing; if none has one, 0.
     """
     if skip is not None:
         positives = positives & ~skip
@@ -206,7 +206,11 @@ class GeneratorAdversary(nn.Module):
         return F.binary_cross_entropy_with_logits(torch.cat(scores), truth)
 
     def _judge(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        heard = self.rnn(reverse_gradient(states))[0] * mask[..., None]
-        mean = heard.sum(1) / mask.sum(1, keepdim=True).clamp(min=1)
+        lengths = mask.sum(1).clamp(min=1)
+        packed = nn.utils.rnn.pack_padded_sequence(
+            reverse_gradient(states), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )  # what is behind a text's end is no evidence
+        heard, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        mean = heard.sum(1) / lengths[:, None]
         scores: torch.Tensor = self.score(mean)[:, 0]
         return scores

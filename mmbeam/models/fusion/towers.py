@@ -18,8 +18,8 @@ from mmbeam.errors import ModelError
 from mmbeam.models.audio_recipe import read_whisper_recipe
 from mmbeam.models.encoders.text import text_limit
 from mmbeam.models.fusion.configuration import SourceConfig
-from mmbeam.models.fusion.encoders import HALVES, build_tower, encoder_of
 from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.pretrained import HALVES, build_tower, encoder_of
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.image_recipe import read_image_recipe
 from mmbeam.models.loading import load_pretrained, read_config

@@ -1,0 +1,148 @@
+"""Captions by the shipped model: `mmbeam caption` against a bare `model.generate` loop on the same batches.
+
+The bare loop reads the same shards with the standard library's tarfile, decodes in a thread pool ahead of
+the model, orders and packs windows as mmbeam does, calls the model and decodes its tokens; no rows, no
+log-probabilities, no Beam. Every figure is of a process of its own; imports, loading and a first batch are
+outside, opening shards and writing rows inside.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tarfile
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mmbeam.config import SHIPPED, Reading, Windows
+from mmbeam.corpus import write_corpus
+from mmbeam.decode import decode_audio, decode_image
+from mmbeam.models.generators import describe, load
+from mmbeam.models.generators.base import Decoding, Request
+from mmbeam.models.loading import resolve
+from mmbeam.reading import Ahead, ordered_map
+from mmbeam.stages.generate import TOKENS_PER_SAMPLE
+from mmbeam.stages.packing import pack
+
+CACHE = Path(__file__).parents[1] / ".cache" / "bench"
+SAMPLES, SHARDS, BATCH, PAIRS = 4000, 8, 32, 5
+CORES = len(os.sched_getaffinity(0))
+LIMITS = Reading().limits
+
+
+def build() -> Path:
+    """Shards of the procedural corpus, made unless they are there."""
+    directory = CACHE / f"captions-{SAMPLES}"
+    if not (directory / "done").exists():
+        write_corpus(directory / "shards", samples=SAMPLES, shards=SHARDS, seed=5)
+        (directory / "done").touch()
+    return directory
+
+
+def raw_samples(shards: Sequence[Path]) -> Iterator[dict[str, bytes]]:
+    """The members of each sample by their extension."""
+    for shard in shards:
+        with tarfile.open(shard, "r|") as tar:
+            key, fields = "", {}
+            for member in tar:
+                stem, _, field = member.name.partition(".")
+                if stem != key and fields:
+                    yield fields
+                    fields = {}
+                file = tar.extractfile(member)
+                assert file is not None
+                key, fields[field] = stem, file.read()
+            yield fields
+
+
+def to_request(fields: dict[str, bytes], rate: int) -> Request:
+    image = next(data for name, data in fields.items() if name in ("jpg", "png", "webp"))
+    audio = next(data for name, data in fields.items() if name in ("wav", "flac", "ogg", "mp3"))
+    wave = decode_audio(audio, LIMITS, frozenset((rate,))).waves[rate]
+    return Request(image=decode_image(image, LIMITS)[0], audio=(wave, rate), text=fields["txt"].decode())
+
+
+def bare(directory: Path) -> tuple[int, float]:
+    spec = describe(resolve(SHIPPED).directory)
+    generator: Any = load(spec, torch.device("cpu"), torch.float32)
+    shards = sorted((directory / "shards").glob("*.tar"))
+    rate = spec.sampling_rate
+    assert rate is not None
+    with torch.inference_mode(), ThreadPoolExecutor(CORES) as pool:
+        generator.generate([to_request(next(raw_samples(shards)), rate)] * BATCH, Decoding())
+        begin, made = time.perf_counter(), 0
+        decoded = ordered_map(lambda fields: to_request(fields, rate), raw_samples(shards), pool, Ahead(2 * BATCH))
+        for window in windows(decoded):
+            for places in pack(generator.weigh(window), BATCH, BATCH * TOKENS_PER_SAMPLE):
+                inputs = generator.processor([window[place] for place in places], torch.device("cpu"))
+                ids = generator.model.generate(**inputs, max_new_tokens=Decoding().max_new_tokens, do_sample=False)
+                made += len(generator.processor.decode(ids.tolist()))
+        return made, time.perf_counter() - begin
+
+
+def windows(requests: Iterator[Request]) -> Iterator[list[Request]]:
+    """As large as mmbeam's, by what pictures and sounds take in memory."""
+    first = next(requests)
+    assert first.image is not None
+    assert first.audio is not None
+    size = Windows().decoded_bytes // (first.image.nbytes + first.audio[0].nbytes) + 1
+    window = [first, *islice(requests, size - 1)]
+    while window:
+        yield window
+        window = list(islice(requests, size))
+
+
+def mmbeam(directory: Path) -> tuple[int, float]:
+    from mmbeam.jobs.caption import CaptionOptions, prepare
+    from mmbeam.models import placement
+    from mmbeam.reading import read_batches
+
+    with tempfile.TemporaryDirectory(dir=directory) as output:
+        options = CaptionOptions(
+            input=(str(directory / "shards"),), output=output, model=SHIPPED, device="cpu", batch_size=BATCH
+        )
+        job = prepare(options)
+        (stage,) = job.stages
+        warm = next(read_batches(job.units[0], options.reading, stage.needs, Windows(samples=BATCH)))
+        placement.device("cpu").run(stage, warm)
+        begin = time.perf_counter()
+        report = job.execute()
+        return report.tally.rows, time.perf_counter() - begin
+
+
+def measure(mode: str) -> dict[str, float]:
+    command = [sys.executable, "-W", "ignore", __file__, mode]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
+
+
+def section() -> None:
+    """Print the table."""
+    build()
+    pairs = [(measure("bare"), measure("mmbeam")) for _ in range(PAIRS)]
+    ratios = sorted(mine["rate"] / alone["rate"] for alone, mine in pairs)
+    alone, mine = (statistics.median(pair[side]["rate"] for pair in pairs) for side in (0, 1))
+    print(f"\ncaptions by the shipped model, {SAMPLES:,} samples of picture, sound and text, batches of {BATCH}")
+    print(
+        f"bare generate loop {alone:,.0f}  mmbeam {mine:,.0f} samples/s  mmbeam / bare "
+        f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f}, {PAIRS} alternating pairs)"
+    )
+
+
+if __name__ == "__main__":
+    if len(sys.argv) > 1:
+        torch.set_num_threads(CORES)
+        made, seconds = {"bare": bare, "mmbeam": mmbeam}[sys.argv[1]](build())
+        assert made == SAMPLES
+        print(json.dumps({"rate": made / seconds}))
+    else:
+        section()

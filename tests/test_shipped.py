@@ -1,0 +1,110 @@
+"""The model that ships with the package, against the truth of scenes it has never seen."""
+
+import hashlib
+import json
+from dataclasses import replace
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import torch
+
+from mmbeam.config import SHIPPED
+from mmbeam.corpus import Scene, samples, write_corpus
+from mmbeam.jobs.caption import CaptionOptions, caption
+from mmbeam.models.generators import describe, load
+from mmbeam.models.generators.base import Decoding, Generated, Generator
+from mmbeam.models.loading import resolve
+from mmbeam.training.shipped import EVALUATION_SEED, evaluate
+from mmbeam.training.sources import scene_example
+from mmbeam.types import MODALITIES
+
+DIRECTORY = resolve(SHIPPED).directory
+SEED = 77  # neither of training, nor of selection, nor of the card's figures
+
+
+@pytest.fixture(scope="module")
+def figures() -> dict[str, object]:
+    """Measured here, on fewer scenes than the card's: one wrong caption of 150 is 0.7 %."""
+    return evaluate(DIRECTORY, torch.device("cpu"), 150, seed=SEED)
+
+
+def test_its_captions_are_right_from_every_subset_of_the_modalities(figures: dict[str, object]) -> None:
+    subsets = figures["subsets"]
+    assert isinstance(subsets, dict)
+    assert len(subsets) == 7
+    assert min(subsets.values()) >= 0.96, subsets
+    assert figures["exact_match"] == subsets["image+audio+text"]
+    assert float(str(figures["words_right"])) >= 0.99
+
+
+def test_its_embeddings_find_the_right_caption(figures: dict[str, object]) -> None:
+    recall = figures["recall"]
+    assert isinstance(recall, dict)
+    assert recall["fused->caption cosine"] >= 0.9
+    assert recall["image->caption cosine"] >= 0.5
+
+
+def test_the_card_is_of_these_weights_and_says_what_was_promised() -> None:
+    weights = (DIRECTORY / "model.safetensors").read_bytes()
+    assert hashlib.sha256(weights).hexdigest() in (DIRECTORY / "README.md").read_text()
+    assert sum(path.stat().st_size for path in DIRECTORY.iterdir()) <= 10_000_000
+    found = json.loads((DIRECTORY / "figures.json").read_text())["evaluation"]
+    assert (found["samples"], found["seed"]) == (2000, EVALUATION_SEED)
+    assert found["exact_match"] >= 0.97
+    assert found["words_right"] >= 0.99
+    assert min(found["subsets"].values()) >= 0.97
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
+    """Captions of shards with real codecs, at another size and rate than those of the training."""
+    directory = tmp_path_factory.mktemp("shipped")
+    write_corpus(directory / "shards", samples=60, shards=2, seed=SEED)
+    options = CaptionOptions(
+        input=(str(directory / "shards"),),
+        output=str(directory / "out"),
+        model=SHIPPED,
+        device="cpu",
+        explain=True,
+        with_embeddings=True,
+    )
+    assert caption(options).tally.rows == 60
+    found: list[dict[str, object]] = ds.dataset(directory / "out" / "data").to_table().sort_by("key").to_pylist()
+    return found
+
+
+def test_captions_of_shards_are_what_the_scenes_are(rows: list[dict[str, object]]) -> None:
+    truths = {scene.key: scene.caption() for scene in samples(SEED, count=60)}
+    right = [row["caption"] == truths[str(row["key"])] for row in rows]
+    assert np.mean(right) >= 0.95, [(row["caption"], truths[str(row["key"])]) for row in rows]
+
+
+def test_a_caption_rests_on_every_modality_that_has_a_clause_in_it(rows: list[dict[str, object]]) -> None:
+    shares = np.array([[row[f"caption_{m}_share"] for m in MODALITIES] for row in rows], float)
+    assert np.allclose(shares.sum(1), 1)
+    assert (shares > 0.05).all()
+
+
+def test_masking_a_modality_costs_its_own_clause_and_no_other() -> None:
+    """The clauses come in the order of the modalities, and each has a known source."""
+    model = load(describe(DIRECTORY), torch.device("cpu"), torch.float32)
+    scene = Scene.draw(SEED, 3)
+    request = scene_example(scene).make()
+    (made,) = model.generate([request], Decoding())
+    assert made.text == scene.caption()
+    clauses = list(scene.clauses().values())
+    for number, modality in enumerate(MODALITIES):
+        before = prefix(model, ", ".join(clauses[:number]), made)
+        until = prefix(model, ", ".join(clauses[: number + 1]), made)
+        whole, masked = (
+            model.score([each, each], [before, until]) for each in (request, request.without(modality, {}))
+        )
+        assert whole[0] - masked[0] < 0.5, modality  # what comes before its clause loses nothing
+        assert (whole[1] - masked[1]) - (whole[0] - masked[0]) > 3, modality  # its clause does
+
+
+def prefix(model: Generator, text: str, made: Generated) -> Generated:
+    """The first tokens of what was made, those that spell `text`."""
+    count = model.count_tokens([text])[0]
+    return replace(made, token_ids=made.token_ids[:count])
