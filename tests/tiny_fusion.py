@@ -51,6 +51,8 @@ def tiny_model(sources: Mapping[str, Any] | None = None, **options: Any) -> Fusi
     for name, value in model.named_parameters():
         if value.dim() > 1 and "space" not in name:
             torch.nn.init.normal_(value.data, std=1.5 * value[0].numel() ** -0.5)
+        elif value.dim() == 1:  # biases that are zero would hide what should not be added
+            value.data += 0.2 * torch.randn_like(value)
     return model
 
 

@@ -59,6 +59,18 @@ def read_image_recipe(directory: Path) -> ImageRecipe:
     return recipe
 
 
+def read_pooled_recipe(directory: Path, vision: Any) -> ImageRecipe:
+    """The recipe of a Gemma 4 image processor; ModelError where that vision configuration expects another."""
+    recipe, side, pooling = read_image_recipe(directory), vision.patch_size, vision.pooling_kernel_size
+    found = recipe.size
+    if not isinstance(found, PooledPatching) or (found.patch_size, found.pooling) != (side, pooling):
+        raise ModelError(
+            f"{directory}: config.json expects patches of {side} pixels in groups of {pooling} x {pooling}, "
+            f"its image processor makes {found}"
+        )
+    return recipe
+
+
 def _read_settings(directory: Path) -> dict[str, Any]:
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ModelError(

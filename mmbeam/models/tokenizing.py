@@ -19,6 +19,7 @@ _VOCABULARIES = (
     ("tokenizer.model",),
     ("sentencepiece.bpe.model",),
     ("spm.model",),
+    ("tekken.json",),
 )
 
 
@@ -33,9 +34,11 @@ class TextTokenizer:
 
     def __init__(self, directory: Path) -> None:
         check_vocabulary(directory)
+        # Of Mistral's format: one class, whether mistral_common is installed or not; its own splits no special tokens.
+        options = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False
+                directory, local_files_only=True, trust_remote_code=False, **options
             )
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error

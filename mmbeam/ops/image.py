@@ -125,6 +125,15 @@ def preprocess_patches(
     return Patches((normal.reshape(levels.shape) * mask[..., None]).to(dtype), mask, shapes)
 
 
+def patch_positions(patches: Patches) -> torch.Tensor:
+    """Column and row of each patch, [B, N, 2], -1 where there is none."""
+    positions = torch.full((*patches.mask_BN.shape, 2), -1, dtype=torch.int64)
+    for row, (down, across) in enumerate(patches.shapes):
+        y, x = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
+        positions[row, : down * across] = torch.stack([x.flatten(), y.flatten()], dim=-1)
+    return positions.to(patches.mask_BN.device, non_blocking=True)
+
+
 def _resized(
     images: Sequence[ImageHWC], recipe: ImageRecipe, device: torch.device, pixel_filter: PixelFilter | None
 ) -> list[torch.Tensor]:

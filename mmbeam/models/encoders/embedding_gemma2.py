@@ -15,16 +15,15 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import AutoModel
 
-from mmbeam.errors import ModelError
 from mmbeam.models.audio_recipe import read_gemma_recipe
 from mmbeam.models.encoders.base import Encoded, EncoderSpec
 from mmbeam.models.encoders.sentence import SentenceRecipe
 from mmbeam.models.encoders.text import TextEncoder, read_recipe, text_limit
-from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.models.image_recipe import read_image_recipe, read_pooled_recipe
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
 from mmbeam.ops.audio import to_rate
-from mmbeam.ops.image import ImageRecipe, Patches, PooledPatching, preprocess_patches
+from mmbeam.ops.image import Patches, PooledPatching, patch_positions, preprocess_patches
 from mmbeam.ops.log_mel import gemma_log_mel, gemma_windows
 from mmbeam.types import ImageHWC, Modality, Waveform
 
@@ -57,7 +56,7 @@ class EmbeddingGemma2Encoder(TextEncoder):
         image_side, rate = None, None
         if full.vision_config is not None:
             modalities.append("image")
-            image_side = _checked(directory, full.vision_config).shorter_side
+            image_side = read_pooled_recipe(directory, full.vision_config).shorter_side
         if full.audio_config is not None:
             modalities.append("audio")
             rate = read_gemma_recipe(directory).sampling_rate
@@ -86,7 +85,7 @@ class EmbeddingGemma2Encoder(TextEncoder):
         for first in range(0, len(images), AT_ONCE):
             some = images[first : first + AT_ONCE]
             patches = preprocess_patches(some, self.image_recipe, self.device, torch.float32, self.pixel_filter)
-            more = {"pixel_values": patches.pixels_BND, "image_position_ids": _positions(patches)}
+            more = {"pixel_values": patches.pixels_BND, "image_position_ids": patch_positions(patches)}
             parts.append(self._encode(self._image_ids(patches), tokens, 0, **more))
         return _joined(parts, [1] * len(images))
 
@@ -122,27 +121,6 @@ class EmbeddingGemma2Encoder(TextEncoder):
         """`count` placeholders between their marks, in what the tokenizer puts around a text."""
         before, after = self.ends[:1], self.ends[1:]
         return [*before, begin, *[placeholder] * count, end, *after]
-
-
-def _checked(directory: Path, vision: Any) -> ImageRecipe:
-    """The image processor's recipe; ModelError where the vision tower expects another."""
-    recipe, side, pooling = read_image_recipe(directory), vision.patch_size, vision.pooling_kernel_size
-    found = recipe.size
-    if not isinstance(found, PooledPatching) or (found.patch_size, found.pooling) != (side, pooling):
-        raise ModelError(
-            f"{directory}: config.json expects patches of {side} pixels in groups of {pooling} x {pooling}, "
-            f"its image processor makes {found}"
-        )
-    return recipe
-
-
-def _positions(patches: Patches) -> torch.Tensor:
-    """Column and row of each patch, [B, N, 2], -1 where there is none."""
-    positions = torch.full((*patches.mask_BN.shape, 2), -1, dtype=torch.int64)
-    for row, (down, across) in enumerate(patches.shapes):
-        y, x = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
-        positions[row, : down * across] = torch.stack([x.flatten(), y.flatten()], dim=-1)
-    return positions.to(patches.mask_BN.device, non_blocking=True)
 
 
 def _joined(parts: Sequence[Encoded], counts: Sequence[int]) -> Encoded:

@@ -66,7 +66,7 @@ class SelfAttention(nn.Module):
 
 
 class Stack(nn.Module):
-    """Layers one after another, with nothing where the padding is."""
+    """Layers one after another."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
@@ -74,7 +74,7 @@ class Stack(nn.Module):
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         for layer in self.layers:
-            tokens = layer(tokens * mask[..., None])
+            tokens = layer(tokens, mask)
         return tokens
 
 
@@ -92,13 +92,13 @@ class Mlp(nn.Module):
             nn.Linear(config.ffn_size, width),
         )
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
         mixed: torch.Tensor = self.net(tokens)
         return tokens + mixed
 
 
 class TextConv(nn.Module):
-    """A residual convolution along a sequence, three tokens wide."""
+    """A residual convolution along a sequence, three tokens wide, which meets zeros where the padding is."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -107,8 +107,9 @@ class TextConv(nn.Module):
         self.conv = nn.Conv1d(width, width, 3, padding=1)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        mixed = self.conv(self.norm(tokens).transpose(1, 2)).transpose(1, 2)
+    def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen = self.norm(tokens) * mask[..., None]
+        mixed = self.conv(seen.transpose(1, 2)).transpose(1, 2)
         out: torch.Tensor = tokens + self.dropout(F.gelu(mixed))
         return out
 

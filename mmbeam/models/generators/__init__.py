@@ -19,7 +19,23 @@ from mmbeam.models.loading import check_weights, quiet_transformers, read_json
 
 # model_type: module.class, imported when first needed.
 FAMILIES: Mapping[str, str] = {
+    "blip": "blip.BlipGenerator",
+    "blip-2": "blip2.Blip2Generator",
+    "florence2": "florence2.Florence2Generator",
+    "gemma3": "gemma3.Gemma3Generator",
+    "gemma4": "gemma4.Gemma4Generator",
+    "idefics3": "smolvlm.SmolVlmGenerator",
     "mmbeam-fusion": "fusion.FusionGenerator",
+    "qwen2_5_omni": "qwen_omni.QwenOmniGenerator",
+    "qwen2_5_omni_thinker": "qwen_omni.QwenOmniGenerator",
+    "qwen2_5_vl": "qwen_vl.QwenVlGenerator",
+    "qwen2_audio": "qwen2_audio.Qwen2AudioGenerator",
+    "qwen2_vl": "qwen_vl.QwenVlGenerator",
+    "qwen3_vl": "qwen_vl.QwenVlGenerator",
+    "qwen3_vl_moe": "qwen_vl.QwenVlGenerator",
+    "smolvlm": "smolvlm.SmolVlmGenerator",
+    "vision-encoder-decoder": "vision_encoder_decoder.VisionEncoderDecoderGenerator",
+    "voxtral": "voxtral.VoxtralGenerator",
     "whisper": "whisper.WhisperGenerator",
 }
 # Text to text: any class of these lists, of the model types that take nothing but text.

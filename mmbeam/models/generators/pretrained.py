@@ -18,6 +18,8 @@ from mmbeam.models.loading import load_pretrained, quiet_transformers, read_json
 from mmbeam.ops.collate import pad
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
+# How pictures are given to image processors, which would take one of 3 rows for three channels.
+AS_DECODED: Mapping[str, str] = {"input_data_format": "channels_last", "return_tensors": "pt"}
 
 
 class PretrainedGenerator(Generator):
@@ -49,6 +51,11 @@ class PretrainedGenerator(Generator):
         """The model whose `generate` takes the inputs: the whole one, or the language model inside it."""
         return self.model
 
+    @property
+    def options(self) -> Mapping[str, Any]:
+        """What its `generate` is told beside the inputs."""
+        return {}
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         return self.tokenizer.count(texts)
 
@@ -56,7 +63,8 @@ class PretrainedGenerator(Generator):
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
         inputs = self.inputs(requests)
         self._check_room(inputs, decoding)
-        return self.finished(decode(self.decoder, inputs, decoding, [request.seed for request in requests]))
+        seeds = [request.seed for request in requests]
+        return self.finished(decode(self.decoder, inputs, decoding, seeds, **self.options))
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:

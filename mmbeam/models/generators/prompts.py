@@ -25,12 +25,15 @@ class Medium:
     kind: str  # "image" or "audio", as chat templates call it
     placeholder: str  # what the template writes for it
     tokens: str  # what is put in the place of that: as many of the model's tokens as it takes
+    bare: str = ""  # what is written for it where there is no template; "": the placeholder alone
 
 
 def instruction(request: Request) -> str:
     """What the model is asked: the request's own text, or else what its task comes to for what it holds."""
     if request.text is not None and request.text.strip():
         return request.text
+    if request.image is None and request.audio is None:
+        return request.text or ""
     held = {"image": request.image, "sound": request.audio}
     what = " and ".join(f"the {name}" for name, value in held.items() if value is not None)
     into = request.language or "English"
@@ -49,7 +52,8 @@ class PromptTokenizer(TextTokenizer):
         super().__init__(directory)
         legacy = read_json(directory, "chat_template.json", required=False).get("chat_template")
         self.template: str | None = self._tokenizer.chat_template or legacy
-        self._held_back = dict(zip(held_back, self.ids_of(held_back), strict=True))
+        self._held_back = tuple(held_back)
+        self._held_back_ids = frozenset(self.ids_of(held_back))
 
     def ids_of(self, tokens: Sequence[str]) -> list[int]:
         """The ids of tokens; ModelError for one that the vocabulary lacks."""
@@ -58,10 +62,6 @@ class PromptTokenizer(TextTokenizer):
         if missing:
             raise ModelError(f"{self._tokenizer.name_or_path}: its tokenizer has no {', '.join(missing)}")
         return [vocabulary[token] for token in tokens]
-
-    def token(self, name: str, default: str) -> str:
-        """The token that the tokenizer calls `name` ("image_token"), or else `default`."""
-        return str(getattr(self._tokenizer, name, None) or default)
 
     def language_ids(self, languages: Sequence[str]) -> list[int]:
         """The tokens by which models of many languages are told theirs: "de_DE" of mBART, "__de__" (de) of M2M100."""
@@ -77,8 +77,7 @@ class PromptTokenizer(TextTokenizer):
     def words(self, text: str) -> list[int]:
         """Ids of a text by itself, nothing of it taken for a token of the model's own."""
         [ids] = self._ids([text], add_special_tokens=False, verbose=False)
-        held_back = set(self._held_back.values())
-        return [token for token in ids if token not in held_back]
+        return [token for token in ids if token not in self._held_back_ids]
 
     def prompt(self, media: Sequence[Medium], text: str) -> list[int]:
         """Ids of one turn of the user, up to where the model's answer begins."""
@@ -104,7 +103,7 @@ class PromptTokenizer(TextTokenizer):
 
     def _rendered(self, media: Sequence[Medium], text: str) -> str:
         if self.template is None:
-            return "".join(medium.placeholder for medium in media) + text
+            return "".join(medium.bare or medium.placeholder for medium in media) + text
         content: Any = text
         if self._held_back:  # templates of models that take media want a list
             content = [*({"type": medium.kind} for medium in media), {"type": "text", "text": text}]

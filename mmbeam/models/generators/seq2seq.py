@@ -38,7 +38,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
             modalities=("text",),
             required=("text",),
             max_text_tokens=_text_limit(directory, parsed),
-            max_new_tokens=_positions(parsed, "decoder"),
+            max_new_tokens=_new_tokens(parsed),
         )
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
@@ -67,6 +67,12 @@ def _positions(config: Any, half: str) -> int | None:
     own = getattr(config, half, config)  # EncoderDecoder has a configuration for each
     found = [getattr(own, name, None) for name in _POSITIONS[half]]
     return next((int(limit) for limit in found if limit), None)
+
+
+def _new_tokens(config: Any) -> int | None:
+    """What the decoder's positions hold behind its start token and a language's."""
+    positions = _positions(config, "decoder")
+    return None if positions is None else positions - 1
 
 
 def _text_limit(directory: Path, config: Any) -> int:

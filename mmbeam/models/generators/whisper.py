@@ -68,10 +68,12 @@ class WhisperGenerator(PretrainedGenerator):
         parsed = read_config(directory)
         cls.read_tokenizer(directory)
         if "no_timestamps_token_id" not in read_json(directory, "generation_config.json"):
-            raise ModelError(f"{directory}/generation_config.json: has no no_timestamps_token_id; take a newer revision")
+            raise ModelError(f"{directory}/generation_config.json: has no no_timestamps_token_id; take a newer one")
         recipe = read_whisper_recipe(directory)
         if recipe.n_mels != parsed.num_mel_bins:
-            raise ModelError(f"{directory}: the model hears {parsed.num_mel_bins} mel bins, its processor {recipe.n_mels}")
+            raise ModelError(
+                f"{directory}: the model has {parsed.num_mel_bins} mel bins, its processor {recipe.n_mels}"
+            )
         return GeneratorSpec(
             family=parsed.model_type,
             directory=str(directory),

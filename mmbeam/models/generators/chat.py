@@ -1,0 +1,71 @@
+"""Decoder-only models that take pictures and sounds in their prompt. A family adds what becomes of those."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+
+from mmbeam.models.generators.base import GeneratorSpec, Request
+from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of
+from mmbeam.models.generators.prompts import Medium, PromptTokenizer, instruction
+from mmbeam.models.loading import read_config
+from mmbeam.types import Modality
+
+
+class ChatGenerator(PretrainedGenerator):
+    """A model that answers one turn of a user. Subclasses name its tokens and say what a picture or a sound becomes."""
+
+    modalities: ClassVar[tuple[Modality, ...]]
+    held_back: ClassVar[tuple[str, ...]]  # tokens that stand for media
+    type_ids: ClassVar[str | None] = None  # what the model calls the kind of each token, if it wants to know
+
+    @classmethod
+    def read_tokenizer(cls, directory: Path) -> PromptTokenizer:
+        return PromptTokenizer(directory, cls.held_back)
+
+    @classmethod
+    def spec_of(cls, directory: Path, **options: Any) -> GeneratorSpec:
+        """What `describe` gives: the family's own facts among the options."""
+        parsed = read_config(directory)
+        cls.read_tokenizer(directory)
+        return GeneratorSpec(
+            family=parsed.model_type,
+            directory=str(directory),
+            max_text_tokens=context_of(parsed),
+            **{"modalities": cls.modalities, **options},
+        )
+
+    def media(self, request: Request) -> list[Medium]:
+        """The request's pictures and sounds, in the prompt's order."""
+        raise NotImplementedError
+
+    def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """The media themselves, in the requests' order; {} if none has any."""
+        raise NotImplementedError
+
+    def kinds(self) -> dict[int, int]:
+        """The kind of a token, for `type_ids`, by its id; words are of kind 0."""
+        return {}
+
+    def prompt(self, request: Request) -> list[int]:
+        """Ids of the whole prompt, placeholders of the media included."""
+        return self.tokenizer.prompt(self.media(request), instruction(request))
+
+    def weigh(self, requests: Sequence[Request]) -> list[int]:
+        return [self._weight(request) for request in requests]
+
+    def _weight(self, request: Request) -> int:
+        try:
+            return len(self.prompt(request))
+        except Exception:  # a picture that the processor refuses: it fails by itself, when its turn comes
+            return 1
+
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        inputs = self.left_padded([self.prompt(request) for request in requests])
+        if self.type_ids is not None:
+            types = torch.zeros_like(inputs["input_ids"])
+            for token, kind in self.kinds().items():
+                types[inputs["input_ids"] == token] = kind
+            inputs[self.type_ids] = types
+        return {**inputs, **self.tensors(requests)}
