@@ -44,7 +44,7 @@ REQUESTS = [
     Request(
         image=np.random.default_rng(row).integers(0, 256, (40 + row, 50, 3), dtype=np.uint8),
         audio=(sounds.tone(8000, 0.5 + row), 8000),
-        text="a dog [SEP] barks </s> and " + "barks " * 30 * row,
+        text="a dog" + " [SEP] barks </s>" * 30 * row,
     )
     for row in range(3)
 ]

@@ -1,38 +1,30 @@
 """The same rows on every runner, one fused stage, and what happens when the fusion is broken or a bundle comes twice.
 
-Keys, order within a unit, nulls and counts are exact; vectors are equal within 1e-6, which is what another grouping
-of samples in a model's batch may cost.
+Runners in processes of their own: tests/test_portable.py, and Flink in tests/flink.
 """
 
-import os
-import signal
-import socket
 import subprocess
 import sys
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import apache_beam as beam
-import numpy as np
-import pyarrow.parquet as pq
 import pytest
-import shards
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from known import Known, assert_same, counts, make_known, options, read_parts
 
-from mmbeam.config import ModelRef, Windows
+from mmbeam.config import Windows
 from mmbeam.errors import FlowError, UsageError
 from mmbeam.io import runs
-from mmbeam.jobs.embed import EmbedJob, EmbedOptions, embed, prepare
+from mmbeam.jobs.embed import EmbedJob, embed, prepare
 from mmbeam.jobs.launch import device_of, execute, pipeline_options, public_args
 from mmbeam.models.encoders.clip import ClipEncoder
-from mmbeam.models.tiny import save_clip
-from mmbeam.stages.embed import EmbedStage
 from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
-from mmbeam.types import Batch, RunReport, UnitReport
+from mmbeam.types import Batch, UnitReport
 
 IN_PROCESS = {
     "DirectRunner": ["--runner=DirectRunner"],
@@ -44,68 +36,10 @@ IN_PROCESS = {
     "PortableRunner, loopback": ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"],
 }
 
-Rows = dict[str, list[dict[str, Any]]]  # by part
-
-
-@dataclass(frozen=True)
-class Known:
-    """A corpus of five shards with nulls and failures, and what a run with no Beam option makes of it."""
-
-    root: Path
-    parts: Rows
-    report: RunReport
-
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
-    root = tmp_path_factory.mktemp("known")
-    save_clip(root / "clip")
-    truths = shards.make_truths(35)
-    for index in range(0, 35, 5):  # no picture; a picture that is none; neither picture nor text
-        truths[index] = replace(truths[index], members={"txt": b"alone"})
-        truths[index + 1] = replace(truths[index + 1], members={"jpg": b"\xff\xd8 none", "txt": b"beside it"})
-        truths[index + 2] = replace(truths[index + 2], members={"json": b"{}"})
-    truths[3] = replace(truths[3], members={"jpg": b"no picture, and nothing else"})
-    shards.make_webdataset(root / "in", truths, shards=5)
-    report = embed(options(root, root / "out"))
-    return Known(root, read_parts(root / "out"), report)
-
-
-def options(root: Path, output: Path, *beam_args: str, **changes: Any) -> EmbedOptions:
-    made = EmbedOptions(
-        input=(str(root / "in"),),
-        output=str(output),
-        models=(ModelRef(model=str(root / "clip")),),
-        device="cpu",
-        batch_size=3,
-        max_failure_rate=1.0,
-        windows=Windows(samples=4),
-        beam_args=beam_args,
-    )
-    return replace(made, **changes)
-
-
-def read_parts(output: Path) -> Rows:
-    return {path.name: pq.read_table(path).to_pylist() for path in sorted((output / "data").glob("*.parquet"))}
-
-
-def counts(report: RunReport) -> dict[str, Any]:
-    return asdict(replace(report.tally, seconds={}))
-
-
-def assert_same(found: Rows, expected: Rows) -> None:
-    assert list(found) == list(expected)
-    for name, rows in expected.items():
-        assert [plain(row) for row in found[name]] == [plain(row) for row in rows]
-        for row, other in zip(found[name], rows, strict=True):
-            for column in ("image_embedding", "text_embedding"):
-                if row[column] is not None:
-                    np.testing.assert_allclose(row[column], other[column], rtol=0, atol=1e-6)
-
-
-def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the vectors' lengths in the place of the vectors."""
-    return {name: len(value) if name.endswith("_embedding") and value else value for name, value in row.items()}
+    return make_known(tmp_path_factory.mktemp("known"))
 
 
 def test_the_corpus_has_what_could_differ(known: Known) -> None:
@@ -127,78 +61,34 @@ def test_every_runner_in_this_process_gives_the_same_rows(known: Known, beam_arg
     assert_same(read_parts(tmp_path), known.parts)
 
 
-class LoudStage(EmbedStage):
-    """An encoder whose library prints more than a pipe holds."""
-
-    def run(self, model: Any, batch: Batch) -> Batch:
-        os.write(1, b"x" * 200_000)
-        return super().run(model, batch)
-
-
-def test_a_job_service_with_an_external_worker_pool_gives_the_same_rows(
-    known: Known, worker_pool: list[str], tmp_path: Path
-) -> None:
-    """Processes of their own for the job service and the workers; nobody reads the workers' stdout."""
-    job = prepare(options(known.root, tmp_path, *worker_pool))
-    stage = LoudStage(**{each.name: getattr(job.stages[0], each.name) for each in fields(EmbedStage)})
-    job = replace(job, stages=(stage,))
-    report = execute(job.run, job.units, worker_pool, job.build, job.check)
-    assert counts(report) == counts(known.report)
-    assert_same(read_parts(tmp_path), known.parts)
-
-
-@pytest.fixture
-def worker_pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[str]]:
-    """A job service and a worker pool on loopback, and the options that send a job there."""
-    jobs, workers = free_port(), free_port()
-    with (
-        Server("apache_beam.runners.portability.local_job_service_main", f"--port={jobs}", port=jobs),
-        Server("apache_beam.runners.worker.worker_pool_main", f"--service_port={workers}", port=workers),
-    ):
-        yield [
-            "--runner=PortableRunner",
-            f"--job_endpoint=localhost:{jobs}",
-            "--environment_type=EXTERNAL",
-            f"--environment_config=localhost:{workers}",
-        ]
-
-
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
-class Server:
-    """A Beam server as a process group of its own; it starts workers by the command `python`."""
-
-    def __init__(self, module: str, *arguments: str, port: int) -> None:
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        environment = {**os.environ, "PATH": path, "PYTHONPATH": str(Path(__file__).parent)}
-        command = [sys.executable, "-m", module, *arguments]
-        self.process = subprocess.Popen(
-            command, env=environment, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-        )
-        self.port = port
-
-    def __enter__(self) -> None:
-        deadline = time.monotonic() + 60
-        while time.monotonic() < deadline and self.process.poll() is None:
-            with socket.socket() as client:
-                if client.connect_ex(("127.0.0.1", self.port)) == 0:
-                    return
-            time.sleep(0.05)
-        raise RuntimeError(f"no server at {self.port}")
-
-    def __exit__(self, *_: object) -> None:
-        os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
-
-
-@pytest.mark.parametrize("spelled", [["--runner=DirectRunner"], ["--runner", "DirectRunner"], []])
+@pytest.mark.parametrize("spelled", [["--runner=DirectRunner"], ["--runner", "direct"], []])
 def test_the_direct_runner_is_beams_in_process_runner_and_never_a_download(spelled: list[str]) -> None:
     """Beam's own DirectRunner would first fetch a Go binary, Prism."""
     assert type(beam.Pipeline(options=pipeline_options(spelled)).runner) is FnApiRunner
+
+
+class _Numbers(beam.DoFn):
+    """Numbers for so many seconds, in small pieces, and last how many there were."""
+
+    def process(self, seconds: float) -> Iterator[tuple[str, int]]:
+        end, count = time.monotonic() + seconds, 0
+        while time.monotonic() < end:
+            count += 1
+            yield "found", 1
+        yield "sent", count
+
+
+def _note(count: tuple[str, int], directory: Path) -> None:
+    (directory / count[0]).write_text(str(count[1]))
+
+
+def test_no_element_is_lost_on_its_way_between_two_stages(tmp_path: Path) -> None:
+    """Beam's in-process runner loses some of what it sends by the clock: see launch._send_when_full."""
+    with beam.Pipeline(options=pipeline_options(())) as pipeline:
+        sums = pipeline | beam.Create([2.5, 2.5]) | beam.ParDo(_Numbers()) | beam.Reshuffle() | beam.CombinePerKey(sum)
+        sums | beam.Map(_note, tmp_path)
+    found, sent = (int((tmp_path / name).read_text()) for name in ("found", "sent"))
+    assert found == sent > 1000
 
 
 def test_options_that_nobody_knows_and_devices_that_nobody_can_see_are_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from mmbeam.commands.common import SOME_UNITS_FAILED, job_arguments, libraries_quiet, positive, share, shared_options
+from mmbeam.commands.common import job_arguments, libraries_quiet, outcome, positive, share, shared_options
 from mmbeam.errors import UsageError
 
 if TYPE_CHECKING:
@@ -41,14 +41,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     options = _options(args)
 
-    from mmbeam.jobs.caption import caption
+    from mmbeam.jobs.caption import prepare
     from mmbeam.report.progress import ProgressLine
-    from mmbeam.report.summary import summary_text
 
     with ProgressLine(options.output, sys.stderr), libraries_quiet(args.verbose):
-        report = caption(options)
-    yield summary_text(report, options.output)
-    return SOME_UNITS_FAILED if report.units_failed else 0
+        report = prepare(options).launch()
+    return (yield from outcome(report, options.output))
 
 
 def _options(args: argparse.Namespace) -> "CaptionOptions":

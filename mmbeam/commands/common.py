@@ -8,7 +8,7 @@ import io
 import math
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +17,7 @@ from mmbeam.errors import UsageError
 
 if TYPE_CHECKING:
     from mmbeam.config import FieldMap
-    from mmbeam.types import Modality
+    from mmbeam.types import Modality, RunReport
 
 SOME_UNITS_FAILED = 3  # exit status: done, but run again to retry some units
 DTYPES = ("float32", "float16", "bfloat16")
@@ -173,6 +173,17 @@ def modalities_of(text: str | None) -> "tuple[Modality, ...] | None":
         if name not in MODALITIES:
             raise UsageError(f"--modalities {text}: {name!r} is none of {', '.join(MODALITIES)}")
     return tuple(modality for modality in MODALITIES if modality in asked)
+
+
+def outcome(report: "RunReport | None", output: str) -> Generator[str, None, int]:
+    """What to show of a job at its end, or of one that nobody waits for; the exit status."""
+    from mmbeam.report.summary import summary_text
+
+    if report is None:
+        yield f"Handed over, and not waited for: `mmbeam status {output}` shows how far it is."
+        return 0
+    yield summary_text(report, output)
+    return SOME_UNITS_FAILED if report.units_failed else 0
 
 
 @contextmanager

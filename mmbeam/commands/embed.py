@@ -6,10 +6,10 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from mmbeam.commands.common import (
-    SOME_UNITS_FAILED,
     job_arguments,
     libraries_quiet,
     modalities_of,
+    outcome,
     shared_options,
 )
 
@@ -24,9 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         action="append",
-        required=True,
         metavar="[NAME=]MODEL",
-        help="hub name with optional @revision, or a directory; NAME prefixes its columns; may be repeated",
+        help="hub name with optional @revision, or a directory; NAME prefixes its columns; may be repeated "
+        "(default: the small fusion model that ships with mmbeam)",
     )
     parser.add_argument("--modalities", metavar="LIST", help="of image,audio,text (default: all the models encode)")
     parser.add_argument("--tokens", action="store_true", help="keep the sequence of token or patch features as well")
@@ -36,23 +36,21 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     options = _options(args)
 
-    from mmbeam.jobs.embed import embed
+    from mmbeam.jobs.embed import prepare
     from mmbeam.report.progress import ProgressLine
-    from mmbeam.report.summary import summary_text
 
     with ProgressLine(options.output, sys.stderr), libraries_quiet(args.verbose):
-        report = embed(options)
-    yield summary_text(report, options.output)
-    return SOME_UNITS_FAILED if report.units_failed else 0
+        report = prepare(options).launch()
+    return (yield from outcome(report, options.output))
 
 
 def _options(args: argparse.Namespace) -> "EmbedOptions":
-    from mmbeam.config import ModelRef
+    from mmbeam.config import SHIPPED, ModelRef
     from mmbeam.jobs.embed import EmbedOptions
 
     modalities = modalities_of(args.modalities)
     return EmbedOptions(
-        models=tuple(ModelRef.parse(model) for model in args.model),
+        models=tuple(ModelRef.parse(model) for model in args.model or [SHIPPED]),
         modalities=modalities,
         tokens=args.tokens,
         vector_type="float16" if args.float16 else "float32",

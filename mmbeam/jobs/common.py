@@ -9,12 +9,12 @@ from typing import Any
 import apache_beam as beam
 
 from mmbeam.clean import check_steps, compile_where, parse_image_filter
-from mmbeam.errors import MissingModalityError
+from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
 from mmbeam.io.units import UNIT_BYTES
 from mmbeam.jobs.cluster import check_cluster, check_output
-from mmbeam.jobs.launch import JobOptions, execute, pipeline_options, public_args
+from mmbeam.jobs.launch import JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
 from mmbeam.stages.generate import GenerateStage
 from mmbeam.transforms import Embed, Generate, Plan, ReadFeatures, ReadShards, Summarize, WriteParquet
 from mmbeam.types import Modality, Needs, RunReport, Shard, Stage, WorkUnit
@@ -54,6 +54,18 @@ class Job:
         """Run the job to its end."""
         with runs.lock(self.run) if self.options.retry_failures else nullcontext():
             return execute(self.run, self.units, self.options.beam_args, self.build, self.check)
+
+    def launch(self) -> RunReport | None:
+        """Run the job to its end; or, where Beam's options say that nobody waits for it, submit it: None.
+
+        Raises UsageError for --retry-failures then: its lock is held by a launch that waits.
+        """
+        if is_waited_for(self.options.beam_args):
+            return self.execute()
+        if self.options.retry_failures:
+            raise UsageError("--retry-failures holds a lock while the job runs: wait for the job's end")
+        submit(self.run, self.options.beam_args, self.build)
+        return None
 
 
 def _step(stage: Stage, number: int) -> beam.PTransform:

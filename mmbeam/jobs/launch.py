@@ -8,8 +8,15 @@ from dataclasses import dataclass, field
 from importlib import metadata
 
 import apache_beam as beam
-from apache_beam.options.pipeline_options import PipelineOptions, PortableOptions, StandardOptions
-from apache_beam.runners.runner import PipelineState
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+    TestOptions,
+)
+from apache_beam.runners.portability.fn_api_runner import worker_handlers
+from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from mmbeam import errors
 from mmbeam.config import Reading, Windows
@@ -17,6 +24,7 @@ from mmbeam.errors import FailureRateError, JobError, MissingModalityError, Usag
 from mmbeam.io import runs
 from mmbeam.io.paths import public_text
 from mmbeam.io.runs import Run
+from mmbeam.jobs.cluster import pool_error, runner_of, workers_are_here
 from mmbeam.models.placement import resolve_device
 from mmbeam.report.inspect import Probe
 from mmbeam.report.progress import progress
@@ -36,7 +44,6 @@ PACKAGES = (
     "soundfile",
     "soxr",
 )
-LOCAL_RUNNERS = (None, "DirectRunner", "FnApiRunner", "SwitchingDirectRunner", "PrismRunner")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +59,7 @@ class JobOptions:
     max_failure_rate: float = 0.05
     overwrite: bool = False
     retry_failures: bool = False
+    shared_output: bool = False  # a local output is the same directory on every worker
     reading: Reading = field(default_factory=Reading)
     windows: Windows = field(default_factory=Windows)
     beam_args: tuple[str, ...] = ()  # Beam's own options, as Beam spells them
@@ -68,27 +76,47 @@ def pipeline_options(args: Sequence[str] = ()) -> PipelineOptions:
     _, unknown = parser.parse_known_args(list(args))
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]}: neither mmbeam nor Apache Beam has it (see mmbeam --help)")
-    runner = _named_runner(args)
-    if runner in (None, "DirectRunner", "SwitchingDirectRunner"):
+    runner = runner_of(args)
+    if runner in ("", "direct", "switchingdirect"):
         if runner:
-            log.info("--runner=%s runs in this process, by Beam's FnApiRunner", runner)
+            log.info("--runner=DirectRunner runs in this process, by Beam's FnApiRunner; --runner=PrismRunner is Prism")
         args = ["--direct_running_mode=multi_threading", "--direct_num_workers=2", *args, "--runner=FnApiRunner"]
+    elif runner == "dataflow":
+        args = [*_one_model_per_machine(args), *args]
+    _send_when_full()
     return PipelineOptions(list(args))
+
+
+def _one_model_per_machine(args: Sequence[str]) -> list[str]:
+    """For Dataflow, which would start a process for each core, with a model in each, and pickle all of __main__.
+
+    Here one process of a machine holds the model, with two units at once, and the image holds the package.
+    """
+    made = ["--no_save_main_session", "--number_of_worker_harness_threads=2"]
+    if not PipelineOptions(list(args)).view_as(DebugOptions).lookup_experiment("use_multiple_sdk_containers"):
+        made.append("--experiments=no_use_multiple_sdk_containers")
+    return made
+
+
+def is_waited_for(args: Sequence[str]) -> bool:
+    """Whether a launch sees the job's end: not if it makes a template of it, only tries it, or is told not to wait."""
+    options = PipelineOptions(list(args))
+    template = options.view_as(GoogleCloudOptions).template_location
+    tried = options.view_as(TestOptions).dry_run
+    return not (template or tried or options.view_as(StandardOptions).no_wait_until_finish)
+
+
+def _send_when_full() -> None:
+    """Keep FnApiRunner's harnesses from sending what they have every second, from a thread of its own.
+
+    That thread empties the buffer without a lock against the one that fills it, so elements got lost: 51,446
+    of 2,870,845 in one run of Beam 2.77. Without a time limit a buffer is sent when it is full, and at the end.
+    """
+    worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = -1
 
 
 def _subclasses(cls: type[PipelineOptions]) -> list[type[PipelineOptions]]:
     return [cls, *(each for sub in cls.__subclasses__() for each in _subclasses(sub))]
-
-
-def _named_runner(args: Sequence[str]) -> str | None:
-    runner = PipelineOptions(list(args)).view_as(StandardOptions).runner
-    return None if runner is None else str(runner)
-
-
-def workers_are_here(args: Sequence[str]) -> bool:
-    """Whether the workers run on this machine, so that its devices are theirs."""
-    environment = PipelineOptions(list(args)).view_as(PortableOptions).environment_type
-    return _named_runner(args) in LOCAL_RUNNERS or environment == "LOOPBACK"
 
 
 def device_of(options: JobOptions) -> str:
@@ -144,7 +172,14 @@ def execute(
     build: Callable[[beam.Pipeline], object],
     check: Callable[[RunReport], None],
 ) -> RunReport:
-    """Run the pipeline that `build` makes, unless every unit is committed, and read the run's report."""
+    """Run the pipeline that `build` makes, unless every unit is committed, and read the run's report.
+
+    Raises UsageError if Beam's options say that nobody waits for its end: that is for `submit`.
+    """
+    if not is_waited_for(args):
+        raise UsageError(
+            "--template_location, --dry_run, --no_wait_until_finish: nobody waits for its report: launch()"
+        )
     progress.start(len(units))
     done = runs.committed(run)
     if all(unit.id in done and not unit.replace for unit in units):
@@ -153,27 +188,34 @@ def execute(
         report = runs.confirm_summary(run, reports)
         check(report)
         return report
-    runs.clear_stop(run)
-    pipeline = beam.Pipeline(options=pipeline_options(args))
-    build(pipeline)
     with runs.running_here(run) as raised:
         try:
-            state = pipeline.run().wait_until_finish()
+            state = submit(run, args, build).wait_until_finish()
         except Exception as error:
-            raise (raised[0] if raised else _plain(run, error)) from error
+            raise (raised[0] if raised else _plain(run, error, args)) from error
     if state != PipelineState.DONE:
         raise JobError(f"the pipeline ended as {state}; the runner's log says why")
     return runs.read_summary(run)
 
 
-def _plain(run: Run, error: Exception) -> Exception:
-    """The error that a step raised in another process, read out of the traceback text that a runner keeps of it."""
+def submit(run: Run, args: Sequence[str], build: Callable[[beam.Pipeline], object]) -> PipelineResult:
+    """Hand the pipeline that `build` makes to its runner, even if every unit is committed, and do not wait."""
+    runs.clear_stop(run)
+    pipeline = beam.Pipeline(options=pipeline_options(args))
+    build(pipeline)
+    return pipeline.run()
+
+
+def _plain(run: Run, error: Exception, args: Sequence[str]) -> Exception:
     reason = runs.stopped(run)
-    if reason is not None:
-        return FailureRateError(reason)
+    return plain_error(error, args) if reason is None else FailureRateError(reason)
+
+
+def plain_error(error: Exception, args: Sequence[str] = ()) -> Exception:
+    """The error that a step raised in another process, read out of the traceback text that a runner keeps of it."""
     found = _RAISED.findall(str(error))
     if not found:
-        return error
+        return pool_error(error, args) or error
     name, message, step = found[-1]
     kind = getattr(errors, name.rpartition(".")[2], None)
     if isinstance(kind, type) and issubclass(kind, JobError):

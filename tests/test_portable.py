@@ -1,0 +1,175 @@
+"""The same rows on runners in processes of their own: a job service, Prism, an external worker pool; and none there."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from beam_servers import Server, free_port, prism_binary
+from known import Known, assert_same, counts, make_known, options, read_parts
+
+from mmbeam.errors import JobError, UsageError
+from mmbeam.jobs.cluster import check_cluster, check_output
+from mmbeam.jobs.embed import embed, prepare
+from mmbeam.jobs.launch import execute
+from mmbeam.stages.embed import EmbedStage
+from mmbeam.types import Batch
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    return make_known(tmp_path_factory.mktemp("known"))
+
+
+class LoudStage(EmbedStage):
+    """An encoder whose library prints more than a pipe holds."""
+
+    def run(self, model: Any, batch: Batch) -> Batch:
+        os.write(1, b"x" * 200_000)
+        return super().run(model, batch)
+
+
+@pytest.fixture(scope="module")
+def worker_pool() -> Iterator[list[str]]:
+    """A worker pool on loopback, and the options that name it."""
+    port = free_port()
+    with Server("apache_beam.runners.worker.worker_pool_main", f"--service_port={port}", port=port):
+        yield ["--environment_type=EXTERNAL", f"--environment_config=localhost:{port}"]
+
+
+@pytest.fixture(scope="module")
+def job_service() -> Iterator[list[str]]:
+    """A job service on loopback, and the options that send a job there."""
+    port = free_port()
+    with Server("apache_beam.runners.portability.local_job_service_main", f"--port={port}", port=port):
+        yield ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}"]
+
+
+@pytest.fixture(scope="module")
+def prism() -> list[str]:
+    """The options that run a job on Prism, of Beam's Go module at this version of Beam."""
+    binary = prism_binary()
+    if binary is None:
+        pytest.skip("no Prism: neither in .cache/bin nor named by MMBEAM_PRISM, and no Go to build it with")
+    return ["--runner=PrismRunner", f"--prism_location={binary}"]
+
+
+def test_a_job_service_with_an_external_worker_pool_gives_the_same_rows(
+    known: Known, job_service: list[str], worker_pool: list[str], tmp_path: Path
+) -> None:
+    """Processes of their own for the job service and the workers; nobody reads the workers' stdout."""
+    there = [*job_service, *worker_pool]
+    job = prepare(options(known.root, tmp_path, *there, shared_output=True))
+    stage = LoudStage(**{each.name: getattr(job.stages[0], each.name) for each in fields(EmbedStage)})
+    job = replace(job, stages=(stage,))
+    report = execute(job.run, job.units, there, job.build, job.check)
+    assert counts(report) == counts(known.report)
+    assert_same(read_parts(tmp_path), known.parts)
+
+
+def test_prism_gives_the_same_rows(known: Known, prism: list[str], tmp_path: Path) -> None:
+    assert_ends_with_the_same_rows(known, tmp_path, prism)
+
+
+def test_prism_with_an_external_worker_pool_gives_the_same_rows(
+    known: Known, prism: list[str], worker_pool: list[str], tmp_path: Path
+) -> None:
+    assert_ends_with_the_same_rows(known, tmp_path, [*prism, *worker_pool, "--shared-output"])
+
+
+def assert_ends_with_the_same_rows(known: Known, output: Path, arguments: list[str]) -> None:
+    done = run_embed(known, output, arguments)
+    assert done.returncode == 0, done.stderr
+    assert "samples: 35 = 34 rows + 1 failed" in done.stdout
+    assert_same(read_parts(output), known.parts)
+
+
+def run_embed(known: Known, output: Path, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
+    """`mmbeam embed` over the known corpus, as a process of its own."""
+    command = [sys.executable, "-m", "mmbeam", "embed", "--input", str(known.root / "in"), "--output", str(output)]
+    command += ["--model", str(known.root / "clip"), "--device=cpu", "--batch-size=3", "--max-failure-rate=1"]
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
+
+
+# What is not there
+
+
+def test_a_worker_pool_that_is_not_there_is_named_before_anything_is_written(
+    known: Known, prism: list[str], tmp_path: Path
+) -> None:
+    """Where the runner is of this machine, so that its `localhost` is ours."""
+    with pytest.raises(JobError, match=r"no worker pool answers at localhost:\d+ \(--environment_config\)"):
+        embed(options(known.root, tmp_path / "out", *prism, *nobody(), shared_output=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_worker_pool_that_only_the_runner_can_look_for_is_named_when_the_job_fails(
+    known: Known, job_service: list[str], tmp_path: Path
+) -> None:
+    with pytest.raises(JobError, match=r"no worker pool answers at localhost:\d+ .*the same command again"):
+        embed(options(known.root, tmp_path, *job_service, *nobody(), shared_output=True))
+    assert not read_parts(tmp_path)
+
+
+def nobody() -> list[str]:
+    """The options of a worker pool that is not there."""
+    return ["--environment_type=EXTERNAL", f"--environment_config=localhost:{free_port()}"]
+
+
+@pytest.mark.parametrize(
+    ("runner", "error"),
+    [
+        (["--runner=PortableRunner", "--job_endpoint=localhost:{port}"], "no job service answers at localhost:"),
+        (["--runner=FlinkRunner", "--flink_master=localhost:{port}"], "no Flink answers at http://localhost:"),
+    ],
+)
+def test_a_cluster_that_does_not_answer_is_named_before_anything_is_written(
+    known: Known, tmp_path: Path, runner: list[str], error: str
+) -> None:
+    args = [arg.format(port=free_port()) for arg in runner]
+    with pytest.raises(JobError, match=error):
+        embed(options(known.root, tmp_path / "out", *args, shared_output=True))
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_server_that_is_no_flink_is_told_apart(worker_pool: list[str]) -> None:
+    address = worker_pool[1].partition("=")[2]
+    with pytest.raises(JobError, match=f"no Flink answers at http://{address}"):
+        check_cluster(["--runner=FlinkRunner", f"--flink_master={address}"])
+
+
+ELSEWHERE = [
+    ["--runner=FlinkRunner", "--flink_master=host:8081"],
+    ["--runner=flink", "--flink_master=host:8081"],
+    ["--runner=FlinkRunner", "--flink_master=[local]", "--environment_type=EXTERNAL"],
+    ["--runner=DataflowRunner"],
+    ["--runner=PortableRunner", "--job_endpoint=host:8099"],
+    ["--runner=PrismRunner", "--environment_type=EXTERNAL"],
+]
+
+
+@pytest.mark.parametrize("args", ELSEWHERE)
+@pytest.mark.parametrize("output", ["out", "/data/out", "file:///data/out", "memory://out"])
+def test_a_local_output_is_refused_where_the_workers_are_elsewhere(args: list[str], output: str) -> None:
+    with pytest.raises(UsageError, match=r"--output .*out: the workers are elsewhere.*--shared-output"):
+        check_output(output, args, shared=False)
+    check_output(output, args, shared=True)
+    check_output("gs://bucket/out", args, shared=False)
+
+
+HERE = [
+    [],
+    ["--runner=directrunner"],
+    ["--runner=FlinkRunner", "--flink_master=[local]"],
+    ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"],
+    ["--runner=PrismRunner"],
+]
+
+
+@pytest.mark.parametrize("args", HERE)
+def test_a_local_output_is_taken_where_the_workers_are_here(args: list[str]) -> None:
+    check_output("out", args, shared=False)
