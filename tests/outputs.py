@@ -101,9 +101,15 @@ def start(target: Callable[..., None], *args: Any) -> Any:
     """A process that runs `target`; forked from a server that has the imports done and no threads."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mmbeam.io.parquet", "s3fs", "gcsfs"])
-    process = context.Process(target=target, args=args)
+    process = context.Process(target=_with_environment, args=(dict(os.environ), target, args))
     process.start()
     return process
+
+
+def _with_environment(environment: dict[str, str], target: Callable[..., None], args: Sequence[Any]) -> None:
+    """The server has the environment of the test that first needed it, and another one's stores are elsewhere."""
+    os.environ.update(environment)
+    target(*args)
 
 
 def new_barrier(parties: int) -> Barrier:

@@ -119,7 +119,7 @@ def test_every_sample_of_real_shards_gets_its_caption(tmp_path: Path, fusion: Pa
     assert dict(report.tally.made) == {"caption": 14}
     assert not report.tally.failures
     assert [row["key"] for row in rows if row["caption"] is None] == ["000005"]
-    assert len(set(captions(rows))) > 10
+    assert len(set(captions(rows))) > 5
     for row, truth in zip(rows, made.truths, strict=True):
         kinds = {FieldMap().kind(name) for name in truth.members}
         shares = {m: row[f"caption_{m}_share"] for m in ("image", "audio", "text")}

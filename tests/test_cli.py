@@ -280,7 +280,10 @@ def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
         (["--clean-text", "wash"], ["'wash' is unknown", "nfc"]),
         (["--image-filter", "median:2"], ["median:2", "odd"]),
         (["--model", "no-name!=x"], ["'no-name!' is no column prefix"]),
-        (["--runner=FlinkRunner", "--device", "auto"], ["--device auto", "the workers are elsewhere"]),
+        (
+            ["--runner=FlinkRunner", "--shared-output", "--device", "auto"],
+            ["--device auto", "the workers are elsewhere"],
+        ),
     ],
 )
 def test_arguments_that_cannot_be_meant(args: list[str], words: list[str], embed: Mmbeam, tmp_path: Path) -> None:
@@ -293,7 +296,7 @@ def test_arguments_that_cannot_be_meant(args: list[str], words: list[str], embed
     [
         ([], "COMMAND"),
         (["dance"], "invalid choice: 'dance'"),
-        (["embed"], "--input, --output, --model"),
+        (["embed"], "--input, --output"),
         (["inspect"], "SHARDS"),
         (["inspect", "x.tar", "--bogus"], "unknown argument --bogus"),
         (["status"], "OUT"),
@@ -318,7 +321,7 @@ def test_verbose_shows_the_traceback(embed: Mmbeam, tmp_path: Path) -> None:
 
 
 def test_what_nobody_foresaw_is_one_line_too(embed: Mmbeam) -> None:
-    check_refused(embed("--runner=NoSuchRunner"), 1, "NoSuchRunner")
+    check_refused(embed("--runner=NoSuchRunner", "--shared-output"), 1, "NoSuchRunner")
 
 
 def test_status_and_inspect(embed: Mmbeam, mmbeam: Mmbeam, good: Path, tmp_path: Path) -> None:

@@ -192,5 +192,5 @@ def test_the_shipped_models_training_writes_a_model_of_half_the_size_and_its_fig
     weights = load_file(tmp_path / "model.safetensors").values()
     assert {weight.dtype for weight in weights if weight.is_floating_point()} == {torch.bfloat16}
     assert figures["evaluation"]["exact_match"] == figures["evaluation"]["subsets"]["image+audio+text"]
-    assert "the procedural corpus" in (tmp_path / "README.md").read_text()
+    assert "mmbeam.corpus" in (tmp_path / "README.md").read_text()
     assert train_shipped(chosen, count=6) == figures

@@ -31,7 +31,7 @@ from mmbeam.types import Batch, Needs, Sample, Tally, UnitReport
 
 # As the README shows them. The names are those of a hub model and of a folder, which the tests put there.
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-WHOLE_JOB, OWN_SINK, READING = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+WHOLE_JOB, OWN_SINK = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import apache_beam" in b)
 MODEL = "openai/clip-vit-base-patch32"
 
 

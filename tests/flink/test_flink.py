@@ -1,0 +1,286 @@
+"""mmbeam on a real Flink 1.19: embedded, and a JobManager with two TaskManagers and Beam's worker pool.
+
+Run by `make test-flink`: it needs a JDK and Maven, and takes minutes. Each job starts Python workers that import torch.
+"""
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from subprocess import PIPE
+
+import pytest
+import servers
+from cluster import Cluster
+from fsspec.core import url_to_fs
+from known import Known, Rows, assert_same, read_parts
+
+from mmbeam.errors import JobError
+from mmbeam.jobs.cluster import check_cluster
+
+HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
+CONSOLE = re.findall(r"^\$ (.*)", (ROOT / "deploy" / "flink" / "README.md").read_text(), re.MULTILINE)
+UBER_JAR = "--flink_submit_uber_jar"  # no job server: the jar goes to Flink's REST interface with the job in it
+MMBEAM = [sys.executable, "-m", "mmbeam"]
+SECONDS = 500  # for one job; on a machine that does nothing else it takes half a minute
+pytestmark = pytest.mark.timeout(2 * SECONDS)
+
+
+def command(known: Known, name: str, output: str, options: list[str]) -> list[str]:
+    """`mmbeam embed` or `mmbeam caption` over the known corpus."""
+    model = known.root / {"embed": "clip", "caption": "fusion"}[name]
+    given = ["--input", str(known.root / "in"), "--output", output, "--model", str(model)]
+    given += ["--max-new-tokens=8"] if name == "caption" else []
+    return [name, *given, "--device=cpu", "--batch-size=3", "--max-failure-rate=1", *options]
+
+
+def run(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
+    """A process, to its end; one that hangs is ended with what it has started, the job server too."""
+    process = subprocess.Popen(arguments, stdout=PIPE, stderr=PIPE, text=True, cwd=cwd, start_new_session=True)
+    try:
+        out, err = process.communicate(timeout=SECONDS)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+
+@pytest.fixture(scope="session")
+def captions(known: Known) -> Rows:
+    """What `mmbeam caption` makes in this machine's own way, without a runner named."""
+    output = known.root / "captions"
+    done = run(*MMBEAM, *command(known, "caption", str(output), []))
+    assert done.returncode == 0, done.stderr
+    return read_parts(output)
+
+
+# The README's own commands
+
+
+def test_every_command_of_the_readme_runs_and_nothing_is_left(known: Known, tmp_path: Path) -> None:
+    """On the embedded cluster, and on one that the script starts and stops, through a job server."""
+    (tmp_path / "deploy").symlink_to(ROOT / "deploy")
+    (tmp_path / ".cache").symlink_to(ROOT / ".cache")
+    (tmp_path / "shards").symlink_to(known.root / "in")
+    cluster = None
+    for line in CONSOLE:
+        line = line.replace("MODEL", f"{known.root / 'clip'} --batch-size=3 --max-failure-rate=1")
+        line = re.sub(r"cluster\.py (start|stop)", r"cluster.py \1 --directory=cluster", line)
+        done = run("bash", "-ec", line, cwd=tmp_path)
+        assert done.returncode == 0, (line, done.stderr)
+        if "cluster.py start" in line:
+            cluster = Cluster(tmp_path / "cluster")
+            assert (cluster.overview()["taskmanagers"], cluster.overview()["slots-total"]) == (2, 4)
+    assert_same(read_parts(tmp_path / "embedded"), known.parts)
+    assert_same(read_parts(tmp_path / "out"), known.parts)
+    assert cluster is not None
+    assert set(cluster.state["processes"]) == {"jobmanager", "pool1", "taskmanager1", "pool2", "taskmanager2"}
+    assert not [pid for pid, _ in cluster.state["processes"].values() if (Path("/proc") / str(pid)).exists()]
+
+
+# The same rows
+
+
+@pytest.mark.parametrize("store", [store for store in servers.STORES if store != "local"])
+def test_rows_in_an_object_store_are_the_same(store: str, known: Known, flink: Cluster, tmp_path: Path) -> None:
+    output = servers.fresh_output(store, tmp_path)
+    done = run(*MMBEAM, *command(known, "embed", output, [*flink.beam_options, UBER_JAR]))
+    assert done.returncode == 0, done.stderr
+    assert_same(read_parts(fetched(output, tmp_path / "fetched")), known.parts)
+
+
+def fetched(output: str, folder: Path) -> Path:
+    """The rows' files, brought here."""
+    fs, path = url_to_fs(output)
+    fs.get(f"{path}/data", str(folder / "data"), recursive=True)
+    return folder
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_captions_are_the_same(embedded: bool, known: Known, flink: Cluster, captions: Rows, tmp_path: Path) -> None:
+    there = [*flink.beam_options, UBER_JAR, "--shared-output"]
+    if embedded:  # the workers are this machine's own then
+        there = ["--flink_master=[local]" if "flink_master" in option else option for option in flink.beam_options]
+        there = [option for option in there if "environment" not in option]
+    done = run(*MMBEAM, *command(known, "caption", str(tmp_path), there))
+    assert done.returncode == 0, done.stderr
+    assert_same(read_parts(tmp_path), captions)
+
+
+# How the work lies
+
+
+def test_one_fused_stage_over_both_task_managers_and_one_model_per_process(
+    known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    """With two slots in each TaskManager, so that one process does two units at once."""
+    job = Traced(known, flink, tmp_path, seconds=0.5, parallelism=4)
+    assert job.wait() == 0, job.errors
+    assert_same(read_parts(job.output), known.parts)
+    vertices = flink.get(f"jobs/{job.id}")["vertices"]
+    (fused,) = [vertex for vertex in vertices if "ReadShards" in vertex["name"]]
+    assert "{Plan, ReadShards, Embed0, WriteParquet, Summarize}" in fused["name"]
+    assert fused["parallelism"] == 4
+    task_managers = flink.get(f"jobs/{job.id}/vertices/{fused['id']}/taskmanagers")["taskmanagers"]
+    read = {each["taskmanager-id"]: each["metrics"]["read-records"] for each in task_managers}
+    assert set(read) == {"taskmanager1", "taskmanager2"}
+    assert min(read.values()) > 0
+    loads = Counter(pid for pid, what, _ in job.trace if what == "load")
+    assert list(loads.values()) == [1, 1]
+    assert {pid for pid, what, _ in job.trace if what == "run"} == set(loads)
+
+
+class Traced:
+    """`mmbeam embed` as a process, with a slow model step that leaves a trace."""
+
+    def __init__(self, known: Known, flink: Cluster, folder: Path, seconds: float = 1.5, parallelism: int = 2) -> None:
+        self.flink = flink
+        self.output = folder / "out"
+        self.trace_file = folder / "trace"
+        self.trace_file.touch()
+        self.before = self._jobs()
+        options = [*flink.beam_options, UBER_JAR, "--shared-output", f"--parallelism={parallelism}"]
+        traced = [sys.executable, str(HERE / "traced.py"), str(self.trace_file), str(seconds)]
+        self.log = folder / "log"
+        self.command = [*traced, *command(known, "embed", str(self.output), options)]
+        self.start()
+
+    def start(self) -> None:
+        with self.log.open("ab") as log:
+            self.process = subprocess.Popen(self.command, stdout=log, stderr=log)
+
+    @property
+    def errors(self) -> str:
+        return self.log.read_text()
+
+    @property
+    def id(self) -> str:
+        """Flink's name of the job."""
+        (new,) = self._jobs() - self.before
+        return new
+
+    def _jobs(self) -> set[str]:
+        return {job["jid"] for job in self.flink.get("jobs/overview")["jobs"]}
+
+    @property
+    def trace(self) -> list[tuple[int, str, str]]:
+        """Process, what it did, and to which unit."""
+        lines = [line.split() for line in self.trace_file.read_text().splitlines()]
+        return [(int(pid), what, unit) for pid, what, unit in lines]
+
+    @property
+    def committed(self) -> set[str]:
+        return {path.stem.removeprefix("part-") for path in (self.output / "data").glob("*.parquet")}
+
+    def wait(self) -> int:
+        return self.process.wait(SECONDS)
+
+    def wait_for(self, ready: Callable[[], bool]) -> None:
+        """Until something is so of the job that runs."""
+        deadline = time.monotonic() + SECONDS
+        while not ready():
+            assert self.process.poll() is None, self.errors
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    def wait_for_the_middle(self) -> tuple[set[str], int]:
+        """Until something is committed and something is being computed; what is committed, and the trace's length."""
+        self.wait_for(lambda: len(self.committed) >= 2)
+        committed = self.committed
+        return committed, len(self.trace)
+
+
+def assert_nothing_lost(job: Traced, known: Known, committed: set[str], seen: int) -> None:
+    assert_same(read_parts(job.output), known.parts)
+    again = {unit for _, what, unit in job.trace[seen:] if what == "run"}
+    assert again
+    assert not again & committed
+
+
+# What is killed
+
+
+def kill_task_manager(job: Traced) -> None:
+    """Its worker, whose orders came from there, ends by itself."""
+    job.flink.kill("taskmanager1")
+
+
+def kill_worker(job: Traced) -> None:
+    os.kill(job.trace[-1][0], signal.SIGKILL)
+
+
+def kill_pool(job: Traced) -> None:
+    """With all its workers, as a sidecar's container ends; and started again, as Kubernetes does."""
+    job.flink.kill("pool1")
+    job.flink.start_pool(1)
+
+
+@pytest.mark.parametrize("kill", [kill_task_manager, kill_worker, kill_pool])
+def test_a_kill_in_the_middle_loses_nothing_and_repeats_nothing_committed(
+    kill: Callable[[Traced], None], known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    """By Flink's restart strategy: the job itself ends well."""
+    job = Traced(known, flink, tmp_path)
+    committed, seen = job.wait_for_the_middle()
+    kill(job)
+    assert job.wait() == 0, job.errors
+    assert_nothing_lost(job, known, committed, seen)
+
+
+def test_a_worker_pool_that_stays_away_is_named_and_the_same_command_again_goes_on(
+    known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    job = Traced(known, flink, tmp_path)
+    committed, seen = job.wait_for_the_middle()
+    flink.kill("pool1")
+    killed = time.monotonic()
+    assert job.wait() == 1
+    assert time.monotonic() - killed < 60
+    assert "no worker pool answers at worker-pool:" in job.errors
+    flink.start()
+    job.start()
+    assert job.wait() == 0, job.errors
+    assert_nothing_lost(job, known, committed, seen)
+
+
+# What is wrong
+
+
+def test_a_job_that_must_stop_says_why_through_flink(known: Known, flink: Cluster, tmp_path: Path) -> None:
+    options = [
+        *flink.beam_options,
+        UBER_JAR,
+        "--shared-output",
+        "--where",
+        "image_width > 100000",
+        "--max-failure-rate=0",
+    ]
+    done = run(*MMBEAM, *command(known, "embed", str(tmp_path), options))
+    assert done.returncode == 1
+    assert "FailureRateError" in done.stderr or "failed" in done.stderr
+
+
+def test_another_version_of_flink_is_named_before_anything_is_written(
+    known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    options = [option for option in flink.beam_options if "jar" not in option]
+    options = [*options, "--flink_version=2.2", "--shared-output"]
+    done = run(*MMBEAM, *command(known, "embed", str(tmp_path / "out"), options))
+    assert done.returncode == 1
+    assert "Flink 1.19.3 runs at" in done.stderr
+    assert "the job server is for Flink 2.2" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_jar_says_which_flink_it_is_for(flink: Cluster) -> None:
+    options = [option for option in flink.beam_options if "version" not in option]
+    check_cluster(options)
+    with pytest.raises(JobError, match=r"the job server is for Flink 2\.1"):
+        check_cluster([*options, "--flink_job_server_jar=beam-runners-flink-2.1-job-server-2.77.0.jar"])

@@ -1,0 +1,55 @@
+"""`mmbeam embed` whose model step is slow and leaves a trace: which process loaded the model, and which did which unit.
+
+python traced.py TRACE SECONDS embed --input ...
+"""
+
+import os
+import sys
+import time
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import mmbeam.jobs.embed
+from mmbeam.cli import main
+from mmbeam.stages.embed import EmbedStage, embed_stage
+from mmbeam.types import Batch
+
+
+@dataclass(frozen=True, kw_only=True)
+class TracedStage(EmbedStage):
+    """An encoder that notes in a file what it is asked for, and takes its time."""
+
+    trace: str
+    seconds: float
+
+    def load(self) -> Any:
+        self._note("load", "model")
+        return super().load()
+
+    def run(self, model: Any, batch: Batch) -> Batch:
+        self._note("run", batch.unit.id)
+        time.sleep(self.seconds)
+        return super().run(model, batch)
+
+    def _note(self, *words: str) -> None:
+        line = " ".join([str(os.getpid()), *words])
+        with Path(self.trace).open("ab", buffering=0) as file:  # one write, so lines of several processes stay whole
+            file.write(f"{line}\n".encode())
+
+
+def _traced(trace: str, seconds: float) -> Any:
+    def make(model: str, **options: Any) -> TracedStage:
+        stage = embed_stage(model, **options)
+        return TracedStage(
+            **{each.name: getattr(stage, each.name) for each in fields(stage)}, trace=trace, seconds=seconds
+        )
+
+    return make
+
+
+if __name__ == "__main__":
+    import traced  # this module by the name that a worker finds it by
+
+    mmbeam.jobs.embed.embed_stage = traced._traced(sys.argv[1], float(sys.argv[2]))
+    sys.exit(main(sys.argv[3:]))

@@ -1,0 +1,334 @@
+"""Dataflow without Dataflow: what a launch would send there, looked at, and a template written by the launcher itself.
+
+A dry run makes the job as it would be sent, without credentials. The template is written to a GCS server of this
+machine (see servers.py), by Beam's own client. That Dataflow's service takes it is not tested here.
+"""
+
+import base64
+import hashlib
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import fsspec
+import pytest
+import servers
+import shards
+from apache_beam.options.pipeline_options import DebugOptions
+from apache_beam.portability.api import beam_runner_api_pb2
+from apache_beam.runners.dataflow.internal import apiclient
+from apache_beam.runners.portability.fn_api_runner import FnApiRunner
+from google.cloud.dataflow_v1beta3 import TemplateMetadata
+from tiny_generators import save_fusion
+from tiny_models import save_clip
+
+from mmbeam.cli import main
+from mmbeam.commands import parse
+from mmbeam.config import ModelRef
+from mmbeam.errors import UsageError
+from mmbeam.io import runs
+from mmbeam.jobs import caption, embed
+from mmbeam.jobs.caption import CaptionOptions
+from mmbeam.jobs.common import Job
+from mmbeam.jobs.embed import EmbedOptions
+from mmbeam.jobs.launch import is_waited_for, pipeline_options, submit
+from mmbeam.models.generators.base import Decoding
+from mmbeam.types import Input, Shard, WorkUnit
+
+DEPLOY = Path(__file__).parents[1] / "deploy" / "dataflow"
+IMAGE = "repository/mmbeam:1"
+ACCELERATOR = "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver"
+ON_DATAFLOW = (
+    "--runner=DataflowRunner",
+    "--project=my-project",
+    "--region=us-central1",
+    "--temp_location=gs://my-bucket/temp",
+    f"--sdk_container_image={IMAGE}",
+    f"--dataflow_service_options={ACCELERATOR}",
+)
+DRY = (*ON_DATAFLOW, "--dry_run=True")
+LARGE = 16_384  # bytes; a tiny model's weights are 200 KB
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("dataflow")
+    save_clip(home / "clip")
+    save_fusion(home / "fusion")
+    shards.make_webdataset(home / "in", shards.make_truths(6), shards=3)
+    return home
+
+
+def embed_job(home: Path, output: Path | str, **changes: Any) -> Job:
+    options = EmbedOptions(
+        input=(str(home / "in"),),
+        output=str(output),
+        models=(ModelRef(model=str(home / "clip")),),
+        device="cuda",
+        shared_output=True,
+        beam_args=DRY,
+    )
+    return embed.prepare(replace(options, **changes))
+
+
+def caption_job(home: Path, output: Path | str, **changes: Any) -> Job:
+    options = CaptionOptions(
+        input=(str(home / "in"),),
+        output=str(output),
+        model=str(home / "fusion"),
+        decoding=Decoding(max_new_tokens=8),
+        device="cuda",
+        shared_output=True,
+        beam_args=DRY,
+    )
+    return caption.prepare(replace(options, **changes))
+
+
+JOBS = {"embed": (embed_job, "Embed0"), "caption": (caption_job, "Generate0")}
+
+
+def described(job: Job) -> Any:
+    """The job as Beam would hand it to Dataflow."""
+    return submit(job.run, job.options.beam_args, job.build).job
+
+
+def message(job: Any) -> Any:
+    """The environment in the request that would go to Dataflow's service."""
+    made = apiclient.Environment(
+        packages=[],
+        options=job.options,
+        environment_version="8",
+        proto_pipeline_staged_url="gs://my-bucket/temp/pipeline.pb",
+        proto_pipeline=job.proto_pipeline,
+    )
+    return made.proto
+
+
+# What a dry run shows
+
+
+@pytest.mark.parametrize("task", JOBS)
+def test_one_fused_chain_in_one_environment(home: Path, tmp_path: Path, task: str) -> None:
+    make, model = JOBS[task]
+    proto = described(make(home, tmp_path)).proto_pipeline
+    (environment,) = proto.components.environments.values()
+    assert not environment.resource_hints  # one step with hints would be an environment of its own, and break the chain
+    payload = beam_runner_api_pb2.DockerPayload.FromString(environment.payload)
+    assert payload.container_image == IMAGE
+    _, stages = FnApiRunner().create_stages(proto)
+    fused = [[transform.unique_name for transform in stage.transforms] for stage in stages]
+    (chain,) = [names for names in fused if any("ReadShards" in name for name in names)]
+    for step in ("Plan/Parse", "ReadShards/Read", f"{model}/Run", "WriteParquet/Write"):
+        assert any(name.startswith(step) for name in chain), step
+
+
+@pytest.mark.parametrize("task", JOBS)
+def test_one_process_per_machine_with_two_threads_and_a_gpu(home: Path, tmp_path: Path, task: str) -> None:
+    sent = message(described(JOBS[task][0](home, tmp_path)))
+    (pool,) = sent.worker_pools
+    (image,) = pool.sdk_harness_container_images
+    assert (image.container_image, pool.worker_harness_container_image) == (IMAGE, IMAGE)
+    assert pool.num_threads_per_worker == 2
+    assert "no_use_multiple_sdk_containers" in sent.experiments
+    assert "use_multiple_sdk_containers" not in sent.experiments
+    assert list(sent.service_options) == [ACCELERATOR]
+    assert sent.sdk_pipeline_options["options"]["save_main_session"] is False
+
+
+@pytest.mark.parametrize("task", JOBS)
+def test_nothing_large_is_sent(home: Path, tmp_path: Path, task: str) -> None:
+    job = described(JOBS[task][0](home, tmp_path))
+    proto = job.proto_pipeline
+    sizes = {each.unique_name: len(each.spec.payload) for each in proto.components.transforms.values()}
+    assert {name: size for name, size in sizes.items() if size > LARGE} == {}
+    assert len(proto.SerializeToString()) < 8 * LARGE
+    (environment,) = proto.components.environments.values()
+    (artifact,) = environment.dependencies  # a list of packages, which the worker logs
+    sent = beam_runner_api_pb2.ArtifactFilePayload.FromString(artifact.type_payload)
+    assert sent.path.endswith("submission_environment_dependencies.txt")
+    assert Path(sent.path).stat().st_size < LARGE
+
+
+def test_100_000_units_stay_small(home: Path, tmp_path: Path) -> None:
+    """Below the 10 MB that Dataflow takes, with etags of which none compresses."""
+    job = replace(embed_job(home, tmp_path), units=tuple(make_unit(number) for number in range(100_000)))
+    assert len(described(job).proto_pipeline.SerializeToString()) < 10_000_000
+
+
+def make_unit(number: int) -> WorkUnit:
+    path = f"gs://my-bucket/shards/part-{number:06d}.tar"
+    etag = base64.b64encode(hashlib.md5(path.encode()).digest()).decode()
+    shard = Shard(path=path, url=path, size=10**9 + 512 * (number * 7919 % 9973), etag=etag)
+    return WorkUnit(
+        id=f"part-{number:06d}-{hashlib.sha256(path.encode()).hexdigest()[:10]}", inputs=(Input(shard=shard),)
+    )
+
+
+def test_what_a_user_says_goes_before_the_defaults() -> None:
+    args = [*ON_DATAFLOW, "--number_of_worker_harness_threads=7", "--experiments=a", "--experiments=b"]
+    debug = pipeline_options(args).view_as(DebugOptions)
+    assert debug.number_of_worker_harness_threads == 7
+    assert set(debug.experiments) == {"a", "b", "no_use_multiple_sdk_containers"}
+    several = pipeline_options([*ON_DATAFLOW, "--experiments=use_multiple_sdk_containers"]).view_as(DebugOptions)
+    assert several.experiments == ["use_multiple_sdk_containers"]
+    elsewhere = pipeline_options(["--runner=FlinkRunner"]).view_as(DebugOptions)
+    assert elsewhere.number_of_worker_harness_threads is None
+
+
+# A launch that nobody waits for
+
+
+@pytest.mark.parametrize("option", ["--template_location=gs://b/t", "--dry_run=True", "--no_wait_until_finish"])
+def test_such_a_launch_gives_no_report(home: Path, tmp_path: Path, option: str) -> None:
+    assert not is_waited_for([*ON_DATAFLOW, option])
+    assert is_waited_for(ON_DATAFLOW)
+    job = embed_job(home, tmp_path, beam_args=(*ON_DATAFLOW, option))
+    with pytest.raises(UsageError, match="nobody waits"):
+        job.execute()
+
+
+def test_it_hands_the_job_over_and_says_so(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["embed", "--input", str(home / "in"), "--output", str(tmp_path), "--model", str(home / "clip")]
+    assert main([*arguments, "--device=cuda", "--shared-output", *DRY]) == 0
+    assert "not waited for" in capsys.readouterr().out
+    assert embed_job(home, tmp_path).launch() is None
+    assert len(runs.load_plan(embed_job(home, tmp_path).run)) == 3
+
+
+def test_it_cannot_hold_the_lock_of_retry_failures(home: Path, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="--retry-failures holds a lock"):
+        embed_job(home, tmp_path, retry_failures=True).launch()
+
+
+# The template
+
+
+def metadata() -> dict[str, dict[str, Any]]:
+    return {each["name"]: each for each in json.loads((DEPLOY / "metadata.json").read_text())["parameters"]}
+
+
+def launcher() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("launcher", DEPLOY / "launcher.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_metadata_are_what_dataflow_publishes_as_their_schema() -> None:
+    """Read strictly into the message of Dataflow's own API, which refuses a name or a value that it does not know."""
+    text = (DEPLOY / "metadata.json").read_text()
+    read = TemplateMetadata.from_json(text, ignore_unknown_fields=False)
+    assert len({each.name for each in read.parameters}) == len(read.parameters)
+    for each in read.parameters:
+        assert each.name.isidentifier()
+        assert each.label, each.name
+        assert each.help_text, each.name
+        assert bool(each.enum_options) == (each.param_type.name == "ENUM"), each.name
+    with pytest.raises(Exception, match="helpTxt"):
+        TemplateMetadata.from_json(text.replace("helpText", "helpTxt"), ignore_unknown_fields=False)
+
+
+GIVEN = {
+    "input": "gs://my-bucket/shards/{000..099}.tar::gs://my-bucket/more/*.tar",
+    "output": "gs://my-bucket/out",
+    "model": "clip=openai/clip-vit-base-patch32@0123abc,clap=/opt/models/clap",
+    "modalities": "image,text",
+    "image_field": "b.jpg",
+    "where": "image_width >= 64 and metadata['lang'] == 'en'",
+    "image_filter": "gaussian:1.5",
+    "clean_text": "nfc,lower",
+    "max_failure_rate": "0.01",
+    "temperature": ".7",
+    "top_p": "1.0",
+    "sdk_container_image": IMAGE,
+    "dataflow_service_options": ACCELERATOR,
+    "tokens": "true",
+    "overwrite": "false",
+}
+
+
+def value_of(parameter: dict[str, Any]) -> str:
+    if "enumOptions" in parameter:
+        return str(parameter["enumOptions"][0]["value"])
+    default = {"NUMBER": "7", "BOOLEAN": "true"}.get(parameter["paramType"], "txt")
+    return GIVEN.get(parameter["name"], default)
+
+
+@pytest.mark.parametrize("parameter", metadata().values(), ids=metadata().keys())
+def test_a_parameters_pattern_takes_what_its_option_takes(parameter: dict[str, Any]) -> None:
+    for pattern in parameter.get("regexes", []):
+        assert re.fullmatch(pattern, value_of(parameter))
+        assert not re.fullmatch(pattern, "")
+
+
+@pytest.mark.parametrize("task", ["embed", "caption"])
+def test_every_parameter_is_an_option_of_mmbeam_or_of_beam(task: str) -> None:
+    """With all of them, of each command those that it has; --verbose and what a local run needs are left out."""
+    only = {"embed": ("modalities", "tokens", "float16"), "caption": caption_only()}
+    others = only["caption" if task == "embed" else "embed"]
+    given = [f"--{name}={value_of(each)}" for name, each in metadata().items() if name not in ("task", *others)]
+    args = parse(launcher().command_line([f"--task={task}", *given]))
+    assert args.command == task
+    assert args.input == [GIVEN["input"]]
+    assert args.where == [GIVEN["where"]]
+    assert not args.overwrite
+    beam = [name for name, each in metadata().items() if each.get("groupName") == "Apache Beam"]
+    assert list(args.beam_args) == [f"--{name}={value_of(metadata()[name])}" for name in beam]
+    pipeline_options(args.beam_args)  # raises for what Beam does not know
+    if task == "embed":
+        assert args.model == GIVEN["model"].split(",")
+        assert args.tokens
+    else:
+        assert args.top_p == 1.0
+
+
+def caption_only() -> tuple[str, ...]:
+    return tuple(name for name, each in metadata().items() if each.get("groupName") == "Captions")
+
+
+def test_what_the_launcher_adds_goes_to_beam() -> None:
+    added = ["--runner=DataflowRunner", "--template_location=gs://b/t", "--requirements_cache_only_sources"]
+    assert launcher().command_line(["--input=a", *added, "--output=b"]) == ["embed", "--input=a", "--output=b", *added]
+
+
+needs_gcs = pytest.mark.skipif("gcs" not in servers.STORES, reason=servers.report_header())
+
+
+@needs_gcs
+def test_the_launcher_writes_the_job_for_dataflow_and_returns(home: Path, tmp_path: Path) -> None:
+    """As Dataflow's launcher starts it; the bucket is a server's of this machine."""
+    bucket = servers.fresh_output("gcs", tmp_path)
+    given = [f"--input={home / 'in'}", f"--output={bucket}/out", f"--model={home / 'clip'}", "--device=cuda"]
+    given += ["--task=embed", "--runner=DataflowRunner", "--project=my-project", "--region=us-central1", "--no_auth"]
+    given += ["--job_name=mmbeam-1", f"--staging_location={bucket}/staging", f"--temp_location={bucket}/temp"]
+    given += [f"--template_location={bucket}/staging/template_launches/1/job_object"]
+    given += ["--requirements_cache_only_sources", f"--sdk_container_image={IMAGE}"]
+    done = subprocess.run(
+        [sys.executable, DEPLOY / "launcher.py", *given],
+        env={**os.environ, "PYTHONWARNINGS": "ignore"},
+        capture_output=True,
+        text=True,
+        timeout=280,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "not waited for" in done.stdout
+    fs = fsspec.filesystem("gs", skip_instance_cache=True)
+    job = json.loads(fs.cat_file(f"{bucket}/staging/template_launches/1/job_object"))
+    assert job["name"] == "mmbeam-1"
+    (pool,) = job["environment"]["workerPools"]
+    assert pool["workerHarnessContainerImage"] == IMAGE
+    url = job["environment"]["sdkPipelineOptions"]["options"]["pipelineUrl"]
+    proto = beam_runner_api_pb2.Pipeline.FromString(fs.cat_file(url))
+    names = {each.unique_name for each in proto.components.transforms.values()}
+    assert {"ReadShards/Read", "Embed0/Run", "WriteParquet/Write"} <= names
+    assert len(json.dumps(job)) < 2 * LARGE
