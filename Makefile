@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraints constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test lint bench model ablations clean
+.PHONY: demo test test-flink lint bench model ablations clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mmbeam demo
 
 test: lint
 	$(BIN)/pytest --numprocesses 2
+
+# On a real Flink 1.19, which Maven and PyPI bring: minutes, and a JDK.
+test-flink: $(VENV)/.ready-test
+	$(BIN)/pytest tests/flink
 
 lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .

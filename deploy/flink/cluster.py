@@ -1,0 +1,286 @@
+"""A Flink cluster on loopback, as on Kubernetes: a JobManager, two TaskManagers, Beam's worker pool beside each.
+
+    python deploy/flink/cluster.py fetch    get Beam's and Flink's jars into .cache/flink, once (390 MB)
+    python deploy/flink/cluster.py start    start the cluster, and print the Beam options that send a job there
+    python deploy/flink/cluster.py stop     end every process of it
+
+For trying and for tests. Needs a JDK, Maven and pip. What belongs to a running cluster is in one directory:
+its configuration, its logs, and `cluster.json` with its ports and processes.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tarfile
+import time
+import urllib.request
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+CACHE = HERE.parents[1] / ".cache" / "flink"
+FLINK_VERSION = "1.19"  # as Beam's --flink_version wants it
+POOL_HOST = "worker-pool"  # a TaskManager's own, as `localhost` is on Kubernetes
+START_SECONDS = 90
+STOP_SECONDS = 10
+OPENED = [  # what Flink's own scripts open of the JDK
+    f"--add-opens=java.base/java.{package}=ALL-UNNAMED"
+    for package in ("lang", "net", "io", "nio", "time", "util", "util.concurrent", "util.concurrent.atomic")
+]
+MEMORY = ["-Xmx320m", "-XX:MaxDirectMemorySize=256m", "-XX:MaxMetaspaceSize=320m", "-XX:+UseSerialGC"]
+JAVA = ["java", *OPENED, *MEMORY, "-XX:TieredStopAtLevel=1"]
+
+
+class ClusterError(Exception):
+    """The cluster cannot start; the message says which process of it, and why."""
+
+
+# Jars
+
+
+def fetch(cache: Path = CACHE) -> None:
+    """Get Beam's job server for Flink by Maven and Flink by pip, at the versions of pom.xml and requirements.txt."""
+    if not job_server_jar(cache).exists():
+        maven = ["mvn", "--batch-mode", "--quiet", "-f", str(HERE / "pom.xml"), "package"]
+        subprocess.run([*maven, f"-DbuildDirectory={cache / 'build'}", f"-Djar.directory={cache}"], check=True)
+    if not (cache / "lib").exists():
+        pip = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--no-binary=:all:", "--require-hashes"]
+        subprocess.run([*pip, "--requirement", str(HERE / "requirements.txt"), "--dest", str(cache)], check=True)
+        (archive,) = cache.glob("apache-flink-libraries-*.tar.gz")
+        _unpack_flink(archive, cache / "lib")
+        archive.unlink()
+
+
+def job_server_jar(cache: Path = CACHE) -> Path:
+    """What Beam takes as --flink_job_server_jar."""
+    return cache / f"beam-flink-{FLINK_VERSION}-job-server.jar"
+
+
+def _unpack_flink(archive: Path, lib: Path) -> None:
+    """Flink without what is only for SQL."""
+    whole = lib.with_suffix(".tmp")
+    whole.mkdir(exist_ok=True)
+    with tarfile.open(archive) as tar:
+        for member in tar:
+            name = Path(member.name).name
+            if name.startswith(("flink-dist", "log4j-")) and (source := tar.extractfile(member)):
+                with source, (whole / name).open("wb") as jar:
+                    shutil.copyfileobj(source, jar)
+    whole.rename(lib)
+
+
+# Processes
+
+
+class Cluster:
+    """One cluster and its directory. A process that is missing is started, one that runs is left alone."""
+
+    def __init__(self, directory: Path, task_managers: int = 2, cache: Path = CACHE) -> None:
+        self.directory = directory
+        self.cache = cache
+        self.pods = range(1, task_managers + 1)  # a TaskManager and its worker pool each
+        self.children: list[subprocess.Popen[bytes]] = []  # those that this object has started
+        self.state: dict[str, Any] = {"rest": 0, "pool": 0, "processes": {}}
+        if (directory / "cluster.json").exists():
+            self.state = json.loads((directory / "cluster.json").read_text())
+
+    @property
+    def address(self) -> str:
+        """Of Flink's REST interface."""
+        return f"127.0.0.1:{self.state['rest']}"
+
+    @property
+    def beam_options(self) -> list[str]:
+        """What sends a job here."""
+        return [
+            "--runner=FlinkRunner",
+            f"--flink_master={self.address}",
+            f"--flink_version={FLINK_VERSION}",
+            f"--flink_job_server_jar={job_server_jar(self.cache)}",
+            f"--parallelism={len(self.pods)}",
+            "--environment_type=EXTERNAL",
+            f"--environment_config={POOL_HOST}:{self.state['pool']}",
+        ]
+
+    def start(self) -> None:
+        """Start what does not run, and wait until it answers. Raises ClusterError, and leaves nothing running."""
+        fetch(self.cache)
+        self.directory.mkdir(parents=True, exist_ok=True)
+        if not self.state["rest"]:
+            self._configure()
+        try:
+            self._start_java("jobmanager", "entrypoint.StandaloneSessionClusterEntrypoint")
+            for pod in self.pods:
+                self.start_pool(pod)
+                # For this TaskManager the pool's name means the one beside it.
+                hosts = f"-Djdk.net.hosts.file={self.directory / 'conf' / f'hosts{pod}'}"
+                name = f"taskmanager{pod}"
+                self._start_java(
+                    name, "taskexecutor.TaskManagerRunner", "-D", f"taskmanager.resource-id={name}", jvm=hosts
+                )
+            self._wait(lambda: self._all_listen() and self.overview()["taskmanagers"] == len(self.pods))
+        except BaseException:
+            self.stop()
+            raise
+
+    def start_pool(self, pod: int) -> None:
+        """Start the worker pool beside a TaskManager, unless it runs."""
+        address = f"{_pool_address(pod)}:{self.state['pool']}"
+        self._start(f"pool{pod}", [sys.executable, str(HERE / "worker_pool.py"), address])
+
+    def _all_listen(self) -> bool:
+        return all(listens(_pool_address(pod), self.state["pool"]) for pod in self.pods)
+
+    def overview(self) -> dict[str, Any]:
+        """What Flink says of itself."""
+        return dict(self.get("overview"))
+
+    def get(self, path: str) -> Any:
+        """An answer of Flink's REST interface."""
+        with urllib.request.urlopen(f"http://{self.address}/{path}", timeout=10) as answer:
+            return json.load(answer)
+
+    def kill(self, name: str) -> None:
+        """SIGKILL to one process and to all that it started."""
+        process = self.state["processes"][name]
+        if _runs(process):
+            os.killpg(process[0], signal.SIGKILL)
+        _wait_until(lambda: not _runs(process), STOP_SECONDS)
+
+    def stop(self) -> None:
+        """End every process, with the workers that the pool started."""
+        processes = list(self.state["processes"].values())
+        for kind in (signal.SIGTERM, signal.SIGKILL):
+            for process in filter(_runs, processes):
+                os.killpg(process[0], kind)
+            _wait_until(lambda: not any(map(_runs, processes)), STOP_SECONDS)
+        for child in self.children:
+            child.poll()
+        shutil.rmtree(self.directory / "tmp", ignore_errors=True)  # jars of jobs, and their copies
+        self.state["processes"] = {}
+        self._save()
+
+    def _configure(self) -> None:
+        for part in ("conf", "logs"):
+            (self.directory / part).mkdir(exist_ok=True)
+        self.state["rest"], self.state["pool"], rpc = free_ports(3)
+        for pod in self.pods:
+            hosts = f"127.0.0.1 localhost\n{_pool_address(pod)} {POOL_HOST}\n"
+            (self.directory / "conf" / f"hosts{pod}").write_text(hosts)
+        ports = f"rest.port: {self.state['rest']}\njobmanager.rpc.port: {rpc}\n"
+        directories = f"io.tmp.dirs: {self.directory / 'tmp'}\n"
+        text = (HERE / "config.yaml").read_text()
+        (self.directory / "conf" / "config.yaml").write_text(text + "\n" + ports + directories)
+        self._save()
+
+    def _start_java(self, name: str, main: str, *arguments: str, jvm: str = "-server") -> None:
+        main = f"org.apache.flink.runtime.{main}"
+        log = f"-Dlog4j.configurationFile={HERE / 'log4j.properties'}"
+        conf = ["--configDir", str(self.directory / "conf")]
+        self._start(name, [*JAVA, jvm, log, "-cp", f"{self.cache / 'lib'}/*", main, *conf, *arguments])
+
+    def _start(self, name: str, command: list[str]) -> None:
+        if _runs(self.state["processes"].get(name)):
+            return
+        with (self.directory / "logs" / f"{name}.log").open("ab") as log:
+            process = subprocess.Popen(
+                command,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+            )
+        self.children.append(process)
+        self.state["processes"][name] = [process.pid, _started(process.pid)]
+        self._save()
+
+    def _wait(self, ready: Callable[[], bool]) -> None:
+        """Until `ready`. Raises ClusterError when a process ended or the time is up."""
+        if _wait_until(lambda: bool(self._ended()) or ready(), START_SECONDS) and not self._ended():
+            return
+        name = (self._ended() or ["jobmanager"])[0]
+        log = self.directory / "logs" / f"{name}.log"
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
+        raise ClusterError(f"{name} did not start within {START_SECONDS} s; the end of {log}:\n{tail}")
+
+    def _ended(self) -> list[str]:
+        return [name for name, process in self.state["processes"].items() if not _runs(process)]
+
+    def _save(self) -> None:
+        (self.directory / "cluster.json").write_text(json.dumps(self.state, indent=1))
+
+
+def _runs(process: list[int] | None) -> bool:
+    """Whether this process runs, and no other one that got its number."""
+    return process is not None and _started(process[0]) == process[1] != 0
+
+
+def _started(pid: int) -> int:
+    """When the process was started, in ticks since the machine was; 0 if it is not there or has ended."""
+    try:
+        fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return 0
+    return 0 if fields[0] == "Z" else int(fields[19])
+
+
+def _wait_until(ready: Callable[[], bool], seconds: float) -> bool:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        try:
+            if ready():
+                return True
+        except OSError:
+            pass
+        time.sleep(0.1)
+    return False
+
+
+def _pool_address(pod: int) -> str:
+    return f"127.0.0.{pod + 1}"
+
+
+def listens(host: str, port: int) -> bool:
+    """Whether somebody listens there."""
+    with socket.socket() as client:
+        return client.connect_ex((host, port)) == 0
+
+
+def free_ports(count: int) -> list[int]:
+    """So many ports of loopback that nobody listens at."""
+    listeners = [socket.socket() for _ in range(count)]
+    try:
+        for listener in listeners:
+            listener.bind(("127.0.0.1", 0))
+        return [listener.getsockname()[1] for listener in listeners]
+    finally:
+        for listener in listeners:
+            listener.close()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("command", choices=["fetch", "start", "stop"])
+    parser.add_argument("--directory", type=Path, default=CACHE / "cluster", help="default: %(default)s")
+    args = parser.parse_args()
+    if args.command == "fetch":
+        fetch()
+        sys.stdout.write(f"{job_server_jar()}\n")
+        return 0
+    cluster = Cluster(args.directory.absolute())
+    if args.command == "stop":
+        cluster.stop()
+        return 0
+    cluster.start()
+    sys.stdout.write(" \\\n".join(cluster.beam_options) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
