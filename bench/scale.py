@@ -1,0 +1,219 @@
+"""What many units cost in fact: a run that checks the model of docs/scale.md (scale_model.py).
+
+    python bench/scale.py [--units 100000] [--directory DIR]
+
+makes so many shards (empty ones that claim a gigabyte), and plans, writes, loses, resumes and sums them up with the
+real planner, pipeline, writer and resume; only reading and the model are replaced by nothing. Every step is a process
+of its own. The first run is killed with SIGKILL when half of the units are written.
+"""
+
+import argparse
+import contextlib
+import itertools
+import json
+import os
+import pickle
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Generator, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import apache_beam as beam
+import pyarrow as pa
+
+from mmbeam.config import MIB, Reading, Windows
+from mmbeam.io import runs
+from mmbeam.io.runs import Run
+from mmbeam.io.shards import list_shards
+from mmbeam.io.units import MOST_UNITS, UNIT_BYTES
+from mmbeam.jobs.launch import execute, pipeline_options
+from mmbeam.transforms import Plan, Summarize, WriteParquet
+from mmbeam.transforms.read import ReadUnits
+from mmbeam.types import Batch, Needs, Output, Sample, Tally, WorkUnit
+
+ROWS = 2  # of each unit
+COLUMN = pa.field("image_embedding", pa.list_(pa.float32()))
+VECTORS = pa.array([[0.5] * 8] * ROWS, COLUMN.type)
+SHARD_BYTES = 10**9  # of fewer than MOST_UNITS shards the planner would cut each in four
+
+
+def make_run(output: str) -> Run:
+    configuration = {"task": "scale", "columns": [COLUMN.name]}
+    outputs = [Output(modalities=frozenset({"image"}), columns=(COLUMN,))]
+    return Run.create(output=output, configuration=configuration, recorded={"device": "none"}, outputs=outputs)
+
+
+def make_shards(directory: Path, count: int) -> None:
+    """Sparse files: a listing sees a gigabyte each, the disk has none of it."""
+    size = SHARD_BYTES if count >= MOST_UNITS else UNIT_BYTES
+    directory.mkdir()
+    for number in range(count):
+        with (directory / f"part-{number:06d}.tar").open("wb") as shard:
+            shard.truncate(size)
+
+
+_begun = itertools.count()  # units of this process
+
+
+class Nothing:
+    """In the place of reading and of the model: one window of made-up rows. Kills its process after `lives` units."""
+
+    def __init__(self, lives: int | None) -> None:
+        self.lives = lives
+
+    def __call__(self, unit: WorkUnit, *_: Any) -> Generator[Batch]:
+        if self.lives is not None and next(_begun) >= self.lives:
+            os.kill(os.getpid(), signal.SIGKILL)
+        shard = unit.inputs[0].shard
+        samples = tuple(_sample(shard.path, number) for number in range(ROWS))
+        yield Batch(
+            unit=unit,
+            index=0,
+            last=True,
+            samples=samples,
+            features={COLUMN.name: VECTORS},
+            tally=Tally(samples=ROWS, bytes_read=shard.size or 0, present={"image": ROWS}),
+        )
+
+
+def _sample(shard: str, number: int) -> Sample:
+    present = frozenset[Any]({"image"})
+    return Sample(key=f"{number:09d}", shard=shard, offset=number * 1024, present=present, image_size=(512, 512))
+
+
+def read_nothing(run: Run, lives: int | None = None) -> ReadUnits:
+    return ReadUnits(Nothing(lives), Needs(), Reading(), run, Windows())
+
+
+def build(pipeline: beam.Pipeline, run: Run, units: list[WorkUnit], lives: int | None = None) -> None:
+    """The pipe expression of a job, without reading and without a model."""
+    batches = pipeline | Plan(units) | "Read" >> beam.ParDo(read_nothing(run, lives))
+    _ = batches | WriteParquet(run) | Summarize(run)
+
+
+def plan(directory: Path, run: Run) -> list[WorkUnit]:
+    runs.open_run(run)
+    return runs.extend_plan(run, list_shards([str(directory / "shards")]))
+
+
+# The steps, each in a process of its own; what they return is printed as JSON
+
+
+def step_plan(directory: Path) -> dict[str, float]:
+    """Listing and planning, and the job's description."""
+    run = make_run(str(directory / "out"))
+    with timed() as seconds:
+        units = plan(directory, run)
+    with timed() as describing:
+        pipeline = beam.Pipeline(options=pipeline_options())
+        build(pipeline, run, units)
+        size = len(pipeline.to_runner_api().SerializeToString())
+    return {"units": len(units), "plan": seconds[0], "describe": describing[0], "description_mb": size / 1e6}
+
+
+def step_write(directory: Path, lives: int | None = None) -> dict[str, float]:
+    """The run; of units that are committed only what the look costs. Killed after `lives` units."""
+    run = make_run(str(directory / "out"))
+    with timed() as planning:
+        units = plan(directory, run)
+    with timed() as listing_seconds:
+        kept = sorted(runs.committed(run))
+    some = [unit for unit in units if unit.id in set(kept[:1000])]
+    reader = read_nothing(run)
+    with timed() as looking:
+        assert all(batch.report for unit in some for batch in reader.process(unit))
+    with timed() as writing:
+        report = execute(run, units, (), lambda pipeline: build(pipeline, run, units, lives), lambda report: None)
+    assert report.tally.rows == ROWS * len(units)
+    return {
+        "plan": planning[0],
+        "list_committed": listing_seconds[0],
+        "kept": report.units_kept,
+        "written": report.units_written,
+        "ms_per_kept_unit": 1000 * looking[0] / max(1, len(some)),
+        "run": writing[0],
+    }
+
+
+def step_reports(directory: Path) -> dict[str, float]:
+    """What the end of a run gathers: every unit's report, in one place."""
+    run = make_run(str(directory / "out"))
+    ids = runs.committed(run)
+    with timed() as loading:
+        reports = list(runs.load_reports(run, ids))
+    with timed() as summing:
+        runs.write_summary(run, [replace(report, status="written") for report in reports], 1.0)
+    return {"load": loading[0], "sum_up": summing[0], "gathered_mb": sum(len(pickle.dumps(r)) for r in reports) / 1e6}
+
+
+@contextlib.contextmanager
+def timed() -> Iterator[list[float]]:
+    """The seconds that the block took, once it is over."""
+    seconds: list[float] = []
+    begin = time.perf_counter()
+    yield seconds
+    seconds.append(time.perf_counter() - begin)
+
+
+STEPS = {"plan": step_plan, "write": step_write, "reports": step_reports}
+
+
+def in_a_process(step: str, directory: Path, *more: int) -> dict[str, float] | None:
+    """What a step found; None if it was killed."""
+    command = [sys.executable, __file__, "--step", step, "--directory", str(directory), *map(str, more)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
+    if done.returncode == -signal.SIGKILL:
+        return None
+    done.check_returncode()
+    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return found
+
+
+def measure(directory: Path, units: int) -> Iterator[tuple[str, dict[str, float]]]:
+    """Each step's name and figures. Raises AssertionError where a promise is broken."""
+    make_shards(directory / "shards", units)
+    yield "plan", in_a_process("plan", directory) or {}
+    assert in_a_process("write", directory, units // 2) is None
+    before = written(directory)
+    assert units // 2 - 2 <= len(before) <= units // 2  # two were in flight
+    yield "killed", {"committed": len(before)}
+    resumed = in_a_process("write", directory) or {}
+    assert (resumed["kept"], resumed["written"]) == (len(before), units - len(before))
+    assert before.items() <= written(directory).items()  # none was written again
+    yield "resumed", resumed
+    yield "again", in_a_process("write", directory) or {}
+    yield "reports", in_a_process("reports", directory) or {}
+
+
+def written(directory: Path) -> dict[str, int]:
+    """The parts, and when each was written."""
+    with os.scandir(directory / "out" / "data") as parts:
+        return {part.name: part.stat().st_mtime_ns for part in parts}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--units", type=int, default=100_000)
+    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
+    parser.add_argument("lives", type=int, nargs="?", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.step:
+        more = {} if args.lives is None else {"lives": args.lives}
+        found = STEPS[args.step](args.directory, **more)
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
+        print(json.dumps({**found, "peak_mb": peak}))
+        return
+    with tempfile.TemporaryDirectory(dir=args.directory) as directory:
+        for name, figures in measure(Path(directory), args.units):
+            print(f"{name:<10}" + "  ".join(f"{key} {value:,.4g}" for key, value in figures.items()), flush=True)
+
+
+if __name__ == "__main__":
+    main()
