@@ -278,7 +278,7 @@ def main() -> int:
         cluster.stop()
         return 0
     cluster.start()
-    sys.stdout.write(" \\\n".join(cluster.beam_options) + "\n")
+    sys.stdout.write(" ".join(cluster.beam_options) + "\n")
     return 0
 
 

@@ -11,11 +11,13 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from subprocess import PIPE
 
 import pytest
 import servers
+import shards
 from cluster import Cluster
 from fsspec.core import url_to_fs
 from known import Known, Rows, assert_same, read_parts
@@ -69,20 +71,22 @@ def test_every_command_of_the_readme_runs_and_nothing_is_left(known: Known, tmp_
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
     (tmp_path / ".cache").symlink_to(ROOT / ".cache")
     (tmp_path / "shards").symlink_to(known.root / "in")
-    cluster = None
-    for line in CONSOLE:
-        line = line.replace("MODEL", f"{known.root / 'clip'} --batch-size=3 --max-failure-rate=1")
-        line = re.sub(r"cluster\.py (start|stop)", r"cluster.py \1 --directory=cluster", line)
-        done = run("bash", "-ec", line, cwd=tmp_path)
-        assert done.returncode == 0, (line, done.stderr)
-        if "cluster.py start" in line:
-            cluster = Cluster(tmp_path / "cluster")
-            assert (cluster.overview()["taskmanagers"], cluster.overview()["slots-total"]) == (2, 4)
+    cluster = Cluster(tmp_path / "cluster")
+    try:
+        for line in CONSOLE:
+            line = line.replace("MODEL", f"{known.root / 'clip'} --batch-size=3 --max-failure-rate=1")
+            line = re.sub(r"cluster\.py (start|stop)", r"cluster.py \1 --directory=cluster", line)
+            done = run("bash", "-ec", line, cwd=tmp_path)
+            assert done.returncode == 0, (line, done.stderr)
+            if "cluster.py start" in line:
+                cluster = Cluster(tmp_path / "cluster")
+                assert (cluster.overview()["taskmanagers"], cluster.overview()["slots-total"]) == (2, 4)
+        assert set(cluster.state["processes"]) == {"jobmanager", "pool1", "taskmanager1", "pool2", "taskmanager2"}
+        assert not [pid for pid, _ in cluster.state["processes"].values() if (Path("/proc") / str(pid)).exists()]
+    finally:
+        cluster.stop()
     assert_same(read_parts(tmp_path / "embedded"), known.parts)
     assert_same(read_parts(tmp_path / "out"), known.parts)
-    assert cluster is not None
-    assert set(cluster.state["processes"]) == {"jobmanager", "pool1", "taskmanager1", "pool2", "taskmanager2"}
-    assert not [pid for pid, _ in cluster.state["processes"].values() if (Path("/proc") / str(pid)).exists()]
 
 
 # The same rows
@@ -254,17 +258,14 @@ def test_a_worker_pool_that_stays_away_is_named_and_the_same_command_again_goes_
 
 
 def test_a_job_that_must_stop_says_why_through_flink(known: Known, flink: Cluster, tmp_path: Path) -> None:
-    options = [
-        *flink.beam_options,
-        UBER_JAR,
-        "--shared-output",
-        "--where",
-        "image_width > 100000",
-        "--max-failure-rate=0",
-    ]
-    done = run(*MMBEAM, *command(known, "embed", str(tmp_path), options))
+    broken = [replace(truth, members={"jpg": b"no picture"}) for truth in shards.make_truths(120)]
+    shards.make_webdataset(tmp_path / "in", broken, shards=1)
+    options = [*flink.beam_options, UBER_JAR, "--shared-output", "--max-failure-rate=0.1"]
+    arguments = command(replace(known, root=tmp_path), "embed", str(tmp_path / "out"), options)
+    (tmp_path / "clip").symlink_to(known.root / "clip")
+    done = run(*MMBEAM, *arguments)
     assert done.returncode == 1
-    assert "FailureRateError" in done.stderr or "failed" in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("mmbeam: 100% of the first 120 samples failed")
 
 
 def test_another_version_of_flink_is_named_before_anything_is_written(

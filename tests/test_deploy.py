@@ -1,0 +1,224 @@
+"""deploy/docker and deploy/dataflow without Docker and without Google: linted, read, and run with recording stand-ins.
+
+That the image builds and that its harness runs a job was tried by hand: deploy/docker/README.md says how.
+"""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from fnmatch import fnmatch
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+DOCKER = ROOT / "deploy" / "docker"
+DATAFLOW = ROOT / "deploy" / "dataflow"
+DOCKERFILE = (DOCKER / "Dockerfile").read_text()
+SCRIPTS = [path.name for path in sorted(DATAFLOW.glob("*.sh"))]
+
+# In the place of gcloud and docker: writes its name and arguments down, one JSON line for each call.
+STAND_IN = f"""#!{sys.executable}
+import json, os, sys
+with open(os.environ["CALLS"], "a") as calls:
+    print(json.dumps([os.path.basename(sys.argv[0]), *sys.argv[1:]]), file=calls)
+"""
+
+
+def tool(name: str) -> str:
+    """A linter that came with the test group."""
+    return str(Path(sys.executable).parent / name)
+
+
+# Linters
+
+
+def test_the_dockerfile_passes_hadolint() -> None:
+    done = subprocess.run([tool("hadolint"), "--no-color", DOCKER / "Dockerfile"], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_the_scripts_pass_shellcheck(script: str) -> None:
+    done = subprocess.run([tool("shellcheck"), DATAFLOW / script], capture_output=True, text=True)
+    assert (done.stdout, done.returncode) == ("", 0), done.stderr
+    assert os.access(DATAFLOW / script, os.X_OK)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("hadolint", "FROM debian\nRUN cd /tmp\n"), ("shellcheck", "#!/bin/sh\nrm $1\n")]
+)
+def test_the_linters_see_a_fault(name: str, text: str, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text(text)
+    assert subprocess.run([tool(name), tmp_path / "file"], capture_output=True).returncode == 1
+
+
+# The image
+
+
+def stages() -> dict[str, str]:
+    """The Dockerfile's stages by name, each with its instructions."""
+    parts = re.split(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)[1:]
+    return {name: f"FROM {base}\n{text}" for base, name, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True)}
+
+
+def test_boot_is_of_the_version_of_beam_that_is_installed_beside_it() -> None:
+    pinned = re.search(r"^apache-beam==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
+    image = re.search(r"^ARG BEAM_IMAGE=apache/beam_python(\S+)_sdk:(\S+)$", DOCKERFILE, re.MULTILINE)
+    python = re.search(r"^ARG PYTHON_IMAGE=python:([\d.]+)-slim", DOCKERFILE, re.MULTILINE)
+    launcher = re.search(r"^ARG LAUNCHER_IMAGE=.*/python(\d+)-template-launcher-base", DOCKERFILE, re.MULTILINE)
+    assert pinned is not None
+    assert image is not None
+    assert python is not None
+    assert launcher is not None
+    assert image[2] == pinned[1]
+    assert {image[1], python[1], f"{launcher[1][0]}.{launcher[1][1:]}"} == {"3.11"}
+
+
+def test_what_docker_builds_by_default_is_the_harness_without_root() -> None:
+    *_, last = stages()
+    assert last == "worker"
+    assert re.findall(r"^USER (\S+)$", stages()["worker"], re.MULTILINE) == ["10001"]
+    assert stages()["worker"].startswith("FROM runtime")
+    assert stages()["dataflow"].startswith("FROM runtime")
+    assert "USER" not in stages()["dataflow"] + stages()["runtime"]
+    assert 'ENTRYPOINT ["/opt/apache/beam/boot"]' in stages()["runtime"]
+    assert DOCKERFILE.count("ENTRYPOINT") == 1
+    assert "RUN_PYTHON_SDK_IN_DEFAULT_ENVIRONMENT=1" in stages()["runtime"]
+
+
+def test_the_launcher_is_only_in_the_image_for_dataflow() -> None:
+    users = [name for name, text in stages().items() if "--from=launcher" in text]
+    assert users == ["dataflow"]
+    named = re.search(r"FLEX_TEMPLATE_PYTHON_PY_FILE=(\S+)", stages()["dataflow"])
+    assert named is not None
+    assert named[1] == "/opt/mmbeam/launcher.py"
+    assert "COPY deploy/dataflow/launcher.py deploy/dataflow/metadata.json /opt/mmbeam/" in stages()["dataflow"]
+
+
+def test_what_is_copied_is_there_and_reaches_the_build() -> None:
+    rules = [
+        line for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] not in ("", "#")
+    ]
+    assert rules[0] == "*"
+    let_through = {rule[1:] for rule in rules if rule.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", DOCKERFILE, re.MULTILINE)
+    sources = {source for sources in copied for source in sources.split()}
+    assert sources == let_through
+    assert all((ROOT / source).exists() for source in sources)
+    assert any(fnmatch("mmbeam/io/__pycache__", rule.replace("**/", "*")) for rule in rules[1:] if rule[0] != "!")
+
+
+@pytest.mark.parametrize("readme", [DOCKER / "README.md", DATAFLOW / "README.md"])
+def test_every_argument_is_explained(readme: Path) -> None:
+    text = readme.read_text()
+    if readme.parent == DOCKER:
+        names = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
+    else:
+        names = {"launcher.py", "metadata.json", *SCRIPTS}
+    assert {name for name in names if name not in text} == set()
+
+
+# The scripts of Dataflow
+
+
+def run(script: str, tmp_path: Path, *arguments: str, **settings: str) -> list[list[str]]:
+    """What the script calls, in order. Raises CalledProcessError."""
+    for name in ("gcloud", "docker"):
+        (tmp_path / name).write_text(STAND_IN)
+        (tmp_path / name).chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "CALLS": str(tmp_path / "calls"), **settings}
+    subprocess.run([DATAFLOW / script, *arguments], env=environment, cwd=tmp_path, check=True, capture_output=True)
+    return [json.loads(line) for line in (tmp_path / "calls").read_text().splitlines()]
+
+
+PLACE = {"PROJECT": "my-project", "REGION": "us-central1", "BUCKET": "my-bucket", "IMAGE": "repository/mmbeam:1"}
+
+
+def flags(call: list[str]) -> dict[str, list[str]]:
+    """The values of each --flag VALUE."""
+    found: dict[str, list[str]] = {}
+    for flag, value in pairwise(call):
+        if flag.startswith("--"):
+            found.setdefault(flag, []).append(value)
+    return found
+
+
+def test_build_makes_the_image_for_dataflow_and_pushes_it(tmp_path: Path) -> None:
+    build, push = run("build.sh", tmp_path, IMAGE=PLACE["IMAGE"], MODELS="a/b@1 c/d", HF_TOKEN="secret")
+    given = flags(build)
+    assert build[:2] == ["docker", "build"]
+    assert build[-1] == "."
+    assert given["--target"] == ["dataflow"]
+    assert (ROOT / given["--file"][0]).exists()
+    assert given["--build-arg"] == ["DEVICE=cuda", "MODELS=a/b@1 c/d"]
+    assert given["--secret"] == ["id=hf_token,env=HF_TOKEN"]
+    assert "secret" not in json.dumps([build, push]).replace("--secret", "")
+    assert push == ["docker", "push", PLACE["IMAGE"]]
+
+
+def test_template_names_the_image_and_the_parameters(tmp_path: Path) -> None:
+    (call,) = run("template.sh", tmp_path, **PLACE)
+    assert call[:5] == ["gcloud", "dataflow", "flex-template", "build", "gs://my-bucket/templates/mmbeam.json"]
+    assert flags(call)["--image"] == [PLACE["IMAGE"]]
+    assert flags(call)["--metadata-file"] == ["deploy/dataflow/metadata.json"]
+
+
+def parameters(call: list[str]) -> dict[str, str]:
+    """What the template gets; gcloud splits each flag's value where its own separator says."""
+    pairs: dict[str, str] = {}
+    for value in flags(call)["--parameters"]:
+        _, separator, rest = value.split("^", 2)
+        for pair in rest.split(separator):
+            name, _, text = pair.partition("=")
+            pairs[name] = text
+    return pairs
+
+
+METADATA = {each["name"]: each for each in json.loads((DATAFLOW / "metadata.json").read_text())["parameters"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "device", "machine"),
+    [
+        ({}, "cuda", "g2-standard-8"),
+        ({"GPU": ""}, "cpu", "n2-standard-8"),
+        ({"GPU": "nvidia-tesla-t4", "MACHINE": "n1-standard-8"}, "cuda", "n1-standard-8"),
+    ],
+)
+def test_run_gives_the_template_what_it_wants(
+    tmp_path: Path, settings: dict[str, str], device: str, machine: str
+) -> None:
+    given = ["input=gs://my-bucket/{00..99}.tar::gs://b/*.tar", "output=gs://my-bucket/out", "modalities=image,text"]
+    (call,) = run("run.sh", tmp_path, *given, **PLACE, **settings)
+    assert call[:4] == ["gcloud", "dataflow", "flex-template", "run"]
+    assert flags(call)["--worker-machine-type"] == [machine]
+    sent = parameters(call)
+    assert sent["input"] == given[0].partition("=")[2]
+    assert sent["modalities"] == "image,text"
+    assert sent["device"] == device
+    assert ("dataflow_service_options" in sent) == (device == "cuda")
+    assert sent.keys() <= METADATA.keys()
+    assert {name for name, each in METADATA.items() if not each.get("isOptional")} <= sent.keys()
+    for name, value in sent.items():
+        assert all(re.fullmatch(pattern, value) for pattern in METADATA[name].get("regexes", [])), (name, value)
+
+
+def test_run_uses_a_subnetwork_without_public_addresses(tmp_path: Path) -> None:
+    more = {"SUBNETWORK": "regions/r/subnetworks/s", "SERVICE_ACCOUNT": "a@b", "WORKERS": "7"}
+    (call,) = run("run.sh", tmp_path, "input=a", "output=gs://b", **PLACE, **more)
+    assert "--disable-public-ips" in call
+    assert flags(call)["--subnetwork"] == ["regions/r/subnetworks/s"]
+    assert flags(call)["--service-account-email"] == ["a@b"]
+    assert flags(call)["--max-workers"] == flags(call)["--num-workers"] == ["7"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_a_script_says_what_it_lacks_and_calls_nothing(script: str, tmp_path: Path) -> None:
+    with pytest.raises(subprocess.CalledProcessError) as failed:
+        run(script, tmp_path)
+    assert b": set " in failed.value.stderr
+    assert not (tmp_path / "calls").exists()
