@@ -21,7 +21,9 @@ BEAM = "Apache Beam"
 def command_line(given: Sequence[str]) -> list[str]:
     """The arguments of `mmbeam` for those of the launcher."""
     parameters = {each["name"]: each for each in json.loads(METADATA.read_text())["parameters"]}
-    task, own, beam = "embed", [], []
+    task = "embed"
+    own: list[str] = []
+    beam: list[str] = []
     for argument in given:
         name, _, value = argument.removeprefix("--").partition("=")
         parameter = parameters.get(name, {"groupName": BEAM})
