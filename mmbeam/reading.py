@@ -43,11 +43,21 @@ def decode_pool() -> ThreadPoolExecutor:
 
 @cache
 def _make_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=_cores(), thread_name_prefix="mmbeam-decode")
+    return ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="mmbeam-decode")
 
 
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+_share = 0  # of the cores; 0: all
+
+
+def use_cores(count: int) -> None:
+    """Decode on so many cores, where several processes share the machine; called before anything is read."""
+    global _share
+    _share = count
+
+
+def cores() -> int:
+    """The cores that this process may use, or those that it is told to."""
+    return _share or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
 def read_batches(
@@ -138,7 +148,7 @@ def _windows(
         return _Decoded(sample, failures, skip, raw.repeated, time.perf_counter() - begin)
 
     ahead: Ahead[RawSample, _Decoded] = Ahead(
-        2 * _cores() + 2, windows.decoded_bytes, _raw_bytes, lambda one: one.sample.nbytes
+        2 * cores() + 2, windows.decoded_bytes, _raw_bytes, lambda one: one.sample.nbytes
     )
     source = _Source(unit, reading, needs)
     raws = filter(lambda raw: wanted is None or wanted(raw.key), source.samples())

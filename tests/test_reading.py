@@ -104,7 +104,7 @@ def test_one_window_is_made_ahead_and_no_more(tmp_path: Path, monkeypatch: pytes
     batches = read_batches(unit, Reading(), IMAGES, Windows(samples=2))
     next(batches)
     time.sleep(0.5)
-    depth = 2 * module._cores() + 2
+    depth = 2 * module.cores() + 2
     assert made[0] <= 2 + 2 + depth  # the window taken, the one made ahead, and what waits behind it
     batches.close()
 

@@ -32,6 +32,14 @@ def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> No
     parser.add_argument("--output", required=True, metavar="DIR", help="directory or URL for the Parquet files")
     run = parser.add_argument_group("how it runs")
     device_arguments(run)
+    run.add_argument(
+        "--workers",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="processes of this machine that share the work, each with a model of its own and its part of the cores or "
+        "of the GPUs (default: 1, which has them all)",
+    )
     run.add_argument("--limit", type=positive, metavar="N", help="the first N samples only, as one unit")
     run.add_argument(
         "--max-failure-rate",
@@ -55,7 +63,7 @@ def device_arguments(group: Group) -> None:
         type=_device,
         default="auto",
         metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N (default: auto, a GPU if there is one)",
+        help="auto, cpu, cuda or cuda:N (default: auto, the GPUs if there are any)",
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, bfloat16 on cuda)")
     group.add_argument(
@@ -157,6 +165,7 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
         "overwrite": args.overwrite,
         "retry_failures": args.retry_failures,
         "shared_output": args.shared_output,
+        "workers": args.workers,
         "reading": Reading(fields=fields_of(args), cleaning=cleaning, draft=args.draft),
         "beam_args": args.beam_args,
     }

@@ -25,12 +25,15 @@ from mmbeam.io import runs
 from mmbeam.io.paths import public_text
 from mmbeam.io.runs import Run
 from mmbeam.jobs.cluster import pool_error, runner_of, workers_are_here
-from mmbeam.models.placement import resolve_device
+from mmbeam.models.leases import devices_of
 from mmbeam.report.inspect import Probe
 from mmbeam.report.progress import progress
 from mmbeam.types import Modality, RunReport, WorkUnit
 
 log = logging.getLogger(__name__)
+
+IN_PROCESS = ("", "direct", "switchingdirect")  # the runners, as runner_of names them, that are this process
+UNITS_PER_DEVICE = 2  # at once: one computes while the other opens, decodes or writes
 PACKAGES = (
     "mmbeam",
     "apache-beam",
@@ -60,13 +63,14 @@ class JobOptions:
     overwrite: bool = False
     retry_failures: bool = False
     shared_output: bool = False  # a local output is the same directory on every worker
+    workers: int = 1  # processes of this machine that share the work; 1: this one does it
     reading: Reading = field(default_factory=Reading)
     windows: Windows = field(default_factory=Windows)
     beam_args: tuple[str, ...] = ()  # Beam's own options, as Beam spells them
 
 
-def pipeline_options(args: Sequence[str] = ()) -> PipelineOptions:
-    """Beam's options; with no runner named, this process with two units at once.
+def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOptions:
+    """Beam's options; with no runner named, this process with two units at once for each of its `devices`.
 
     Raises UsageError for an argument that Beam does not know: Beam itself only logs and drops it.
     """
@@ -77,10 +81,11 @@ def pipeline_options(args: Sequence[str] = ()) -> PipelineOptions:
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]}: neither mmbeam nor Apache Beam has it (see mmbeam --help)")
     runner = runner_of(args)
-    if runner in ("", "direct", "switchingdirect"):
+    if runner in IN_PROCESS:
         if runner:
             log.info("--runner=DirectRunner runs in this process, by Beam's FnApiRunner; --runner=PrismRunner is Prism")
-        args = ["--direct_running_mode=multi_threading", "--direct_num_workers=2", *args, "--runner=FnApiRunner"]
+        threads = ["--direct_running_mode=multi_threading", f"--direct_num_workers={UNITS_PER_DEVICE * devices}"]
+        args = [*threads, *args, "--runner=FnApiRunner"]
     elif runner == "dataflow":
         args = [*_one_model_per_machine(args), *args]
     _send_when_full()
@@ -92,7 +97,7 @@ def _one_model_per_machine(args: Sequence[str]) -> list[str]:
 
     Here one process of a machine holds the model, with two units at once, and the image holds the package.
     """
-    made = ["--no_save_main_session", "--number_of_worker_harness_threads=2"]
+    made = ["--no_save_main_session", f"--number_of_worker_harness_threads={UNITS_PER_DEVICE}"]
     if not PipelineOptions(list(args)).view_as(DebugOptions).lookup_experiment("use_multiple_sdk_containers"):
         made.append("--experiments=no_use_multiple_sdk_containers")
     return made
@@ -120,9 +125,11 @@ def _subclasses(cls: type[PipelineOptions]) -> list[type[PipelineOptions]]:
 
 
 def device_of(options: JobOptions) -> str:
-    """The workers' device. Looked for here only if the workers are here; elsewhere "auto" cannot be known."""
+    """The workers' device; of several GPUs, their kind. Looked for here only if the workers are here, since
+    "auto" cannot be known elsewhere."""
     if workers_are_here(options.beam_args):
-        return resolve_device(options.device)
+        found = devices_of(options.device)
+        return found[0] if len(found) == 1 else found[0].partition(":")[0]
     if options.device == "auto":
         raise UsageError("--device auto: the workers are elsewhere; say --device cuda or --device cpu")
     return options.device
@@ -162,7 +169,15 @@ _SECRET = re.compile("secret|token|password|credential|key|connection_string", r
 
 def versions() -> dict[str, str]:
     """The packages whose version may change a value, as installed."""
-    return {name: metadata.version(name) for name in PACKAGES}
+    return {name: metadata.version(name) for name in PACKAGES} | _installed("vllm")
+
+
+def _installed(name: str) -> dict[str, str]:
+    """The version of a package that may be missing."""
+    try:
+        return {name: metadata.version(name)}
+    except metadata.PackageNotFoundError:
+        return {}
 
 
 def execute(
@@ -171,6 +186,7 @@ def execute(
     args: Sequence[str],
     build: Callable[[beam.Pipeline], object],
     check: Callable[[RunReport], None],
+    devices: int = 1,
 ) -> RunReport:
     """Run the pipeline that `build` makes, unless every unit is committed, and read the run's report.
 
@@ -181,16 +197,11 @@ def execute(
             "--template_location, --dry_run, --no_wait_until_finish: nobody waits for its report: launch()"
         )
     progress.start(len(units))
-    done = runs.committed(run)
-    if all(unit.id in done and not unit.replace for unit in units):
-        log.info("every unit is committed already")
-        reports = list(runs.load_reports(run, [unit.id for unit in units]))
-        report = runs.confirm_summary(run, reports)
-        check(report)
-        return report
+    if not to_do(run, units):
+        return confirm(run, units, check)
     with runs.running_here(run) as raised:
         try:
-            state = submit(run, args, build).wait_until_finish()
+            state = submit(run, args, build, devices).wait_until_finish()
         except Exception as error:
             raise (raised[0] if raised else _plain(run, error, args)) from error
     if state != PipelineState.DONE:
@@ -198,10 +209,24 @@ def execute(
     return runs.read_summary(run)
 
 
-def submit(run: Run, args: Sequence[str], build: Callable[[beam.Pipeline], object]) -> PipelineResult:
+def to_do(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
+    """The units that are not committed, or are to be replaced."""
+    done = runs.committed(run)
+    return [unit for unit in units if unit.replace or unit.id not in done]
+
+
+def confirm(run: Run, units: Sequence[WorkUnit], check: Callable[[RunReport], None]) -> RunReport:
+    """The report of a run of which nothing is left to do."""
+    log.info("every unit is committed already")
+    report = runs.confirm_summary(run, list(runs.load_reports(run, [unit.id for unit in units])))
+    check(report)
+    return report
+
+
+def submit(run: Run, args: Sequence[str], build: Callable[[beam.Pipeline], object], devices: int = 1) -> PipelineResult:
     """Hand the pipeline that `build` makes to its runner, even if every unit is committed, and do not wait."""
     runs.clear_stop(run)
-    pipeline = beam.Pipeline(options=pipeline_options(args))
+    pipeline = beam.Pipeline(options=pipeline_options(args, devices))
     build(pipeline)
     return pipeline.run()
 

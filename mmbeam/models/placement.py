@@ -2,15 +2,17 @@
 
 Units submit windows and wait for the result; two units at once keep a device busy, since one computes
 while the other opens, decodes or writes. Models are held by strong references for the life of the
-process. What is a sample's fault and what is the device's is told apart here.
+process. What is a sample's fault and what is the device's is told apart here; which of several devices a
+unit is on, in leases.py.
 """
 
 import re
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -46,7 +48,7 @@ def resolve_device(name: str) -> str:
     """
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
         raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
@@ -67,12 +69,14 @@ class Device:
         self._broken: str | None = None  # what it said when it broke
 
     def run(self, stage: Stage, batch: Batch) -> Batch:
-        """Run `stage` on `batch` on the device's thread, and wait.
+        """Run `stage` on `batch` on the device's thread, and wait. A stage that names another one is run on this.
 
         The result's tally gains the seconds computed ("compute") and those waited for the device
         ("device_wait"). Raises DeviceError when the device fails, and at once ever after.
         """
         begin = time.perf_counter()
+        if stage.device != self.name:
+            stage = replace(cast(Any, stage), device=self.name)
         result, computed, loaded = self._thread.submit(self._run, stage, batch).result()
         waited = max(0.0, time.perf_counter() - begin - computed - loaded)
         seconds = {"compute": computed, "load_model": loaded, "device_wait": waited}
@@ -83,9 +87,10 @@ class Device:
             raise DeviceError(f"{self.name} failed before: {self._broken}")
         begin = time.perf_counter()
         try:
-            model = self._model(stage)
-            loaded = time.perf_counter()
-            result = stage.run(model, batch)
+            with torch.cuda.device(self.name) if self.name.startswith("cuda") else nullcontext():
+                model = self._model(stage)
+                loaded = time.perf_counter()
+                result = stage.run(model, batch)
         except Exception as error:
             if classify(error) == "device":
                 self._broken = _first_line(error)

@@ -9,6 +9,7 @@ import os
 import threading
 import time
 from collections import deque
+from collections.abc import Callable
 from dataclasses import replace
 from typing import TextIO
 
@@ -26,10 +27,11 @@ CLEAR_LINE = "\r\x1b[K"
 
 
 class Progress:
-    """Counters of one run. Thread-safe."""
+    """Counters of one run. Thread-safe. In a worker process `relay` tells its launcher what is added."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
+        self.relay: Callable[[Tally], None] | None = None
         self.start(0)
 
     def start(self, units: int) -> None:
@@ -52,6 +54,8 @@ class Progress:
         """Put a window's counts on the sum."""
         with self._lock:
             self.tally += tally
+        if self.relay is not None:
+            self.relay(tally)
 
     def unit_done(self, report: UnitReport) -> None:
         """A unit came to its end: committed now or before, or failed."""

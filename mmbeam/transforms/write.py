@@ -89,26 +89,33 @@ class _Write(beam.DoFn):
 class Summarize(beam.PTransform):
     """PCollection[UnitReport] -> PCollection[RunReport], of one element; writes summary.json.
 
-    `check` is called with the report once it is written, and may raise what makes the job fail.
+    `check` is called with the report once it is written, and may raise what makes the job fail. `devices` is
+    how many compute, where that is known.
     """
 
-    def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None) -> None:
+    def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None, devices: int = 1) -> None:
         super().__init__()
         self.run = run
         self.check = check
+        self.devices = devices
 
     def expand(self, reports: beam.PCollection[UnitReport]) -> beam.PCollection[RunReport]:
         return (
             reports
             | "Gather" >> beam.combiners.ToList()  # list[UnitReport]
-            | "Summary" >> beam.Map(_summarize, self.run, time.time(), self.check)  # RunReport
+            | "Summary" >> beam.Map(summarize, self.run, time.time(), self.check, self.devices)  # RunReport
         )
 
 
-def _summarize(
-    reports: list[UnitReport], run: Run, started: float, check: Callable[[RunReport], None] | None
+def summarize(
+    reports: Sequence[UnitReport],
+    run: Run,
+    started: float,
+    check: Callable[[RunReport], None] | None,
+    devices: int = 1,
 ) -> RunReport:
-    report = runs.write_summary(run, reports, time.time() - started)
+    """What Summarize does with the reports of all units of a launch that began at `started`, in Unix time."""
+    report = runs.write_summary(run, reports, time.time() - started, devices)
     if report.units_written:
         runs.check_rate(run, report.tally)
     if check is not None:

@@ -1,0 +1,184 @@
+"""Units placed on several devices of one process, and one device for each of several processes.
+
+A CPU counts as several devices here, cpu:0, cpu:1 and cpu:2, each with a thread and models of its own; where there
+are GPUs the same tests run on them.
+"""
+
+import subprocess
+import sys
+import threading
+from collections import Counter, defaultdict
+from collections.abc import Generator, Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+import torch
+from apache_beam.options.pipeline_options import DirectOptions
+from hypothesis import given
+from hypothesis import strategies as st
+from known import Known, assert_same, counts, make_known, options, read_parts
+
+from mmbeam.errors import DeviceError, UsageError
+from mmbeam.jobs.embed import embed, prepare
+from mmbeam.jobs.launch import device_of, pipeline_options
+from mmbeam.models import leases, placement
+from mmbeam.stages.embed import EmbedStage
+from mmbeam.transforms.embed import RunStage
+from mmbeam.types import Batch
+
+SEVERAL = {"cpu": ("cpu:0", "cpu:1", "cpu:2"), "cuda": tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
+
+
+@pytest.fixture(autouse=True)
+def fresh_process() -> Iterator[None]:
+    """Devices that hold no model and no unit yet, before and after."""
+    placement._devices.clear()
+    yield
+    placement._devices.clear()
+    leases._leases.clear()
+    leases.use(())
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    return make_known(tmp_path_factory.mktemp("known"))
+
+
+class Seen:
+    """What devices a job used. The first window on each waits until every device has one."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
+        self.loads: Counter[str] = Counter()
+        self.devices: dict[str, set[str]] = defaultdict(set)  # by unit
+        self.meeting = threading.Barrier(devices, timeout=60)
+        self._real_load, self._real_run = EmbedStage.load, EmbedStage.run
+        monkeypatch.setattr(EmbedStage, "load", lambda stage: self._load(stage))
+        monkeypatch.setattr(EmbedStage, "run", lambda stage, model, batch: self._run(stage, model, batch))
+
+    def _load(self, stage: EmbedStage) -> Any:
+        self.loads[stage.device] += 1
+        self.meeting.wait()
+        return self._real_load(stage)
+
+    def _run(self, stage: EmbedStage, model: Any, batch: Batch) -> Batch:
+        self.devices[batch.unit.id].add(stage.device)
+        return self._real_run(stage, model, batch)
+
+
+def test_units_are_spread_over_all_devices_and_the_model_is_loaded_once_on_each(
+    known: Known, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = SEVERAL[device.type]
+    leases.use(names)
+    seen = Seen(monkeypatch, len(names))
+    report = embed(options(known.root, tmp_path, device=device.type, dtype="float32"))
+    assert seen.loads == dict.fromkeys(names, 1)
+    assert len(seen.devices) == 5
+    assert all(len(used) == 1 for used in seen.devices.values())  # a unit stays where it began
+    assert not leases._leases
+    assert counts(report) == counts(known.report)
+    assert_same(read_parts(tmp_path), known.parts)
+    computed = report.tally.seconds["compute"]
+    assert report.speed_of_light == pytest.approx(computed / (report.wall_seconds * len(names)))
+
+
+def test_two_units_at_once_for_each_device_unless_beam_is_told_otherwise() -> None:
+    def threads(*args: str) -> int:
+        return int(pipeline_options(args, devices=3).view_as(DirectOptions).direct_num_workers)
+
+    assert (threads(), threads("--direct_num_workers=4")) == (6, 4)
+
+
+def test_a_job_names_the_kind_of_several_devices_and_a_single_one_itself(known: Known, tmp_path: Path) -> None:
+    job = options(known.root, tmp_path)
+    assert device_of(job) == "cpu"
+    leases.use(("cpu:2",))
+    assert device_of(job) == "cpu:2"
+    leases.use(("cpu:0", "cpu:1"))
+    assert device_of(job) == "cpu"
+    assert leases.devices_of("cpu:1") == ("cpu:1",)
+
+
+def test_a_device_that_is_not_there_has_no_units() -> None:
+    with pytest.raises(DeviceError, match="this machine has"):
+        leases.lease("cuda:99", "unit")
+    with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
+        leases.devices_of("gpu")
+
+
+@given(st.lists(st.integers(0, 9)), st.integers(1, 4))
+def test_a_unit_gets_the_least_busy_device_and_keeps_it(events: list[int], number: int) -> None:
+    """Each event is a unit that begins, or ends if it is at work."""
+    leases.use(tuple(f"cpu:{i}" for i in range(number)))
+    held: dict[str, str] = {}
+    for event in events:
+        unit = f"unit-{event}"
+        if unit in held and event % 2:
+            assert leases.lease("cpu", unit).name == held[unit]
+        if unit in held:
+            leases.release("cpu", unit)
+            del held[unit]
+            continue
+        busy = Counter(held.values())
+        held[unit] = leases.lease("cpu", unit).name
+        assert busy[held[unit]] == min(busy[f"cpu:{i}"] for i in range(number))
+    for unit in held:
+        leases.release("cpu", unit)
+    assert not leases._leases
+
+
+def test_a_unit_that_is_given_up_leaves_its_device(known: Known, tmp_path: Path) -> None:
+    """A later step fails, so that the runner drops the bundle in the middle of a unit."""
+    leases.use(("cpu:0", "cpu:1"))
+    job = prepare(options(known.root, tmp_path))
+    read, model = job.steps()[:2]
+    assert isinstance(model, RunStage)
+    with closing(cast(Generator[Batch], read.process(job.units[0]))) as batches:
+        window = cast(Generator[Batch], model.process(next(batches)))
+        next(window)
+        assert len(leases._leases) == 1
+        window.close()
+    assert not leases._leases
+
+
+# One device for each process
+
+
+HOLDER = """
+import sys
+from filelock import FileLock
+with FileLock(sys.argv[1]):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+def test_a_process_takes_a_device_that_no_other_has_and_leaves_it_however_it_ends(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", HOLDER, str(tmp_path / "gpu-a.0")]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"held\n"
+        assert leases.take_one(["gpu-a", "gpu-b"], tmp_path) == 1
+        other.kill()
+        other.communicate()
+    assert leases.take_one(["gpu-a", "gpu-b"], tmp_path) == 0
+
+
+def test_more_processes_than_devices_share_them_evenly_and_say_so(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    taken = [leases.take_one(["gpu-a", "gpu-b"], tmp_path) for _ in range(5)]
+    assert taken == [0, 1, 0, 1, 0]
+    assert [record.message for record in caplog.records if "gpu-a" in record.message] == [
+        "gpu-a has 2 processes: more worker processes than devices here",
+        "gpu-a has 3 processes: more worker processes than devices here",
+    ]
+
+
+def test_a_worker_process_of_a_runner_keeps_to_one_device() -> None:
+    """Of this machine's own GPUs, where there are any."""
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    leases.own_one(kind)
+    assert len(leases.devices_of(kind)) == 1

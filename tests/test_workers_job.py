@@ -1,0 +1,181 @@
+"""Jobs that worker processes of this machine share (`--workers`); how the processes are run: test_workers.py."""
+
+import os
+import pickle
+import signal
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pyarrow.parquet as pq
+import pytest
+import shards
+from hypothesis import given
+from hypothesis import strategies as st
+from known import Known, assert_same, counts, make_known, options, read_parts
+from test_workers import exists
+
+from mmbeam.cli import main
+from mmbeam.errors import JobError, UsageError
+from mmbeam.io import runs
+from mmbeam.jobs.caption import CaptionOptions
+from mmbeam.jobs.caption import prepare as prepare_caption
+from mmbeam.jobs.embed import EmbedOptions, embed, prepare
+from mmbeam.jobs.local import UnitWork, check_workers, share_cores, share_devices
+from mmbeam.models import leases
+from mmbeam.reading import use_cores
+from mmbeam.report.progress import progress
+from mmbeam.types import Tally
+
+
+@pytest.fixture(scope="module")
+def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
+    return make_known(tmp_path_factory.mktemp("known"))
+
+
+def children() -> list[int]:
+    """The processes that this one has started and that are alive."""
+    found = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
+    return [pid for pid in found if exists(pid)]
+
+
+def kill_one(started_before: set[int], data: Path) -> None:
+    """Kill a worker process once the first units are committed."""
+    while len(list(data.glob("*.parquet"))) < 2:
+        time.sleep(0.002)
+    os.kill(min(set(children()) - started_before), signal.SIGKILL)
+
+
+def test_one_that_is_killed_ends_the_job_and_the_same_command_does_the_rest(known: Known, tmp_path: Path) -> None:
+    """By any number of processes: most of the rest is done in this one, which starts none, and the last unit in one."""
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(60), shards=30)
+    job = options(known.root, tmp_path / "out", input=(str(tmp_path / "in"),), workers=2)
+    data, before = tmp_path / "out" / "data", set(children())
+    killer = threading.Thread(target=kill_one, args=(before, data))
+    killer.start()
+    with pytest.raises(JobError, match=r"killed by SIGKILL.*The same command again does the rest"):
+        embed(job)
+    killer.join()
+    assert set(children()) == before
+    assert 2 <= len(list(data.glob("*.parquet"))) < 29
+    alone = prepare(replace(job, workers=1))
+    replace(alone, units=alone.units[:-1]).execute()
+    report = embed(job)
+    assert (report.units_written, report.units_kept, report.units_failed) == (1, 29, 0)
+    assert (progress.units_done, progress.tally.samples, progress.kept.samples) == (30, 2, 58)
+    assert runs.read_summary(alone.run) == report
+    assert 0 < report.speed_of_light <= 1
+    assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
+    other = replace(job, output=str(tmp_path / "alone"), workers=1)
+    assert counts(report) == counts(embed(other))
+    assert_same(read_parts(tmp_path / "out"), read_parts(tmp_path / "alone"))
+
+
+def test_what_is_committed_needs_no_process(known: Known, tmp_path: Path) -> None:
+    job = options(known.root, tmp_path)
+    embed(job)
+    report = embed(replace(job, workers=2))
+    assert (report.units_kept, counts(report)) == (5, counts(known.report))
+
+
+def in_this_process(job: EmbedOptions | CaptionOptions) -> list[Tally]:
+    """What a worker process would do with every unit of a job, pickled on its way; what it tells on the way."""
+    prepared = prepare_caption(job) if isinstance(job, CaptionOptions) else prepare(job)
+    work = pickle.loads(pickle.dumps(UnitWork(replace(prepared, units=()).steps, ("cpu",), 1)))
+    told: list[Tally] = []
+    try:
+        for unit in prepared.units:
+            assert work(unit, told.append).status == "written"
+    finally:
+        progress.relay = None
+        leases.use(())
+        use_cores(0)
+    return told
+
+
+def test_a_worker_process_makes_the_same_rows_and_tells_every_window(known: Known, tmp_path: Path) -> None:
+    told = in_this_process(options(known.root, tmp_path))
+    assert_same(read_parts(tmp_path), known.parts)
+    assert sum(told, Tally()).samples == known.report.tally.samples
+    assert len(told) > 5
+
+
+def test_captions_are_made_in_worker_processes_too(tmp_path: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=2)
+    job = CaptionOptions(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), device="cpu")
+    assert sum(tally.samples for tally in in_this_process(job)) == 4
+    captions = [text for path in (tmp_path / "out" / "data").glob("*.parquet") for text in captions_of(path)]
+    assert len(captions) == 4
+    assert all(captions)
+
+
+def captions_of(path: Path) -> list[str]:
+    captions: list[str] = pq.read_table(path, columns=["caption"])["caption"].to_pylist()
+    return captions
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("beam_args", "message"),
+    [
+        (["--runner=FlinkRunner", "--flink_master=[local]"], r"--runner=flink take --parallelism .* --sdk_worker_para"),
+        (["--runner=DataflowRunner"], "--runner=dataflow take --num_workers and --max_num_workers"),
+        (["--runner=FnApiRunner"], "--direct_num_workers with --direct_running_mode"),
+        (["--runner=PrismRunner"], "--runner=prism take its own options, or leave --runner out"),
+        (["--direct_num_workers=3"], "leave one out"),
+        (["--no_wait_until_finish"], "must wait"),
+    ],
+)
+def test_workers_are_of_this_machine_alone(beam_args: list[str], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=f"--workers.*{message}"):
+        check_workers(options(tmp_path, tmp_path, *beam_args, workers=2))
+    check_workers(options(tmp_path, tmp_path, *beam_args, workers=1))
+
+
+def test_a_store_that_one_process_alone_sees_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="memory://"):
+        check_workers(replace(options(tmp_path, tmp_path), output="memory://out", workers=2))
+
+
+def test_more_workers_than_cores_are_allowed_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    check_workers(options(tmp_path, tmp_path, workers=1000))
+    assert "--workers 1000: more than the" in caplog.text
+
+
+@pytest.mark.parametrize("workers", ["0", "-1", "two"])
+@pytest.mark.parametrize("command", ["embed", "caption"])
+def test_the_command_line_refuses_what_is_no_number_of_processes(
+    command: str, workers: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, "--input", "x", "--output", "y", "--workers", workers]) == 2
+    assert "--workers: expected a whole number of at least 1" in capsys.readouterr().err
+    with pytest.raises(UsageError, match="expected at least 1"):
+        check_workers(options(Path(), Path(), workers=0))
+
+
+# What each process has
+
+
+@given(st.integers(1, 300), st.integers(1, 100))
+def test_cores_are_shared_out_evenly_and_nobody_has_none(count: int, workers: int) -> None:
+    shares = share_cores(count, workers)
+    assert len(shares) == workers
+    assert max(shares) - min(shares) <= 1
+    assert min(shares) >= 1
+    assert sum(shares) == max(count, workers)
+
+
+@given(st.integers(1, 16), st.integers(1, 40))
+def test_every_device_is_used_and_no_process_is_without_one(count: int, workers: int) -> None:
+    devices = [f"cuda:{number}" for number in range(count)]
+    shares = share_devices(devices, workers)
+    assert len(shares) == workers
+    assert {device for share in shares for device in share} == set(devices[: count if workers <= count else None])
+    sizes = [len(share) for share in shares]
+    assert min(sizes) >= 1
+    assert sum(sizes) == max(count, workers)
+    users = [sum(device in share for share in shares) for device in devices]
+    assert max(users) - min(users) <= 1
