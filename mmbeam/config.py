@@ -5,12 +5,25 @@ What is in `Reading` decides what a row means and is part of a run's fingerprint
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from mmbeam.errors import UsageError
 from mmbeam.types import KINDS, Kind
 
 MIB = 1 << 20
 SHIPPED = "shipped"  # the name of the small fusion model that is part of this package
+Engine = Literal["transformers", "vllm"]  # what runs a model that generates
+UNNAMED = "model"  # what a run calls a model that was given no name
+
+Task = Literal["caption", "transcribe", "translate", "summarize", "dialogue"]  # what a model that writes is asked for
+TASKS: tuple[Task, ...] = get_args(Task)
+COLUMN_OF: Mapping[Task, str] = {  # where the text of a task is written
+    "caption": "caption",
+    "transcribe": "transcript",
+    "translate": "translation",
+    "summarize": "summary",
+    "dialogue": "reply",
+}
 
 EXTENSIONS: Mapping[Kind, tuple[str, ...]] = {
     "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),

@@ -15,6 +15,7 @@ MmbeamError
 +-- SampleError           something is wrong with one sample: it becomes a Failure, never raised out
     +-- DecodeError             the bytes are not what they claim to be
     +-- LimitError              the bytes claim more than a limit allows
+    +-- PromptError             the sample has not what the prompt names, or its turns are malformed
 
 What is wrong with the surroundings and is not of this tree (OSError from storage, MemoryError,
 PermissionError) is raised as it is; the attempt ends and the runner may try again.
@@ -79,3 +80,7 @@ class DecodeError(SampleError):
 
 class LimitError(SampleError):
     """A member is larger, longer or has more pixels than the limits allow."""
+
+
+class PromptError(SampleError):
+    """A sample lacks a field that the prompt names, or its metadata holds no turns of a dialogue."""

@@ -211,6 +211,16 @@ class Batch:
     found: tuple[Found, ...] = ()  # of each of the unit's inputs, on the last window
 
 
+class Origin(NamedTuple):
+    """The model that features come from: two of equal width may have nothing else in common."""
+
+    model: str  # as it was named, with its @revision
+    digest: str  # of its files
+
+    def __str__(self) -> str:
+        return f"{self.model} (digest {self.digest[:12]})"
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureColumn:
     """A column of features, computed before, that a model takes in place of a modality's media."""
@@ -219,6 +229,7 @@ class FeatureColumn:
     modality: Modality
     width: int  # of one vector
     tokens: bool = False  # [tokens, width] per sample, and not [width]
+    origin: Origin | None = None  # what made those it was trained on; None: nobody knows
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -244,12 +255,14 @@ class Needs:
 class Output:
     """A thing a stage makes: a column, or several of which the first says whether it was made.
 
-    It is due for every sample in which one of `modalities` is present, and all of `required`.
+    It is due for every sample in which one of `modalities` is present, or whatever it holds if none is named,
+    and all of `required`. What could not be read of those, or of `reads`, costs it.
     """
 
     modalities: frozenset[Modality]
     columns: tuple[pa.Field, ...]
     required: frozenset[Modality] = frozenset()
+    reads: frozenset[Kind] = frozenset()  # what else it is made of, where a sample has it
 
     @property
     def name(self) -> str:
@@ -257,7 +270,7 @@ class Output:
 
     def due(self, present: frozenset[Modality]) -> bool:
         """Whether a sample that holds these modalities should have it."""
-        return bool(self.modalities & present) and self.required <= present
+        return (not self.modalities or bool(self.modalities & present)) and self.required <= present
 
 
 class Stage(Protocol):

@@ -12,7 +12,7 @@ import torch
 from tiny_generators import features, make_sample, save_fusion
 
 from mmbeam.errors import DeviceError, ModelError, UsageError
-from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request
+from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.stages.explain import shares_of
 from mmbeam.stages.generate import GenerateStage, generate_stage, stream_seed
@@ -360,12 +360,10 @@ def test_the_longest_text_it_can_write_is_written(fusion: Path) -> None:
 
 
 def test_a_task_names_the_columns(fusion: Path) -> None:
-    stage = generate_stage(str(fusion), decoding=GREEDY, task="summary")
+    stage = replace(generate_stage(str(fusion), decoding=GREEDY), wanted=Wanted(task="summarize"))
     result = run(stage, every_subset(8))
     assert [each.name for each in stage.outputs[0].columns] == ["summary", "summary_num_tokens", "summary_logprob"]
     assert set(result.features) == {"summary", "summary_num_tokens", "summary_logprob", "text_num_tokens"}
-    with pytest.raises(UsageError, match="expected a name"):
-        generate_stage(str(fusion), task="no name")
 
 
 def test_what_nothing_can_be_masked_of_cannot_be_explained(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import torch
 from pictures import pictures
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
+from mmbeam.config import Task
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
 from mmbeam.models.generators.base import Request
@@ -113,8 +114,8 @@ def test_what_it_is_says_what_it_needs(name: str, saved: dict[str, Path]) -> Non
     assert (spec.modalities, spec.required, spec.max_text_tokens) == (("image", "text"), (), 1024)
 
 
-@pytest.mark.parametrize("task", ["caption", "transcribe", "translate", "summarize", "anything"])
-def test_a_picture_without_words_is_asked_what_the_task_says(model: Any, task: str) -> None:
+@pytest.mark.parametrize("task", ["caption", "transcribe", "translate", "summarize"])
+def test_a_picture_without_words_is_asked_what_the_task_says(model: Any, task: Task) -> None:
     asked = model.tokenizer.decode(model.prompt(Request(image=IMAGES[0], task=task)))
     wanted = {"transcribe": "Write down the text", "translate": "into English", "summarize": "Summarize the image"}
     assert wanted.get(task, "Describe the image in one sentence.") in asked

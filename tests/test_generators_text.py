@@ -8,7 +8,7 @@ import tiny_generators_hub as hub
 import torch
 from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokenizer
 
-from mmbeam.errors import LimitError, ModelError
+from mmbeam.errors import LimitError, ModelError, UsageError
 from mmbeam.models.generators import FAMILIES, describe, family_of
 from mmbeam.models.generators.base import Generator, Request
 
@@ -119,7 +119,7 @@ def test_a_language_is_asked_for_by_its_token(saved: dict[str, Path]) -> None:
         inputs = tokenizer(request.text, return_tensors="pt")
         [ids] = reference.generate(**inputs, forced_bos_token_id=wanted, max_new_tokens=hub.NEW + 1).tolist()
         assert tuple(ids[2 : 2 + len(found.token_ids)]) == found.token_ids
-    with pytest.raises(ModelError, match="no __xx__"):
+    with pytest.raises(UsageError, match="--language xx: the model has ar_AR"):
         hub.made(model, [Request(text="a", language="xx")])
 
 

@@ -12,21 +12,32 @@ from mmbeam.stages.packing import pack, run_packed
 weights = st.lists(st.integers(1, 500), max_size=80)
 
 
-@given(weights, st.integers(1, 20), st.one_of(st.none(), st.integers(1, 2000)))
+limits = st.one_of(st.none(), st.integers(1, 2000))
+
+
+@given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 500)), max_size=80), st.integers(1, 20), limits, limits)
 def test_every_item_is_in_exactly_one_batch_within_the_limits(
-    weights: list[int], size: int, max_weight: int | None
+    items: list[tuple[int, int]], size: int, max_weight: int | None, max_size: int | None
 ) -> None:
-    batches = pack(weights, size, max_weight)
+    weights, sizes = [weight for weight, _ in items], [each for _, each in items]
+    batches = pack(weights, size, max_weight, sizes, max_size)
     assert sorted(position for batch in batches for position in batch) == list(range(len(weights)))
     for batch in batches:
         assert 1 <= len(batch) <= size
         heaviest = max(weights[position] for position in batch)
         assert max_weight is None or len(batch) == 1 or len(batch) * heaviest <= max_weight
+        assert max_size is None or len(batch) == 1 or sum(sizes[position] for position in batch) <= max_size
+
+
+def test_of_equal_weights_equal_sizes_stand_together() -> None:
+    assert pack([7] * 6, 2, sizes=[1, 9, 4, 9, 1, 4]) == [[1, 3], [2, 5], [0, 4]]
 
 
 @given(weights, st.integers(1, 20))
 def test_batches_are_ordered_by_weight_and_even(weights: list[int], size: int) -> None:
+    """Even where there is a limit of weight, if it is out of reach."""
     batches = pack(weights, size)
+    assert pack(weights, size, 500 * size) == batches
     flat = [weights[position] for batch in batches for position in batch]
     assert flat == sorted(flat, reverse=True)
     sizes = [len(batch) for batch in batches]

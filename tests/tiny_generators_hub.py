@@ -24,12 +24,16 @@ from transformers import (
     GPT2Tokenizer,
     LlamaConfig,
     LlamaForCausalLM,
+    M2M100Config,
+    M2M100ForConditionalGeneration,
+    M2M100Tokenizer,
     MarianConfig,
     MarianMTModel,
     MarianTokenizer,
     MBartConfig,
     MBartForConditionalGeneration,
     MBartTokenizer,
+    NllbTokenizer,
     PegasusConfig,
     PegasusForConditionalGeneration,
     PegasusTokenizer,
@@ -142,11 +146,14 @@ def ids_of(tokenizer: Any) -> dict[str, Any]:
     return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
 
 
-def save_t5(directory: Path) -> Path:
-    """A T5: positions are relative, so only its tokenizer names a limit."""
+def save_t5(directory: Path, **options: Any) -> Path:
+    """A T5: positions are relative, so only its tokenizer names a limit. `options` go into its config.json."""
     tokenizer = T5Tokenizer(vocab=unigrams(["<pad>", "</s>", "<unk>"]), extra_ids=4, model_max_length=64)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer)}
-    return save(T5ForConditionalGeneration, T5Config(decoder_start_token_id=0, **sizes), directory, tokenizer)
+    save(T5ForConditionalGeneration, T5Config(decoder_start_token_id=0, **sizes), directory, tokenizer)
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | options))
+    return directory
 
 
 def save_bart(directory: Path) -> Path:
@@ -175,12 +182,41 @@ def save_mbart(directory: Path) -> Path:
     return save(MBartForConditionalGeneration, config, directory, tokenizer)
 
 
-def save_marian(directory: Path) -> Path:
-    """A Marian with two sentencepiece models and a vocabulary beside them."""
+def save_m2m100(directory: Path) -> Path:
+    """An M2M100 of 64 positions, whose hundred languages stand behind its vocabulary."""
+    directory.mkdir(parents=True, exist_ok=True)
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", *_sentencepiece(directory / "sentencepiece.bpe.model")]
+    (directory / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
+    tokenizer = M2M100Tokenizer(str(directory / "vocab.json"), str(directory / "sentencepiece.bpe.model"))
+    size = len(pieces) + len(tokenizer.lang_code_to_id) + 8
+    return _save_many_tongued(directory, tokenizer, size)
+
+
+def save_nllb(directory: Path) -> Path:
+    """An NLLB: an M2M100 with two hundred languages, by other names."""
+    vocabulary = {piece: index for index, (piece, _) in enumerate(unigrams(["<s>", "<pad>", "</s>", "<unk>"]))}
+    tokenizer = NllbTokenizer(vocab=vocabulary, merges=[], src_lang="eng_Latn")
+    return _save_many_tongued(directory, tokenizer, len(tokenizer))
+
+
+def _save_many_tongued(directory: Path, tokenizer: Any, size: int) -> Path:
+    config = M2M100Config(
+        d_model=32,
+        max_position_embeddings=64,
+        decoder_start_token_id=tokenizer.eos_token_id,
+        **HALVES,
+        **(ids_of(tokenizer) | {"vocab_size": size}),
+    )
+    return save(M2M100ForConditionalGeneration, config, directory, tokenizer)
+
+
+def save_marian(directory: Path, languages: Sequence[str] = ()) -> Path:
+    """A Marian with two sentencepiece models and a vocabulary beside them, which may hold `languages` to write."""
     directory.mkdir(parents=True, exist_ok=True)
     pieces = _sentencepiece(directory / "source.spm")
     _sentencepiece(directory / "target.spm")
-    vocabulary = {piece: index for index, piece in enumerate(["</s>", "<unk>", *pieces, "<pad>"])}
+    codes = [f">>{language}<<" for language in languages]
+    vocabulary = {piece: index for index, piece in enumerate(["</s>", "<unk>", *pieces, *codes, "<pad>"])}
     (directory / "vocab.json").write_text(json.dumps(vocabulary))
     tokenizer = MarianTokenizer(*(str(directory / name) for name in ("source.spm", "target.spm", "vocab.json")))
     config = MarianConfig(

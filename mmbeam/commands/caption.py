@@ -11,8 +11,9 @@ from mmbeam.errors import UsageError
 if TYPE_CHECKING:
     from mmbeam.jobs.caption import CaptionOptions
 
-ABOUT = "Write a caption of every sample of the shards, or of features that `mmbeam embed` wrote."
-MAX_NEW_TOKENS = 64
+ABOUT = "Write a text about every sample: a caption, transcript, translation, summary or reply."
+TASKS = ("caption", "transcribe", "translate", "summarize", "dialogue")  # config.TASKS, whose imports take a while
+ENGINES = ("transformers", "vllm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -22,15 +23,31 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="MODEL",
         help="hub name with optional @revision, or a directory (default: the small fusion model of this package)",
     )
+    parser.add_argument(
+        "--engine",
+        choices=ENGINES,
+        default="transformers",
+        help="what runs the model: transformers, or vLLM where it is installed beside a GPU (default: transformers)",
+    )
+    parser.add_argument("--task", choices=TASKS, help="what is wanted (default: what the model is for)")
+    parser.add_argument(
+        "--prompt",
+        metavar="TEMPLATE",
+        help="how to ask for it, in place of the task's own words: 'What is this? Its title is {metadata[title]}.'; "
+        "{text}, {key}, {metadata[a][b]} are the sample's, {{ is a brace",
+    )
+    parser.add_argument(
+        "--language", metavar="LANG", help="of the text that is wanted: German, de; to a Whisper the one that is spoken"
+    )
+    parser.add_argument("--source-language", metavar="LANG", help="of the text to translate, for models that want it")
     parser.add_argument("--explain", action="store_true", help="say what each caption rests on: picture, sound, text")
     parser.add_argument("--with-embeddings", action="store_true", help="write the model's vectors as well")
     decoding = parser.add_argument_group("decoding (default: the most likely token each time)")
     decoding.add_argument(
         "--max-new-tokens",
         type=positive,
-        default=MAX_NEW_TOKENS,
         metavar="N",
-        help=f"of a caption (default: {MAX_NEW_TOKENS})",
+        help="of a text, or of each window of a Whisper (default: by the task, 64 for a caption)",
     )
     decoding.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beam search of so many beams")
     decoding.add_argument("--temperature", type=float, metavar="T", help="sample, at this temperature")
@@ -54,10 +71,13 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         if args.temperature is None and getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} goes with sampling: give --temperature too")
 
+    from mmbeam.clean.template import parse_template
     from mmbeam.config import SHIPPED
     from mmbeam.jobs.caption import CaptionOptions
     from mmbeam.models.generators.base import Decoding
 
+    if args.prompt is not None:
+        parse_template(args.prompt)
     decoding = Decoding(
         max_new_tokens=args.max_new_tokens,
         num_beams=args.num_beams,
@@ -67,7 +87,12 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
     )
     return CaptionOptions(
         model=args.model or SHIPPED,
+        task=args.task,
+        prompt=args.prompt,
+        language=args.language,
+        source_language=args.source_language,
         decoding=decoding,
+        engine=args.engine,
         explain=args.explain,
         with_embeddings=args.with_embeddings,
         **shared_options(args),

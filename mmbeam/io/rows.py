@@ -217,7 +217,7 @@ def covers(failure: Failure, output: Output) -> bool:
     """Whether the failure is a reason for the output not to be made of its sample."""
     if failure.outputs:
         return output.name in failure.outputs
-    return not failure.modality or failure.modality in output.modalities
+    return not failure.modality or failure.modality in output.modalities | output.reads
 
 
 def _record(failure: Failure, columns: Sequence[str], row: bool, unit: str) -> Mapping[str, Any]:

@@ -1,18 +1,18 @@
 """The caption job: shards or features in, one row with the text that a model makes of each sample out."""
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mmbeam.config import MIB, SHIPPED, FieldMap, Reading
+from mmbeam.config import MIB, SHIPPED, UNNAMED, Engine, FieldMap, Reading, Task, Windows
 from mmbeam.errors import UsageError
 from mmbeam.io.features import check_columns, feature_patterns
 from mmbeam.io.paths import public_path
 from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards
+from mmbeam.jobs.cluster import workers_are_here
 from mmbeam.jobs.common import (
     OUTPUT_VERSION,
-    UNNAMED,
     Job,
     check_options,
     image_filter_of,
@@ -20,14 +20,17 @@ from mmbeam.jobs.common import (
     plan,
     recorded_of,
 )
+from mmbeam.jobs.fields import check_fields, probe_rows
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
 from mmbeam.models.generators.base import Decoding
 from mmbeam.models.loading import dtype_name
 from mmbeam.report.inspect import probe
+from mmbeam.stages.asking import fields_of
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.stages.generate import GenerateStage, generate_stage
-from mmbeam.types import RunReport, Shard
+from mmbeam.types import MODALITIES, Modality, RunReport, Shard
 
+GPU_WINDOWS = Windows(decoded_bytes=256 * MIB)  # 340 pictures of 512 x 512, where the default is 42: a batch is 256
 UNIT_BYTES = 32 * MIB  # of a shard, as stored: minutes of work for a model that generates
 
 
@@ -36,9 +39,14 @@ class CaptionOptions(JobOptions):
     """The caption job, as the command line or a program asks for it. `input` is shards, or features of embed's."""
 
     model: str = SHIPPED
+    task: Task | None = None  # None: what the model is for
+    prompt: str | None = None  # a template over the sample, in the place of the task's own way to ask
+    language: str | None = None  # of the text that is wanted; to a Whisper the one that is spoken
+    source_language: str | None = None
     decoding: Decoding = field(default_factory=Decoding)
     explain: bool = False  # say what each caption rests on
     with_embeddings: bool = False  # the model's vectors as well
+    engine: Engine = "transformers"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -62,7 +70,9 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
     check_options(options)
     shared = _shared_by_stages(options)
-    generate = generate_stage(options.model, decoding=options.decoding, explain=options.explain, **shared)
+    names = ("task", "prompt", "language", "source_language", "decoding", "explain", "engine")
+    generate = generate_stage(options.model, **{name: getattr(options, name) for name in names}, **shared)
+    options = _for_device(options, generate.device)
     files = feature_patterns(options.input)
     shards = list_shards(files or options.input)
     if files:
@@ -85,9 +95,20 @@ def prepare(options: CaptionOptions) -> CaptionJob:
         stages=(*embed, generate),
         units=plan(run, shards, options, unit_bytes=None if files else UNIT_BYTES),
         options=options,
-        check=must_find(generate.spec.modalities, generate.spec.required),
+        check=must_find(*_due(generate)),
         features=bool(files),
     )
+
+
+def _for_device(options: CaptionOptions, device: str) -> CaptionOptions:
+    """The options, with windows that fill a GPU. Raises JobError if vLLM is asked for and the workers here lack it."""
+    if options.engine == "vllm" and workers_are_here(options.beam_args):
+        from mmbeam.models.generators import vllm  # with the families, which take a while
+
+        vllm.check_installed()
+    if device == "cpu" or options.windows != Windows():
+        return options
+    return replace(options, windows=GPU_WINDOWS)
 
 
 def _shared_by_stages(options: CaptionOptions) -> dict[str, Any]:
@@ -103,9 +124,19 @@ def _check_shards(stage: GenerateStage, shards: Sequence[Shard], options: Captio
     if stage.spec.columns:
         names = ", ".join(column.name for column in stage.spec.columns)
         raise UsageError(f"--input: {stage.model} takes features ({names}); give the output of `mmbeam embed`")
-    found = probe(shards, options.reading.fields, options.reading.limits)
-    check_modalities(found, stage.spec.modalities, asked=False)
-    check_modalities(found, stage.spec.required, asked=True)
+    fields, limits = options.reading.fields, options.reading.limits
+    found = probe(shards, fields, limits, metadata=bool(fields_of(stage.wanted)))
+    able, required = _due(stage)
+    check_modalities(found, able, asked=False)
+    check_modalities(found, required, asked=True)
+    check_fields(found, stage.wanted, bool(options.reading.cleaning.where))
+
+
+def _due(stage: GenerateStage) -> tuple[tuple[Modality, ...], tuple[Modality, ...]]:
+    """The modalities of which a sample must have one, and those that it must have, for its text to be due."""
+    [output] = stage.outputs
+    able = tuple(modality for modality in MODALITIES if modality in output.modalities)
+    return able, tuple(modality for modality in MODALITIES if modality in output.required)
 
 
 def _check_features(stage: GenerateStage, files: Sequence[Shard], options: CaptionOptions) -> None:
@@ -122,6 +153,8 @@ def _check_features(stage: GenerateStage, files: Sequence[Shard], options: Capti
             "features hold no fields and no pictures: leave out --image-field and its like, --image-filter"
         )
     check_columns(files, stage.spec.columns)
+    if fields_of(stage.wanted):
+        check_fields(probe_rows(files), stage.wanted, bool(reading.cleaning.where))
 
 
 def caption_run(
@@ -141,17 +174,21 @@ def caption_run(
     with the same fingerprint, as the command line's for the same options, so that either goes on where the
     other stopped. `recorded` is kept in run.json beside what is known here.
     """
-    reading = reading or Reading()
+    reading, wanted = reading or Reading(), stage.wanted
     outputs = [output for each in embed for output in each.outputs] + list(stage.outputs)
     configuration = {
-        "task": "caption",
+        "task": wanted.task,
+        "prompt": None if wanted.prompt is None else wanted.prompt.source,
+        "language": wanted.language,
+        "source_language": wanted.source_language,
         "output_version": OUTPUT_VERSION,
         "input": "features" if features else "shards",
         "models": {UNNAMED: {"family": stage.spec.family, "digest": stage.digest}},
         "columns": [column.name for output in outputs for column in output.columns],
-        "modalities": {UNNAMED: list(stage.spec.modalities)},
+        "modalities": {UNNAMED: list(stage.modalities)},
         "dtype": dtype_name(stage.dtype, stage.device),
         "decoding": asdict(stage.decoding),
+        "engine": stage.engine,
         "reading": asdict(reading),
         "limit": limit,
     }

@@ -3,7 +3,8 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import partial
+from functools import partial, reduce
+from operator import or_
 from typing import Any
 
 import apache_beam as beam
@@ -13,15 +14,16 @@ from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
 from mmbeam.io.units import UNIT_BYTES
-from mmbeam.jobs.cluster import check_cluster, check_output
+from mmbeam.jobs.cluster import check_cluster, check_output, workers_are_here
 from mmbeam.jobs.launch import JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
+from mmbeam.jobs.local import check_workers, execute_in_processes
+from mmbeam.models.leases import devices_of
 from mmbeam.stages.generate import GenerateStage
 from mmbeam.transforms import Embed, Generate, Plan, ReadFeatures, ReadShards, Summarize, WriteParquet
 from mmbeam.types import Modality, Needs, RunReport, Shard, Stage, WorkUnit
 
 # What a row means. A change of it is a change of every fingerprint.
 OUTPUT_VERSION = 1
-UNNAMED = "model"  # what the configuration calls a model without a name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,23 +39,24 @@ class Job:
 
     def build(self, pipeline: beam.Pipeline) -> beam.PCollection[RunReport]:
         """The job's pipe expression."""
-        needs = Needs()
-        for stage in self.stages:
-            needs |= stage.needs
-        read = ReadFeatures if self.features else ReadShards
-        batches = (
-            pipeline
-            | Plan(self.units)  # WorkUnit
-            | read(needs, self.options.reading, self.run, self.options.windows)  # Batch
-        )
+        batches = pipeline | Plan(self.units) | self._read()  # WorkUnit, Batch
         for number, stage in enumerate(self.stages):
-            batches = batches | _step(stage, number)  # Batch
-        return batches | WriteParquet(self.run) | Summarize(self.run, self.check)  # UnitReport, RunReport
+            batches = batches | _label(stage, number) >> _step(stage)  # Batch
+        summarize = Summarize(self.run, self.check, len(self._devices()))
+        return batches | WriteParquet(self.run) | summarize  # UnitReport, RunReport
+
+    def steps(self) -> list[beam.DoFn]:
+        """The same from reading to writing, which every runner fuses, for who takes units through it without one."""
+        return [self._read().dofn, *(_step(stage).dofn for stage in self.stages), WriteParquet(self.run).dofn]
 
     def execute(self) -> RunReport:
         """Run the job to its end."""
+        devices, count = self._devices(), self.options.workers
         with runs.lock(self.run) if self.options.retry_failures else nullcontext():
-            return execute(self.run, self.units, self.options.beam_args, self.build, self.check)
+            if count == 1:
+                return execute(self.run, self.units, self.options.beam_args, self.build, self.check, len(devices))
+            steps = replace(self, units=()).steps  # the units are sent one by one
+            return execute_in_processes(self.run, self.units, steps, self.check, devices, count)
 
     def launch(self) -> RunReport | None:
         """Run the job to its end; or, where Beam's options say that nobody waits for it, submit it: None.
@@ -67,11 +70,24 @@ class Job:
         submit(self.run, self.options.beam_args, self.build)
         return None
 
+    def _read(self) -> ReadShards | ReadFeatures:
+        needs = reduce(or_, (stage.needs for stage in self.stages), Needs())
+        read = ReadFeatures if self.features else ReadShards
+        return read(needs, self.options.reading, self.run, self.options.windows)
 
-def _step(stage: Stage, number: int) -> beam.PTransform:
-    if isinstance(stage, GenerateStage):
-        return f"Generate{number}" >> Generate(stage)
-    return f"Embed{getattr(stage, 'name', None) or number}" >> Embed(stage)
+    def _devices(self) -> tuple[str, ...]:
+        """Those that compute; if the workers are elsewhere, of each one its own."""
+        device = self.stages[0].device
+        return devices_of(device) if workers_are_here(self.options.beam_args) else (device,)
+
+
+def _step(stage: Stage) -> Embed | Generate:
+    return Generate(stage) if isinstance(stage, GenerateStage) else Embed(stage)
+
+
+def _label(stage: Stage, number: int) -> str:
+    kind = "Generate" if isinstance(stage, GenerateStage) else "Embed"
+    return f"{kind}{getattr(stage, 'name', None) or number}"
 
 
 def check_options(options: JobOptions) -> None:
@@ -80,6 +96,7 @@ def check_options(options: JobOptions) -> None:
     check_steps(options.reading.cleaning.text)
     for where in options.reading.cleaning.where:
         compile_where(where)
+    check_workers(options)
     check_output(options.output, options.beam_args, options.shared_output)
     check_cluster(options.beam_args)
 
@@ -92,7 +109,8 @@ def image_filter_of(options: JobOptions) -> tuple[str, float] | None:
 
 def recorded_of(options: JobOptions) -> dict[str, Any]:
     """What a run records of its options, beside what it knows from its stages."""
-    return {"windows": asdict(options.windows), "beam_args": public_args(options.beam_args)}
+    beam_args = public_args(options.beam_args)
+    return {"windows": asdict(options.windows), "workers": options.workers, "beam_args": beam_args}
 
 
 def plan(
@@ -122,7 +140,7 @@ def must_find(able: Sequence[Modality], required: Sequence[Modality]) -> Callabl
 
 def _check_found(report: RunReport, able: Sequence[Modality], required: Sequence[Modality]) -> None:
     missing = [modality for modality in able if not report.tally.present.get(modality)]
-    if report.tally.samples and (len(missing) == len(able) or set(missing) & set(required)):
+    if report.tally.samples and ((able and len(missing) == len(able)) or set(missing) & set(required)):
         raise MissingModalityError(
             f"none of the {report.tally.samples:,} samples has {' or '.join(missing)}; the rows have nulls there"
         )

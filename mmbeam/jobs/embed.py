@@ -5,13 +5,12 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmbeam.clean import parse_image_filter
-from mmbeam.config import ModelRef, Reading
+from mmbeam.config import UNNAMED, ModelRef, Reading
 from mmbeam.errors import UsageError
 from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards
 from mmbeam.jobs.common import (
     OUTPUT_VERSION,
-    UNNAMED,
     Job,
     check_options,
     image_filter_of,

@@ -5,11 +5,12 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mmbeam.config import FieldMap, Limits
-from mmbeam.errors import ShardError
+from mmbeam.decode import decode_metadata
+from mmbeam.errors import SampleError, ShardError
 from mmbeam.io.shards import list_shards
 from mmbeam.io.stream import open_shard
 from mmbeam.io.tar import TarReader
-from mmbeam.types import MODALITIES, Modality, Shard
+from mmbeam.types import MODALITIES, Modality, RawSample, Sample, Shard
 
 PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # enough to see what a corpus is made of, little enough to be quick
 
@@ -22,6 +23,7 @@ class Probe:
     fields: Counter[str] = field(default_factory=Counter)  # samples that hold a field
     kinds: dict[str, str] = field(default_factory=dict)  # what is made of a field
     keys: list[str] = field(default_factory=list)
+    first: list[Sample] = field(default_factory=list)  # their metadata, and whether they have a text; if asked for
     whole: bool = True  # whether that was all there is
 
     @property
@@ -29,8 +31,8 @@ class Probe:
         return frozenset(modality for modality in MODALITIES if modality in self.kinds.values())
 
 
-def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = None) -> Probe:
-    """Read the headers of the first samples.
+def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = None, metadata: bool = False) -> Probe:
+    """Read the headers of the first samples, and their metadata if that is asked for.
 
     A shard that cannot be read is its unit's affair; ShardError is raised if there is no other.
     """
@@ -38,7 +40,7 @@ def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = Non
     broken: list[ShardError] = []
     for shard in shards[:PROBED_SHARDS]:
         try:
-            _look_into(shard, found, fields, limits or Limits())
+            _look_into(shard, found, fields, limits or Limits(), metadata)
         except ShardError as error:
             broken.append(error)
     if len(broken) == len(shards):
@@ -46,16 +48,33 @@ def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = Non
     return found
 
 
-def _look_into(shard: Shard, found: Probe, fields: FieldMap, limits: Limits) -> None:
+def _look_into(shard: Shard, found: Probe, fields: FieldMap, limits: Limits, metadata: bool) -> None:
+    def wanted(name: str) -> bool:
+        return metadata and fields.kind(name) == "metadata"
+
     with open_shard(shard) as stream:
-        for count, raw in enumerate(TarReader(stream, shard.path, lambda name: False, limits), 1):
+        for count, raw in enumerate(TarReader(stream, shard.path, wanted, limits), 1):
             found.samples += 1
             found.keys.append(raw.key)
             found.fields.update(raw.fields)
             found.kinds |= {name: kind for kind, name in fields.choose(raw.fields).items()}
+            if metadata:
+                found.first.append(_sketch(raw, fields, limits))
             if count == PROBED_SAMPLES:
                 found.whole = False
                 break
+
+
+def _sketch(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
+    """The sample with its metadata, if they are whole, and with an empty text if it has one."""
+    chosen = fields.choose(raw.fields)
+    try:
+        data = raw.members.get(chosen.get("metadata", ""))
+        metadata = None if data is None else decode_metadata(data, limits)
+    except SampleError:
+        metadata = None
+    text = "" if "text" in chosen else None
+    return Sample(key=raw.key, shard=raw.shard, offset=raw.offset, text=text, metadata=metadata)
 
 
 def inspect_text(patterns: Sequence[str], fields: FieldMap) -> Iterator[str]:

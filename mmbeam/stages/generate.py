@@ -7,19 +7,22 @@ leave out what the sample shows, and nobody could tell.
 import hashlib
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import pyarrow as pa
 import torch
 
-from mmbeam.errors import UsageError
+from mmbeam.clean.turns import Turn
+from mmbeam.config import COLUMN_OF, Engine, Task
+from mmbeam.errors import PromptError, UsageError
 from mmbeam.io.rows import covers
-from mmbeam.models.generators import describe, load
-from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request
+from mmbeam.models.generators import check_engine, describe, load
+from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request, Wanted
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
 from mmbeam.models.placement import resolve_device
 from mmbeam.ops.filters import apply_filter
+from mmbeam.stages.asking import output_of, request_of, settled, taken, wanted_of
 from mmbeam.stages.common import (
     AUTO_BATCH_SIZE,
     files_of,
@@ -28,21 +31,24 @@ from mmbeam.stages.common import (
     spread,
     tally_of,
     text_tokens,
-    wave_of,
 )
 from mmbeam.stages.explain import Shares, shares_of
 from mmbeam.stages.packing import pack, run_packed
 from mmbeam.types import Batch, Failure, Modality, Needs, Output, Sample
 
-TOKENS_PER_SAMPLE = 256  # a batch holds at most batch_size times so many padded tokens, media included
+# A batch holds at most batch_size times so many padded tokens: of prompts with their media, and of the new ones, for
+# which the cache must have room as well. The cache of a 7 B model takes about 57 kB a token, 29 MB for so many.
+TOKENS_PER_SAMPLE = 512
+# and so many pixels of pictures as they were decoded: 3 MB, four times that while they are resized
+PIXELS_PER_SAMPLE = 1 << 20
 
 
 @dataclass(frozen=True, kw_only=True)
 class GenerateStage:
     """One generator on a window of samples.
 
-    `task` names the columns: the text, `<task>_num_tokens` and `<task>_logprob`. With `explain` there is
-    also `<task>_<modality>_share`: how much of the text rests on each modality. `count_tokens` fills
+    The task names the columns: the text, `<column>_num_tokens` and `<column>_logprob`. With `explain` there is
+    also `<column>_<modality>_share`: how much of the text rests on each modality. `count_tokens` fills
     `text_num_tokens` (one stage of a job does).
     """
 
@@ -50,23 +56,34 @@ class GenerateStage:
     spec: GeneratorSpec
     digest: str  # of those files: another model in the same directory is another model
     decoding: Decoding
-    task: str = "caption"
+    wanted: Wanted = field(default_factory=Wanted)
     device: str = "cpu"
     dtype: str | None = None
     batch_size: int | None = None
     explain: bool = False
     image_filter: tuple[str, float] | None = None
     count_tokens: bool = False
+    engine: Engine = "transformers"
 
     @property
     def key(self) -> str:
-        return f"generate:{self.digest}:{dtype_name(self.dtype, self.device)}:{self.device}"
+        return f"generate:{self.engine}:{self.digest}:{dtype_name(self.dtype, self.device)}:{self.device}"
+
+    @property
+    def column(self) -> str:
+        """Where the text goes."""
+        return COLUMN_OF[self.wanted.task]
+
+    @property
+    def modalities(self) -> tuple[Modality, ...]:
+        """What it takes of a sample, beside the fields of a prompt."""
+        return taken(self.spec, self.wanted)
 
     @property
     def media(self) -> tuple[Modality, ...]:
         """The modalities of which it takes what the sample holds, and no features made before."""
         of_columns = {column.modality for column in self.spec.columns}
-        return tuple(modality for modality in self.spec.modalities if modality not in of_columns)
+        return tuple(modality for modality in self.modalities if modality not in of_columns)
 
     @property
     def needs(self) -> Needs:
@@ -83,32 +100,32 @@ class GenerateStage:
     @property
     def outputs(self) -> Sequence[Output]:
         """One output. Samples that hold nothing the model takes, or lack what it must have, have a null."""
-        columns = [
-            pa.field(self.task, pa.string()),
-            pa.field(f"{self.task}_num_tokens", pa.int32()),
-            pa.field(f"{self.task}_logprob", pa.float32()),
-            *(pa.field(self._share(modality), pa.float32()) for modality in self.spec.modalities if self.explain),
-        ]
-        modalities, required = frozenset(self.spec.modalities), frozenset(self.spec.required)
-        return [Output(modalities=modalities, required=required, columns=tuple(columns))]
+        columns = (
+            pa.field(self.column, pa.string()),
+            pa.field(f"{self.column}_num_tokens", pa.int32()),
+            pa.field(f"{self.column}_logprob", pa.float32()),
+            *(pa.field(self._share(modality), pa.float32()) for modality in self.modalities if self.explain),
+        )
+        return [output_of(self.spec, self.wanted, columns)]
 
     def _share(self, modality: Modality) -> str:
-        return f"{self.task}_{modality}_share"
+        return f"{self.column}_{modality}_share"
 
     def load(self) -> Generator:
         """The generator on its device; on a worker the model's files are brought there first."""
         spec = replace(self.spec, directory=str(files_of(self.model, self.digest)))
-        return load(spec, torch.device(resolve_device(self.device)), parse_dtype(self.dtype, self.device))
+        device, dtype = torch.device(resolve_device(self.device)), parse_dtype(self.dtype, self.device)
+        return load(spec, device, dtype, self.engine)
 
     @torch.inference_mode()
     def run(self, model: Generator, batch: Batch) -> Batch:
         """Add this stage's columns to `batch.features`, and a Failure for each text lost."""
-        positions = self._to_do(batch)
-        requests = [self._request(batch.samples[position]) for position in positions]
+        asked, lost = self._asked(batch)
+        positions, requests = list(asked), list(asked.values())
         size = self.batch_size or AUTO_BATCH_SIZE[torch.device(self.device).type]
         packed = run_packed(
             requests,
-            pack(model.weigh(requests), size, size * TOKENS_PER_SAMPLE),
+            plan_batches(model, requests, self.decoding, size),
             lambda some: self._generate(model, some),
             self._known_good,
         )
@@ -119,7 +136,7 @@ class GenerateStage:
         features = {**batch.features, **self._columns(made)}
         if self.count_tokens:
             features["text_num_tokens"] = text_tokens(model.count_tokens, batch.samples)
-        lost = [self._failure(batch.samples[positions[place]], error) for place, error in packed.failed.items()]
+        lost += [self._failure(batch.samples[positions[place]], error) for place, error in packed.failed.items()]
         tally = batch.tally + tally_of(packed.splits)
         return replace(batch, features=features, failures=(*batch.failures, *lost), tally=tally)
 
@@ -133,16 +150,21 @@ class GenerateStage:
             if output.due(sample.present) and (sample.shard, sample.offset) not in lost
         ]
 
+    def _asked(self, batch: Batch) -> tuple[dict[int, Request], list[Failure]]:
+        """The requests, by position; and the failures of samples that lack what the prompt names."""
+        requests: dict[int, Request] = {}
+        lost: list[Failure] = []
+        for position in self._to_do(batch):
+            sample = batch.samples[position]
+            try:
+                requests[position] = self._request(sample)
+            except PromptError as error:
+                lost.append(self._failure(sample, error))
+        return requests, lost
+
     def _request(self, sample: Sample) -> Request:
-        taken = self.spec.modalities
-        heard = sample.audio if sample.audio is not None and sample.audio.waves else None
-        return Request(
-            image=sample.image if "image" in taken else None,
-            audio=wave_of(heard, self.spec.sampling_rate) if "audio" in taken and heard is not None else None,
-            text=sample.model_text if "text" in taken else None,
-            features=sample.features,
-            seed=stream_seed(self.decoding.seed, sample.shard, sample.offset),
-        )
+        seed = stream_seed(self.decoding.seed, sample.shard, sample.offset)
+        return request_of(sample, self.spec, self.wanted, seed)
 
     def _known_good(self) -> Request:
         """What any sound model takes: a grey picture, a second of a soft tone, one letter, features of ones."""
@@ -150,8 +172,13 @@ class GenerateStage:
         return Request(
             image=good_picture() if "image" in self.media else None,
             audio=good_sound() if "audio" in self.media else None,
-            text="a" if "text" in self.spec.modalities else None,
+            text="a" if "text" in self.media else None,
+            prompt=None if self.wanted.prompt is None else "a",
+            turns=(Turn("user", "a"),) if self.wanted.task == "dialogue" else (),
             features={name: np.ones(shape, np.float32) for name, shape in shapes.items()},
+            task=self.wanted.task,
+            language=self.wanted.language,
+            source_language=self.wanted.source_language,
         )
 
     def _generate(self, model: Generator, requests: Sequence[Request]) -> list[tuple[Generated, Shares]]:
@@ -173,11 +200,11 @@ class GenerateStage:
         positions = [position for position, each in enumerate(made) if each is not None]
         found = [each for each in made if each is not None]
         values = {
-            self.task: pa.array([text.text for text, _ in found], pa.string()),
-            f"{self.task}_num_tokens": pa.array([text.num_tokens for text, _ in found], pa.int32()),
-            f"{self.task}_logprob": pa.array([text.logprob for text, _ in found], pa.float32()),
+            self.column: pa.array([text.text for text, _ in found], pa.string()),
+            f"{self.column}_num_tokens": pa.array([text.num_tokens for text, _ in found], pa.int32()),
+            f"{self.column}_logprob": pa.array([text.logprob for text, _ in found], pa.float32()),
         }
-        for modality in self.spec.modalities if self.explain else ():
+        for modality in self.modalities if self.explain else ():
             values[self._share(modality)] = pa.array([shares.get(modality) for _, shares in found], pa.float32())
         return {name: spread(array, positions, len(made)) for name, array in values.items()}
 
@@ -190,8 +217,22 @@ class GenerateStage:
             step="generate",
             error=type(error).__name__,
             message=str(error)[:300],
-            outputs=(self.task,),
+            outputs=(self.column,),
         )
+
+
+def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decoding, size: int) -> list[list[int]]:
+    """Batches of at most `size` requests of like length, each with its cache within the limits above.
+
+    How long a text will be nobody knows before; where it goes with the length of the prompt or of the sound, as a
+    translation's, a summary's and a transcript's does, texts of like length come together too. A generator that
+    schedules by itself is given all of them at once.
+    """
+    if model.schedules:
+        return [list(range(len(requests)))] if requests else []
+    weights = [(weight + decoding.limit) * decoding.num_beams for weight in model.weigh(requests)]
+    pixels = [0 if request.image is None else request.image.shape[0] * request.image.shape[1] for request in requests]
+    return pack(weights, size, size * TOKENS_PER_SAMPLE, pixels, size * PIXELS_PER_SAMPLE)
 
 
 def stream_seed(seed: int, shard: str, offset: int) -> int:
@@ -203,56 +244,48 @@ def generate_stage(
     model: str,
     *,
     decoding: Decoding | None = None,
-    task: str = "caption",
+    task: Task | None = None,
+    prompt: str | None = None,
+    language: str | None = None,
+    source_language: str | None = None,
     device: str = "cpu",
     explain: bool = False,
     count_tokens: bool = True,
     dtype: str | None = None,
     batch_size: int | None = None,
     image_filter: tuple[str, float] | None = None,
+    engine: Engine = "transformers",
 ) -> GenerateStage:
     """The stage of a model: a hub name with optional @revision, or a directory. Reads no weights.
 
-    `decoding` is greedy unless it says otherwise. `task` is the name of the text's column. `device` is the
-    workers': "cpu" or "cuda[:N]"; "auto" looks at this machine. For the others see GenerateStage.
+    `decoding` is greedy unless it says otherwise. Without a `task` it is what the model is for. `prompt` is a
+    template over the sample (clean/template.py) in the place of the task's own way to ask. `device` is the
+    workers': "cpu" or "cuda[:N]"; "auto" looks at this machine. For the others see GenerateStage, and Request.
 
     Raises ModelError for a model that cannot be used, UsageError for options that contradict each other or
     the model.
     """
-    decoding = decoding or Decoding()
-    check_decoding(decoding)
-    if not task.isidentifier():
-        raise UsageError(f"task {task!r}: expected a name for a column, of letters, digits and _")
     found = resolve(model)
     spec = describe(found.directory)
-    if spec.max_new_tokens is not None and decoding.max_new_tokens > spec.max_new_tokens:
-        raise UsageError(f"--max-new-tokens {decoding.max_new_tokens}: {model} writes at most {spec.max_new_tokens}")
+    wanted = wanted_of(spec, task, prompt, language, source_language)
+    decoding = settled(decoding or Decoding(), spec, wanted)
     if explain and spec.required:
         raise UsageError(
             f"--explain: {model} cannot do without {' and '.join(spec.required)}, so nothing can be masked"
         )
+    device = resolve_device(device) if device == "auto" else device
+    check_engine(engine, spec, decoding, device, explain)
     return GenerateStage(
         model=found.reference,
         spec=spec,
         digest=digest(found.directory),
         decoding=decoding,
-        task=task,
-        device=resolve_device(device) if device == "auto" else device,
+        wanted=wanted,
+        device=device,
         dtype=dtype,
         batch_size=batch_size,
         explain=explain,
         image_filter=image_filter,
         count_tokens=count_tokens,
+        engine=engine,
     )
-
-
-def check_decoding(decoding: Decoding) -> None:
-    """Raise UsageError for options of decoding that contradict each other or make no sense."""
-    if decoding.max_new_tokens < 1 or decoding.num_beams < 1:
-        raise UsageError(f"--max-new-tokens and --num-beams: expected at least 1, found {decoding}")
-    if decoding.samples and decoding.num_beams > 1:
-        raise UsageError("--temperature goes with sampling, --num-beams with a search that knows no chance: give one")
-    if decoding.temperature is not None and not 0 < decoding.temperature < math.inf:
-        raise UsageError(f"--temperature {decoding.temperature}: expected a number above 0; leave it out for no chance")
-    if not 0 < decoding.top_p <= 1 or (decoding.top_p < 1 and not decoding.samples):
-        raise UsageError(f"--top-p {decoding.top_p}: expected a number above 0 and at most 1, with --temperature")

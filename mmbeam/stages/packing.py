@@ -9,6 +9,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import accumulate
 from typing import Generic, TypeVar
 
 from mmbeam.errors import DeviceError
@@ -28,29 +29,41 @@ class Packed(Generic[ResultT]):
     splits: Counter[Fault] = field(default_factory=Counter)  # batches that failed, by whose fault
 
 
-def pack(weights: Sequence[int], batch_size: int, max_weight: int | None = None) -> list[list[int]]:
+def pack(
+    weights: Sequence[int],
+    batch_size: int,
+    max_weight: int | None = None,
+    sizes: Sequence[int] | None = None,
+    max_size: int | None = None,
+) -> list[list[int]]:
     """Positions grouped into batches of similar weight, heaviest first.
 
-    Heaviest first, so that a batch too large for the memory fails at the start and not at the end.
-    A batch's padded weight, its length times its heaviest item, stays within `max_weight` unless it
-    holds one item; batches that hold `batch_size` items or fewer are made equally large.
+    Heaviest first, so that a batch too large for the memory fails at the start and not at the end. Unless it
+    holds one item, a batch keeps three limits: `batch_size` items; of padded weight, its length times its
+    heaviest item, `max_weight`; and `max_size` of the sum of its items' `sizes`, which nothing pads. Within
+    them the batches that are left to make are made equally large. Of equal weights, equal sizes stand together.
     """
-    order = sorted(range(len(weights)), key=lambda position: -weights[position])
-    if max_weight is None:
-        return _even(order, batch_size)
+    sizes = sizes if sizes is not None else [0] * len(weights)
+    order = sorted(range(len(weights)), key=lambda position: (-weights[position], -sizes[position]))
     batches: list[list[int]] = []
     while order:
-        fits = max(1, min(batch_size, max_weight // max(1, weights[order[0]])))
-        batches.append(order[:fits])
-        order = order[fits:]
+        fits = batch_size if max_weight is None else min(batch_size, max_weight // max(1, weights[order[0]]))
+        count = _even(len(order), max(1, fits))
+        if max_size is not None:
+            count = _within([sizes[position] for position in order[:count]], max_size)
+        batches.append(order[:count])
+        order = order[count:]
     return batches
 
 
-def _even(order: list[int], batch_size: int) -> list[list[int]]:
-    if not order:
-        return []
-    size = math.ceil(len(order) / math.ceil(len(order) / batch_size))
-    return [order[start : start + size] for start in range(0, len(order), size)]
+def _even(count: int, fits: int) -> int:
+    """The size of the next batch, where `count` items go into as few batches of at most `fits` as they can."""
+    return math.ceil(count / math.ceil(count / fits))
+
+
+def _within(sizes: Sequence[int], most: int) -> int:
+    """How many of the first items come to `most` together, but at least one."""
+    return max(1, sum(total <= most for total in accumulate(sizes)))
 
 
 def run_packed(

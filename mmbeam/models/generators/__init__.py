@@ -13,8 +13,9 @@ from typing import Any
 import torch
 from transformers.models.auto import modeling_auto
 
+from mmbeam.config import Engine
 from mmbeam.errors import ModelError
-from mmbeam.models.generators.base import Generator, GeneratorSpec
+from mmbeam.models.generators.base import Decoding, Generator, GeneratorSpec, Wanted
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
 
 # model_type: module.class, imported when first needed.
@@ -88,10 +89,32 @@ def describe(directory: Path) -> GeneratorSpec:
     return replace(family.describe(directory, config), family=str(config["model_type"]))
 
 
-def load(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> Generator:
-    """The generator with its weights on `device`."""
-    architecture = _architecture(read_json(Path(spec.directory), "config.json"))
-    return family_of(spec.family, architecture).load(spec, device, dtype)
+def load(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype, engine: Engine = "transformers") -> Generator:
+    """The generator with its weights on `device`. For what the engines raise see their modules."""
+    if engine == "vllm":
+        loaded: Generator = _vllm().load(_family(spec), spec, device, dtype)
+        return loaded
+    return _family(spec).load(spec, device, dtype)
+
+
+def check_languages(spec: GeneratorSpec, wanted: Wanted) -> None:
+    """Raise UsageError for languages that the model cannot be asked for."""
+    _family(spec).check(spec, wanted)
+
+
+def check_engine(engine: Engine, spec: GeneratorSpec, decoding: Decoding, device: str, explain: bool) -> None:
+    """Raise UsageError for what the engine cannot do with the model; nothing is looked for on this machine."""
+    if engine == "vllm":
+        _vllm().check(_family(spec), spec, decoding, device, explain)
+
+
+def _family(spec: GeneratorSpec) -> type[Generator]:
+    return family_of(spec.family, _architecture(read_json(Path(spec.directory), "config.json")))
+
+
+def _vllm() -> Any:
+    """Its module, which knows the families and so comes after them."""
+    return importlib.import_module(f"{__name__}.vllm")
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:

@@ -39,6 +39,7 @@ class BlipGenerator(PretrainedGenerator):
             directory=str(directory),
             modalities=("image", "text"),
             required=("image",),
+            takes_prompt=True,
             image_side=PixelReader(directory).shorter_side,
             max_text_tokens=parsed.text_config.max_position_embeddings,
         )
@@ -62,4 +63,4 @@ class BlipGenerator(PretrainedGenerator):
 
     def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:
         begin = self.model.config.text_config.bos_token_id
-        return [[begin, *self.tokenizer.words(request.text or "")] for request in requests]
+        return [[begin, *self.tokenizer.words(request.words)] for request in requests]

@@ -37,6 +37,7 @@ class Blip2Generator(PretrainedGenerator):
             directory=str(directory),
             modalities=("image", "text"),
             required=("image",),
+            takes_prompt=True,
             image_side=PixelReader(directory).shorter_side,
             max_text_tokens=context_of(parsed),
         )
@@ -63,5 +64,5 @@ class Blip2Generator(PretrainedGenerator):
         picture = [config.image_token_index] * config.num_query_tokens
         begin = [config.text_config.bos_token_id]
         limit = self.spec.max_text_tokens or MAX_TOKENS
-        texts = self.tokenizer.encode([request.text or "" for request in requests], limit)
-        return [[*picture, *(ids if request.text else begin)] for request, ids in zip(requests, texts, strict=True)]
+        texts = self.tokenizer.encode([request.words for request in requests], limit)
+        return [[*picture, *(ids if request.words else begin)] for request, ids in zip(requests, texts, strict=True)]

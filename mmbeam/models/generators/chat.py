@@ -6,15 +6,16 @@ from typing import Any, ClassVar
 
 import torch
 
-from mmbeam.models.generators.base import GeneratorSpec, Request
-from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of
-from mmbeam.models.generators.prompts import Medium, PromptTokenizer, instruction
+from mmbeam.config import TASKS
+from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
+from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, weight_of
+from mmbeam.models.generators.prompts import Medium, PromptTokenizer, check_words
 from mmbeam.models.loading import read_config
 from mmbeam.types import Modality
 
 
 class ChatGenerator(PretrainedGenerator):
-    """A model that answers one turn of a user. Subclasses name its tokens and say what a picture or a sound becomes."""
+    """A model that answers a user's turn. Subclasses name its tokens and say what a picture or a sound becomes."""
 
     modalities: ClassVar[tuple[Modality, ...]]
     held_back: ClassVar[tuple[str, ...]]  # tokens that stand for media
@@ -33,8 +34,13 @@ class ChatGenerator(PretrainedGenerator):
             family=parsed.model_type,
             directory=str(directory),
             max_text_tokens=context_of(parsed),
-            **{"modalities": cls.modalities, **options},
+            takes_prompt=True,
+            **{"modalities": cls.modalities, "tasks": TASKS, **options},
         )
+
+    @classmethod
+    def check(cls, spec: GeneratorSpec, wanted: Wanted) -> None:
+        check_words(spec, wanted)
 
     def media(self, request: Request) -> list[Medium]:
         """The request's pictures and sounds, in the prompt's order."""
@@ -50,16 +56,10 @@ class ChatGenerator(PretrainedGenerator):
 
     def prompt(self, request: Request) -> list[int]:
         """Ids of the whole prompt, placeholders of the media included."""
-        return self.tokenizer.prompt(self.media(request), instruction(request))
+        return self.tokenizer.prompt(self.media(request), request)
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
-        return [self._weight(request) for request in requests]
-
-    def _weight(self, request: Request) -> int:
-        try:
-            return len(self.prompt(request))
-        except Exception:  # a picture that the processor refuses: it fails by itself, when its turn comes
-            return 1
+        return [weight_of(self.prompt, request) for request in requests]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         inputs = self.left_padded([self.prompt(request) for request in requests])

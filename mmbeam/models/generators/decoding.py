@@ -62,7 +62,7 @@ def decode(
             do_sample=False,  # what is drawn at random is drawn by `steps`
             num_beams=decoding.num_beams,
             num_return_sequences=1,
-            max_new_tokens=decoding.max_new_tokens,
+            max_new_tokens=decoding.limit,
             return_dict_in_generate=False,
             logits_processor=processors,
         )
@@ -107,7 +107,7 @@ class _Steps(LogitsProcessor):
         self._warp: Any = _warpers(decoding)
         self._uniform_TB: torch.Tensor | None = None
         if decoding.samples:
-            self._uniform_TB = torch.stack([_uniform(seed, decoding.max_new_tokens) for seed in seeds], dim=1)
+            self._uniform_TB = torch.stack([_uniform(seed, decoding.limit) for seed in seeds], dim=1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.prompt_BP is None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from transformers import Florence2ForConditionalGeneration
 
+from mmbeam.config import Task
 from mmbeam.errors import ModelError
 from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
@@ -25,7 +26,7 @@ QUESTIONS: Mapping[str, str] = {  # of Florence2Processor, those that are answer
     "<MORE_DETAILED_CAPTION>": "Describe with a paragraph what is shown in the image.",
     "<OCR>": "What is the text in the image?",
 }
-TASKS = {"transcribe": "<OCR>", "summarize": "<DETAILED_CAPTION>"}  # any other: <CAPTION>
+TASKS: Mapping[Task, str] = {"caption": "<CAPTION>", "transcribe": "<OCR>"}
 
 
 class Florence2Generator(PretrainedGenerator):
@@ -55,6 +56,8 @@ class Florence2Generator(PretrainedGenerator):
             directory=str(directory),
             modalities=("image", "text"),
             required=("image",),
+            tasks=tuple(TASKS),
+            takes_prompt=True,
             image_side=pixels.shorter_side,
             max_text_tokens=limit,
             max_new_tokens=limit,
@@ -77,7 +80,7 @@ class Florence2Generator(PretrainedGenerator):
 
 
 def _question(request: Request) -> str:
-    asked = (request.text or "").strip() or TASKS.get(request.task, "<CAPTION>")
+    asked = request.words.strip() or TASKS[request.task]
     return QUESTIONS.get(asked, asked)
 
 

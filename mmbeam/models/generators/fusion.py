@@ -47,7 +47,13 @@ class FusionGenerator(Generator):
             max_text_tokens=max(texts, default=None),
             max_new_tokens=config.get("max_target_positions"),
             columns=tuple(
-                FeatureColumn(name=name, modality=source.modality, width=source.width, tokens=source.tokens)
+                FeatureColumn(
+                    name=name,
+                    modality=source.modality,
+                    width=source.width,
+                    tokens=source.tokens,
+                    origin=source.origin,
+                )
                 for name, source in processor.sources.items()
                 if source.kind == "features"
             ),

@@ -5,17 +5,26 @@ are tokenized as ordinary characters, by themselves; on all other words the ids 
 processor's. What stands for a picture or a sound is the family's affair.
 """
 
-from collections.abc import Sequence
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmbeam.errors import ModelError
-from mmbeam.models.generators.base import Request
+from mmbeam.clean.turns import Turn
+from mmbeam.config import Task
+from mmbeam.errors import ModelError, UsageError
+from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
+from mmbeam.models.generators.languages import language_ids, name_of
 from mmbeam.models.loading import read_json
 from mmbeam.models.tokenizing import TextTokenizer
 
-WORDS_GO_HERE = "\ue000\ue001\ue000"  # private characters: no template changes them, no sample spells them by chance
+_MARK = "\ue000{}\ue001"  # where a text belongs: private characters, which no template changes
+_MARKS = re.compile(_MARK.format(r"(\d+)"))
+_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
+_SPOKEN = re.compile(rf"\s*\n\s*(?=(?:{'|'.join(_NAMES.values())}):)")
+# How a model without a chat template, which goes on from what it reads, is asked: "TL;DR:" is GPT-2's (section 3.6).
+_PLAIN: Mapping[Task, str] = {"summarize": "{}\n\nTL;DR:", "translate": "{}\n\nThe same in {}:"}
 
 
 @dataclass(frozen=True)
@@ -29,20 +38,58 @@ class Medium:
 
 
 def instruction(request: Request) -> str:
-    """What the model is asked: the request's own text, or else what its task comes to for what it holds."""
-    if request.text is not None and request.text.strip():
-        return request.text
-    if request.image is None and request.audio is None:
-        return request.text or ""
-    held = {"image": request.image, "sound": request.audio}
-    what = " and ".join(f"the {name}" for name, value in held.items() if value is not None)
-    into = request.language or "English"
-    asked = {
-        "transcribe": "Transcribe the speech." if request.audio is not None else "Write down the text in the image.",
-        "translate": f"Translate {'the speech' if request.audio is not None else 'the text in the image'} into {into}.",
-        "summarize": f"Summarize {what} in one sentence.",
+    """What a chat model is asked: the user's prompt, or what the task comes to for what the request holds.
+
+    A text is what is translated or summarized; of any other task it is itself what is asked.
+    """
+    if request.prompt is not None:
+        return request.prompt
+    text = request.text or ""
+    heard, seen = request.audio is not None, request.image is not None
+    of_text = request.task in ("translate", "summarize")
+    if not (heard or seen or of_text) or (text.strip() and not of_text):
+        return text
+    held = {"the image": seen, "the sound": heard, "the following text": bool(text) or not (heard or seen)}
+    what = " and ".join(name for name, is_held in held.items() if is_held)
+    words = "the speech" if heard else "the following text" if text else "the text in the image"
+    in_language = "" if request.language is None else f" in {name_of(request.language)}"
+    asked: dict[Task, str] = {
+        "transcribe": f"Transcribe the speech{in_language}." if heard else "Write down the text in the image.",
+        "translate": f"Translate {words}{_from(request)} into {name_of(request.language or 'English')}.",
+        "summarize": f"Summarize {what} in one sentence{in_language}.",
     }
-    return asked.get(request.task, f"Describe {what} in one sentence.")
+    question = asked.get(request.task, f"Describe {what} in one sentence{in_language}.")
+    return f"{question}\n\n{text}" if text else question
+
+
+def _from(request: Request) -> str:
+    return "" if request.source_language is None else f" from {name_of(request.source_language)}"
+
+
+def check_words(spec: GeneratorSpec, wanted: Wanted) -> None:
+    """Raise UsageError for languages that a model which is asked in words would not be told of."""
+    if wanted.source_language is not None and wanted.task != "translate":
+        raise UsageError(f"--source-language {wanted.source_language}: goes with --task translate")
+    named = wanted.language or wanted.source_language
+    if named is not None and (wanted.prompt is not None or wanted.task == "dialogue"):
+        raise UsageError(f"--language {named}: a {spec.family} is asked in words: name the language in the prompt")
+
+
+def joined(turns: Sequence[Turn], media: str = "") -> str:
+    """A dialogue for a model without a chat template: a name and a colon before each turn, media in the last one."""
+    *earlier, last = turns
+    lines = [f"{_NAMES[role]}: {text}" for role, text in [*earlier, (last.role, media + last.text)]]
+    return "\n".join([*lines, "Assistant:"])
+
+
+def one_speaker(text: str) -> str:
+    """A turn's text in which no line begins as another turn would."""
+    return _SPOKEN.sub(" ", text)
+
+
+def until_next_turn(text: str) -> str:
+    """An answer of a model that goes on with the next speaker's turn, without that."""
+    return _SPOKEN.split(text, maxsplit=1)[0].strip()
 
 
 class PromptTokenizer(TextTokenizer):
@@ -53,7 +100,8 @@ class PromptTokenizer(TextTokenizer):
         legacy = read_json(directory, "chat_template.json", required=False).get("chat_template")
         self.template: str | None = self._tokenizer.chat_template or legacy
         self._held_back = tuple(held_back)
-        self._held_back_ids = frozenset(self.ids_of(held_back))
+        self._languages = language_ids(self._tokenizer)
+        self._held_back_ids = frozenset([*self.ids_of(held_back), *self._languages.values()])
 
     def ids_of(self, tokens: Sequence[str]) -> list[int]:
         """The ids of tokens; ModelError for one that the vocabulary lacks."""
@@ -63,10 +111,29 @@ class PromptTokenizer(TextTokenizer):
             raise ModelError(f"{self._tokenizer.name_or_path}: its tokenizer has no {', '.join(missing)}")
         return [vocabulary[token] for token in tokens]
 
-    def language_ids(self, languages: Sequence[str]) -> list[int]:
-        """The tokens by which models of many languages are told theirs: "de_DE" of mBART, "__de__" (de) of M2M100."""
-        vocabulary = self._tokenizer.get_vocab()
-        return self.ids_of([language if language in vocabulary else f"__{language}__" for language in languages])
+    @property
+    def languages(self) -> dict[str, int]:
+        """The tokens by which models of many languages are told theirs, by what they call them."""
+        return self._languages
+
+    def encode_from(self, text: str, max_length: int, language: int) -> list[int]:
+        """Ids of a text of that language, given by its token, with the marks that a model of many wants."""
+        with self._lock:
+            before, after = self._marks_of(language)
+        [ids] = self._ids(
+            [text], add_special_tokens=False, truncation=True, max_length=max_length - len(before + after)
+        )
+        return [*before, *ids, *after]
+
+    def _marks_of(self, language: int) -> tuple[list[int], list[int]]:
+        """What such a tokenizer puts before and behind a text. It keeps the language as a state, which is put back."""
+        own = self._tokenizer.src_lang
+        names = {token: name for name, token in self._languages.items()}
+        try:
+            self._tokenizer.src_lang = names[language]
+            return list(self._tokenizer.prefix_tokens), list(self._tokenizer.suffix_tokens)
+        finally:
+            self._tokenizer.src_lang = own
 
     def decode(self, ids: Sequence[int]) -> str:
         """The text that the ids spell, without special tokens and the space around it."""
@@ -79,15 +146,30 @@ class PromptTokenizer(TextTokenizer):
         [ids] = self._ids([text], add_special_tokens=False, verbose=False)
         return [token for token in ids if token not in self._held_back_ids]
 
-    def prompt(self, media: Sequence[Medium], text: str) -> list[int]:
-        """Ids of one turn of the user, up to where the model's answer begins."""
-        if self._is_plain(text):
-            ids = self._tokens(self._filled(self._rendered(media, text), media), begins=True)
+    def prompt(self, media: Sequence[Medium], request: Request) -> list[int]:
+        """Ids of a dialogue, or of the one turn that a request comes to, up to where the model's answer begins."""
+        turns = request.turns or (Turn("user", self._asked(request)),)
+        if request.turns and self.template is None:
+            turns = tuple(Turn(role, one_speaker(text)) for role, text in turns)
+        texts = [turn.text for turn in turns]
+        if all(map(self._is_plain, texts)):
+            ids = self._tokens(self._rendered(media, turns, request), begins=True)
         else:
-            rendered = self._filled(self._rendered(media, WORDS_GO_HERE), media)
-            before, _, after = rendered.partition(WORDS_GO_HERE)
-            ids = [*self._tokens(before, begins=True), *self.words(text), *self._tokens(after, begins=False)]
+            marked = [Turn(turn.role, _MARK.format(number)) for number, turn in enumerate(turns)]
+            ids = self._put_in(self._rendered(media, marked, request), texts)
         return ids or [self._start_id]
+
+    def _asked(self, request: Request) -> str:
+        if self.template is not None or self._held_back or request.prompt is not None:
+            return instruction(request)
+        return _PLAIN.get(request.task, "{}").format(request.text or "", name_of(request.language or "English"))
+
+    def _put_in(self, rendered: str, texts: Sequence[str]) -> list[int]:
+        """Ids of a rendered prompt, and each text's by itself in the place of its mark."""
+        ids: list[int] = []
+        for number, piece in enumerate(_MARKS.split(rendered)):  # every second piece is a mark's number
+            ids += self.words(texts[int(piece)]) if number % 2 else self._tokens(piece, begins=number == 0)
+        return ids
 
     @property
     def _start_id(self) -> int:
@@ -101,19 +183,26 @@ class PromptTokenizer(TextTokenizer):
             return False
         return self._raw(text, add_special_tokens=False) == self.words(text)
 
-    def _rendered(self, media: Sequence[Medium], text: str) -> str:
+    def _rendered(self, media: Sequence[Medium], turns: Sequence[Turn], request: Request) -> str:
+        """The prompt as the checkpoint lays it out, each medium's tokens in their place in the last turn."""
         if self.template is None:
-            return "".join(medium.bare or medium.placeholder for medium in media) + text
-        content: Any = text
-        if self._held_back:  # templates of models that take media want a list
-            content = [*({"type": medium.kind} for medium in media), {"type": "text", "text": text}]
-        rendered: str = self._tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            chat_template=self.template,
-            tokenize=False,
-            add_generation_prompt=True,
+            written = "".join(medium.bare or medium.placeholder for medium in media)
+            rendered = joined(turns, written) if request.turns else written + turns[-1].text
+            return self._filled(rendered, media)
+        messages = [
+            {"role": turn.role, "content": self._content(turn.text, media if number == len(turns) else ())}
+            for number, turn in enumerate(turns, 1)
+        ]
+        rendered = self._tokenizer.apply_chat_template(
+            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
         )
-        return rendered
+        return self._filled(rendered, media)
+
+    def _content(self, text: str, media: Sequence[Medium]) -> Any:
+        """Templates of models that take media want a list."""
+        return (
+            [*({"type": medium.kind} for medium in media), {"type": "text", "text": text}] if self._held_back else text
+        )
 
     def _filled(self, rendered: str, media: Sequence[Medium]) -> str:
         """The prompt with each medium's tokens in the place of its placeholder."""

@@ -14,7 +14,7 @@ from mmbeam.models.loading import read_config
 
 
 class VisionEncoderDecoderGenerator(PretrainedGenerator):
-    """Text from a picture alone."""
+    """Text from a picture alone: a caption, or what is written in it; the weights know which (TrOCR: the latter)."""
 
     model_types = ("vision-encoder-decoder",)
     model_class = VisionEncoderDecoderModel
@@ -32,6 +32,7 @@ class VisionEncoderDecoderGenerator(PretrainedGenerator):
             directory=str(directory),
             modalities=("image",),
             required=("image",),
+            tasks=("transcribe",) if parsed.decoder.model_type == "trocr" else ("caption", "transcribe"),
             image_side=PixelReader(directory).shorter_side,
             max_new_tokens=context_of(parsed.decoder),
         )

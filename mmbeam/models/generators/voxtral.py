@@ -1,7 +1,7 @@
 """Voxtral (Mistral AI, 2025, arXiv:2507.13264): a transcript of a sound of any length, or an answer about it.
 
-Prompts are laid out as mistral_common does it, which is not needed. Without words of its own, a request is
-for a transcript, in the mode that the model was trained for; to translate or to summarize it is asked in words.
+Prompts are laid out as mistral_common does it, which is not needed. For a transcript there is a mode that the
+model was trained for; anything else it is asked in words.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,12 +11,16 @@ from typing import Any
 import torch
 from transformers import VoxtralForConditionalGeneration
 
+from mmbeam.clean.turns import Turn
+from mmbeam.errors import ModelError, PromptError
 from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.chat import ChatGenerator
+from mmbeam.models.generators.languages import code_of
 from mmbeam.models.generators.prompts import Medium, instruction
 from mmbeam.models.generators.sounds import MelReader
 
 BEGIN, START, END = "<s>", "[INST]", "[/INST]"  # of the prompt, of the user's turn
+SYSTEM = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")  # not every checkpoint has them
 BEGIN_AUDIO, AUDIO, TRANSCRIBE = "[BEGIN_AUDIO]", "[AUDIO]", "[TRANSCRIBE]"
 
 
@@ -37,7 +41,11 @@ class VoxtralGenerator(ChatGenerator):
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
-        return cls.spec_of(directory, sampling_rate=MelReader(directory).recipe.sampling_rate)
+        return cls.spec_of(
+            directory,
+            sampling_rate=MelReader(directory).recipe.sampling_rate,
+            tasks=("transcribe", "caption", "translate", "summarize", "dialogue"),
+        )
 
     def media(self, request: Request) -> list[Medium]:
         """One for each window of 30 s, of which the last is filled up."""
@@ -46,16 +54,26 @@ class VoxtralGenerator(ChatGenerator):
     def prompt(self, request: Request) -> list[int]:
         windows = len(self.media(request))
         sound = [self.ids[BEGIN_AUDIO], *[self.ids[AUDIO]] * (windows * self.window_tokens)] if windows else []
-        turn = [self.ids[BEGIN], self.ids[START], *sound]
-        if not _transcribes(request):
-            return [*turn, *self.tokenizer.words(instruction(request)), self.ids[END]]
-        language = self.tokenizer.words(f"lang:{request.language}") if request.language else []
+        *before, last = request.turns or (Turn("user", instruction(request)),)
+        turn = [self.ids[BEGIN], *(token for each in before for token in self._turn(each)), self.ids[START], *sound]
+        if request.task != "transcribe" or request.prompt is not None:
+            return [*turn, *self.tokenizer.words(last.text), self.ids[END]]
+        language = self.tokenizer.words(f"lang:{code_of(request.language)}") if request.language else []
         return [*turn, self.ids[END], *language, self.ids[TRANSCRIBE]]
+
+    def _turn(self, turn: Turn) -> list[int]:
+        """A turn that has been answered, or that is an answer."""
+        words = self.tokenizer.words(turn.text)
+        if turn.role == "assistant":
+            return [*words, self.model.generation_config.eos_token_id]
+        if turn.role == "user":
+            return [self.ids[START], *words, self.ids[END]]
+        try:
+            begin, end = self.tokenizer.ids_of(SYSTEM)
+        except ModelError as error:
+            raise PromptError("a turn of the system, which this model has no tokens for") from error
+        return [begin, *words, end]
 
     def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
         made = self.mels(requests, self.device)
         return {} if made is None else {"input_features": made[0].to(self.dtype)}
-
-
-def _transcribes(request: Request) -> bool:
-    return not (request.text or "").strip() and request.task not in ("translate", "summarize")

@@ -1,7 +1,8 @@
 """Whisper (Radford et al., 2022, arXiv:2212.04356): speech to text, in its own language or in English.
 
-The task is "translate", or else to transcribe. The language spoken is the request's, or what the model makes of
-the first 30 s. A sound of up to 30 s is one window, written without timestamps. A longer one is read as
+The task is "translate", or else to transcribe. The request's language is the one spoken, as in OpenAI's own
+program; without it that is what the model makes of the first 30 s.
+A sound of up to 30 s is one window, written without timestamps. A longer one is read as
 section 3.8 of the paper says: window after window, each beginning where the last whole segment of the one
 before ended, by the timestamps that the model writes; that is what transformers' `generate` does with its
 defaults (no fall-back to higher temperatures, no condition on the text before). --max-new-tokens is of each window.
@@ -17,12 +18,12 @@ import torch
 from torch.nn import functional
 from transformers import GenerationMixin, WhisperForConditionalGeneration, WhisperTimeStampLogitsProcessor
 from transformers.modeling_outputs import BaseModelOutput
-from transformers.models.whisper.tokenization_whisper import TO_LANGUAGE_CODE
 
-from mmbeam.errors import ModelError
+from mmbeam.errors import ModelError, UsageError
 from mmbeam.models.audio_recipe import read_whisper_recipe
-from mmbeam.models.generators.base import Decoding, Generated, GeneratorSpec, Request
+from mmbeam.models.generators.base import Decoding, Generated, GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.decoding import Decoded, decode, score
+from mmbeam.models.generators.languages import code_of
 from mmbeam.models.generators.pretrained import PretrainedGenerator
 from mmbeam.models.loading import read_config, read_json
 from mmbeam.ops.audio import to_rate
@@ -67,7 +68,8 @@ class WhisperGenerator(PretrainedGenerator):
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
         parsed = read_config(directory)
         cls.read_tokenizer(directory)
-        if "no_timestamps_token_id" not in read_json(directory, "generation_config.json"):
+        generation = read_json(directory, "generation_config.json")
+        if "no_timestamps_token_id" not in generation:
             raise ModelError(f"{directory}/generation_config.json: has no no_timestamps_token_id; take a newer one")
         recipe = read_whisper_recipe(directory)
         if recipe.n_mels != parsed.num_mel_bins:
@@ -79,9 +81,21 @@ class WhisperGenerator(PretrainedGenerator):
             directory=str(directory),
             modalities=("audio",),
             required=("audio",),
+            tasks=("transcribe", "translate") if generation.get("is_multilingual") else ("transcribe",),
             sampling_rate=recipe.sampling_rate,
             max_new_tokens=parsed.max_target_positions - START_TOKENS,
         )
+
+    @classmethod
+    def check(cls, spec: GeneratorSpec, wanted: Wanted) -> None:
+        known = read_json(Path(spec.directory), "generation_config.json").get("lang_to_id")
+        if wanted.language is None or not known:
+            super().check(spec, wanted)
+        elif _language_token(wanted.language) not in known or wanted.source_language is not None:
+            raise UsageError(
+                f"--language {wanted.language}: expected the language that is spoken, one of "
+                f"{', '.join(token.strip('<|>') for token in known)}, and no --source-language"
+            )
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """The encoder's tokens: 1500 for each window of 30 s."""
@@ -190,10 +204,13 @@ class WhisperGenerator(PretrainedGenerator):
         ]
 
     def _language_id(self, language: str) -> int:
-        """The token of a language by its name, its code or its token: "german", "de", "<|de|>"."""
         known: Mapping[str, int] = self.model.generation_config.lang_to_id
-        named = language.lower()
-        token = f"<|{TO_LANGUAGE_CODE.get(named, named.strip('<|>'))}|>"
+        token = _language_token(language)
         if token not in known:
             raise ModelError(f"{self.spec.directory}: knows no language {language!r}; it knows {', '.join(known)}")
         return known[token]
+
+
+def _language_token(language: str) -> str:
+    """The token of a language by its name, its code or its token: "german", "de", "<|de|>"."""
+    return f"<|{code_of(language.lower().strip('<|>'))}|>"
