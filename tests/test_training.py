@@ -17,7 +17,7 @@ from torch import nn
 
 from mmbeam.corpus import VOCABULARY, samples
 from mmbeam.errors import TrainingError, UsageError
-from mmbeam.models.fusion import FusionConfig, FusionModel
+from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
 from mmbeam.models.generators.base import Request
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import POOL_BATCHES, Batch, ahead, collate, dropped, plain_batches, training_batches
@@ -61,6 +61,11 @@ def example(number: int, caption: str = "a cat.", clauses: bool = False, group: 
         ({"learning_rate": math.nan}, "--learning-rate nan"),
         ({"modality_dropout": 1.0}, "below 1"),
         ({"loss_weights": {"caption": 0.0}}, "caption"),
+        ({"loss_weights": {"align": -1.0}}, "--loss-weight align=-1.0: expected 0 or more"),
+        ({"loss_weights": {"align": math.nan}}, "--loss-weight align=nan: expected 0 or more"),
+        ({"seed": -1}, "--seed -1: expected 0 or more"),
+        ({"audio_seconds": 0.0}, "--audio-seconds 0.0: expected more than 0"),
+        ({"audio_seconds": math.nan}, "--audio-seconds nan: expected more than 0"),
         ({"captions": "text", "modalities": ("image", "text")}, "cannot be an input"),
         ({"freeze": ("image",)}, "--init"),
         ({"init": "m", "model": {"fusion": "gated"}}, "fusion"),
@@ -195,13 +200,18 @@ class Words:
         return [""] * len(ids)
 
 
-def test_a_batch_holds_inputs_labels_and_numbered_groups() -> None:
+def test_a_batch_holds_inputs_labels_and_groups_numbered_by_their_names() -> None:
     groups = ["x", None, "y", "x", None]
     batch = collate([example(n, group=group) for n, group in enumerate(groups)], Words(), torch.device("cpu"), 8)
     assert batch.inputs["words"].tolist() == [3] * 5
     assert batch.labels.tolist() == [[6]] * 5
     assert batch.groups is not None
-    assert batch.groups.tolist() == [0, 1, 2, 0, 3]
+    x, _, y, _, _ = batch.groups.tolist()
+    assert batch.groups.tolist() == [x, -1, y, x, -1]
+    assert x != y >= 0
+    other = collate([example(7, group="y")], Words(), torch.device("cpu"), 8)
+    assert other.groups is not None
+    assert other.groups.tolist() == [y]
     assert collate([example(0)], Words(), torch.device("cpu"), 8).groups is None
 
 
@@ -469,6 +479,60 @@ def test_views_change_values_a_little_and_never_hide_a_sample() -> None:
 
 
 # search
+
+
+def pretrained(modality: Modality, model_type: str) -> SourceConfig:
+    return SourceConfig(modality=modality, kind="pretrained", model={"model_type": model_type})
+
+
+@pytest.mark.parametrize(
+    ("source", "shape", "axis"),
+    [
+        (SourceConfig(modality="audio", shape=(1, 40, 8), channels=(4,)), (1, 40, 8), 2),
+        (pretrained("audio", "whisper"), (8, 40), 2),
+        (pretrained("audio", "clap_audio_model"), (1, 40, 8), 2),
+        (pretrained("audio", "audio-spectrogram-transformer"), (40, 8), 1),
+    ],
+    ids=lambda value: value.model["model_type"] if isinstance(value, SourceConfig) and value.model else "",
+)
+def test_a_sound_moves_in_time_alone(
+    source: SourceConfig, shape: tuple[int, ...], axis: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for amount in ("CONTRAST", "BRIGHTNESS", "GRAIN"):
+        monkeypatch.setattr(f"mmbeam.training.views.{amount}", 0.0)
+    time = torch.arange(40.0).view(*[-1 if place == axis else 1 for place in range(1 + len(shape))])
+    values = (time + 1000 * torch.arange(8.0).view(*[-1 if size == 8 else 1 for size in (1, *shape)])).expand(6, *shape)
+    inputs = {"audio": values, "audio_mask": torch.ones(6, dtype=torch.bool)}
+    moved = make_views({"audio": source}, ["audio"], inputs, torch.Generator().manual_seed(0))["audio"]
+    shifts = moved - values
+    assert shifts.abs().max() <= 3  # of 40 frames, a sixteenth; the bins stay
+    assert len(shifts.select(axis, 20).flatten().unique()) > 1  # each sample by its own
+
+
+def test_a_pretrained_encoders_scale_is_kept_and_its_special_tokens_stay() -> None:
+    decibels = 30 * torch.randn(4, 1, 40, 8) - 60
+    sources = {"audio": pretrained("audio", "clap_audio_model"), "text": pretrained("text", "bert")}
+    mask = torch.arange(9) < torch.tensor([9, 5, 2, 0])[:, None]
+    inputs = {"audio": decibels, "audio_mask": torch.ones(4, dtype=torch.bool), "text": mask.long(), "text_mask": mask}
+    hidden = []
+    for seed in range(10):
+        views = make_views(sources, sources, inputs, torch.Generator().manual_seed(seed))
+        assert abs(float(views["audio"].mean()) + 60) < 12
+        assert 20 < views["audio"].std() < 45
+        seen = views["text_mask"]
+        assert seen[:, 0].tolist() == [True, True, True, False]
+        assert (seen[0, 8], seen[1, 4], seen[2, 1]) == (True, True, True)
+        assert (seen <= mask).all()
+        hidden.append(bool((seen != mask).any()))
+    assert any(hidden)
+
+
+def test_another_view_of_the_whole_is_one_of_every_source() -> None:
+    sources = {name: SourceConfig.parse(name, source) for name, source in SOURCES.items()}
+    examples = [example(number, f"caption {number}") for number in range(4)]
+    inputs = feature_batch(torch.randn(4, 6), examples).inputs
+    assert set(make_views(sources, ["fused"], inputs)) == set(inputs)
+    assert make_views(sources, ["caption"], inputs) == {}
 
 
 def test_a_search_draws_within_the_space_and_tries_what_was_given_first() -> None:

@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from mmbeam.corpus import samples, tag
 from mmbeam.errors import TrainingError
 from mmbeam.models.fusion import FusionConfig, FusionProcessor
-from mmbeam.training.examples import Example, Part
+from mmbeam.training.examples import Example, Part, Source
 from mmbeam.training.fit import CHECKPOINT, State, Trainer
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.scores import SUBSETS
@@ -45,6 +45,9 @@ class TwoModalities:
 
     def count(self, part: Part) -> int | None:
         return self._corpus.count(part)
+
+    def of_rank(self, rank: int, world_size: int) -> Source:
+        return self  # nothing here trains in several processes
 
     def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
         return (example.keeping(("audio", "text")) for example in self._corpus.examples(part, epoch))
@@ -128,6 +131,15 @@ def test_a_loss_that_is_no_number_stops_it_and_the_last_good_checkpoint_stays(se
     assert again.state.step == 10  # the end of the first epoch
     assert all(weight.isfinite().all() for weight in again.model.state_dict().values())
     assert State(**again.state.__dict__) == again.state
+
+
+def test_a_checkpoint_of_another_configuration_is_named(setup: Setup, tmp_path: Path) -> None:
+    trainer(setup, tmp_path, steps=1).run()
+    other = FusionConfig.from_dict(setup.config.to_dict() | {"fusion": "concat"})
+    with pytest.raises(
+        TrainingError, match=r"checkpoint\.safetensors: the checkpoint of another configuration; remove it"
+    ):
+        trainer(replace(setup, config=other), tmp_path, steps=1).run()
 
 
 def test_it_stops_early_when_the_validation_gets_no_better(setup: Setup, tmp_path: Path) -> None:

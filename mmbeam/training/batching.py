@@ -8,6 +8,7 @@ import queue
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -46,7 +47,7 @@ class Batch:
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor  # int64 [batch, tokens], padded by -100
-    groups: torch.Tensor | None  # int64 [batch]: those with the same number are alike; None: nobody knows
+    groups: torch.Tensor | None  # int64 [batch]: alike are those of one number, but -1; None: nobody knows
     examples: Sequence[Example]
 
 
@@ -111,12 +112,16 @@ def collate(examples: Sequence[Example], processor: Processor, device: torch.dev
 
 
 def _groups(examples: Sequence[Example], device: torch.device) -> torch.Tensor | None:
-    """A number for each group; an example of none is alone in its own."""
-    if all(example.group is None for example in examples):
+    """A number for each group, by its name alone: the same in every batch and process; -1 for none."""
+    names = [example.group for example in examples]
+    if all(name is None for name in names):
         return None
-    names = [(0, place) if example.group is None else (1, example.group) for place, example in enumerate(examples)]
-    numbers = {name: number for number, name in enumerate(dict.fromkeys(names))}
-    return torch.tensor([numbers[name] for name in names], device=device)
+    return torch.tensor([-1 if name is None else _number(name) for name in names], device=device)
+
+
+def _number(name: str) -> int:
+    """63 bits of a hash."""
+    return int.from_bytes(blake2b(name.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "big") >> 1
 
 
 def ahead(make: Callable[[], Iterator[T]], depth: int = AHEAD) -> Generator[T]:

@@ -63,6 +63,16 @@ def under(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name[len(prefix) + 1 :]: each for name, each in tensors.items() if name.startswith(f"{prefix}.")}
 
 
+def restore_model(model: torch.nn.Module, tensors: Tensors, path: Path) -> None:
+    """Put back the weights that `path` held. Raises TrainingError if they are not those of such a model."""
+    try:
+        model.load_state_dict(tensors)
+    except RuntimeError as error:  # its message lists every tensor
+        raise TrainingError(
+            f"{path}: the checkpoint of another configuration; remove it to start over, or choose another --output"
+        ) from error
+
+
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """The optimizer's state, "<number of the parameter>.<name>": tensor; its options are the run's own."""
     state = optimizer.state_dict()["state"]

@@ -56,6 +56,9 @@ class Source(Protocol):
     def count(self, part: Part) -> int | None:
         """How many there are in an epoch; None if nobody has counted."""
 
+    def of_rank(self, rank: int, world_size: int) -> "Source":
+        """One process's share of the training part, together all of it; the other parts and the counts are whole."""
+
 
 def json_object(text: str | None) -> Mapping[str, Any]:
     """A sample's JSON as a mapping; empty if it has none or it is something else."""

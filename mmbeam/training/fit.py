@@ -1,7 +1,8 @@
 """The loop that fits a fusion model: steps, a score after every epoch, checkpoints, an end.
 
 It knows nothing of where examples come from, nor of what a model directory holds. A loop that is stopped
-anywhere and started again on the same files does exactly what it would have done.
+anywhere and started again on the same files does exactly what it would have done. In several processes each
+runs it, in step with the others; rank 0 alone measures and writes.
 """
 
 import logging
@@ -17,10 +18,12 @@ from typing import Protocol
 
 import torch
 
-from mmbeam.errors import TrainingError
+from mmbeam.errors import RunMismatchError, TrainingError
 from mmbeam.models.fusion import FusionModel, FusionProcessor
+from mmbeam.models.fusion.share import BatchShare
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import Batch, ahead, collate, training_batches
+from mmbeam.training.distributed import ALONE, Losses, World
 from mmbeam.training.examples import Source
 from mmbeam.training.journal import Journal
 from mmbeam.training.optim import learning_rate_factor, make_optimizer, set_learning_rate, warmup_steps
@@ -41,11 +44,12 @@ class State:
     step: int = 0  # done
     epoch: int = 0  # the one that is going on
     batch: int = 0  # of the epoch, the next one
-    samples: int = 0  # seen
+    samples: int = 0  # seen, by all processes
     seconds: float = 0.0  # of training and validation
     best: list[float] | None = None  # the scores that are selected by, the first deciding; higher is better
     best_epoch: int | None = None
     losses: dict[str, float] = field(default_factory=dict)  # summed over the epoch's batches
+    longest: int = 0  # steps of the longest epoch so far
 
 
 class Watcher(Protocol):
@@ -67,9 +71,15 @@ class Trainer:
         *,
         frozen: Sequence[torch.nn.Module] = (),
         watcher: Watcher | None = None,
+        world: World = ALONE,
     ) -> None:
-        """`directory` is for the checkpoint and the journal; `frozen` are the parts of the model that do not learn."""
-        self.model, self.processor, self.source, self.options = model, processor, source, options
+        """`directory` is for the checkpoint and the journal; `frozen` are the parts of the model that do not learn.
+
+        `source` is whole: of a `world` of several processes each takes its own share of it.
+        """
+        self.model, self.processor, self.options, self.world = model, processor, options, world
+        self.source = source if world.size == 1 else source.of_rank(world.rank, world.size)
+        self.batch_size = world.share_of(options.batch_size)
         self.directory, self.watcher = directory, watcher
         self.device = model.device
         self.state = State()
@@ -79,6 +89,7 @@ class Trainer:
             part.requires_grad_(False)
         self.optimizer = make_optimizer(model, options)
         self.steps = total_steps(options, source)
+        self._losses = world.parallel(Losses(model))
         self._saved = time.monotonic()
 
     def run(self) -> State:
@@ -88,8 +99,10 @@ class Trainer:
             self._save()
         while not self._finished():
             self._epoch()
+        self.world.wait()  # until the best weights are written
         if self.state.best_epoch is not None:
             self.model.load_state_dict(checkpoint.load(self.directory / BEST)[0])
+        self.world.wait()  # and until all have read them
         return self.state
 
     def _finished(self) -> bool:
@@ -99,23 +112,26 @@ class Trainer:
             return False
         since = state.epoch - 1 - (state.best_epoch or 0)
         out_of_patience = options.patience is not None and since >= options.patience
-        out_of_epochs = options.steps is None and state.epoch >= options.epochs
-        return state.step >= self.steps or out_of_epochs or out_of_patience
+        return self._out_of_steps or out_of_patience or (options.steps is None and state.epoch >= options.epochs)
+
+    @property
+    def _out_of_steps(self) -> bool:
+        return self.options.steps is not None and self.state.step >= self.options.steps
 
     def _epoch(self) -> None:
         """The rest of an epoch, and its score."""
         begin, before = time.monotonic(), self.state.seconds
         with closing(self._batches()) as batches:
-            for batch in batches:
-                self._step(batch)
+            for batch, share in self.world.steps(batches, list(self.model.sources)):
+                self._step(batch, share)
                 self.state.seconds = before + time.monotonic() - begin
-                if self.state.step >= self.steps:
+                if self._out_of_steps:
                     break
                 if time.monotonic() - self._saved >= self.options.checkpoint_seconds:
                     self._save()
         if not self.state.batch:
             raise TrainingError("the training part gave no samples: none has a caption and a modality of the model's")
-        scores = self._validate()
+        scores = Scores(**self.world.from_main(lambda: self._validate().to_json()))
         self.state.seconds = before + time.monotonic() - begin
         self._close(scores)
 
@@ -127,47 +143,61 @@ class Trainer:
 
         def batches() -> Iterator[Batch]:
             examples = self.source.examples("train", epoch)
-            drawn = training_batches(examples, options.batch_size, options.modality_dropout, (options.seed, epoch))
+            seed = (options.seed, epoch, *([self.world.rank] if self.world.size > 1 else []))
+            drawn = training_batches(examples, self.batch_size, options.modality_dropout, seed)
             return map(make, islice(drawn, self.state.batch, None))
 
         return ahead(batches)
 
-    def _step(self, batch: Batch) -> None:
+    def _step(self, batch: Batch | None, share: BatchShare) -> None:
         state, options = self.state, self.options
         factor = learning_rate_factor(state.step, self.steps, warmup_steps(options, self.steps), options.schedule)
         set_learning_rate(self.optimizer, options.learning_rate * factor)
+        self.world.seed(options.seed, state.step)
         self.model.train()
         for part in self._frozen:
             part.eval()  # its running statistics stay too
-        loss, losses = self._learn(batch)
+        loss, losses = self._learn(batch, share)
         state.step, state.batch = state.step + 1, state.batch + 1
-        state.samples += len(batch.examples)
+        state.samples += sum(share.rows)
         for name, value in losses.items():
             state.losses[name] = state.losses.get(name, 0.0) + value
-        self.journal.step(state.step, loss, options.learning_rate * factor)
-        if self.watcher is not None:
-            self.watcher.show(state.step, self.steps, loss, len(batch.examples))
+        if self.world.is_main:
+            self.journal.step(state.step, loss, options.learning_rate * factor)
+        if self.watcher is not None and self.world.is_main:
+            self.watcher.show(state.step, self.steps, loss, sum(share.rows))
 
-    def _learn(self, batch: Batch) -> tuple[float, dict[str, float]]:
-        """One step of the optimizer. Raises TrainingError, before it, if loss or gradient is no finite number."""
-        with torch.autocast(
-            "cuda", torch.bfloat16, enabled=self.options.mixed_precision and self.device.type == "cuda"
-        ):
-            output = self.model(labels=batch.labels, groups=batch.groups, views=self._views(batch), **batch.inputs)
-        self.optimizer.zero_grad(set_to_none=True)
-        output.loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm or math.inf)
-        losses = {name: float(value.detach()) for name, value in output.losses.items()}
-        loss = float(output.loss.detach())
-        if not math.isfinite(loss) or not math.isfinite(float(norm)):
-            self._stop(loss, losses, float(norm))
+    def _learn(self, batch: Batch | None, share: BatchShare) -> tuple[float, dict[str, float]]:
+        """One step of the optimizer; the losses of the whole batch.
+
+        Raises TrainingError before it, in all processes, if loss or gradient is no finite number.
+        """
+        with self.world.connected():
+            norm, values = self._differentiate(batch, share)
+        losses = self.world.mean(values)
+        loss = losses.pop("")
+        if not math.isfinite(loss) or not math.isfinite(norm):
+            self._stop(loss, losses, norm)
         self.optimizer.step()
         return loss, losses
 
-    def _views(self, batch: Batch) -> dict[str, torch.Tensor]:
+    def _differentiate(self, batch: Batch | None, share: BatchShare) -> tuple[float, dict[str, float]]:
+        """The norm that the gradients had before they were clipped, and this process's losses; "" is their sum."""
+        with torch.autocast(
+            "cuda", torch.bfloat16, enabled=self.options.mixed_precision and self.device.type == "cuda"
+        ):
+            loss, losses = self._losses(batch, self._views(batch), share)
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm or math.inf)
+        return float(norm), {name: float(value.detach()) for name, value in {**losses, "": loss}.items()}
+
+    def _views(self, batch: Batch | None) -> dict[str, torch.Tensor]:
         """Other views of the sources that are aligned with themselves; samples that have groups need none."""
         names = [a for a, b in self.model.pairs if a == b]
-        return {} if self.options.group is not None else make_views(self.model.sources, names, batch.inputs)
+        if batch is None or self.options.group is not None:
+            return {}
+        return make_views(self.model.sources, names, batch.inputs)
 
     def _stop(self, loss: float, losses: dict[str, float], norm: float) -> None:
         parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
@@ -203,44 +233,64 @@ class Trainer:
         value = [scores.exact_match, -scores.loss] if self.options.select == "exact_match" else [-scores.loss]
         if state.best is None or value > state.best:
             state.best, state.best_epoch = value, state.epoch
-            checkpoint.save(self.directory / BEST, self.model.state_dict(), {"epoch": state.epoch, "scores": value})
+            if self.world.is_main:
+                checkpoint.save(self.directory / BEST, self.model.state_dict(), {"epoch": state.epoch, "scores": value})
         losses = {name: total / state.batch for name, total in state.losses.items()}
-        self.journal.epoch(state.epoch, state.step, state.seconds, losses, scores.to_json())
+        if self.world.is_main:
+            self.journal.epoch(state.epoch, state.step, state.seconds, losses, scores.to_json())
         log.info("epoch %d, step %d: %s", state.epoch + 1, state.step, summary(scores))
+        state.longest = max(state.longest, state.batch)
         state.epoch, state.batch, state.losses = state.epoch + 1, 0, {}
+        self.steps = total_steps(self.options, self.source, state.longest)
         self._save()
 
     def _save(self) -> None:
+        if not self.world.is_main:
+            return
         tensors = {
             **checkpoint.prefixed("model", self.model.state_dict()),
             **checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer)),
             **checkpoint.prefixed("random", checkpoint.random_tensors()),
         }
-        checkpoint.save(self.directory / CHECKPOINT, tensors, asdict(self.state))
+        checkpoint.save(self.directory / CHECKPOINT, tensors, {**asdict(self.state), "processes": self.world.size})
         self._saved = time.monotonic()
 
     def _resume(self) -> bool:
         path = self.directory / CHECKPOINT
-        if not path.exists():
+        if not self.world.from_main(path.exists):
             return False
         tensors, facts = checkpoint.load(path)
-        self.model.load_state_dict(checkpoint.under("model", tensors))
+        self._check_processes(facts.pop("processes", 1), facts["batch"])
+        checkpoint.restore_model(self.model, checkpoint.under("model", tensors), path)
         checkpoint.restore_optimizer(self.optimizer, checkpoint.under("optimizer", tensors))
         checkpoint.restore_random(checkpoint.under("random", tensors))
         self.state = State(**facts)
-        self.journal.cut(self.state.step)
+        self.steps = total_steps(self.options, self.source, self.state.longest)
+        if self.world.is_main:
+            self.journal.cut(self.state.step)
         log.info("going on after step %d", self.state.step)
         return True
 
+    def _check_processes(self, then: int, batch: int) -> None:
+        """Between epochs any number of processes can go on; in one, only those that have their shares of its rows."""
+        if batch and then != self.world.size:
+            raise RunMismatchError(
+                f"{self.directory / CHECKPOINT}: was written in the middle of an epoch whose samples {then} processes "
+                f"share, and here are {self.world.size}. Go on with --nproc-per-node {then} to the end of an epoch"
+            )
 
-def total_steps(options: TrainOptions, source: Source) -> int:
-    """How many steps there will be: as asked for, or so many epochs of so many batches."""
+
+def total_steps(options: TrainOptions, source: Source, longest: int = 0) -> int:
+    """How many steps there will be: as asked for, or so many epochs of so many batches.
+
+    Processes whose shares of the samples differ need more steps than one would: as many as the longest epoch had.
+    """
     if options.steps is not None:
         return options.steps
     count = source.count("train")
     if count is None:
         raise TrainingError("nobody has counted the training samples; say how many --steps to train")
-    return options.epochs * math.ceil(count / options.batch_size)
+    return options.epochs * max(longest, math.ceil(count / options.batch_size))
 
 
 def summary(scores: Scores) -> str:

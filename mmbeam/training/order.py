@@ -1,7 +1,8 @@
-"""Which rows a reader takes, and in which windows: pure arithmetic over the numbers of rows of row groups."""
+"""What each of several readers takes: rows of row groups, in windows, and units of shards. Pure arithmetic."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from hashlib import blake2b
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,3 +43,18 @@ def windows_of(pieces: Sequence[Piece], sizes: Sequence[int], limit: int) -> Ite
             window, size = [], 0
     if window:
         yield window
+
+
+def units_of_rank(order: Sequence[int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
+    """The units, in `order`, that a rank reads by itself, and those that all ranks read, each its own samples of.
+
+    Every rank has the same number of its own; the rest, fewer than there are ranks, is for all.
+    """
+    whole = len(order) - len(order) % world_size
+    return list(order[rank:whole:world_size]), list(order[whole:])
+
+
+def rank_of(key: str, world_size: int) -> int:
+    """The rank that a sample of a unit for all belongs to: a hash of its key, other than the one that splits."""
+    digest = blake2b(key.encode("utf-8", "backslashreplace"), digest_size=8, person=b"rank").digest()
+    return int.from_bytes(digest, "big") % world_size

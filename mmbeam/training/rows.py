@@ -6,7 +6,7 @@ takes from everywhere. A vector with a number that is not finite counts as missi
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from itertools import islice
 from typing import Any
@@ -68,6 +68,8 @@ class FeatureSource:
     columns: Mapping[str, Modality | None] | None = None  # None: every column of vectors; a modality overrules the name
     counts: Mapping[Part, int] = field(default_factory=dict)
     seed: int = 0
+    rank: int = 0  # which share of the training part's rows, of `world_size`
+    world_size: int = 1
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)  # columns that were complained about
 
     def features(self) -> dict[str, tuple[Modality, StoredFeature]]:
@@ -87,10 +89,14 @@ class FeatureSource:
             survey.texts.append(example.caption)
             survey.modalities.update(example.present)
             survey.clauses += example.clauses is not None
+            survey.groups += example.group is not None
         return survey
 
     def count(self, part: Part) -> int | None:
         return self.counts.get(part)
+
+    def of_rank(self, rank: int, world_size: int) -> "FeatureSource":
+        return replace(self, rank=rank, world_size=world_size)
 
     def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
         """The part's rows that have a caption and at least one feature."""
@@ -149,8 +155,8 @@ class FeatureSource:
             split_seed=SPLIT_SEED,
             shuffle=part == "train",
             seed=self.seed,
-            rank=0,
-            world_size=1,
+            rank=self.rank if part == "train" else 0,
+            world_size=self.world_size if part == "train" else 1,
         )
 
 

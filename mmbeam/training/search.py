@@ -17,6 +17,7 @@ import torch
 
 from mmbeam.errors import TrainingError
 from mmbeam.training.checkpoint import write_text
+from mmbeam.training.distributed import ALONE, World
 from mmbeam.training.fit import BEST, CHECKPOINT, Trainer, Watcher
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.setup import Setup, new_model
@@ -76,6 +77,7 @@ def search(
     device: torch.device,
     watcher: Watcher | None = None,
     space: Mapping[str, Span] = SPACE,
+    world: World = ALONE,
 ) -> TrainOptions:
     """The options with the best of `options.search` configurations; search.json says how each did.
 
@@ -86,30 +88,34 @@ def search(
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     choices = draw(options, space)
     for number, choice in enumerate(choices[len(trials) :], len(trials)):
-        score, error = _try(setup, with_choice(options, choice), directory / f"search-{number}", device, watcher)
+        score, error = _try(setup, with_choice(options, choice), directory / f"search-{number}", device, watcher, world)
         trials.append({"changed": choice, "score": score, "error": error})
-        write_text(path, json.dumps(trials, indent=2) + "\n")
+        if world.is_main:
+            write_text(path, json.dumps(trials, indent=2) + "\n")
         log.info("trial %d of %d: %s: %s", number + 1, len(choices), choice or "as given", error or score)
     done = [trial for trial in trials if trial["score"] is not None]
     if not done:
         raise TrainingError(f"none of the {len(trials)} configurations could be trained; see {path}")
     best = max(done, key=lambda trial: list(trial["score"]))
-    log.warning("trial %d of %d won: %s", trials.index(best) + 1, len(trials), best["changed"] or "as given")
+    if world.is_main:
+        log.warning("trial %d of %d won: %s", trials.index(best) + 1, len(trials), best["changed"] or "as given")
     return with_choice(options, best["changed"])
 
 
 def _try(
-    setup: Setup, options: TrainOptions, directory: Path, device: torch.device, watcher: Watcher | None
+    setup: Setup, options: TrainOptions, directory: Path, device: torch.device, watcher: Watcher | None, world: World
 ) -> tuple[list[float] | None, str | None]:
     """The best validation scores of a short training, higher is better; None and why if its loss was no number."""
     directory.mkdir(exist_ok=True)
     options = replace(options, steps=options.search_steps, search=0)
     model, frozen = new_model(options, setup, device)
-    trainer = Trainer(model, setup.processor, setup.source, options, directory, frozen=frozen, watcher=watcher)
+    trainer = Trainer(
+        model, setup.processor, setup.source, options, directory, frozen=frozen, watcher=watcher, world=world
+    )
     try:
         return trainer.run().best, None
     except TrainingError as error:
         return None, str(error)
     finally:
-        for name in (CHECKPOINT, BEST):  # what is left of a trial is its metrics
+        for name in (CHECKPOINT, BEST) if world.is_main else ():  # what is left of a trial is its metrics
             (directory / name).unlink(missing_ok=True)

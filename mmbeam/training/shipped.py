@@ -8,7 +8,7 @@ import hashlib
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from itertools import zip_longest
 from pathlib import Path
@@ -19,9 +19,9 @@ import torch
 from mmbeam.corpus import Scene, samples, tag
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.loading import load_pretrained, quiet_transformers
-from mmbeam.models.placement import resolve_device
 from mmbeam.training.card import shipped_card
 from mmbeam.training.checkpoint import write_text
+from mmbeam.training.distributed import joined, local_device
 from mmbeam.training.examples import Example
 from mmbeam.training.fit import Watcher
 from mmbeam.training.options import TrainOptions
@@ -72,12 +72,22 @@ def train_shipped(
 
     The same options again go on where an interrupted training stopped. Raises what `train` raises.
     """
-    device = torch.device(resolve_device(options.device))
+    device = local_device(options.device)
     quiet_transformers()
-    directory = open_run(options, overwrite)
-    output = directory.parent
-    done = (directory / REPORT).exists()
-    report = read_report(directory) if done else train_on(corpus_setup(options), options, directory, device, watcher)
+    with joined(device) as world:
+        with world.main_first():
+            directory = open_run(options, overwrite, world)
+            done = (directory / REPORT).exists()
+        report = (
+            read_report(directory)
+            if done
+            else train_on(corpus_setup(options), options, directory, device, watcher, world)
+        )
+        return world.from_main(lambda: _measured(report, directory.parent, device, count))
+
+
+def _measured(report: Mapping[str, Any], output: Path, device: torch.device, count: int) -> dict[str, Any]:
+    """Write the trained model at half its size, and its figures; the figures."""
     model = load_pretrained(FusionModel, output, torch.device("cpu"), torch.bfloat16)  # half the size
     write_model(model, FusionProcessor.from_directory(output), output)
     figures = {"training": report, "evaluation": evaluate(output, device, count)}

@@ -6,11 +6,11 @@ that are being read.
 
 import logging
 from collections import Counter
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
 from functools import partial
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 import numpy as np
@@ -21,6 +21,7 @@ from mmbeam.errors import ShardError, TrainingError
 from mmbeam.models.generators.base import Request
 from mmbeam.reading import read_batches
 from mmbeam.training.examples import PARTS, Example, Part, clauses_of, json_object, text_of
+from mmbeam.training.order import rank_of, units_of_rank
 from mmbeam.training.split import split_of
 from mmbeam.types import MODALITIES, Audio, Modality, Needs, Sample, Waveform, WorkUnit
 
@@ -66,6 +67,7 @@ class Survey:
     captions: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
     modalities: Counter[Modality] = field(default_factory=Counter)
     clauses: int = 0  # samples whose captions come in parts
+    groups: int = 0  # samples that belong to one
     texts: list[str] = field(default_factory=list)  # of the training part: captions and texts
     fields: set[str] = field(default_factory=set)  # of the samples' JSON
     whole: bool = True  # whether all samples were looked at
@@ -101,7 +103,11 @@ class Survey:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSource:
-    """Samples of shards, read and decoded ahead; the units in another order in each epoch of training."""
+    """Samples of shards, read and decoded ahead; the units in another order in each epoch of training.
+
+    Several processes deal out the units of an epoch; those that are left over, fewer than there are processes,
+    all of them read, and each decodes its own samples, by a hash of the key.
+    """
 
     units: Sequence[WorkUnit]
     labelling: Labelling
@@ -110,6 +116,8 @@ class ShardSource:
     reading: Reading = field(default_factory=Reading)
     counts: Mapping[Part, int] = field(default_factory=dict)
     seed: int = 0
+    rank: int = 0  # which share of the training part, of `world_size`
+    world_size: int = 1
 
     def survey(self, limit: int | None = None) -> Survey:
         """Look at the texts and JSON of the samples, of the first `limit` if one is given."""
@@ -130,18 +138,33 @@ class ShardSource:
     def count(self, part: Part) -> int | None:
         return self.counts.get(part)
 
+    def of_rank(self, rank: int, world_size: int) -> "ShardSource":
+        return replace(self, rank=rank, world_size=world_size)
+
     def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
         """The part's samples that have a caption and something of the modalities that could be decoded."""
-        order: Sequence[int] = range(len(self.units))
-        if part == "train":
-            order = np.random.default_rng((self.seed, epoch)).permutation(len(self.units)).tolist()
-        for sample in self._samples([self.units[place] for place in order], part):
+        for sample in self._of_part(part, epoch):
             example = self._example(sample)
             if example is not None:
                 yield example
 
-    def _samples(self, units: Sequence[WorkUnit], part: Part | None) -> Iterator[Sample]:
-        wanted = None if part is None else lambda key: self.labelling.part(key) == part
+    def _of_part(self, part: Part, epoch: int) -> Iterator[Sample]:
+        def wanted(key: str) -> bool:
+            return self.labelling.part(key) == part
+
+        def own(key: str) -> bool:
+            return wanted(key) and rank_of(key, self.world_size) == self.rank
+
+        if part != "train":
+            return self._samples(self.units, wanted)
+        order = np.random.default_rng((self.seed, epoch)).permutation(len(self.units)).tolist()
+        alone, shared = units_of_rank(order, self.rank, self.world_size)
+        return chain(
+            self._samples([self.units[place] for place in alone], wanted),
+            self._samples([self.units[place] for place in shared], own),
+        )
+
+    def _samples(self, units: Sequence[WorkUnit], wanted: Callable[[str], bool] | None) -> Iterator[Sample]:
         for unit in units:
             with closing(read_batches(unit, self.reading, self.needs, Windows(), wanted)) as batches:
                 for batch in batches:
@@ -174,7 +197,9 @@ def _look_at(sample: Sample, labelling: Labelling, survey: Survey) -> None:
     if caption is None:
         return
     survey.captions[part] += 1
-    survey.clauses += labelling.facts(sample)[0] is not None
+    clauses, group = labelling.facts(sample)
+    survey.clauses += clauses is not None
+    survey.groups += group is not None
     if part == "train" and len(survey.texts) < 2 * SURVEYED:
         survey.texts += [caption, *filter(None, [sample.model_text])]
 
@@ -216,14 +241,21 @@ class CorpusSource:
     modalities: Collection[Modality] | None = None  # no clauses but theirs are in the captions; None: all
     side: int = 64  # pixels
     rate: int = 8000  # Hz
+    rank: int = 0  # which share of the training part, of `world_size`
+    world_size: int = 1
 
     def count(self, part: Part) -> int | None:
         return self.epoch_size if part == "train" else self.evaluation_size
 
+    def of_rank(self, rank: int, world_size: int) -> "CorpusSource":
+        return replace(self, rank=rank, world_size=world_size)
+
     def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
-        size = self.count(part) or 0
-        start = epoch * size if part == "train" else 0
-        for scene in samples(self.seed + PARTS.index(part), start, size):
+        start, end = 0, self.evaluation_size
+        if part == "train":
+            begin, size = epoch * self.epoch_size, self.epoch_size
+            start, end = (begin + size * rank // self.world_size for rank in (self.rank, self.rank + 1))
+        for scene in samples(self.seed + PARTS.index(part), start, end - start):
             yield scene_example(scene, self.side, self.rate).keeping(self.modalities or MODALITIES)
 
 

@@ -21,14 +21,14 @@ import torch
 from mmbeam.errors import RunMismatchError, UsageError
 from mmbeam.models.fusion import FusionModel, FusionProcessor
 from mmbeam.models.loading import quiet_transformers
-from mmbeam.models.placement import resolve_device
 from mmbeam.training.card import model_card
 from mmbeam.training.checkpoint import write_text
-from mmbeam.training.fit import SUBSETS_PER_BATCH, Trainer, Watcher
+from mmbeam.training.distributed import ALONE, World, joined, local_device
+from mmbeam.training.fit import CHECKPOINT, SUBSETS_PER_BATCH, State, Trainer, Watcher
 from mmbeam.training.options import TrainOptions, difference
 from mmbeam.training.scores import Judge
 from mmbeam.training.search import search
-from mmbeam.training.setup import Setup, new_model, set_up
+from mmbeam.training.setup import FACTS, START, Setup, new_model, set_up
 
 log = logging.getLogger(__name__)
 
@@ -38,46 +38,67 @@ TRAINING, RUN, REPORT = "_training", "run.json", "report.json"
 def train(options: TrainOptions, *, overwrite: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
     """Train, measure on the test part once, and write the model; the report.
 
-    The same options again go on where an interrupted run stopped; a run that is done is not done again.
+    The same options again go on where an interrupted run stopped; a run that is done is not done again. The
+    processes that torchrun starts train together, and all return the report; `options.output` is on a file
+    system that all see.
+
     Raises UsageError, NoShardsError, MissingModalityError, ModelError, RunMismatchError, DeviceError before the
-    training, TrainingError or ShardError in it.
+    training, TrainingError or ShardError in it, JobError if another process fails.
     """
-    device = torch.device(resolve_device(options.device))
+    device = local_device(options.device)
     quiet_transformers()
-    directory = open_run(options, overwrite)
-    if (directory / REPORT).exists():
-        log.info("%s: trained already", options.output)
-        return read_report(directory)
-    return train_on(set_up(options, directory), options, directory, device, watcher)
+    with joined(device) as world:
+        world.share_of(options.batch_size)
+        with world.main_first():
+            directory = open_run(options, overwrite, world)
+            done = (directory / REPORT).exists()
+            setup = None if done else set_up(options, directory)
+        if setup is None:
+            log.info("%s: trained already", options.output)
+            return read_report(directory)
+        return train_on(setup, options, directory, device, watcher, world)
 
 
 def train_on(
-    setup: Setup, options: TrainOptions, directory: Path, device: torch.device, watcher: Watcher | None = None
+    setup: Setup,
+    options: TrainOptions,
+    directory: Path,
+    device: torch.device,
+    watcher: Watcher | None = None,
+    world: World = ALONE,
 ) -> dict[str, Any]:
     """Train what was set up, and write the model beside `directory`; the report."""
     if options.search:
-        options = search(setup, options, directory, device, watcher)
+        options = search(setup, options, directory, device, watcher, world=world)
     model, frozen = new_model(options, setup, device)
-    trainer = Trainer(model, setup.processor, setup.source, options, directory, frozen=frozen, watcher=watcher)
+    trainer = Trainer(
+        model, setup.processor, setup.source, options, directory, frozen=frozen, watcher=watcher, world=world
+    )
     state = trainer.run()
-    judge = Judge(model, setup.processor, device, options.batch_size)
+    return world.from_main(lambda: _finish(trainer, state, setup, directory.parent))
+
+
+def _finish(trainer: Trainer, state: State, setup: Setup, output: Path) -> dict[str, Any]:
+    """Measure on the test part, write the model, its card and the report; the report."""
+    model, options = trainer.model, trainer.options
+    judge = Judge(model, setup.processor, trainer.device, options.batch_size)
     test = judge.scores(setup.source.examples("test"), SUBSETS_PER_BATCH)
     trainer.journal.draw()
     epochs = [line for line in trainer.journal.lines() if "epoch" in line]
     report = {
         "options": options.identity(),
         "versions": {name: version(name) for name in ("mmbeam", "torch", "transformers", "tokenizers", "numpy")},
-        "device": device.type,
+        "device": trainer.device.type,
+        "processes": trainer.world.size,
         "parameters": model.num_parameters(),
         "data": setup.facts,
         "training": asdict(state),
         "validation": next(line["validation"] for line in epochs if line["epoch"] == state.best_epoch),
         "test": test.to_json(),
     }
-    output = directory.parent
     write_model(model, setup.processor, output)
     write_text(output / "README.md", model_card(report))
-    write_text(directory / REPORT, json.dumps(report, indent=2) + "\n")
+    write_text(trainer.directory / REPORT, json.dumps(report, indent=2) + "\n")
     return report
 
 
@@ -94,16 +115,21 @@ def read_report(directory: Path) -> dict[str, Any]:
     return report
 
 
-def open_run(options: TrainOptions, overwrite: bool) -> Path:
-    """The directory of the run's own files, made ready: its run.json says what is asked for.
+def open_run(options: TrainOptions, overwrite: bool, world: World = ALONE) -> Path:
+    """The directory of the run's own files, made ready by rank 0: its run.json says what is asked for.
 
     Raises RunMismatchError if a run of other options is there, UsageError if something else is.
     """
     output = Path(options.output).expanduser()
     directory = output / TRAINING
+    if not world.is_main:
+        if not (directory / RUN).exists():
+            raise UsageError(f"--output {options.output}: rank {world.rank} does not see it; share it between machines")
+        return directory
     if overwrite and directory.exists():
         shutil.rmtree(directory)
-    if (directory / RUN).exists():
+    begun = (directory / START / FACTS).exists() or (directory / CHECKPOINT).exists()
+    if begun and (directory / RUN).exists():  # one that was refused before it began leaves the next one free
         _check_same(json.loads((directory / RUN).read_text()), options)
         return directory
     if output.exists() and not output.is_dir():

@@ -5,7 +5,7 @@ Shapes: B batch, T words or tokens, M fused tokens, D hidden size, E width of th
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -19,9 +19,16 @@ from mmbeam.models.fusion.configuration import BOS, EOS, PAD, FusionConfig, text
 from mmbeam.models.fusion.decoders import build_decoder
 from mmbeam.models.fusion.encoders import Tokens, build_encoder
 from mmbeam.models.fusion.fusers import Fused, build_fuser
-from mmbeam.models.fusion.objectives import GeneratorAdversary, ModalityAdversary, Reconstruction, SharedSpace
+from mmbeam.models.fusion.objectives import (
+    IGNORED,
+    GeneratorAdversary,
+    ModalityAdversary,
+    Reconstruction,
+    SharedSpace,
+    marks_of,
+)
+from mmbeam.models.fusion.share import WHOLE, BatchShare
 
-IGNORED = -100  # of labels: padding
 MASK = "_mask"  # ends the name of the input that says what of a source is there
 
 
@@ -43,6 +50,7 @@ class Encoding:
     memory_mask: torch.Tensor  # bool [B, M]
     embeddings: dict[str, torch.Tensor]  # by source, and "fused": [B, E], not normalised
     present: dict[str, torch.Tensor]  # by the same names: bool [B]
+    states: dict[str, torch.Tensor]  # of pretrained encoders: the mean of their last hidden states, [B, width]
 
 
 class FusionModel(PreTrainedModel, GenerationMixin):
@@ -101,18 +109,20 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         batch = self._batch(inputs)
         tokens: dict[str, Tokens] = {}
         present: dict[str, torch.Tensor] = {}
+        states: dict[str, torch.Tensor] = {}
         for name in self.sources:
             if inputs.get(name) is not None:
                 mask = self._mask(name, inputs)
                 present[name] = mask if mask.dim() == 1 else mask.any(1)
                 if present[name].any():
-                    tokens[name] = self._encode_source(name, inputs[name], mask, present[name])
+                    tokens[name], state = self._encode_source(name, inputs[name], mask, present[name])
+                    states |= {} if state is None else {name: state}
         fused: Fused = self.fuser(tokens, batch)
         embeddings = {name: self.space.project[name](_mean(*of)) for name, of in tokens.items()}
         embeddings["fused"] = self.space.project["fused"](fused.pooled)
         present = {name: present[name] for name in tokens}
         present["fused"] = torch.stack([*present.values()]).any(0) if present else fused.mask.new_zeros(batch)
-        return Encoding(fused.memory, fused.mask, embeddings, present)
+        return Encoding(fused.memory, fused.mask, embeddings, present, states)
 
     def _batch(self, inputs: Mapping[str, Any]) -> int:
         unknown = [name for name in inputs if name.removesuffix(MASK) not in self.sources]
@@ -133,23 +143,27 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         sequence = source.tokens or (source.modality == "text" and source.kind != "features")
         return torch.ones(value.shape[: 2 if sequence else 1], dtype=torch.bool, device=value.device)
 
-    def _encode_source(self, name: str, values: torch.Tensor, mask: torch.Tensor, present: torch.Tensor) -> Tokens:
-        """Encode the samples that have the source, and put nothing in the place of the others."""
-        source, encoder = self.sources[name], self.encoders[name]
+    def _encode_source(
+        self, name: str, values: torch.Tensor, mask: torch.Tensor, present: torch.Tensor
+    ) -> tuple[Tokens, torch.Tensor | None]:
+        """Encode the samples that have the source, and put nothing in the place of the others.
+
+        Beside the tokens, of a pretrained encoder, the mean of its last hidden states.
+        """
+        source, encoder = self.sources[name], cast(Any, self.encoders[name])
         self._check_shape(name, values, mask)
-        whole = bool(present.all())
-        some, own = (values, mask) if whole else (values[present], mask[present])
+        some, own = (values, mask) if present.all() else (values[present], mask[present])
         if some.is_floating_point():
             some = some.to(self.dtype)
         elif source.kind != "pretrained":
             some = self.words(some)
+        state = None
+        if source.kind == "pretrained":
+            some, own = encoder.read(some, own)
+            state = _spread(_mean(some, own), present)
         takes_mask = source.kind in ("features", "pretrained") or source.modality == "text"
         tokens, real = encoder(some, own) if takes_mask else encoder(some)
-        if whole:
-            return tokens, real
-        all_tokens = tokens.new_zeros(len(values), *tokens.shape[1:])
-        all_real = real.new_zeros(len(values), *real.shape[1:])
-        return all_tokens.index_put((present,), tokens), all_real.index_put((present,), real)
+        return (_spread(tokens, present), _spread(real, present)), state
 
     def _check_shape(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         source = self.sources[name]
@@ -161,7 +175,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
     def embed(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[Tokens, torch.Tensor]:
         """One source's tokens and its vectors in the shared space [B, E], of samples that all have it."""
         mask = self._mask(name, {name: values, name + MASK: mask})
-        tokens = self._encode_source(name, values, mask, mask if mask.dim() == 1 else mask.any(1))
+        tokens, _ = self._encode_source(name, values, mask, mask if mask.dim() == 1 else mask.any(1))
         embedding: torch.Tensor = self.space.project[name](_mean(*tokens))
         return tokens, embedding
 
@@ -188,6 +202,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         groups: torch.Tensor | None = None,
         views: Mapping[str, torch.Tensor] | None = None,
+        share: BatchShare = WHOLE,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         **inputs: torch.Tensor,
@@ -196,7 +211,8 @@ class FusionModel(PreTrainedModel, GenerationMixin):
 
         `decoder_input_ids` default to the labels, shifted. `encoder_outputs` and `attention_mask` are what
         `generate` made of the sources before. `groups` [B] of equal number are alike to the alignment (a
-        negative one is alike to none), `views` are the sources seen another way.
+        negative one is alike to none), `views` are the sources seen another way. Where the batch is a process's
+        `share` of one, the losses are such that their mean over the processes is the loss of the whole.
         """
         encoding = None
         if encoder_outputs is None:
@@ -214,9 +230,9 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         logits = self._score(states)
         output = FusionOutput(logits=logits, past_key_values=cache)
         if labels is not None:
-            output.losses = {"caption": self._caption_loss(logits, labels)}
+            output.losses = {"caption": share.by_tokens(self._caption_loss(logits, labels))}
             if encoding is not None:
-                output.losses |= self._other_losses(encoding, inputs, labels, states, groups, views or {})
+                output.losses |= self._other_losses(encoding, inputs, labels, states, groups, views or {}, share)
             output.loss = sum(
                 (self.weights.get(name, 0.0) * loss for name, loss in output.losses.items()), start=logits.new_zeros(())
             )
@@ -244,17 +260,19 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         states: torch.Tensor,
         groups: torch.Tensor | None,
         views: Mapping[str, torch.Tensor],
+        share: BatchShare,
     ) -> dict[str, torch.Tensor]:
         losses = {}
         if "align" in self.weights:
-            losses["align"] = self._align(encoding, labels, groups, views)
+            losses["align"] = self._align(encoding, labels, groups, views, share)
         if "reconstruct" in self.weights:
             given = {f"{name}{MASK}": self._mask(name, inputs) for name in encoding.present if name != "fused"}
-            losses["reconstruct"] = self.reconstruction.loss({**inputs, **given}, encoding.embeddings, encoding.present)
+            inputs = {**inputs, **given, **encoding.states}
+            losses["reconstruct"] = self.reconstruction.loss(inputs, encoding.embeddings, encoding.present, share)
         if "modality_adversary" in self.weights:
-            losses["modality_adversary"] = self.modality_adversary.loss(encoding.embeddings, encoding.present)
+            losses["modality_adversary"] = self.modality_adversary.loss(encoding.embeddings, encoding.present, share)
         if "generator_adversary" in self.weights:
-            losses["generator_adversary"] = self._professor_forcing(encoding, labels, states)
+            losses["generator_adversary"] = share.by_rows(self._professor_forcing(encoding, labels, states))
         return losses
 
     def _align(
@@ -263,18 +281,15 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor,
         groups: torch.Tensor | None,
         views: Mapping[str, torch.Tensor],
+        share: BatchShare,
     ) -> torch.Tensor:
-        """Samples are alike that have the same caption, or are of one group."""
         embeddings, present = dict(encoding.embeddings), dict(encoding.present)
         captions = self.embed_captions(labels) if any("caption" in pair for pair in self.pairs) else None
         if captions is not None:
             embeddings["caption"] = captions
             present["caption"] = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        alike = (labels[:, None] == labels[None]).all(-1)
-        if groups is not None:
-            alike = alike | ((groups[:, None] == groups[None]) & (groups >= 0)[:, None])
         seen = self.encode(**views).embeddings if views else {}
-        return self.space.loss(self.pairs, embeddings, present, seen, alike)
+        return self.space.loss(self.pairs, embeddings, present, seen, marks_of(labels, groups), share)
 
     def _professor_forcing(self, encoding: Encoding, labels: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The generator writes as many words as the longest label has, drawn at random; its states are judged."""
@@ -336,6 +351,13 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             "past_key_values": past_key_values,
             "use_cache": use_cache,
         }
+
+
+def _spread(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+    """The values of those who are present in their places, zeros in the others."""
+    if len(values) == len(present):
+        return values
+    return values.new_zeros(len(present), *values.shape[1:]).index_put((present,), values)
 
 
 def _mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
+from mmbeam.models.fusion.share import WHOLE, BatchShare, scale_gradient
 
+IGNORED = -100  # of labels: padding
 THUMBNAIL = 8  # side of what is reconstructed of a picture or a spectrogram
 MAX_SCALE = math.log(100)  # of cosine similarities, as in CLIP (Radford et al., 2021)
 Embeddings = Mapping[str, torch.Tensor]  # by name, [B, E]
@@ -47,13 +49,18 @@ class SharedSpace(nn.Module):
         embeddings: Embeddings,
         present: Present,
         views: Embeddings,
-        positives: torch.Tensor,
+        marks: torch.Tensor,
+        share: BatchShare = WHOLE,
     ) -> torch.Tensor:
         """Symmetric InfoNCE, the mean over pairs and similarities; samples that lack either are left out.
 
-        `positives` [B, B] says which samples are alike (each is like itself). Of a pair of a name with
-        itself the other side is `views`, where there is one; else the samples that are alike, if any.
+        `marks` [B, 1 + T] say which samples are alike (see `marks_of`). Of a pair of a name with itself the
+        other side is `views`, where there is one; else the samples that are alike, if any. Where processes
+        share a batch, each compares all the samples of all of them; all must call this.
         """
+        if not share.alone:
+            embeddings, present, views, marks = self._gathered(pairs, embeddings, present, views, marks, share)
+        positives = _alike(marks)
         losses = []
         for pair in pairs:
             a, b = pair
@@ -70,6 +77,48 @@ class SharedSpace(nn.Module):
                 logits = self.similarity(kind, pair, embeddings[a][rows], other[rows])
                 losses.append(info_nce(logits, alike, skip))
         return torch.stack(losses).mean() if losses else self.scale.new_zeros(())
+
+    def _gathered(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        embeddings: Embeddings,
+        present: Present,
+        views: Embeddings,
+        marks: torch.Tensor,
+        share: BatchShare,
+    ) -> tuple[Embeddings, Present, Embeddings, torch.Tensor]:
+        """The same of all processes. What is exchanged has the same shape whatever a process has of each name."""
+        names = list(dict.fromkeys(name for pair in pairs for name in pair))
+        same = [a for a, b in pairs if a == b]
+        blocks = [self._block(name, embeddings, present, marks) for name in names]
+        blocks += [self._block(name, views, present, marks) for name in same]
+        packed = share.gather(torch.stack(blocks, 1))
+        vectors, there = packed[..., :-1].unbind(1), (packed[..., -1] > 0).unbind(1)
+        end = len(names)
+        return (
+            {name: each for name, each, mask in zip(names, vectors, there, strict=False) if mask.any()},
+            dict(zip(names, there, strict=False)),
+            {name: each for name, each, mask in zip(same, vectors[end:], there[end:], strict=True) if mask.any()},
+            share.gather(F.pad(marks, (0, 1 + share.longest - marks.shape[1]), value=IGNORED)),
+        )
+
+    def _block(self, name: str, of: Embeddings, present: Present, marks: torch.Tensor) -> torch.Tensor:
+        """A name's vectors, each followed by 1 if it is there: [B, E + 1]."""
+        if name not in of:
+            return torch.zeros(len(marks), self.width + 1, device=marks.device)
+        return torch.cat([of[name].float(), present[name].float()[:, None]], 1)
+
+
+def marks_of(labels: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+    """A sample's group, -1 for none, and its caption [B, 1 + T]: samples that share either are alike."""
+    group = labels.new_full((len(labels),), -1) if groups is None else groups
+    return torch.cat([group[:, None], labels], 1)
+
+
+def _alike(marks: torch.Tensor) -> torch.Tensor:
+    groups, captions = marks[:, 0], marks[:, 1:]
+    same_group = (groups[:, None] == groups[None]) & (groups >= 0)[:, None]
+    return (captions[:, None] == captions[None]).all(-1) | same_group
 
 
 def _key(pair: tuple[str, str]) -> str:
@@ -97,7 +146,8 @@ def info_nce(logits: torch.Tensor, positives: torch.Tensor, skip: torch.Tensor |
 class Reconstruction(nn.Module):
     """The decoders of an autoencoder whose code is the shared space: a source's input from its embedding.
 
-    Of a picture or spectrogram a thumbnail, of a text its words in any order, of features themselves.
+    Of a picture or spectrogram a thumbnail, of a text its words in any order, features themselves; of what a
+    pretrained encoder reads, the mean of the encoder's last hidden states.
     """
 
     def __init__(self, sources: Mapping[str, SourceConfig], config: FusionConfig) -> None:
@@ -117,42 +167,36 @@ class Reconstruction(nn.Module):
         )
 
     def _width(self, source: SourceConfig) -> int | None:
-        if source.kind == "features":
-            return source.width
-        if source.kind == "pretrained":
-            return None
+        if source.kind in ("features", "pretrained"):
+            return source.width or None
         return self.vocab_size if source.modality == "text" else source.shape[0] * THUMBNAIL**2
 
-    def loss(self, inputs: Mapping[str, Any], embeddings: Embeddings, present: Present) -> torch.Tensor:
+    def loss(
+        self, inputs: Mapping[str, Any], embeddings: Embeddings, present: Present, share: BatchShare = WHOLE
+    ) -> torch.Tensor:
         """The mean over sources: squared error, for texts cross-entropy to the shares of their words."""
+        zero = next(iter(embeddings.values())).new_zeros(())
         losses = []
         for name, head in self.heads.items():
             if name in embeddings and present[name].any():
                 rows = present[name]
                 code = F.normalize(embeddings[name][rows], dim=-1)
-                losses.append(self._error(name, head(code), inputs[name][rows], inputs[f"{name}_mask"][rows]))
-        return torch.stack(losses).mean() if losses else next(iter(embeddings.values())).new_zeros(())
+                error = self._error(name, head(code), inputs[name][rows], inputs[f"{name}_mask"][rows])
+                losses.append(share.by_present(error, name))
+            elif share.anywhere(name):
+                losses.append(zero)
+        return torch.stack(losses).mean() if losses else zero
 
     def _error(self, name: str, guess: torch.Tensor, true: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         source = self.sources[name]
-        if source.kind == "features":
+        if source.kind in ("features", "pretrained"):
             if source.tokens:
                 true = true.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
-            return F.mse_loss(guess, F.layer_norm(true, true.shape[-1:]))
+            return F.mse_loss(guess, F.layer_norm(true.detach(), true.shape[-1:]))
         if source.modality == "text":
             counts = torch.zeros_like(guess).scatter_add_(1, true, mask.to(guess.dtype))
             return F.cross_entropy(guess, counts / counts.sum(1, keepdim=True))
         return F.mse_loss(guess, F.adaptive_avg_pool2d(true, THUMBNAIL).flatten(1))
-
-
-class _Reverse(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
-        return values.view_as(values)
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
-        return -gradients[0]
 
 
 def reverse_gradient(values: torch.Tensor) -> torch.Tensor:
@@ -160,8 +204,7 @@ def reverse_gradient(values: torch.Tensor) -> torch.Tensor:
 
     So one optimiser trains an adversary to tell things apart, and what is before it to make them alike.
     """
-    reversed_: torch.Tensor = _Reverse.apply(values)  # type: ignore[no-untyped-call]
-    return reversed_
+    return scale_gradient(values, -1.0)
 
 
 class ModalityAdversary(nn.Module):
@@ -176,14 +219,14 @@ class ModalityAdversary(nn.Module):
             nn.Linear(config.hidden_size, len(self.names)),
         )
 
-    def loss(self, embeddings: Embeddings, present: Present) -> torch.Tensor:
+    def loss(self, embeddings: Embeddings, present: Present, share: BatchShare = WHOLE) -> torch.Tensor:
         """Cross-entropy; at log(len(names)) the adversary has lost."""
         found = [(i, embeddings[name][present[name]]) for i, name in enumerate(self.names) if name in embeddings]
         if not found:
             return next(iter(embeddings.values())).new_zeros(())
         vectors = torch.cat([F.normalize(each, dim=-1) for _, each in found])
         truth = torch.cat([torch.full((len(each),), i, device=each.device) for i, each in found])
-        return F.cross_entropy(self.net(reverse_gradient(vectors)), truth)
+        return share.by_present(F.cross_entropy(self.net(reverse_gradient(vectors)), truth), *self.names)
 
 
 class GeneratorAdversary(nn.Module):

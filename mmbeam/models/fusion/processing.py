@@ -13,24 +13,24 @@ from typing import Any
 import numpy as np
 import torch
 from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, trainers
-from torch.nn import functional
 from transformers import PreTrainedTokenizerFast
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion.configuration import BOS, EOS, PAD, SourceConfig
-from mmbeam.models.fusion.mel import MelRecipe, log_mel
-from mmbeam.models.fusion.modeling import IGNORED, MASK
+from mmbeam.models.fusion.mel import SOUND_RECIPES, MelRecipe, SoundRecipe, hear, rate_of
+from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.fusion.objectives import IGNORED
 from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import read_json
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.collate import pad
 from mmbeam.ops.image import ImageRecipe, preprocess
-from mmbeam.ops.log_mel import WhisperRecipe, whisper_log_mel
 from mmbeam.types import MODALITIES, Modality, Waveform
 
 PREPROCESSING = "preprocessing.json"
 SPECIAL_TOKENS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
 Values = tuple[torch.Tensor, torch.Tensor]  # of one source: values and mask
+Preparation = ImageRecipe | SoundRecipe | Tokenizer  # of a picture, a sound or a text for an encoder
 
 
 class FusionProcessor:
@@ -41,7 +41,7 @@ class FusionProcessor:
         sources: Mapping[str, SourceConfig],
         tokenizer: Tokenizer,
         images: Mapping[str, ImageRecipe] | None = None,
-        sounds: Mapping[str, MelRecipe | WhisperRecipe] | None = None,
+        sounds: Mapping[str, SoundRecipe] | None = None,
         tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
         """`tokenizers` are those of texts that a pretrained encoder reads in its own way."""
@@ -55,9 +55,17 @@ class FusionProcessor:
 
     @classmethod
     def fit(
-        cls, sources: Mapping[str, SourceConfig], texts: Iterable[str], vocab_size: int, audio_seconds: float = 1.0
+        cls,
+        sources: Mapping[str, SourceConfig],
+        texts: Iterable[str],
+        vocab_size: int,
+        audio_seconds: float = 1.0,
+        pretrained: Mapping[str, Preparation] | None = None,
     ) -> "FusionProcessor":
-        """A byte-level BPE (Sennrich et al., 2016) of captions and texts; for media what fits the sources' shapes."""
+        """A byte-level BPE (Sennrich et al., 2016) of captions and texts; for media what fits the sources' shapes.
+
+        `pretrained` is what the encoders of other models take, by the names of their sources.
+        """
         tokenizer = Tokenizer(models.BPE())
         tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
         tokenizer.decoder = decoders.ByteLevel()
@@ -68,14 +76,17 @@ class FusionProcessor:
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        own = {name: source for name, source in sources.items() if source.kind not in ("features", "pretrained")}
-        images = {name: _picture_recipe(source.shape) for name, source in own.items() if source.modality == "image"}
-        sounds = {
-            name: MelRecipe.of_shape(source.shape, audio_seconds)
-            for name, source in own.items()
-            if source.modality == "audio"
-        }
-        return cls(sources, tokenizer, images, sounds)
+        found = dict(pretrained or {})
+        for name, source in sources.items():
+            if source.kind not in ("features", "pretrained") and source.modality != "text":
+                grid = source.shape
+                found[name] = (
+                    _picture_recipe(grid) if source.modality == "image" else MelRecipe.of_shape(grid, audio_seconds)
+                )
+        images = {name: each for name, each in found.items() if isinstance(each, ImageRecipe)}
+        sounds = {name: each for name, each in found.items() if isinstance(each, SoundRecipe)}
+        tokenizers = {name: each for name, each in found.items() if isinstance(each, Tokenizer)}
+        return cls(sources, tokenizer, images, sounds, tokenizers)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "FusionProcessor":
@@ -122,7 +133,7 @@ class FusionProcessor:
     @property
     def sampling_rate(self) -> int | None:
         """Of the sounds that the model hears, in Hz; the highest if its sources differ."""
-        return max((recipe.sampling_rate for recipe in self.sounds.values()), default=None)
+        return max(map(rate_of, self.sounds.values()), default=None)
 
     @property
     def image_side(self) -> int | None:
@@ -171,9 +182,8 @@ class FusionProcessor:
     def spectrograms(self, name: str, sounds: Sequence[tuple[Waveform, int]], device: torch.device) -> torch.Tensor:
         """What the source `name` takes of sounds and their rates in Hz. Raises DecodeError for an empty one."""
         recipe = self.sounds[name]
-        waves = to_rate([wave for wave, _ in sounds], [rate for _, rate in sounds], recipe.sampling_rate, device)
-        windows = torch.stack([_window(wave, recipe.n_samples) for wave in waves])
-        return log_mel(windows, recipe) if isinstance(recipe, MelRecipe) else whisper_log_mel(windows, recipe)
+        waves = to_rate([wave for wave, _ in sounds], [rate for _, rate in sounds], rate_of(recipe), device)
+        return hear(waves, recipe)
 
     def _text(self, name: str, source: SourceConfig, texts: Sequence[str | None], device: torch.device) -> Values:
         ids = self.input_ids([text or "" for text in texts], name)
@@ -239,11 +249,6 @@ def _cut(encoded: Encoding, limit: int) -> list[int]:
     return [*encoded.ids[: limit - len(last)], *last]
 
 
-def _window(wave_N: torch.Tensor, length: int) -> torch.Tensor:
-    """The first `length` samples, silence where there are fewer."""
-    return functional.pad(wave_N[:length], (0, max(0, length - len(wave_N))))
-
-
 def _picture_recipe(shape: Sequence[int]) -> ImageRecipe:
     """Resized to the shape, whatever its aspect ratio, and to the range -1 to 1."""
     return ImageRecipe(size=(shape[1], shape[2]), scale=1 / 255, mean=(0.5, 0.5, 0.5), std=(0.5, 0.5, 0.5))
@@ -255,9 +260,8 @@ def _image_recipe(data: Mapping[str, Any]) -> ImageRecipe:
     return ImageRecipe(**options)
 
 
-def _sound_recipe(data: Mapping[str, Any]) -> MelRecipe | WhisperRecipe:
-    options = dict(data)
-    return WhisperRecipe(**options) if options.pop("kind") == "WhisperRecipe" else MelRecipe(**options)
+def _sound_recipe(data: Mapping[str, Any]) -> SoundRecipe:
+    return SOUND_RECIPES[data["kind"]](**{name: value for name, value in data.items() if name != "kind"})
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:
