@@ -275,8 +275,8 @@ def test_every_parameter_is_an_option_of_mmbeam_or_of_beam(task: str) -> None:
     """With all of them, of each command those that it has; --verbose and what a local run needs are left out."""
     only = {"embed": ("modalities", "tokens", "float16"), "caption": caption_only()}
     others = only["caption" if task == "embed" else "embed"]
-    given = [f"--{name}={value_of(each)}" for name, each in metadata().items() if name not in ("task", *others)]
-    args = parse(launcher().command_line([f"--task={task}", *given]))
+    given = [f"--{name}={value_of(each)}" for name, each in metadata().items() if name not in ("command", *others)]
+    args = parse(launcher().command_line([f"--command={task}", *given]))
     assert args.command == task
     assert args.input == [GIVEN["input"]]
     assert args.where == [GIVEN["where"]]
@@ -308,7 +308,7 @@ def test_the_launcher_writes_the_job_for_dataflow_and_returns(home: Path, tmp_pa
     """As Dataflow's launcher starts it; the bucket is a server's of this machine."""
     bucket = servers.fresh_output("gcs", tmp_path)
     given = [f"--input={home / 'in'}", f"--output={bucket}/out", f"--model={home / 'clip'}", "--device=cuda"]
-    given += ["--task=embed", "--runner=DataflowRunner", "--project=my-project", "--region=us-central1", "--no_auth"]
+    given += ["--command=embed", "--runner=DataflowRunner", "--project=my-project", "--region=us-central1", "--no_auth"]
     given += ["--job_name=mmbeam-1", f"--staging_location={bucket}/staging", f"--temp_location={bucket}/temp"]
     given += [f"--template_location={bucket}/staging/template_launches/1/job_object"]
     given += ["--requirements_cache_only_sources", f"--sdk_container_image={IMAGE}"]

@@ -4,7 +4,7 @@ The launcher gives every parameter as --NAME=VALUE, and options of Beam's own be
 --template_location, tells mmbeam that the job is only to be described, and not waited for: Dataflow starts it.
 
 The parameters are those of metadata.json in this file's directory: those of its group "Apache Beam" are Beam's options,
-those of type BOOLEAN are flags, `task` is the command, and the others are options of mmbeam, with - for _.
+those of type BOOLEAN are flags, `command` is mmbeam's command, and the others are options of mmbeam, with - for _.
 """
 
 import json
@@ -21,19 +21,19 @@ BEAM = "Apache Beam"
 def command_line(given: Sequence[str]) -> list[str]:
     """The arguments of `mmbeam` for those of the launcher."""
     parameters = {each["name"]: each for each in json.loads(METADATA.read_text())["parameters"]}
-    task = "embed"
+    command = "embed"
     own: list[str] = []
     beam: list[str] = []
     for argument in given:
         name, _, value = argument.removeprefix("--").partition("=")
         parameter = parameters.get(name, {"groupName": BEAM})
-        if name == "task":
-            task = value
+        if name == "command":
+            command = value
         elif parameter.get("groupName") == BEAM:
             beam.append(argument)
         else:
             own += _option(name, value, flag=parameter.get("paramType") == "BOOLEAN")
-    return [task, *own, *beam]
+    return [command, *own, *beam]
 
 
 def _option(name: str, value: str, flag: bool) -> Iterator[str]:

@@ -4,7 +4,7 @@
 #   PROJECT=... REGION=... BUCKET=... IMAGE=... deploy/dataflow/run.sh input='gs://BUCKET/shards/*.tar' \
 #       output=gs://BUCKET/out model=openai/clip-vit-base-patch32
 #
-# NAME=VALUE  the parameters of metadata.json; `task=caption` captions
+# NAME=VALUE  the parameters of metadata.json; `command=caption` captions
 # PROJECT     the project that is billed
 # REGION      where the workers are: that of the buckets, or every byte that is read costs transfer
 # BUCKET      a bucket, without gs://, for what the job stages
