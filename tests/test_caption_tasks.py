@@ -255,3 +255,9 @@ def test_without_a_number_the_task_says_how_many_tokens(tmp_path: Path, chat: Pa
     run(tmp_path, chat, source, task="summarize", decoding=Decoding())
     manifest = json.loads((tmp_path / "out" / "_mmbeam" / "run.json").read_text())
     assert manifest["configuration"]["decoding"]["max_new_tokens"] == 128
+
+
+def test_more_new_tokens_than_the_models_positions_are_refused_before_the_start(tmp_path: Path, chat: Path) -> None:
+    source = write(tmp_path / "in", [{"txt": b"a b"}])
+    with pytest.raises(UsageError, match=r"--max-new-tokens 100000: a qwen2 like this writes at most \d+"):
+        run(tmp_path, chat, source, task="summarize", decoding=Decoding(max_new_tokens=100_000))

@@ -13,7 +13,7 @@ from transformers import BlipForConditionalGeneration
 from mmbeam.errors import ModelError
 from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
-from mmbeam.models.generators.pretrained import PretrainedGenerator
+from mmbeam.models.generators.pretrained import PretrainedGenerator, room_of
 from mmbeam.models.loading import read_config
 
 
@@ -41,7 +41,7 @@ class BlipGenerator(PretrainedGenerator):
             required=("image",),
             takes_prompt=True,
             image_side=PixelReader(directory).shorter_side,
-            max_text_tokens=parsed.text_config.max_position_embeddings,
+            **room_of(parsed.text_config.max_position_embeddings),
         )
 
     @property

@@ -12,7 +12,7 @@ from transformers import Blip2ForConditionalGeneration
 
 from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
-from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of
+from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of
 from mmbeam.models.loading import read_config
 
 MAX_TOKENS = 4096  # of a prompt, where the language model's positions name no limit
@@ -39,7 +39,7 @@ class Blip2Generator(PretrainedGenerator):
             required=("image",),
             takes_prompt=True,
             image_side=PixelReader(directory).shorter_side,
-            max_text_tokens=context_of(parsed),
+            **room_of(context_of(parsed)),
         )
 
     @property

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mmbeam.config import Task
 from mmbeam.models.generators.base import Decoding, Generated, GeneratorSpec, Request, Wanted
-from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, weight_of
+from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of, weight_of
 from mmbeam.models.generators.prompts import PromptTokenizer, check_words, until_next_turn
 from mmbeam.models.loading import read_config
 
@@ -34,7 +34,7 @@ class CausalGenerator(PretrainedGenerator):
             required=("text",),
             tasks=("dialogue", *tasks) if chats else (*tasks, "dialogue"),
             takes_prompt=True,
-            max_text_tokens=context_of(parsed),
+            **room_of(context_of(parsed)),
         )
 
     @classmethod

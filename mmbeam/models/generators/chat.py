@@ -8,7 +8,7 @@ import torch
 
 from mmbeam.config import TASKS
 from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
-from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, weight_of
+from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of, weight_of
 from mmbeam.models.generators.prompts import Medium, PromptTokenizer, check_words
 from mmbeam.models.loading import read_config
 from mmbeam.types import Modality
@@ -33,7 +33,7 @@ class ChatGenerator(PretrainedGenerator):
         return GeneratorSpec(
             family=parsed.model_type,
             directory=str(directory),
-            max_text_tokens=context_of(parsed),
+            **room_of(context_of(parsed)),
             takes_prompt=True,
             **{"modalities": cls.modalities, "tasks": TASKS, **options},
         )

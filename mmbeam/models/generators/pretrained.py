@@ -114,6 +114,11 @@ def context_of(config: Any) -> int | None:
     return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
 
 
+def room_of(context: int | None) -> dict[str, Any]:
+    """The most that such a decoder reads and writes, as GeneratorSpec has it: it begins with a token at least."""
+    return {"max_text_tokens": context, "max_new_tokens": None if context is None else context - 1}
+
+
 def read_image_processor(directory: Path) -> Any:
     """The checkpoint's own image processor, which needs no torchvision. Raises ModelError."""
     _check_processor(directory, "image processor")
