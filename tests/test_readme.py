@@ -2,10 +2,16 @@
 
 import re
 import shlex
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny_generators_hub as hub
+from tiny_chat_models import save_qwen2_5_vl
+from tiny_models import save_blip
+from transformers import BlipForConditionalGeneration
 
 from mmbeam.cli import main
 from mmbeam.config import EXTENSIONS
@@ -16,7 +22,14 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 CONSOLE = re.findall(r"```console\n(.*?)```", README, re.DOTALL)
 SAMPLES = 60
-MODELS = {"openai/clip-vit-base-patch32": save_clip, "laion/clap-htsat-unfused": save_clap}
+MODELS: dict[str, Callable[[Path], object]] = {
+    "openai/clip-vit-base-patch32": save_clip,
+    "laion/clap-htsat-unfused": save_clap,
+    "Salesforce/blip-image-captioning-base": partial(save_blip, model=BlipForConditionalGeneration),
+    "openai/whisper-tiny": hub.save_whisper,
+    "facebook/nllb-200-distilled-600M": hub.save_nllb,
+    "Qwen/Qwen2.5-VL-3B-Instruct": save_qwen2_5_vl,
+}
 
 
 @pytest.fixture
@@ -30,7 +43,8 @@ def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 def test_every_command_runs_and_the_rows_are_read_as_it_says(here: Path) -> None:
-    commands = [line[2:].partition("#")[0].strip() for block in CONSOLE for line in block.splitlines()]
+    lines = "\n".join(CONSOLE).replace("\\\n", "").splitlines()
+    commands = [line[2:].partition("#")[0].strip() for line in lines if line]
     assert commands[:2] == ["make demo", "make test"]
     for command in commands[2:]:
         name, *arguments = shlex.split(command)
