@@ -149,17 +149,17 @@ class Cluster:
     def kill(self, name: str) -> None:
         """SIGKILL to one process and to all that it started."""
         process = self.state["processes"][name]
-        if _runs(process):
+        if runs(process):
             os.killpg(process[0], signal.SIGKILL)
-        _wait_until(lambda: not _runs(process), STOP_SECONDS)
+        _wait_until(lambda: not runs(process), STOP_SECONDS)
 
     def stop(self) -> None:
         """End every process, with the workers that the pool started."""
         processes = list(self.state["processes"].values())
         for kind in (signal.SIGTERM, signal.SIGKILL):
-            for process in filter(_runs, processes):
+            for process in filter(runs, processes):
                 os.killpg(process[0], kind)
-            _wait_until(lambda: not any(map(_runs, processes)), STOP_SECONDS)
+            _wait_until(lambda: not any(map(runs, processes)), STOP_SECONDS)
         for child in self.children:
             child.poll()
         shutil.rmtree(self.directory / "tmp", ignore_errors=True)  # jars of jobs, and their copies
@@ -186,7 +186,7 @@ class Cluster:
         self._start(name, [*JAVA, jvm, log, "-cp", f"{self.cache / 'lib'}/*", main, *conf, *arguments])
 
     def _start(self, name: str, command: list[str]) -> None:
-        if _runs(self.state["processes"].get(name)):
+        if runs(self.state["processes"].get(name)):
             return
         with (self.directory / "logs" / f"{name}.log").open("ab") as log:
             process = subprocess.Popen(
@@ -210,13 +210,13 @@ class Cluster:
         raise ClusterError(f"{name} did not start within {START_SECONDS} s; the end of {log}:\n{tail}")
 
     def _ended(self) -> list[str]:
-        return [name for name, process in self.state["processes"].items() if not _runs(process)]
+        return [name for name, process in self.state["processes"].items() if not runs(process)]
 
     def _save(self) -> None:
         (self.directory / "cluster.json").write_text(json.dumps(self.state, indent=1))
 
 
-def _runs(process: list[int] | None) -> bool:
+def runs(process: list[int] | None) -> bool:
     """Whether this process runs, and no other one that got its number."""
     return process is not None and _started(process[0]) == process[1] != 0
 
