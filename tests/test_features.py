@@ -1,8 +1,10 @@
 """Parquet files of features as input: found, checked against a model, and their rows as samples."""
 
 import json
+import re
 from collections.abc import Sequence
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ from outputs import make_run, make_unit, write_unit
 from mmbeam.config import Cleaning, Reading, Windows
 from mmbeam.errors import MissingModalityError, NoShardsError, ShardError, UsageError
 from mmbeam.io.feature_rows import column_values, read_features
-from mmbeam.io.features import check_columns, feature_patterns
+from mmbeam.io.features import check_columns, feature_patterns, origin_of
+from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards
 from mmbeam.io.units import limited_unit, plan_units
-from mmbeam.types import Batch, FeatureColumn, Needs, Sample, WorkUnit
+from mmbeam.types import Batch, FeatureColumn, Needs, Origin, Sample, WorkUnit
 
 IMAGE = FeatureColumn(name="image_embedding", modality="image", width=4)
 TOKENS = FeatureColumn(name="text_tokens", modality="text", width=3, tokens=True)
@@ -164,6 +167,78 @@ def test_a_file_that_cannot_be_read_is_its_units_affair_unless_none_can(tmp_path
     check_columns(files(tmp_path / "bad.parquet", good), [IMAGE])
     with pytest.raises(ShardError, match="cannot be read as Parquet"):
         check_columns(files(tmp_path / "bad.parquet"), [IMAGE])
+
+
+# Whose they are
+
+
+def with_models(path: Path, models: Any, digests: Any) -> Path:
+    """The file, as one that says which models made it."""
+    table = pq.read_table(path)
+    said = {"mmbeam.models": json.dumps(models), "mmbeam.digests": json.dumps(digests)}
+    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **said}), path)
+    return path
+
+
+def test_features_of_another_encoder_of_equal_width_are_refused_and_both_are_named(tmp_path: Path) -> None:
+    path = with_models(write(tmp_path / "a.parquet", [make_row(0)]), {"model": "org/clip@1"}, {"model": "a" * 64})
+    own = replace(IMAGE, origin=Origin("org/clip@1", "a" * 64))
+    check_columns(files(path), [own, TOKENS])
+    other = replace(IMAGE, origin=Origin("org/siglip@2", "b" * 64))
+    both = r"was made by org/clip@1 \(digest a{12}\), and the model takes what org/siglip@2 \(digest b{12}\) makes"
+    with pytest.raises(UsageError, match=both):
+        check_columns(files(path), [other])
+    batches = read(unit_of(path), Needs(columns=frozenset({other})))  # a file that nobody looked at before
+    assert re.search(both, batches[-1].broken or "")
+
+
+def test_features_of_nobody_knows_whom_are_taken_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    paths = [write(tmp_path / f"{number}.parquet", [make_row(number)]) for number in range(3)]
+    check_columns(files(*paths), [IMAGE, TOKENS])
+    assert not caplog.messages
+    check_columns(files(*paths), [replace(IMAGE, origin=Origin("org/clip", "a" * 64))])
+    [said] = caplog.messages
+    assert "does not say what made image_embedding; the model takes what org/clip (digest" in said
+
+
+@pytest.mark.parametrize(
+    ("column", "model"),
+    [
+        ("image_embedding", "model"),
+        ("text_tokens", "model"),
+        ("clip_image_embedding", "clip"),
+        ("model_image_embedding", "model"),
+        ("my_text_image_embedding", "my_text"),
+        ("clap_audio_embedding", None),
+        ("errors", None),
+    ],
+)
+def test_a_column_is_of_the_model_whose_name_it_begins_with(column: str, model: str | None) -> None:
+    names = ("model", "clip", "my_text")
+    said = {"mmbeam.models": json.dumps({name: f"org/{name}" for name in names})}
+    said["mmbeam.digests"] = json.dumps({name: f"digest of {name}" for name in names})
+    found = origin_of(pa.schema([(column, pa.float32())], metadata=said), column)
+    assert found == (None if model is None else Origin(f"org/{model}", f"digest of {model}"))
+
+
+@given(st.binary(max_size=30) | st.sampled_from([b"[]", b"{}", b'{"model": 3}', b'"model"']), st.booleans())
+def test_whatever_a_strangers_file_says_is_not_believed(said: bytes, both: bool) -> None:
+    known = said if both else b'{"model": "a"}'
+    schema = pa.schema([("image_embedding", pa.float32())], {b"mmbeam.models": said, b"mmbeam.digests": known})
+    assert origin_of(schema, "image_embedding") is None
+
+
+def test_a_run_says_which_models_made_its_columns(tmp_path: Path) -> None:
+    models = {"clip": {"family": "clip", "digest": "a" * 64}}
+    run = Run.create(
+        output=str(tmp_path),
+        configuration={"models": models},
+        recorded={"models": {"clip": "org/clip@1"}},
+        outputs=(),
+    )
+    assert origin_of(run.schema, "clip_image_embedding") == Origin("org/clip@1", "a" * 64)
 
 
 # Read

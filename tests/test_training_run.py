@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 import tarfile
 from collections.abc import Mapping
 from dataclasses import replace
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file
 
 from mmbeam.cli import main
+from mmbeam.config import FieldMap, Reading
 from mmbeam.corpus import write_corpus
 from mmbeam.errors import MissingModalityError, ModelError, RunMismatchError, TrainingError, UsageError
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
@@ -23,6 +25,7 @@ from mmbeam.models.generators.base import Request
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.setup import set_up
 from mmbeam.training.train import open_run, train
+from mmbeam.types import Origin
 
 CPU = torch.device("cpu")
 TINY = {"hidden_size": 32, "ffn_size": 64, "fusion_layers": 1, "generator_layers": 1}
@@ -116,16 +119,50 @@ def test_other_weights_are_the_start_and_frozen_parts_stay_bit_for_bit(
     assert tokenizers[0] == tokenizers[1]
 
 
-def test_a_part_that_the_model_has_not_cannot_be_frozen(
+def test_a_part_that_the_model_has_not_cannot_be_frozen_and_the_output_stays_free(
     shards: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
+    wrong = shard_options(shards, tmp_path, model={}, init=str(trained[0]), freeze=("nose",), steps=1)
     with pytest.raises(UsageError, match="--freeze nose: the parts of this model are image, audio, text, words"):
-        train(shard_options(shards, tmp_path, model={}, init=str(trained[0]), freeze=("nose",)))
+        train(wrong)
+    assert train(replace(wrong, freeze=("words",)))["training"]["step"] == 1
 
 
 def test_samples_without_captions_are_an_error_that_names_the_fields(shards: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match=r"none of the 100 samples has a caption in 'title'.*caption, clauses"):
         train(shard_options(shards, tmp_path, captions="title"))
+
+
+@pytest.mark.parametrize("name", ["clauses", "group"])
+def test_a_field_that_no_sample_has_is_an_error_that_names_the_fields(name: str, shards: str, tmp_path: Path) -> None:
+    message = f"--{name} nosuch: none of the 100 samples has one that can be used; their JSON has caption, clauses"
+    with pytest.raises(TrainingError, match=message):
+        train(shard_options(shards, tmp_path, **{name: "nosuch"}))
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [({"columns": ("image_embedding",)}, "--column"), ({"captions_from": "a.csv"}, "--captions-from")],
+)
+def test_options_of_features_are_refused_for_shards(
+    changed: dict[str, Any], name: str, shards: str, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match=f"{name}: is of features, and the input is shards"):
+        train(shard_options(shards, tmp_path, **changed))
+
+
+@pytest.mark.parametrize(
+    ("changed", "name"),
+    [
+        ({"encoders": (("image", "conv"),)}, "--encoder"),
+        ({"audio_seconds": 1.0}, "--audio-seconds"),
+        ({"reading": Reading(fields=FieldMap(image="b.jpg"))}, "--image-field and its like"),
+    ],
+)
+def test_options_of_shards_are_refused_for_features(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
+    path = write_features(tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=f"{name}: is of shards, and the input is features"):
+        train(feature_options(path, tmp_path / "m", **changed))
 
 
 def test_a_split_that_leaves_a_part_empty_is_an_error(shards: str, tmp_path: Path) -> None:
@@ -141,7 +178,7 @@ def test_a_modality_that_no_sample_has_is_an_error(tmp_path: Path) -> None:
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
     with pytest.raises(MissingModalityError, match="no image in the 40 samples"):
-        train(shard_options(str(tmp_path / "a.tar"), tmp_path / "out", modalities=("image", "text")))
+        train(shard_options(str(tmp_path / "a.tar"), tmp_path / "out", modalities=("image", "text"), clauses=None))
 
 
 def test_the_text_as_caption_is_no_input(shards: str, tmp_path: Path) -> None:
@@ -159,8 +196,10 @@ def test_a_directory_with_another_model_is_not_overwritten(shards: str, tmp_path
 # from features
 
 
-def write_features(path: Path, rows: int = 120, width: int = 8, columns: Mapping[str, Any] | None = None) -> Path:
-    """Vectors that say which of three things is to be said."""
+def write_features(
+    path: Path, rows: int = 120, width: int = 8, columns: Mapping[str, Any] | None = None, model: str | None = None
+) -> Path:
+    """Vectors that say which of three things is to be said; made by `model`, if there is one."""
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 3, rows)
     names = np.array(["a cat.", "a dog.", "a bird in a tree."])
@@ -177,7 +216,11 @@ def write_features(path: Path, rows: int = 120, width: int = 8, columns: Mapping
             "metadata": [json.dumps({"caption": names[kind]}) for kind in kinds],
             **(columns or {}),
         }
-    ).replace_schema_metadata({"mmbeam.dims": json.dumps(dict.fromkeys(vectors, width))})
+    )
+    said: dict[str, Any] = {"mmbeam.dims": dict.fromkeys(vectors, width)}
+    if model is not None:
+        said |= {"mmbeam.models": {"model": model}, "mmbeam.digests": {"model": model[-1] * 64}}
+    table = table.replace_schema_metadata({name: json.dumps(value) for name, value in said.items()})
     pq.write_table(table, path, row_group_size=32)
     return path
 
@@ -229,6 +272,69 @@ def test_features_of_another_width_than_the_models_are_an_error_that_names_both(
         train(other)
 
 
+def test_sequences_of_vectors_are_read_to_their_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    kind = pa.list_(pa.list_(pa.float32(), 4))
+    tokens = pa.array([[[1.0] * 4] * (1 + row * 7 % 90) for row in range(120)], kind)
+    path = write_features(tmp_path / "a.parquet", columns={"image_tokens": tokens})
+    chosen = feature_options(path, tmp_path / "m", columns=("image_tokens", "text_embedding"), steps=2)
+    config = set_up(chosen, tmp_path / "m").config
+    longest = max(1 + row * 7 % 90 for row in range(120))
+    assert config.parsed_sources()["image_tokens"].max_tokens == pytest.approx(longest, abs=3)  # of the training part
+    assert "are cut" not in caplog.text
+    monkeypatch.setattr("mmbeam.training.columns.MAX_TOKENS", 50)
+    report = train(replace(chosen, output=str(tmp_path / "cut")))
+    assert FusionConfig.from_pretrained(tmp_path / "cut").parsed_sources()["image_tokens"].max_tokens == 50
+    assert "image_tokens: sequences of up to" in caplog.text
+    assert report["training"]["step"] == 2
+
+
+def test_a_model_knows_which_encoder_made_its_features_and_takes_no_others(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    identity = {"shard": ["a.tar"] * 120, "offset": list(range(120))}
+    own, other, unknown = (
+        write_features(tmp_path / f"{number}.parquet", columns=identity, model=model)
+        for number, model in enumerate(("org/clip@a", "org/siglip@b", None))
+    )
+    train(feature_options(own, tmp_path / "model", steps=2))
+    sources = FusionConfig.from_pretrained(tmp_path / "model").parsed_sources()
+    assert {source.origin for source in sources.values()} == {Origin("org/clip@a", "a" * 64)}
+    assert "- `image_embedding` is what org/clip@a (digest aaaaaaaaaaaa) makes" in (
+        (tmp_path / "model" / "README.md").read_text()
+    )
+    both = r"image_embedding was made by org/siglip@b \(digest b{12}\), and the model takes what org/clip@a"
+    further = {"model": {}, "init": str(tmp_path / "model"), "steps": 2}
+    with pytest.raises(UsageError, match=both):
+        train(feature_options(other, tmp_path / "further", **further))
+    argv = ["caption", "--model", str(tmp_path / "model"), "--output", str(tmp_path / "out"), "--input"]
+    assert main([*argv, str(other)]) == 2
+    assert re.search(both, capsys.readouterr().err)
+    train(feature_options(unknown, tmp_path / "further", **further))
+    assert [message.partition(";")[0] for message in caplog.messages if "which model" in message] == [
+        f"the files do not say which model made {name}" for name in ("image_embedding", "text_embedding")
+    ]
+
+
+def test_features_of_two_encoders_are_no_one_column(tmp_path: Path) -> None:
+    for number, model in enumerate(("org/clip@a", "org/siglip@b")):
+        write_features(tmp_path / f"{number}.parquet", model=model)
+    with pytest.raises(
+        UsageError, match=r"1\.parquet: image_embedding was made by org/siglip@b .* but in .*0\.parquet"
+    ):
+        train(feature_options(tmp_path / "*.parquet", tmp_path / "model", steps=2))
+
+
+def test_features_of_nobody_knows_whom_are_taken_and_that_is_said_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    train(feature_options(write_features(tmp_path / "a.parquet"), tmp_path / "model", steps=2))
+    [said] = [message for message in caplog.messages if "which model made" in message]
+    assert "image_embedding, text_embedding" in said
+    assert FusionConfig.from_pretrained(tmp_path / "model").parsed_sources()["text_embedding"].origin is None
+
+
 def test_a_model_of_features_does_not_start_from_one_of_media(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
@@ -245,7 +351,7 @@ def test_the_command_trains_and_says_what_came_of_it(
 ) -> None:
     argv = ["train", "--input", shards, "--output", str(tmp_path / "m"), "--steps", "3", "--hidden-size", "32"]
     argv += ["--modalities", "text", "--clauses", "clauses", "--vocab-size", "280", "--split", "0.7,0.15,0.15"]
-    argv += ["--loss-weight", "align=0.2", "--pair", "text:caption", "--fusion", "gated"]
+    argv += ["--loss-weight", "align=0.2", "--pair", "text:caption", "--fusion", "gated", "--text-tokens", "20"]
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "trained: 3 steps" in said
@@ -253,17 +359,51 @@ def test_the_command_trains_and_says_what_came_of_it(
     config = FusionConfig.from_pretrained(tmp_path / "m")
     assert (config.fusion, config.loss_weights["align"]) == ("gated", 0.2)  # type: ignore[index]
     assert config.aligned_pairs() == [("text", "caption")]
+    assert config.parsed_sources()["text"].max_tokens == 20
     assert main([*argv, "--seed", "1"]) == 1
     assert "seed: 0 -> 1" in capsys.readouterr().err
     assert open_run(shard_options(shards, tmp_path / "m"), overwrite=True).exists()
     assert not (tmp_path / "m" / "_training" / "report.json").exists()
 
 
+SIMILARITIES = ("cosine", "dot", "bilinear")
+
+
+@pytest.mark.parametrize("grouped", [False, True], ids=["views", "groups"])
+def test_relations_within_a_modality_are_learned_and_measured_per_pair_and_similarity(
+    grouped: bool, shards: str, tmp_path: Path
+) -> None:
+    names = ("image", "text", "fused")
+    argv = ["train", "--input", shards, "--output", str(tmp_path / "m"), "--steps", "4", "--hidden-size", "32"]
+    argv += ["--modalities", "image,text", "--encoder", "image=mlp", "--vocab-size", "280", "--split", "0.7,0.15,0.15"]
+    argv += [f"--pair={a}:{b}" for a, b in (*zip(names, names, strict=True), ("image", "text"))]
+    argv += [f"--similarity={kind}" for kind in SIMILARITIES] + ["--group=time"] * grouped
+    assert main(argv) == 0
+    report = json.loads((tmp_path / "m" / "_training" / "report.json").read_text())
+    pairs = {f"{name}->{name}" if grouped else f"{name}->{name} (another view)" for name in names}
+    expected = {f"{pair} {kind}" for pair in (*pairs, "image->text", "text->image") for kind in SIMILARITIES}
+    for part in ("validation", "test"):
+        assert set(report[part]["recall"]) == expected
+        assert all(0 <= value <= 1 for value in report[part]["recall"].values())
+    assert "| recall@1, text->text" in (tmp_path / "m" / "README.md").read_text()
+    lines = [json.loads(line) for line in (tmp_path / "m" / "_training" / "metrics.jsonl").read_text().splitlines()]
+    assert lines[-1]["train"]["align"] > 0
+
+
+def test_a_caption_is_like_others_of_its_group_or_like_none(shards: str, tmp_path: Path) -> None:
+    model = {**TINY, "pairs": [["caption", "caption"]]}
+    with pytest.raises(UsageError, match="--pair caption:caption: a caption has no other view; say with --group"):
+        train(shard_options(shards, tmp_path / "a", model=model, modalities=("text",)))
+    report = train(shard_options(shards, tmp_path / "b", model=model, modalities=("text",), group="time", steps=2))
+    assert set(report["test"]["recall"]) == {"caption->caption cosine"}
+
+
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
         (["--loss-weight", "beauty=1"], "LOSS=W"),
-        (["--encoder", "image=resnet"], "MODALITY=KIND"),
+        (["--encoder", "nose=conv"], "expected image=, audio= or text= and an encoder"),
+        (["--encoder", "image="], "expected image=, audio= or text= and an encoder"),
         (["--pair", "image"], "A:B"),
         (["--split", "0.5,0.5"], "three shares"),
         (["--input", "nosuch://x/*.tar"], "nosuch"),

@@ -16,12 +16,14 @@ EPILOG = """\
 The samples are split by a hash of their keys into training, validation and test. After each epoch the model
 is scored on the validation part, and the best weights are kept; the test part is read once, at the end. The same
 command again goes on where an interrupted one stopped. The model is what `mmbeam caption --model MODEL_DIR` takes.
+
+Several processes or GPUs: torchrun --nproc-per-node N -m mmbeam train ...
 """
 CHOICES = {  # options of the model that have a few values
     "fusion": ("attention", "concat", "gated", "bilinear"),
     "generator": ("transformer", "lstm"),
 }
-ENCODERS = ("conv", "mlp", "lstm", "transformer")
+ENCODERS = ("conv", "mlp", "lstm", "transformer")  # the model's own
 LOSSES = ("caption", "align", "reconstruct", "modality_adversary", "generator_adversary")
 SIMILARITIES = ("cosine", "dot", "bilinear")
 
@@ -61,7 +63,10 @@ def _data_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--group", metavar="FIELD", help="field of the JSON; samples that share its value are alike")
     group.add_argument("--modalities", metavar="LIST", help="of image,audio,text (default: all there are)")
     group.add_argument(
-        "--column", action="append", metavar="NAME[=MODALITY]", help="of features; may be repeated (default: all)"
+        "--column",
+        action="append",
+        metavar="NAME[=MODALITY]",
+        help="of features; may be repeated (default: all that hold one vector a row)",
     )
     group.add_argument(
         "--split", type=_shares, default="0.9,0.05,0.05", metavar="T,V,T", help="shares (default: 0.9,0.05,0.05)"
@@ -76,8 +81,15 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
         "--encoder",
         action="append",
         type=_encoder,
-        metavar="MODALITY=KIND",
-        help=f"of shards: {', '.join(ENCODERS)} (default: image=conv, audio=conv, text=transformer); may be repeated",
+        metavar="MODALITY=KIND|MODEL",
+        help=f"of shards: {', '.join(ENCODERS)}, or the encoder of a model of transformers, hub name or directory "
+        "(default: image=conv, audio=conv, text=transformer); may be repeated, also for one modality, whose sources "
+        "are then text, text_2, text_3",
+    )
+    group.add_argument(
+        "--unfreeze",
+        metavar="LIST",
+        help="sources whose pretrained encoders learn too, for which a lower --learning-rate is usual (default: none)",
     )
     group.add_argument("--hidden-size", type=positive, metavar="N", help="width of the model (default: 128)")
     group.add_argument("--similarity", action="append", choices=SIMILARITIES, help="may be repeated (default: cosine)")
@@ -90,6 +102,9 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
         "samples that are alike; may be repeated (default: all that differ)",
     )
     group.add_argument("--vocab-size", type=positive, default=2000, metavar="N", help="tokens (default: 2000)")
+    group.add_argument(
+        "--text-tokens", type=positive, default=64, metavar="N", help="of a text that are read (default: 64)"
+    )
     group.add_argument("--audio-seconds", type=_number, metavar="S", help="of sound that is heard (default: as it is)")
     group.add_argument("--init", metavar="MODEL", help="start from this model's weights, with its architecture")
     group.add_argument(
@@ -102,7 +117,9 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
 def _training_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=positive, default=20, metavar="N", help="default: 20")
     group.add_argument("--steps", type=positive, metavar="N", help="of the optimizer, in the place of --epochs")
-    group.add_argument("--batch-size", type=positive, default=64, metavar="N", help="default: 64")
+    group.add_argument(
+        "--batch-size", type=positive, default=64, metavar="N", help="of all processes together (default: 64)"
+    )
     group.add_argument("--learning-rate", type=_number, default=1e-3, metavar="R", help="highest (default: 0.001)")
     group.add_argument("--warmup-steps", type=int, metavar="N", help="default: a twentieth of all")
     group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="default: cosine")
@@ -137,6 +154,7 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     options = _options(args)
 
+    from mmbeam.training.distributed import is_main_process
     from mmbeam.training.progress import TrainingLine
     from mmbeam.training.train import train
 
@@ -145,6 +163,8 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
         report = train(options, overwrite=args.overwrite, watcher=line)
     finally:
         line.end()
+    if not is_main_process():
+        return 0
     training, test = report["training"], report["test"]
     yield f"trained: {training['step']:,} steps, {training['samples']:,} samples, {training['seconds']:,.0f} s"
     yield f"best: epoch {training['best_epoch'] + 1} of {training['epoch']}; {_scores(report['validation'])}"
@@ -164,7 +184,7 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
     from mmbeam.training.options import TrainOptions
 
     model = {"fusion": args.fusion, "generator_kind": args.generator, "hidden_size": args.hidden_size}
-    model |= {"kinds": dict(args.encoder or ()), "pairs": args.pair, "similarities": args.similarity}
+    model |= {"pairs": args.pair, "similarities": args.similarity}
     same = {field.name for field in fields(TrainOptions)}
     other = {
         "input": tuple(args.input),
@@ -173,13 +193,19 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
         "columns": None if args.column is None else tuple(args.column),
         "shares": args.split,
         "model": {name: value for name, value in model.items() if value},
-        "freeze": tuple(args.freeze.split(",")) if args.freeze else (),
+        "encoders": tuple(args.encoder or ()),
+        "freeze": _names(args.freeze),
+        "unfreeze": _names(args.unfreeze),
         "loss_weights": dict(args.loss_weight or ()),
         "patience": args.patience or None,
         "search": args.search or 0,
         "mixed_precision": not args.no_mixed_precision,
     }
     return TrainOptions(**({name: value for name, value in vars(args).items() if name in same} | other))
+
+
+def _names(text: str | None) -> tuple[str, ...]:
+    return tuple(text.split(",")) if text else ()
 
 
 def _number(text: str) -> float:
@@ -201,10 +227,10 @@ def _pair(text: str) -> tuple[str, str]:
 
 
 def _encoder(text: str) -> tuple[str, str]:
-    modality, _, kind = text.partition("=")
-    if modality not in ("image", "audio", "text") or kind not in ENCODERS:
-        raise argparse.ArgumentTypeError(f"expected MODALITY=KIND, KIND of {', '.join(ENCODERS)}, found {text!r}")
-    return modality, kind
+    modality, _, encoder = text.partition("=")
+    if modality not in ("image", "audio", "text") or not encoder:
+        raise argparse.ArgumentTypeError(f"expected image=, audio= or text= and an encoder, found {text!r}")
+    return modality, encoder
 
 
 def _weight(text: str) -> tuple[str, float]:

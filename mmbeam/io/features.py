@@ -4,25 +4,31 @@ Not here: their rows as samples (feature_rows.py), and loading them for training
 """
 
 import json
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmbeam.config import UNNAMED
 from mmbeam.errors import MissingModalityError, ShardError, UsageError
 from mmbeam.io.paths import without_query
 from mmbeam.io.runs.run import DATA, MANIFEST
 from mmbeam.io.shards import SHARD_SUFFIXES, expand
 from mmbeam.io.store import Store
 from mmbeam.io.stream import ShardStream, open_shard
-from mmbeam.types import FeatureColumn, Shard
+from mmbeam.types import FeatureColumn, Origin, Shard
+
+log = logging.getLogger(__name__)
 
 SUFFIX = ".parquet"
 
 _is_text: Callable[[pa.DataType], bool] = pa.types.is_string
 _is_count: Callable[[pa.DataType], bool] = pa.types.is_integer
+_COLUMN = re.compile(r"(?:(.+)_)?(?:image|audio|text)_(?:embedding|tokens)")  # a named model's begin with its name
 IDENTITY = {"key": _is_text, "shard": _is_text, "offset": _is_count}  # without these a row is no sample
 FACTS = {  # read where a file has them, of this type
     "text": _is_text,
@@ -57,10 +63,10 @@ def _files_of(entry: str) -> str | None:
 
 
 def check_columns(files: Sequence[Shard], columns: Iterable[FeatureColumn]) -> None:
-    """Find each column in some file, of the model's width. A file that cannot be read is its unit's affair.
+    """Find each column in some file, as the model takes it. A file that cannot be read is its unit's affair.
 
     Raises MissingModalityError naming the columns found if one of `columns` is in no file; UsageError naming
-    both widths if they differ, or if `mmbeam embed` did not write the files; ShardError if none can be read.
+    both widths, or both encoders, if they differ, or if a row is no sample; ShardError if none can be read.
     """
     wanted = {column.name: column for column in columns}
     found: dict[str, None] = {}
@@ -73,6 +79,8 @@ def check_columns(files: Sequence[Shard], columns: Iterable[FeatureColumn]) -> N
             broken.append(error)
             continue
         check_schema(file, schema, wanted)
+        if not found:
+            _say_unknown(file, schema, wanted)
         found |= dict.fromkeys(schema.names)
         if wanted.keys() <= found.keys():
             return
@@ -91,7 +99,7 @@ def check_schema(file: Shard, schema: pa.Schema, wanted: Mapping[str, FeatureCol
             f"{file.path}: expected the columns {', '.join(IDENTITY)} that mmbeam embed writes, found "
             f"{', '.join(schema.names)}"
         )
-    for name in wanted.keys() & set(schema.names):
+    for name in sorted(wanted.keys() & set(schema.names)):
         _check_column(file, schema, wanted[name])
 
 
@@ -109,6 +117,36 @@ def _check_column(file: Shard, schema: pa.Schema, column: FeatureColumn) -> None
             f"{file.path}: {column.name} is {width} wide, and the model takes {column.width}; give the features "
             "that it was trained on, or the model that was trained on these"
         )
+    origin = origin_of(schema, column.name)
+    if column.origin is not None and origin is not None and origin.digest != column.origin.digest:
+        raise UsageError(
+            f"{file.path}: {column.name} was made by {origin}, and the model takes what {column.origin} makes; give "
+            "the features that it was trained on, or the model that was trained on these"
+        )
+
+
+def origin_of(schema: pa.Schema, column: str) -> Origin | None:
+    """The model that made a column of features; None if the file, which may be a stranger's, does not say so."""
+    named = _COLUMN.fullmatch(column)
+    models, digests = _names(schema, b"mmbeam.models"), _names(schema, b"mmbeam.digests")
+    prefix = (named and named[1]) or UNNAMED
+    model, digest = models.get(prefix), digests.get(prefix)
+    return Origin(model, digest) if named and isinstance(model, str) and isinstance(digest, str) else None
+
+
+def _names(schema: pa.Schema, key: bytes) -> Mapping[str, Any]:
+    try:
+        value = json.loads((schema.metadata or {}).get(key, b"{}"))
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
+
+
+def _say_unknown(file: Shard, schema: pa.Schema, wanted: Mapping[str, FeatureColumn]) -> None:
+    known = {name: column.origin for name, column in wanted.items() if column.origin and name in schema.names}
+    for name, origin in known.items():
+        if origin_of(schema, name) is None:
+            log.warning("%s does not say what made %s; the model takes what %s makes", file.path, name, origin)
 
 
 def _is_list(kind: pa.DataType) -> bool:

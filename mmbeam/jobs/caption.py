@@ -23,6 +23,7 @@ from mmbeam.jobs.common import (
 from mmbeam.jobs.fields import check_fields, probe_rows
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
 from mmbeam.models.generators.base import Decoding
+from mmbeam.models.leases import devices_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.report.inspect import probe
 from mmbeam.stages.asking import fields_of
@@ -101,11 +102,12 @@ def prepare(options: CaptionOptions) -> CaptionJob:
 
 
 def _for_device(options: CaptionOptions, device: str) -> CaptionOptions:
-    """The options, with windows that fill a GPU. Raises JobError if vLLM is asked for and the workers here lack it."""
+    """The options, with windows that fill a GPU. Raises UsageError or JobError if the workers here cannot use vLLM."""
     if options.engine == "vllm" and workers_are_here(options.beam_args):
         from mmbeam.models.generators import vllm  # with the families, which take a while
 
         vllm.check_installed()
+        vllm.check_processes(len(devices_of(options.device)), options.workers)
     if device == "cpu" or options.windows != Windows():
         return options
     return replace(options, windows=GPU_WINDOWS)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from mmbeam.training.options import TrainOptions
+from mmbeam.types import Origin
 
 RETRIEVED = 500  # candidates at a time, in `retrieval`
 _DEFAULTS = TrainOptions(input=("",), output="").identity()
@@ -55,6 +56,7 @@ def _training(report: Mapping[str, Any]) -> list[str]:
     training, data, versions = report["training"], report["data"], report["versions"]
     captions = ", ".join(f"{count:,} {part}" for part, count in data.get("captions", {}).items())
     return [
+        *(f"- `{name}` is what {Origin(**of)} makes" for name, of in data.get("origins", {}).items()),
         f"- samples with a caption: {captions or data['samples']}",
         f"- {training['step']:,} steps, {training['samples']:,} samples seen, {training['seconds']:,.0f} s on "
         f"{report['device']}; the weights are those of epoch {training['best_epoch'] + 1} of {training['epoch']}",

@@ -7,7 +7,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Self
 
 import numpy as np
@@ -19,8 +19,10 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.config import MIB
 from mmbeam.errors import NoShardsError, UsageError
+from mmbeam.io.features import origin_of
 from mmbeam.io.paths import public_path
 from mmbeam.io.shards import REQUESTS_AT_ONCE, expand
+from mmbeam.types import Origin
 
 # What is decoded at once: it should still lie in the processor's cache when it is copied into its place.
 STEP_BYTES = 2 * MIB
@@ -34,6 +36,7 @@ class StoredFeature:
     width: int
     tokens: bool
     dtype: npt.DTypeLike
+    origin: Origin | None = field(default=None, compare=False)  # the model that made it, if the files say so
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,19 +64,15 @@ class FeatureFiles:
 
         `features` are the columns of vectors to read, None for every one that `mmbeam.dims` names. Raises
         NoShardsError if there is no file, UsageError if one is no Parquet, lacks a column, or has vectors of
-        another width or type than the first.
+        another width, type or model than the first.
         """
         urls = list_files(paths)
         with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
             found = list(pool.map(lambda url: _look_at(url, features, columns), urls))
-        for url, (other, _) in zip(urls, found, strict=True):
-            if other != found[0][0]:
-                raise UsageError(
-                    f"{public_path(url)}: has {_names(other)}, but {public_path(urls[0])} has {_names(found[0][0])}; "
-                    "give features of one run, or name the columns that they share"
-                )
         return cls(
-            features=found[0][0], columns=tuple(columns), groups=tuple(group for _, groups in found for group in groups)
+            features=_shared(urls, [features for features, _ in found]),
+            columns=tuple(columns),
+            groups=tuple(group for _, groups in found for group in groups),
         )
 
     def read(self, group: RowGroup, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
@@ -137,6 +136,28 @@ def _look_at(
     return features, found
 
 
+def _shared(urls: Sequence[str], found: Sequence[tuple[StoredFeature, ...]]) -> tuple[StoredFeature, ...]:
+    """The features of all files, which must be the same; each with its model, if any file names one."""
+    for url, features in zip(urls, found, strict=True):
+        if features != found[0]:
+            raise UsageError(
+                f"{public_path(url)}: has {_names(features)}, but {public_path(urls[0])} has {_names(found[0])}; "
+                "give features of one run, or name the columns that they share"
+            )
+    return tuple(_with_origin(urls, of_files) for of_files in zip(*found, strict=True))
+
+
+def _with_origin(urls: Sequence[str], of_files: Sequence[StoredFeature]) -> StoredFeature:
+    known = [(url, stored.origin) for url, stored in zip(urls, of_files, strict=True) if stored.origin is not None]
+    for url, origin in known:
+        if origin.digest != known[0][1].digest:
+            raise UsageError(
+                f"{public_path(url)}: {of_files[0].name} was made by {origin}, but in {public_path(known[0][0])} by "
+                f"{known[0][1]}; give features of one model"
+            )
+    return replace(of_files[0], origin=known[0][1] if known else None)
+
+
 def _row_group(url: str, index: int, group: Any, wanted: dict[int, str], features: Sequence[StoredFeature]) -> RowGroup:
     chunks = {name: group.column(i) for i, name in wanted.items()}
     return RowGroup(
@@ -156,7 +177,8 @@ def _features(
     if missing:
         raise UsageError(f"{where}: has no column {', '.join(missing)}; there are {', '.join(schema.names)}")
     features = tuple(
-        _feature(name, schema.field(name).type, dims, where) for name in (dims if names is None else names)
+        replace(_feature(name, schema.field(name).type, dims, where), origin=origin_of(schema, name))
+        for name in (dims if names is None else names)
     )
     if not features:
         raise UsageError(

@@ -16,6 +16,14 @@ Selection = Literal["loss", "exact_match"]
 OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adam", "sgd")
 SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
 SELECTIONS: tuple[Selection, ...] = ("loss", "exact_match")
+OwnEncoder = Literal["conv", "mlp", "lstm", "transformer"]
+OWN_ENCODERS: tuple[OwnEncoder, ...] = ("conv", "mlp", "lstm", "transformer")
+COUNTS = (
+    *("batch_size", "epochs", "steps", "patience", "validation_samples"),
+    *("vocab_size", "search_steps", "text_tokens"),
+)
+SHARES = ("modality_dropout", "dropout", "label_smoothing")
+EncoderName = tuple[Modality, str]  # one of OWN_ENCODERS, or a model of transformers: hub name or directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,8 +42,11 @@ class TrainOptions:
     group: str | None = None  # field of the sample's JSON; samples that share its value are alike
     shares: tuple[float, float, float] = (0.9, 0.05, 0.05)  # of training, validation, test
 
+    encoders: tuple[EncoderName, ...] = ()  # of shards; several of one modality are fused; () takes the model's own
+    unfreeze: tuple[str, ...] = ()  # sources whose pretrained encoders learn too; the others stay as they are
     model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig.for_media or for_features
     vocab_size: int = 2000  # tokens; enough for the captions of a few thousand samples
+    text_tokens: int = 64  # of a text that is read; what is longer is cut
     audio_seconds: float | None = None  # the window of sound; None: the longest of the first sounds, at most 30
     init: str | None = None  # directory of the model to start from
     freeze: tuple[str, ...] = ()  # parts that stay as they are: names of sources, "fusion", "generator", ...
@@ -71,7 +82,8 @@ class TrainOptions:
         """The options that decide what the weights become, as JSON has them."""
         free = ("output", "device", "checkpoint_seconds")
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in free}
-        return values | {"input": [public_path(each) for each in self.input]}
+        encoders = [[of, public_path(name) if "://" in name else name] for of, name in self.encoders]
+        return values | {"input": [public_path(each) for each in self.input], "encoders": encoders}
 
 
 def _plain(value: Any) -> Any:
@@ -89,27 +101,42 @@ def check(options: TrainOptions) -> None:
     _one_of("--select", options.select, SELECTIONS)
     if not options.loss_weights.get("caption", 1.0) > 0:
         raise UsageError("--loss-weight caption: must be above 0, or no captions are learned")
-    for name in ("batch_size", "epochs", "steps", "patience", "validation_samples", "vocab_size", "search_steps"):
-        value = getattr(options, name)
-        if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
-    if options.warmup_steps is not None and options.warmup_steps < 0:
-        raise UsageError(f"--warmup-steps {options.warmup_steps}: expected 0 or more")
-    for name in ("learning_rate", "weight_decay", "clip_norm", "modality_dropout", "dropout", "label_smoothing"):
-        value = getattr(options, name)
-        below_one = name in ("modality_dropout", "dropout", "label_smoothing")
-        if not (math.isfinite(value) and value >= 0) or (below_one and value >= 1):
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected 0 or more{', below 1' * below_one}")
+    for name, weight in options.loss_weights.items():
+        if not (math.isfinite(weight) and weight >= 0):
+            raise UsageError(f"--loss-weight {name}={weight}: expected 0 or more")
+    _check_numbers(options)
     _check_together(options)
 
 
+def _check_numbers(options: TrainOptions) -> None:
+    for name in COUNTS:
+        value = getattr(options, name)
+        if value is not None and value < 1:
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+    for name in (*SHARES, "seed", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
+        value = getattr(options, name)
+        if value is not None and (not (math.isfinite(value) and value >= 0) or (name in SHARES and value >= 1)):
+            below = ", below 1" if name in SHARES else ""
+            raise UsageError(f"--{name.replace('_', '-')} {value}: expected 0 or more{below}")
+    if options.audio_seconds is not None and not (math.isfinite(options.audio_seconds) and options.audio_seconds > 0):
+        raise UsageError(f"--audio-seconds {options.audio_seconds}: expected more than 0")
+
+
 def _check_together(options: TrainOptions) -> None:
-    if options.captions == "text" and "text" in (options.modalities or ()):
+    encoded = {modality for modality, _ in options.encoders}
+    if options.captions == "text" and "text" in {*(options.modalities or ()), *encoded}:
         raise UsageError("--captions text: the text is what is to be said, so it cannot be an input; leave it out")
+    if options.modalities is not None and not encoded <= set(options.modalities):
+        left = ", ".join(sorted(encoded - set(options.modalities)))
+        raise UsageError(f"--encoder: {left} is none of --modalities {','.join(options.modalities)}")
     if options.freeze and options.init is None:
         raise UsageError("--freeze: only what --init brings can stay as it is; weights drawn at random learn nothing")
-    if options.init is not None and options.model:
-        raise UsageError(f"--init brings its own architecture; leave out {', '.join(sorted(options.model))}")
+    both = sorted(set(options.freeze) & set(options.unfreeze))
+    if both:
+        raise UsageError(f"--freeze and --unfreeze {', '.join(both)}: give one of them")
+    brought = [*sorted(options.model), *["encoder"] * bool(options.encoders)]
+    if options.init is not None and brought:
+        raise UsageError(f"--init brings its own architecture; leave out {', '.join(brought)}")
     if len(options.shares) != 3 or min(options.shares) < 0 or not math.isclose(sum(options.shares), 1, abs_tol=1e-9):
         raise UsageError(f"--split {options.shares}: expected three shares that add up to 1")
     if "://" in options.output:

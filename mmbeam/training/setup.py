@@ -13,12 +13,16 @@ from typing import Any
 
 import torch
 
-from mmbeam.errors import MissingModalityError, NoShardsError, UsageError
+from mmbeam.config import FieldMap
+from mmbeam.errors import MissingModalityError, ModelError, NoShardsError, TrainingError, UsageError
 from mmbeam.io.shards import expand, list_shards
 from mmbeam.io.units import plan_units
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
-from mmbeam.models.loading import load_pretrained, resolve
+from mmbeam.models.generators.fusion import read_processor
+from mmbeam.models.loading import load_pretrained, read_json, resolve
 from mmbeam.training.checkpoint import write_text
+from mmbeam.training.columns import check_origins, column_sources
+from mmbeam.training.encoders import Encoders, load_encoders, read_encoders, unfreeze
 from mmbeam.training.examples import Part, Source
 from mmbeam.training.feature_files import list_files
 from mmbeam.training.options import TrainOptions
@@ -28,6 +32,7 @@ from mmbeam.types import MODALITIES, Modality, Needs
 
 log = logging.getLogger(__name__)
 
+SHARED = ("words", "space", "fusion", "generator")  # parts of a model beside its sources' encoders
 START, FACTS = "start", "samples.json"
 LISTENED = 100  # sounds whose length says how long the model's window is to be
 MAX_SECONDS = 30.0  # of that window
@@ -51,17 +56,22 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
     """
     start = directory / START
     features = are_features(options.input)
-    if not (start / FACTS).exists():
-        facts = _begin(options, features, start)
-        write_text(start / FACTS, json.dumps(facts, indent=2) + "\n")
-    facts = json.loads((start / FACTS).read_text())
+    begun = (start / FACTS).exists()
+    facts = json.loads((start / FACTS).read_text()) if begun else _begin(options, features, start)
     config = FusionConfig.from_pretrained(start)
     processor = FusionProcessor.from_directory(start)
     if bool(processor.columns) != features:
         takes = f"features ({', '.join(processor.columns)})" if processor.columns else ", ".join(processor.modalities)
         raise UsageError(f"--init {options.init}: the model takes {takes}, which --input is not")
     counts = facts["captions"] if facts["counted"] else {}
-    source: Source = row_source(options, processor, counts) if features else shard_source(options, processor, counts)
+    source: ShardSource | FeatureSource
+    if features:
+        source = row_source(options, processor, counts)
+        check_origins(processor, source)
+    else:
+        source = shard_source(options, processor, counts)
+    if not begun:
+        write_text(start / FACTS, json.dumps(facts, indent=2) + "\n")
     return Setup(config=config, processor=processor, source=source, facts=facts)
 
 
@@ -81,49 +91,106 @@ def are_features(paths: Sequence[str]) -> bool:
 
 def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]:
     """Look at the samples, decide from what they hold, and write down configuration and processor; the facts."""
+    _check_kind(options, features)
+    encoders = read_encoders(options.encoders, options.text_tokens)
+    initial = None if options.init is None else _initial(options, options.init)
     source = row_source(options) if features else shard_source(options)
     survey = source.survey(SURVEYED if options.steps is not None else None)
     survey.check(options.captions)
-    if options.init is not None:
-        directory = resolve(options.init).directory
-        config, processor = FusionConfig.from_pretrained(directory), FusionProcessor.from_directory(directory)
-        if options.captions == CAPTION_IS_TEXT and "text" in processor.modalities:
-            raise UsageError(f"--captions text: the model {options.init} reads the text that it is to write")
-    else:
-        config = _config(options, source, survey)
-        processor = FusionProcessor.fit(
-            config.parsed_sources(), survey.texts, options.vocab_size, _audio_seconds(options, config, source)
-        )
-        config.vocab_size = processor.vocab_size
+    _check_labels(options, survey)
+    config, processor = initial or _new(options, source, survey, encoders)
+    unfreeze(config, options.unfreeze)
+    _check_freeze(config, options.freeze)
+    if ("caption", "caption") in config.aligned_pairs() and options.group is None:
+        raise UsageError("--pair caption:caption: a caption has no other view; say with --group which are alike")
     config.save_pretrained(start)
     processor.save(start)
-    return survey.facts()
+    origins = {name: of.origin._asdict() for name, of in config.parsed_sources().items() if of.origin is not None}
+    return survey.facts() | {"origins": origins}
 
 
-def _config(options: TrainOptions, source: ShardSource | FeatureSource, survey: Survey) -> FusionConfig:
+def _check_kind(options: TrainOptions, features: bool) -> None:
+    """Raise UsageError for an option that says nothing of such an input."""
+    of_shards = {
+        "--encoder": options.encoders,
+        "--audio-seconds": options.audio_seconds,
+        "--text-tokens": options.text_tokens != TrainOptions.text_tokens,
+        "--image-field and its like": options.reading.fields != FieldMap(),
+    }
+    of_features = {"--column": options.columns, "--captions-from": options.captions_from}
+    for name, given in (of_shards if features else of_features).items():
+        if given:
+            what, other = ("shards", "features") if features else ("features", "shards")
+            raise UsageError(f"{name}: is of {what}, and the input is {other}; leave it out")
+
+
+def _check_labels(options: TrainOptions, survey: Survey) -> None:
+    """Raise TrainingError if no sample has the clauses, or the group, that are asked for."""
+    for name, field, found in (
+        ("clauses", options.clauses, survey.clauses),
+        ("group", options.group, survey.groups),
+    ):
+        if field is not None and not found:
+            there = f"; their JSON has {', '.join(sorted(survey.fields)[:12])}" if survey.fields else ""
+            raise TrainingError(
+                f"--{name} {field}: none of the {survey.samples:,} samples has one that can be used{there}"
+            )
+
+
+def _initial(options: TrainOptions, model: str) -> tuple[FusionConfig, FusionProcessor]:
+    """Those of the model that the training starts from."""
+    directory = resolve(model).directory
+    values = read_json(directory, "config.json")
+    if values.get("model_type") != FusionConfig.model_type:
+        raise ModelError(
+            f"--init {model}: expected a fusion model, found one of type {values.get('model_type')}; give it with "
+            "--encoder if it is its encoder that is wanted"
+        )
+    processor, config = read_processor(directory, values), FusionConfig.from_pretrained(directory)
+    if options.captions == CAPTION_IS_TEXT and "text" in processor.modalities:
+        raise UsageError(f"--captions text: the model {model} reads the text that it is to write")
+    return config, processor
+
+
+def _new(
+    options: TrainOptions, source: ShardSource | FeatureSource, survey: Survey, encoders: Encoders
+) -> tuple[FusionConfig, FusionProcessor]:
+    config = _config(options, source, survey, encoders)
+    seconds = _audio_seconds(options, config, source)
+    processor = FusionProcessor.fit(
+        config.parsed_sources(), survey.texts, options.vocab_size, seconds, encoders.preparations
+    )
+    config.vocab_size = processor.vocab_size
+    return config, processor
+
+
+def _config(
+    options: TrainOptions, source: ShardSource | FeatureSource, survey: Survey, encoders: Encoders
+) -> FusionConfig:
     modalities = _modalities(options, survey)
-    if isinstance(source, ShardSource):
-        return FusionConfig.for_media(modalities, **options.model)
-    if "kinds" in options.model:
-        raise UsageError("--encoder: features were encoded before; leave it out")
-    found = {name: of for name, of in source.features().items() if of[0] in modalities}
-    columns = {name: (modality, stored.width, stored.tokens) for name, (modality, stored) in found.items()}
-    return FusionConfig.for_features(columns, **options.model)
+    if isinstance(source, FeatureSource):
+        return FusionConfig(sources=column_sources(source, modalities), **options.model)
+    config = FusionConfig.for_media(modalities, sources=encoders.sources, **options.model)
+    for name, of in config.parsed_sources().items():
+        if of.modality == "text" and of.kind != "pretrained":
+            config.sources[name]["max_tokens"] = options.text_tokens  # type: ignore[index]  # they are made by now
+    return config
 
 
 def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSource | FeatureSource) -> float:
-    hears = any(of.modality == "audio" for of in config.parsed_sources().values())
+    hears = any(of.modality == "audio" and of.kind != "pretrained" for of in config.parsed_sources().values())
     if options.audio_seconds is None and hears and isinstance(source, ShardSource):
         return source.longest_sound(LISTENED, MAX_SECONDS)
     return options.audio_seconds or 1.0
 
 
 def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
-    """Those that are asked for, or all that there are."""
+    """Those that are asked for, or all that there are; among them those of the encoders that are asked for."""
     found = [modality for modality in MODALITIES if survey.modalities[modality]]
     if options.captions == CAPTION_IS_TEXT:
         found = [modality for modality in found if modality != "text"]
-    missing = [modality for modality in options.modalities or () if modality not in found]
+    asked = options.modalities or [modality for modality, _ in options.encoders]
+    missing = [modality for modality in dict.fromkeys(asked) if modality not in found]
     if missing or not found:
         raise MissingModalityError(
             f"no {', '.join(missing) or 'image, audio or text'} in the {survey.samples:,} samples; "
@@ -184,6 +251,7 @@ def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tupl
     if options.init is None:
         torch.manual_seed(options.seed)
         model = FusionModel(config).to(device)
+        load_encoders(model, options.encoders)
     else:
         directory = resolve(options.init).directory
         model = load_pretrained(FusionModel, directory, device, torch.float32, TRAINING_HEADS, config=config)
@@ -198,19 +266,18 @@ def configured(config: FusionConfig, options: TrainOptions) -> FusionConfig:
     return made
 
 
-def parts_of(model: FusionModel) -> dict[str, torch.nn.Module]:
-    """The parts of a model by the names that `freeze` takes: its sources' encoders, and what they share.
+def frozen_parts(model: FusionModel, names: Sequence[str]) -> list[torch.nn.Module]:
+    """The parts of these names: sources' encoders, and of SHARED. Raises UsageError for a name that is none.
 
     "words" are the vectors of the vocabulary, which texts are read by and captions are written by.
     """
+    _check_freeze(model.config, names)
     shared = {"words": model.words, "space": model.space, "fusion": model.fuser, "generator": model.decoder}
-    return {**dict(model.encoders.items()), **shared}
+    return [shared[name] if name in shared else model.encoders[name] for name in names]
 
 
-def frozen_parts(model: FusionModel, names: Sequence[str]) -> list[torch.nn.Module]:
-    """The parts of these names. Raises UsageError for a name that is none."""
-    parts = parts_of(model)
+def _check_freeze(config: FusionConfig, names: Sequence[str]) -> None:
+    parts = [*config.parsed_sources(), *SHARED]
     for name in names:
         if name not in parts:
             raise UsageError(f"--freeze {name}: the parts of this model are {', '.join(parts)}")
-    return [parts[name] for name in names]

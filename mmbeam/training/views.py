@@ -2,6 +2,9 @@
 
 Pictures and spectrograms are moved a little, made lighter or darker, and grainy; of texts some tokens are
 hidden, of features some numbers. What is asked for by a caption (left and right, say) stays.
+
+Shapes: B batch, then what a source has: C channels, H height, W width; T frames and M mel bins, or the other
+way round; T tokens.
 """
 
 from collections.abc import Iterable, Mapping
@@ -9,6 +12,7 @@ from collections.abc import Iterable, Mapping
 import torch
 
 from mmbeam.models.fusion import SourceConfig
+from mmbeam.models.fusion.mel import time_axis
 from mmbeam.models.fusion.modeling import MASK
 
 SHIFT = 1 / 16  # of the height of a picture, and of its width; of the length of a sound
@@ -20,46 +24,63 @@ Inputs = Mapping[str, torch.Tensor]
 def make_views(
     sources: Mapping[str, SourceConfig], names: Iterable[str], inputs: Inputs, generator: torch.Generator | None = None
 ) -> dict[str, torch.Tensor]:
-    """For each of `names` that any sample has, its values and mask as another view; random by `generator`."""
+    """For each of `names` that any sample has, its values and mask as another view; random by `generator`.
+
+    Another view of "fused" is one of every source; a caption has none.
+    """
+    asked = set(names)
     views: dict[str, torch.Tensor] = {}
-    for name in names:
-        values, mask = inputs[name], inputs[name + MASK]
-        if not mask.any():
-            continue
-        source = sources[name]
-        if source.kind == "features":
-            values = values * (_random(values.shape, values, generator) >= HIDDEN)
-        elif source.modality == "text":
-            mask = _hide(mask, generator)
-        else:
-            values = _jitter(_move(values, source.modality == "image", generator), generator)
-        views |= {name: values, name + MASK: mask}
+    for name, source in sources.items():
+        if asked & {name, "fused"} and inputs[name + MASK].any():
+            views |= _view(name, source, inputs[name], inputs[name + MASK], generator)
     return views
+
+
+def _view(
+    name: str, source: SourceConfig, values: torch.Tensor, mask: torch.Tensor, generator: torch.Generator | None
+) -> dict[str, torch.Tensor]:
+    if source.kind == "features":
+        values = values * (_random(values.shape, values, generator) >= HIDDEN)
+    elif source.modality == "text":
+        mask = _hide(mask, source.kind == "pretrained", generator)
+    else:
+        axes = (-2, -1) if source.modality == "image" else (time_axis(source, values),)
+        for axis in axes:
+            values = _move(values, axis, generator)
+        values = _jitter(values, source.kind == "pretrained", generator)
+    return {name: values, name + MASK: mask}
 
 
 def _random(shape: Iterable[int], like: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
     return torch.rand(tuple(shape), generator=generator, device=like.device)
 
 
-def _hide(mask_BT: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """Fewer tokens; a text all of whose tokens would be hidden stays whole."""
-    left = mask_BT & (_random(mask_BT.shape, mask_BT, generator) >= HIDDEN)
+def _hide(mask_BT: torch.Tensor, framed: bool, generator: torch.Generator | None) -> torch.Tensor:
+    """Fewer tokens; a text all of whose tokens would be hidden stays whole.
+
+    Where it is `framed` by special tokens, the first and the last stay: a causal encoder reads nothing without.
+    """
+    kept = _random(mask_BT.shape, mask_BT, generator) >= HIDDEN
+    if framed:
+        places = mask_BT * torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
+        kept |= (places == 1) | (places == places.amax(1, keepdim=True))
+    left = mask_BT & kept
     return torch.where(left.any(1, keepdim=True), left, mask_BT)
 
 
-def _move(values_BCHW: torch.Tensor, sideways: bool, generator: torch.Generator | None) -> torch.Tensor:
-    """Each grid shifted by itself; what comes in at the edge repeats the edge. A sound moves in time alone."""
-    batch, _, height, width = values_BCHW.shape
-    sizes = torch.tensor([height, width if sideways else 0], device=values_BCHW.device)
-    shifts = ((2 * _random((batch, 2), values_BCHW, generator) - 1) * sizes * SHIFT).round().long()
-    rows = (torch.arange(height, device=sizes.device) + shifts[:, :1]).clamp(0, height - 1)
-    columns = (torch.arange(width, device=sizes.device) + shifts[:, 1:]).clamp(0, width - 1)
-    number = torch.arange(batch, device=sizes.device)[:, None, None]
-    moved = values_BCHW.permute(0, 2, 3, 1)[number, rows[:, :, None], columns[:, None]]
-    return moved.permute(0, 3, 1, 2)
+def _move(values: torch.Tensor, axis: int, generator: torch.Generator | None) -> torch.Tensor:
+    """Each sample shifted by itself along the axis; what comes in at the edge repeats the edge."""
+    batch, length = len(values), values.shape[axis]
+    shifts = ((2 * _random((batch, 1), values, generator) - 1) * length * SHIFT).round().long()
+    places = (torch.arange(length, device=values.device) + shifts).clamp(0, length - 1)
+    shape = [batch, *[1] * (values.dim() - 1)]
+    shape[axis] = length
+    return values.gather(axis, places.view(shape).expand_as(values))
 
 
-def _jitter(values_BCHW: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    gain, offset = (2 * _random((2, len(values_BCHW), 1, 1, 1), values_BCHW, generator) - 1).unbind(0)
-    grain = 2 * _random(values_BCHW.shape, values_BCHW, generator) - 1
-    return values_BCHW * (1 + CONTRAST * gain) + BRIGHTNESS * offset + GRAIN * grain
+def _jitter(values: torch.Tensor, scaled: bool, generator: torch.Generator | None) -> torch.Tensor:
+    """Contrast, brightness and grain; where a pretrained encoder has its own scale, relative to that of the batch."""
+    centre, unit = (values.mean(), values.std()) if scaled else (0.0, 1.0)
+    gain, offset = (2 * _random((2, len(values), *[1] * (values.dim() - 1)), values, generator) - 1).unbind(0)
+    grain = 2 * _random(values.shape, values, generator) - 1
+    return values + (values - centre) * CONTRAST * gain + unit * (BRIGHTNESS * offset + GRAIN * grain)

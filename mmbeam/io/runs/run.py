@@ -79,9 +79,13 @@ class Run:
         cleaning: bool = False,
         max_failure_rate: float = 0.05,
     ) -> Self:
-        """A run whose schema names its fingerprint and the models it records; `output` is made absolute."""
-        models = json.dumps(recorded.get("models", {}), sort_keys=True)
-        metadata = {"mmbeam.fingerprint": fingerprint_of(configuration), "mmbeam.models": models}
+        """A run whose schema names its fingerprint and its models, by name and digest; `output` is made absolute."""
+        digests = {name: of["digest"] for name, of in configuration.get("models", {}).items() if "digest" in of}
+        metadata = {
+            "mmbeam.fingerprint": fingerprint_of(configuration),
+            "mmbeam.models": json.dumps(recorded.get("models", {}), sort_keys=True),
+            "mmbeam.digests": json.dumps(digests, sort_keys=True),
+        }
         return cls(
             output=Store(output).url,
             configuration=configuration,

@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mmbeam.errors import ModelError
-from mmbeam.types import MODALITIES, Modality
+from mmbeam.types import MODALITIES, Modality, Origin
 
 Kind = Literal["conv", "mlp", "lstm", "transformer", "pretrained", "features"]
 Fusion = Literal["attention", "concat", "gated", "bilinear"]
@@ -46,10 +46,11 @@ class SourceConfig:
     patch: tuple[int, ...] = ()  # mlp, lstm, transformer on a grid: height, width
     layers: int = 2  # of mlp, lstm, transformer, and conv on a text
     max_tokens: int = 64  # of a text, or of token features
-    width: int = 0  # features: of one vector
+    width: int = 0  # of one vector of features, or of a pretrained encoder's last hidden states
     tokens: bool = False  # features: [tokens, width] per sample, and not [width]
     model: Mapping[str, Any] | None = None  # pretrained: its configuration, with model_type
-    frozen: bool = False
+    frozen: bool = False  # pretrained: it stays as it is
+    origin: Origin | None = None  # the model whose encoder it is, or that made its features, if that is known
 
     @classmethod
     def parse(cls, name: str, data: Mapping[str, Any]) -> "SourceConfig":
@@ -63,7 +64,7 @@ class SourceConfig:
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
         _check_name(name)
-        source = cls(**values)
+        source = cls(**values | {"origin": _origin(name, data.get("origin"))})
         source._check(name)
         return source
 
@@ -101,9 +102,12 @@ def media_source(modality: Modality, kind: Kind | None = None) -> dict[str, Any]
     }
 
 
-def feature_source(modality: Modality, width: int, tokens: bool = False) -> dict[str, Any]:
+def feature_source(
+    modality: Modality, width: int, tokens: bool = False, origin: Origin | None = None
+) -> dict[str, Any]:
     """A source that is fed the vectors of some encoder, one or several a sample."""
-    return {"modality": modality, "kind": "features", "width": width, "tokens": tokens}
+    known = {} if origin is None else {"origin": origin._asdict()}
+    return {"modality": modality, "kind": "features", "width": width, "tokens": tokens, **known}
 
 
 @strict
@@ -154,6 +158,11 @@ class FusionConfig(PreTrainedConfig):
         for name, allowed in (("fusion", Fusion), ("generator_kind", GeneratorKind)):
             if getattr(self, name) not in get_args(allowed):
                 raise ModelError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(get_args(allowed))}")
+        heads = self.num_attention_heads
+        if self.hidden_size < 1 or self.hidden_size % 2 or self.hidden_size % heads:
+            raise ModelError(
+                f"hidden_size {self.hidden_size}: expected an even number that {heads} attention heads divide"
+            )
         _check_names("loss_weights", self.loss_weights, LOSSES)
         _check_names("similarities", self.similarities, get_args(Similarity))
         self.parsed_sources()
@@ -180,11 +189,17 @@ class FusionConfig(PreTrainedConfig):
         cls,
         modalities: Sequence[Modality] = MODALITIES,
         kinds: Mapping[Modality, Kind] | None = None,
+        sources: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> "FusionConfig":
-        """A model of its own encoders, one per modality; `options` are the other fields."""
-        sources = {modality: media_source(modality, (kinds or {}).get(modality)) for modality in modalities}
-        return cls(sources=sources, **options)
+        """A model with `sources`, and of each modality that none of them is of, its own encoder.
+
+        `kinds` are the kinds of its own; `options` are the other fields.
+        """
+        given = {name: dict(source) for name, source in (sources or {}).items()}
+        left = [modality for modality in modalities if modality not in {of["modality"] for of in given.values()}]
+        own = {modality: media_source(modality, (kinds or {}).get(modality)) for modality in left}
+        return cls(sources={**own, **given}, **options)
 
     @classmethod
     def for_features(cls, columns: Mapping[str, tuple[Modality, int, bool]], **options: Any) -> "FusionConfig":
@@ -196,6 +211,18 @@ def text_tower(sources: Mapping[str, SourceConfig]) -> str | None:
     """The source that reads texts as tokens of this model's vocabulary, and so can read captions; None if none does."""
     own = (name for name, source in sources.items() if source.modality == "text")
     return next((name for name in own if sources[name].kind not in ("pretrained", "features")), None)
+
+
+def _origin(source: str, data: Mapping[str, str] | None) -> Origin | None:
+    if data is None:
+        return None
+    if (
+        not isinstance(data, dict)
+        or set(data) != set(Origin._fields)
+        or not all(isinstance(each, str) for each in data.values())
+    ):
+        raise ModelError(f"source {source}: origin {data!r}; expected {', '.join(Origin._fields)}")
+    return Origin(**data)
 
 
 def _check_name(source: str) -> None:

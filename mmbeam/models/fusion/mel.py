@@ -1,15 +1,32 @@
-"""Sounds as the fusion model's own encoders hear them.
+"""Sounds as a fusion model hears them: by its own encoders' recipe, or by that of a pretrained encoder.
+
+Whatever the recipe, what is heard of a sound is its first window; what is longer can be heard whole by
+`mmbeam embed`.
 
 Shapes: B batch, N samples of a waveform, F frequency bins, T frames, M mel bins.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn import functional
 
+from mmbeam.models.fusion.configuration import SourceConfig
 from mmbeam.ops.audio import mel_filter_bank, power_spectrogram
+from mmbeam.ops.log_mel import (
+    AST_RATE,
+    AstRecipe,
+    ClapRecipe,
+    WhisperRecipe,
+    ast_log_mel,
+    ast_windows,
+    clap_features,
+    clap_windows,
+    whisper_log_mel,
+)
 
+AST = "audio-spectrogram-transformer"  # as a configuration's model_type
 SHORTEST = 512  # samples of a window: one transform's
 
 
@@ -58,3 +75,34 @@ def log_mel(wave_BN: torch.Tensor, recipe: MelRecipe) -> torch.Tensor:
     mel_BMT = torch.from_numpy(bank).to(wave_BN.device, torch.float32).T @ power_BFT
     log_BTM = mel_BMT.clamp(min=10**recipe.floor).log10().transpose(1, 2)
     return (log_BTM - recipe.floor / 2)[:, None] / (-recipe.floor / 2)
+
+
+SoundRecipe = MelRecipe | WhisperRecipe | ClapRecipe | AstRecipe
+SOUND_RECIPES: Mapping[str, type[SoundRecipe]] = {
+    kind.__name__: kind for kind in (MelRecipe, WhisperRecipe, ClapRecipe, AstRecipe)
+}
+
+
+def rate_of(recipe: SoundRecipe) -> int:
+    """The sampling rate in Hz that a recipe is for."""
+    return AST_RATE if isinstance(recipe, AstRecipe) else recipe.sampling_rate
+
+
+def time_axis(source: SourceConfig, spectrograms: torch.Tensor) -> int:
+    """Where time is in what `hear` makes for a source."""
+    whisper = spectrograms.dim() == 3 and (source.model or {}).get("model_type") != AST
+    return -1 if whisper else -2
+
+
+def hear(waves: Sequence[torch.Tensor], recipe: SoundRecipe) -> torch.Tensor:
+    """What an encoder takes of the first window of each sound, at the recipe's rate.
+
+    [B, 1, T, M] by a MelRecipe, [B, M, T] by Whisper's, [B, 1 or 4, T, M] by CLAP's, [B, T, M] by AST's.
+    """
+    first = [wave[: recipe.n_samples] for wave in waves]
+    if isinstance(recipe, ClapRecipe):
+        return clap_features([clap_windows(wave, recipe)[0] for wave in first], recipe)[0]
+    if isinstance(recipe, AstRecipe):
+        return ast_log_mel([ast_windows(wave, recipe)[0] for wave in first], recipe)
+    windows_BN = torch.stack([functional.pad(wave, (0, recipe.n_samples - len(wave))) for wave in first])
+    return log_mel(windows_BN, recipe) if isinstance(recipe, MelRecipe) else whisper_log_mel(windows_BN, recipe)

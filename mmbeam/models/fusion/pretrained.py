@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ HALVES: Mapping[str, str] = {
     "metaclip_2_text_model": "MetaClip2TextModel",
     "metaclip_2_vision_model": "MetaClip2VisionModel",
     "clap_text_model": "ClapTextModel",
+    "clap_audio_model": "ClapAudioModel",
     "blip_vision_model": "BlipVisionModel",
     **{"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"},
 }
@@ -29,8 +31,9 @@ class PretrainedEncoder(nn.Module):
         super().__init__()
         self.model = build_tower(source.model or {})
         self.input_name = self.model.main_input_name
+        self.takes_is_longer = "is_longer" in inspect.signature(self.model.forward).parameters  # CLAP's, of sounds
         self.frozen = source.frozen
-        self.project = nn.Linear(_output_width(self.model), config.hidden_size)
+        self.project = nn.Linear(output_width(self.model), config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.train()
 
@@ -41,14 +44,20 @@ class PretrainedEncoder(nn.Module):
             self.model.eval().requires_grad_(False)
         return self
 
-    def forward(self, inputs: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
-        masks = {} if mask is None or mask.dim() < 2 else {"attention_mask": mask.long()}
-        states = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
+    def read(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The last hidden states [B, T, width], and which of them are real: all but where a mask [B, T] says not."""
+        masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
+        if self.takes_is_longer:
+            masks["is_longer"] = mask.new_zeros(len(mask), 1)  # than a window: sounds are cut to one
+        with torch.no_grad() if self.frozen else nullcontext():
+            states: torch.Tensor = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
         if states.dim() == 4:  # [B, C, H, W] of a convolutional one
             states = states.flatten(2).transpose(1, 2)
-        tokens: torch.Tensor = self.norm(self.project(states))
-        real = mask if masks and mask is not None else tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
-        return tokens, real
+        return states, mask if mask.dim() > 1 else mask.new_ones(states.shape[:2])
+
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """What was read, as tokens of the model's width."""
+        return self.norm(self.project(states)), mask
 
 
 def build_tower(model: Mapping[str, Any]) -> Any:
@@ -68,7 +77,10 @@ def encoder_of(model: Any) -> Any:
     return model
 
 
-def _output_width(model: Any) -> int:
-    """Of last_hidden_state: a convolutional one names the widths of its stages, the others their hidden size."""
-    widths = getattr(model.config, "hidden_sizes", None)
-    return int(widths[-1] if widths else model.config.hidden_size)
+def output_width(model: Any) -> int:
+    """Of last_hidden_state: a convolutional encoder names the widths of its stages, CLAP's that of the first."""
+    config = model.config
+    if config.model_type == "clap_audio_model":
+        return int(config.patch_embeds_hidden_size * 2 ** (len(config.depths) - 1))
+    widths = getattr(config, "hidden_sizes", None)
+    return int(widths[-1] if widths else config.hidden_size)

@@ -76,13 +76,7 @@ class FusionProcessor:
             show_progress=False,
         )
         tokenizer.train_from_iterator(texts, trainer)
-        found = dict(pretrained or {})
-        for name, source in sources.items():
-            if source.kind not in ("features", "pretrained") and source.modality != "text":
-                grid = source.shape
-                found[name] = (
-                    _picture_recipe(grid) if source.modality == "image" else MelRecipe.of_shape(grid, audio_seconds)
-                )
+        found = {**_own_recipes(sources, audio_seconds), **(pretrained or {})}
         images = {name: each for name, each in found.items() if isinstance(each, ImageRecipe)}
         sounds = {name: each for name, each in found.items() if isinstance(each, SoundRecipe)}
         tokenizers = {name: each for name, each in found.items() if isinstance(each, Tokenizer)}
@@ -247,6 +241,15 @@ class FusionProcessor:
 def _cut(encoded: Encoding, limit: int) -> list[int]:
     last = encoded.ids[-1:] if encoded.special_tokens_mask[-1] else []
     return [*encoded.ids[: limit - len(last)], *last]
+
+
+def _own_recipes(sources: Mapping[str, SourceConfig], audio_seconds: float) -> dict[str, Preparation]:
+    """Of the grids that the model's own encoders read."""
+    return {
+        name: _picture_recipe(of.shape) if of.modality == "image" else MelRecipe.of_shape(of.shape, audio_seconds)
+        for name, of in sources.items()
+        if of.kind not in ("features", "pretrained") and of.modality != "text"
+    }
 
 
 def _picture_recipe(shape: Sequence[int]) -> ImageRecipe:

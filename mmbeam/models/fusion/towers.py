@@ -1,11 +1,11 @@
 """Encoders of transformers as sources of a fusion model: their configuration, their weights, their preprocessing.
 
 What is read from a checkpoint is kept in the fusion model's own files: once saved, it needs the checkpoint
-no more. Encoders that take anything else than pictures, Whisper's spectrograms or tokens are not for this;
+no more. Encoders that take anything else than pictures, spectrograms of one length or tokens are not for this;
 their vectors can be computed before, with `mmbeam embed`, and be a source of kind "features".
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +15,13 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models.audio_recipe import read_whisper_recipe
+from mmbeam.models.audio_recipe import read_ast_recipe, read_clap_recipe, read_whisper_recipe
 from mmbeam.models.encoders.text import text_limit
-from mmbeam.models.fusion.configuration import SourceConfig
+from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
+from mmbeam.models.fusion.mel import AST, SoundRecipe, hear
 from mmbeam.models.fusion.modeling import FusionModel
-from mmbeam.models.fusion.pretrained import HALVES, build_tower, encoder_of
-from mmbeam.models.fusion.processing import FusionProcessor
+from mmbeam.models.fusion.pretrained import HALVES, PretrainedEncoder, encoder_of, output_width
+from mmbeam.models.fusion.processing import Preparation
 from mmbeam.models.image_recipe import read_image_recipe
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.tokenizing import check_vocabulary
@@ -28,6 +29,11 @@ from mmbeam.ops.image import Patching
 from mmbeam.types import Modality
 
 INPUTS: Mapping[Modality, str] = {"image": "pixel_values", "audio": "input_features", "text": "input_ids"}
+SOUNDS: Mapping[str, Callable[[Path], SoundRecipe]] = {  # by the configuration's model_type
+    "whisper": read_whisper_recipe,
+    "clap_audio_model": read_clap_recipe,
+    AST: read_ast_recipe,
+}
 PARTS: Mapping[Modality, str] = {"image": "vision", "audio": "audio", "text": "text"}  # of a joint model
 NOT_OF_THE_ENCODER = ("transformers_version", "architectures", "dtype", "_name_or_path")
 UNUSED = r"(^|\.)pooler\."  # weights that a checkpoint may lack
@@ -40,60 +46,70 @@ def read_source(directory: Path, modality: Modality, *, frozen: bool = True, max
     Texts are cut to `max_tokens`, or what the encoder takes if that is less. Reads configuration files
     alone. Raises ModelError if there is no such encoder, or it takes another input.
     """
-    config = _own_config(read_config(directory), modality)
+    config = _own_config(directory, modality)
     model = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_OF_THE_ENCODER}
     source: dict[str, Any] = {"modality": modality, "kind": "pretrained", "model": model, "frozen": frozen}
     if modality == "text":
         source["max_tokens"] = min(max_tokens, text_limit(directory, config))
-    reads = _on_meta(directory, model).main_input_name
-    if reads != INPUTS[modality]:
-        raise ModelError(f"{directory}: {config.model_type} reads {reads}, not {INPUTS[modality]}; {ELSE}")
-    return source
+    tower = _on_meta(directory, model).model
+    _check_input(directory, modality, config.model_type, tower.main_input_name)
+    return {**source, "width": output_width(tower)}
 
 
-def _own_config(full: Any, modality: Modality) -> Any:
-    return getattr(full, f"{PARTS[modality]}_config", full)
+def _own_config(directory: Path, modality: Modality) -> Any:
+    """The configuration of a checkpoint's encoder, or of the one of its encoders that is of `modality`."""
+    full, own = read_config(directory), f"{PARTS[modality]}_config"
+    if hasattr(full, own) or not any(hasattr(full, f"{part}_config") for part in PARTS.values()):
+        return getattr(full, own, full)
+    raise ModelError(f"{directory}: {full.model_type} has no {modality} encoder")
 
 
-def _on_meta(directory: Path, model: Mapping[str, Any]) -> Any:
+def _check_input(directory: Path, modality: Modality, model_type: str, reads: str) -> None:
+    expected = "input_values" if (modality, model_type) == ("audio", AST) else INPUTS[modality]
+    if reads != expected:
+        way = f"; {ELSE}" if modality == "audio" and reads == "input_values" else ""
+        raise ModelError(f"{directory}: {model_type} reads {reads}, not {expected}{way}")
+
+
+def _on_meta(directory: Path, model: Mapping[str, Any]) -> PretrainedEncoder:
     """The encoder without weights, to ask and to try."""
     try:
         with torch.device("meta"):
-            return build_tower(model).eval()
+            return PretrainedEncoder(SourceConfig(modality="text", kind="pretrained", model=model), FusionConfig())
     except Exception as error:  # transformers raises whatever its parts raise
         raise ModelError(f"{directory}: no encoder of {model['model_type']} can be made alone; {ELSE}") from error
 
 
-def read_preprocessing(processor: FusionProcessor, name: str, directory: Path) -> None:
-    """Give `processor` what the checkpoint's own files say is done to the input of the source `name`.
+def read_preprocessing(directory: Path, source: SourceConfig) -> Preparation:
+    """What the checkpoint's own files say is done to the input of `source`, as `read_source` describes it.
 
     Raises ModelError naming what is missing, unknown, or does not fit the encoder.
     """
-    source = processor.sources[name]
     if source.modality == "text":
-        processor.tokenizers[name] = _read_tokenizer(directory)
-    elif source.modality == "image":
+        return _read_tokenizer(directory)
+    if source.modality == "image":
         recipe = read_image_recipe(directory)
         size = recipe.crop or recipe.size
         if size is None or isinstance(size, int | Patching):
             raise ModelError(f"{directory}: its pictures differ in shape; {ELSE}")
-        _try(directory, source, (3, *size))
-        processor.images[name] = recipe
-    else:
-        sound = read_whisper_recipe(directory)
-        _try(directory, source, (sound.n_mels, sound.n_samples // sound.hop_length))
-        processor.sounds[name] = sound
+        _try(directory, source, torch.zeros(1, 3, *size))
+        return recipe
+    sound = SOUNDS.get((source.model or {})["model_type"], read_whisper_recipe)(directory)
+    _try(directory, source, hear([torch.zeros(sound.n_samples)], sound))
+    return sound
 
 
-def _try(directory: Path, source: SourceConfig, shape: tuple[int, ...]) -> None:
-    """Raise ModelError unless the encoder takes inputs of this shape."""
-    tower = _on_meta(directory, source.model or {})
+def _try(directory: Path, source: SourceConfig, values: torch.Tensor) -> None:
+    """Raise ModelError unless the encoder takes inputs of this shape; one that looks at values cannot be tried."""
+    encoder = _on_meta(directory, source.model or {}).eval()
     try:
         with torch.inference_mode():
-            tower(torch.zeros(1, *shape, device="meta"))
+            encoder.read(values.to("meta"), torch.ones(1, dtype=torch.bool, device="meta"))
+    except NotImplementedError:
+        return
     except Exception as error:  # each encoder has its own way to say so
         raise ModelError(
-            f"{directory}: its encoder does not take {list(shape)}, as its files prepare: {error}"
+            f"{directory}: its encoder does not take {list(values.shape[1:])}, as its files prepare: {error}"
         ) from error
 
 

@@ -1,0 +1,239 @@
+"""Trainings with encoders of transformers, from the command line to captions, and what no encoder can be."""
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pyarrow.dataset as ds
+import pytest
+import tiny_audio_text as sounds
+import torch
+from safetensors.torch import load_file
+from tiny_models import save_resnet
+
+from mmbeam.cli import main
+from mmbeam.config import FieldMap, Reading
+from mmbeam.corpus import write_corpus
+from mmbeam.errors import MissingModalityError, ModelError, UsageError
+from mmbeam.models.fusion import FusionConfig
+from mmbeam.models.tiny import compute_on_one_thread, save_clip
+from mmbeam.training.encoders import names_of
+from mmbeam.training.options import TrainOptions
+from mmbeam.training.train import train
+
+compute_on_one_thread()
+MODEL = {"hidden_size": 32, "ffn_size": 64, "fusion_layers": 1, "generator_layers": 1}
+WEIGHTS = "model.safetensors"
+Weights = dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> str:
+    directory = tmp_path_factory.mktemp("shards")
+    write_corpus(directory, samples=30, shards=2, image_side=32, rate=8000)
+    return f"{directory}/*.tar"
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    home = tmp_path_factory.mktemp("encoders")
+    save_clip(home / "clip")
+    sounds.save_whisper(home / "whisper")
+    sounds.save_bert(home / "bert")
+    save_resnet(home / "resnet")
+    return home
+
+
+def options(shards: str, output: Path, **changed: Any) -> TrainOptions:
+    given: dict[str, Any] = {
+        "input": (shards,),
+        "output": str(output),
+        "shares": (0.6, 0.2, 0.2),
+        "model": MODEL,
+        "vocab_size": 280,
+        "batch_size": 8,
+        "steps": 3,
+        "device": "cpu",
+    }
+    return TrainOptions(**given | changed)
+
+
+def tower(weights: Weights, name: str) -> Weights:
+    """The weights of a source's pretrained encoder alone."""
+    prefix = f"encoders.{name}.model."
+    return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
+
+
+def same(a: Weights, b: Weights) -> bool:
+    assert a
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def test_the_command_trains_on_encoders_of_every_modality_and_the_model_needs_them_no_more(
+    shards: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(models, tmp_path / "own")
+    train_ = ["train", "--input", shards, "--output", str(tmp_path / "m"), "--split", "0.6,0.2,0.2"]
+    train_ += ["--steps", "3", "--hidden-size", "32", "--vocab-size", "280", "--batch-size", "8", "--device", "cpu"]
+    for each in ("image=clip", "audio=whisper", "text=bert", "text=clip"):
+        modality, name = each.split("=")
+        train_ += ["--encoder", f"{modality}={tmp_path / 'own' / name}"]
+    assert main(train_) == 0
+    clip = load_file(models / "clip" / WEIGHTS)
+    shutil.rmtree(tmp_path / "own")
+    weights = load_file(tmp_path / "m" / WEIGHTS)
+    own = {name.removeprefix("vision_model."): value for name, value in clip.items() if name.startswith("vision_model")}
+    learned = tower(weights, "image")
+    assert same({name.removeprefix("vision_model."): value for name, value in learned.items()}, own)
+    assert set(FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()) == {"image", "audio", "text", "text_2"}
+    card = (tmp_path / "m" / "README.md").read_text()
+    assert f"- `text_2` is what {tmp_path}/own/clip (digest " in card
+    assert main(train_) == 0  # it is done already
+    for command in ("caption", "embed"):
+        argv = [command, "--input", shards, "--output", str(tmp_path / command), "--model", str(tmp_path / "m")]
+        assert main([*argv, "--device", "cpu", "--limit", "4"]) == 0
+    capsys.readouterr()
+    captions = ds.dataset(tmp_path / "caption" / "data").to_table()
+    assert (captions.num_rows, captions["caption"].null_count) == (4, 0)
+    vectors = ds.dataset(tmp_path / "embed" / "data").to_table()
+    assert [vectors[f"{modality}_embedding"].null_count for modality in ("image", "audio", "text")] == [0, 0, 0]
+
+
+@pytest.fixture(scope="module")
+def trained(shards: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model of a picture's, a sound's and two texts' encoders, one of them its own; each compared with itself."""
+    output = tmp_path_factory.mktemp("trained") / "model"
+    encoders = [
+        ("image", models / "resnet"),
+        ("audio", models / "whisper"),
+        ("text", "lstm"),
+        ("text", models / "bert"),
+    ]
+    given = tuple((modality, str(encoder)) for modality, encoder in encoders)
+    pairs = [[name, name] for name in ("image", "audio", "text", "text_2", "fused")]
+    report = train(options(shards, output, encoders=given, model={**MODEL, "pairs": [*pairs, ["text", "text_2"]]}))
+    views = {f"{name}->{name} (another view) cosine" for name, _ in pairs}
+    assert set(report["validation"]["recall"]) == views | {"text->text_2 cosine", "text_2->text cosine"}
+    [line] = [json.loads(line) for line in (output / "_training" / "metrics.jsonl").read_text().splitlines()][-1:]
+    assert min(line["train"].values()) > 0  # alignment and reconstruction too
+    return output
+
+
+def test_frozen_encoders_stay_and_those_that_are_let_go_learn(
+    shards: str, models: Path, trained: Path, tmp_path: Path
+) -> None:
+    before = load_file(trained / WEIGHTS)
+    checkpoint = load_file(models / "resnet" / WEIGHTS)
+    frozen = tower(before, "image")
+    assert same(frozen, {name: checkpoint[f"resnet.{name}"] for name in frozen})  # running statistics too
+    chosen = options(shards, tmp_path / "m", model={}, init=str(trained), unfreeze=("image",), freeze=("audio",))
+    train(chosen)
+    after = load_file(tmp_path / "m" / WEIGHTS)
+    changed = [name for name in ("image", "audio", "text_2") if not same(tower(before, name), tower(after, name))]
+    assert changed == ["image"]
+    sources = FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()
+    assert [name for name, source in sources.items() if source.frozen] == ["audio", "text_2"]
+    with pytest.raises(UsageError, match="--unfreeze text: the pretrained encoders of this model are image, audio"):
+        train(options(shards, tmp_path / "n", model={}, init=str(trained), unfreeze=("text",)))
+
+
+class Cut:
+    """Ends the training after so many steps, as a signal would."""
+
+    def __init__(self, after: int) -> None:
+        self.after = after
+
+    def show(self, step: int, steps: int, loss: float, samples: int) -> None:
+        if step > self.after:
+            raise KeyboardInterrupt
+
+
+def test_an_interrupted_training_ends_with_the_same_weights(shards: str, models: Path, tmp_path: Path) -> None:
+    encoders = (("image", str(models / "resnet")), ("text", str(models / "bert")))
+    given = {"encoders": encoders, "modalities": ("image", "text"), "unfreeze": ("image",), "steps": 4}
+    train(options(shards, tmp_path / "whole", **given))
+    cut = options(shards, tmp_path / "cut", checkpoint_seconds=0.0, **given)
+    with pytest.raises(KeyboardInterrupt):
+        train(cut, watcher=Cut(after=2))
+    train(cut)
+    assert same(load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "cut" / WEIGHTS))
+
+
+def test_an_encoder_that_changed_since_is_refused(shards: str, models: Path, tmp_path: Path) -> None:
+    shutil.copytree(models / "bert", tmp_path / "bert")
+    given = options(shards, tmp_path / "m", encoders=(("text", str(tmp_path / "bert")),), modalities=("text",))
+    with pytest.raises(KeyboardInterrupt):
+        train(given, watcher=Cut(after=1))
+    (tmp_path / "bert" / "config.json").write_text((tmp_path / "bert" / "config.json").read_text() + "\n")
+    with pytest.raises(ModelError, match="its files are not those that the training began with"):
+        train(given)
+
+
+def test_sources_are_named_by_modality_and_number() -> None:
+    asked: Any = (("text", "a"), ("image", "b"), ("text", "conv"), ("text", "a"))
+    assert names_of(asked) == {"text": asked[0], "image": asked[1], "text_2": asked[2], "text_3": asked[3]}
+
+
+def without(name: str, *others: str) -> Callable[[Path], None]:
+    def remove(directory: Path) -> None:
+        for each in (name, *others):
+            (directory / each).unlink()
+
+    return remove
+
+
+BROKEN: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
+    "no weights": ("image", "clip", without(WEIGHTS), r"has no model\.safetensors"),
+    "no configuration": ("image", "clip", without("config.json"), r"has no config\.json"),
+    "no image processor": ("image", "resnet", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
+    "no feature extractor": ("audio", "whisper", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
+    "no tokenizer": ("text", "bert", without("tokenizer.json"), r"has no tokenizer; expected tokenizer\.json"),
+    "another modality": ("audio", "clip", lambda directory: None, "clip has no audio encoder"),
+    "a text's for pictures": ("image", "bert", lambda directory: None, "bert reads input_ids, not pixel_values"),
+    "a directory of nothing": ("image", "clip", shutil.rmtree, "no such directory"),
+}
+
+
+@pytest.mark.parametrize("case", BROKEN)
+def test_an_encoder_that_cannot_be_used_is_named_before_anything_is_read(
+    case: str, models: Path, tmp_path: Path
+) -> None:
+    modality, name, spoil, message = BROKEN[case]
+    shutil.copytree(models / name, tmp_path / name)
+    spoil(tmp_path / name)
+    given: Any = ((modality, str(tmp_path / name)),)
+    with pytest.raises(ModelError, match=f"--encoder {modality}={tmp_path}.*{message}"):
+        train(options("nowhere.tar", tmp_path / "m", input=(__file__,), encoders=given))
+
+
+def test_a_name_that_is_nothing_is_refused_with_the_kinds_that_there_are(shards: str, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="image=konv: neither one of conv, mlp, lstm, transformer, nor usable: konv: "):
+        train(options(shards, tmp_path / "m", encoders=(("image", "konv"),)))
+
+
+def test_an_encoder_is_no_model_to_start_from(shards: str, models: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="expected a fusion model, found one of type clip; give it with --encoder"):
+        train(options(shards, tmp_path / "m", model={}, init=str(models / "clip")))
+
+
+def test_an_encoder_of_what_no_sample_has_is_an_error(shards: str, models: Path, tmp_path: Path) -> None:
+    silent = Reading(fields=FieldMap(audio="song.wav"))
+    given = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), reading=silent)
+    with pytest.raises(MissingModalityError, match="no audio in the 30 samples"):
+        train(given)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"modalities": ("image",), "encoders": (("text", "conv"),)}, "--encoder: text is none of --modalities image"),
+        ({"captions": "text", "encoders": (("text", "conv"),)}, "--captions text: the text is what is to be said"),
+        ({"init": "m", "model": {}, "encoders": (("text", "conv"),)}, "--init brings its own architecture; .*encoder"),
+        ({"init": "m", "model": {}, "freeze": ("image",), "unfreeze": ("image",)}, "--freeze and --unfreeze image"),
+    ],
+)
+def test_options_that_contradict_each_other_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=message):
+        options("a.tar", tmp_path, **changed)
