@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_generators_hub as hub
+from tiny_audio_text import save_bert
 from tiny_chat_models import save_qwen2_5_vl
 from tiny_models import save_blip
 from transformers import BlipForConditionalGeneration
@@ -28,6 +29,7 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "Salesforce/blip-image-captioning-base": partial(save_blip, model=BlipForConditionalGeneration),
     "openai/whisper-tiny": hub.save_whisper,
     "facebook/nllb-200-distilled-600M": hub.save_nllb,
+    "google-bert/bert-base-uncased": save_bert,
     "Qwen/Qwen2.5-VL-3B-Instruct": save_qwen2_5_vl,
 }
 
