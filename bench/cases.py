@@ -89,8 +89,8 @@ def photo(number: int) -> bytes:
     return real.encode_image(real.natural_image(number, 512, 512), "jpg", quality=99)
 
 
-def thumbnail(number: int) -> bytes:
-    return real.encode_image(real.natural_image(number, 32, 32), "jpg")
+def thumbnail(number: int, side: int = 32) -> bytes:
+    return real.encode_image(real.natural_image(number, side, side), "jpg")
 
 
 def sound(number: int) -> bytes:

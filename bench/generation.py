@@ -29,8 +29,7 @@ from mmbeam.models.generators import describe, load
 from mmbeam.models.generators.base import Decoding, Request
 from mmbeam.models.loading import resolve
 from mmbeam.reading import Ahead, ordered_map
-from mmbeam.stages.generate import TOKENS_PER_SAMPLE
-from mmbeam.stages.packing import pack
+from mmbeam.stages.generate import plan_batches
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
 SAMPLES, SHARDS, BATCH, PAIRS = 4000, 8, 32, 5
@@ -81,9 +80,9 @@ def bare(directory: Path) -> tuple[int, float]:
         begin, made = time.perf_counter(), 0
         decoded = ordered_map(lambda fields: to_request(fields, rate), raw_samples(shards), pool, Ahead(2 * BATCH))
         for window in windows(decoded):
-            for places in pack(generator.weigh(window), BATCH, BATCH * TOKENS_PER_SAMPLE):
+            for places in plan_batches(generator, window, Decoding(), BATCH):
                 inputs = generator.processor([window[place] for place in places], torch.device("cpu"))
-                ids = generator.model.generate(**inputs, max_new_tokens=Decoding().max_new_tokens, do_sample=False)
+                ids = generator.model.generate(**inputs, max_new_tokens=Decoding().limit, do_sample=False)
                 made += len(generator.processor.decode(ids.tolist()))
         return made, time.perf_counter() - begin
 

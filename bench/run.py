@@ -1,4 +1,5 @@
-"""The benchmark: `make bench`, or `python bench/run.py [throughput] [captions] [loader] [memory] [start] [plan] [gpu]`.
+"""The benchmark: `make bench`, or `python bench/run.py` and what to measure: throughput, captions, families, workers,
+loader, memory, start, plan; or retrieval, which takes minutes; or gpu, on a GPU.
 
 Speed is a ratio in one run: the bare torch loop and mmbeam alternate, A B A B, and the median of five
 pairs is what counts, since a machine's own speed drifts. Every figure is of a process of its own. The
@@ -14,14 +15,17 @@ import tempfile
 import time
 from pathlib import Path
 
+import families
 import generation
 import loader
+import retrieval
+import workers
 from cases import CASES, GPU_CASES, Case, memory_case
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "bench"
 PAIRS = 5
-SECTIONS = ("throughput", "captions", "loader", "memory", "start", "plan")
+SECTIONS = ("throughput", "captions", "families", "workers", "loader", "memory", "start", "plan")
 
 
 def measure(mode: str, case: Path) -> dict[str, float]:
@@ -132,11 +136,14 @@ def resume_case() -> Case:
 
 OTHERS = {
     "captions": generation.section,
+    "families": families.section,
+    "workers": workers.section,
     "loader": loader.section,
     "memory": memory,
     "start": start,
     "plan": plan,
     "gpu": gpu,
+    "retrieval": retrieval.section,
 }
 
 

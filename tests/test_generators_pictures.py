@@ -123,6 +123,20 @@ def test_words_that_spell_special_tokens_are_words(model: Generator, name: str, 
     assert len(ids) > len(others)
 
 
+def test_words_are_no_second_picture_where_its_token_is_not_called_special(tmp_path: Path) -> None:
+    """Its places are filled in order: one too many would take the next sample's picture."""
+    directory = PICTURES["blip-2"](tmp_path / "model")
+    file = directory / "tokenizer.json"
+    content = json.loads(file.read_text())
+    [picture] = [token for token in content["added_tokens"] if token["content"] == "<image>"]
+    picture["special"] = False
+    file.write_text(json.dumps(content))
+    model: Any = hub.load_tiny(directory)
+    assert picture["id"] == model.model.config.image_token_index
+    [ids] = model._prompts([Request(image=IMAGES[0], text="a <image> b")])
+    assert ids.count(picture["id"]) == 4
+
+
 def test_a_picture_is_read_by_its_own_processor_where_the_device_cannot(tmp_path: Path) -> None:
     """One that pads pictures to a square is no plain one."""
     directory = save_vit_gpt2(tmp_path / "model")

@@ -177,6 +177,15 @@ def test_more_processes_than_devices_share_them_evenly_and_say_so(
     ]
 
 
+def test_a_directory_of_locks_that_is_not_ours_is_refused(tmp_path: Path) -> None:
+    """Anyone may make one in /tmp, with links in it to files of ours."""
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DeviceError, match="locks: expected a directory of this user"):
+        leases.take_one(["gpu-a"], tmp_path / "locks")
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
 def test_a_worker_process_of_a_runner_keeps_to_one_device() -> None:
     """Of this machine's own GPUs, where there are any."""
     kind = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,12 +1,17 @@
 """Packing windows into batches, halving what does not fit, isolating what fails."""
 
+from collections.abc import Sequence
+
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
 from mmbeam.errors import DeviceError
+from mmbeam.models.generators.base import Decoding, Generator, GeneratorSpec, Request
 from mmbeam.models.placement import classify
+from mmbeam.stages.generate import plan_batches
 from mmbeam.stages.packing import pack, run_packed
 
 weights = st.lists(st.integers(1, 500), max_size=80)
@@ -27,6 +32,48 @@ def test_every_item_is_in_exactly_one_batch_within_the_limits(
         heaviest = max(weights[position] for position in batch)
         assert max_weight is None or len(batch) == 1 or len(batch) * heaviest <= max_weight
         assert max_size is None or len(batch) == 1 or sum(sizes[position] for position in batch) <= max_size
+
+
+class Worded(Generator):
+    """Weighs a request by its words."""
+
+    def __init__(self, schedules: bool = False) -> None:
+        super().__init__(
+            GeneratorSpec(family="", directory="", modalities=("text",)), torch.device("cpu"), torch.float32
+        )
+        self.schedules = schedules  # type: ignore[misc]
+
+    def weigh(self, requests: Sequence[Request]) -> list[int]:
+        return [len((request.text or "").split()) for request in requests]
+
+
+def sizes_of(count: int, words: int = 10, side: int = 32, **decoding: int) -> list[int]:
+    """How many requests each batch holds, of so many alike, where 4 are the most."""
+    image = np.zeros((side, side, 3), np.uint8)
+    requests = [Request(image=image, text="word " * words)] * count
+    return [len(batch) for batch in plan_batches(Worded(), requests, Decoding(**decoding), 4)]
+
+
+def test_a_batch_has_room_for_its_prompts_and_for_what_every_beam_writes() -> None:
+    """512 tokens for each of 4, so 2,048."""
+    assert sizes_of(8) == [4, 4]
+    assert sizes_of(8, words=512 - 64) == [4, 4]
+    assert sizes_of(8, words=512 - 63) == [3, 3, 2]
+    assert sizes_of(8, max_new_tokens=1014) == [2, 2, 2, 2]
+    assert sizes_of(4, num_beams=7) == [2, 2]
+    assert sizes_of(2, max_new_tokens=10_000) == [1, 1]
+
+
+def test_a_batch_holds_so_many_pixels_as_were_decoded() -> None:
+    """A million for each of 4: 2 of 1,300 x 1,300."""
+    assert sizes_of(4, side=1024) == [4]
+    assert sizes_of(4, side=1300) == [2, 2]
+
+
+def test_what_schedules_by_itself_gets_all_at_once() -> None:
+    requests = [Request(text="word")] * 9
+    assert plan_batches(Worded(schedules=True), requests, Decoding(), 4) == [list(range(9))]
+    assert plan_batches(Worded(schedules=True), [], Decoding(), 4) == []
 
 
 def test_of_equal_weights_equal_sizes_stand_together() -> None:

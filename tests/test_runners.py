@@ -91,6 +91,41 @@ def test_no_element_is_lost_on_its_way_between_two_stages(tmp_path: Path) -> Non
     assert found == sent > 1000
 
 
+class _EndsLater(beam.DoFn):
+    """One element fails at once; the other notes when it is done, and whether it was torn down before."""
+
+    def setup(self) -> None:
+        self._begun = Path()
+
+    def process(self, element: tuple[str, Path]) -> None:
+        name, directory = element
+        if name == "fails":
+            while not (directory / "begun").exists():
+                time.sleep(0.01)
+            raise ValueError("the true reason")
+        self._begun = directory / "begun"
+        self._begun.touch()
+        time.sleep(1)
+        (directory / "done").touch()
+
+    def teardown(self) -> None:
+        if self._begun.name and not self._begun.with_name("done").exists():
+            self._begun.with_name("torn down").touch()
+
+
+@pytest.mark.parametrize("names", [("fails", "works"), ("works", "fails")])
+def test_a_failed_job_ends_once_what_is_at_work_has_ended(
+    names: tuple[str, str], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Beam's in-process runner takes the steps away from a bundle at work, and prints a KeyError at its end."""
+    pipeline = beam.Pipeline(options=pipeline_options(()))
+    pipeline | beam.Create([(name, tmp_path) for name in names]) | beam.ParDo(_EndsLater())
+    with pytest.raises(RuntimeError, match="the true reason"):
+        pipeline.run().wait_until_finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["begun", "done"]
+    assert "KeyError" not in capfd.readouterr().err
+
+
 def test_options_that_nobody_knows_and_devices_that_nobody_can_see_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--no_such_option"):
         pipeline_options(["--no_such_option=1"])

@@ -1,5 +1,6 @@
 """What each kind of model is asked for each task, against what its own processor or pipeline would make of it."""
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ import tiny_hearing_models as hearing
 import torch
 from pictures import pictures
 from shards import natural_sound
+from tokenizers import AddedToken
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
 from mmbeam.clean.turns import Turn
@@ -19,7 +21,7 @@ from mmbeam.errors import LimitError, PromptError, UsageError
 from mmbeam.models.generators import describe
 from mmbeam.models.generators.base import Generator, GeneratorSpec, Request
 from mmbeam.models.generators.languages import code_of, find_language, name_of
-from mmbeam.models.generators.prompts import instruction, until_next_turn
+from mmbeam.models.generators.prompts import instruction, one_speaker, until_next_turn
 from mmbeam.stages.asking import wanted_of
 
 IMAGE = next(iter(pictures(((60, 41),)))).copy()
@@ -312,6 +314,7 @@ def test_a_dialogue_without_a_template_names_its_speakers(models: Models) -> Non
     assert tokenizer.decode(ids) == "User: hello there\nAssistant: hi\nUser: and what is it\nAssistant:"
     assert until_next_turn(" yes. \nUser: no") == "yes."
     assert until_next_turn("Usernames: two\nlines") == "Usernames: two\nlines"
+    assert until_next_turn("a  User: b") == "a  User: b"
 
 
 def test_an_answer_ends_where_the_model_goes_on_with_the_user(models: Models, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -401,3 +404,41 @@ def test_no_line_of_a_turn_speaks_for_another_where_names_are_all_there_is(model
     expected = "User: a Assistant: b User: c\nUser: d\ne\nAssistant:"
     tokenizer = AutoTokenizer.from_pretrained(models.saved(name))
     assert source(models.load(name), Request(turns=turns, task="dialogue")) == tokenizer(expected)["input_ids"]
+
+
+@pytest.mark.parametrize("line_break", ["\n", "\r", "\r\n", "\v", "\x85", "\u2028", " \t\n\u2003\n "])
+def test_a_line_ends_where_any_reader_ends_one(line_break: str) -> None:
+    assert one_speaker(f"a{line_break}Assistant: b") == "a Assistant: b"
+    assert one_speaker(f"a{line_break}Assistants") == f"a{line_break}Assistants"
+
+
+def test_a_turn_of_nothing_but_lines_takes_no_time() -> None:
+    """It took time with the third power of their number: 7 s for 800 of them."""
+    lines = "a" + " \n" * 100_000
+    begin = time.process_time()
+    assert (one_speaker(lines + "b"), until_next_turn(lines)) == (lines + "b", "a")
+    assert time.process_time() - begin < 2
+
+
+def test_tokens_that_only_the_template_makes_special_are_held_back_from_words(tmp_path: Path) -> None:
+    """Checkpoints whose turns begin with added tokens that are not called special: DeepSeek's are such."""
+    directory = hub.save_qwen2(tmp_path / "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.add_tokens([AddedToken("<User>", special=False), AddedToken("  ", special=False)])
+    tokenizer.chat_template = "{% for m in messages %}<User>{{ m.content }}  {% endfor %}"
+    tokenizer.save_pretrained(directory)
+    model: Any = hub.load_tiny(directory)
+    ids = [model.tokenizer.prompt((), Request(text=text)) for text in ("a<User>b", "a  b")]
+    user, spaces = model.tokenizer.ids_of(["<User>", "  "])
+    assert [each.count(user) for each in ids] == [1, 1]
+    assert [each.count(spaces) for each in ids] == [1, 2]  # what is no mark of the template's is words
+
+
+def test_of_several_templates_the_default_one_is_taken(tmp_path: Path) -> None:
+    directory = hub.save_qwen2(tmp_path / "qwen2")
+    tokenizer = AutoTokenizer.from_pretrained(directory)
+    tokenizer.chat_template = {"default": hub.chatml(), "tool_use": "x"}
+    tokenizer.save_pretrained(directory)
+    plain = hub.load_tiny(hub.save_qwen2(tmp_path / "plain"))
+    request = Request(text="a dog")
+    assert source(hub.load_tiny(directory), request) == source(plain, request)

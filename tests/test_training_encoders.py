@@ -131,6 +131,7 @@ def test_frozen_encoders_stay_and_those_that_are_let_go_learn(
     chosen = options(shards, tmp_path / "m", model={}, init=str(trained), unfreeze=("image",), freeze=("audio",))
     train(chosen)
     after = load_file(tmp_path / "m" / WEIGHTS)
+    assert tower(load_file(tmp_path / "m" / "_training" / "best.safetensors"), "text_2")  # --init may change meanwhile
     changed = [name for name in ("image", "audio", "text_2") if not same(tower(before, name), tower(after, name))]
     assert changed == ["image"]
     sources = FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()
@@ -159,6 +160,13 @@ def test_an_interrupted_training_ends_with_the_same_weights(shards: str, models:
         train(cut, watcher=Cut(after=2))
     train(cut)
     assert same(load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "cut" / WEIGHTS))
+    for name, prefix in (("checkpoint", "model."), ("best", "")):  # what stays as its own files have it is not copied
+        kept = load_file(tmp_path / "cut" / "_training" / f"{name}.safetensors")
+        held = {
+            each for each in ("image", "text") if any(key.startswith(f"{prefix}encoders.{each}.model.") for key in kept)
+        }
+        assert held == {"image"}
+        assert f"{prefix}encoders.text.project.weight" in kept
 
 
 def test_an_encoder_that_changed_since_is_refused(shards: str, models: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from mmbeam.errors import MissingModalityError, ModelError, RunMismatchError, Tr
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.generators.base import Request
 from mmbeam.training.options import TrainOptions
-from mmbeam.training.setup import set_up
+from mmbeam.training.setup import new_model, set_up
 from mmbeam.training.train import open_run, train
 from mmbeam.types import Origin
 
@@ -117,6 +117,18 @@ def test_other_weights_are_the_start_and_frozen_parts_stay_bit_for_bit(
         assert torch.equal(before[name], after[name]) == (name in frozen), name
     tokenizers = [(directory / "tokenizer.json").read_text() for directory in (trained[0], tmp_path)]
     assert tokenizers[0] == tokenizers[1]
+
+
+def test_heads_that_the_start_lacks_are_drawn_by_the_seed(
+    shards: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
+) -> None:
+    given = {"model": {}, "init": str(trained[0]), "loss_weights": {"modality_adversary": 0.1}, "steps": 1}
+    chosen = shard_options(shards, tmp_path, **given)
+    setup, drawn = set_up(chosen, tmp_path), []
+    for noise in (1, 2):
+        torch.manual_seed(noise)
+        drawn.append(new_model(chosen, setup, torch.device("cpu"))[0].modality_adversary.net[0].weight)
+    assert torch.equal(*drawn)
 
 
 def test_a_part_that_the_model_has_not_cannot_be_frozen_and_the_output_stays_free(

@@ -8,7 +8,6 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import numpy as np
@@ -23,8 +22,9 @@ from pictures import pictures
 from shards import natural_sound
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
+from mmbeam.config import Windows
 from mmbeam.errors import DeviceError, JobError, LimitError, ModelError, UsageError
-from mmbeam.jobs.caption import GPU_WINDOWS, CaptionOptions, prepare
+from mmbeam.jobs.caption import GPU_WINDOWS, CaptionOptions, _for_device, prepare
 from mmbeam.models.generators import check_engine, describe, family_of, vllm
 from mmbeam.models.generators.base import Decoding, GeneratorSpec, Request
 from mmbeam.models.generators.decoding import score
@@ -196,15 +196,17 @@ def test_a_text_is_read_from_what_comes_back(saved: dict[str, Path]) -> None:
 
 
 def test_what_the_engine_is_started_with(saved: dict[str, Path]) -> None:
-    text = vllm.engine_options(describe(saved["qwen2"]), torch.bfloat16, 0.8)
+    text = vllm.engine_options(describe(saved["qwen2"]), torch.device("cuda:1"), torch.bfloat16, 0.8)
     assert text == {
         "model": str(saved["qwen2"]),
         "load_format": "safetensors",
         "dtype": "bfloat16",
+        "device_ids": [1],
         "gpu_memory_utilization": 0.8,
         "max_model_len": -1,
     }
-    seen = vllm.engine_options(describe(saved["qwen3_vl"]), torch.float16, 0.8)
+    seen = vllm.engine_options(describe(saved["qwen3_vl"]), torch.device("cuda"), torch.float16, 0.8)
+    assert seen["device_ids"] == [0]
     assert seen["limit_mm_per_prompt"] == {"image": 1, "audio": 0, "video": 0}
 
 
@@ -257,7 +259,6 @@ def test_an_engine_that_breaks_is_no_samples_fault(saved: dict[str, Path]) -> No
     ("model", "device", "options", "explain", "message"),
     [
         ("qwen2", "cpu", {}, False, "expected --device cuda, found cpu"),
-        ("qwen2", "cuda:1", {}, False, "CUDA_VISIBLE_DEVICES"),
         ("qwen2", "cuda", {"num_beams": 2}, False, "no beams"),
         ("qwen2", "cuda", {"temperature": 2.5}, False, "--temperature of 2.0 at most"),
         ("qwen3_vl", "cuda:0", {}, True, "--explain"),
@@ -288,15 +289,20 @@ def test_another_engine_is_another_model_to_the_device(saved: dict[str, Path]) -
     assert replace(stage, engine="vllm").key != stage.key
 
 
+def test_a_process_for_each_gpu() -> None:
+    vllm.check_processes(1, 1)
+    vllm.check_processes(2, 3)
+    with pytest.raises(UsageError, match="--workers 4, or --device cuda:0"):
+        vllm.check_processes(4, 1)
+
+
 def test_no_text_is_scored(saved: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="--engine vllm"):
         on_vllm(saved["qwen2"]).score([], [])
 
 
 def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    found = ModuleType("util")
-    found.find_spec = lambda name: None  # type: ignore[attr-defined]
-    monkeypatch.setattr(vllm.importlib, "util", found)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(JobError, match=r"vLLM is not installed here: pip install 'vllm>=0\.33'"):
         vllm.check_installed()
 
@@ -305,9 +311,16 @@ def test_a_job_on_the_cpu_is_refused_before_anything_is_written(saved: dict[str,
     options = CaptionOptions(
         input=(str(tmp_path),), output=str(tmp_path / "out"), model=str(saved["qwen2"]), device="cpu", engine="vllm"
     )
-    with pytest.raises(UsageError, match="--engine vllm: expected --device cuda"):
+    with pytest.raises(UsageError, match=r"--engine vllm: .*expected --device cuda"):
         prepare(options)
     assert not (tmp_path / "out").exists()
+
+
+def test_on_a_gpu_windows_are_larger_unless_they_are_chosen() -> None:
+    options = CaptionOptions(input=("in",), output="out")
+    chosen = replace(options, windows=Windows(samples=7))
+    assert [_for_device(options, device).windows for device in ("cpu", "cuda")] == [options.windows, GPU_WINDOWS]
+    assert _for_device(chosen, "cuda:0") == chosen
     assert GPU_WINDOWS.decoded_bytes > options.windows.decoded_bytes
 
 

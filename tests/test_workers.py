@@ -159,6 +159,14 @@ def test_work_that_cannot_be_unpickled_says_why() -> None:
         list(workers.do([unit("a")], lambda _: None))
 
 
+def test_what_a_process_said_before_it_ended_is_not_lost() -> None:
+    with Workers([Unloadable()], threads=[1], at_once=1) as workers:
+        while any(map(exists, workers.pids)):
+            time.sleep(0.01)
+        with pytest.raises(ImportError, match="no module named so"):
+            list(workers.do([unit("a")], lambda _: None))
+
+
 LAUNCHER = """
 import sys
 from test_workers import Workers, fail, unit

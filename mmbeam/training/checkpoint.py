@@ -63,10 +63,16 @@ def under(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {name[len(prefix) + 1 :]: each for name, each in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def restore_model(model: torch.nn.Module, tensors: Tensors, path: Path) -> None:
-    """Put back the weights that `path` held. Raises TrainingError if they are not those of such a model."""
+def model_tensors(model: torch.nn.Module, left_out: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """The model's weights, but those whose names begin with one of `left_out`."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
+
+
+def restore_model(model: torch.nn.Module, tensors: Tensors, path: Path, left_out: tuple[str, ...] = ()) -> None:
+    """Put back the weights that `path` held; those of `left_out` stay. Raises TrainingError for another model's."""
+    staying = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(left_out)}
     try:
-        model.load_state_dict(tensors)
+        model.load_state_dict({**staying, **tensors})
     except RuntimeError as error:  # its message lists every tensor
         raise TrainingError(
             f"{path}: the checkpoint of another configuration; remove it to start over, or choose another --output"

@@ -14,7 +14,7 @@ from mmbeam.models.fusion.configuration import media_source
 from mmbeam.models.fusion.processing import Preparation
 from mmbeam.models.fusion.towers import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import Resolved, check_weights, digest, resolve
-from mmbeam.training.options import OWN_ENCODERS, EncoderName
+from mmbeam.training.options import OWN_ENCODERS, EncoderName, TrainOptions
 from mmbeam.types import Modality, Origin
 
 
@@ -77,6 +77,15 @@ def unfreeze(config: FusionConfig, names: Sequence[str]) -> None:
             there = ", ".join(pretrained) or "none"
             raise UsageError(f"--unfreeze {name}: the pretrained encoders of this model are {there}; see --encoder")
         config.sources[name]["frozen"] = False  # type: ignore[index]  # a configuration that is made has sources
+
+
+def kept_elsewhere(model: FusionModel, options: TrainOptions) -> tuple[str, ...]:
+    """How the names of weights begin that a checkpoint need not hold: of encoders that stay as their own files are.
+
+    Those files are known by their digest (see `load_encoders`); those of a model to start from are not.
+    """
+    frozen = [name for name, source in model.sources.items() if source.kind == "pretrained" and source.frozen]
+    return tuple(f"encoders.{name}.model." for name in frozen if options.init is None)
 
 
 def load_encoders(model: FusionModel, encoders: Sequence[EncoderName]) -> None:

@@ -24,6 +24,7 @@ from mmbeam.models.fusion.share import BatchShare
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import Batch, ahead, collate, training_batches
 from mmbeam.training.distributed import ALONE, Losses, World
+from mmbeam.training.encoders import kept_elsewhere
 from mmbeam.training.examples import Source
 from mmbeam.training.journal import Journal
 from mmbeam.training.optim import learning_rate_factor, make_optimizer, set_learning_rate, warmup_steps
@@ -80,8 +81,7 @@ class Trainer:
         self.model, self.processor, self.options, self.world = model, processor, options, world
         self.source = source if world.size == 1 else source.of_rank(world.rank, world.size)
         self.batch_size = world.share_of(options.batch_size)
-        self.directory, self.watcher = directory, watcher
-        self.device = model.device
+        self.directory, self.watcher, self.device = directory, watcher, model.device
         self.state = State()
         self.journal = Journal(directory)
         self._frozen = list(frozen)
@@ -90,6 +90,8 @@ class Trainer:
         self.optimizer = make_optimizer(model, options)
         self.steps = total_steps(options, source)
         self._losses = world.parallel(Losses(model))
+        self._left_out = kept_elsewhere(model, options)
+        self._weights = partial(checkpoint.model_tensors, model, self._left_out)
         self._saved = time.monotonic()
 
     def run(self) -> State:
@@ -101,7 +103,8 @@ class Trainer:
             self._epoch()
         self.world.wait()  # until the best weights are written
         if self.state.best_epoch is not None:
-            self.model.load_state_dict(checkpoint.load(self.directory / BEST)[0])
+            path = self.directory / BEST
+            checkpoint.restore_model(self.model, checkpoint.load(path)[0], path, self._left_out)
         self.world.wait()  # and until all have read them
         return self.state
 
@@ -215,9 +218,7 @@ class Trainer:
 
     def _validate(self) -> Scores:
         examples = islice(self.source.examples("validation"), self.options.validation_samples)
-        judge = Judge(
-            model=self.model, processor=self.processor, device=self.device, batch_size=self.options.batch_size
-        )
+        judge = Judge(self.model, self.processor, self.device, self.options.batch_size)
         scores = judge.scores(examples, SUBSETS_PER_BATCH)
         if not scores.samples:
             raise TrainingError("the validation part gave no samples: give more, or a larger share with --split")
@@ -234,7 +235,7 @@ class Trainer:
         if state.best is None or value > state.best:
             state.best, state.best_epoch = value, state.epoch
             if self.world.is_main:
-                checkpoint.save(self.directory / BEST, self.model.state_dict(), {"epoch": state.epoch, "scores": value})
+                checkpoint.save(self.directory / BEST, self._weights(), {"epoch": state.epoch, "scores": value})
         losses = {name: total / state.batch for name, total in state.losses.items()}
         if self.world.is_main:
             self.journal.epoch(state.epoch, state.step, state.seconds, losses, scores.to_json())
@@ -248,7 +249,7 @@ class Trainer:
         if not self.world.is_main:
             return
         tensors = {
-            **checkpoint.prefixed("model", self.model.state_dict()),
+            **checkpoint.prefixed("model", self._weights()),
             **checkpoint.prefixed("optimizer", checkpoint.optimizer_tensors(self.optimizer)),
             **checkpoint.prefixed("random", checkpoint.random_tensors()),
         }
@@ -261,7 +262,7 @@ class Trainer:
             return False
         tensors, facts = checkpoint.load(path)
         self._check_processes(facts.pop("processes", 1), facts["batch"])
-        checkpoint.restore_model(self.model, checkpoint.under("model", tensors), path)
+        checkpoint.restore_model(self.model, checkpoint.under("model", tensors), path, self._left_out)
         checkpoint.restore_optimizer(self.optimizer, checkpoint.under("optimizer", tensors))
         checkpoint.restore_random(checkpoint.under("random", tensors))
         self.state = State(**facts)

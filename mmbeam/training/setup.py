@@ -245,11 +245,12 @@ def _labelling(options: TrainOptions) -> Labelling:
 def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tuple[FusionModel, list[torch.nn.Module]]:
     """The model as the training begins, and the parts of it that are to stay as they are.
 
-    Weights are drawn with the options' seed, or those of `init`. Raises UsageError, ModelError.
+    Weights are those of `init`, as far as it has them; others are drawn with the options' seed. Raises UsageError,
+    ModelError.
     """
     config = configured(setup.config, options)
+    torch.manual_seed(options.seed)
     if options.init is None:
-        torch.manual_seed(options.seed)
         model = FusionModel(config).to(device)
         load_encoders(model, options.encoders)
     else:

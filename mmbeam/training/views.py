@@ -45,7 +45,7 @@ def _view(
         mask = _hide(mask, source.kind == "pretrained", generator)
     else:
         axes = (-2, -1) if source.modality == "image" else (time_axis(source, values),)
-        for axis in axes:
+        for axis in axes if values.dim() > 2 else ():  # a waveform stays where its mask is
             values = _move(values, axis, generator)
         values = _jitter(values, source.kind == "pretrained", generator)
     return {name: values, name + MASK: mask}

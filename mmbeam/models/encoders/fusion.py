@@ -61,8 +61,8 @@ class FusionEncoder(Encoder):
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
         sounds = list(zip(waves, rates, strict=True))
-        features = self.processor.spectrograms(self._media["audio"], sounds, self.device)
-        return self._encode("audio", features.to(self.dtype), None, tokens)
+        values, mask = self.processor.heard(self._media["audio"], sounds, self.device)
+        return self._encode("audio", values.to(self.dtype), mask, tokens)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         return self.processor.input_ids(texts, self._media["text"])

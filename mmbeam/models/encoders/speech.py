@@ -42,15 +42,13 @@ class SpeechEncoder(Encoder):
         super().__init__(spec, model.device, model.dtype)
         self.model = model
         self.recipe = recipe
-        self.shortest = _receptive_field(model.config.conv_kernel, model.config.conv_stride)
+        self.shortest = receptive_field(model.config.conv_kernel, model.config.conv_stride)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
         """Read the configuration and the feature extractor's file."""
         full = read_config(directory)
-        for option in UNSUPPORTED:
-            if getattr(full, option, False):
-                raise ModelError(f"{directory}/config.json: {option} is true; expected a model without that layer")
+        check_layers(directory, full)
         return EncoderSpec(
             family=full.model_type,
             directory=str(directory),
@@ -118,7 +116,14 @@ class SpeechEncoder(Encoder):
         return [done[position] for position in range(len(features))]
 
 
-def _receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
+def check_layers(directory: Path, config: Any) -> None:
+    """Raise ModelError for a model with layers that are not used, or that would let padding through."""
+    for option in UNSUPPORTED:
+        if getattr(config, option, False):
+            raise ModelError(f"{directory}/config.json: {option} is true; expected a model without that layer")
+
+
+def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
     """Samples that the convolutions need for their first frame."""
     samples = 1
     for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):

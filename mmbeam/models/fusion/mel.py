@@ -11,9 +11,10 @@ from dataclasses import dataclass
 
 import torch
 from torch.nn import functional
+from torch.nn.utils.rnn import pad_sequence
 
 from mmbeam.models.fusion.configuration import SourceConfig
-from mmbeam.ops.audio import mel_filter_bank, power_spectrogram
+from mmbeam.ops.audio import WaveRecipe, mel_filter_bank, power_spectrogram, standardize
 from mmbeam.ops.log_mel import (
     AST_RATE,
     AstRecipe,
@@ -27,6 +28,7 @@ from mmbeam.ops.log_mel import (
 )
 
 AST = "audio-spectrogram-transformer"  # as a configuration's model_type
+MAX_WAVEFORM = 480_000  # samples: 30 s at the 16 kHz that all models of waveforms hear
 SHORTEST = 512  # samples of a window: one transform's
 
 
@@ -77,9 +79,21 @@ def log_mel(wave_BN: torch.Tensor, recipe: MelRecipe) -> torch.Tensor:
     return (log_BTM - recipe.floor / 2)[:, None] / (-recipe.floor / 2)
 
 
-SoundRecipe = MelRecipe | WhisperRecipe | ClapRecipe | AstRecipe
+@dataclass(frozen=True, kw_only=True)
+class WaveformRecipe(WaveRecipe):
+    """The waveform itself, as wav2vec 2.0 and its like hear it."""
+
+    shortest: int  # samples that the convolutions need for a frame: what is shorter ends in silence
+    n_samples: int = MAX_WAVEFORM  # of the window
+
+    def length(self, samples: int) -> int:
+        """How many samples are heard of a sound of so many."""
+        return max(self.shortest, min(samples, self.n_samples))
+
+
+SoundRecipe = WaveformRecipe | MelRecipe | WhisperRecipe | ClapRecipe | AstRecipe
 SOUND_RECIPES: Mapping[str, type[SoundRecipe]] = {
-    kind.__name__: kind for kind in (MelRecipe, WhisperRecipe, ClapRecipe, AstRecipe)
+    kind.__name__: kind for kind in (WaveformRecipe, MelRecipe, WhisperRecipe, ClapRecipe, AstRecipe)
 }
 
 
@@ -97,9 +111,15 @@ def time_axis(source: SourceConfig, spectrograms: torch.Tensor) -> int:
 def hear(waves: Sequence[torch.Tensor], recipe: SoundRecipe) -> torch.Tensor:
     """What an encoder takes of the first window of each sound, at the recipe's rate.
 
-    [B, 1, T, M] by a MelRecipe, [B, M, T] by Whisper's, [B, 1 or 4, T, M] by CLAP's, [B, T, M] by AST's.
+    [B, 1, T, M] by a MelRecipe, [B, M, T] by Whisper's, [B, 1 or 4, T, M] by CLAP's, [B, T, M] by AST's,
+    [B, N] by a WaveformRecipe.
     """
     first = [wave[: recipe.n_samples] for wave in waves]
+    if isinstance(recipe, WaveformRecipe):
+        scaled = [standardize(wave) if recipe.normalize else wave for wave in first]
+        return pad_sequence(
+            [functional.pad(wave, (0, recipe.length(len(wave)) - len(wave))) for wave in scaled], batch_first=True
+        )
     if isinstance(recipe, ClapRecipe):
         return clap_features([clap_windows(wave, recipe)[0] for wave in first], recipe)[0]
     if isinstance(recipe, AstRecipe):

@@ -160,10 +160,10 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         state = None
         if source.kind == "pretrained":
             some, own = encoder.read(some, own)
-            state = _spread(_mean(some, own), present)
+            state = spread(_mean(some, own), present)
         takes_mask = source.kind in ("features", "pretrained") or source.modality == "text"
         tokens, real = encoder(some, own) if takes_mask else encoder(some)
-        return (_spread(tokens, present), _spread(real, present)), state
+        return (spread(tokens, present), spread(real, present)), state
 
     def _check_shape(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         source = self.sources[name]
@@ -353,7 +353,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         }
 
 
-def _spread(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+def spread(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """The values of those who are present in their places, zeros in the others."""
     if len(values) == len(present):
         return values

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from torch import nn
+from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoConfig, AutoModel
 
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
@@ -15,6 +16,8 @@ from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
 # Halves of models that AutoModel does not make by themselves: the class by its configuration's model_type.
 HALVES: Mapping[str, str] = {
     "siglip_text_model": "SiglipTextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+    "blip_text_model": "BlipTextModel",
     "metaclip_2_text_model": "MetaClip2TextModel",
     "metaclip_2_vision_model": "MetaClip2VisionModel",
     "clap_text_model": "ClapTextModel",
@@ -32,6 +35,7 @@ class PretrainedEncoder(nn.Module):
         self.model = build_tower(source.model or {})
         self.input_name = self.model.main_input_name
         self.takes_is_longer = "is_longer" in inspect.signature(self.model.forward).parameters  # CLAP's, of sounds
+        self.hears_waves = hasattr(self.model, "feature_extractor")  # wav2vec 2.0 and its like
         self.frozen = source.frozen
         self.project = nn.Linear(output_width(self.model), config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
@@ -46,14 +50,31 @@ class PretrainedEncoder(nn.Module):
 
     def read(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The last hidden states [B, T, width], and which of them are real: all but where a mask [B, T] says not."""
-        masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
-        if self.takes_is_longer:
-            masks["is_longer"] = mask.new_zeros(len(mask), 1)  # than a window: sounds are cut to one
         with torch.no_grad() if self.frozen else nullcontext():
-            states: torch.Tensor = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
+            if self.hears_waves:
+                return self._read_waves(inputs, mask)
+            states = self._states(inputs, mask)
         if states.dim() == 4:  # [B, C, H, W] of a convolutional one
             states = states.flatten(2).transpose(1, 2)
         return states, mask if mask.dim() > 1 else mask.new_ones(states.shape[:2])
+
+    def _states(self, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
+        if self.takes_is_longer:
+            masks["is_longer"] = mask.new_zeros(len(mask), 1)  # than a window: sounds are cut to one
+        states: torch.Tensor = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
+        return states
+
+    def _read_waves(self, waves_BN: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The frames of waveforms: padding would change what convolutions make that normalise over time."""
+        lengths = mask.sum(1).tolist() if mask.dim() > 1 else [waves_BN.shape[1]] * len(mask)
+        maps = [self.model.feature_extractor(wave[None, :n]) for wave, n in zip(waves_BN, lengths, strict=True)]
+        projected = [self.model.feature_projection(each.transpose(1, 2)) for each in maps]
+        frames = [each[0] if isinstance(each, torch.Tensor) else each[0][0] for each in projected]  # HuBERT's are bare
+        counts = torch.tensor([len(each) for each in frames], device=mask.device)
+        real = torch.arange(max(map(len, frames)), device=mask.device) < counts[:, None]
+        states = self.model.encoder(pad_sequence(frames, batch_first=True), attention_mask=real).last_hidden_state
+        return states, real
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """What was read, as tokens of the model's width."""

@@ -17,8 +17,8 @@ from transformers import PreTrainedTokenizerFast
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion.configuration import BOS, EOS, PAD, SourceConfig
-from mmbeam.models.fusion.mel import SOUND_RECIPES, MelRecipe, SoundRecipe, hear, rate_of
-from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.fusion.mel import SOUND_RECIPES, MelRecipe, SoundRecipe, WaveformRecipe, hear, rate_of
+from mmbeam.models.fusion.modeling import MASK, spread
 from mmbeam.models.fusion.objectives import IGNORED
 from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import read_json
@@ -158,26 +158,29 @@ class FusionProcessor:
         return inputs
 
     def _media(self, name: str, source: SourceConfig, requests: Sequence[Request], device: torch.device) -> Values:
-        mask = torch.tensor([getattr(request, source.modality) is not None for request in requests])
-        rows = [request for request in requests if getattr(request, source.modality) is not None]
-        if not rows:
-            return torch.zeros(len(requests), 1, device=device), mask.to(device)
+        present = torch.tensor([getattr(request, source.modality) is not None for request in requests], device=device)
+        if not present.any():
+            return torch.zeros(len(requests), 1, device=device), present
         if source.modality == "image":
-            images = [request.image for request in rows if request.image is not None]
+            images = [request.image for request in requests if request.image is not None]
             some = preprocess(images, self.images[name], device, torch.float32)
+            real = present[present]
         else:
-            some = self.spectrograms(name, [request.audio for request in rows if request.audio is not None], device)
-        if len(rows) == len(requests):
-            return some, mask.to(device)
-        values = some.new_zeros(len(requests), *some.shape[1:])
-        values[mask.to(device)] = some
-        return values, mask.to(device)
+            some, real = self.heard(name, [each.audio for each in requests if each.audio is not None], device)
+        return spread(some, present), spread(real, present)
 
-    def spectrograms(self, name: str, sounds: Sequence[tuple[Waveform, int]], device: torch.device) -> torch.Tensor:
-        """What the source `name` takes of sounds and their rates in Hz. Raises DecodeError for an empty one."""
+    def heard(self, name: str, sounds: Sequence[tuple[Waveform, int]], device: torch.device) -> Values:
+        """What the source `name` takes of sounds and their rates in Hz. Raises DecodeError for an empty one.
+
+        The mask is [B], of waveforms [B, N].
+        """
         recipe = self.sounds[name]
         waves = to_rate([wave for wave, _ in sounds], [rate for _, rate in sounds], rate_of(recipe), device)
-        return hear(waves, recipe)
+        values = hear(waves, recipe)
+        if not isinstance(recipe, WaveformRecipe):
+            return values, torch.ones(len(values), dtype=torch.bool, device=device)
+        lengths = torch.tensor([recipe.length(len(wave)) for wave in waves], device=device)
+        return values, torch.arange(values.shape[1], device=device) < lengths[:, None]
 
     def _text(self, name: str, source: SourceConfig, texts: Sequence[str | None], device: torch.device) -> Values:
         ids = self.input_ids([text or "" for text in texts], name)
@@ -211,7 +214,8 @@ class FusionProcessor:
     def token_ids(self, texts: Sequence[str], source: str | None = None) -> list[list[int]]:
         """Token ids of each text, not cut, without special tokens; by the tokenizer of `source` if it has its own."""
         tokenizer = self.tokenizers.get(source or "", self.tokenizer)
-        return [encoded.ids for encoded in tokenizer.encode_batch(list(texts), add_special_tokens=False)]
+        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [each.ids[: sum(each.attention_mask)] for each in encoded]  # without what some pad with
 
     def input_ids(self, texts: Sequence[str], source: str) -> list[list[int]]:
         """Token ids as `source` reads them, special tokens included where its tokenizer has them.

@@ -6,6 +6,7 @@ their vectors can be computed before, with `mmbeam embed`, and be a source of ki
 """
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ from tokenizers import Tokenizer
 from transformers import AutoModel, AutoTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models.audio_recipe import read_ast_recipe, read_clap_recipe, read_whisper_recipe
+from mmbeam.models.audio_recipe import read_ast_recipe, read_clap_recipe, read_wave_recipe, read_whisper_recipe
+from mmbeam.models.encoders.speech import check_layers, receptive_field
 from mmbeam.models.encoders.text import text_limit
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
-from mmbeam.models.fusion.mel import AST, SoundRecipe, hear
+from mmbeam.models.fusion.mel import AST, MAX_WAVEFORM, SoundRecipe, WaveformRecipe, hear
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.pretrained import HALVES, PretrainedEncoder, encoder_of, output_width
 from mmbeam.models.fusion.processing import Preparation
@@ -34,9 +36,10 @@ SOUNDS: Mapping[str, Callable[[Path], SoundRecipe]] = {  # by the configuration'
     "clap_audio_model": read_clap_recipe,
     AST: read_ast_recipe,
 }
+WAVES = ("wav2vec2", "hubert", "wavlm")  # they hear the waveform itself
 PARTS: Mapping[Modality, str] = {"image": "vision", "audio": "audio", "text": "text"}  # of a joint model
 NOT_OF_THE_ENCODER = ("transformers_version", "architectures", "dtype", "_name_or_path")
-UNUSED = r"(^|\.)pooler\."  # weights that a checkpoint may lack
+UNUSED = r"(^|\.)(pooler\.|masked_spec_embed$)"  # weights that a checkpoint may lack
 ELSE = "compute its vectors with `mmbeam embed`, and train on those"
 
 
@@ -51,6 +54,9 @@ def read_source(directory: Path, modality: Modality, *, frozen: bool = True, max
     source: dict[str, Any] = {"modality": modality, "kind": "pretrained", "model": model, "frozen": frozen}
     if modality == "text":
         source["max_tokens"] = min(max_tokens, text_limit(directory, config))
+    elif config.model_type in WAVES:
+        check_layers(directory, config)
+        source["max_tokens"] = MAX_WAVEFORM
     tower = _on_meta(directory, model).model
     _check_input(directory, modality, config.model_type, tower.main_input_name)
     return {**source, "width": output_width(tower)}
@@ -65,7 +71,7 @@ def _own_config(directory: Path, modality: Modality) -> Any:
 
 
 def _check_input(directory: Path, modality: Modality, model_type: str, reads: str) -> None:
-    expected = "input_values" if (modality, model_type) == ("audio", AST) else INPUTS[modality]
+    expected = "input_values" if modality == "audio" and model_type in (AST, *WAVES) else INPUTS[modality]
     if reads != expected:
         way = f"; {ELSE}" if modality == "audio" and reads == "input_values" else ""
         raise ModelError(f"{directory}: {model_type} reads {reads}, not {expected}{way}")
@@ -86,7 +92,7 @@ def read_preprocessing(directory: Path, source: SourceConfig) -> Preparation:
     Raises ModelError naming what is missing, unknown, or does not fit the encoder.
     """
     if source.modality == "text":
-        return _read_tokenizer(directory)
+        return _read_tokenizer(directory, source.max_tokens)
     if source.modality == "image":
         recipe = read_image_recipe(directory)
         size = recipe.crop or recipe.size
@@ -94,6 +100,10 @@ def read_preprocessing(directory: Path, source: SourceConfig) -> Preparation:
             raise ModelError(f"{directory}: its pictures differ in shape; {ELSE}")
         _try(directory, source, torch.zeros(1, 3, *size))
         return recipe
+    if source.model is not None and source.model["model_type"] in WAVES:
+        config = read_config(directory)
+        shortest = receptive_field(config.conv_kernel, config.conv_stride)
+        return WaveformRecipe(**asdict(read_wave_recipe(directory)), shortest=shortest)
     sound = SOUNDS.get((source.model or {})["model_type"], read_whisper_recipe)(directory)
     _try(directory, source, hear([torch.zeros(sound.n_samples)], sound))
     return sound
@@ -113,7 +123,8 @@ def _try(directory: Path, source: SourceConfig, values: torch.Tensor) -> None:
         ) from error
 
 
-def _read_tokenizer(directory: Path) -> Tokenizer:
+def _read_tokenizer(directory: Path, max_tokens: int) -> Tokenizer:
+    """A model that was trained without a mask, as SigLIP was, reads as many tokens of every text."""
     check_vocabulary(directory)
     try:
         made: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
@@ -123,6 +134,8 @@ def _read_tokenizer(directory: Path) -> Tokenizer:
         raise ModelError(f"{directory}: its {type(made).__name__} can be no part of another model's files; {ELSE}")
     tokenizer: Tokenizer = made.backend_tokenizer
     tokenizer.no_padding()
+    if "attention_mask" not in made.model_input_names:
+        tokenizer.enable_padding(length=max_tokens, pad_id=made.pad_token_id, pad_token=made.pad_token)
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True  # as FusionProcessor has it
     return tokenizer
@@ -135,10 +148,13 @@ def load_weights(model: FusionModel, name: str, directory: Path) -> None:
     """
     config, part = read_config(directory), PARTS[model.sources[name].modality]
     family = getattr(transformers, HALVES[config.model_type]) if config.model_type in HALVES else AutoModel
-    unused = (UNUSED, rf"^(?!{part}_model\.)") if hasattr(config, f"{part}_config") else (UNUSED,)
+    tower = f"{part}_model"
+    if (config.model_type, part) == ("blip", "text"):
+        family, tower = transformers.BlipForImageTextRetrieval, "text_encoder"
+    unused = (UNUSED, rf"^(?!{tower}\.)") if hasattr(config, f"{part}_config") else (UNUSED,)
     full = load_pretrained(family, directory, torch.device("cpu"), torch.float32, ignore_missing=unused)
     encoder: Any = model.encoders[name]
     try:
-        encoder.model.load_state_dict(encoder_of(getattr(full, f"{part}_model", full)).state_dict())
+        encoder.model.load_state_dict(encoder_of(getattr(full, tower, full)).state_dict())
     except RuntimeError as error:
         raise ModelError(f"{directory}: its weights are not those of source {name}: {error}") from error

@@ -1,10 +1,12 @@
 """The families of generators: which module serves a model, by its configuration's model_type.
 
-To add a family: write a module with a subclass of base.Generator and name it here. Nothing else changes.
-What has no family of its own and is text to text alone, transformers' lists say: such models need no line here.
+To add a family: write a module with a subclass of base.Generator, called as the model_type is; docs/families.md
+shows how. Nothing else changes; a line is added here for a type that is served by a module of another name.
+What has no family of its own and is text to text alone, transformers' lists say.
 """
 
 import importlib
+import importlib.util
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -53,17 +55,30 @@ _NOT_TEXT = (
 
 def family_of(model_type: str | None, architecture: str | None = None) -> type[Generator]:
     """The class that serves models of this type, and architecture, if known; ModelError if there is none."""
-    path = FAMILIES.get(model_type or "") or _text_family(model_type or "", architecture)
+    model_type = model_type or ""
+    path = FAMILIES.get(model_type) or _in_its_file(model_type) or _text_family(model_type, architecture)
     if path is None:
         raise ModelError(
             f"no generator for model_type {model_type!r} with architecture {architecture!r}; there are "
             f"{', '.join(sorted(FAMILIES))}, and of models of text alone those that transformers has as "
             "...ForConditionalGeneration, ...ForCausalLM or ...LMHeadModel. "
-            "A new family is a subclass of mmbeam.models.generators.base.Generator, named in FAMILIES"
+            "A new family is one file, mmbeam/models/generators/<model_type>.py: a subclass of "
+            "mmbeam.models.generators.base.Generator that describes the model, says what goes into it and what that "
+            "weighs (docs/families.md)"
         )
     module, _, name = path.rpartition(".")
     family: type[Generator] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return family
+
+
+def _in_its_file(model_type: str) -> str | None:
+    """The class that says it serves the type, in the module that is called like it, with _ for -."""
+    module = model_type.replace("-", "_")
+    if not module.isidentifier() or importlib.util.find_spec(f"{__name__}.{module}") is None:
+        return None
+    found = vars(importlib.import_module(f"{__name__}.{module}"))
+    classes = [each for each in found.values() if isinstance(each, type) and issubclass(each, Generator)]
+    return next((f"{module}.{each.__name__}" for each in classes if model_type in each.model_types), None)
 
 
 def _text_family(model_type: str, architecture: str | None) -> str | None:

@@ -32,7 +32,7 @@ from mmbeam.models.generators.sounds import MIN_FRAMES, MelReader, lengths_of, w
 from mmbeam.models.loading import read_json
 from mmbeam.ops.log_mel import GEMMA_SECONDS
 
-INSTALL = "pip install 'vllm>=0.33' beside a GPU, in an environment of its own, or leave out --engine"
+INSTALL = "pip install 'vllm>=0.33' on a machine with a GPU (it chooses torch's and transformers' versions)"
 MEMORY = 0.9  # of the GPU memory that is free: weights, cache and what the model computes with
 MAX_SOUNDS = 16  # windows of sound in one prompt: for so many vLLM sets memory aside
 MAX_TEMPERATURE = 2.0  # above it vLLM refuses
@@ -79,8 +79,8 @@ def check(family: type[Generator], spec: GeneratorSpec, decoding: Decoding, devi
     if spec.family not in MEDIA and not issubclass(family, CausalGenerator):
         known = ", ".join(MEDIA)
         raise UsageError(f"--engine vllm: expected a decoder of text alone or one of {known}; found {spec.family}")
-    if torch.device(device).type != "cuda" or (torch.device(device).index or 0) > 0:
-        raise UsageError(f"--engine vllm: expected --device cuda, found {device} (CUDA_VISIBLE_DEVICES chooses a GPU)")
+    if torch.device(device).type != "cuda":
+        raise UsageError(f"--engine vllm: it computes on a GPU: expected --device cuda, found {device}")
     if decoding.num_beams > 1 or (decoding.temperature or 0) > MAX_TEMPERATURE:
         raise UsageError(f"--engine vllm: expected no beams and a --temperature of {MAX_TEMPERATURE} at most")
     if explain:
@@ -91,6 +91,15 @@ def check_installed() -> None:
     """Raise JobError unless vLLM is on this machine."""
     if importlib.util.find_spec("vllm") is None:
         raise JobError(f"--engine vllm: vLLM is not installed here: {INSTALL}")
+
+
+def check_processes(gpus: int, workers: int) -> None:
+    """Raise UsageError for processes that would use several GPUs: vLLM uses one in each."""
+    if gpus > workers:
+        raise UsageError(
+            f"--engine vllm: it uses one GPU in each process, and there are {gpus} for {workers} of them: "
+            f"--workers {gpus}, or --device cuda:0"
+        )
 
 
 class VllmGenerator(ChatGenerator):
@@ -196,13 +205,14 @@ def sound_window(spec: GeneratorSpec) -> tuple[int, int, int] | None:
     return mel.sampling_rate, mel.n_samples, MIN_FRAMES * mel.hop_length
 
 
-def engine_options(spec: GeneratorSpec, dtype: torch.dtype, memory: float) -> dict[str, Any]:
+def engine_options(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype, memory: float) -> dict[str, Any]:
     """The arguments of vLLM's LLM; `memory` is the share of the whole GPU that it may take."""
     limits = {"image": 1, "audio": MAX_SOUNDS}
     options: dict[str, Any] = {
         "model": spec.directory,
         "load_format": "safetensors",  # data is never code
         "dtype": str(dtype).removeprefix("torch."),
+        "device_ids": [device.index or 0],  # of those that the process sees; one for each process
         "gpu_memory_utilization": memory,
         "max_model_len": -1,  # the model's own context, or what of it fits into the memory
     }
@@ -224,6 +234,6 @@ def load(family: type[Generator], spec: GeneratorSpec, device: torch.device, dty
     except ImportError as error:
         raise JobError(f"--engine vllm: vLLM cannot be imported ({error}): {INSTALL}") from error
     free, total = torch.cuda.mem_get_info(device)
-    engine = vllm.LLM(**engine_options(spec, dtype, round(MEMORY * free / total, 3)))
+    engine = vllm.LLM(**engine_options(spec, device, dtype, round(MEMORY * free / total, 3)))
     held_back = getattr(family, "held_back", ())
     return VllmGenerator(spec, held_back, device, dtype, engine, vllm.SamplingParams)

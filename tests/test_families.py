@@ -1,0 +1,142 @@
+"""docs/families.md, followed to the letter: the file it shows is written, and the models it is for are used."""
+
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.dataset as ds
+import pytest
+import shards
+import tiny_generators_hub as hub
+import torch
+from tiny_audio_text import TOWER
+from tiny_models import SQUARE
+from transformers import (
+    CLIPImageProcessorPil,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+)
+
+import mmbeam
+from mmbeam.config import Limits
+from mmbeam.decode import decode_image
+from mmbeam.errors import ModelError
+from mmbeam.models.generators import FAMILIES, describe, family_of
+
+PAGE = (Path(__file__).parents[1] / "docs" / "families.md").read_text(encoding="utf-8")
+SAMPLES = 6
+ASKED = "what is it"
+CHECK = """
+import sys
+from pathlib import Path
+import tiny_generators_hub as hub
+from pictures import pictures
+from mmbeam.cli import main
+from mmbeam.models.generators.base import Request
+images = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41)))]
+requests = [Request(image=image, text=text) for image, text in zip(images, ("what is it", "a", "two cats"))]
+requests += [Request(image=images[1]), Request(text="say a word"), Request(text="x")]
+model = hub.load_tiny(Path(sys.argv[1]))
+hub.check_scores(model, requests, hub.check_batches(model, requests))
+hub.check_batches(model, requests, num_beams=2)
+words = model.prompt(Request(image=images[0], text="a<image>b"))
+assert words.count(model.model.config.image_token_id) == model.tokens
+sys.exit(main(sys.argv[2:]))
+"""  # what the tests of the other families check, and then a command
+
+
+def save_llava(directory: Path) -> Path:
+    """A LLaVA of 48 x 48 pixels, which are 36 tokens."""
+    tokenizer = hub.chat_tokenizer(image="<image>", image_token="<image>")
+    sizes = TOWER | {"num_key_value_heads": 2, "max_position_embeddings": 512}
+    config = LlavaConfig(
+        text_config=LlamaConfig(**sizes, **hub.ids_of(tokenizer)).to_dict(),
+        vision_config=TOWER | {"model_type": "clip_vision_model", "image_size": 48, "patch_size": 8},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+    )
+    processor: Any = LlavaProcessor(
+        CLIPImageProcessorPil(size={"shortest_edge": 48}, crop_size=SQUARE),
+        tokenizer,
+        patch_size=8,
+        vision_feature_select_strategy="default",
+        num_additional_image_tokens=1,
+        chat_template=tokenizer.chat_template,
+    )
+    return hub.save(LlavaForConditionalGeneration, config, directory, processor)
+
+
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_llava(tmp_path_factory.mktemp("models") / "llava")
+
+
+@pytest.fixture(scope="module")
+def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the package with the file that the page shows, where the page says."""
+    root = tmp_path_factory.mktemp("tree")
+    package = Path(mmbeam.__file__).parent
+    shutil.copytree(package, root / "mmbeam", ignore=shutil.ignore_patterns("__pycache__"))
+    [(path, code)] = re.findall(r"`(mmbeam/models/generators/\w+\.py)`:\n\n```python\n(.*?)```", PAGE, re.DOTALL)
+    assert not (root / path).exists()
+    (root / path).write_text(code)
+    return root
+
+
+def test_without_the_file_the_error_says_what_to_write(llava: Path) -> None:
+    with pytest.raises(ModelError, match=r"no generator for model_type 'llava'") as caught:
+        describe(llava)
+    said = str(caught.value)
+    assert all(family in said for family in FAMILIES)
+    assert "one file, mmbeam/models/generators/<model_type>.py: a subclass of" in said
+    assert "docs/families.md" in said
+
+
+@pytest.mark.parametrize("model_type", ["base", "vllm", "chat", "os", "..errors", "a/b", "a.b", "__init__", ""])
+def test_a_type_that_names_some_other_module_is_no_family(model_type: str) -> None:
+    with pytest.raises(ModelError, match="no generator for"):
+        family_of(model_type)
+
+
+def test_with_the_file_a_job_writes_what_the_models_own_processor_and_generate_do(
+    llava: Path, tree: Path, tmp_path: Path
+) -> None:
+    """In a process of its own, which sees the copy; there the file is checked as every family is, first."""
+    truths = [shards.make_truth(index, image="jpg", audio="wav") for index in range(SAMPLES)]
+    shards.make_webdataset(tmp_path / "in", truths, shards=1)
+    job = ["caption", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", str(llava)]
+    options = ["--device", "cpu", "--prompt", ASKED, "--max-new-tokens", str(hub.NEW)]
+    done = subprocess.run(
+        [sys.executable, "-c", CHECK, str(llava), *job, *options],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tree), str(Path(__file__).parent)])},
+        cwd=tree,
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    rows = ds.dataset(tmp_path / "out" / "data").to_table().to_pylist()
+    reference: Any = LlavaForConditionalGeneration.from_pretrained(llava)
+    processor: Any = LlavaProcessor.from_pretrained(llava)
+    written = [own_words(reference, processor, decode_image(truth.members["jpg"], Limits())[0]) for truth in truths]
+    assert [row["caption"] for row in rows] == written
+
+
+@torch.inference_mode()
+def own_words(reference: Any, processor: Any, image: np.ndarray[Any, Any]) -> str:
+    content = [{"type": "image"}, {"type": "text", "text": ASKED}]
+    prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
+    inputs = processor(images=image, text=prompt, return_tensors="pt")
+    ids = reference.generate(**inputs, do_sample=False, max_new_tokens=hub.NEW)[0]
+    return str(processor.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
+
+
+def test_the_file_is_one_that_the_linters_take(tree: Path) -> None:
+    file = tree / "mmbeam" / "models" / "generators" / "llava.py"
+    done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "120", str(file)])
+    assert done.returncode == 0
