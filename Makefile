@@ -25,7 +25,8 @@ lint: $(VENV)/.ready-test
 bench: $(VENV)/.ready-test
 	$(BIN)/python bench/run.py
 
-# The model that ships with the package, trained anew; then compare model/figures.json, and put it in its place.
+# The model that ships with the package, trained anew; then compare model/figures.json, and put it in its place, with
+# what its card says of its parts.
 model: $(VENV)/.ready
 	$(BIN)/python pipelines/train_fusion.py --output model
 
