@@ -160,8 +160,8 @@ class Cluster:
             for process in filter(runs, processes):
                 os.killpg(process[0], kind)
             _wait_until(lambda: not any(map(runs, processes)), STOP_SECONDS)
-        for child in self.children:
-            child.poll()
+        for child in self.children:  # whose last threads may still be ending
+            child.wait(STOP_SECONDS)
         shutil.rmtree(self.directory / "tmp", ignore_errors=True)  # jars of jobs, and their copies
         self.state["processes"] = {}
         self._save()
