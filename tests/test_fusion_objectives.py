@@ -79,7 +79,10 @@ def test_similarities_are_the_three_products() -> None:
     weight = torch.randn(16, 16)
     model.space.bilinear["image|text"].data = weight
     expected = torch.einsum("ad,de,be->ab", a, weight, b) / 4
-    torch.testing.assert_close(model.similarity("bilinear", pair, a, b), expected)
+    expected_in_float32 = model.similarity("bilinear", pair, a, b)
+    torch.testing.assert_close(expected_in_float32, expected)
+    with torch.autocast("cpu", torch.bfloat16):  # in mixed precision too
+        assert torch.equal(model.similarity("bilinear", pair, a, b), expected_in_float32)
     with torch.no_grad():
         model.space.scale.fill_(10.0)
     assert model.similarity("cosine", pair, a, a).max() <= 100.001

@@ -158,21 +158,20 @@ def test_longer_sounds_are_cut_and_shorter_ones_end_in_silence() -> None:
     assert recipe.n_samples == 8000
     window, short = noise(8000, 1.0), noise(8000, 0.5)
     waves = [window, np.concatenate([window, noise(8000, 3.0, seed=1)]), short]
-    one, longer, shorter = processor.spectrograms("audio", [(wave, 8000) for wave in waves], CPU)
+    one, longer, shorter = processor.heard("audio", [(wave, 8000) for wave in waves], CPU)[0]
     torch.testing.assert_close(longer, one, rtol=0, atol=0)
     assert (shorter[0, 18:] == -1).all()
     assert (shorter[0, :14].amax(1) > 0).all()
     with pytest.raises(DecodeError):
-        processor.spectrograms("audio", [(np.zeros(0, np.float32), 8000)], CPU)
+        processor.heard("audio", [(np.zeros(0, np.float32), 8000)], CPU)
 
 
 @pytest.mark.parametrize("rate", [4000, 11025, 22050, 44100, 48000])
 def test_a_sound_of_any_sampling_rate_is_resampled(rate: int) -> None:
     processor = fitted(media())
     tones = (300.0, 900.0)
-    expected, found = processor.spectrograms(
-        "audio", [(tone(8000, 1.0, tones), 8000), (tone(rate, 1.0, tones), rate)], CPU
-    )
+    sounds = [(tone(8000, 1.0, tones), 8000), (tone(rate, 1.0, tones), rate)]
+    expected, found = processor.heard("audio", sounds, CPU)[0]
     inner = slice(4, -4)  # frames; at a sound's ends resamplers differ
     loud = expected[0, inner] > 0.3
     assert loud.any()
@@ -202,6 +201,23 @@ def test_features_are_padded_cut_and_masked(processor: FusionProcessor) -> None:
     assert not inputs["t5_text_tokens"][0, 2:].any()
     assert all(not inputs[name + MASK].any() for name in media())
     assert processor.columns == {"clip_image_embedding": "image", "t5_text_tokens": "text"}
+
+
+def test_what_is_cut_is_said_once_of_each_source(caplog: pytest.LogCaptureFixture) -> None:
+    processor = fitted(ALL)
+    long = {"t5_text_tokens": np.ones((6, 6), np.float32)}
+    rows = [request(text="ring " * 30, audio=(tone(8000, 1.5), 8000), features=long)]
+    for _ in range(2):
+        processor(rows, CPU)
+        processor.labels(["a ring " * 9, "a"], CPU, max_length=4)
+    assert sorted(message.partition(":")[0] for message in caplog.messages) == sorted(
+        ["audio", "captions", "t5_text_tokens", "text"]
+    )
+    assert "audio: one of 12000 samples at 8000 Hz is cut to 8000, as are all that are longer" in caplog.messages
+    caplog.clear()
+    processor([request(text="ring")], CPU)
+    processor.labels(["a"], CPU, max_length=2 + len(processor.token_ids(["a"])[0]))
+    assert not caplog.messages
 
 
 def test_features_of_another_width_are_an_error_that_names_both(processor: FusionProcessor) -> None:

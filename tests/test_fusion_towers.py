@@ -13,7 +13,13 @@ import tiny_models as pictures
 import torch
 from tiny_fusion import SIZES, tiny_config, tiny_labels
 from torch.nn import functional as F
-from transformers import AutoFeatureExtractor, AutoModel, AutoTokenizer, BlipForConditionalGeneration, BlipForImageTextRetrieval
+from transformers import (
+    AutoFeatureExtractor,
+    AutoModel,
+    AutoTokenizer,
+    BlipForConditionalGeneration,
+    BlipForImageTextRetrieval,
+)
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionModel, FusionProcessor, SourceConfig
@@ -22,6 +28,7 @@ from mmbeam.models.fusion.towers import load_weights, read_preprocessing, read_s
 from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tiny import SIDE, save_clip
+from mmbeam.training.views import make_views
 from mmbeam.types import Modality
 
 # WavLM of transformers 5 hands PyTorch a mask and a bias of different types; PyTorch adds them up all the same.
@@ -65,7 +72,8 @@ REQUESTS = [
 
 
 def make(name: str, directory: Path, frozen: bool) -> tuple[FusionModel, FusionProcessor]:
-    save, modality = (SPEECH[name], cast(Modality, "audio")) if name in SPEECH else CHECKPOINTS[name]
+    audio: Modality = "audio"
+    save, modality = (SPEECH[name], audio) if name in SPEECH else CHECKPOINTS[name]
     save(directory)
     config = tiny_config({"tower": read_source(directory, modality, frozen=frozen, max_tokens=20)}, vocab_size=260)
     sources = config.parsed_sources()
@@ -128,6 +136,9 @@ def test_a_waveform_gives_in_a_batch_what_the_checkpoint_gives_alone(name: str, 
         with torch.no_grad():
             expected = whole(wave[None, heard]).last_hidden_state[0]
         torch.testing.assert_close(row[own], expected, rtol=1e-4, atol=1e-4)
+    view = make_views(model.sources, ["tower"], inputs)
+    assert torch.equal(view["tower" + MASK], mask)
+    assert not torch.equal(view["tower"], values)
     spoiled = {"tower": torch.where(mask, values, torch.nan), "tower" + MASK: mask}
     labels = tiny_labels(len(requests))
     torch.testing.assert_close(model(labels=labels, **spoiled).loss, model(labels=labels, **inputs).loss)

@@ -42,6 +42,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_clip(home / "clip")
     sounds.save_whisper(home / "whisper")
     sounds.save_bert(home / "bert")
+    sounds.save_speech(home / "wav2vec2", "wav2vec2")
     save_resnet(home / "resnet")
     return home
 
@@ -77,7 +78,7 @@ def test_the_command_trains_on_encoders_of_every_modality_and_the_model_needs_th
     shutil.copytree(models, tmp_path / "own")
     train_ = ["train", "--input", shards, "--output", str(tmp_path / "m"), "--split", "0.6,0.2,0.2"]
     train_ += ["--steps", "3", "--hidden-size", "32", "--vocab-size", "280", "--batch-size", "8", "--device", "cpu"]
-    for each in ("image=clip", "audio=whisper", "text=bert", "text=clip"):
+    for each in ("image=clip", "audio=wav2vec2", "audio=whisper", "text=bert", "text=clip"):
         modality, name = each.split("=")
         train_ += ["--encoder", f"{modality}={tmp_path / 'own' / name}"]
     assert main(train_) == 0
@@ -87,7 +88,13 @@ def test_the_command_trains_on_encoders_of_every_modality_and_the_model_needs_th
     own = {name.removeprefix("vision_model."): value for name, value in clip.items() if name.startswith("vision_model")}
     learned = tower(weights, "image")
     assert same({name.removeprefix("vision_model."): value for name, value in learned.items()}, own)
-    assert set(FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()) == {"image", "audio", "text", "text_2"}
+    assert set(FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()) == {
+        "image",
+        "audio",
+        "audio_2",
+        "text",
+        "text_2",
+    }
     card = (tmp_path / "m" / "README.md").read_text()
     assert f"- `text_2` is what {tmp_path}/own/clip (digest " in card
     assert main(train_) == 0  # it is done already
@@ -162,9 +169,8 @@ def test_an_interrupted_training_ends_with_the_same_weights(shards: str, models:
     assert same(load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "cut" / WEIGHTS))
     for name, prefix in (("checkpoint", "model."), ("best", "")):  # what stays as its own files have it is not copied
         kept = load_file(tmp_path / "cut" / "_training" / f"{name}.safetensors")
-        held = {
-            each for each in ("image", "text") if any(key.startswith(f"{prefix}encoders.{each}.model.") for key in kept)
-        }
+        towers = {each: f"{prefix}encoders.{each}.model." for each in ("image", "text")}
+        held = {each for each, start in towers.items() if any(key.startswith(start) for key in kept)}
         assert held == {"image"}
         assert f"{prefix}encoders.text.project.weight" in kept
 
@@ -221,6 +227,12 @@ def test_a_name_that_is_nothing_is_refused_with_the_kinds_that_there_are(shards:
         train(options(shards, tmp_path / "m", encoders=(("image", "konv"),)))
 
 
+def test_a_window_of_sound_that_no_encoder_has_is_refused(shards: str, models: Path, tmp_path: Path) -> None:
+    given = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), audio_seconds=2.0)
+    with pytest.raises(UsageError, match="--audio-seconds: none of the model's own encoders hears"):
+        train(given)
+
+
 def test_an_encoder_is_no_model_to_start_from(shards: str, models: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected a fusion model, found one of type clip; give it with --encoder"):
         train(options(shards, tmp_path / "m", model={}, init=str(models / "clip")))
@@ -239,6 +251,11 @@ def test_an_encoder_of_what_no_sample_has_is_an_error(shards: str, models: Path,
         ({"modalities": ("image",), "encoders": (("text", "conv"),)}, "--encoder: text is none of --modalities image"),
         ({"captions": "text", "encoders": (("text", "conv"),)}, "--captions text: the text is what is to be said"),
         ({"init": "m", "model": {}, "encoders": (("text", "conv"),)}, "--init brings its own architecture; .*encoder"),
+        (
+            {"init": "m", "model": {}, "modalities": ("image",), "audio_seconds": 2.0},
+            "leave out audio-seconds, modalities",
+        ),
+        ({"init": "m", "model": {}, "text_tokens": 20, "columns": ("a",)}, "leave out columns, text-tokens"),
         ({"init": "m", "model": {}, "freeze": ("image",), "unfreeze": ("image",)}, "--freeze and --unfreeze image"),
     ],
 )

@@ -105,7 +105,9 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--text-tokens", type=positive, default=64, metavar="N", help="of a text that are read (default: 64)"
     )
-    group.add_argument("--audio-seconds", type=_number, metavar="S", help="of sound that is heard (default: as it is)")
+    group.add_argument(
+        "--audio-seconds", type=_number, metavar="S", help="of a sound that are heard (default: the longest of 100)"
+    )
     group.add_argument("--init", metavar="MODEL", help="start from this model's weights, with its architecture")
     group.add_argument(
         "--freeze",

@@ -22,6 +22,7 @@ COUNTS = (
     *("batch_size", "epochs", "steps", "patience", "validation_samples"),
     *("vocab_size", "search_steps", "text_tokens"),
 )
+OF_NEW_MODELS = ("audio_seconds", "columns", "modalities", "text_tokens")
 SHARES = ("modality_dropout", "dropout", "label_smoothing")
 EncoderName = tuple[Modality, str]  # one of OWN_ENCODERS, or a model of transformers: hub name or directory
 
@@ -135,6 +136,9 @@ def _check_together(options: TrainOptions) -> None:
     if both:
         raise UsageError(f"--freeze and --unfreeze {', '.join(both)}: give one of them")
     brought = [*sorted(options.model), *["encoder"] * bool(options.encoders)]
+    brought += [
+        name.replace("_", "-") for name in OF_NEW_MODELS if getattr(options, name) != getattr(TrainOptions, name)
+    ]
     if options.init is not None and brought:
         raise UsageError(f"--init brings its own architecture; leave out {', '.join(brought)}")
     if len(options.shares) != 3 or min(options.shares) < 0 or not math.isclose(sum(options.shares), 1, abs_tol=1e-9):

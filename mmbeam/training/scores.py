@@ -16,13 +16,13 @@ import torch
 from torch.nn import functional as F
 
 from mmbeam.models.fusion import FusionModel, FusionProcessor
+from mmbeam.models.fusion.objectives import IGNORED
 from mmbeam.training.batching import Batch, ahead, collate, plain_batches
 from mmbeam.training.examples import Example
 from mmbeam.training.retrieval import Retrieval
 from mmbeam.types import MODALITIES, Modality
 
 EXTRA_TOKENS = 8  # that may be written beyond the longest true caption, so that a run-on caption is seen
-IGNORED = -100  # of labels: padding
 SUBSETS: tuple[tuple[Modality, ...], ...] = tuple(
     subset for size in range(1, len(MODALITIES) + 1) for subset in combinations(MODALITIES, size)
 )

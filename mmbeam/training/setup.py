@@ -179,6 +179,8 @@ def _config(
 
 def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSource | FeatureSource) -> float:
     hears = any(of.modality == "audio" and of.kind != "pretrained" for of in config.parsed_sources().values())
+    if options.audio_seconds is not None and not hears:
+        raise UsageError("--audio-seconds: none of the model's own encoders hears, and others hear as their files say")
     if options.audio_seconds is None and hears and isinstance(source, ShardSource):
         return source.longest_sound(LISTENED, MAX_SECONDS)
     return options.audio_seconds or 1.0

@@ -45,7 +45,7 @@ class SourceConfig:
     channels: tuple[int, ...] = ()  # conv on a grid: of each stage, which halves the sides
     patch: tuple[int, ...] = ()  # mlp, lstm, transformer on a grid: height, width
     layers: int = 2  # of mlp, lstm, transformer, and conv on a text
-    max_tokens: int = 64  # of a text, or of token features
+    max_tokens: int = 64  # of a text, or of token features; samples of a waveform
     width: int = 0  # of one vector of features, or of a pretrained encoder's last hidden states
     tokens: bool = False  # features: [tokens, width] per sample, and not [width]
     model: Mapping[str, Any] | None = None  # pretrained: its configuration, with model_type

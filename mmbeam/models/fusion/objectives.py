@@ -36,11 +36,15 @@ class SharedSpace(nn.Module):
 
     def similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
         """Logits [A, B] of all a with all b: scaled cosine, dot product, or a W b with W learned for the pair."""
+        with torch.autocast(a_AE.device.type, enabled=False):  # of 100, bfloat16 knows no halves
+            return self._similarity(kind, pair, a_AE.float(), b_BE.float())
+
+    def _similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
         if kind == "cosine":
             scale = self.scale.clamp(max=MAX_SCALE).exp()
             return scale * F.normalize(a_AE, dim=-1) @ F.normalize(b_BE, dim=-1).T
         if kind == "bilinear":
-            a_AE = a_AE @ self.bilinear[_key(pair)]
+            a_AE = a_AE @ self.bilinear[_key(pair)].float()
         return a_AE @ b_BE.T / math.sqrt(self.width)
 
     def loss(

@@ -5,6 +5,7 @@ waveform, T tokens.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -26,6 +27,8 @@ from mmbeam.ops.audio import to_rate
 from mmbeam.ops.collate import pad
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.types import MODALITIES, Modality, Waveform
+
+log = logging.getLogger(__name__)
 
 PREPROCESSING = "preprocessing.json"
 SPECIAL_TOKENS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
@@ -50,6 +53,7 @@ class FusionProcessor:
         self.images = dict(images or {})
         self.sounds = dict(sounds or {})
         self.tokenizers = dict(tokenizers or {})
+        self._cut: set[str] = set()  # what was said to be cut
         for each in (tokenizer, *self.tokenizers.values()):
             each.encode_special_tokens = True  # a text that spells "</s>" is a text all the same
 
@@ -176,6 +180,7 @@ class FusionProcessor:
         """
         recipe = self.sounds[name]
         waves = to_rate([wave for wave, _ in sounds], [rate for _, rate in sounds], rate_of(recipe), device)
+        self._say_cut(name, max(map(len, waves), default=0), recipe.n_samples, f"samples at {rate_of(recipe)} Hz")
         values = hear(waves, recipe)
         if not isinstance(recipe, WaveformRecipe):
             return values, torch.ones(len(values), dtype=torch.bool, device=device)
@@ -202,7 +207,9 @@ class FusionProcessor:
                 if feature is not None:
                     values[row] = feature
             return torch.from_numpy(values).to(device), torch.from_numpy(mask).to(device)
-        lengths = [0 if feature is None else min(len(feature), source.max_tokens) for feature in found]
+        lengths = [0 if feature is None else len(feature) for feature in found]
+        self._say_cut(name, max(lengths, default=0), source.max_tokens, "vectors")
+        lengths = [min(length, source.max_tokens) for length in lengths]
         longest = max([1, *lengths])
         sequences = np.zeros((len(requests), longest, source.width), np.float32)
         for row, (feature, length) in enumerate(zip(found, lengths, strict=True)):
@@ -210,6 +217,12 @@ class FusionProcessor:
                 sequences[row, :length] = feature[:length]
         real = np.arange(longest) < np.array(lengths)[:, None]
         return torch.from_numpy(sequences).to(device), torch.from_numpy(real).to(device)
+
+    def _say_cut(self, name: str, longest: int, limit: int, unit: str) -> None:
+        """Say, once of each name, that not all of it is read."""
+        if longest > limit and name not in self._cut:
+            self._cut.add(name)
+            log.warning("%s: one of %d %s is cut to %d, as are all that are longer", name, longest, unit, limit)
 
     def token_ids(self, texts: Sequence[str], source: str | None = None) -> list[list[int]]:
         """Token ids of each text, not cut, without special tokens; by the tokenizer of `source` if it has its own."""
@@ -226,11 +239,16 @@ class FusionProcessor:
         encoded = self.tokenizers.get(source, self.tokenizer).encode_batch(
             list(texts), add_special_tokens=source in self.tokenizers
         )
+        self._say_cut(source, max(map(len, encoded), default=0), limit, "tokens")
         return [each.ids if len(each) <= limit else _cut(each, limit) for each in encoded]
 
     def labels(self, captions: Sequence[str], device: torch.device, max_length: int | None = None) -> torch.Tensor:
         """Captions as int64 [B, T] with the end-of-text token, padded with -100, cut to `max_length` tokens."""
-        ids = [[*each[: None if max_length is None else max_length - 1], EOS] for each in self.token_ids(captions)]
+        found = self.token_ids(captions)
+        longest = 1 + max(map(len, found), default=0)
+        limit = longest if max_length is None else max_length
+        self._say_cut("captions", longest, limit, "tokens")
+        ids = [[*each[: limit - 1], EOS] for each in found]
         return pad(ids, IGNORED, device)[0]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:

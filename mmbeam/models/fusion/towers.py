@@ -1,8 +1,9 @@
 """Encoders of transformers as sources of a fusion model: their configuration, their weights, their preprocessing.
 
 What is read from a checkpoint is kept in the fusion model's own files: once saved, it needs the checkpoint
-no more. Encoders that take anything else than pictures, spectrograms of one length or tokens are not for this;
-their vectors can be computed before, with `mmbeam embed`, and be a source of kind "features".
+no more. Encoders that take anything else than pictures of one shape, spectrograms of one length, waveforms or
+tokens are not for this; their vectors can be computed before, with `mmbeam embed`, and be a source of kind
+"features".
 """
 
 from collections.abc import Callable, Mapping
@@ -100,11 +101,12 @@ def read_preprocessing(directory: Path, source: SourceConfig) -> Preparation:
             raise ModelError(f"{directory}: its pictures differ in shape; {ELSE}")
         _try(directory, source, torch.zeros(1, 3, *size))
         return recipe
-    if source.model is not None and source.model["model_type"] in WAVES:
+    model_type = (source.model or {})["model_type"]
+    if model_type in WAVES:
         config = read_config(directory)
         shortest = receptive_field(config.conv_kernel, config.conv_stride)
         return WaveformRecipe(**asdict(read_wave_recipe(directory)), shortest=shortest)
-    sound = SOUNDS.get((source.model or {})["model_type"], read_whisper_recipe)(directory)
+    sound = SOUNDS.get(model_type, read_whisper_recipe)(directory)
     _try(directory, source, hear([torch.zeros(sound.n_samples)], sound))
     return sound
 
