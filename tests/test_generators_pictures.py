@@ -1,5 +1,6 @@
 """Captioners: real tiny models, saved and loaded, against their own processors and `generate`."""
 
+import json
 from pathlib import Path
 from typing import Any
 

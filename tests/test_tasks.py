@@ -424,14 +424,13 @@ def test_tokens_that_only_the_template_makes_special_are_held_back_from_words(tm
     """Checkpoints whose turns begin with added tokens that are not called special: DeepSeek's are such."""
     directory = hub.save_qwen2(tmp_path / "qwen2")
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    tokenizer.add_tokens([AddedToken("<User>", special=False), AddedToken("  ", special=False)])
-    tokenizer.chat_template = "{% for m in messages %}<User>{{ m.content }}  {% endfor %}"
+    tokenizer.add_tokens([AddedToken("<User>", special=False), AddedToken("  ", special=False), AddedToken("message")])
+    tokenizer.chat_template = "{% for message in messages %}<User>{{ message.content }}  {% endfor %}"
     tokenizer.save_pretrained(directory)
     model: Any = hub.load_tiny(directory)
-    ids = [model.tokenizer.prompt((), Request(text=text)) for text in ("a<User>b", "a  b")]
-    user, spaces = model.tokenizer.ids_of(["<User>", "  "])
-    assert [each.count(user) for each in ids] == [1, 1]
-    assert [each.count(spaces) for each in ids] == [1, 2]  # what is no mark of the template's is words
+    ids = model.tokenizer.prompt((), Request(text="a<User>b  message"))
+    marks = model.tokenizer.ids_of(["<User>", "  ", "message"])
+    assert [ids.count(mark) for mark in marks] == [1, 2, 1]  # what is no mark of the template's is words
 
 
 def test_of_several_templates_the_default_one_is_taken(tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
+from types import SimpleNamespace
 
 import apache_beam as beam
 from apache_beam.options.pipeline_options import (
@@ -15,8 +16,9 @@ from apache_beam.options.pipeline_options import (
     StandardOptions,
     TestOptions,
 )
-from apache_beam.runners.portability.fn_api_runner import worker_handlers
+from apache_beam.runners.portability.fn_api_runner import fn_runner, worker_handlers
 from apache_beam.runners.runner import PipelineResult, PipelineState
+from apache_beam.utils.thread_pool_executor import UnboundedThreadPoolExecutor
 
 from mmbeam import errors
 from mmbeam.config import Reading, Windows
@@ -89,6 +91,7 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
     elif runner == "dataflow":
         args = [*_one_model_per_machine(args), *args]
     _send_when_full()
+    _wait_for_bundles()
     return PipelineOptions(list(args))
 
 
@@ -118,6 +121,22 @@ def _send_when_full() -> None:
     of 2,870,845 in one run of Beam 2.77. Without a time limit a buffer is sent when it is full, and at the end.
     """
     worker_handlers.DATA_BUFFER_TIME_LIMIT_MS = -1
+
+
+class _Bundles(UnboundedThreadPoolExecutor):
+    """The threads of a stage's bundles. Who leaves them by an error waits for them, but for Ctrl-C."""
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self.shutdown(wait=kind is None or issubclass(kind, Exception))
+
+
+def _wait_for_bundles() -> None:
+    """Have FnApiRunner end a failed job once its bundles have ended, which is soon: see runs.running_here.
+
+    Its own pool of threads is never shut down, so that it would tear down the steps of bundles at work, and let them
+    run on when the job has ended; such a bundle then prints a KeyError of its own number. Seen with Beam 2.77.
+    """
+    fn_runner.thread_pool_executor = SimpleNamespace(shared_unbounded_instance=_Bundles)
 
 
 def _subclasses(cls: type[PipelineOptions]) -> list[type[PipelineOptions]]:

@@ -112,7 +112,12 @@ class Workers:
             raise self._ended(connection) from error
         return answer
 
-    def _ended(self, connection: Connection) -> JobError:
+    def _ended(self, connection: Connection) -> Exception:
+        """What it raised before it ended, or how it did."""
+        with contextlib.suppress(EOFError, OSError):
+            while not isinstance(answer := connection.recv(), Exception):
+                pass
+            return answer
         process = self._processes[connection]
         status = process.wait()
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"

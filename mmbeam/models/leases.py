@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from filelock import FileLock, Timeout
 
+from mmbeam.errors import DeviceError
 from mmbeam.models.placement import Device, device, resolve_device
 
 log = logging.getLogger(__name__)
@@ -75,9 +76,14 @@ def own_one(name: str) -> None:
 
 
 def take_one(ids: Sequence[str], directory: Path | None = None) -> int:
-    """The index of the one that the fewest processes of this machine and user have taken; this one now has it too."""
+    """The index of the one that the fewest processes of this machine and user have taken; this one now has it too.
+
+    Raises DeviceError if the directory of the locks is another user's.
+    """
     directory = directory or Path(tempfile.gettempdir(), f"mmbeam-devices-{os.getuid()}")
     directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.is_symlink() or directory.stat().st_uid != os.getuid():  # in it may be links to any file of ours
+        raise DeviceError(f"{directory}: expected a directory of this user; remove it, or set TMPDIR")
     for others in count():
         for index, name in enumerate(ids):
             lock = FileLock(directory / f"{name}.{others}")

@@ -65,4 +65,5 @@ class Blip2Generator(PretrainedGenerator):
         begin = [config.text_config.bos_token_id]
         limit = self.spec.max_text_tokens or MAX_TOKENS
         texts = self.tokenizer.encode([request.words for request in requests], limit)
-        return [[*picture, *(ids if request.words else begin)] for request, ids in zip(requests, texts, strict=True)]
+        words = [[token for token in ids if token != config.image_token_index] for ids in texts]  # none is a picture
+        return [[*picture, *(ids if request.words else begin)] for request, ids in zip(requests, words, strict=True)]

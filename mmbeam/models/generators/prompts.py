@@ -22,7 +22,10 @@ from mmbeam.models.tokenizing import TextTokenizer
 _MARK = "\ue000{}\ue001"  # where a text belongs: private characters, which no template changes
 _MARKS = re.compile(_MARK.format(r"(\d+)"))
 _NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
-_SPOKEN = re.compile(rf"\s*\n\s*(?=(?:{'|'.join(_NAMES.values())}):)")
+# The end of a line and the name of a speaker. Nothing in it is tried twice: a text may be a million empty lines.
+_BREAK = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
+_SPOKEN = re.compile(rf"(?<!\s)[^\S{_BREAK}]*+[{_BREAK}]\s*+(?=(?:{'|'.join(_NAMES.values())}):)")
+_MARK_OF_TURN = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # no word, and no spaces: those are words to a sample
 # How a model without a chat template, which goes on from what it reads, is asked: "TL;DR:" is GPT-2's (section 3.6).
 _PLAIN: Mapping[Task, str] = {"summarize": "{}\n\nTL;DR:", "translate": "{}\n\nThe same in {}:"}
 
@@ -97,11 +100,22 @@ class PromptTokenizer(TextTokenizer):
 
     def __init__(self, directory: Path, held_back: Sequence[str] = ()) -> None:
         super().__init__(directory)
-        legacy = read_json(directory, "chat_template.json", required=False).get("chat_template")
-        self.template: str | None = self._tokenizer.chat_template or legacy
+        self.template = self._find_template(directory)
         self._held_back = tuple(held_back)
         self._languages = language_ids(self._tokenizer)
-        self._held_back_ids = frozenset([*self.ids_of(held_back), *self._languages.values()])
+        self._held_back_ids = frozenset([*self.ids_of(held_back), *self._languages.values(), *self._marks_of_turns()])
+
+    def _find_template(self, directory: Path) -> str | None:
+        """The checkpoint's chat template, of several by name that for chats; None if it has none."""
+        legacy = read_json(directory, "chat_template.json", required=False).get("chat_template")
+        found = self._tokenizer.chat_template or legacy
+        return found.get("default") if isinstance(found, dict) else found
+
+    def _marks_of_turns(self) -> list[int]:
+        """Added tokens, "<|user|>", that the template writes although the tokenizer does not call them special."""
+        added = self._tokenizer.added_tokens_decoder.items()
+        marks = [(id, token.content) for id, token in added if _MARK_OF_TURN.fullmatch(token.content)]
+        return [id for id, mark in marks if mark in (self.template or "")]
 
     def ids_of(self, tokens: Sequence[str]) -> list[int]:
         """The ids of tokens; ModelError for one that the vocabulary lacks."""
