@@ -157,6 +157,22 @@ def test_one_bad_sample_is_one_failure(fusion: Path, monkeypatch: pytest.MonkeyP
     assert column(result, "caption") == [None if index == 4 else text for index, text in enumerate(expected)]
 
 
+def test_a_sample_that_cannot_be_weighed_costs_the_others_nothing(
+    fusion: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
+    weigh = FusionGenerator.weigh
+
+    def picky(self: FusionGenerator, requests: Sequence[Request]) -> list[int]:
+        if any(request.text == whole.samples[4].text for request in requests):
+            raise ValueError("too heavy")
+        return weigh(self, requests)
+
+    monkeypatch.setattr(FusionGenerator, "weigh", picky)
+    result = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
+    assert column(result, "caption") == column(whole, "caption")
+
+
 def test_a_model_that_always_fails_is_no_samples_fault(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(requests: Sequence[Request]) -> None:
         raise ValueError("no")

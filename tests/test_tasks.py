@@ -333,6 +333,14 @@ def test_a_dialogue_longer_than_the_encoder_is_no_dialogue(models: Models) -> No
         hub.made(model, [Request(turns=long, task="dialogue")])
 
 
+def test_a_prompt_longer_than_the_encoder_is_not_cut_where_a_text_is(models: Models) -> None:
+    """The instruction may stand at its end."""
+    model = models.load("bart")
+    with pytest.raises(LimitError, match=r"a prompt of .* tokens; expected at most 64"):
+        hub.made(model, [Request(prompt="a dog " * 40 + "in short:")])
+    assert hub.made(model, [Request(text="a dog " * 40)])
+
+
 def test_turns_that_a_template_refuses_are_the_samples_failure(tmp_path: Path) -> None:
     directory = hub.save_qwen2(tmp_path / "qwen2")
     refusing = "{% if messages[0].role == 'system' %}{{ raise_exception('no system turns') }}{% endif %}"

@@ -12,7 +12,7 @@ from typing import Any
 from transformers import Florence2ForConditionalGeneration
 
 from mmbeam.config import Task
-from mmbeam.errors import ModelError
+from mmbeam.errors import LimitError, ModelError
 from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
 from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of
@@ -75,8 +75,15 @@ class Florence2Generator(PretrainedGenerator):
         config = self.model.config
         picture = [config.image_token_id] * self.picture_tokens
         begin, end = config.text_config.bos_token_id, config.text_config.eos_token_id
-        room = (self.spec.max_text_tokens or len(picture)) - len(picture) - 2
-        return [[*picture, begin, *self.tokenizer.words(_question(request))[:room], end] for request in requests]
+        return [[*picture, begin, *self._words(request), end] for request in requests]
+
+    def _words(self, request: Request) -> list[int]:
+        """Ids of what is asked. Raises LimitError for a prompt that does not fit beside the picture."""
+        room = (self.spec.max_text_tokens or self.picture_tokens) - self.picture_tokens - 2
+        words = self.tokenizer.words(_question(request))
+        if request.prompt is not None and len(words) > room:
+            raise LimitError(f"a prompt of {len(words):,} tokens; expected at most {room:,} beside the picture")
+        return words[:room]
 
 
 def _question(request: Request) -> str:

@@ -109,6 +109,8 @@ class Seq2SeqGenerator(PretrainedGenerator):
         text = request.prompt
         if text is None:
             text = self.prefixes.of(request.task, wanted, source) + (request.text or "")
+        else:
+            _whole("prompt", self.tokenizer.encode([text], MAX_TOKENS)[0], limit)
         if self._in_front:
             front = [_known(self.tokenizer, wanted)] if wanted else []
             if text.startswith(">>"):  # behind a space a text that spells a language's token, ">>deu<<", is words
@@ -124,15 +126,20 @@ class Seq2SeqGenerator(PretrainedGenerator):
         else:
             texts = [turn._replace(text=one_speaker(turn.text)) for turn in request.turns]
             [ids] = self.tokenizer.encode([joined(texts)], MAX_TOKENS)
-        if len(ids) > limit:
-            raise LimitError(f"a dialogue of {len(ids):,} tokens; expected at most {limit:,}")
-        return ids
+        return _whole("dialogue", ids, limit)
 
     def _begun(self, requests: Sequence[Request]) -> torch.Tensor:
         """The decoder's start token and the language's, which mBART, M2M100 and NLLB go on from. [B, 2]"""
         start = self.model.generation_config.decoder_start_token_id
         wanted = [_known(self.tokenizer, request.language or "") for request in requests]
         return torch.tensor([[start, language] for language in wanted], device=self.device)
+
+
+def _whole(kind: str, ids: list[int], limit: int) -> list[int]:
+    """The ids, of what means something else without its end: LimitError if they are more than the encoder reads."""
+    if len(ids) > limit:
+        raise LimitError(f"a {kind} of {len(ids):,} tokens; expected at most {limit:,}")
+    return ids
 
 
 class Prefixes:
