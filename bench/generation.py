@@ -32,7 +32,7 @@ from mmbeam.reading import Ahead, ordered_map
 from mmbeam.stages.generate import plan_batches
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
-SAMPLES, SHARDS, BATCH, PAIRS = 4000, 8, 32, 5
+SAMPLES, SHARDS, BATCH, PAIRS = 8000, 16, 32, 5
 CORES = len(os.sched_getaffinity(0))
 LIMITS = Reading().limits
 

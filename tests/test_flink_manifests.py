@@ -1,5 +1,6 @@
 """What Flink's Kubernetes manifests say to each other and to mmbeam; tests/flink has the operator's schema."""
 
+import xml.etree.ElementTree as ET
 from pathlib import Path
 from typing import Any
 
@@ -96,3 +97,8 @@ def test_wrong_arguments_are_not_tried_again(job: Any) -> None:
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
     assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy asks for
+
+
+def test_maven_can_read_what_brings_the_job_server() -> None:
+    """A fresh clone builds it; a machine that has the jar never looks."""
+    assert ET.parse(MANIFESTS.parent / "pom.xml").getroot().tag == "{http://maven.apache.org/POM/4.0.0}project"
