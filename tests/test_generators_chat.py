@@ -16,6 +16,7 @@ from mmbeam.config import Task
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
 from mmbeam.models.generators.base import Request
+from mmbeam.stages.generate import weights_of
 
 IMAGES = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41), (90, 30)))]
 REQUESTS = [  # pictures of four sizes with prompts of different lengths, a picture alone, words alone
@@ -161,7 +162,7 @@ def test_a_picture_that_the_processor_refuses_is_the_samples_failure(saved: dict
     """It is found when the text is made, not while the window is packed."""
     model = hub.load_tiny(saved["qwen2_5_vl"])
     strip = Request(image=np.zeros((2, 900, 3), np.uint8), text="a")
-    assert model.weigh([strip, REQUESTS[0]])[0] == 1
+    assert weights_of(model, [strip, REQUESTS[0]])[0] == 1
     with pytest.raises(ValueError, match="aspect ratio"):
         hub.made(model, [strip])
 

@@ -23,6 +23,7 @@ from mmbeam.models.generators.base import Generator, GeneratorSpec, Request
 from mmbeam.models.generators.languages import code_of, find_language, name_of
 from mmbeam.models.generators.prompts import instruction, one_speaker, until_next_turn
 from mmbeam.stages.asking import wanted_of
+from mmbeam.stages.generate import weights_of
 
 IMAGE = next(iter(pictures(((60, 41),)))).copy()
 SOUND = (natural_sound(1, 0.7, 16000), 16000)
@@ -328,7 +329,7 @@ def test_a_dialogue_longer_than_the_encoder_is_no_dialogue(models: Models) -> No
     """To cut its end would be to cut the question."""
     long = (Turn("user", "a dog " * 40), *DIALOGUE[1:])
     model = models.load("bart")
-    assert model.weigh([Request(turns=long, task="dialogue")]) == [1]
+    assert weights_of(model, [Request(turns=long, task="dialogue")]) == [1]
     with pytest.raises(LimitError, match=r"a dialogue of .* tokens; expected at most 64"):
         hub.made(model, [Request(turns=long, task="dialogue")])
 
@@ -347,7 +348,7 @@ def test_turns_that_a_template_refuses_are_the_samples_failure(tmp_path: Path) -
     (directory / "chat_template.jinja").write_text(refusing + hub.chatml())
     model = hub.load_tiny(directory)
     request = Request(turns=(Turn("system", "x"), *DIALOGUE), task="dialogue")
-    assert model.weigh([request, Request(text="a dog")])[0] == 1
+    assert weights_of(model, [request, Request(text="a dog")])[0] == 1
     with pytest.raises(Exception, match="no system turns"):
         hub.made(model, [request])
 

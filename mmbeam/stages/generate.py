@@ -230,17 +230,17 @@ def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decodi
     """
     if model.schedules:
         return [list(range(len(requests)))] if requests else []
-    weights = [(weight + decoding.limit) * decoding.num_beams for weight in _weigh(model, requests)]
+    weights = [(weight + decoding.limit) * decoding.num_beams for weight in weights_of(model, requests)]
     pixels = [0 if request.image is None else request.image.shape[0] * request.image.shape[1] for request in requests]
     return pack(weights, size, size * TOKENS_PER_SAMPLE, pixels, size * PIXELS_PER_SAMPLE)
 
 
-def _weigh(model: Generator, requests: Sequence[Request]) -> list[int]:
+def weights_of(model: Generator, requests: Sequence[Request]) -> list[int]:
     """The tokens of each; 1 of one that cannot even be weighed, which fails when its turn comes."""
     try:
         return model.weigh(requests)
     except Exception:
-        return [1] if len(requests) == 1 else [_weigh(model, [request])[0] for request in requests]
+        return [1] if len(requests) == 1 else [weights_of(model, [request])[0] for request in requests]
 
 
 def stream_seed(seed: int, shard: str, offset: int) -> int:

@@ -143,7 +143,10 @@ class Generator:
         raise NotImplementedError
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
-        """The tokens that each request is to the model, media included: what batches are ordered and limited by."""
+        """The tokens that each request is to the model, media included: what batches are ordered and limited by.
+
+        May raise for a request that cannot be answered; it is then weighed by itself, and fails when its turn comes.
+        """
         raise NotImplementedError
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:

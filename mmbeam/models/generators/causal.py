@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 
 from mmbeam.config import Task
 from mmbeam.models.generators.base import Decoding, Generated, GeneratorSpec, Request, Wanted
-from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of, weight_of
+from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of
 from mmbeam.models.generators.prompts import PromptTokenizer, check_words, until_next_turn
 from mmbeam.models.loading import read_config
 
@@ -42,7 +42,7 @@ class CausalGenerator(PretrainedGenerator):
         check_words(spec, wanted)
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
-        return [weight_of(self._prompt, request) for request in requests]
+        return [len(self._prompt(request)) for request in requests]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         return dict(self.left_padded([self._prompt(request) for request in requests]))

@@ -8,7 +8,7 @@ import torch
 
 from mmbeam.config import TASKS
 from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
-from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of, weight_of
+from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of
 from mmbeam.models.generators.prompts import Medium, PromptTokenizer, check_words
 from mmbeam.models.loading import read_config
 from mmbeam.types import Modality
@@ -59,7 +59,7 @@ class ChatGenerator(PretrainedGenerator):
         return self.tokenizer.prompt(self.media(request), request)
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
-        return [weight_of(self.prompt, request) for request in requests]
+        return [len(self.prompt(request)) for request in requests]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         inputs = self.left_padded([self.prompt(request) for request in requests])

@@ -3,7 +3,7 @@
 A family says what goes into its model (`inputs`); which token comes next is decoding.py's affair.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -97,14 +97,6 @@ class PretrainedGenerator(Generator):
         """Prompts of different lengths as a decoder takes them: they end together."""
         ids_BP, mask_BP = pad(ids, self.tokenizer.pad_id, self.device, side="left")
         return {"input_ids": ids_BP, "attention_mask": mask_BP}
-
-
-def weight_of(prompt: Callable[[Request], Sequence[int]], request: Request) -> int:
-    """The tokens of a request's prompt."""
-    try:
-        return len(prompt(request))
-    except Exception:  # a picture that the processor refuses, turns that a template does: it fails when its turn comes
-        return 1
 
 
 def context_of(config: Any) -> int | None:

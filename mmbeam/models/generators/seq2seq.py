@@ -18,7 +18,7 @@ from mmbeam.config import Task
 from mmbeam.errors import LimitError, UsageError
 from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.languages import code_of, find_language, name_of
-from mmbeam.models.generators.pretrained import PretrainedGenerator, weight_of
+from mmbeam.models.generators.pretrained import PretrainedGenerator
 from mmbeam.models.generators.prompts import PromptTokenizer, joined, one_speaker
 from mmbeam.models.loading import read_config, read_json
 from mmbeam.ops.collate import pad
@@ -86,7 +86,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
             super().check(spec, wanted)
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
-        return [weight_of(self._source, request) for request in requests]
+        return [len(self._source(request)) for request in requests]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         ids_BL, mask_BL = pad([self._source(request) for request in requests], self.tokenizer.pad_id, self.device)
