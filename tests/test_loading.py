@@ -19,7 +19,7 @@ import fsspec
 import pytest
 import torch
 from tiny_models import save_clip, save_siglip
-from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel
+from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, PreTrainedModel
 
 from mmbeam.errors import ModelError, UsageError
 from mmbeam.models import loading
@@ -347,6 +347,16 @@ def test_buffers_that_old_checkpoints_hold_and_other_towers_do_no_harm(
     with caplog.at_level(logging.INFO, logger="mmbeam"):
         load_pretrained(CLIPVisionModel, copy, CPU, torch.float32)
     assert "weights are not used by CLIPVisionModel" in caplog.text
+
+
+def test_devices_that_load_at_once_leave_transformers_as_it_was(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tie_weights", "init_weights"):  # put back, should it fail
+        monkeypatch.setattr(PreTrainedModel, name, getattr(PreTrainedModel, name))
+    monkeypatch.setattr(torch.nn.init, "normal_", torch.nn.init.normal_)
+    before = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_)
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(lambda _: load_pretrained(CLIPModel, clip, CPU, torch.float32), range(40)))
+    assert (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_) == before
 
 
 def test_loading_writes_nothing(clip: Path, capfd: pytest.CaptureFixture[str]) -> None:

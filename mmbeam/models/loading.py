@@ -10,6 +10,7 @@ import os
 import re
 import shutil
 import tempfile
+import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -50,6 +51,10 @@ _SHIPPED_DIRECTORY = Path(__file__).parent / "fusion" / SHIPPED
 
 # Buffers that older checkpoints hold or lack, and that are computed from the configuration alone.
 _COMPUTED_KEYS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
+
+# While transformers loads it replaces functions of its own and of torch, for all threads, and puts back what it found:
+# two loads at once leave them replaced, and no later model of the process ties its weights.
+_one_load = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -284,16 +289,17 @@ def load_pretrained(
     check_weights(directory)
     quiet_transformers()
     try:
-        model, info = cls.from_pretrained(
-            directory,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=True,
-            output_loading_info=True,
-            ignore_mismatched_sizes=True,  # they are an error below, with their names
-            **kwargs,
-        )
+        with _one_load:
+            model, info = cls.from_pretrained(
+                directory,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                local_files_only=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,  # they are an error below, with their names
+                **kwargs,
+            )
     except Exception as error:  # transformers raises whatever its parts raise
         raise ModelError(f"{directory}: {cls.__name__} cannot be loaded: {type(error).__name__}: {error}") from error
     _check_keys(directory, cls.__name__, info, ignore_missing)
