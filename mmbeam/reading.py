@@ -1,26 +1,25 @@
 """Samples of a work unit as windows, read and decoded ahead of whoever consumes them.
 
 A thread per unit reads the tar in order and hands samples to the process's decode pool (the codecs
-release the GIL); a bounded queue keeps it a stated number of windows ahead. Where a window closes
-depends on the data alone, so that a retry and another runner see the same windows.
+release the GIL), unless decoding is paused; a bounded queue keeps it a stated number of windows ahead.
+Where a window closes depends on the data alone, so that a retry and another runner see the same windows.
 """
 
-import os
 import sys
-import threading
 import time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from itertools import chain, islice, starmap
 from typing import Generic, TypeVar
 
 from mmbeam.clean import compile_where, select, where_needs
-from mmbeam.config import Reading, Windows
+from mmbeam.config import MIB, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.decode.pool import cores, decode_pool, may_decode
 from mmbeam.errors import ShardError
 from mmbeam.io.ahead import one_ahead
 from mmbeam.io.parts import Part
@@ -31,33 +30,24 @@ from mmbeam.types import MODALITIES, Batch, Failure, Found, Input, Needs, RawSam
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
-
-_pool_lock = threading.Lock()
-
-
-def decode_pool() -> ThreadPoolExecutor:
-    """The process's decoding threads, one per core this process may use."""
-    with _pool_lock:  # two units that start at once must not make two
-        return _make_pool()
+_READ_ON_BYTES = 8 * MIB  # of a store's samples that a unit reads on while decoding is paused; a disk needs none
 
 
-@cache
-def _make_pool() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="mmbeam-decode")
-
-
-_share = 0  # of the cores; 0: all
-
-
-def use_cores(count: int) -> None:
-    """Decode on so many cores, where several processes share the machine; called before anything is read."""
-    global _share
-    _share = count
-
-
-def cores() -> int:
-    """The cores that this process may use, or those that it is told to."""
-    return _share or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+def _unless_paused(raws: Iterator[RawSample], read_on_bytes: int) -> Iterator[RawSample]:
+    """Each as it is read; while decoding is paused they are kept, and read on up to so many bytes."""
+    held: deque[RawSample] = deque()
+    held_bytes = 0
+    for raw in raws:
+        held.append(raw)
+        held_bytes += _raw_bytes(raw)
+        del raw  # it may be large
+        while held and (may_decode.is_set() or held_bytes >= read_on_bytes):
+            may_decode.wait()
+            held_bytes -= _raw_bytes(held[0])
+            yield held.popleft()
+    while held:
+        may_decode.wait()
+        yield held.popleft()
 
 
 def read_batches(
@@ -151,7 +141,9 @@ def _windows(
         2 * cores() + 2, windows.decoded_bytes, _raw_bytes, lambda one: one.sample.nbytes
     )
     source = _Source(unit, reading, needs)
-    raws = filter(lambda raw: wanted is None or wanted(raw.key), source.samples())
+    remote = any("://" in each.shard.path for each in unit.inputs)
+    chosen = filter(lambda raw: wanted is None or wanted(raw.key), source.samples())
+    raws = _unless_paused(chosen, _READ_ON_BYTES if remote else 0)
     index, window, broken = 0, _Window(), None
     try:
         with closing(ordered_map(decode, raws, decode_pool(), ahead)) as decoded:

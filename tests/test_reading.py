@@ -12,10 +12,11 @@ import shards
 
 from mmbeam import reading as module
 from mmbeam.config import Cleaning, Limits, Reading, Windows
+from mmbeam.decode.pool import cores, decoding_paused
 from mmbeam.io.shards import list_shards
 from mmbeam.io.units import limited_unit, plan_units
 from mmbeam.reading import Ahead, ordered_map, read_batches
-from mmbeam.types import Batch, Needs, WorkUnit
+from mmbeam.types import Batch, Needs, RawSample, WorkUnit
 
 IMAGES = Needs(modalities=frozenset({"image"}))
 
@@ -104,7 +105,7 @@ def test_one_window_is_made_ahead_and_no_more(tmp_path: Path, monkeypatch: pytes
     batches = read_batches(unit, Reading(), IMAGES, Windows(samples=2))
     next(batches)
     time.sleep(0.5)
-    depth = 2 * module.cores() + 2
+    depth = 2 * cores() + 2
     assert made[0] <= 2 + 2 + depth  # the window taken, the one made ahead, and what waits behind it
     batches.close()
 
@@ -143,3 +144,43 @@ def test_a_member_over_the_limit_is_a_failure_of_its_sample(tmp_path: Path) -> N
     batch = read(unit, Reading(limits=Limits(member_bytes=500)))[0]
     assert {failure.error for failure in batch.failures} == {"LimitError"}
     assert len(batch.samples) == 3
+
+
+def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end() -> None:
+    """Two of 3 MiB are kept; with the third it has read on far enough, and waits."""
+    found, taken, third = [0], [0], threading.Event()
+
+    def stored() -> Iterator[RawSample]:
+        for number in range(6):
+            found[0] += 1
+            if number == 2:
+                third.set()
+            yield RawSample(
+                key=str(number), shard="a.tar", offset=number, members={"bin": bytes(3 << 20)}, fields=("bin",)
+            )
+
+    def take() -> list[str]:
+        keys = []
+        for raw in module._unless_paused(stored(), 8 << 20):
+            taken[0] += 1
+            keys.append(raw.key)
+        return keys
+
+    with ThreadPoolExecutor(1) as thread:
+        with decoding_paused():
+            with decoding_paused():
+                keys = thread.submit(take)
+                assert third.wait(10)
+            time.sleep(0.1)  # one of two pauses is over
+            assert (found[0], taken[0]) == (3, 0)
+        assert keys.result(timeout=10) == [str(number) for number in range(6)]
+
+
+def test_what_was_kept_when_the_shard_ends_is_decoded_after_the_pause(tmp_path: Path) -> None:
+    unit = unit_of(tmp_path)
+    with ThreadPoolExecutor(1) as thread:
+        with decoding_paused():
+            batches = thread.submit(read, unit)
+            time.sleep(0.2)
+            assert not batches.done()
+        assert [len(batch.samples) for batch in batches.result(timeout=10)] == [5, 5, 2]

@@ -11,6 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_clip
 
+from mmbeam.decode.pool import may_decode
 from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.clip import ClipEncoder
@@ -196,3 +197,26 @@ def test_a_broken_device_stays_broken_and_a_full_disk_does_not_break_it() -> Non
 def test_a_device_of_another_kind_is_refused(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device {name}"):
         resolve_device(name)
+
+
+@pytest.mark.parametrize(("threads", "paused"), [(1, False), (2, True)])
+def test_decoding_stands_back_while_a_model_computes_on_all_cores(
+    clip: Path, monkeypatch: pytest.MonkeyPatch, threads: int, paused: bool
+) -> None:
+    monkeypatch.setattr("mmbeam.models.placement.cores", lambda: 2)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    seen = []
+    encode = ClipEncoder.encode_image
+
+    def watched(*args: Any) -> Encoded:
+        seen.append(not may_decode.is_set())
+        return encode(*args)
+
+    monkeypatch.setattr(ClipEncoder, "encode_image", watched)
+    Device("cpu").run(embed_stage(str(clip)), batch_of(2))
+    assert set(seen) == {paused}
+    assert may_decode.is_set()
+    monkeypatch.setattr(ClipEncoder, "encode_image", lambda *_: 1 / 0)
+    with pytest.raises(DeviceError):
+        Device("cpu").run(embed_stage(str(clip)), batch_of(2))
+    assert may_decode.is_set()

@@ -13,6 +13,7 @@ from typing import Any
 
 import apache_beam as beam
 
+from mmbeam.decode.pool import cores, use_cores
 from mmbeam.errors import UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
@@ -20,7 +21,6 @@ from mmbeam.jobs.cluster import runner_of
 from mmbeam.jobs.launch import IN_PROCESS, UNITS_PER_DEVICE, JobOptions, confirm, is_waited_for, to_do
 from mmbeam.jobs.workers import Workers
 from mmbeam.models import leases
-from mmbeam.reading import cores, use_cores
 from mmbeam.report.progress import progress
 from mmbeam.transforms.write import summarize
 from mmbeam.types import RunReport, Tally, UnitReport, WorkUnit

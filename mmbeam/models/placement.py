@@ -16,6 +16,7 @@ from typing import Any, Literal, cast
 
 import torch
 
+from mmbeam.decode.pool import cores, decoding_paused
 from mmbeam.errors import DeviceError, UsageError
 from mmbeam.types import Batch, Stage, Tally
 
@@ -90,13 +91,17 @@ class Device:
             with torch.cuda.device(self.name) if self.name.startswith("cuda") else nullcontext():
                 model = self._model(stage)
                 loaded = time.perf_counter()
-                result = stage.run(model, batch)
+                with decoding_paused() if self._takes_all_cores() else nullcontext():
+                    result = stage.run(model, batch)
         except Exception as error:
             if classify(error) == "device":
                 self._broken = _first_line(error)
                 raise DeviceError(f"{self.name}: {type(error).__name__}: {self._broken}") from error
             raise
         return result, time.perf_counter() - loaded, loaded - begin
+
+    def _takes_all_cores(self) -> bool:
+        return not self.name.startswith("cuda") and torch.get_num_threads() >= cores()
 
     def _model(self, stage: Stage) -> Any:
         if stage.key not in self._models:
