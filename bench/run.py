@@ -1,11 +1,11 @@
-"""The benchmark: `make bench`, or `python bench/run.py` and what to measure: throughput, captions, families, workers,
-loader, memory, start, plan; or retrieval, which takes minutes; or gpu, on a GPU.
+"""The benchmark: `make bench`, or `python bench/run.py` and what to measure (--help): a section, or one of its cases.
 
 Speed is a ratio in one run: the bare torch loop and mmbeam alternate, A B A B, and the median of five
 pairs is what counts, since a machine's own speed drifts. Every figure is of a process of its own. The
 cases are made once, under .cache/bench.
 """
 
+import argparse
 import json
 import os
 import statistics
@@ -13,6 +13,8 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import families
@@ -134,7 +136,7 @@ def resume_case() -> Case:
     return Case(**{**vars(tiny), "name": "resume-1000", "per_shard": 1})
 
 
-OTHERS = {
+OTHERS: dict[str, Callable[[], None]] = {
     "captions": generation.section,
     "families": families.section,
     "workers": workers.section,
@@ -147,14 +149,18 @@ OTHERS = {
 }
 
 
-def main(sections: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What to measure; without a name, all but retrieval and gpu.")
+    parts = {"throughput": partial(throughput, CASES), **{case.name: partial(throughput, [case]) for case in CASES}}
+    parts |= OTHERS
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(parts))
+    sections = parser.parse_args().sections or SECTIONS
+    if unknown := sorted(set(sections) - set(parts)):
+        parser.error(f"{', '.join(unknown)}: expected {', '.join(parts)}")
     print(f"{os.cpu_count()} cores; torch on the CPU; every process alone on the machine")
-    for section in sections or SECTIONS:
-        if section == "throughput":
-            throughput(CASES)
-        else:
-            OTHERS[section]()
+    for section in sections:
+        parts[section]()
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    main()

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 from beam_servers import Server, free_port, prism_binary
+from fsspec.core import url_to_fs
 from known import Known, assert_same, counts, make_known, options, read_parts
+from servers import STORES, fresh_output
 
 from mmbeam.errors import JobError, UsageError
 from mmbeam.jobs.cluster import check_cluster, check_output
@@ -35,7 +37,9 @@ class LoudStage(EmbedStage):
 
 @pytest.fixture(scope="module")
 def worker_pool() -> Iterator[list[str]]:
-    """A worker pool on loopback, and the options that name it."""
+    """A worker pool on loopback that knows where the stores are, and the options that name it."""
+    for store in STORES:
+        fresh_output(store, Path())
     port = free_port()
     with Server("apache_beam.runners.worker.worker_pool_main", f"--service_port={port}", port=port):
         yield ["--environment_type=EXTERNAL", f"--environment_config=localhost:{port}"]
@@ -79,6 +83,26 @@ def test_prism_with_an_external_worker_pool_gives_the_same_rows(
     known: Known, prism: list[str], worker_pool: list[str], tmp_path: Path
 ) -> None:
     assert_ends_with_the_same_rows(known, tmp_path, [*prism, *worker_pool, "--shared-output"])
+
+
+@pytest.mark.parametrize("store", [store for store in STORES if store != "local"])
+@pytest.mark.parametrize("runner", ["job_service", "prism", "two_processes"])
+def test_from_an_object_store_to_an_object_store(
+    known: Known, worker_pool: list[str], store: str, runner: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    source, output = fresh_output(store, tmp_path), fresh_output(store, tmp_path)
+    fs, path = url_to_fs(source)
+    fs.put(str(known.root / "in"), path, recursive=True)
+    here = replace(options(known.root, tmp_path / "here"), input=(source,))
+    if runner == "two_processes":
+        report = embed(replace(here, output=output, workers=2))
+    else:
+        there = (*request.getfixturevalue(runner), *worker_pool)
+        report = embed(replace(here, output=output, beam_args=there))
+    assert counts(report) == counts(embed(here)) == counts(known.report)
+    fs, path = url_to_fs(output)
+    fs.get(f"{path}/data", str(tmp_path / "data"), recursive=True)
+    assert_same(read_parts(tmp_path), read_parts(tmp_path / "here"))
 
 
 def assert_ends_with_the_same_rows(known: Known, output: Path, arguments: list[str]) -> None:

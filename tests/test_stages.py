@@ -199,11 +199,11 @@ def test_a_device_of_another_kind_is_refused(name: str) -> None:
         resolve_device(name)
 
 
-@pytest.mark.parametrize(("threads", "paused"), [(1, False), (2, True)])
+@pytest.mark.parametrize(("cores", "threads", "paused"), [(2, 1, False), (2, 2, True), (1, 1, False)])
 def test_decoding_stands_back_while_a_model_computes_on_all_cores(
-    clip: Path, monkeypatch: pytest.MonkeyPatch, threads: int, paused: bool
+    clip: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, paused: bool
 ) -> None:
-    monkeypatch.setattr("mmbeam.models.placement.cores", lambda: 2)
+    monkeypatch.setattr("mmbeam.models.placement.cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     seen = []
     encode = ClipEncoder.encode_image

@@ -101,7 +101,8 @@ class Device:
         return result, time.perf_counter() - loaded, loaded - begin
 
     def _takes_all_cores(self) -> bool:
-        return not self.name.startswith("cuda") and torch.get_num_threads() >= cores()
+        """Whether its threads, of which there are several, wait for each other on all cores."""
+        return not self.name.startswith("cuda") and torch.get_num_threads() >= max(2, cores())
 
     def _model(self, stage: Stage) -> Any:
         if stage.key not in self._models:
