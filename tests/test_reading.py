@@ -146,18 +146,18 @@ def test_a_member_over_the_limit_is_a_failure_of_its_sample(tmp_path: Path) -> N
     assert len(batch.samples) == 3
 
 
-def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end() -> None:
-    """Two of 3 MiB are kept; with the third it has read on far enough, and waits."""
-    found, taken, third = [0], [0], threading.Event()
+@pytest.mark.parametrize(("count", "kept"), [(2, 2), (6, 3)])
+def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end(count: int, kept: int) -> None:
+    """Samples of 3 MiB, of which 8 MiB are enough: two to the end of their shard, or three and a wait."""
+    found, taken, enough = [0], [0], threading.Event()
 
     def stored() -> Iterator[RawSample]:
-        for number in range(6):
+        for number in range(count):
             found[0] += 1
-            if number == 2:
-                third.set()
-            yield RawSample(
-                key=str(number), shard="a.tar", offset=number, members={"bin": bytes(3 << 20)}, fields=("bin",)
-            )
+            if found[0] == kept:
+                enough.set()
+            members = {"bin": bytes(3 << 20)}
+            yield RawSample(key=str(number), shard="a.tar", offset=number, members=members, fields=("bin",))
 
     def take() -> list[str]:
         keys = []
@@ -170,13 +170,13 @@ def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end() -> None:
         with decoding_paused():
             with decoding_paused():
                 keys = thread.submit(take)
-                assert third.wait(10)
+                assert enough.wait(10)
             time.sleep(0.1)  # one of two pauses is over
-            assert (found[0], taken[0]) == (3, 0)
-        assert keys.result(timeout=10) == [str(number) for number in range(6)]
+            assert (found[0], taken[0]) == (kept, 0)
+        assert keys.result(timeout=10) == [str(number) for number in range(count)]
 
 
-def test_what_was_kept_when_the_shard_ends_is_decoded_after_the_pause(tmp_path: Path) -> None:
+def test_a_unit_waits_while_decoding_is_paused_and_goes_on_after_it(tmp_path: Path) -> None:
     unit = unit_of(tmp_path)
     with ThreadPoolExecutor(1) as thread:
         with decoding_paused():
