@@ -121,6 +121,24 @@ def test_shards_and_rows_in_a_bucket(local: Local, store: str, tmp_path: Path) -
     assert rows_in(f"{bucket}/out") == local.rows
 
 
+@pytest.mark.parametrize("store", STORES)
+def test_names_that_look_like_queries_fragments_and_escapes(local: Local, store: str, tmp_path: Path) -> None:
+    """A bucket's names hold what they like; only a web server's URL ends where its query begins."""
+    root = fresh_output(store, tmp_path)
+    fs, folder = fsspec.core.url_to_fs(f"{root}/in")
+    names = ["a#1.tar", "a#2.tar", "b?x=1.tar", "b?x=2.tar", "c%20d.tar", "c d.tar"]
+    fs.makedirs(folder, exist_ok=True)
+    for name in names:
+        fs.pipe_file(f"{folder}/{name}", local.paths[0].read_bytes())
+    options = local.options(f"{root}/in/*.tar", f"{root}/out")
+    assert embed(options).units_written == len(names)
+    assert shards_named_in(f"{root}/out") == {f"{root}/in/{name}" for name in names}
+    for number, name in enumerate(names[::2]):
+        one = local.options(f"{root}/in/{name.replace('?', '[?]')}", f"{root}/out-{number}")
+        assert embed(one).tally.rows == 4
+        assert shards_named_in(f"{root}/out-{number}") == {f"{root}/in/{name}"}
+
+
 def test_the_command_with_fsspecs_environment_for_endpoint_and_keys(local: Local, tmp_path: Path) -> None:
     """FSSPEC_<PROTOCOL>_<ARGUMENT> reaches every process that mmbeam starts, and no file of its own."""
     bucket = fresh_output("s3", tmp_path)

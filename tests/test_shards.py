@@ -94,6 +94,8 @@ class TestPublicPath:
             ("s3://bucket/a.tar", "s3://bucket/a.tar"),
             ("s3a://bucket/a.tar", "s3://bucket/a.tar"),
             ("gcs://bucket/a@b.tar", "gs://bucket/a@b.tar"),
+            ("gs://bucket/a#1?x=%20.tar", "gs://bucket/a#1?x=%20.tar"),
+            ("s3://user:secret@bucket/a?versionId=1", "s3://bucket/a?versionId=1"),
             ("HTTPS://host?key=1", "https://host"),
             ("memory:///a.tar", "memory://a.tar"),
             ("memory://a.tar", "memory://a.tar"),

@@ -9,14 +9,20 @@ from fsspec.implementations.local import LocalFileSystem
 
 ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # by what says most about the content
 ALIASES = {"gcs": "gs", "s3a": "s3"}
+NAMES_ONLY = ("", "file", "local", "gs", "s3")  # here ? and # are characters of a name; elsewhere they end the path
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 Info = Mapping[str, Any]  # of one path, as fsspec gives it
 
 
 def without_query(url: str) -> str:
-    """`url` up to its query string or fragment; a local path, which may hold ? and #, as it is."""
-    return re.split("[?#]", url, maxsplit=1)[0] if "://" in url else url
+    """`url` up to its query string or fragment; a name on a disk or in a bucket, which may hold ? and #, as it is."""
+    return url if _scheme(url) in NAMES_ONLY else re.split("[?#]", url, maxsplit=1)[0]
+
+
+def _scheme(url: str) -> str:
+    scheme = url.partition("://")[0].lower() if "://" in url else ""
+    return ALIASES.get(scheme, scheme)
 
 
 def public_path(url: str) -> str:
@@ -24,10 +30,10 @@ def public_path(url: str) -> str:
 
     It is a shard's identity, the same for every spelling of the URL and safe in rows and logs.
     """
-    scheme, separator, rest = without_query(url).partition("://")
-    scheme = ALIASES.get(scheme.lower(), scheme.lower())
-    if not separator or scheme in ("file", "local"):
+    scheme = _scheme(url)
+    if scheme in ("", "file", "local"):
         return posixpath.normpath(str(LocalFileSystem._strip_protocol(url)))
+    rest = without_query(url).partition("://")[2]
     host, slash, path = rest.partition("/")
     plain = f"{host.rpartition('@')[2]}{slash}{path}"
     return f"{scheme}://{plain.lstrip('/') if scheme == 'memory' else plain}"
@@ -35,9 +41,8 @@ def public_path(url: str) -> str:
 
 def plain_url(url: str) -> str:
     """The public path if nothing but the spelling would be lost, so that spellings compare equal; else `url`."""
-    scheme, separator, rest = url.partition("://")
-    secret = "@" in rest.partition("/")[0] or re.search("[?#]", rest) is not None
-    return url if separator and scheme.lower() not in ("file", "local") and secret else public_path(url)
+    host = url.partition("://")[2].partition("/")[0]
+    return url if "@" in host or without_query(url) != url else public_path(url)
 
 
 def public_text(text: str) -> str:
