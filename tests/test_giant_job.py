@@ -12,6 +12,7 @@ from tiny_models import save_clip
 
 from mmbeam.cli import main
 from mmbeam.io import parts, runs
+from mmbeam.io.runs import control
 
 Command = Callable[[str], int]
 
@@ -60,6 +61,22 @@ def test_the_command_twice_gives_the_rows_of_a_whole_read(
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("*")}
     assert embed("cut") == 0
     assert before == {path: path.stat().st_mtime_ns for path in (tmp_path / "cut").rglob("*")}
+
+
+def test_samples_that_are_none_do_not_stop_the_job(
+    embed: Command, giant: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    """A member that is a tar of broken pictures: a part that begins in it fails on each, and will be withdrawn."""
+    monkeypatch.setattr(control, "JUDGED_SAMPLES", 5)
+    monkeypatch.setattr(parts, "LOOK_BACK", 512)
+    members = shards.named_members(shards.make_truths(12))
+    members.insert(20, ("000005.tar", shards.tar_bytes([(f"{number:03}.jpg", b"x" * 2000) for number in range(40)])))
+    (giant / "giant.tar").write_bytes(shards.tar_bytes(members))
+    extend_plan = runs.extend_plan
+    monkeypatch.setattr(runs, "extend_plan", lambda run, shards, **_: extend_plan(run, shards, unit_bytes=20_000))
+    assert embed("cut") == 3
+    assert embed("cut") == 0
+    assert [row["key"] for row in rows(tmp_path / "cut")] == [f"{number:06d}" for number in range(12)]
 
 
 def rows(output: Path) -> list[dict[str, Any]]:

@@ -14,7 +14,7 @@ from mmbeam.io.parquet import UnitWriter
 from mmbeam.io.rows import build_schema, settle
 from mmbeam.io.runs import Run
 from mmbeam.report.progress import progress
-from mmbeam.types import Batch, Output, RunReport, Stage, UnitReport
+from mmbeam.types import Batch, Output, RunReport, Stage, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +55,11 @@ class _Write(beam.DoFn):
         unit = batch.unit
         if batch.broken is not None:
             self._abort(unit.id)
-            return runs.report_failed_unit(self.run, unit, batch.broken)
+            return runs.report_failed_unit(self.run, unit, batch.broken, batch.found)
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
         progress.add(tally)
-        if not unit.replace:  # one that is done again holds what failed before, more than its share
+        if not unit.replace and not _may_be_misread(unit):  # nor one done again: it holds what failed, beyond its share
             runs.judge(self.run, tally, batch.failures)
         if not batch.last:
             return None
@@ -84,6 +84,11 @@ class _Write(beam.DoFn):
         writer = self.writers.pop(unit, None)
         if writer is not None:
             writer.abort()
+
+
+def _may_be_misread(unit: WorkUnit) -> bool:
+    """Whether a tar within the tar may have fooled it (io/parts.py): what it fails on is judged when that is known."""
+    return any(source.begin and source.seam is None for source in unit.inputs)
 
 
 class Summarize(beam.PTransform):
