@@ -231,7 +231,11 @@ class _Source:
         return islice(chain.from_iterable(starmap(read, enumerate(self._unit.inputs))), self._unit.limit)
 
     def _packed(self, number: int, source: Input) -> Iterator[RawSample]:
-        """An input of which nothing can be read is noted, and costs its neighbours nothing."""
+        """An input of which nothing can be read is noted, and costs its neighbours nothing.
+
+        One that breaks off has given samples already, so the unit fails; its note has the next launch read the
+        others without it (runs/amend.py).
+        """
         any_read = False
         try:
             for raw in self._input(number, source):
@@ -239,9 +243,9 @@ class _Source:
                 yield raw
                 del raw  # it may be large
         except ShardError as error:
+            self.found[number] = Found(error=str(error))
             if any_read:
                 raise
-            self.found[number] = Found(error=str(error))
 
     def _input(self, number: int, source: Input) -> Iterator[RawSample]:
         part = Part(source) if source.is_part else None

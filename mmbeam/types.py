@@ -37,6 +37,7 @@ class Shard:
     url: str = field(repr=False)
     size: int | None = None  # bytes as stored; None where the store does not say
     etag: str | None = None
+    cuttable: bool = True  # False where parts of it would each be read from the beginning
 
 
 class Seam(NamedTuple):

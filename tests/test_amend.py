@@ -10,6 +10,7 @@ import shutil
 import signal
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
@@ -29,6 +30,7 @@ from mmbeam.io.parquet import UnitWriter
 from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards
 from mmbeam.io.store import Store
+from mmbeam.io.stream import open_shard
 from mmbeam.reading import read_batches
 from mmbeam.types import Needs, RunReport, UnitReport, WorkUnit
 
@@ -97,7 +99,7 @@ def attempt(run: Run, unit: WorkUnit) -> UnitReport:
     with UnitWriter(run, unit) as writer:
         for batch in read_batches(unit, Reading(), NEEDS, Windows(samples=3)):
             if batch.broken is not None:
-                return runs.report_failed_unit(run, unit, batch.broken)
+                return runs.report_failed_unit(run, unit, batch.broken, batch.found)
             writer.write(batch)
         return writer.commit()
 
@@ -142,21 +144,74 @@ def test_a_giant_shard_is_read_in_parts_once_and_for_all(store: str, tmp_path: P
 
 def test_a_web_server_without_ranges_is_read_from_the_beginning_by_every_part(output: str, tmp_path: Path) -> None:
     put(tmp_path, giant=samples(*range(10)))
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Quiet, directory=str(tmp_path))) as server:
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
-        try:
-            source = f"http://127.0.0.1:{server.server_port}/giant.tar"
-            assert launch(output, source).units_written == 5
-            assert rows(output) == whole(source, tmp_path)
-        finally:
-            server.shutdown()
-            thread.join()
+    with served(tmp_path, Quiet) as url:
+        assert launch(output, f"{url}/giant.tar").units_written == 5  # too small to be asked for ranges
+        assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
+
+
+def test_a_large_shard_is_not_cut_where_every_part_would_be_read_from_the_beginning(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, giant=samples(*range(10)))
+    monkeypatch.setattr("mmbeam.io.shards.LARGE", PART)
+    with served(tmp_path, Quiet) as url:
+        assert launch(output, f"{url}/giant.tar").units_written == 1
+        assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
+
+
+def test_a_large_shard_of_a_server_with_ranges_is_cut(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(tmp_path, giant=samples(*range(10)))
+    monkeypatch.setattr("mmbeam.io.shards.LARGE", PART)
+    with served(tmp_path, Ranges) as url:
+        assert launch(output, f"{url}/giant.tar").units_written == 5
+        assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
 
 
 class Quiet(SimpleHTTPRequestHandler):
     def log_message(self, *args: object) -> None:
         return
+
+
+class Ranges(Quiet):
+    """Sends the bytes that are asked for."""
+
+    def do_GET(self) -> None:
+        begin, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
+        data = Path(self.translate_path(self.path)).read_bytes()
+        part = data[begin : end + 1]
+        self.send_response(206)
+        self.send_header("Content-Range", f"bytes {begin}-{begin + len(part) - 1}/{len(data)}")
+        self.send_header("Content-Length", str(len(part)))
+        self.end_headers()
+        self.wfile.write(part)
+
+
+class BreaksOff(Ranges):
+    """Does not send the second half of one file."""
+
+    broken = "tiny-2.tar"
+
+    def do_GET(self) -> None:
+        begin = int(self.headers["Range"].removeprefix("bytes=").partition("-")[0])
+        if self.path.endswith(f"/{self.broken}") and 2 * begin >= Path(self.translate_path(self.path)).stat().st_size:
+            self.send_error(500)
+        else:
+            super().do_GET()
+
+
+@contextmanager
+def served(folder: Path, handler: type[Quiet], port: int = 0) -> Iterator[str]:
+    """The URL of a web server over a folder."""
+    with ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(folder))) as server:
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        try:
+            yield f"http://127.0.0.1:{server.server_port}"
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 def test_parts_keep_their_names_when_shards_come(output: str, tmp_path: Path) -> None:
@@ -428,6 +483,31 @@ def test_a_bad_shard_costs_its_pack_nothing_and_is_tried_alone(output: str, tmp_
     third = launch(output, source, part_bytes=100_000)
     assert (third.units_kept, third.units_written, third.units_failed) == (2, 1, 0)
     assert rows(output) == whole(source, tmp_path)
+    assert list(Store(output).list("failures")) == []
+
+
+@pytest.mark.usefixtures("packing")
+def test_a_shard_that_breaks_off_is_parted_from_its_pack(
+    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was read of it cannot be taken back from a unit that is under way, so the pack is read again without it."""
+    folder = put(tmp_path, **{f"tiny-{number}": samples(2 * number, 2 * number + 1) for number in range(8)})
+    monkeypatch.setattr("mmbeam.reading.open_shard", partial(open_shard, waits=()))
+    monkeypatch.setattr("mmbeam.io.stream.BLOCK_BYTES", 512)
+    monkeypatch.setattr("mmbeam.io.stream.READ_BYTES", 512)
+    with served(tmp_path, BreaksOff) as url:
+        source = f"{url}/tiny-{{0..7}}.tar"
+        first = launch(output, source, part_bytes=100_000)
+        assert (first.units_written, first.units_failed) == (1, 2)  # the pack, and what broke off in it
+        second = launch(output, source, part_bytes=100_000)
+        assert (second.units_kept, second.units_written, second.units_failed) == (1, 1, 1)
+        assert rows(output) == [row for row in whole(folder, tmp_path) if row[0] != "tiny-2.tar"]
+        third = launch(output, source, part_bytes=100_000)
+        assert (third.units_kept, third.failed) == (2, second.failed)
+    monkeypatch.setattr(BreaksOff, "broken", "")
+    with served(tmp_path, BreaksOff, int(url.rpartition(":")[2])):
+        assert launch(output, source, part_bytes=100_000).units_failed == 0
+    assert rows(output) == whole(folder, tmp_path)
     assert list(Store(output).list("failures")) == []
 
 

@@ -15,8 +15,10 @@ from braceexpand import braceexpand
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from mmbeam.config import MIB
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.io.paths import Info, etag_of, plain_url, public_path, public_text, without_query
+from mmbeam.io.stream import sends_ranges
 from mmbeam.types import Shard
 
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # what a folder given as a pattern stands for
@@ -24,6 +26,7 @@ LIST_SUFFIXES = (".txt", ".list")
 LIST_FOLDER_ABOVE = 16  # so many paths in one folder: one listing is cheaper than a request for each
 HTTP_PROBES = 1000  # a web server lists no sizes: ask for the first so many, the others stay unknown
 REQUESTS_AT_ONCE = 32
+LARGE = 32 * MIB  # above it a server is asked whether it sends parts: a shard may be cut so small
 LOOKED_AT = 5  # places named in an error
 
 
@@ -109,7 +112,8 @@ class _Place:
             path.encode()
         except UnicodeEncodeError:
             raise UsageError(f"{path!r}: the name is not UTF-8; rename the shard") from None
-        return Shard(path=path, url=plain_url(url), size=info.get("size"), etag=etag_of(info))
+        cuttable = info.get("partial", True)
+        return Shard(path=path, url=plain_url(url), size=info.get("size"), etag=etag_of(info), cuttable=cuttable)
 
 
 def _place(url: str) -> _Place:
@@ -225,6 +229,8 @@ def _info(place: _Place) -> Info | None:
         return {"type": "directory"}
     try:
         info: Info = place.fs.info(place.path)
+        if place.is_http and (info.get("size") or 0) > LARGE:
+            return {**info, "partial": sends_ranges(place.fs, place.path, info["size"])}
         return info
     except (
         FileNotFoundError,

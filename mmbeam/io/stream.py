@@ -195,6 +195,19 @@ class _Source(io.RawIOBase):
             file.close()
 
 
+def sends_ranges(fs: Any, url: str, size: int) -> bool:
+    """Whether an HTTP server sends parts of a file: one byte of it is asked for. True where it does not answer."""
+    try:
+        with _open_http(fs, url, size, 1) as file:
+            file.seek(1)
+            file.read(1)
+    except ValueError:
+        return False
+    except Exception as error:  # whoever reads it will see, and try again
+        logger.debug("%s: %s", public_text(url), type(error).__name__)
+    return True
+
+
 def _open_http(fs: Any, url: str, size: int | None, block_bytes: int) -> Any:
     """By ranges if the size is known, else as one stream, whose length aiohttp's default would cut at 5 minutes."""
     from aiohttp import ClientTimeout  # only here: whoever reads no HTTP needs no aiohttp

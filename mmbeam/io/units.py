@@ -71,7 +71,7 @@ def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, .
 
 def cut(shard: Shard, part_bytes: int) -> list[Input]:
     """Parts of the shard of about `part_bytes` each; the whole if it is not larger, or is not known to be cuttable."""
-    plain = shard.path.lower().endswith(".tar")
+    plain = shard.path.lower().endswith(".tar") and shard.cuttable
     count = round(shard.size / part_bytes) if plain and shard.size else 1
     cuts = {(shard.size or 0) * number // count // BLOCK * BLOCK for number in range(1, count)} - {0}
     begins = [0, *sorted(cuts)]

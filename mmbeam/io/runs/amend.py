@@ -11,7 +11,8 @@ How far a misplaced part truly reaches nobody knows yet, so behind it nothing is
 finds it out: it follows the headers, without the data, until it comes to a part that begins where it
 should, and on from its end. So a second run completes every shard, however many parts were misplaced.
 
-A shard of a pack that cannot be read gets a unit of its own, and the pack goes on without it.
+A shard of a pack that cannot be read gets a unit of its own, and the pack goes on without it; one that broke off
+in its middle has failed the pack, which is then read without it.
 """
 
 import logging
@@ -152,7 +153,7 @@ def _trace(units: Mapping[str, WorkUnit], part: PartRead, seam: Seam) -> Seam | 
 
 
 def _bad_packs(run: Run, reports: Mapping[str, UnitReport]) -> Iterator[tuple[WorkUnit, list[tuple[WorkUnit, str]]]]:
-    """Each committed pack without the shards that it could not read, and these as units of their own, with the reason.
+    """Each pack without the shards that it could not read, and these as units of their own, with the reason.
 
     Not again if they were a unit of this launch, or are planned since an earlier one and no input any more.
     """

@@ -1,6 +1,6 @@
 """Units that could not be read: no Parquet, and one failure file each, which stays until the unit commits."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -10,24 +10,24 @@ import pyarrow.parquet as pq
 from mmbeam.io.rows import FAILURE_SCHEMA
 from mmbeam.io.runs.commits import report_of
 from mmbeam.io.runs.run import Run, failures_name
-from mmbeam.io.units import input_to_json
-from mmbeam.types import UnitReport, WorkUnit
+from mmbeam.io.units import found_to_json, input_to_json
+from mmbeam.types import Found, UnitReport, WorkUnit
 
 FAILED = "failed"  # stands in the place of the attempt for a unit that could not be read
 
 
-def report_failed_unit(run: Run, unit: WorkUnit, reason: str) -> UnitReport:
+def report_failed_unit(run: Run, unit: WorkUnit, reason: str, found: Sequence[Found] = ()) -> UnitReport:
     """Record that a unit cannot be read: no Parquet, and one failure file that stays until the unit commits.
 
     If another attempt has committed the unit, that stands, and its report comes back as "kept"; a unit
-    that was to be replaced keeps the rows it has, and is reported as failed.
+    that was to be replaced keeps the rows it has, and is reported as failed. `found` says which input it was.
     """
     kept = report_of(run, unit.id)
     if kept is not None and not unit.replace:
         return kept
     if kept is not None:
         return replace(_report(unit, reason), tally=kept.tally)
-    return record_failed(run, unit, reason)
+    return replace(record_failed(run, unit, reason), inputs=found_to_json(unit, found))
 
 
 def record_failed(run: Run, unit: WorkUnit, reason: str) -> UnitReport:
