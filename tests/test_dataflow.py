@@ -4,6 +4,7 @@ A dry run makes the job as it would be sent, without credentials. The template i
 machine (see servers.py), by Beam's own client. That Dataflow's service takes it is not tested here.
 """
 
+import argparse
 import base64
 import hashlib
 import importlib.util
@@ -298,6 +299,34 @@ def caption_only() -> tuple[str, ...]:
 def test_what_the_launcher_adds_goes_to_beam() -> None:
     added = ["--runner=DataflowRunner", "--template_location=gs://b/t", "--requirements_cache_only_sources"]
     assert launcher().command_line(["--input=a", *added, "--output=b"]) == ["embed", "--input=a", "--output=b", *added]
+
+
+def test_what_the_launcher_adds_that_beam_does_not_know_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+    """A user's parameters Dataflow checks by the metadata; what it adds of its own must not end each launch."""
+    given = ["--input=a", "--some_new_option=1", "--output=b", "--num_workers=2"]
+    assert launcher().command_line(given) == ["embed", "--input=a", "--output=b", "--num_workers=2"]
+    assert capsys.readouterr().err == "left out, since Beam does not know it: --some_new_option\n"
+
+
+def test_several_models_are_for_embedding_alone() -> None:
+    given = ["--input=a", "--model=b,c", "--output=d"]
+    assert launcher().command_line(given) == ["embed", "--input=a", "--model=b", "--model=c", "--output=d"]
+    assert launcher().command_line([*given, "--command=caption"]) == ["caption", *given]
+
+
+NOT_OF_A_TEMPLATE = {
+    "verbose", "help", "workers", "shared_output",  # of a machine, and of a terminal
+    "retry_failures",  # holds a lock while the job runs
+    "engine",  # the image has no vLLM
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("command", ["embed", "caption"])
+def test_every_option_is_a_parameter(command: str) -> None:
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"mmbeam.commands.{command}").add_arguments(parser)
+    options = {action.dest for action in parser._actions}
+    assert options - metadata().keys() - NOT_OF_A_TEMPLATE == set()
 
 
 needs_gcs = pytest.mark.skipif("gcs" not in servers.STORES, reason=servers.report_header())

@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+import tomllib
 from fnmatch import fnmatch
 from itertools import pairwise
 from pathlib import Path
@@ -76,6 +77,15 @@ def test_boot_is_of_the_version_of_beam_that_is_installed_beside_it() -> None:
     assert launcher is not None
     assert image[2] == pinned[1]
     assert {image[1], python[1], f"{launcher[1][0]}.{launcher[1][1:]}"} == {"3.11"}
+
+
+def test_what_is_installed_by_name_is_there() -> None:
+    """pip only warns of an extra that a package does not have."""
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    texts = [DOCKERFILE, *(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("d*/**/*.md")])]
+    named = {name for text in texts for found in re.findall(r"'\.\[([\w,]+)\]'", text) for name in found.split(",")}
+    assert named == {"s3", "eval", "dataflow"} == set(extras)
+    assert extras["dataflow"] == ["apache-beam[gcp]"]  # which knows what its Dataflow runner wants
 
 
 def test_what_docker_builds_by_default_is_the_harness_without_root() -> None:
@@ -174,6 +184,7 @@ def parameters(call: list[str]) -> dict[str, str]:
         _, separator, rest = value.split("^", 2)
         for pair in rest.split(separator):
             name, _, text = pair.partition("=")
+            assert name not in pairs  # gcloud refuses one that comes twice
             pairs[name] = text
     return pairs
 
@@ -205,6 +216,29 @@ def test_run_gives_the_template_what_it_wants(
     assert {name for name, each in METADATA.items() if not each.get("isOptional")} <= sent.keys()
     for name, value in sent.items():
         assert all(re.fullmatch(pattern, value) for pattern in METADATA[name].get("regexes", [])), (name, value)
+
+
+def test_what_is_given_stands_before_what_run_sets(tmp_path: Path) -> None:
+    given = {
+        "device": "cpu",
+        "disk_size_gb": "500",
+        "element_processing_timeout_minutes": "600",
+        "dataflow_service_options": "worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver:5xx",
+        "prompt": "<|image|> 100% of it, ^what^ is it = ?",
+        "where": "image_width > 1 or text_words < 5 | 6",
+    }
+    (call,) = run("run.sh", tmp_path, *(f"{name}={value}" for name, value in given.items()), **PLACE, DISK="7")
+    sent = parameters(call)
+    assert {name: sent[name] for name in given} == given
+    assert sent["sdk_container_image"] == PLACE["IMAGE"]
+
+
+@pytest.mark.parametrize(
+    ("setting", "driver"), [({}, "install-nvidia-driver"), ({"DRIVER": "5xx"}, "install-nvidia-driver:5xx")]
+)
+def test_run_asks_for_a_driver(tmp_path: Path, setting: dict[str, str], driver: str) -> None:
+    (call,) = run("run.sh", tmp_path, "input=a", "output=gs://b", **PLACE, **setting)
+    assert parameters(call)["dataflow_service_options"] == f"worker_accelerator=type:nvidia-l4;count:1;{driver}"
 
 
 def test_run_uses_a_subnetwork_without_public_addresses(tmp_path: Path) -> None:

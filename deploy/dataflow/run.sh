@@ -12,6 +12,8 @@
 # TEMPLATE    what template.sh wrote (default: gs://$BUCKET/templates/mmbeam.json)
 # WORKERS     as many machines at most, and from the start (default: 2)
 # GPU         of each machine (default: nvidia-l4); "" for none, with DEVICE=cpu in build.sh
+# DRIVER      which of Dataflow's NVIDIA drivers (default: its own choice), for example 5xx, its newest. The image's
+#             torch is built for CUDA 13 and wants 580 or later
 # MACHINE     their type (default: g2-standard-8, which has one L4; without GPU n2-standard-8)
 # DISK        of each in GB (default: 100)
 # SERVICE_ACCOUNT, SUBNETWORK  the workers' (default: the project's own); a subnetwork is used without public addresses
@@ -20,15 +22,29 @@ set -euo pipefail
 GPU="${GPU-nvidia-l4}"
 WORKERS="${WORKERS:-2}"
 
-parameters=("$@" "sdk_container_image=$IMAGE" "disk_size_gb=${DISK:-100}")
+parameters=("$@")
+
+# A parameter that this script sets, unless it was given.
+default() {
+    local given
+    for given in "${parameters[@]}"; do
+        if [[ "$given" == "$1="* ]]; then return; fi
+    done
+    parameters+=("$1=$2")
+}
+
+default sdk_container_image "$IMAGE"
+default disk_size_gb "${DISK:-100}"
 # A worker in which one unit takes two hours hangs: it is ended, and the unit is done again elsewhere.
-parameters+=("element_processing_timeout_minutes=120")
+default element_processing_timeout_minutes 120
 if [[ -n "$GPU" ]]; then
     # One GPU for each machine, since one process of each holds the model. Dataflow installs the driver.
-    parameters+=("device=cuda" "dataflow_service_options=worker_accelerator=type:$GPU;count:1;install-nvidia-driver")
+    default device cuda
+    driver="install-nvidia-driver${DRIVER:+:$DRIVER}"
+    default dataflow_service_options "worker_accelerator=type:$GPU;count:1;$driver"
     MACHINE="${MACHINE:-g2-standard-8}"
 else
-    parameters+=("device=cpu")
+    default device cpu
     MACHINE="${MACHINE:-n2-standard-8}"
 fi
 
@@ -54,7 +70,7 @@ if [[ -n "${SUBNETWORK:-}" ]]; then
     flags+=(--subnetwork "$SUBNETWORK" --disable-public-ips)
 fi
 for parameter in "${parameters[@]}"; do
-    # One parameter for each flag, and | in the place of the comma as the separator, so that values may hold commas.
-    flags+=(--parameters "^|^$parameter")
+    # One parameter for each flag, and in the place of the comma a separator that no value holds (a control character).
+    flags+=(--parameters "^"$'\x1f'"^$parameter")
 done
 gcloud dataflow flex-template run "mmbeam-$(date +%Y%m%d-%H%M%S)" "${flags[@]}"
