@@ -73,6 +73,15 @@ def test_offline_the_hub_says_what_to_do() -> None:
         resolve("nobody/nothing-of-this-name")
 
 
+def test_offline_the_revisions_that_are_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An image may have a model by its commit alone, and nothing that says which of them is the newest."""
+    (tmp_path / "models--some--model" / "snapshots" / COMMIT).mkdir(parents=True)
+    (tmp_path / "models--some--model" / "refs").mkdir()
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(ModelError, match=f"some/model: not in the local hub cache, which has some/model@{COMMIT}, and"):
+        resolve("some/model")
+
+
 def test_a_name_the_hub_cannot_have() -> None:
     with pytest.raises(ModelError, match="neither a directory that exists nor a hub name"):
         resolve("two words")

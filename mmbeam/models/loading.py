@@ -121,11 +121,22 @@ def _hub_message(name: str, revision: str, error: Exception) -> str:
     if isinstance(error, hub_errors.RepositoryNotFoundError):
         return f"{name}: no such directory here and no such model on the hub (a private one needs `hf auth login`)"
     if isinstance(error, hub_errors.LocalEntryNotFoundError | hub_errors.OfflineModeIsEnabled):
+        there = ", ".join(f"{name}@{commit}" for commit in _cached(name))
         return (
-            f"{name}: not in the local hub cache, and the hub cannot be reached or HF_HUB_OFFLINE is set; "
+            f"{name}{f'@{revision}' if revision else ''}: not in the local hub cache"
+            f"{f', which has {there}' if there else ''}, and the hub cannot be reached or HF_HUB_OFFLINE is set; "
             f"download it where there is a network with `hf download {name}`, or give a directory"
         )
     return f"{name}: downloading it from the hub failed: {type(error).__name__}: {error}"
+
+
+def _cached(name: str) -> list[str]:
+    """The revisions of a hub model that the cache has."""
+    try:
+        repositories = huggingface_hub.scan_cache_dir(huggingface_hub.constants.HF_HUB_CACHE).repos
+    except (huggingface_hub.CacheNotFound, OSError):
+        return []
+    return sorted(each.commit_hash for found in repositories if found.repo_id == name for each in found.revisions)
 
 
 def _public(url: str) -> str:
