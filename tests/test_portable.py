@@ -15,7 +15,7 @@ from known import Known, assert_same, counts, make_known, options, read_parts
 from servers import STORES, fresh_output
 
 from mmbeam.errors import JobError, UsageError
-from mmbeam.jobs.cluster import check_cluster, check_output
+from mmbeam.jobs.cluster import check_cluster, check_ended, check_output
 from mmbeam.jobs.embed import embed, prepare
 from mmbeam.jobs.launch import execute
 from mmbeam.stages.embed import EmbedStage
@@ -35,9 +35,13 @@ class LoudStage(EmbedStage):
         return super().run(model, batch)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture
 def worker_pool() -> Iterator[list[str]]:
-    """A worker pool on loopback that knows where the stores are, and the options that name it."""
+    """A worker pool on loopback that knows where the stores are, and the options that name it.
+
+    One for each test: Prism gives the workers of every first job the same name, so that a job's end, told late, would
+    stop the next one's worker.
+    """
     for store in STORES:
         fresh_output(store, Path())
     port = free_port()
@@ -160,6 +164,66 @@ def test_a_cluster_that_does_not_answer_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+def test_a_worker_pool_named_by_an_environment_option_is_looked_for_too(tmp_path: Path) -> None:
+    port = free_port()
+    args = ["--environment_type=EXTERNAL", f"--environment_options=external_service_address=localhost:{port}"]
+    with pytest.raises(JobError, match=f"no worker pool answers at localhost:{port}"):
+        check_cluster(["--runner=PrismRunner", *args])
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        [],
+        ["--runner=PrismRunner"],
+        ["--runner=FlinkRunner", "--flink_master=[local]"],
+        [
+            "--runner=FlinkRunner",
+            "--flink_master=host:8081",
+            "--environment_type=EXTERNAL",
+        ],  # by a job server of its own
+        ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"],
+    ],
+)
+def test_a_job_that_would_end_with_its_launch_is_waited_for(known: Known, args: list[str], tmp_path: Path) -> None:
+    job = options(known.root, tmp_path / "out", *args, "--no_wait_until_finish", shared_output=True)
+    with pytest.raises(UsageError, match="--no_wait_until_finish: what runs the job here ends with this command"):
+        prepare(job)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--runner=FlinkRunner", "--flink_master=host:8081", "--flink_submit_uber_jar"],
+        ["--runner=PortableRunner", "--job_endpoint=host:8099"],
+        ["--runner=DataflowRunner"],
+    ],
+)
+def test_a_job_that_stays_needs_nobody_who_waits(args: list[str]) -> None:
+    check_ended([*args, "--no_wait_until_finish"], waited_for=False)
+
+
+@pytest.mark.parametrize("option", ["--dry_run=True", "--template_location=gs://b/t"])
+def test_what_only_dataflow_can_try_is_not_run_elsewhere(known: Known, option: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="these are Dataflow's"):
+        prepare(options(known.root, tmp_path / "out", option))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "option",
+    [
+        "--dataflow_service_options=worker_accelerator=type:nvidia-l4;count:2;install-nvidia-driver",
+        "--experiments=worker_accelerator=type:nvidia-tesla-t4;count:16",
+    ],
+)
+def test_several_gpus_of_a_machine_are_refused_where_one_process_has_them(option: str) -> None:
+    with pytest.raises(UsageError, match=r"expected count:1, and (2|16) times as many machines"):
+        check_cluster(["--runner=DataflowRunner", option])
+    check_cluster(["--runner=DataflowRunner", "--experiments=worker_accelerator=type:nvidia-l4;count:1"])
+
+
 def test_a_server_that_is_no_flink_is_told_apart(worker_pool: list[str]) -> None:
     address = worker_pool[1].partition("=")[2]
     with pytest.raises(JobError, match=f"no Flink answers at http://{address}"):
@@ -173,6 +237,9 @@ ELSEWHERE = [
     ["--runner=DataflowRunner"],
     ["--runner=PortableRunner", "--job_endpoint=host:8099"],
     ["--runner=PrismRunner", "--environment_type=EXTERNAL"],
+    ["--runner=PrismRunner", "--environment_type=DOCKER"],
+    ["--runner=FlinkRunner", "--flink_master=[local]", "--environment_type=DOCKER"],
+    ["--runner=PortableRunner", "--job_endpoint=embed"],  # in a container, if nothing else is said
 ]
 
 

@@ -17,6 +17,7 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from known import Known, assert_same, counts, make_known, options, read_parts
 
+from mmbeam.cli import main
 from mmbeam.config import Windows
 from mmbeam.errors import FlowError, UsageError
 from mmbeam.io import runs
@@ -59,6 +60,15 @@ def test_every_runner_in_this_process_gives_the_same_rows(known: Known, beam_arg
     report = embed(options(known.root, tmp_path, *beam_args))
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
+
+
+def test_the_direct_runner_says_where_it_runs(known: Known, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    where = ["--input", str(known.root / "in"), "--output", str(tmp_path), "--model", str(known.root / "clip")]
+    assert main(["embed", *where, "--device=cpu", "--max-failure-rate=1", "--runner=DirectRunner"]) == 0
+    said = [
+        record for record in caplog.records if "--runner=DirectRunner: the job runs in this process" in record.message
+    ]
+    assert [record.levelname for record in said] == ["WARNING"]  # and so it is shown without --verbose
 
 
 @pytest.mark.parametrize("spelled", [["--runner=DirectRunner"], ["--runner", "direct"], []])

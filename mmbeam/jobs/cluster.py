@@ -7,7 +7,15 @@ import socket
 from collections.abc import Sequence
 from urllib.request import urlopen
 
-from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions, PortableOptions, StandardOptions
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    FlinkRunnerOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    PortableOptions,
+    StandardOptions,
+    TestOptions,
+)
 
 from mmbeam.errors import JobError, UsageError
 from mmbeam.io.paths import public_path, public_text
@@ -18,6 +26,7 @@ EMBEDDED_FLINK = "[local]"
 
 # What a runner says that cannot reach the worker pool, or lost it: gRPC's status, or the socket's error.
 _NO_POOL = re.compile(r"UNAVAILABLE|Connection refused|UnknownHostException")
+_SEVERAL_GPUS = re.compile(r"worker_accelerator=.*\bcount:(?!1\b)(\d+)")
 _JAR_VERSION = re.compile(r"flink-(\d+\.\d+)-job-server")
 
 
@@ -29,8 +38,10 @@ def runner_of(args: Sequence[str]) -> str:
 
 def workers_are_here(args: Sequence[str]) -> bool:
     """Whether the workers run on this machine, so that its devices and files are theirs."""
-    environment = PipelineOptions(list(args)).view_as(PortableOptions).environment_type
-    return environment == "LOOPBACK" or (_runs_here(args) and environment != "EXTERNAL")
+    options = PipelineOptions(list(args)).view_as(PortableOptions)
+    # Beam's own choice for a job service is a container, which has files of its own.
+    environment = options.environment_type or ("DOCKER" if runner_of(args) == "portable" else "")
+    return environment == "LOOPBACK" or (_runs_here(args) and environment not in ("EXTERNAL", "DOCKER"))
 
 
 def _runs_here(args: Sequence[str]) -> bool:
@@ -60,6 +71,8 @@ def check_output(output: str, args: Sequence[str], shared: bool) -> None:
 def check_cluster(args: Sequence[str]) -> None:
     """Raise JobError if what would take the job does not answer, or is of another version than its client."""
     options = PipelineOptions(list(args))
+    if runner_of(args) == "dataflow":
+        _check_accelerator(options)
     portable = options.view_as(PortableOptions)
     if portable.job_endpoint not in (None, "embed"):
         _must_listen(portable.job_endpoint, "job service", "--job_endpoint")
@@ -67,6 +80,30 @@ def check_cluster(args: Sequence[str]) -> None:
         _check_flink(options.view_as(FlinkRunnerOptions))
     if portable.environment_type == "EXTERNAL" and _runs_here(args):
         _must_listen(_pool(portable), "worker pool", "--environment_config")
+
+
+def _check_accelerator(options: PipelineOptions) -> None:
+    """Raise UsageError for machines with several GPUs: one process of each holds the model, and uses one."""
+    services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+    for option in [*services, *(options.view_as(DebugOptions).experiments or [])]:
+        found = _SEVERAL_GPUS.search(option)
+        if found:
+            raise UsageError(f"{option}: expected count:1, and {found[1]} times as many machines: each uses one GPU")
+
+
+def check_ended(args: Sequence[str], waited_for: bool) -> None:
+    """Raise UsageError if a job that is not `waited_for` would end with the launch, or not be what it is called."""
+    options = PipelineOptions(list(args))
+    if waited_for or runner_of(args) == "dataflow":
+        return
+    if options.view_as(TestOptions).dry_run or options.view_as(GoogleCloudOptions).template_location:
+        raise UsageError("--dry_run, --template_location: these are Dataflow's; --limit 100 tries a job elsewhere")
+    uber_jar = runner_of(args) == "flink" and options.view_as(FlinkRunnerOptions).flink_submit_uber_jar
+    if _runs_here(args) or not (uber_jar or options.view_as(PortableOptions).job_endpoint):
+        raise UsageError(
+            "--no_wait_until_finish: what runs the job here ends with this command, and the job with it; leave it out, "
+            "or send the job to a job service that stays (--job_endpoint; with Flink also --flink_submit_uber_jar)"
+        )
 
 
 def pool_error(error: Exception, args: Sequence[str]) -> JobError | None:
@@ -85,7 +122,7 @@ def pool_error(error: Exception, args: Sequence[str]) -> JobError | None:
 
 
 def _pool(options: PortableOptions) -> str:
-    config = str(options.environment_config or "")
+    config = str(options.environment_config or options.lookup_environment_option("external_service_address") or "")
     return str(json.loads(config).get("url", "")) if config.startswith("{") else config
 
 

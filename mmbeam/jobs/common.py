@@ -1,5 +1,6 @@
 """What the jobs that write rows share: options checked, work planned, the pipe expression, what must be found."""
 
+import logging
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -14,13 +15,15 @@ from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
 from mmbeam.io.units import UNIT_BYTES
-from mmbeam.jobs.cluster import check_cluster, check_output, workers_are_here
-from mmbeam.jobs.launch import JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
+from mmbeam.jobs.cluster import check_cluster, check_ended, check_output, runner_of, workers_are_here
+from mmbeam.jobs.launch import DIRECT, JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
 from mmbeam.jobs.local import check_workers, execute_in_processes
 from mmbeam.models.leases import devices_of
 from mmbeam.stages.generate import GenerateStage
 from mmbeam.transforms import Embed, Generate, Plan, ReadFeatures, ReadShards, Summarize, WriteParquet
 from mmbeam.types import Modality, Needs, RunReport, Shard, Stage, WorkUnit
+
+log = logging.getLogger(__name__)
 
 # What a row means. A change of it is a change of every fingerprint.
 OUTPUT_VERSION = 1
@@ -42,7 +45,8 @@ class Job:
         batches = pipeline | Plan(self.units) | self._read()  # WorkUnit, Batch
         for number, stage in enumerate(self.stages):
             batches = batches | _label(stage, number) >> _step(stage)  # Batch
-        summarize = Summarize(self.run, self.check, len(self._devices()))
+        here = workers_are_here(self.options.beam_args)
+        summarize = Summarize(self.run, self.check, len(self._devices()) if here else None)
         return batches | WriteParquet(self.run) | summarize  # UnitReport, RunReport
 
     def steps(self) -> list[beam.DoFn]:
@@ -93,11 +97,16 @@ def _label(stage: Stage, number: int) -> str:
 def check_options(options: JobOptions) -> None:
     """Raise UsageError for what cannot be meant, JobError for a cluster that does not answer."""
     pipeline_options(options.beam_args)
+    if runner_of(options.beam_args) in DIRECT:
+        log.warning(
+            "--runner=DirectRunner: the job runs in this process (Beam's FnApiRunner); --runner=PrismRunner is Prism"
+        )
     check_steps(options.reading.cleaning.text)
     for where in options.reading.cleaning.where:
         compile_where(where)
     check_workers(options)
     check_output(options.output, options.beam_args, options.shared_output)
+    check_ended(options.beam_args, is_waited_for(options.beam_args))
     check_cluster(options.beam_args)
 
 

@@ -34,7 +34,8 @@ from mmbeam.types import Modality, RunReport, WorkUnit
 
 log = logging.getLogger(__name__)
 
-IN_PROCESS = ("", "direct", "switchingdirect")  # the runners, as runner_of names them, that are this process
+DIRECT = ("direct", "switchingdirect")  # would be Prism, a program to be downloaded, or FnApiRunner, as Beam sees fit
+IN_PROCESS = ("", *DIRECT)  # the runners, as runner_of names them, that are this process
 UNITS_PER_DEVICE = 2  # at once: one computes while the other opens, decodes or writes
 PACKAGES = (
     "mmbeam",
@@ -84,8 +85,6 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
         raise UsageError(f"unknown argument {unknown[0]}: neither mmbeam nor Apache Beam has it (see mmbeam --help)")
     runner = runner_of(args)
     if runner in IN_PROCESS:
-        if runner:
-            log.info("--runner=DirectRunner runs in this process, by Beam's FnApiRunner; --runner=PrismRunner is Prism")
         threads = ["--direct_running_mode=multi_threading", f"--direct_num_workers={UNITS_PER_DEVICE * devices}"]
         args = [*threads, *args, "--runner=FnApiRunner"]
     elif runner == "dataflow":
