@@ -4,12 +4,13 @@ A CPU counts as several devices here, cpu:0, cpu:1 and cpu:2, each with a thread
 are GPUs the same tests run on them.
 """
 
+import os
 import subprocess
 import sys
 import threading
 from collections import Counter, defaultdict
 from collections.abc import Generator, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any, cast
 
@@ -186,8 +187,43 @@ def test_a_directory_of_locks_that_is_not_ours_is_refused(tmp_path: Path) -> Non
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
-def test_a_worker_process_of_a_runner_keeps_to_one_device() -> None:
-    """Of this machine's own GPUs, where there are any."""
-    kind = "cuda" if torch.cuda.is_available() else "cpu"
-    leases.own_one(kind)
-    assert len(leases.devices_of(kind)) == 1
+WORKER = """
+import sys
+from pathlib import Path
+from mmbeam.models import leases
+from mmbeam.stages.embed import embed_stage
+from mmbeam.transforms.embed import RunStage
+if sys.argv[3] != "cuda":
+    leases.use(("cpu:0", "cpu:1"))
+step = RunStage(embed_stage(sys.argv[1], device=sys.argv[3]))
+if sys.argv[4] == "worker":
+    step.launcher = ("another host", 1)
+step.setup()
+Path(sys.argv[2]).write_text(" ".join(leases.devices_of(sys.argv[3])))
+print("set up", file=sys.stderr, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_each_worker_process_of_a_runner_keeps_to_a_device_of_its_own(
+    known: Known, device: torch.device, tmp_path: Path
+) -> None:
+    """The step takes it when it is set up, in whatever process; the launcher's own process keeps them all."""
+    number = len(SEVERAL[device.type]) if device.type == "cuda" else 2
+    environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    with ExitStack() as started:
+        found = []
+        for index, role in enumerate([*["worker"] * number, "launcher"]):
+            where = tmp_path / f"{index}"
+            command = [sys.executable, "-W", "ignore", "-c", WORKER, str(known.root / "clip"), str(where)]
+            process = started.enter_context(
+                subprocess.Popen(
+                    [*command, device.type, role], env=environment, stdin=subprocess.PIPE, stderr=subprocess.PIPE
+                )
+            )
+            started.callback(process.kill)
+            assert process.stderr is not None
+            assert any(b"set up" in line for line in process.stderr)
+            found.append(where.read_text().split())
+    assert [len(devices) for devices in found] == [*[1] * number, number]
+    assert len({devices[0] for devices in found[:-1]}) == number

@@ -192,6 +192,24 @@ def test_the_line_comes_from_the_commits_while_this_process_counts_nothing(
     terminal.close()
 
 
+def test_looking_takes_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A store bills the pages of a listing, and of 100,000 units there are 100."""
+    looks: list[float] = []
+
+    class Slow(Committed):
+        def look(self) -> None:
+            looks.append(time.monotonic())
+            time.sleep(0.05)
+
+    monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(module, "Committed", Slow)
+    runs.open_run(make_run(str(tmp_path / "out")))
+    progress.start(2)
+    with ProgressLine(str(tmp_path / "out"), io.StringIO(), seconds=0.01):
+        time.sleep(1)
+    assert len(looks) == 1
+
+
 # The summary
 
 
@@ -236,6 +254,18 @@ def test_a_summary_of_a_run_that_found_all_done_is_short(tmp_path: Path) -> None
         "made: 8 image_embedding",
         f"rows: {Store('memory://out/')}/data/",
     ]
+
+
+def test_a_summary_of_workers_that_nobody_has_counted_gives_no_share(tmp_path: Path) -> None:
+    """Ten GPUs elsewhere compute for longer than the job takes."""
+    run = make_run(str(tmp_path / "out"))
+    runs.open_run(run)
+    report = runs.write_summary(run, [write_unit(run, make_unit("a-1")).commit()], 2.0, devices=None)
+    assert report == runs.read_summary(run)
+    extra = Tally(seconds={"compute": 75})
+    text = "".join(summary_text(replace(report, tally=report.tally + extra), "memory://out/"))
+    assert "5.0 samples/s, the models of all workers computed for 1m15s" in text
+    assert "speed of light" not in text
 
 
 # The status

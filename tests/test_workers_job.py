@@ -7,6 +7,7 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
@@ -17,7 +18,7 @@ from known import Known, assert_same, counts, make_known, options, read_parts
 from test_workers import exists
 
 from mmbeam.cli import main
-from mmbeam.decode.pool import use_cores
+from mmbeam.decode.pool import cores, use_cores
 from mmbeam.errors import JobError, UsageError
 from mmbeam.io import runs
 from mmbeam.jobs.caption import CaptionOptions
@@ -26,7 +27,8 @@ from mmbeam.jobs.embed import EmbedOptions, embed, prepare
 from mmbeam.jobs.local import UnitWork, check_workers, share_cores, share_devices
 from mmbeam.models import leases
 from mmbeam.report.progress import progress
-from mmbeam.types import Tally
+from mmbeam.stages.embed import EmbedStage
+from mmbeam.types import Batch, Tally
 
 
 @pytest.fixture(scope="module")
@@ -99,6 +101,27 @@ def test_a_worker_process_makes_the_same_rows_and_tells_every_window(known: Know
     assert_same(read_parts(tmp_path), known.parts)
     assert sum(told, Tally()).samples == known.report.tally.samples
     assert len(told) > 5
+
+
+def test_a_worker_process_keeps_to_its_share_of_devices_and_cores(
+    known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    used: list[tuple[str, int]] = []
+    run = EmbedStage.run
+
+    def noting(stage: EmbedStage, model: Any, batch: Batch) -> Batch:
+        used.append((stage.device, cores()))
+        return run(stage, model, batch)
+
+    monkeypatch.setattr(EmbedStage, "run", noting)
+    job = prepare(options(known.root, tmp_path))
+    try:
+        UnitWork(replace(job, units=()).steps, ("cpu:1",), 3)(job.units[0], lambda _: None)
+    finally:
+        progress.relay = None
+        leases.use(())
+        use_cores(0)
+    assert set(used) == {("cpu:1", 3)}
 
 
 def test_captions_are_made_in_worker_processes_too(tmp_path: Path) -> None:

@@ -69,10 +69,14 @@ def own_one(name: str) -> None:
     """In a worker process that a runner started: of several GPUs that `name` means, use one that no other has."""
     with _lock:
         devices = devices_of(name)
-        if len(devices) > 1 and torch.device(devices[0]).type == "cuda":
-            # not the number, which is each process's own where CUDA_VISIBLE_DEVICES is set
-            ids = [str(torch.cuda.get_device_properties(each).uuid) for each in devices]
-            use([devices[take_one(ids)]])
+        if len(devices) > 1:
+            use([devices[take_one([_identity(each) for each in devices])]])
+
+
+def _identity(name: str) -> str:
+    """Of a GPU not its number, which is each process's own where CUDA_VISIBLE_DEVICES is set."""
+    found = torch.device(name)
+    return str(torch.cuda.get_device_properties(found).uuid) if found.type == "cuda" else name
 
 
 def take_one(ids: Sequence[str], directory: Path | None = None) -> int:

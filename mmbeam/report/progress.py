@@ -20,7 +20,8 @@ from mmbeam.types import Tally, UnitReport
 log = logging.getLogger(__name__)
 
 RATE_SECONDS = 30.0  # the rate is that of so long a time
-POLL_SECONDS = 5.0  # between two looks at what is committed
+POLL_SECONDS = 5.0  # between two looks at what is committed, or
+POLL_SHARE = 0.01  # of the time at most, where many pages are to be listed: a store bills each
 TERMINAL_SECONDS = 0.5  # between two lines on a terminal, which is rewritten in place,
 LOG_SECONDS = 10.0  # and elsewhere
 CLEAR_LINE = "\r\x1b[K"
@@ -169,8 +170,10 @@ class ProgressLine:
         if progress.counted:
             return progress
         if time.monotonic() >= self._next_look:
+            began = time.monotonic()
             self._look()
-            self._next_look = time.monotonic() + POLL_SECONDS
+            now = time.monotonic()
+            self._next_look = now + max(POLL_SECONDS, (now - began) / POLL_SHARE)
         return progress if self._elsewhere is None else self._elsewhere.progress
 
     def _look(self) -> None:

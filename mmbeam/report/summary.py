@@ -49,10 +49,10 @@ def _times(report: RunReport) -> Iterator[str]:
     if not report.units_written:
         return
     took = f"{report.wall_seconds:.1f}s" if report.wall_seconds < 60 else clock(report.wall_seconds)
-    yield (
-        f"time: {took}, {report.rate:,.1f} samples/s, speed of light {report.speed_of_light:.0%} "
-        "(the share of the time in which the model computed)"
-    )
+    light = f"speed of light {report.speed_of_light or 0:.0%} (the share of the time in which the model computed)"
+    if report.speed_of_light is None:  # only the runner knows how many workers there are
+        light = f"the models of all workers computed for {clock(report.tally.seconds.get('compute', 0.0))}"
+    yield f"time: {took}, {report.rate:,.1f} samples/s, {light}"
     seconds = [report.tally.seconds.get(step, 0.0) for step in STEPS]
     shares = [f"{name} {part / (sum(seconds) or 1.0):.0%}" for name, part in zip(STEPS.values(), seconds, strict=True)]
     yield f"a unit's time: {', '.join(shares)}"

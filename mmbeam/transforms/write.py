@@ -98,7 +98,7 @@ class Summarize(beam.PTransform):
     how many compute, where that is known.
     """
 
-    def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None, devices: int = 1) -> None:
+    def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None, devices: int | None = 1) -> None:
         super().__init__()
         self.run = run
         self.check = check
@@ -117,7 +117,7 @@ def summarize(
     run: Run,
     started: float,
     check: Callable[[RunReport], None] | None,
-    devices: int = 1,
+    devices: int | None = 1,
 ) -> RunReport:
     """What Summarize does with the reports of all units of a launch that began at `started`, in Unix time."""
     report = runs.write_summary(run, reports, time.time() - started, devices)

@@ -20,7 +20,7 @@ def check_conserved(tally: Tally, where: str) -> None:
         )
 
 
-def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, devices: int = 1) -> RunReport:
+def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, devices: int | None = 1) -> RunReport:
     """Sum up the units' reports, write summary.json, and sweep the failure files. See `amend` and `sum_up`."""
     reports = amend(run, reports)
     summary = sum_up(reports, wall_seconds, devices)
@@ -41,16 +41,17 @@ def confirm_summary(run: Run, reports: Sequence[UnitReport]) -> RunReport:
     return summary if same else write_summary(run, reports, 0.0)
 
 
-def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int = 1) -> RunReport:
+def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int | None = 1) -> RunReport:
     """The report of a run out of those of its units.
 
     `wall_seconds` and `devices` are this launch's: rate and speed of light count only what it wrote.
-    Raises FlowError if the counts do not add up.
+    `devices` is None where only the runner knows how many workers it has. Raises FlowError if the counts do not add up.
     """
     for report in reports:
         check_conserved(report.tally, f"unit {report.unit}")
     statuses = [report.status for report in reports]
     written = sum((report.tally for report in reports if report.status == "written"), Tally())
+    computed = written.seconds.get("compute", 0.0)
     return RunReport(
         units_written=statuses.count("written"),
         units_kept=statuses.count("kept"),
@@ -58,7 +59,7 @@ def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int = 1)
         tally=sum((report.tally for report in reports), Tally()),
         wall_seconds=wall_seconds,
         rate=written.samples / wall_seconds if wall_seconds else 0.0,
-        speed_of_light=written.seconds.get("compute", 0.0) / (wall_seconds * devices) if wall_seconds else 0.0,
+        speed_of_light=None if devices is None else computed / (wall_seconds * devices) if wall_seconds else 0.0,
         failed={report.unit: report.error or "" for report in reports if report.status == "failed"},
     )
 
