@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import apache_beam
+from servers import build_go
 
 BUILT = Path(__file__).parent.parent / ".cache" / "bin" / "prism"
 PRISM_MODULE = f"github.com/apache/beam/sdks/v2/go/cmd/prism@v{apache_beam.__version__}"
@@ -54,6 +55,4 @@ def prism_binary() -> str | None:
         return named or str(BUILT)
     if shutil.which("go") is None:
         return None
-    environment = {**os.environ, "GOBIN": str(BUILT.parent), "GOFLAGS": "-modcacherw"}
-    subprocess.run(["go", "install", PRISM_MODULE], env=environment, check=True, timeout=600)
-    return str(BUILT)
+    return str(build_go(PRISM_MODULE, BUILT))

@@ -24,6 +24,16 @@ def device(request: pytest.FixtureRequest) -> torch.device:
     return torch.device(request.param)
 
 
+def pytest_sessionstart(session: pytest.Session) -> None:
+    """Of a run in several processes: build the servers that are not there yet, which takes longer than a test may."""
+    if getattr(session.config.option, "numprocesses", None) and not hasattr(session.config, "workerinput"):
+        from beam_servers import prism_binary
+
+        prism_binary()
+        if "gcs" in servers.STORES:
+            servers.gcs_binary()
+
+
 def pytest_report_header() -> str:
     """Which stores are tested on this machine, and why one is not."""
     return servers.report_header()

@@ -13,6 +13,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.error
 import urllib.request
@@ -23,6 +24,7 @@ from pathlib import Path
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import fsspec.config
+from filelock import FileLock
 
 BUCKET = "mmbeam-tests"
 BUILT = Path(__file__).parent.parent / ".cache" / "bin" / "fake-gcs-server"
@@ -82,20 +84,30 @@ def _gcs() -> str:
     os.environ["FSSPEC_GS"] = json.dumps({"token": "anon"})  # for the processes that tests start
     fsspec.config.conf["gs"] = {"token": "anon"}
     address = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-public-host", f"127.0.0.1:{port}"]
-    _start([_gcs_binary(), *address, "-backend", "memory"], f"{endpoint}/storage/v1/b?project=test")
+    _start([gcs_binary(), *address, "-backend", "memory"], f"{endpoint}/storage/v1/b?project=test")
     body = json.dumps({"name": BUCKET}).encode()
     headers = {"Content-Type": "application/json"}
     urllib.request.urlopen(urllib.request.Request(f"{endpoint}/storage/v1/b?project=test", body, headers)).close()
     return f"gs://{BUCKET}"
 
 
-def _gcs_binary() -> str:
+def gcs_binary() -> str:
     found = find_fake_gcs()
     if found is None:
-        environment = {**os.environ, "GOBIN": str(BUILT.parent), "GOFLAGS": "-modcacherw"}
-        subprocess.run(["go", "install", GCS_MODULE], env=environment, check=True, timeout=600)
-        found = str(BUILT)
+        found = str(build_go(GCS_MODULE, BUILT))
     return found
+
+
+def build_go(module: str, binary: Path) -> Path:
+    """Have Go build a program, unless another test process has just done so."""
+    binary.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(binary.with_suffix(".lock")):
+        if not binary.exists():
+            with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
+                environment = {**os.environ, "GOBIN": folder, "GOFLAGS": "-modcacherw"}
+                subprocess.run(["go", "install", module], env=environment, check=True)
+                Path(folder, binary.name).replace(binary)  # whole, for whoever looks
+    return binary
 
 
 def _free_port() -> int:

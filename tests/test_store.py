@@ -90,6 +90,27 @@ def test_a_file_of_several_requests_is_created_once(store: Store) -> None:
     assert store.list("data") == {"a": size}
 
 
+@pytest.mark.parametrize("store", STORES, indirect=True)
+def test_nothing_is_published_by_a_rename_or_a_copy(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is exclusive on a store: of two that come together both would be told that they were first."""
+
+    def refused(*args: object, **_: object) -> None:
+        raise AssertionError(f"moved or copied: {args}")
+
+    store.create("data/earlier", b"x")  # what is asked for the first time imports and connects
+    for name in ("mv", "copy", "cp_file", "mv_file", "_mv", "_copy", "_cp_file", "_mv_file"):
+        monkeypatch.setattr(type(store._at("data")[0]), name, refused, raising=False)
+    for name in ("rename", "renames", "replace"):
+        monkeypatch.setattr(os, name, refused)
+    monkeypatch.setattr("shutil.move", refused)
+    file = store.scratch_file()
+    file.write_bytes(b"first")
+    store.create("data/a", file)
+    with pytest.raises(FileExistsError):
+        store.create("data/a", b"second")
+    assert store.read("data/a") == b"first"
+
+
 def test_a_pickled_store_is_the_same(store: Store) -> None:
     store.create("a", b"x")
     assert pickle.loads(pickle.dumps(store)).read("a") == b"x"

@@ -179,6 +179,14 @@ def test_plan_takes_units_and_keeps_what_is_opened_and_what_is_replaced() -> Non
         Plan([])
 
 
+@pytest.mark.parametrize(("task", "units"), [("embed", 1), ("caption", 8)])
+def test_plan_for_a_run_cuts_by_what_its_model_does(task: str, units: int, tmp_path: Path) -> None:
+    with (tmp_path / "giant.tar").open("wb") as shard:
+        shard.truncate(256 << 20)
+    run = make_run(str(tmp_path / "out"), task=task)
+    assert len(Plan(str(tmp_path / "giant.tar"), run).units) == units
+
+
 def test_plan_for_a_run_keeps_its_units_and_refuses_another_run(here: Path) -> None:
     run = embed_run("out", [embed_stage(MODEL)])
     first = Plan("shards/*0.tar", run).units

@@ -14,7 +14,8 @@ from mmbeam.errors import UsageError
 from mmbeam.io.tarheaders import BLOCK
 from mmbeam.types import Found, Input, Seam, Shard, WorkUnit
 
-UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for a model that embeds
+UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for a model that embeds,
+GENERATE_BYTES = 32 * MIB  # and for one that generates
 LEAST_UNITS = 1_000  # so many shards, or fewer, are not packed: one that is bad is better alone
 MOST_UNITS = 100_000  # more are not made by cutting: each has its Parquet
 PACKED = 100  # shards in one unit at most: a footer names them all

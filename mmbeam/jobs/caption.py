@@ -10,6 +10,7 @@ from mmbeam.io.features import check_columns, feature_patterns
 from mmbeam.io.paths import public_path
 from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards
+from mmbeam.io.units import GENERATE_BYTES
 from mmbeam.jobs.cluster import workers_are_here
 from mmbeam.jobs.common import (
     OUTPUT_VERSION,
@@ -32,7 +33,6 @@ from mmbeam.stages.generate import GenerateStage, generate_stage
 from mmbeam.types import MODALITIES, Modality, RunReport, Shard
 
 GPU_WINDOWS = Windows(decoded_bytes=256 * MIB)  # 340 pictures of 512 x 512, where the default is 42: a batch is 256
-UNIT_BYTES = 32 * MIB  # of a shard, as stored: minutes of work for a model that generates
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,7 +94,7 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     return CaptionJob(
         run=run,
         stages=(*embed, generate),
-        units=plan(run, shards, options, unit_bytes=None if files else UNIT_BYTES),
+        units=plan(run, shards, options, unit_bytes=None if files else GENERATE_BYTES),
         options=options,
         check=must_find(*_due(generate)),
         features=bool(files),

@@ -7,10 +7,11 @@ from dataclasses import replace
 
 import apache_beam as beam
 
+from mmbeam.config import TASKS
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
 from mmbeam.io.shards import list_shards
-from mmbeam.io.units import plan_units, unit_from_json, unit_to_json
+from mmbeam.io.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
 from mmbeam.types import Shard, WorkUnit
 
 
@@ -72,4 +73,5 @@ def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) ->
 def _planned(run: Run, shards: Sequence[Shard]) -> list[WorkUnit]:
     runs.open_run(run)
     runs.clear_stop(run)
-    return runs.extend_plan(run, shards)
+    generates = run.configuration.get("task") in TASKS
+    return runs.extend_plan(run, shards, unit_bytes=GENERATE_BYTES if generates else UNIT_BYTES)

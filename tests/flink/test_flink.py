@@ -34,10 +34,10 @@ SECONDS = 500  # for one job; on a machine that does nothing else it takes half 
 pytestmark = pytest.mark.timeout(2 * SECONDS)
 
 
-def command(known: Known, name: str, output: str, options: list[str]) -> list[str]:
-    """`mmbeam embed` or `mmbeam caption` over the known corpus."""
+def command(known: Known, name: str, output: str, options: list[str], source: str | None = None) -> list[str]:
+    """`mmbeam embed` or `mmbeam caption` over the known corpus, wherever it lies."""
     model = known.root / {"embed": "clip", "caption": "fusion"}[name]
-    given = ["--input", str(known.root / "in"), "--output", output, "--model", str(model)]
+    given = ["--input", source or str(known.root / "in"), "--output", output, "--model", str(model)]
     given += ["--max-new-tokens=8"] if name == "caption" else []
     return [name, *given, "--device=cpu", "--batch-size=3", "--max-failure-rate=1", *options]
 
@@ -93,11 +93,17 @@ def test_every_command_of_the_readme_runs_and_nothing_is_left(known: Known, tmp_
 
 
 @pytest.mark.parametrize("store", [store for store in servers.STORES if store != "local"])
-def test_rows_in_an_object_store_are_the_same(store: str, known: Known, flink: Cluster, tmp_path: Path) -> None:
-    output = servers.fresh_output(store, tmp_path)
-    done = run(*MMBEAM, *command(known, "embed", output, [*flink.beam_options, UBER_JAR]))
-    assert done.returncode == 0, done.stderr
-    assert_same(read_parts(fetched(output, tmp_path / "fetched")), known.parts)
+@pytest.mark.parametrize("name", ["embed", "caption"])
+def test_from_an_object_store_to_an_object_store(
+    store: str, name: str, known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    source, output = servers.fresh_output(store, tmp_path), servers.fresh_output(store, tmp_path)
+    fs, path = url_to_fs(source)
+    fs.put(str(known.root / "in"), path, recursive=True)
+    for there, options in ((output, [*flink.beam_options, UBER_JAR]), (str(tmp_path / "here"), [])):
+        done = run(*MMBEAM, *command(known, name, there, options, source=source))
+        assert done.returncode == 0, done.stderr
+    assert_same(read_parts(fetched(output, tmp_path / "fetched")), read_parts(tmp_path / "here"))
 
 
 def fetched(output: str, folder: Path) -> Path:
