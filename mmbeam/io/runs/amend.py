@@ -141,7 +141,9 @@ def _trace(units: Mapping[str, WorkUnit], part: PartRead, seam: Seam) -> Seam | 
     """Where the part ends if it begins at `seam`, found by following its headers; None if it cannot be read."""
     source = replace(units[part.unit].inputs[0], seam=seam)
     reading = Part(source)
-    logger.info("%s: following the headers from byte %s to find where parts begin", part.shard, seam.sample)
+    logger.warning(  # for it may take minutes before the job begins
+        "%s: following its headers from byte %s to find where its parts begin", part.shard, seam.sample
+    )
     try:
         with open_shard(source.shard, reading.origin) as stream:
             for _ in TarReader(stream, part.shard, lambda name: False, Limits(), reading):
