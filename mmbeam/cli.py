@@ -14,7 +14,8 @@ import threading
 import traceback
 import warnings
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import NoReturn
 
 from mmbeam.commands import command, parse
@@ -116,8 +117,22 @@ def _wait_for_interrupt(told: socket.socket) -> None:
 
 
 def _interrupted(*_: object) -> None:
-    os.write(2, f"{_clear_line()}mmbeam: interrupted; the same command again does the rest\n".encode())
+    cluster = " (a cluster goes on with its job until it is cancelled there)" if _has_runner() else ""
+    os.write(2, f"{_clear_line()}mmbeam: interrupted; the same command again does the rest{cluster}\n".encode())
+    for child in _children():  # a job server, say, which would outlive this process
+        with suppress(OSError):
+            os.kill(child, signal.SIGTERM)
     os._exit(INTERRUPTED)
+
+
+def _has_runner() -> bool:
+    """Whether the command named one, which may be another machine's."""
+    return any(arg.partition("=")[0] == "--runner" for arg in sys.argv)
+
+
+def _children() -> list[int]:
+    """The processes that this one has started, where the system tells."""
+    return [int(pid) for each in Path("/proc/self/task").glob("*/children") for pid in each.read_text().split()]
 
 
 def _clear_line() -> str:

@@ -336,7 +336,9 @@ needs_gcs = pytest.mark.skipif("gcs" not in servers.STORES, reason=servers.repor
 def test_the_launcher_writes_the_job_for_dataflow_and_returns(home: Path, tmp_path: Path) -> None:
     """As Dataflow's launcher starts it; the bucket is a server's of this machine."""
     bucket = servers.fresh_output("gcs", tmp_path)
-    given = [f"--input={home / 'in'}", f"--output={bucket}/out", f"--model={home / 'clip'}", "--device=cuda"]
+    fs, path = fsspec.core.url_to_fs(f"{bucket}/in")
+    fs.put(str(home / "in"), path, recursive=True)
+    given = [f"--input={bucket}/in", f"--output={bucket}/out", f"--model={home / 'clip'}", "--device=cuda"]
     given += ["--command=embed", "--runner=DataflowRunner", "--project=my-project", "--region=us-central1", "--no_auth"]
     given += ["--job_name=mmbeam-1", f"--staging_location={bucket}/staging", f"--temp_location={bucket}/temp"]
     given += [f"--template_location={bucket}/staging/template_launches/1/job_object"]

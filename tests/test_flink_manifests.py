@@ -9,7 +9,7 @@ import yaml
 from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOptions, PortableOptions
 
 from mmbeam.commands import parse
-from mmbeam.jobs.cluster import check_output, runner_of, workers_are_here
+from mmbeam.jobs.cluster import check_input, check_output, runner_of, workers_are_here
 from mmbeam.jobs.launch import pipeline_options
 
 MANIFESTS = Path(__file__).parents[1] / "deploy" / "flink" / "kubernetes"
@@ -40,6 +40,7 @@ def test_the_jobs_command_is_one_that_mmbeam_and_beam_take(args: Any) -> None:
     assert not workers_are_here(args.beam_args)
     assert args.device == "cuda"
     check_output(args.output, args.beam_args, shared=args.shared_output)
+    check_input(args.input, args.beam_args, shared=args.shared_output)
 
 
 def test_the_job_finds_the_cluster_and_its_worker_pools(args: Any, cluster: Any) -> None:
@@ -78,7 +79,7 @@ def test_restarts_are_those_that_the_tests_on_flink_run_with(cluster: Any) -> No
     shared = [
         name for name in tested if name.startswith(("restart-strategy", "taskmanager.numberOf", "taskmanager.load"))
     ]
-    assert len(shared) == 6
+    assert len(shared) == 8
     assert {name: written.get(name) for name in shared} == {name: str(tested[name]) for name in shared}
 
 

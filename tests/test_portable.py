@@ -1,8 +1,11 @@
 """The same rows on runners in processes of their own: a job service, Prism, an external worker pool; and none there."""
 
 import os
+import re
+import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -15,7 +18,7 @@ from known import Known, assert_same, counts, make_known, options, read_parts
 from servers import STORES, fresh_output
 
 from mmbeam.errors import JobError, UsageError
-from mmbeam.jobs.cluster import check_cluster, check_ended, check_output
+from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_error
 from mmbeam.jobs.embed import embed, prepare
 from mmbeam.jobs.launch import execute
 from mmbeam.stages.embed import EmbedStage
@@ -164,6 +167,82 @@ def test_a_cluster_that_does_not_answer_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--runner=PortableRunner", "--job_endpoint=nohost"], "--job_endpoint nohost: expected HOST:PORT"),
+        (["--runner=PortableRunner", "--job_endpoint=me:hush@h:99x"], "--job_endpoint h:99x: expected HOST:PORT"),
+        (["--runner=FlinkRunner", "--flink_master=me:hush@nohost"], "--flink_master nohost: expected HOST:PORT"),
+        (["--runner=FlinkRunner", "--flink_master=http://host/hush?hush"], "--flink_master host: expected HOST:PORT"),
+        (
+            ["--runner=PrismRunner", "--environment_type=EXTERNAL"],
+            "--environment_config is missing: expected HOST:PORT",
+        ),
+        (
+            ["--runner=FlinkRunner", "--flink_master=[auto]", "--environment_type=EXTERNAL"],
+            "--environment_config is missing: expected HOST:PORT",
+        ),
+    ],
+)
+def test_an_address_that_is_none_is_named_as_it_was_given_but_for_secrets(args: list[str], message: str) -> None:
+    with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
+        check_cluster(args)
+
+
+def test_an_interrupt_ends_what_the_command_has_started(known: Known, prism: list[str], tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "mmbeam", "embed", "--input", str(known.root / "in"), "--output", str(tmp_path)]
+    command += ["--model", str(known.root / "clip"), "--device=cpu", *prism]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:
+        while not (started := children_named("prism", process.pid)):
+            assert process.poll() is None
+            time.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        assert process.wait() == 130
+        assert process.stderr is not None
+        assert b"the same command again does the rest (a cluster goes on with its job" in process.stderr.read()
+    deadline = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}/exe").exists() for pid in started):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def children_named(name: str, parent: int) -> list[int]:
+    found = [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]
+    return [
+        pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].endswith(name.encode())
+    ]
+
+
+@pytest.mark.parametrize("pattern", ["shards/*.tar", "/data/*.tar", "file:///data/a.tar", "gs://b/a.tar::more.tar"])
+def test_local_shards_are_refused_where_the_workers_are_elsewhere(pattern: str, tmp_path: Path) -> None:
+    """They would find none of them, and so every unit would fail."""
+    with pytest.raises(UsageError, match=r"--input .*: the workers are elsewhere and cannot read there"):
+        check_input([pattern], ELSEWHERE[0], shared=False)
+    check_input([pattern], ELSEWHERE[0], shared=True)
+    check_input([pattern], HERE[0], shared=False)
+    (tmp_path / "list.txt").write_text("gs://bucket/a.tar\nhttps://host/b.tar\n")
+    check_input([str(tmp_path / "list.txt"), "s3://bucket/*.tar"], ELSEWHERE[0], shared=False)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("failed: UNAVAILABLE: io exception\n\tat java", "no worker pool answers at pool:1 .*UNAVAILABLE: io"),
+        ("io.grpc.Status: x\nConnection refused", "no worker pool answers at pool:1 "),
+        ("java.net.ConnectException: Connection refused\n\tat java", "the job service at host:2 cannot reach its"),
+        ("CANCELLED: client cancelled\n\tat java", "a worker process ended"),
+        ("java.lang.Odd: s3://u:hush@b/x\n\tat java\n\tat java", r"^OSError: java.lang.Odd: s3://b/x; --verbose shows"),
+    ],
+)
+def test_what_a_runner_says_in_many_lines_is_said_in_one(text: str, message: str) -> None:
+    args = ["--runner=PortableRunner", "--job_endpoint=host:2", "--environment_type=EXTERNAL"]
+    found = runner_error(OSError(text), [*args, "--environment_config=pool:1"])
+    assert found is not None
+    assert re.search(message, str(found))
+    assert "\n" not in str(found)
+    assert runner_error(OSError("one line"), args) is None
+
+
 def test_a_worker_pool_named_by_an_environment_option_is_looked_for_too(tmp_path: Path) -> None:
     port = free_port()
     args = ["--environment_type=EXTERNAL", f"--environment_options=external_service_address=localhost:{port}"]
@@ -183,6 +262,8 @@ def test_a_worker_pool_named_by_an_environment_option_is_looked_for_too(tmp_path
             "--environment_type=EXTERNAL",
         ],  # by a job server of its own
         ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"],
+        ["--runner=PortableRunner", "--job_endpoint=host:8099", "--environment_type=LOOPBACK"],
+        ["--runner=FlinkRunner", "--flink_submit_uber_jar"],  # whose master is [auto]: a job server of its own
     ],
 )
 def test_a_job_that_would_end_with_its_launch_is_waited_for(known: Known, args: list[str], tmp_path: Path) -> None:

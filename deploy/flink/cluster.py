@@ -147,10 +147,11 @@ class Cluster:
             return json.load(answer)
 
     def kill(self, name: str) -> None:
-        """SIGKILL to one process and to all that it started."""
+        """SIGKILL to one process and to all that it started. Raises ClusterError if it does not run."""
         process = self.state["processes"][name]
-        if runs(process):
-            os.killpg(process[0], signal.SIGKILL)
+        if not runs(process):
+            raise ClusterError(f"{name} does not run")
+        os.killpg(process[0], signal.SIGKILL)
         _wait_until(lambda: not runs(process), STOP_SECONDS)
 
     def stop(self) -> None:

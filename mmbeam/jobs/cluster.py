@@ -2,9 +2,11 @@
 
 import http.client
 import json
+import logging
 import re
 import socket
 from collections.abc import Sequence
+from typing import Any
 from urllib.request import urlopen
 
 from apache_beam.options.pipeline_options import (
@@ -17,15 +19,19 @@ from apache_beam.options.pipeline_options import (
     TestOptions,
 )
 
-from mmbeam.errors import JobError, UsageError
+from mmbeam.errors import JobError, MmbeamError, UsageError
 from mmbeam.io.paths import public_path, public_text
+from mmbeam.io.shards import expand
+
+log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # within which a cluster must answer
 LOCAL_RUNNERS = ("", "direct", "fnapi", "switchingdirect", "prism")
 EMBEDDED_FLINK = "[local]"
 
-# What a runner says that cannot reach the worker pool, or lost it: gRPC's status, or the socket's error.
-_NO_POOL = re.compile(r"UNAVAILABLE|Connection refused|UnknownHostException")
+# What a runner says that cannot reach the worker pool, or lost it: gRPC's status, or the socket's error below gRPC.
+_NO_POOL = re.compile(r"UNAVAILABLE|UnknownHostException|(?s:grpc.*Connection refused|Connection refused.*grpc)")
+_WORKER_ENDED = re.compile("CANCELLED: client cancelled")  # its connection to the runner closed, and not in good order
 _SEVERAL_GPUS = re.compile(r"worker_accelerator=.*\bcount:(?!1\b)(\d+)")
 _JAR_VERSION = re.compile(r"flink-(\d+\.\d+)-job-server")
 
@@ -59,13 +65,27 @@ def _runs_here(args: Sequence[str]) -> bool:
 
 def check_output(output: str, args: Sequence[str], shared: bool) -> None:
     """Raise UsageError if the workers cannot reach `output`; `shared` is the user's word that they can."""
-    if shared or workers_are_here(args):
-        return
-    if "://" not in output or output.startswith(("file:", "local:", "memory:")):
+    if not shared and not workers_are_here(args) and _is_of_this_machine(output):
         raise UsageError(
             f"--output {public_path(output)}: the workers are elsewhere and cannot write there; "
             "give a URL (gs://, s3://), or --shared-output if it is the same directory on every worker"
         )
+
+
+def check_input(patterns: Sequence[str], args: Sequence[str], shared: bool) -> None:
+    """The same of the shards, of which the workers would find none; a list of them is read here."""
+    if shared or workers_are_here(args):
+        return
+    for pattern in expand(patterns):
+        if _is_of_this_machine(pattern):
+            raise UsageError(
+                f"--input {public_path(pattern)}: the workers are elsewhere and cannot read there; "
+                "give a URL (gs://, s3://, https://), or --shared-output if they have the same directories"
+            )
+
+
+def _is_of_this_machine(path: str) -> bool:
+    return "://" not in path or path.startswith(("file:", "local:", "memory:"))
 
 
 def check_cluster(args: Sequence[str]) -> None:
@@ -75,11 +95,13 @@ def check_cluster(args: Sequence[str]) -> None:
         _check_accelerator(options)
     portable = options.view_as(PortableOptions)
     if portable.job_endpoint not in (None, "embed"):
-        _must_listen(portable.job_endpoint, "job service", "--job_endpoint")
+        _must_listen(_host_and_port(portable.job_endpoint, "--job_endpoint"), "job service", "--job_endpoint")
     elif runner_of(args) == "flink" and not _runs_here(args):
         _check_flink(options.view_as(FlinkRunnerOptions))
-    if portable.environment_type == "EXTERNAL" and _runs_here(args):
-        _must_listen(_pool(portable), "worker pool", "--environment_config")
+    if portable.environment_type == "EXTERNAL":
+        pool = _host_and_port(_pool(portable), "--environment_config")
+        if _runs_here(args):
+            _must_listen(pool, "worker pool", "--environment_config")
 
 
 def _check_accelerator(options: PipelineOptions) -> None:
@@ -98,27 +120,41 @@ def check_ended(args: Sequence[str], waited_for: bool) -> None:
         return
     if options.view_as(TestOptions).dry_run or options.view_as(GoogleCloudOptions).template_location:
         raise UsageError("--dry_run, --template_location: these are Dataflow's; --limit 100 tries a job elsewhere")
-    uber_jar = runner_of(args) == "flink" and options.view_as(FlinkRunnerOptions).flink_submit_uber_jar
-    if _runs_here(args) or not (uber_jar or options.view_as(PortableOptions).job_endpoint):
+    flink, portable = options.view_as(FlinkRunnerOptions), options.view_as(PortableOptions)
+    uber_jar = runner_of(args) == "flink" and flink.flink_submit_uber_jar and not flink.flink_master.startswith("[")
+    stays = (uber_jar or portable.job_endpoint) and not workers_are_here(args)
+    if not stays or _runs_here(args):
         raise UsageError(
             "--no_wait_until_finish: what runs the job here ends with this command, and the job with it; leave it out, "
             "or send the job to a job service that stays (--job_endpoint; with Flink also --flink_submit_uber_jar)"
         )
 
 
-def pool_error(error: Exception, args: Sequence[str]) -> JobError | None:
-    """The plain error of a runner that found no worker pool; None if it says something else.
+def runner_error(error: Exception, args: Sequence[str]) -> JobError | None:
+    """The plain error of a runner that found no worker pool, lost a worker, or shows traces of its own; else None.
 
     Only the runner can tell: `localhost` is the pool beside each of its own machines.
     """
-    portable = PipelineOptions(list(args)).view_as(PortableOptions)
-    if portable.environment_type != "EXTERNAL" or not _NO_POOL.search(str(error)):
-        return None
-    reason = public_text(str(error).partition("\n")[0])[:300]
-    return JobError(
-        f"no worker pool answers at {_pool(portable)} (--environment_config), as the runner's machines see it, or it "
-        f"ended: start it there, and the same command again goes on from what is committed ({reason})"
-    )
+    portable, text = PipelineOptions(list(args)).view_as(PortableOptions), str(error)
+    reason = f"the same command again goes on from what is committed ({_first_line(text)})"
+    if portable.environment_type == "EXTERNAL" and _NO_POOL.search(text):
+        return JobError(
+            f"no worker pool answers at {_address(_pool(portable))} (--environment_config), as the runner's machines "
+            f"see it, or it ended: start it there, and {reason}"
+        )
+    if _WORKER_ENDED.search(text):
+        return JobError(
+            f"a worker process ended, for want of memory or its GPU perhaps; its own log says why; {reason}"
+        )
+    if portable.job_endpoint and "Connection refused" in text:
+        return JobError(f"the job service at {_address(portable.job_endpoint)} cannot reach its cluster; {reason}")
+    if "\n" in text and not isinstance(error, MmbeamError):  # the traces of a runner's own code
+        return JobError(f"{type(error).__name__}: {_first_line(text)}; --verbose shows all of it")
+    return None
+
+
+def _first_line(text: str) -> str:
+    return public_text(text.partition("\n")[0])[:300]
 
 
 def _pool(options: PortableOptions) -> str:
@@ -126,21 +162,40 @@ def _pool(options: PortableOptions) -> str:
     return str(json.loads(config).get("url", "")) if config.startswith("{") else config
 
 
-def _must_listen(address: str, what: str, option: str) -> None:
+def _address(text: str) -> str:
+    """The address without a user part and a query string, which may be secret."""
+    scheme, separator, rest = text.rpartition("://")
+    return f"{scheme}{separator}{re.split('[/?#]', rest)[0].rpartition('@')[2]}"
+
+
+def _host_and_port(address: str, option: str) -> tuple[str, int]:
+    """Raises UsageError if these are not in it."""
     host, _, port = address.removeprefix("dns:///").rpartition(":")
-    if not host or not port.isdecimal():
-        raise UsageError(f"{option} {public_path(address)}: expected HOST:PORT")
+    if not host or not port.isdecimal() or int(port) > 65535 or re.search(r"[@/?#\s]", host):
+        raise UsageError(f"{option} {_address(address) or 'is missing'}: expected HOST:PORT")
+    return host.strip("[]"), int(port)
+
+
+def _must_listen(address: tuple[str, int], what: str, option: str) -> None:
     try:
-        socket.create_connection((host.strip("[]"), int(port)), timeout=SECONDS).close()
+        socket.create_connection(address, timeout=SECONDS).close()
     except OSError as error:
-        raise JobError(f"no {what} answers at {address} ({option}): {error}") from error
+        raise JobError(f"no {what} answers at {address[0]}:{address[1]} ({option}): {error}") from error
 
 
 def _check_flink(options: FlinkRunnerOptions) -> None:
     master = options.flink_master.rstrip("/")
     if master == "[auto]":
         return  # the job server's business
-    found = _flink_version(master if "://" in master else f"http://{master}")
+    _host_and_port(re.sub("^https?://", "", master).partition("/")[0], "--flink_master")
+    url = master if "://" in master else f"http://{master}"
+    found = str(_ask_flink(url, "config", "flink-version"))
+    slots, parallelism = int(_ask_flink(url, "overview", "slots-total")), options.parallelism or 1
+    if slots < parallelism:
+        log.warning(
+            "--parallelism=%d: Flink at %s has %d slots now; the job waits until it has as many",
+            *(parallelism, _address(master), slots),
+        )
     jar = options.flink_job_server_jar
     if jar is None and options.flink_submit_uber_jar:
         return  # Beam takes the jar that goes with the cluster
@@ -148,14 +203,14 @@ def _check_flink(options: FlinkRunnerOptions) -> None:
     wanted = named[1] if named else options.flink_version
     if found.split(".")[:2] != wanted.split("."):
         raise JobError(
-            f"Flink {found} runs at {public_path(master)} (--flink_master), but the job server is for Flink {wanted}; "
+            f"Flink {found} runs at {_address(master)} (--flink_master), but the job server is for Flink {wanted}; "
             "give --flink_version, or the --flink_job_server_jar, of the cluster's version"
         )
 
 
-def _flink_version(url: str) -> str:
+def _ask_flink(url: str, page: str, name: str) -> Any:
     try:
-        with urlopen(f"{url}/v1/config", timeout=SECONDS) as answer:
-            return str(json.load(answer)["flink-version"])
+        with urlopen(f"{url}/v1/{page}", timeout=SECONDS) as answer:
+            return json.load(answer)[name]
     except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError) as error:
-        raise JobError(f"no Flink answers at {public_path(url)} (--flink_master): {error}") from error
+        raise JobError(f"no Flink answers at {_address(url)} (--flink_master): {error}") from error

@@ -15,7 +15,7 @@ from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.io import runs
 from mmbeam.io.runs import Run
 from mmbeam.io.units import UNIT_BYTES
-from mmbeam.jobs.cluster import check_cluster, check_ended, check_output, runner_of, workers_are_here
+from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
 from mmbeam.jobs.launch import DIRECT, JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
 from mmbeam.jobs.local import check_workers, execute_in_processes
 from mmbeam.models.leases import devices_of
@@ -106,6 +106,7 @@ def check_options(options: JobOptions) -> None:
         compile_where(where)
     check_workers(options)
     check_output(options.output, options.beam_args, options.shared_output)
+    check_input(options.input, options.beam_args, options.shared_output)
     check_ended(options.beam_args, is_waited_for(options.beam_args))
     check_cluster(options.beam_args)
 

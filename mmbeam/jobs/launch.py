@@ -26,7 +26,7 @@ from mmbeam.errors import FailureRateError, JobError, MissingModalityError, Usag
 from mmbeam.io import runs
 from mmbeam.io.paths import public_text
 from mmbeam.io.runs import Run
-from mmbeam.jobs.cluster import pool_error, runner_of, workers_are_here
+from mmbeam.jobs.cluster import runner_error, runner_of, workers_are_here
 from mmbeam.models.leases import devices_of
 from mmbeam.report.inspect import Probe
 from mmbeam.report.progress import progress
@@ -258,7 +258,7 @@ def plain_error(error: Exception, args: Sequence[str] = ()) -> Exception:
     """The error that a step raised in another process, read out of the traceback text that a runner keeps of it."""
     found = _RAISED.findall(str(error))
     if not found:
-        return pool_error(error, args) or error
+        return runner_error(error, args) or error
     name, message, step = found[-1]
     kind = getattr(errors, name.rpartition(".")[2], None)
     if isinstance(kind, type) and issubclass(kind, JobError):

@@ -34,7 +34,8 @@ def stores(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def running(stores: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
     """The cluster that all tests here share, started once."""
-    os.environ["PYTHONPATH"] = str(Path(__file__).parent)  # the workers must find the traced stage
+    found = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(found)  # the workers must find the traced stage
     cluster = Cluster(tmp_path_factory.mktemp("flink") / "cluster")
     try:
         cluster.start()

@@ -18,7 +18,7 @@ from subprocess import PIPE
 import pytest
 import servers
 import shards
-from cluster import Cluster, runs
+from cluster import Cluster, free_ports, job_server_jar, listens, runs
 from fsspec.core import url_to_fs
 from known import Known, Rows, assert_same, read_parts
 
@@ -93,10 +93,8 @@ def test_every_command_of_the_readme_runs_and_nothing_is_left(known: Known, tmp_
 
 
 @pytest.mark.parametrize("store", [store for store in servers.STORES if store != "local"])
-@pytest.mark.parametrize("name", ["embed", "caption"])
-def test_from_an_object_store_to_an_object_store(
-    store: str, name: str, known: Known, flink: Cluster, tmp_path: Path
-) -> None:
+def test_from_an_object_store_to_an_object_store(store: str, known: Known, flink: Cluster, tmp_path: Path) -> None:
+    name = {"s3": "caption", "gcs": "embed"}[store]
     source, output = servers.fresh_output(store, tmp_path), servers.fresh_output(store, tmp_path)
     fs, path = url_to_fs(source)
     fs.put(str(known.root / "in"), path, recursive=True)
@@ -206,6 +204,12 @@ class Traced:
         committed = self.committed
         return committed, len(self.trace)
 
+    @property
+    def failures(self) -> list[str]:
+        """What Flink has seen fail of it, and has started over for."""
+        history = self.flink.get(f"jobs/{self.id}/exceptions")["exceptionHistory"]["entries"]
+        return [entry["exceptionName"] for entry in history]
+
 
 def assert_nothing_lost(job: Traced, known: Known, committed: set[str], seen: int) -> None:
     assert_same(read_parts(job.output), known.parts)
@@ -239,9 +243,76 @@ def test_a_kill_in_the_middle_loses_nothing_and_repeats_nothing_committed(
     """By Flink's restart strategy: the job itself ends well."""
     job = Traced(known, flink, tmp_path)
     committed, seen = job.wait_for_the_middle()
+    assert not job.failures
     kill(job)
     assert job.wait() == 0, job.errors
+    assert job.failures
     assert_nothing_lost(job, known, committed, seen)
+
+
+def test_a_worker_killed_while_it_starts_is_started_again(known: Known, flink: Cluster, tmp_path: Path) -> None:
+    """Flink itself would wait for it for ever."""
+    job = Traced(known, flink, tmp_path)
+    job.wait_for(lambda: bool(workers_of(flink)))
+    for pid in workers_of(flink):
+        os.kill(pid, signal.SIGKILL)
+    assert not job.trace
+    assert job.wait() == 0, job.errors
+    assert_same(read_parts(job.output), known.parts)
+
+
+def workers_of(flink: Cluster) -> list[int]:
+    """The worker processes that the pools have started and that run."""
+    found = []
+    for pod in flink.pods:
+        pid = flink.state["processes"][f"pool{pod}"][0]
+        for each in Path(f"/proc/{pid}/task").glob("*/children"):
+            found += [int(child) for child in each.read_text().split() if is_worker(int(child))]
+    return found
+
+
+def is_worker(pid: int) -> bool:
+    return b"SdkHarness" in Path(f"/proc/{pid}/cmdline").read_bytes()
+
+
+def test_without_worker_pools_the_job_fails_within_a_minute_and_names_them(
+    known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    for pod in flink.pods:
+        flink.kill(f"pool{pod}")
+    began = time.monotonic()
+    done = run(*MMBEAM, *command(known, "embed", str(tmp_path), [*flink.beam_options, UBER_JAR, "--shared-output"]))
+    assert time.monotonic() - began < 60
+    assert done.returncode == 1
+    (said,) = [line for line in done.stderr.splitlines() if line.startswith("mmbeam: ")]
+    assert said.startswith("mmbeam: no worker pool answers at worker-pool:")
+
+
+def test_a_job_server_that_finds_no_flink_is_told_from_a_missing_pool(
+    known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    port, *more = free_ports(3)
+    ports = [f"--job-port={port}", f"--artifact-port={more[0]}", f"--expansion-port={more[1]}"]
+    server = ["java", "-jar", str(job_server_jar()), "--flink-master=127.0.0.1:9", *ports]
+    pool = [option for option in flink.beam_options if "environment" in option]
+    there = ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *pool, "--shared-output"]
+    with subprocess.Popen(server, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while not listens("localhost", port):
+                assert process.poll() is None
+                time.sleep(0.1)
+            done = run(*MMBEAM, *command(known, "embed", str(tmp_path), there))
+        finally:
+            process.kill()
+    assert done.returncode == 1
+    assert f"mmbeam: the job service at localhost:{port} cannot reach its cluster" in done.stderr
+
+
+def test_a_worker_that_ends_each_time_is_named(known: Known, flink: Cluster, tmp_path: Path) -> None:
+    job = Traced(known, flink, tmp_path, seconds=-1)
+    assert job.wait() == 1
+    (said,) = [line for line in job.errors.splitlines() if line.startswith("mmbeam: ")]
+    assert said.startswith("mmbeam: a worker process ended, for want of memory or its GPU perhaps")
 
 
 def test_a_worker_pool_that_stays_away_is_named_and_the_same_command_again_goes_on(
@@ -281,7 +352,7 @@ def test_another_version_of_flink_is_named_before_anything_is_written(
     options = [*options, "--flink_version=2.2", "--shared-output"]
     done = run(*MMBEAM, *command(known, "embed", str(tmp_path / "out"), options))
     assert done.returncode == 1
-    assert "Flink 1.19.3 runs at" in done.stderr
+    assert f"Flink 1.19.3 runs at {flink.address} (--flink_master)" in done.stderr
     assert "the job server is for Flink 2.2" in done.stderr
     assert not (tmp_path / "out").exists()
 
