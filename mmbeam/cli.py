@@ -119,8 +119,8 @@ def _wait_for_interrupt(told: socket.socket) -> None:
 def _interrupted(*_: object) -> None:
     cluster = " (a cluster goes on with its job until it is cancelled there)" if _has_runner() else ""
     os.write(2, f"{_clear_line()}mmbeam: interrupted; the same command again does the rest{cluster}\n".encode())
-    for child in _children():  # a job server, say, which would outlive this process
-        with suppress(OSError):
+    with suppress(OSError):  # one that is gone by now
+        for child in _children():  # a job server, say, which would outlive this process
             os.kill(child, signal.SIGTERM)
     os._exit(INTERRUPTED)
 

@@ -340,9 +340,7 @@ class RunReport:
     tally: Tally
     wall_seconds: float  # of this launch
     rate: float  # samples per second
-    speed_of_light: (
-        float | None
-    )  # seconds the models computed per second of wall time and device, if it is known how many
+    speed_of_light: float | None  # seconds the models computed per second of wall time and (known) device
     failed: Mapping[str, str] = field(default_factory=dict)  # why, by unit
 
     def to_json(self) -> dict[str, Any]:

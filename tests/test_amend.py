@@ -149,23 +149,14 @@ def test_a_web_server_without_ranges_is_read_from_the_beginning_by_every_part(ou
         assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
 
 
-def test_a_large_shard_is_not_cut_where_every_part_would_be_read_from_the_beginning(
-    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("ranges", [True, False])
+def test_a_large_shard_is_cut_unless_every_part_would_be_read_from_the_beginning(
+    ranges: bool, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, giant=samples(*range(10)))
     monkeypatch.setattr("mmbeam.io.shards.LARGE", PART)
-    with served(tmp_path, Quiet) as url:
-        assert launch(output, f"{url}/giant.tar").units_written == 1
-        assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
-
-
-def test_a_large_shard_of_a_server_with_ranges_is_cut(
-    output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    put(tmp_path, giant=samples(*range(10)))
-    monkeypatch.setattr("mmbeam.io.shards.LARGE", PART)
-    with served(tmp_path, Ranges) as url:
-        assert launch(output, f"{url}/giant.tar").units_written == 5
+    with served(tmp_path, Ranges if ranges else Quiet) as url:
+        assert launch(output, f"{url}/giant.tar").units_written == (5 if ranges else 1)
         assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
 
 

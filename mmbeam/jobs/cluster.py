@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 from urllib.request import urlopen
 
+import grpc  # type: ignore[import-untyped]
 from apache_beam.options.pipeline_options import (
     DebugOptions,
     FlinkRunnerOptions,
@@ -27,7 +28,7 @@ log = logging.getLogger(__name__)
 
 SECONDS = 10.0  # within which a cluster must answer
 LOCAL_RUNNERS = ("", "direct", "fnapi", "switchingdirect", "prism")
-EMBEDDED_FLINK = "[local]"
+EMBEDDED_FLINK = ("[local]", "[auto]")  # of the job server that Beam starts
 
 # What a runner says that cannot reach the worker pool, or lost it: gRPC's status, or the socket's error below gRPC.
 _NO_POOL = re.compile(r"UNAVAILABLE|UnknownHostException|(?s:grpc.*Connection refused|Connection refused.*grpc)")
@@ -56,7 +57,7 @@ def _runs_here(args: Sequence[str]) -> bool:
     endpoint = options.view_as(PortableOptions).job_endpoint
     match runner_of(args):
         case "flink":
-            return not endpoint and bool(options.view_as(FlinkRunnerOptions).flink_master == EMBEDDED_FLINK)
+            return not endpoint and bool(options.view_as(FlinkRunnerOptions).flink_master in EMBEDDED_FLINK)
         case "portable":
             return bool(endpoint == "embed")
         case runner:
@@ -137,6 +138,8 @@ def runner_error(error: Exception, args: Sequence[str]) -> JobError | None:
     """
     portable, text = PipelineOptions(list(args)).view_as(PortableOptions), str(error)
     reason = f"the same command again goes on from what is committed ({_first_line(text)})"
+    if isinstance(error, grpc.RpcError):  # of the launcher's own connection
+        return JobError(f"the job service no longer answers; {reason}")
     if portable.environment_type == "EXTERNAL" and _NO_POOL.search(text):
         return JobError(
             f"no worker pool answers at {_address(_pool(portable))} (--environment_config), as the runner's machines "
@@ -185,8 +188,6 @@ def _must_listen(address: tuple[str, int], what: str, option: str) -> None:
 
 def _check_flink(options: FlinkRunnerOptions) -> None:
     master = options.flink_master.rstrip("/")
-    if master == "[auto]":
-        return  # the job server's business
     _host_and_port(re.sub("^https?://", "", master).partition("/")[0], "--flink_master")
     url = master if "://" in master else f"http://{master}"
     found = str(_ask_flink(url, "config", "flink-version"))
