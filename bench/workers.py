@@ -33,7 +33,7 @@ OURS = {"mmbeam": "mmbeam-1", "mmbeam --workers 2": "mmbeam-2"}
 def section() -> None:
     from cases import CASES
 
-    case = replace(CASES[1], name="workers-clip-15m", samples=1000, per_shard=50)
+    case = replace(CASES[1], name="workers-clip-15m", samples=3000, per_shard=50)
     directory = case.build(CACHE)
     rates: dict[str, list[float]] = {name: [] for name in LOOPS | OURS}
     measured = case.samples - WARM * case.per_shard
