@@ -22,10 +22,11 @@ import numpy as np
 import torch
 
 from mmbeam.config import SHIPPED
+from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import load_pretrained, resolve
-from mmbeam.training.examples import Example, Part, Source, compose
+from mmbeam.training.examples import Example, Source, compose
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.progress import TrainingLine
 from mmbeam.training.scores import Judge

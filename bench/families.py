@@ -47,7 +47,7 @@ from mmbeam.config import Windows
 from mmbeam.decode import decode_image
 from mmbeam.models.generators import describe, family_of, load
 from mmbeam.models.generators.base import Decoding, Request
-from mmbeam.reading import Ahead, ordered_map
+from mmbeam.readers.windows import Ahead, ordered_map
 from mmbeam.stages.generate import plan_batches
 
 SAMPLES, BATCH, ROUNDS = 128, 32, 5

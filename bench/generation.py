@@ -28,7 +28,7 @@ from mmbeam.decode import decode_audio, decode_image
 from mmbeam.models.generators import describe, load
 from mmbeam.models.generators.base import Decoding, Request
 from mmbeam.models.loading import resolve
-from mmbeam.reading import Ahead, ordered_map
+from mmbeam.readers.windows import Ahead, ordered_map
 from mmbeam.stages.generate import plan_batches
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
@@ -102,7 +102,7 @@ def windows(requests: Iterator[Request]) -> Iterator[list[Request]]:
 def mmbeam(directory: Path) -> tuple[int, float]:
     from mmbeam.jobs.caption import CaptionOptions, prepare
     from mmbeam.models import placement
-    from mmbeam.reading import read_batches
+    from mmbeam.readers.windows import read_batches
 
     with tempfile.TemporaryDirectory(dir=directory) as output:
         options = CaptionOptions(

@@ -19,8 +19,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.io.parquet import UnitWriter
-from mmbeam.io.runs import Run
+from mmbeam.runs import Run
+from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import MODALITIES, Batch, Input, Modality, Output, Sample, Shard, Tally, WorkUnit
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"

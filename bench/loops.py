@@ -32,7 +32,7 @@ from mmbeam.decode import decode_audio, decode_image
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.loading import parse_dtype
-from mmbeam.reading import Ahead, ordered_map
+from mmbeam.readers.windows import Ahead, ordered_map
 
 if TYPE_CHECKING:
     from mmbeam.jobs.embed import EmbedJob
@@ -123,8 +123,8 @@ def measure_load(case: Path) -> dict[str, float]:
 
 
 def measure_plan(directory: Path) -> dict[str, float]:
-    from mmbeam.io.shards import list_shards
-    from mmbeam.io.units import plan_units
+    from mmbeam.readers.listing import list_shards
+    from mmbeam.readers.units import plan_units
 
     begin = time.perf_counter()
     units = plan_units(list_shards([str(directory)]), [])
@@ -136,7 +136,7 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
     from mmbeam.jobs.embed import EmbedOptions, prepare
     from mmbeam.jobs.launch import execute
     from mmbeam.models import placement
-    from mmbeam.reading import read_batches
+    from mmbeam.readers.windows import read_batches
 
     with tempfile.TemporaryDirectory(dir=case) as output:
         options = EmbedOptions(
@@ -163,10 +163,10 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
 def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
     """Two units at once, as in the job: each thread reads its units and waits for the device."""
     from mmbeam.config import Windows
-    from mmbeam.io.shards import list_shards
-    from mmbeam.io.units import plan_units
     from mmbeam.models import placement
-    from mmbeam.reading import read_batches
+    from mmbeam.readers.listing import list_shards
+    from mmbeam.readers.units import plan_units
+    from mmbeam.readers.windows import read_batches
     from mmbeam.stages.embed import embed_stage
 
     units = plan_units(list_shards([str(case / "shards")]), [])

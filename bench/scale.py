@@ -27,12 +27,12 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
+from mmbeam import runs
 from mmbeam.config import MIB, Reading, Windows
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
-from mmbeam.io.shards import list_shards
-from mmbeam.io.units import MOST_UNITS, UNIT_BYTES
 from mmbeam.jobs.launch import execute, pipeline_options
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import MOST_UNITS, UNIT_BYTES
+from mmbeam.runs import Run
 from mmbeam.transforms import Plan, Summarize, WriteParquet
 from mmbeam.transforms.read import ReadUnits
 from mmbeam.types import Batch, Needs, Output, Sample, Tally, WorkUnit

@@ -8,7 +8,7 @@ import math
 import random
 from dataclasses import dataclass
 
-from mmbeam.io.stream import BLOCK_BYTES
+from mmbeam.readers.stream import BLOCK_BYTES
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -84,7 +84,7 @@ def loop(directory: Path, shards: list[Path], threads: int, ready: Callable[[], 
     from loops import batches, decoder, encode, members
 
     from mmbeam.models.encoders import describe, load
-    from mmbeam.reading import Ahead, ordered_map
+    from mmbeam.readers.windows import Ahead, ordered_map
 
     torch.set_num_threads(threads)
     about, spec = json.loads((directory / "case.json").read_text()), describe(directory / "model")

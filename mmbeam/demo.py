@@ -21,11 +21,11 @@ from mmbeam.config import SHIPPED, Reading, Windows
 from mmbeam.corpus import write_corpus
 from mmbeam.corpus.scene import COLOURS
 from mmbeam.errors import UsageError
-from mmbeam.io.shards import list_shards
-from mmbeam.io.units import plan_units
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.tiny import compute_on_one_thread
-from mmbeam.reading import read_batches
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import plan_units
+from mmbeam.readers.windows import read_batches
 from mmbeam.report.sketch import sketch_audio, sketch_image
 from mmbeam.report.summary import summary_text
 from mmbeam.types import MODALITIES, Needs, Sample

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmbeam.io.parquet import UnitWriter
-from mmbeam.io.runs import Run, extend_plan
-from mmbeam.io.store import Store
+from mmbeam.runs import Run, extend_plan
+from mmbeam.runs.store import Store
+from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Failure, Input, Modality, Output, Sample, Shard, Tally, WorkUnit
 
 DIM = 4
@@ -100,7 +100,7 @@ def write_unit(run: Run, unit: WorkUnit) -> UnitWriter:
 def start(target: Callable[..., None], *args: Any) -> Any:
     """A process that runs `target`; forked from a server that has the imports done and no threads."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["mmbeam.io.parquet", "s3fs", "gcsfs"])
+    context.set_forkserver_preload(["mmbeam.runs.writer", "s3fs", "gcsfs"])
     process = context.Process(target=_with_environment, args=(dict(os.environ), target, args))
     process.start()
     return process

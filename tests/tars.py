@@ -14,8 +14,8 @@ import pytest
 import webdataset
 
 from mmbeam.config import Limits
-from mmbeam.io.tar import TarReader, split_name
-from mmbeam.io.tarheaders import BLOCK
+from mmbeam.readers.tar import TarReader, split_name
+from mmbeam.readers.tarheaders import BLOCK
 from mmbeam.types import RawSample
 
 Pairs = list[tuple[str, bytes]]  # names and contents of members, in order

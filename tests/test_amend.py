@@ -24,14 +24,15 @@ from outputs import start
 from servers import STORES, fresh_output
 from shards import member_bytes
 
+from mmbeam import runs
 from mmbeam.config import Reading, Windows
-from mmbeam.io import parts, runs, units
-from mmbeam.io.parquet import UnitWriter
-from mmbeam.io.runs import Run
-from mmbeam.io.shards import list_shards
-from mmbeam.io.store import Store
-from mmbeam.io.stream import open_shard
-from mmbeam.reading import read_batches
+from mmbeam.readers import parts, units
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.stream import open_shard
+from mmbeam.readers.windows import read_batches
+from mmbeam.runs import Run
+from mmbeam.runs.store import Store
+from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Needs, RunReport, UnitReport, WorkUnit
 
 PART = 4096
@@ -154,7 +155,7 @@ def test_a_large_shard_is_cut_unless_every_part_would_be_read_from_the_beginning
     ranges: bool, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, giant=samples(*range(10)))
-    monkeypatch.setattr("mmbeam.io.shards.LARGE", PART)
+    monkeypatch.setattr("mmbeam.readers.listing.LARGE", PART)
     with served(tmp_path, Ranges if ranges else Quiet) as url:
         assert launch(output, f"{url}/giant.tar").units_written == (5 if ranges else 1)
         assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
@@ -429,7 +430,7 @@ def test_a_shard_that_cannot_be_followed_is_left_to_its_units(output: str, tmp_p
     run = make(output)
     launch(output, source)
     shards = list_shards([source])
-    monkeypatch.setattr("mmbeam.io.stream.RETRY_WAITS", ())
+    monkeypatch.setattr("mmbeam.readers.stream.RETRY_WAITS", ())
     (tmp_path / "fooling.tar").rename(tmp_path / "gone")
     assert len(runs.extend_plan(run, shards, unit_bytes=PART)) > 5
     (tmp_path / "gone").rename(tmp_path / "fooling.tar")
@@ -483,9 +484,9 @@ def test_a_shard_that_breaks_off_is_parted_from_its_pack(
 ) -> None:
     """What was read of it cannot be taken back from a unit that is under way, so the pack is read again without it."""
     folder = put(tmp_path, **{f"tiny-{number}": samples(2 * number, 2 * number + 1) for number in range(8)})
-    monkeypatch.setattr("mmbeam.reading.open_shard", partial(open_shard, waits=()))
-    monkeypatch.setattr("mmbeam.io.stream.BLOCK_BYTES", 512)
-    monkeypatch.setattr("mmbeam.io.stream.READ_BYTES", 512)
+    monkeypatch.setattr("mmbeam.readers.windows.open_shard", partial(open_shard, waits=()))
+    monkeypatch.setattr("mmbeam.readers.stream.BLOCK_BYTES", 512)
+    monkeypatch.setattr("mmbeam.readers.stream.READ_BYTES", 512)
     with served(tmp_path, BreaksOff) as url:
         source = f"{url}/tiny-{{0..7}}.tar"
         first = launch(output, source, part_bytes=100_000)

@@ -6,11 +6,11 @@ from dataclasses import replace
 import pytest
 from tiny_generators import make_sample
 
-from mmbeam.clean.template import parse_template
-from mmbeam.clean.turns import Turn
 from mmbeam.config import TASKS, Task
 from mmbeam.errors import PromptError, UsageError
 from mmbeam.models.generators.base import NEW_TOKENS, Decoding, GeneratorSpec, Request, Wanted
+from mmbeam.prompts.template import parse_template
+from mmbeam.prompts.turns import Turn
 from mmbeam.stages.asking import fields_of, output_of, request_of, settled, taken
 from mmbeam.types import Audio, Modality, Sample
 

@@ -14,7 +14,6 @@ import tiny_generators_hub as hub
 from tiny_captioners import PICTURES
 
 from mmbeam import config
-from mmbeam.clean.turns import Turn
 from mmbeam.cli import main
 from mmbeam.commands import caption as commands
 from mmbeam.config import Cleaning, Reading
@@ -22,6 +21,7 @@ from mmbeam.decode import decode_image
 from mmbeam.errors import FailureRateError, MissingModalityError, RunMismatchError, UsageError
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.generators.base import Decoding, Request
+from mmbeam.prompts.turns import Turn
 from mmbeam.types import RunReport
 
 SHORT = Decoding(max_new_tokens=6)

@@ -30,11 +30,11 @@ from google.cloud.dataflow_v1beta3 import TemplateMetadata
 from tiny_generators import save_fusion
 from tiny_models import save_clip
 
+from mmbeam import runs
 from mmbeam.cli import main
 from mmbeam.commands import parse
 from mmbeam.config import ModelRef
 from mmbeam.errors import UsageError
-from mmbeam.io import runs
 from mmbeam.jobs import caption, embed
 from mmbeam.jobs.caption import CaptionOptions
 from mmbeam.jobs.common import Job

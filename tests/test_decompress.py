@@ -9,8 +9,8 @@ import pyarrow as pa
 import pytest
 
 from mmbeam.errors import ShardError
-from mmbeam.io import decompress
-from mmbeam.io.decompress import Decompressed, is_compressed
+from mmbeam.readers import decompress
+from mmbeam.readers.decompress import Decompressed, is_compressed
 
 DATA = np.random.default_rng(0).bytes(300_000) + b"easy to compress" * 30_000
 PACK: dict[str, Callable[[bytes], bytes]] = {

@@ -250,7 +250,7 @@ def test_an_error_ahead_of_the_first_window_comes_out_as_it_was(
     def refused(*_: object) -> None:
         raise PermissionError("access refused")
 
-    monkeypatch.setattr("mmbeam.reading.open_shard", refused)
+    monkeypatch.setattr("mmbeam.readers.windows.open_shard", refused)
     with pytest.raises(PermissionError, match=r"^access refused$"):
         run(tmp_path, clip, tmp_path / "in")
 

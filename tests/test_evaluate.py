@@ -16,13 +16,13 @@ from servers import STORES, fresh_output
 
 from mmbeam.cli import main
 from mmbeam.errors import FlowError, JobError, UsageError
-from mmbeam.io.parquet import UnitWriter
-from mmbeam.io.runs import open_run
-from mmbeam.io.store import Store
 from mmbeam.jobs.evaluate import EvaluateOptions, evaluate
 from mmbeam.metrics.cider import CiderD, document_frequencies
 from mmbeam.metrics.text import text_metrics
 from mmbeam.metrics.totals import TextTotals
+from mmbeam.runs import open_run
+from mmbeam.runs.store import Store
+from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Failure, Output, Sample, Tally
 
 WIDTH = 8

@@ -18,11 +18,11 @@ from outputs import make_run, make_unit, write_unit
 
 from mmbeam.config import Cleaning, Reading, Windows
 from mmbeam.errors import MissingModalityError, NoShardsError, ShardError, UsageError
-from mmbeam.io.feature_rows import column_values, read_features
-from mmbeam.io.features import check_columns, feature_patterns, origin_of
-from mmbeam.io.runs import Run
-from mmbeam.io.shards import list_shards
-from mmbeam.io.units import limited_unit, plan_units
+from mmbeam.features.files import check_columns, feature_patterns, origin_of
+from mmbeam.features.read import column_values, read_features
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import limited_unit, plan_units
+from mmbeam.runs import Run
 from mmbeam.types import Batch, FeatureColumn, Needs, Origin, Sample, WorkUnit
 
 IMAGE = FeatureColumn(name="image_embedding", modality="image", width=4)
@@ -93,7 +93,7 @@ def samples_of(batches: Sequence[Batch]) -> list[Sample]:
 
 def test_an_output_of_embed_and_parquet_files_are_features_and_tars_are_not(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
-    from mmbeam.io.runs import open_run
+    from mmbeam.runs import open_run
 
     open_run(run)
     with write_unit(run, make_unit()) as writer:

@@ -10,9 +10,10 @@ import pytest
 import shards
 from tiny_models import save_clip
 
+from mmbeam import runs
 from mmbeam.cli import main
-from mmbeam.io import parts, runs
-from mmbeam.io.runs import control
+from mmbeam.readers import parts
+from mmbeam.runs import control
 
 Command = Callable[[str], int]
 

@@ -26,7 +26,7 @@ from mmbeam.jobs.embed import embed, prepare
 from mmbeam.jobs.launch import device_of, pipeline_options
 from mmbeam.models import leases, placement
 from mmbeam.stages.embed import EmbedStage
-from mmbeam.transforms.embed import RunStage
+from mmbeam.transforms.run_stage import RunStage
 from mmbeam.types import Batch
 
 SEVERAL = {"cpu": ("cpu:0", "cpu:1", "cpu:2"), "cuda": tuple(f"cuda:{i}" for i in range(torch.cuda.device_count()))}
@@ -192,7 +192,7 @@ import sys
 from pathlib import Path
 from mmbeam.models import leases
 from mmbeam.stages.embed import embed_stage
-from mmbeam.transforms.embed import RunStage
+from mmbeam.transforms.run_stage import RunStage
 if sys.argv[3] != "cuda":
     leases.use(("cpu:0", "cpu:1"))
 step = RunStage(embed_stage(sys.argv[1], device=sys.argv[3]))

@@ -36,11 +36,12 @@ from outputs import (
 )
 from servers import STORES, fresh_output
 
+from mmbeam import runs
 from mmbeam.errors import FlowError
-from mmbeam.io import parquet, runs
-from mmbeam.io.parquet import UnitWriter
-from mmbeam.io.rows import FAILURE_SCHEMA, build_schema, settle
-from mmbeam.io.runs import Run
+from mmbeam.runs import Run
+from mmbeam.runs import writer as parquet
+from mmbeam.runs.rows import FAILURE_SCHEMA, build_schema, settle
+from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import MODALITIES, Audio, Batch, Failure, Output, Sample, Tally, UnitReport
 
 UNIT = make_unit()

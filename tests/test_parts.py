@@ -19,9 +19,9 @@ from tars import everything, info, write
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
-from mmbeam.io import parts
-from mmbeam.io.parts import Part, PartRead, misplaced
-from mmbeam.io.tar import TarReader
+from mmbeam.readers import parts
+from mmbeam.readers.parts import Part, PartRead, misplaced
+from mmbeam.readers.tar import TarReader
 from mmbeam.types import Found, Input, RawSample, Seam, Shard
 
 Cuts = Sequence[int]

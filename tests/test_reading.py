@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import shards
 
-from mmbeam import reading as module
 from mmbeam.config import Cleaning, Limits, Reading, Windows
-from mmbeam.decode.pool import cores, decoding_paused
-from mmbeam.io.shards import list_shards
-from mmbeam.io.units import limited_unit, plan_units
-from mmbeam.reading import Ahead, ordered_map, read_batches
+from mmbeam.process import cores, decoding_paused
+from mmbeam.readers import windows as module
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import limited_unit, plan_units
+from mmbeam.readers.windows import Ahead, ordered_map, read_batches
 from mmbeam.types import Batch, Needs, RawSample, WorkUnit
 
 IMAGES = Needs(modalities=frozenset({"image"}))

@@ -17,16 +17,16 @@ import shards
 from outputs import make_run, make_unit, write_unit
 from servers import STORES, fresh_output
 
+from mmbeam import runs
 from mmbeam.config import FieldMap
 from mmbeam.errors import JobError
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
-from mmbeam.io.store import Store
 from mmbeam.report import progress as module
 from mmbeam.report.inspect import inspect_text
 from mmbeam.report.progress import Committed, Progress, ProgressLine, clock, progress
 from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
+from mmbeam.runs import Run
+from mmbeam.runs.store import Store
 from mmbeam.types import RunReport, Shard, Tally, UnitReport
 
 

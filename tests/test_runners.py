@@ -17,10 +17,10 @@ import pytest
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from known import Known, assert_same, counts, make_known, options, read_parts
 
+from mmbeam import runs
 from mmbeam.cli import main
 from mmbeam.config import Windows
 from mmbeam.errors import FlowError, UsageError
-from mmbeam.io import runs
 from mmbeam.jobs.embed import EmbedJob, embed, prepare
 from mmbeam.jobs.launch import device_of, execute, pipeline_options, public_args
 from mmbeam.models.encoders.clip import ClipEncoder

@@ -15,10 +15,10 @@ import pytest
 from outputs import make_batches, make_run, make_unit, new_barrier, plan_together, start, write_unit
 from servers import STORES, fresh_output
 
+from mmbeam import runs
 from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
-from mmbeam.io.store import Store
+from mmbeam.runs import Run
+from mmbeam.runs.store import Store
 from mmbeam.types import Shard, Tally, UnitReport
 
 

@@ -15,8 +15,8 @@ import gcsfs.core
 import pytest
 import servers
 
-from mmbeam.io import runs
-from mmbeam.io.stream import BLOCK_BYTES, open_shard
+from mmbeam import runs
+from mmbeam.readers.stream import BLOCK_BYTES, open_shard
 from mmbeam.types import Batch, Shard, UnitReport, WorkUnit
 
 ROOT = Path(__file__).parents[1]

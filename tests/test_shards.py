@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmbeam.errors import NoShardsError, UsageError
-from mmbeam.io import shards as shards_module
-from mmbeam.io.paths import plain_url, public_path, public_text
-from mmbeam.io.shards import expand, list_shards
+from mmbeam.readers import listing as shards_module
+from mmbeam.readers.listing import expand, list_shards
+from mmbeam.readers.paths import plain_url, public_path, public_text
 from mmbeam.types import Shard
 
 

@@ -11,11 +11,11 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_models import save_clip
 
-from mmbeam.decode.pool import may_decode
 from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.clip import ClipEncoder
 from mmbeam.models.placement import Device, resolve_device
+from mmbeam.process import may_decode
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.types import Batch, Sample, WorkUnit
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from servers import STORES, fresh_output
 
-from mmbeam.io.store import SCRATCH_SECONDS, Store
+from mmbeam.runs.store import SCRATCH_SECONDS, Store
 
 
 @pytest.fixture(params=[*STORES, "memory"])

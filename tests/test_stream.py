@@ -20,10 +20,10 @@ from servers import STORES, fresh_output
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
-from mmbeam.io import stream as stream_module
-from mmbeam.io.shards import list_shards
-from mmbeam.io.stream import open_shard
-from mmbeam.io.tar import TarReader
+from mmbeam.readers import stream as stream_module
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.stream import open_shard
+from mmbeam.readers.tar import TarReader
 from mmbeam.types import Shard
 
 SMALL = b"not much" * 1000

@@ -14,9 +14,9 @@ import webdataset
 from tars import FORMATS, by_webdataset, content, corpus, everything, grouped, info, read, write
 
 from mmbeam.config import Limits
-from mmbeam.io.stream import open_shard
-from mmbeam.io.tar import TarReader, split_name
-from mmbeam.io.tarheaders import BLOCK, ByteReader, Members
+from mmbeam.readers.stream import open_shard
+from mmbeam.readers.tar import TarReader, split_name
+from mmbeam.readers.tarheaders import BLOCK, ByteReader, Members
 from mmbeam.types import Shard
 
 
@@ -264,7 +264,7 @@ class TestLimits:
         assert "an extended header of 2,097,152 bytes; 1,048,576 are allowed" in samples[0].damages[0].message
 
     def test_expansion(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        monkeypatch.setattr("mmbeam.io.decompress.EXPANSION_FREE", 1_000_000)
+        monkeypatch.setattr("mmbeam.readers.decompress.EXPANSION_FREE", 1_000_000)
         data = gzip.compress(write([("a.jpg", b"1"), ("b.jpg", b"\0" * 30_000_000), ("c.jpg", b"3")]))
         samples = read(data, expansion=2.0)
         assert [(sample.key, sample.truncated) for sample in samples] == [("a", False), ("b", True)]

@@ -13,8 +13,8 @@ from tars import FORMATS, PACK, content, corpus, everything, grouped, info, read
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
-from mmbeam.io.tar import TarReader, split_name
-from mmbeam.io.tarheaders import BLOCK, pax_records
+from mmbeam.readers.tar import TarReader, split_name
+from mmbeam.readers.tarheaders import BLOCK, pax_records
 
 
 class TestEnds:

@@ -15,13 +15,13 @@ from shards import natural_sound
 from tokenizers import AddedToken
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
-from mmbeam.clean.turns import Turn
 from mmbeam.config import Task
 from mmbeam.errors import LimitError, PromptError, UsageError
 from mmbeam.models.generators import describe
 from mmbeam.models.generators.base import Generator, GeneratorSpec, Request
 from mmbeam.models.generators.languages import code_of, find_language, name_of
 from mmbeam.models.generators.prompts import instruction, one_speaker, until_next_turn
+from mmbeam.prompts.turns import Turn
 from mmbeam.stages.asking import wanted_of
 from mmbeam.stages.generate import weights_of
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmbeam.clean.template import Field, Template, names_in, parse_template
 from mmbeam.errors import PromptError, UsageError
+from mmbeam.prompts.template import Field, Template, names_in, parse_template
 
 METADATA = {"title": "A dog", "tags": ["one", "two"], "a": {"b": {"c": 3}}, "0": "zero", "no": None, "yes": True}
 VALUES = {"text": "words", "key": "k-1", "metadata": METADATA}

@@ -17,11 +17,12 @@ from torch import nn
 
 from mmbeam.corpus import VOCABULARY, samples
 from mmbeam.errors import TrainingError, UsageError
+from mmbeam.features.captions import json_object, text_of
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
 from mmbeam.models.generators.base import Request
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import POOL_BATCHES, Batch, ahead, collate, dropped, plain_batches, training_batches
-from mmbeam.training.examples import Example, clauses_of, compose, json_object, text_of
+from mmbeam.training.examples import Example, clauses_of, compose
 from mmbeam.training.journal import Journal, plot
 from mmbeam.training.optim import learning_rate_factor, make_optimizer, warmup_steps
 from mmbeam.training.options import SCHEDULES, TrainOptions, difference

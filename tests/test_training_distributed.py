@@ -22,11 +22,11 @@ from two_processes import SPLITS, WEIGHTS, Lopsided, differentiated, trainer
 from mmbeam.cli import main
 from mmbeam.corpus import write_corpus
 from mmbeam.errors import RunMismatchError, UsageError
-from mmbeam.io.shards import list_shards
-from mmbeam.training.captions import Captions
+from mmbeam.features.captions import Captions
+from mmbeam.features.order import rank_of, units_of_rank
+from mmbeam.readers.listing import list_shards
 from mmbeam.training.distributed import ALONE, local_device, process_count
 from mmbeam.training.examples import Source
-from mmbeam.training.order import rank_of, units_of_rank
 from mmbeam.training.rows import FeatureSource
 from mmbeam.training.sources import CorpusSource, Labelling, ShardSource
 from mmbeam.types import Input, Modality, Needs, WorkUnit

@@ -13,8 +13,9 @@ from safetensors.torch import load_file
 
 from mmbeam.corpus import samples, tag
 from mmbeam.errors import TrainingError
+from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionProcessor
-from mmbeam.training.examples import Example, Part, Source
+from mmbeam.training.examples import Example, Source
 from mmbeam.training.fit import CHECKPOINT, State, Trainer
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.scores import SUBSETS

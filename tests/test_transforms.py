@@ -19,9 +19,9 @@ from apache_beam import coders
 from outputs import make_batches, make_run, make_unit
 from tiny_audio_text import save_clap
 
+from mmbeam import runs
 from mmbeam.config import Cleaning, ModelRef, Reading, Windows
 from mmbeam.errors import ModelError, NoShardsError, RunMismatchError, UsageError
-from mmbeam.io import runs
 from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
 from mmbeam.jobs.launch import pipeline_options
 from mmbeam.models.tiny import save_clip

@@ -6,8 +6,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmbeam.clean.turns import ROLES, Turn, parse_turns
 from mmbeam.errors import PromptError
+from mmbeam.prompts.turns import ROLES, Turn, parse_turns
 
 USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi"}

@@ -10,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mmbeam.io import units
-from mmbeam.io.shards import list_shards
-from mmbeam.io.units import cut, limited_unit, plan_units, unit_from_json, unit_id, unit_to_json
+from mmbeam.readers import units
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import cut, limited_unit, plan_units, unit_from_json, unit_id, unit_to_json
 from mmbeam.types import Input, Seam, Shard
 
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from known import Known, assert_same, counts, make_known, options, read_parts
 from test_workers import exists
 
+from mmbeam import runs
 from mmbeam.cli import main
-from mmbeam.decode.pool import cores, use_cores
 from mmbeam.errors import JobError, UsageError
-from mmbeam.io import runs
 from mmbeam.jobs.caption import CaptionOptions
 from mmbeam.jobs.caption import prepare as prepare_caption
 from mmbeam.jobs.embed import EmbedOptions, embed, prepare
 from mmbeam.jobs.local import UnitWork, check_workers, share_cores, share_devices
 from mmbeam.models import leases
+from mmbeam.process import cores, use_cores
 from mmbeam.report.progress import progress
 from mmbeam.stages.embed import EmbedStage
 from mmbeam.types import Batch, Tally

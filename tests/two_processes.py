@@ -19,12 +19,13 @@ from tiny_fusion import media, tiny_inputs, tiny_labels, tiny_model
 
 from mmbeam.corpus import samples, tag
 from mmbeam.errors import ShardError
+from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.fusion.share import BatchShare
 from mmbeam.models.generators.base import Request
 from mmbeam.training.batching import Batch
 from mmbeam.training.distributed import ALONE, Losses, World, joined, local_device
-from mmbeam.training.examples import Example, Part
+from mmbeam.training.examples import Example
 from mmbeam.training.fit import Trainer
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.search import Span, search

@@ -71,10 +71,10 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         if args.temperature is None and getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} goes with sampling: give --temperature too")
 
-    from mmbeam.clean.template import parse_template
     from mmbeam.config import SHIPPED
     from mmbeam.jobs.caption import CaptionOptions
     from mmbeam.models.generators.base import Decoding
+    from mmbeam.prompts.template import parse_template
 
     if args.prompt is not None:
         parse_template(args.prompt)

@@ -212,7 +212,7 @@ def check_url(name: str, url: str) -> None:
     """Raise UsageError for a URL that no installed package opens."""
     from fsspec.core import url_to_fs
 
-    from mmbeam.io.paths import public_path, public_text
+    from mmbeam.readers.paths import public_path, public_text
 
     try:
         url_to_fs(url)

@@ -6,11 +6,7 @@ from typing import Any
 
 from mmbeam.config import MIB, SHIPPED, UNNAMED, Engine, FieldMap, Reading, Task, Windows
 from mmbeam.errors import UsageError
-from mmbeam.io.features import check_columns, feature_patterns
-from mmbeam.io.paths import public_path
-from mmbeam.io.runs import Run
-from mmbeam.io.shards import list_shards
-from mmbeam.io.units import GENERATE_BYTES
+from mmbeam.features.files import check_columns, feature_patterns
 from mmbeam.jobs.cluster import workers_are_here
 from mmbeam.jobs.common import (
     OUTPUT_VERSION,
@@ -26,7 +22,11 @@ from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
 from mmbeam.models.generators.base import Decoding
 from mmbeam.models.leases import devices_of
 from mmbeam.models.loading import dtype_name
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.paths import public_path
+from mmbeam.readers.units import GENERATE_BYTES
 from mmbeam.report.inspect import probe
+from mmbeam.runs import Run
 from mmbeam.stages.asking import fields_of
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.stages.generate import GenerateStage, generate_stage

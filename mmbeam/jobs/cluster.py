@@ -21,8 +21,8 @@ from apache_beam.options.pipeline_options import (
 )
 
 from mmbeam.errors import JobError, MmbeamError, UsageError
-from mmbeam.io.paths import public_path, public_text
-from mmbeam.io.shards import expand
+from mmbeam.readers.listing import expand
+from mmbeam.readers.paths import public_path, public_text
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from typing import Any
 
 import apache_beam as beam
 
+from mmbeam import runs
 from mmbeam.clean import check_steps, compile_where, parse_image_filter
 from mmbeam.errors import MissingModalityError, UsageError
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
-from mmbeam.io.units import UNIT_BYTES
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
 from mmbeam.jobs.launch import DIRECT, JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
 from mmbeam.jobs.local import check_workers, execute_in_processes
 from mmbeam.models.leases import devices_of
+from mmbeam.readers.units import UNIT_BYTES
+from mmbeam.runs import Run
 from mmbeam.stages.generate import GenerateStage
 from mmbeam.transforms import Embed, Generate, Plan, ReadFeatures, ReadShards, Summarize, WriteParquet
 from mmbeam.types import Modality, Needs, RunReport, Shard, Stage, WorkUnit

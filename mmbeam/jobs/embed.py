@@ -7,8 +7,6 @@ from typing import Any
 from mmbeam.clean import parse_image_filter
 from mmbeam.config import UNNAMED, ModelRef, Reading
 from mmbeam.errors import UsageError
-from mmbeam.io.runs import Run
-from mmbeam.io.shards import list_shards
 from mmbeam.jobs.common import (
     OUTPUT_VERSION,
     Job,
@@ -20,7 +18,9 @@ from mmbeam.jobs.common import (
 )
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
 from mmbeam.models.loading import dtype_name
+from mmbeam.readers.listing import list_shards
 from mmbeam.report.inspect import probe
+from mmbeam.runs import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.types import Modality, RunReport
 

@@ -10,13 +10,13 @@ from typing import Any
 import pyarrow as pa
 
 from mmbeam.errors import UsageError
-from mmbeam.io.columns import WrittenRows
-from mmbeam.io.store import Store
+from mmbeam.features.columns import WrittenRows
 from mmbeam.jobs.evaluate_texts import Place, TextJob
 from mmbeam.jobs.evaluate_vectors import check_pairs, evaluate_probe, evaluate_retrieval, label_text, related_pairs
 from mmbeam.jobs.launch import pipeline_options
 from mmbeam.metrics.pairs import KEY, Field, PairSource, ReferenceFile, json_object, texts_of
 from mmbeam.metrics.text import ERROR_RATES, text_metrics
+from mmbeam.runs.store import Store
 
 ALL = "all"  # in the place of a pair of columns: every pair of one model
 TRANSCRIPT = "transcript"  # in the name of a column

@@ -8,13 +8,13 @@ import apache_beam as beam
 from apache_beam.runners.runner import PipelineState
 
 from mmbeam.errors import FlowError, JobError
-from mmbeam.io.columns import WrittenRows
-from mmbeam.io.runs.run import PART
-from mmbeam.io.store import Store
+from mmbeam.features.columns import WrittenRows
 from mmbeam.jobs.launch import pipeline_options, plain_error
 from mmbeam.metrics.pairs import KEY, PairSource
 from mmbeam.metrics.text import text_metrics
 from mmbeam.metrics.totals import TextTotals
+from mmbeam.runs.run import PART
+from mmbeam.runs.store import Store
 from mmbeam.transforms.evaluate import ScoreTexts, Scoring
 
 # The work is Python's own, which threads do not speed up; and between threads Beam 2.77's runner loses what a

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 
 from mmbeam.errors import JobError, UsageError
-from mmbeam.io.columns import Vectors, WrittenRows, to_vectors, with_all
+from mmbeam.features.columns import Vectors, WrittenRows, to_vectors, with_all
 from mmbeam.metrics.pairs import KEY, Field
 from mmbeam.metrics.probe import linear_probe
 from mmbeam.metrics.retrieval import match_ranks, retrieval_scores

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from mmbeam.clean.select import SampleValues
-from mmbeam.clean.template import names_in
 from mmbeam.errors import ShardError, UsageError
-from mmbeam.io.features import FACTS, IDENTITY, opened
+from mmbeam.features.files import FACTS, IDENTITY, opened
 from mmbeam.models.generators.base import Wanted
+from mmbeam.prompts.template import names_in
 from mmbeam.report.inspect import PROBED_SAMPLES, PROBED_SHARDS, Probe
 from mmbeam.stages.asking import fields_of
 from mmbeam.types import Sample, Shard

@@ -20,16 +20,15 @@ from apache_beam.runners.portability.fn_api_runner import fn_runner, worker_hand
 from apache_beam.runners.runner import PipelineResult, PipelineState
 from apache_beam.utils.thread_pool_executor import UnboundedThreadPoolExecutor
 
-from mmbeam import errors
+from mmbeam import errors, runs
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
-from mmbeam.io import runs
-from mmbeam.io.paths import public_text
-from mmbeam.io.runs import Run
 from mmbeam.jobs.cluster import runner_error, runner_of, workers_are_here
 from mmbeam.models.leases import devices_of
+from mmbeam.readers.paths import public_text
 from mmbeam.report.inspect import Probe
 from mmbeam.report.progress import progress
+from mmbeam.runs import Run
 from mmbeam.types import Modality, RunReport, WorkUnit
 
 log = logging.getLogger(__name__)

@@ -13,15 +13,15 @@ from typing import Any
 
 import apache_beam as beam
 
-from mmbeam.decode.pool import cores, use_cores
+from mmbeam import runs
 from mmbeam.errors import UsageError
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
 from mmbeam.jobs.cluster import runner_of
 from mmbeam.jobs.launch import IN_PROCESS, UNITS_PER_DEVICE, JobOptions, confirm, is_waited_for, to_do
 from mmbeam.jobs.workers import Workers
 from mmbeam.models import leases
+from mmbeam.process import cores, use_cores
 from mmbeam.report.progress import progress
+from mmbeam.runs import Run
 from mmbeam.transforms.write import summarize
 from mmbeam.types import RunReport, Tally, UnitReport, WorkUnit
 

@@ -16,8 +16,8 @@ from typing import Any, Literal, cast
 
 import torch
 
-from mmbeam.decode.pool import cores, decoding_paused
 from mmbeam.errors import DeviceError, UsageError
+from mmbeam.process import cores, decoding_paused
 from mmbeam.types import Batch, Stage, Tally
 
 Fault = Literal["memory", "device", "surroundings", "sample"]

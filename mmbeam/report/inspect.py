@@ -7,9 +7,9 @@ from dataclasses import dataclass, field
 from mmbeam.config import FieldMap, Limits
 from mmbeam.decode import decode_metadata
 from mmbeam.errors import SampleError, ShardError
-from mmbeam.io.shards import list_shards
-from mmbeam.io.stream import open_shard
-from mmbeam.io.tar import TarReader
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.stream import open_shard
+from mmbeam.readers.tar import TarReader
 from mmbeam.types import MODALITIES, Modality, RawSample, Sample, Shard
 
 PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # enough to see what a corpus is made of, little enough to be quick

@@ -13,8 +13,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TextIO
 
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
+from mmbeam import runs
+from mmbeam.runs import Run
 from mmbeam.types import Tally, UnitReport
 
 log = logging.getLogger(__name__)

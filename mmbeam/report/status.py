@@ -7,9 +7,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
+from mmbeam import runs
 from mmbeam.report.summary import failed_text, samples_text, trouble_text
+from mmbeam.runs import Run
 from mmbeam.types import Tally
 
 

@@ -6,8 +6,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.io.store import Store
 from mmbeam.report.progress import clock
+from mmbeam.runs.store import Store
 from mmbeam.types import RunReport, Tally
 
 STEPS = {  # of a unit's own thread, one after the other: they add up to its time

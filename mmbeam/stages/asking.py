@@ -12,12 +12,12 @@ from typing import Any
 import pyarrow as pa
 
 from mmbeam.clean.select import SampleValues
-from mmbeam.clean.template import Field, parse_template
-from mmbeam.clean.turns import MESSAGES, parse_turns
 from mmbeam.config import Task
 from mmbeam.errors import UsageError
 from mmbeam.models.generators import check_languages
 from mmbeam.models.generators.base import NEW_TOKENS, Decoding, GeneratorSpec, Request, Wanted
+from mmbeam.prompts.template import Field, parse_template
+from mmbeam.prompts.turns import MESSAGES, parse_turns
 from mmbeam.stages.common import wave_of
 from mmbeam.types import Kind, Modality, Output, Sample
 

@@ -13,15 +13,15 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmbeam.clean.turns import Turn
 from mmbeam.config import COLUMN_OF, Engine, Task
 from mmbeam.errors import PromptError, UsageError
-from mmbeam.io.rows import covers
 from mmbeam.models.generators import check_engine, describe, load
 from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request, Wanted
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
 from mmbeam.models.placement import resolve_device
 from mmbeam.ops.filters import apply_filter
+from mmbeam.prompts.turns import Turn
+from mmbeam.runs.rows import covers
 from mmbeam.stages.asking import output_of, request_of, settled, taken, wanted_of
 from mmbeam.stages.common import (
     AUTO_BATCH_SIZE,

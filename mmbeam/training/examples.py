@@ -4,16 +4,13 @@ An example makes its request when asked, with the modalities asked for, so that 
 copied for a modality that is dropped, and a buffer of examples holds what its source holds and no more.
 """
 
-import json
 from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol
+from typing import Protocol
 
+from mmbeam.features.split import Part
 from mmbeam.models.generators.base import Request
 from mmbeam.types import MODALITIES, Modality
-
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,24 +55,6 @@ class Source(Protocol):
 
     def of_rank(self, rank: int, world_size: int) -> "Source":
         """One process's share of the training part, together all of it; the other parts and the counts are whole."""
-
-
-def json_object(text: str | None) -> Mapping[str, Any]:
-    """A sample's JSON as a mapping; empty if it has none or it is something else."""
-    if text is None:
-        return {}
-    try:
-        value = json.loads(text)
-    except ValueError:
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def text_of(value: object) -> str | None:
-    """A caption, or what names a group: a string that says something, or a number; None for anything else."""
-    if isinstance(value, int | float) and not isinstance(value, bool):
-        return str(value)
-    return value.strip() or None if isinstance(value, str) else None
 
 
 def clauses_of(value: object) -> dict[Modality, str] | None:

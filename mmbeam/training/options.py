@@ -7,7 +7,7 @@ from typing import Any, Literal
 
 from mmbeam.config import Reading
 from mmbeam.errors import UsageError
-from mmbeam.io.paths import public_path
+from mmbeam.readers.paths import public_path
 from mmbeam.types import Modality
 
 OptimizerName = Literal["adamw", "adam", "sgd"]

@@ -1,6 +1,6 @@
 """Examples from rows of pre-computed features: the Parquet files that `mmbeam embed` wrote.
 
-The loader itself is `mmbeam.training.features`; here its batches become the examples that the training
+The loader itself is `mmbeam.features.dataset`; here its batches become the examples that the training
 takes from everywhere. A vector with a number that is not finite counts as missing.
 """
 
@@ -16,12 +16,13 @@ import pyarrow.parquet as pq
 from fsspec.core import url_to_fs
 
 from mmbeam.errors import UsageError
+from mmbeam.features.captions import Captions, json_object, text_of
+from mmbeam.features.dataset import FeatureDataset
+from mmbeam.features.dataset_files import StoredFeature, list_files
+from mmbeam.features.dataset_rows import CAPTION
+from mmbeam.features.split import PARTS, Part
 from mmbeam.models.generators.base import Request
-from mmbeam.training.captions import Captions
-from mmbeam.training.examples import PARTS, Example, Part, clauses_of, json_object, text_of
-from mmbeam.training.feature_files import StoredFeature, list_files
-from mmbeam.training.feature_rows import CAPTION
-from mmbeam.training.features import FeatureDataset
+from mmbeam.training.examples import Example, clauses_of
 from mmbeam.training.sources import SPLIT_SEED, SURVEYED, Labelling, Survey
 from mmbeam.types import MODALITIES, Feature, Modality
 

@@ -15,16 +15,17 @@ import torch
 
 from mmbeam.config import FieldMap
 from mmbeam.errors import MissingModalityError, ModelError, NoShardsError, TrainingError, UsageError
-from mmbeam.io.shards import expand, list_shards
-from mmbeam.io.units import plan_units
+from mmbeam.features.dataset_files import list_files
+from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained, read_json, resolve
+from mmbeam.readers.listing import expand, list_shards
+from mmbeam.readers.units import plan_units
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.columns import check_origins, column_sources
 from mmbeam.training.encoders import Encoders, load_encoders, read_encoders, unfreeze
-from mmbeam.training.examples import Part, Source
-from mmbeam.training.feature_files import list_files
+from mmbeam.training.examples import Source
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.rows import FeatureSource, captions_of, parse_column
 from mmbeam.training.sources import CAPTION_IS_TEXT, SURVEYED, Labelling, ShardSource, Survey

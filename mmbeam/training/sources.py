@@ -18,11 +18,12 @@ import numpy as np
 from mmbeam.config import Reading, Windows
 from mmbeam.corpus import Scene, render_audio, render_image, samples, tag
 from mmbeam.errors import ShardError, TrainingError
+from mmbeam.features.captions import json_object, text_of
+from mmbeam.features.order import rank_of, units_of_rank
+from mmbeam.features.split import PARTS, Part, split_of
 from mmbeam.models.generators.base import Request
-from mmbeam.reading import read_batches
-from mmbeam.training.examples import PARTS, Example, Part, clauses_of, json_object, text_of
-from mmbeam.training.order import rank_of, units_of_rank
-from mmbeam.training.split import split_of
+from mmbeam.readers.windows import read_batches
+from mmbeam.training.examples import Example, clauses_of
 from mmbeam.types import MODALITIES, Audio, Modality, Needs, Sample, Waveform, WorkUnit
 
 log = logging.getLogger(__name__)

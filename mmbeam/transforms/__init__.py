@@ -2,11 +2,11 @@
 WriteParquet or Rows, Summarize."""
 
 from mmbeam.transforms.coder import BatchCoder
-from mmbeam.transforms.embed import Embed
 from mmbeam.transforms.features import ReadFeatures
 from mmbeam.transforms.generate import Generate
 from mmbeam.transforms.plan import Plan
 from mmbeam.transforms.read import ReadShards
+from mmbeam.transforms.run_stage import Embed
 from mmbeam.transforms.write import Rows, Summarize, WriteParquet
 
 __all__ = [

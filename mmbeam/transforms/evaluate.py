@@ -10,12 +10,12 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.io.columns import read_columns
-from mmbeam.io.store import Store
+from mmbeam.features.columns import read_columns
 from mmbeam.metrics.cider import document_frequencies
 from mmbeam.metrics.pairs import Pair, PairSource, References
 from mmbeam.metrics.text import CIDER, text_metrics
 from mmbeam.metrics.totals import TextTotals, score_pair
+from mmbeam.runs.store import Store
 
 COLUMNS = (
     pa.field("key", pa.string(), nullable=False),

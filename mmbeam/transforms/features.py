@@ -6,9 +6,9 @@ from functools import partial
 import apache_beam as beam
 
 from mmbeam.config import Reading, Windows
-from mmbeam.io.ahead import one_ahead
-from mmbeam.io.feature_rows import read_features
-from mmbeam.io.runs import Run
+from mmbeam.features.read import read_features
+from mmbeam.readers.ahead import one_ahead
+from mmbeam.runs import Run
 from mmbeam.transforms.read import ReadUnits
 from mmbeam.types import Batch, Needs, WorkUnit
 

@@ -2,7 +2,7 @@
 
 import apache_beam as beam
 
-from mmbeam.transforms.embed import RunStage
+from mmbeam.transforms.run_stage import RunStage
 from mmbeam.types import Batch, Stage
 
 

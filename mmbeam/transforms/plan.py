@@ -7,11 +7,11 @@ from dataclasses import replace
 
 import apache_beam as beam
 
+from mmbeam import runs
 from mmbeam.config import TASKS
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
-from mmbeam.io.shards import list_shards
-from mmbeam.io.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
+from mmbeam.runs import Run
 from mmbeam.types import Shard, WorkUnit
 
 

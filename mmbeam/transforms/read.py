@@ -6,11 +6,11 @@ from dataclasses import asdict
 
 import apache_beam as beam
 
+from mmbeam import runs
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import FailureRateError, UsageError
-from mmbeam.io import runs
-from mmbeam.io.runs import Run
-from mmbeam.reading import read_batches
+from mmbeam.readers.windows import read_batches
+from mmbeam.runs import Run
 from mmbeam.types import Batch, Needs, WorkUnit
 
 

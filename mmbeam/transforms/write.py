@@ -8,12 +8,12 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
+from mmbeam import runs
 from mmbeam.errors import FlowError, ShardError
-from mmbeam.io import runs
-from mmbeam.io.parquet import UnitWriter
-from mmbeam.io.rows import build_schema, settle
-from mmbeam.io.runs import Run
 from mmbeam.report.progress import progress
+from mmbeam.runs import Run
+from mmbeam.runs.rows import build_schema, settle
+from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Output, RunReport, Stage, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from typing import Any, ClassVar
 
 import torch
 
-from mmbeam.clean.template import Template
-from mmbeam.clean.turns import Turn
 from mmbeam.config import Task
 from mmbeam.errors import UsageError
+from mmbeam.prompts.template import Template
+from mmbeam.prompts.turns import Turn
 from mmbeam.types import Feature, FeatureColumn, ImageHWC, Modality, Waveform
 
 # Tokens that hold the texts of a task, but for the longest ones, which are cut: a transcript of several minutes.

@@ -11,13 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from mmbeam.clean.turns import Turn
 from mmbeam.config import Task
 from mmbeam.errors import ModelError, UsageError
 from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.languages import language_ids, name_of
 from mmbeam.models.loading import read_json
 from mmbeam.models.tokenizing import TextTokenizer
+from mmbeam.prompts.turns import Turn
 
 _MARK = "\ue000{}\ue001"  # where a text belongs: private characters, which no template changes
 _MARKS = re.compile(_MARK.format(r"(\d+)"))

@@ -11,13 +11,13 @@ from typing import Any
 import torch
 from transformers import VoxtralForConditionalGeneration
 
-from mmbeam.clean.turns import Turn
 from mmbeam.errors import ModelError, PromptError
 from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.languages import code_of
 from mmbeam.models.generators.prompts import Medium, instruction
 from mmbeam.models.generators.sounds import MelReader
+from mmbeam.prompts.turns import Turn
 
 BEGIN, START, END = "<s>", "[INST]", "[/INST]"  # of the prompt, of the user's turn
 SYSTEM = ("[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]")  # not every checkpoint has them

@@ -1,0 +1,1 @@
+"""Vectors on disk: their schema, their files, their rows as samples, and the torch loader."""

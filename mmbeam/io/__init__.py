@@ -1,1 +1,0 @@
-"""Input and output: patterns to shards to units, byte streams to samples, rows to files. No Beam, no torch."""

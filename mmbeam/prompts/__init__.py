@@ -1,0 +1,1 @@
+"""Prompts: templates over a sample, and the turns of a dialogue."""

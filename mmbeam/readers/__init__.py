@@ -1,0 +1,1 @@
+"""Input: from the paths a user names to windows of decoded samples."""

@@ -1,0 +1,245 @@
+"""A shard's bytes as they are stored: opened anywhere, and read on from where a fault stopped them.
+
+Forward only, in a stated amount of memory. Not here: decompression (decompress.py), what the bytes mean (tar.py).
+"""
+
+import io
+import logging
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
+from fsspec.implementations.memory import MemoryFileSystem
+
+from mmbeam.config import MIB
+from mmbeam.errors import MmbeamError, ShardError
+from mmbeam.readers.paths import etag_of, public_text
+from mmbeam.types import Shard
+
+logger = logging.getLogger(__name__)
+
+RETRY_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each new try; reading on starts them afresh
+READ_BYTES = MIB  # asked of a file at once
+BLOCK_BYTES = 8 * MIB  # asked of a store at once: long enough to hide a request's latency
+LEAST_BLOCK_BYTES = MIB  # half as much after each fault, down to this: some connections never live for 8 MiB
+HTTP_SECONDS = 60.0  # without a byte, after which a connection is taken for dead
+
+# Errors of these packages are the store's or the network's; any other that is no OSError is a fault of a program.
+STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "http", "requests", "urllib3"}
+
+T = TypeVar("T")
+
+
+class ShardStream(io.BufferedReader):
+    """A shard opened for reading forward. `size` and `etag` are those of the object that was opened."""
+
+    def __init__(self, source: "_Source") -> None:
+        super().__init__(source, READ_BYTES)
+        self._source = source
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes taken from the store so far, up to READ_BYTES of them not yet asked for."""
+        return self._source.bytes_read
+
+    @property
+    def size(self) -> int | None:
+        return self._source.size
+
+    @property
+    def etag(self) -> str | None:
+        return self._source.etag
+
+
+def open_shard(shard: Shard, begin: int = 0, waits: Sequence[float] = RETRY_WAITS) -> ShardStream:
+    """Open `shard` at byte `begin` as it is stored.
+
+    A fault of the store or the network is met by opening again at the byte reached, after each of
+    `waits` seconds. Raises ShardError, here or while reading, if the shard does not exist, has changed
+    since it was listed, or cannot be read on; PermissionError if access is refused.
+    """
+    source = _Source(shard, begin, waits)
+    source.open()
+    return ShardStream(source)
+
+
+class _Source(io.RawIOBase):
+    """The retrying reader: a file of the store that is thrown away and opened again at each fault."""
+
+    def __init__(self, shard: Shard, begin: int, waits: Sequence[float]) -> None:
+        super().__init__()
+        self._shard = shard
+        self._waits = waits
+        self._fs, self._path = url_to_fs(shard.url)
+        self._file: Any = None
+        self._position = begin
+        self._ranges = True  # False once an HTTP server has shown that it sends whole files only
+        self._block_bytes = BLOCK_BYTES
+        self._opened = False
+        self.bytes_read = 0
+        self.size = shard.size
+        self.etag = shard.etag
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        """Whether going forward without reading saves anything."""
+        return self.size is not None and self._ranges
+
+    def tell(self) -> int:
+        return self._position
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        if not self.seekable() or self.size is None:
+            raise io.UnsupportedOperation(f"{self._shard.path} can only be read forward")
+        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        if self._file is not None:
+            self._file.seek(self._position)
+        return self._position
+
+    def open(self) -> None:
+        self._retry(lambda: None)
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._retry(lambda: self._read(buffer))
+        self._position += count
+        self.bytes_read += count
+        return count
+
+    def close(self) -> None:
+        self._drop()
+        super().close()
+
+    def _read(self, buffer: Any) -> int:
+        count = int(self._file.readinto(buffer))
+        if count == 0 and self.size is not None and self._position < self.size:
+            raise EOFError(f"the connection ended at byte {self._position:,} of {self.size:,}")
+        return count
+
+    def _retry(self, action: Callable[[], T]) -> T:
+        for wait in (*self._waits, None):
+            try:
+                if self._file is None:
+                    self._open()
+                return action()
+            except Exception as error:
+                self._drop()
+                reason = self._judge(error)
+                if wait is None:
+                    raise ShardError(
+                        f"{self._shard.path}: cannot be read on from byte {self._position:,} "
+                        f"after {len(self._waits) + 1} tries: {reason}"
+                    ) from None
+                self._block_bytes = max(self._block_bytes // 2, LEAST_BLOCK_BYTES)
+                logger.warning("%s: byte %d: %s; trying again", self._shard.path, self._position, reason)
+                time.sleep(wait)
+        raise AssertionError("the last wait is None")
+
+    def _judge(self, error: Exception) -> str:
+        """What went wrong, in public words, if trying again may help; raises what is final."""
+        path, status = self._shard.path, http_status(error)
+        if status in (401, 403):
+            raise PermissionError(f"{path}: access refused (status {status})") from None
+        if isinstance(error, MmbeamError | PermissionError):
+            raise error
+        if _is_gone(error, status):
+            raise ShardError(f"{path}: does not exist, or is no file") from None
+        if isinstance(error, ValueError) and "range requests" in str(error):
+            self._ranges = False
+        elif not isinstance(error, OSError | EOFError) and not STORE_PACKAGES.intersection(_packages(error)):
+            raise error
+        return f"{type(error).__name__}: {' '.join(public_text(str(error.__cause__ or error)).split())}"
+
+    def _open(self) -> None:
+        if self._opened:
+            self._fs.invalidate_cache()
+        info = self._fs.info(self._path)
+        size, etag = info.get("size"), etag_of(info)
+        if _differ(size, self.size) or _differ(etag, self.etag):
+            raise ShardError(
+                f"{self._shard.path}: changed since it was listed or opened ({self.size} bytes, etag {self.etag}; "
+                f"now {size} bytes, etag {etag}); the same command again lists it anew"
+            )
+        self._opened, self.size, self.etag = True, size or self.size, etag or self.etag
+        self._file = self._open_file(info)
+        self._go_to_position()
+
+    def _open_file(self, info: Any) -> Any:
+        if isinstance(self._fs, LocalFileSystem):
+            return Path(self._path).open("rb", buffering=0)
+        if isinstance(self._fs, MemoryFileSystem):  # its files are one object with one position for all readers
+            return io.BytesIO(self._fs.cat_file(self._path))
+        if self._path.startswith(("http://", "https://")):
+            self._ranges = self._ranges and self.size is not None and info.get("partial", True)
+            return _open_http(self._fs, self._path, self.size if self._ranges else None, self._block_bytes)
+        return self._fs.open(self._path, "rb", block_size=self._block_bytes, cache_type="readahead")
+
+    def _go_to_position(self) -> None:
+        if self._ranges:
+            self._file.seek(self._position)
+            return
+        left = self._position
+        while left:
+            skipped = self._file.read(min(left, READ_BYTES))
+            if not skipped:
+                raise EOFError(f"the connection ended {left:,} bytes before byte {self._position:,}")
+            left -= len(skipped)
+
+    def _drop(self) -> None:
+        file, self._file = self._file, None
+        if file is not None:
+            file.close()
+
+
+def sends_ranges(fs: Any, url: str, size: int) -> bool:
+    """Whether an HTTP server sends parts of a file: one byte of it is asked for. True where it does not answer."""
+    try:
+        with _open_http(fs, url, size, 1) as file:
+            file.seek(1)
+            file.read(1)
+    except ValueError:
+        return False
+    except Exception as error:  # whoever reads it will see, and try again
+        logger.debug("%s: %s", public_text(url), type(error).__name__)
+    return True
+
+
+def _open_http(fs: Any, url: str, size: int | None, block_bytes: int) -> Any:
+    """By ranges if the size is known, else as one stream, whose length aiohttp's default would cut at 5 minutes."""
+    from aiohttp import ClientTimeout  # only here: whoever reads no HTTP needs no aiohttp
+
+    timeout = ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)
+    if size is None:
+        return fs.open(url, "rb", block_size=0, size=1, timeout=timeout)  # any size: it saves a request
+    return fs.open(url, "rb", block_size=block_bytes, cache_type="readahead", size=size, timeout=timeout)
+
+
+def http_status(error: BaseException) -> int | None:
+    """The HTTP status that an error of a store's client stands for, if it says so."""
+    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs
+        return 403
+    for each in (error, error.__cause__):
+        status = getattr(each, "status", None) or getattr(each, "code", None)
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def _is_gone(error: BaseException, status: int | None) -> bool:
+    """fsspec turns every failure of an HTTP request into FileNotFoundError; its cause says what it was."""
+    if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
+        return False
+    by_http = error.__cause__ is not None and "aiohttp" in _packages(error.__cause__)
+    return status in (404, 410) if by_http else True
+
+
+def _differ(now: object, before: object) -> bool:
+    return now is not None and before is not None and now != before
+
+
+def _packages(error: BaseException) -> set[str]:
+    return {kind.__module__.partition(".")[0] for kind in type(error).__mro__}
