@@ -24,8 +24,8 @@ import torch
 from mmbeam.config import SHIPPED
 from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
-from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import load_pretrained, resolve
+from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example, Source, compose
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.progress import TrainingLine

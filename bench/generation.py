@@ -26,8 +26,8 @@ from mmbeam.config import SHIPPED, Reading, Windows
 from mmbeam.corpus import write_corpus
 from mmbeam.decode import decode_audio, decode_image
 from mmbeam.models.generators import describe, load
-from mmbeam.models.generators.base import Decoding, Request
 from mmbeam.models.loading import resolve
+from mmbeam.prompts.ask import Decoding, Request
 from mmbeam.readers.windows import Ahead, ordered_map
 from mmbeam.stages.generate import plan_batches
 

@@ -111,6 +111,11 @@ class Audio:
     waves: Mapping[int, Waveform]  # by sampling rate in Hz
     seconds: float  # of the whole sound
 
+    def at(self, rate: int | None) -> tuple[Waveform, int]:
+        """Return the waveform at `rate` Hz, or else at the highest rate decoded, and its rate."""
+        best = rate if rate is not None and rate in self.waves else max(self.waves)
+        return self.waves[best], best
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:

@@ -25,8 +25,8 @@ from mmbeam.errors import MissingModalityError, RunMismatchError, UsageError
 from mmbeam.jobs.caption import CaptionOptions, caption, caption_run
 from mmbeam.jobs.embed import EmbedOptions, embed
 from mmbeam.jobs.launch import pipeline_options
-from mmbeam.models.generators.base import Decoding, Generated, Request
 from mmbeam.models.generators.fusion import FusionGenerator
+from mmbeam.prompts.ask import Decoding, Generated, Request
 from mmbeam.stages.generate import generate_stage
 from mmbeam.transforms import Generate, Plan, ReadShards, Rows, Summarize, WriteParquet
 from mmbeam.types import RunReport

@@ -40,7 +40,7 @@ from mmbeam.jobs.caption import CaptionOptions
 from mmbeam.jobs.common import Job
 from mmbeam.jobs.embed import EmbedOptions
 from mmbeam.jobs.launch import is_waited_for, pipeline_options, submit
-from mmbeam.models.generators.base import Decoding
+from mmbeam.prompts.ask import Decoding
 from mmbeam.types import Input, Shard, WorkUnit
 
 DEPLOY = Path(__file__).parents[1] / "deploy" / "dataflow"

@@ -18,9 +18,9 @@ from transformers import (
     T5ForConditionalGeneration,
 )
 
-from mmbeam.models.generators.base import Decoding
-from mmbeam.models.generators.decoding import Decoded, decode, score
+from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
 from mmbeam.ops.collate import pad
+from mmbeam.prompts.ask import Decoding
 
 VOCABULARY, PAD, EOS = 24, 0, 1
 PROMPTS: tuple[tuple[int, ...], ...] = ((5, 6, 7), (8,), (9, 10, 11, 12, 13, 14), (15, 16), (5, 6), (20,))
@@ -84,7 +84,7 @@ def inputs_of(name: str, prompts: Sequence[Sequence[int]], length: int | None = 
 
 
 @torch.inference_mode()
-def reference(model: Any, name: str, prompt: Sequence[int], row: Decoded) -> float:
+def reference(model: Any, name: str, prompt: Sequence[int], row: GeneratedTokens) -> float:
     """The log-probability of a text, token by token, each with a pass of its own that nothing is padded for."""
     total = 0.0
     for place, token in enumerate(row.token_ids):

@@ -39,7 +39,7 @@ from pathlib import Path
 import tiny_generators_hub as hub
 from pictures import pictures
 from mmbeam.cli import main
-from mmbeam.models.generators.base import Request
+from mmbeam.prompts.ask import Request
 images = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41)))]
 requests = [Request(image=image, text=text) for image, text in zip(images, ("what is it", "a", "two cats"))]
 requests += [Request(image=images[1]), Request(text="say a word"), Request(text="x")]

@@ -20,9 +20,9 @@ from mmbeam.models.encoders.fusion import FusionEncoder
 from mmbeam.models.fusion import FusionProcessor
 from mmbeam.models.fusion.mel import MelRecipe, log_mel
 from mmbeam.models.fusion.modeling import MASK
-from mmbeam.models.generators.base import Decoding, Generated, Request
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.models.loading import read_json
+from mmbeam.prompts.ask import Decoding, Generated, Request
 from mmbeam.types import MODALITIES, Modality
 
 CPU = torch.device("cpu")

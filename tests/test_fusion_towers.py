@@ -25,9 +25,9 @@ from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionModel, FusionProcessor, SourceConfig
 from mmbeam.models.fusion.modeling import MASK
 from mmbeam.models.fusion.towers import load_weights, read_preprocessing, read_source
-from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tiny import SIDE, save_clip
+from mmbeam.prompts.ask import Request
 from mmbeam.training.views import make_views
 from mmbeam.types import Modality
 

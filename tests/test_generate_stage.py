@@ -12,8 +12,9 @@ import torch
 from tiny_generators import features, make_sample, save_fusion
 
 from mmbeam.errors import DeviceError, ModelError, UsageError
-from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request, Wanted
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.fusion import FusionGenerator
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 from mmbeam.stages.explain import shares_of
 from mmbeam.stages.generate import GenerateStage, generate_stage, stream_seed
 from mmbeam.types import Audio, Batch, Failure, Modality, Sample, WorkUnit
@@ -355,11 +356,11 @@ def test_shares_of_a_real_model_are_of_the_loss_under_its_own_score(fusion: Path
 @pytest.mark.parametrize(
     ("decoding", "words"),
     [
-        (Decoding(num_beams=2, temperature=1.0), "give one"),
-        (Decoding(temperature=0.0), "--temperature 0.0"),
-        (Decoding(temperature=float("nan")), "--temperature nan"),
-        (Decoding(top_p=0.5), "--top-p 0.5"),
-        (Decoding(temperature=1.0, top_p=0.0), "--top-p 0.0"),
+        (Decoding(num_beams=2, temperature=1.0), "mutually exclusive"),
+        (Decoding(temperature=0.0), "temperature 0.0"),
+        (Decoding(temperature=float("nan")), "temperature nan"),
+        (Decoding(top_p=0.5), "top_p 0.5"),
+        (Decoding(temperature=1.0, top_p=0.0), "top_p 0.0"),
         (Decoding(max_new_tokens=0), "at least 1"),
         (Decoding(max_new_tokens=33), "at most 32"),
     ],
@@ -376,7 +377,7 @@ def test_the_longest_text_it_can_write_is_written(fusion: Path) -> None:
 
 
 def test_a_task_names_the_columns(fusion: Path) -> None:
-    stage = replace(generate_stage(str(fusion), decoding=GREEDY), wanted=Wanted(task="summarize"))
+    stage = replace(generate_stage(str(fusion), decoding=GREEDY), instruction=Instruction(task="summarize"))
     result = run(stage, every_subset(8))
     assert [each.name for each in stage.outputs[0].columns] == ["summary", "summary_num_tokens", "summary_logprob"]
     assert set(result.features) == {"summary", "summary_num_tokens", "summary_logprob", "text_num_tokens"}

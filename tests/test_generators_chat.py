@@ -15,7 +15,7 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from mmbeam.config import Task
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
-from mmbeam.models.generators.base import Request
+from mmbeam.prompts.ask import Request
 from mmbeam.stages.generate import weights_of
 
 IMAGES = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41), (90, 30)))]

@@ -24,7 +24,8 @@ from transformers import (
 
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
-from mmbeam.models.generators.base import Generator, Request
+from mmbeam.models.generators.base import Generator
+from mmbeam.prompts.ask import Request
 
 IMAGES = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41), (300, 200)))]
 WORDS = ("a photo of", None, "a", "cat and dog")

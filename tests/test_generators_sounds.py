@@ -21,7 +21,7 @@ from transformers import (
 
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
-from mmbeam.models.generators.base import Decoding, Request
+from mmbeam.prompts.ask import Decoding, Request
 
 RATE = 16000
 IMAGES = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41)))]

@@ -10,7 +10,8 @@ from transformers import AutoModelForCausalLM, AutoModelForSeq2SeqLM, AutoTokeni
 
 from mmbeam.errors import LimitError, ModelError, UsageError
 from mmbeam.models.generators import FAMILIES, describe, family_of
-from mmbeam.models.generators.base import Generator, Request
+from mmbeam.models.generators.base import Generator
+from mmbeam.prompts.ask import Request
 
 TEXTS = ("a dog", "the quick brown fox", "x", "two cats in a garden, and a dog")
 REQUESTS = [Request(text=text) for text in TEXTS]

@@ -11,7 +11,7 @@ from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
-from mmbeam.models.generators.base import Decoding, Generated, Request
+from mmbeam.prompts.ask import Decoding, Generated, Request
 
 RATE, WINDOW = 16000, 2.0  # Hz, seconds
 SHORT, LONG = (0.3, 1.0, 1.99, 2.0, 0.7), (2.1, 6.4, 4.0, 9.3)

@@ -9,8 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmbeam.errors import DeviceError
-from mmbeam.models.generators.base import Decoding, Generator, GeneratorSpec, Request
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.placement import classify
+from mmbeam.prompts.ask import Decoding, GeneratorSpec, Request
 from mmbeam.stages.generate import plan_batches
 from mmbeam.stages.packing import pack, run_packed
 

@@ -13,8 +13,9 @@ from mmbeam.config import SHIPPED
 from mmbeam.corpus import Scene, samples, write_corpus
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.generators import describe, load
-from mmbeam.models.generators.base import Decoding, Generated, Generator
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import resolve
+from mmbeam.prompts.ask import Decoding, Generated
 from mmbeam.training.shipped import EVALUATION_SEED, evaluate
 from mmbeam.training.sources import scene_example
 from mmbeam.types import MODALITIES

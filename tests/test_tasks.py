@@ -17,12 +17,12 @@ from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
 from mmbeam.config import Task
 from mmbeam.errors import LimitError, PromptError, UsageError
-from mmbeam.models.generators import describe
-from mmbeam.models.generators.base import Generator, GeneratorSpec, Request
+from mmbeam.models.generators import check_instruction, describe
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.languages import code_of, find_language, name_of
-from mmbeam.models.generators.prompts import instruction, one_speaker, until_next_turn
-from mmbeam.prompts.turns import Turn
-from mmbeam.stages.asking import wanted_of
+from mmbeam.models.generators.prompts import task_prompt
+from mmbeam.prompts.ask import GeneratorSpec, Request, make_instruction
+from mmbeam.prompts.turns import Turn, one_speaker, until_next_turn
 from mmbeam.stages.generate import weights_of
 
 IMAGE = next(iter(pictures(((60, 41),)))).copy()
@@ -107,11 +107,15 @@ def test_a_model_says_what_it_can_and_first_what_it_is_for(models: Models, name:
 @pytest.mark.parametrize(
     ("name", "options", "words"),
     [
-        ("florence2", {"task": "summarize"}, "a florence2 can caption or transcribe"),
-        ("whisper-en", {"task": "translate"}, "a whisper can transcribe"),
-        ("pegasus", {"task": "dialogue"}, "a pegasus can summarize"),
-        ("whisper", {"prompt": "{text}"}, "a whisper reads none"),
-        ("qwen2", {"task": "dialogue", "prompt": "{text}"}, "a dialogue's turns are those of {metadata[messages]}"),
+        (
+            "florence2",
+            {"task": "summarize"},
+            "task summarize: expected one that florence2 supports: caption, transcribe",
+        ),
+        ("whisper-en", {"task": "translate"}, "expected one that whisper supports: transcribe"),
+        ("pegasus", {"task": "dialogue"}, "expected one that pegasus supports: summarize"),
+        ("whisper", {"prompt": "{text}"}, "prompt: whisper takes no prompt"),
+        ("qwen2", {"task": "dialogue", "prompt": "{text}"}, "task dialogue takes its turns from {metadata[messages]}"),
         ("t5", {"prompt": "tell me"}, "the same for every sample"),
         ("qwen2", {"prompt": "{x}"}, "column 1: expected {text}"),
         ("florence2", {"language": "de"}, "--language de: a florence2 takes none"),
@@ -137,14 +141,14 @@ def test_what_a_model_cannot_be_asked_is_an_error_that_says_what_it_can(
     models: Models, name: str, options: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(UsageError) as caught:
-        wanted_of(models.spec(name), **options)
+        check_instruction(models.spec(name), make_instruction(models.spec(name), **options))
     assert words in str(caught.value)
 
 
 def test_with_a_prompt_a_chat_model_is_not_asked_for_dialogues(models: Models) -> None:
-    assert wanted_of(models.spec("qwen2")).task == "dialogue"
-    assert wanted_of(models.spec("qwen2"), prompt="{text}").task == "caption"
-    assert wanted_of(models.spec("nllb"), language="fra_Latn").task == "translate"
+    assert make_instruction(models.spec("qwen2")).task == "dialogue"
+    assert make_instruction(models.spec("qwen2"), prompt="{text}").task == "caption"
+    assert make_instruction(models.spec("nllb"), language="fra_Latn").task == "translate"
 
 
 # Text to text
@@ -222,7 +226,7 @@ def test_a_marian_of_several_languages_reads_the_wanted_one_first(models: Models
 
 def test_what_a_chat_model_is_asked_in_words() -> None:
     def asked(task: Task, **options: Any) -> str:
-        return instruction(Request(task=task, **options))
+        return task_prompt(Request(task=task, **options))
 
     assert asked("caption", image=IMAGE) == "Describe the image in one sentence."
     assert asked("caption", image=IMAGE, language="de") == "Describe the image in one sentence in German."

@@ -1,4 +1,4 @@
-"""Prompt templates: what they say, what they refuse, and that nothing of a sample is read as one."""
+"""Prompt templates: filling, syntax errors, and that inserted text is never parsed."""
 
 import json
 import string
@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mmbeam.errors import PromptError, UsageError
-from mmbeam.prompts.template import Field, Template, names_in, parse_template
+from mmbeam.prompts.template import PromptField, Template, entry_paths, parse_template
 
 METADATA = {"title": "A dog", "tags": ["one", "two"], "a": {"b": {"c": 3}}, "0": "zero", "no": None, "yes": True}
 VALUES = {"text": "words", "key": "k-1", "metadata": METADATA}
@@ -29,24 +29,24 @@ VALUES = {"text": "words", "key": "k-1", "metadata": METADATA}
         ("{metadata[tags]}", '["one", "two"]'),
     ],
 )
-def test_fields_are_put_in(template: str, expected: str) -> None:
+def test_fields_are_filled_in(template: str, expected: str) -> None:
     assert parse_template(template).fill(VALUES) == expected
 
 
-def test_it_says_which_fields_it_takes_each_once() -> None:
+def test_fields_are_listed_without_repetitions() -> None:
     fields = parse_template("{text} {metadata[a][b]} {text}").fields
-    assert fields == (Field("text"), Field("metadata", ("a", "b")))
+    assert fields == (PromptField("text"), PromptField("metadata", ("a", "b")))
     assert str(fields[1]) == "metadata[a][b]"
 
 
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        ("", "found nothing"),
-        (" \n", "found nothing"),
-        ("a {text", "column 3: a single brace"),
-        ("a } b", "column 3: a single brace"),
-        ("{ {text}}", "column 1: a single brace"),
+        ("", "found a blank string"),
+        (" \n", "found a blank string"),
+        ("a {text", "column 3: unmatched brace"),
+        ("a } b", "column 3: unmatched brace"),
+        ("{ {text}}", "column 1: unmatched brace"),
         ("{}", "expected {text}, {key} or {metadata"),
         ("{title}", "found {title}"),
         ("{text!r}", "found {text!r}"),
@@ -60,7 +60,7 @@ def test_it_says_which_fields_it_takes_each_once() -> None:
         ("{ text }", "found { text }"),
     ],
 )
-def test_anything_but_plain_fields_is_refused_with_its_place(template: str, words: str) -> None:
+def test_syntax_errors_point_at_the_column(template: str, words: str) -> None:
     with pytest.raises(UsageError) as caught:
         parse_template(template)
     assert words in str(caught.value)
@@ -69,36 +69,36 @@ def test_anything_but_plain_fields_is_refused_with_its_place(template: str, word
 @pytest.mark.parametrize(
     "template", ["{metadata[nothing]}", "{metadata[no]}", "{metadata[tags][2]}", "{metadata[title][x]}"]
 )
-def test_a_sample_without_the_field_is_a_failure_that_names_it(template: str) -> None:
-    with pytest.raises(PromptError, match=r"has no metadata\[.*--where \"metadata\[.*is not None\" leaves"):
+def test_a_missing_field_is_named_in_the_error(template: str) -> None:
+    with pytest.raises(PromptError, match=r"no metadata\[.*where \"metadata\[.*is not None\" skips"):
         parse_template(f"a {template}").fill(VALUES)
 
 
-def test_no_metadata_and_no_text_are_lacking_too() -> None:
+def test_missing_text_and_missing_metadata_raise_too() -> None:
     for template, name in (("{metadata[title]}", "metadata"), ("{text}", "text"), ("{metadata}", "metadata")):
         with pytest.raises(PromptError, match=name):
             parse_template(template).fill({"text": None, "key": "k", "metadata": None})
 
 
-def test_a_prompt_of_nothing_but_space_is_a_failure() -> None:
-    with pytest.raises(PromptError, match="prompt is empty: text"):
+def test_a_blank_prompt_raises() -> None:
+    with pytest.raises(PromptError, match="prompt is blank: text"):
         parse_template(" {text}\n").fill({"text": " "})
     assert parse_template("say: {text}").fill({"text": ""}) == "say: "
 
 
-def test_what_is_put_in_is_no_template_and_no_code() -> None:
+def test_inserted_text_is_not_parsed() -> None:
     attack = "{metadata[title]} {{ {0.__class__} %s ${x} {{7*7}}"
     assert parse_template("<{text}>").fill({**VALUES, "text": attack}) == f"<{attack}>"
 
 
-def test_half_a_character_is_replaced() -> None:
-    """JSON can spell a lone surrogate, and no tokenizer takes one."""
+def test_lone_surrogates_are_replaced() -> None:
+    """JSON allows lone surrogates, tokenizers do not."""
     values = {"metadata": json.loads('{"title": "a\\ud800b", "list": ["\\udfff"]}')}
     assert parse_template("{metadata[title]}{metadata[list]}").fill(values) == 'a?b["?"]'
 
 
 @given(st.text(alphabet="{}[]abtext metdk", max_size=30))
-def test_whatever_is_written_is_a_template_or_refused(source: str) -> None:
+def test_any_string_is_parsed_or_rejected(source: str) -> None:
     try:
         template = parse_template(source)
     except UsageError:
@@ -110,7 +110,7 @@ def test_whatever_is_written_is_a_template_or_refused(source: str) -> None:
 @given(
     st.lists(st.sampled_from(["{text}", "{key}", "{{", "}}", "a", "{metadata[title]}", "\n"]), min_size=1).map("".join)
 )
-def test_it_is_str_format_where_both_say_something(source: str) -> None:
+def test_valid_templates_agree_with_str_format(source: str) -> None:
     if source.strip():
         assert parse_template(f"-{source}").fill(VALUES) == f"-{source}".format(**VALUES)
 
@@ -120,10 +120,10 @@ def test_it_is_str_format_where_both_say_something(source: str) -> None:
         st.none() | st.text(string.ascii_letters), lambda inner: st.dictionaries(st.text(), inner) | st.lists(inner)
     )
 )
-def test_the_names_of_any_metadata_can_be_listed(value: Any) -> None:
-    assert all(name.startswith("[") for name in names_in(value))
+def test_entry_paths_accept_any_json(value: Any) -> None:
+    assert all(name.startswith("[") for name in entry_paths(value))
 
 
-def test_names_are_told_to_two_levels() -> None:
-    assert names_in(METADATA) == ["[title]", "[tags]", "[a][b]", "[0]", "[no]", "[yes]"]
-    assert names_in(["a"]) == []
+def test_entry_paths_go_two_levels_deep() -> None:
+    assert entry_paths(METADATA) == ["[title]", "[tags]", "[a][b]", "[0]", "[no]", "[yes]"]
+    assert entry_paths(["a"]) == []

@@ -19,7 +19,7 @@ from mmbeam.corpus import VOCABULARY, samples
 from mmbeam.errors import TrainingError, UsageError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
-from mmbeam.models.generators.base import Request
+from mmbeam.prompts.ask import Request
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import POOL_BATCHES, Batch, ahead, collate, dropped, plain_batches, training_batches
 from mmbeam.training.examples import Example, clauses_of, compose

@@ -21,7 +21,7 @@ from mmbeam.config import FieldMap, Reading
 from mmbeam.corpus import write_corpus
 from mmbeam.errors import MissingModalityError, ModelError, RunMismatchError, TrainingError, UsageError
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
-from mmbeam.models.generators.base import Request
+from mmbeam.prompts.ask import Request
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.setup import new_model, set_up
 from mmbeam.training.train import open_run, train

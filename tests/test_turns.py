@@ -1,4 +1,4 @@
-"""The turns of a dialogue out of a sample's metadata, which strangers wrote."""
+"""The turns of a dialogue: read from untrusted metadata, and written for models without a chat template."""
 
 from typing import Any
 
@@ -13,7 +13,7 @@ USER = {"role": "user", "content": "hello"}
 ANSWER = {"role": "assistant", "content": "hi"}
 
 
-def test_turns_are_those_up_to_the_users_last() -> None:
+def test_turns_end_with_the_users_last_one() -> None:
     system = {"role": "system", "content": "be brief", "name": "x"}
     turns = parse_turns([system, USER, ANSWER, {"role": "user", "content": "and?"}, ANSWER], ())
     assert turns == (
@@ -24,13 +24,13 @@ def test_turns_are_those_up_to_the_users_last() -> None:
     )
 
 
-def test_content_may_be_a_list_of_parts() -> None:
+def test_content_can_be_a_list_of_parts() -> None:
     parts = [{"type": "image"}, {"type": "text", "text": "what "}, {"type": "text", "text": "is it", "image": None}]
     assert parse_turns([{"role": "user", "content": parts}], ["image"]) == (Turn("user", "what is it"),)
 
 
-def test_a_picture_may_be_named_before_the_last_turn() -> None:
-    """It is placed in the last one all the same."""
+def test_an_image_can_be_declared_in_an_earlier_turn() -> None:
+    """The model still receives it in the last turn."""
     turns = parse_turns([{"role": "user", "content": [{"type": "image"}]}, ANSWER, USER], ["image", "audio"])
     assert [turn.text for turn in turns] == ["", "hi", "hello"]
 
@@ -41,8 +41,8 @@ def test_a_picture_may_be_named_before_the_last_turn() -> None:
         (None, "expected a list of turns, found nothing"),
         ("hello", "found a string"),
         ({"role": "user"}, "found an object"),
-        ([], "0 turns, and none of the user"),
-        ([ANSWER], "1 turns, and none of the user"),
+        ([], "expected a turn of the user, found none in 0 turns"),
+        ([ANSWER], "found none in 1 turns"),
         (["hello"], "turn 1: expected a role of system, user, assistant, found 'hello'"),
         ([USER, {"content": "x"}], "turn 2: expected a role"),
         ([{"role": "tool", "content": "x"}], "found 'tool'"),
@@ -53,21 +53,21 @@ def test_a_picture_may_be_named_before_the_last_turn() -> None:
         ([{"role": "user", "content": ["x"]}], "turn 1: expected text, found 'x'"),
         ([{"role": "user", "content": [{"type": "image", "url": "http://x/y.png"}]}], "turn 1: expected text"),
         ([{"role": "user", "content": [{"type": "video"}]}], "turn 1: expected text"),
-        ([{"role": "user", "content": [{"type": "audio"}]}], "1 parts of type 'audio'; the model gets image"),
+        ([{"role": "user", "content": [{"type": "audio"}]}], "1 parts of type 'audio'; the model receives image"),
         ([{"role": "user", "content": [{"type": "image"}] * 2}], "2 parts of type 'image'"),
     ],
 )
-def test_malformed_turns_are_a_failure_that_says_which(messages: Any, words: str) -> None:
+def test_a_malformed_turn_is_named_in_the_error(messages: Any, words: str) -> None:
     with pytest.raises(PromptError) as caught:
         parse_turns(messages, ["image"])
     assert words in str(caught.value)
     assert str(caught.value).startswith("metadata[messages]")
 
 
-def test_an_empty_turn_needs_a_picture_or_a_sound() -> None:
+def test_an_empty_turn_needs_an_image_or_audio() -> None:
     empty = [{"role": "user", "content": " "}]
     assert parse_turns(empty, ["audio"]) == (Turn("user", " "),)
-    with pytest.raises(PromptError, match="last turn of the user is empty"):
+    with pytest.raises(PromptError, match="the user's last turn is empty"):
         parse_turns(empty, ())
 
 
@@ -82,7 +82,7 @@ JSON = st.recursive(
 
 
 @given(JSON)
-def test_whatever_the_json_holds_it_is_turns_or_a_failure(value: Any) -> None:
+def test_any_json_is_parsed_or_rejected(value: Any) -> None:
     try:
         turns = parse_turns(value, ["image"])
     except PromptError:

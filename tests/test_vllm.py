@@ -26,9 +26,9 @@ from mmbeam.config import Windows
 from mmbeam.errors import DeviceError, JobError, LimitError, ModelError, UsageError
 from mmbeam.jobs.caption import GPU_WINDOWS, CaptionOptions, _for_device, prepare
 from mmbeam.models.generators import check_engine, describe, family_of, vllm
-from mmbeam.models.generators.base import Decoding, GeneratorSpec, Request
 from mmbeam.models.generators.decoding import score
 from mmbeam.models.generators.vllm import VllmGenerator
+from mmbeam.prompts.ask import Decoding, GeneratorSpec, Request
 from mmbeam.stages.generate import GenerateStage, generate_stage
 from mmbeam.types import Batch, Sample, WorkUnit
 

@@ -51,8 +51,9 @@ from transformers import (
 )
 
 from mmbeam.models.generators import describe, load
-from mmbeam.models.generators.base import Decoding, Generated, Generator, Request
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.tiny import save_lively
+from mmbeam.prompts.ask import Decoding, Generated, Request
 
 CPU = torch.device("cpu")
 NEW = 8  # tokens

@@ -73,7 +73,7 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
 
     from mmbeam.config import SHIPPED
     from mmbeam.jobs.caption import CaptionOptions
-    from mmbeam.models.generators.base import Decoding
+    from mmbeam.prompts.ask import Decoding
     from mmbeam.prompts.template import parse_template
 
     if args.prompt is not None:

@@ -19,15 +19,14 @@ from mmbeam.jobs.common import (
 )
 from mmbeam.jobs.fields import check_fields, probe_rows
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
-from mmbeam.models.generators.base import Decoding
 from mmbeam.models.leases import devices_of
 from mmbeam.models.loading import dtype_name
+from mmbeam.prompts.ask import Decoding, prompt_fields
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import public_path
 from mmbeam.readers.units import GENERATE_BYTES
 from mmbeam.report.inspect import probe
 from mmbeam.runs import Run
-from mmbeam.stages.asking import fields_of
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.stages.generate import GenerateStage, generate_stage
 from mmbeam.types import MODALITIES, Modality, RunReport, Shard
@@ -127,11 +126,11 @@ def _check_shards(stage: GenerateStage, shards: Sequence[Shard], options: Captio
         names = ", ".join(column.name for column in stage.spec.columns)
         raise UsageError(f"--input: {stage.model} takes features ({names}); give the output of `mmbeam embed`")
     fields, limits = options.reading.fields, options.reading.limits
-    found = probe(shards, fields, limits, metadata=bool(fields_of(stage.wanted)))
+    found = probe(shards, fields, limits, metadata=bool(prompt_fields(stage.instruction)))
     able, required = _due(stage)
     check_modalities(found, able, asked=False)
     check_modalities(found, required, asked=True)
-    check_fields(found, stage.wanted, bool(options.reading.cleaning.where))
+    check_fields(found, stage.instruction, bool(options.reading.cleaning.where))
 
 
 def _due(stage: GenerateStage) -> tuple[tuple[Modality, ...], tuple[Modality, ...]]:
@@ -155,8 +154,8 @@ def _check_features(stage: GenerateStage, files: Sequence[Shard], options: Capti
             "features hold no fields and no pictures: leave out --image-field and its like, --image-filter"
         )
     check_columns(files, stage.spec.columns)
-    if fields_of(stage.wanted):
-        check_fields(probe_rows(files), stage.wanted, bool(reading.cleaning.where))
+    if prompt_fields(stage.instruction):
+        check_fields(probe_rows(files), stage.instruction, bool(reading.cleaning.where))
 
 
 def caption_run(
@@ -176,13 +175,13 @@ def caption_run(
     with the same fingerprint, as the command line's for the same options, so that either goes on where the
     other stopped. `recorded` is kept in run.json beside what is known here.
     """
-    reading, wanted = reading or Reading(), stage.wanted
+    reading, instruction = reading or Reading(), stage.instruction
     outputs = [output for each in embed for output in each.outputs] + list(stage.outputs)
     configuration = {
-        "task": wanted.task,
-        "prompt": None if wanted.prompt is None else wanted.prompt.source,
-        "language": wanted.language,
-        "source_language": wanted.source_language,
+        "task": instruction.task,
+        "prompt": None if instruction.prompt is None else instruction.prompt.source,
+        "language": instruction.language,
+        "source_language": instruction.source_language,
         "output_version": OUTPUT_VERSION,
         "input": "features" if features else "shards",
         "models": {UNNAMED: {"family": stage.spec.family, "digest": stage.digest}},

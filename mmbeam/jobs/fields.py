@@ -7,10 +7,9 @@ from typing import Any
 from mmbeam.clean.select import SampleValues
 from mmbeam.errors import ShardError, UsageError
 from mmbeam.features.files import FACTS, IDENTITY, opened
-from mmbeam.models.generators.base import Wanted
-from mmbeam.prompts.template import names_in
+from mmbeam.prompts.ask import Instruction, prompt_fields
+from mmbeam.prompts.template import entry_paths
 from mmbeam.report.inspect import PROBED_SAMPLES, PROBED_SHARDS, Probe
-from mmbeam.stages.asking import fields_of
 from mmbeam.types import Sample, Shard
 
 log = logging.getLogger(__name__)
@@ -41,17 +40,19 @@ def _first_rows(file: Shard) -> tuple[list[dict[str, Any]], bool]:
         return [] if rows is None else rows.to_pylist(), parquet.metadata.num_rows <= PROBED_SAMPLES
 
 
-def check_fields(found: Probe, wanted: Wanted, filtered: bool) -> None:
+def check_fields(found: Probe, instruction: Instruction, filtered: bool) -> None:
     """Raise UsageError for a field that none of the first samples has: to lack it is a failure of a sample.
 
     Samples that are `filtered` before the model sees them may all the same have it further on: that is a warning.
     """
     samples = [SampleValues(sample) for sample in found.first]
-    missing = [field for field in fields_of(wanted) if all(field.of(values) is None for values in samples)]
+    missing = [
+        field for field in prompt_fields(instruction) if all(field.value_in(values) is None for values in samples)
+    ]
     if not samples or not missing:
         return
-    asked = "--task dialogue" if wanted.task == "dialogue" else "--prompt"
-    names = {f"{{metadata{path}}}": None for values in samples for path in names_in(values["metadata"])}
+    asked = "--task dialogue" if instruction.task == "dialogue" else "--prompt"
+    names = {f"{{metadata{path}}}": None for values in samples for path in entry_paths(values["metadata"])}
     others = ["{key}", *(["{text}"] if any(values["text"] is not None for values in samples) else []), *names]
     more = f" and {len(others) - NAMES_SHOWN} more" if len(others) > NAMES_SHOWN else ""
     message = (

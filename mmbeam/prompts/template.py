@@ -1,10 +1,10 @@
-"""Prompt templates: a prompt with the sample's own words in it. Data, never code: fields are looked up, no more.
+"""Prompt templates: a prompt with fields of the sample in it. Templates are data: fields are looked up, nothing runs.
 
     Write one sentence about this picture. Its title is {metadata[title]}, its tags are {metadata[tags]}.
 
-`{text}`, `{key}` and `{metadata[a][b]}`, in [ ] the name of an entry or the number of an item; `{{` and `}}` are
-braces. It is the syntax of str.format without attributes, conversions and formats. A string is put in as it is,
-anything else as JSON; what is put in is never read as a template.
+The fields are `{text}`, `{key}` and `{metadata[a][b]}`, with the name of an entry or the number of an item in
+brackets; `{{` and `}}` are braces. The syntax is that of str.format without attributes, conversions and formats.
+A string is inserted unchanged, any other value as JSON. Inserted text is never read as a template.
 """
 
 import json
@@ -21,105 +21,101 @@ _FIELD = re.compile(r"(?P<name>\w+)(?P<path>(?:\[[^\[\]]+\])*)")
 
 
 @dataclass(frozen=True)
-class Field:
-    """A value of a sample: its text, its key, or an entry of its metadata."""
+class PromptField:
+    """A field of a sample that a prompt names: its text, its key, or an entry of its metadata."""
 
-    name: str
+    name: str  # one of NAMES
     path: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         return self.name + "".join(f"[{part}]" for part in self.path)
 
-    def of(self, values: Mapping[str, Any]) -> Any:
-        """The value among `values`, which are by name; None if there is none."""
+    def value_in(self, values: Mapping[str, Any]) -> Any:
+        """Return the field's value among a sample's `values` by name; None if it is missing."""
         value = values.get(self.name)
         for part in self.path:
-            value = _entry(value, part)
+            if isinstance(value, dict):
+                value = value.get(part)
+            elif isinstance(value, list) and part.isascii() and part.isdecimal() and int(part) < len(value):
+                value = value[int(part)]
+            else:
+                return None
         return value
 
-    def words(self, values: Mapping[str, Any]) -> str:
-        """The value as it is put into a prompt. Raises PromptError if there is none."""
-        value = self.of(values)
+    def text_in(self, values: Mapping[str, Any]) -> str:
+        """Return the value as it is inserted into a prompt. Raises PromptError if it is missing."""
+        value = self.value_in(values)
         if value is None:
             where = self.name + "".join(f"[{part!r}]" for part in self.path)
-            raise PromptError(
-                f'has no {self}, which the prompt names; --where "{where} is not None" leaves such samples out'
-            )
-        return writable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
+            raise PromptError(f'no {self}, which the prompt names; where "{where} is not None" skips such samples')
+        return encodable(value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))
 
 
 @dataclass(frozen=True)
 class Template:
-    """A prompt as it was written, and what it consists of."""
+    """A parsed prompt."""
 
     source: str
-    pieces: tuple[str | Field, ...]
+    pieces: tuple[str | PromptField, ...]
 
     @property
-    def fields(self) -> tuple[Field, ...]:
-        """What it takes of a sample, each once."""
-        return tuple(dict.fromkeys(piece for piece in self.pieces if isinstance(piece, Field)))
+    def fields(self) -> tuple[PromptField, ...]:
+        """The fields that the prompt names, without repetitions."""
+        return tuple(dict.fromkeys(piece for piece in self.pieces if isinstance(piece, PromptField)))
 
     def fill(self, values: Mapping[str, Any]) -> str:
-        """The prompt for a sample. Raises PromptError if it lacks a field, or if nothing but space comes of it."""
-        words = "".join(piece if isinstance(piece, str) else piece.words(values) for piece in self.pieces)
-        if not words.strip():
-            raise PromptError(f"its prompt is empty: {', '.join(map(str, self.fields))} of it holds no words")
-        return words
+        """Return the prompt for a sample. Raises PromptError if a field is missing, or the prompt is blank."""
+        prompt = "".join(piece if isinstance(piece, str) else piece.text_in(values) for piece in self.pieces)
+        if not prompt.strip():
+            raise PromptError(f"the prompt is blank: {', '.join(map(str, self.fields))} of this sample has no words")
+        return prompt
 
 
 def parse_template(source: str) -> Template:
-    """The template that is written so. Raises UsageError that points at the column."""
+    """Parse a prompt. Raises UsageError that points at the column."""
     if not source.strip():
-        raise UsageError("--prompt: expected a prompt, found nothing in it")
-    pieces: list[str | Field] = []
-    at = 0
-    while at < len(source):
-        found = _TOKEN.match(source, at)
-        if found is None:
-            raise _error(source, at, "a single brace; a brace is written {{ or }}")
-        named = found["field"]
-        pieces.append(_field(source, at, named) if named is not None else found["words"] or found["brace"][0])
-        at = found.end()
+        raise UsageError("prompt: expected words, found a blank string")
+    pieces: list[str | PromptField] = []
+    position = 0
+    while position < len(source):
+        token = _TOKEN.match(source, position)
+        if token is None:
+            raise _syntax_error(source, position, "unmatched brace; write {{ or }} for a brace")
+        if token["field"] is not None:
+            pieces.append(_parse_field(source, position, token["field"]))
+        else:
+            pieces.append(token["words"] or token["brace"][0])
+        position = token.end()
     return Template(source, tuple(pieces))
 
 
-def writable(text: str) -> str:
-    """The text without lone surrogates, which JSON can hold and no tokenizer takes."""
+def _parse_field(source: str, position: int, written: str) -> PromptField:
+    match = _FIELD.fullmatch(written)
+    if match is None or match["name"] not in NAMES:
+        raise _syntax_error(source, position, f"expected {{text}}, {{key}} or {{metadata[name]}}, found {{{written}}}")
+    path = tuple(match["path"][1:-1].split("][")) if match["path"] else ()
+    if path and match["name"] != "metadata":
+        raise _syntax_error(source, position, f"{{{match['name']}}} has no entries; only metadata has entries")
+    if any(part[0] in "'\"" for part in path):
+        raise _syntax_error(source, position, "write names in brackets without quotes")
+    return PromptField(match["name"], path)
+
+
+def _syntax_error(source: str, position: int, problem: str) -> UsageError:
+    line = source.replace("\n", " ")
+    return UsageError(f"prompt, column {position + 1}: {problem}\n  {line}\n  {' ' * position}^")
+
+
+def encodable(text: str) -> str:
+    """Return the text with lone surrogates replaced: JSON allows them, tokenizers do not."""
     return text.encode("utf-8", "replace").decode("utf-8")
 
 
-def names_in(value: Any, depth: int = 2) -> list[str]:
-    """What `{metadata...}` could name in a sample's metadata, to so many levels."""
-    if depth == 0 or not isinstance(value, dict):
+def entry_paths(metadata: Any, depth: int = 2) -> list[str]:
+    """Return the paths, "[a][b]", of a sample's metadata that a prompt could name, up to `depth` levels."""
+    if depth == 0 or not isinstance(metadata, dict):
         return []
-    found = []
-    for name, entry in value.items():
-        inner = names_in(entry, depth - 1)
-        found += [f"[{name}]{path}" for path in inner] or [f"[{name}]"]
-    return found
-
-
-def _field(source: str, at: int, named: str) -> Field:
-    found = _FIELD.fullmatch(named)
-    if found is None or found["name"] not in NAMES:
-        raise _error(source, at, f"expected {{text}}, {{key}} or {{metadata[name]}}, found {{{named}}}")
-    path = tuple(found["path"][1:-1].split("][")) if found["path"] else ()
-    if path and found["name"] != "metadata":
-        raise _error(source, at, f"{{{found['name']}}} has no entries; only metadata has")
-    if any(part[0] in "'\"" for part in path):
-        raise _error(source, at, "in [ ] names are written without quotes")
-    return Field(found["name"], path)
-
-
-def _entry(parent: Any, part: str) -> Any:
-    if isinstance(parent, dict):
-        return parent.get(part)
-    if isinstance(parent, list) and part.isascii() and part.isdecimal() and int(part) < len(parent):
-        return parent[int(part)]
-    return None
-
-
-def _error(source: str, at: int, problem: str) -> UsageError:
-    shown = source.replace("\n", " ")
-    return UsageError(f"--prompt, column {at + 1}: {problem}\n  {shown}\n  {' ' * at}^")
+    paths = []
+    for name, entry in metadata.items():
+        paths += [f"[{name}]{path}" for path in entry_paths(entry, depth - 1)] or [f"[{name}]"]
+    return paths

@@ -10,7 +10,7 @@ import pyarrow as pa
 from mmbeam.errors import ModelError
 from mmbeam.models.loading import digest, resolve
 from mmbeam.models.placement import Fault
-from mmbeam.types import Audio, ImageHWC, Sample, Tally, Waveform
+from mmbeam.types import ImageHWC, Sample, Tally, Waveform
 
 # Samples per batch when the user gives none: on a CPU larger batches gain nothing, on a GPU they fill it.
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
@@ -40,12 +40,6 @@ def good_sound() -> tuple[Waveform, int]:
     """A sound that any sound model takes, and its rate in Hz: a second of a soft tone."""
     wave: Waveform = (0.1 * np.sin(np.arange(16000))).astype(np.float32)
     return wave, 16000
-
-
-def wave_of(audio: Audio, rate: int | None) -> tuple[Waveform, int]:
-    """The sound at the model's rate, or at the highest there is, to be resampled on the device."""
-    best = rate if rate is not None and rate in audio.waves else max(audio.waves)
-    return audio.waves[best], best
 
 
 def spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:

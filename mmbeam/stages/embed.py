@@ -28,7 +28,6 @@ from mmbeam.stages.common import (
     spread,
     tally_of,
     text_tokens,
-    wave_of,
 )
 from mmbeam.stages.packing import Packed, pack, run_packed
 from mmbeam.types import MODALITIES, Batch, Failure, Modality, Needs, Output, Sample
@@ -130,7 +129,7 @@ class EmbedStage:
             return [sample.image for sample in samples]
         if modality == "text":
             return model.tokenize([sample.model_text or "" for sample in samples])
-        return [wave_of(sample.audio, self.spec.sampling_rate) for sample in samples if sample.audio is not None]
+        return [sample.audio.at(self.spec.sampling_rate) for sample in samples if sample.audio is not None]
 
     def _limits(self, modality: Modality, items: Values) -> tuple[list[int], int, int | None]:
         """Weights of the items, the most items in a batch, and the most padded weight."""

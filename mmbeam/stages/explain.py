@@ -3,7 +3,8 @@
 import math
 from collections.abc import Mapping, Sequence
 
-from mmbeam.models.generators.base import Generated, Generator, Request
+from mmbeam.models.generators.base import Generator
+from mmbeam.prompts.ask import Generated, Request
 from mmbeam.types import MODALITIES, Modality
 
 Shares = Mapping[Modality, float]

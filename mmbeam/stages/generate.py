@@ -15,14 +15,25 @@ import torch
 
 from mmbeam.config import COLUMN_OF, Engine, Task
 from mmbeam.errors import PromptError, UsageError
-from mmbeam.models.generators import check_engine, describe, load
-from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request, Wanted
+from mmbeam.models.generators import check_engine, check_instruction, describe, load
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
 from mmbeam.models.placement import resolve_device
 from mmbeam.ops.filters import apply_filter
+from mmbeam.prompts.ask import (
+    Decoding,
+    Generated,
+    GeneratorSpec,
+    Instruction,
+    Request,
+    make_instruction,
+    make_output,
+    make_request,
+    request_modalities,
+    with_default_tokens,
+)
 from mmbeam.prompts.turns import Turn
 from mmbeam.runs.rows import covers
-from mmbeam.stages.asking import output_of, request_of, settled, taken, wanted_of
 from mmbeam.stages.common import (
     AUTO_BATCH_SIZE,
     files_of,
@@ -56,7 +67,7 @@ class GenerateStage:
     spec: GeneratorSpec
     digest: str  # of those files: another model in the same directory is another model
     decoding: Decoding
-    wanted: Wanted = field(default_factory=Wanted)
+    instruction: Instruction = field(default_factory=Instruction)
     device: str = "cpu"
     dtype: str | None = None
     batch_size: int | None = None
@@ -72,12 +83,12 @@ class GenerateStage:
     @property
     def column(self) -> str:
         """Where the text goes."""
-        return COLUMN_OF[self.wanted.task]
+        return COLUMN_OF[self.instruction.task]
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """What it takes of a sample, beside the fields of a prompt."""
-        return taken(self.spec, self.wanted)
+        return request_modalities(self.spec, self.instruction)
 
     @property
     def media(self) -> tuple[Modality, ...]:
@@ -106,7 +117,7 @@ class GenerateStage:
             pa.field(f"{self.column}_logprob", pa.float32()),
             *(pa.field(self._share(modality), pa.float32()) for modality in self.modalities if self.explain),
         )
-        return [output_of(self.spec, self.wanted, columns)]
+        return [make_output(self.spec, self.instruction, columns)]
 
     def _share(self, modality: Modality) -> str:
         return f"{self.column}_{modality}_share"
@@ -164,7 +175,7 @@ class GenerateStage:
 
     def _request(self, sample: Sample) -> Request:
         seed = stream_seed(self.decoding.seed, sample.shard, sample.offset)
-        return request_of(sample, self.spec, self.wanted, seed)
+        return make_request(sample, self.spec, self.instruction, seed)
 
     def _known_good(self) -> Request:
         """What any sound model takes: a grey picture, a second of a soft tone, one letter, features of ones."""
@@ -173,12 +184,12 @@ class GenerateStage:
             image=good_picture() if "image" in self.media else None,
             audio=good_sound() if "audio" in self.media else None,
             text="a" if "text" in self.media else None,
-            prompt=None if self.wanted.prompt is None else "a",
-            turns=(Turn("user", "a"),) if self.wanted.task == "dialogue" else (),
+            prompt=None if self.instruction.prompt is None else "a",
+            turns=(Turn("user", "a"),) if self.instruction.task == "dialogue" else (),
             features={name: np.ones(shape, np.float32) for name, shape in shapes.items()},
-            task=self.wanted.task,
-            language=self.wanted.language,
-            source_language=self.wanted.source_language,
+            task=self.instruction.task,
+            language=self.instruction.language,
+            source_language=self.instruction.source_language,
         )
 
     def _generate(self, model: Generator, requests: Sequence[Request]) -> list[tuple[Generated, Shares]]:
@@ -275,8 +286,9 @@ def generate_stage(
     """
     found = resolve(model)
     spec = describe(found.directory)
-    wanted = wanted_of(spec, task, prompt, language, source_language)
-    decoding = settled(decoding or Decoding(), spec, wanted)
+    instruction = make_instruction(spec, task, prompt, language, source_language)
+    check_instruction(spec, instruction)
+    decoding = with_default_tokens(decoding or Decoding(), spec, instruction)
     if explain and spec.required:
         raise UsageError(
             f"--explain: {model} cannot do without {' and '.join(spec.required)}, so nothing can be masked"
@@ -288,7 +300,7 @@ def generate_stage(
         spec=spec,
         digest=digest(found.directory),
         decoding=decoding,
-        wanted=wanted,
+        instruction=instruction,
         device=device,
         dtype=dtype,
         batch_size=batch_size,

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from mmbeam.config import MIB
-from mmbeam.models.generators.base import Request
+from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example
 from mmbeam.types import MODALITIES
 

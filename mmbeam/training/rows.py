@@ -21,7 +21,7 @@ from mmbeam.features.dataset import FeatureDataset
 from mmbeam.features.dataset_files import StoredFeature, list_files
 from mmbeam.features.dataset_rows import CAPTION
 from mmbeam.features.split import PARTS, Part
-from mmbeam.models.generators.base import Request
+from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example, clauses_of
 from mmbeam.training.sources import SPLIT_SEED, SURVEYED, Labelling, Survey
 from mmbeam.types import MODALITIES, Feature, Modality

@@ -21,7 +21,7 @@ from mmbeam.errors import ShardError, TrainingError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.features.order import rank_of, units_of_rank
 from mmbeam.features.split import PARTS, Part, split_of
-from mmbeam.models.generators.base import Request
+from mmbeam.prompts.ask import Request
 from mmbeam.readers.windows import read_batches
 from mmbeam.training.examples import Example, clauses_of
 from mmbeam.types import MODALITIES, Audio, Modality, Needs, Sample, Waveform, WorkUnit

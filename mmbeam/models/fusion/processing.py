@@ -21,11 +21,11 @@ from mmbeam.models.fusion.configuration import BOS, EOS, PAD, SourceConfig
 from mmbeam.models.fusion.mel import SOUND_RECIPES, MelRecipe, SoundRecipe, WaveformRecipe, hear, rate_of
 from mmbeam.models.fusion.modeling import MASK, spread
 from mmbeam.models.fusion.objectives import IGNORED
-from mmbeam.models.generators.base import Request
 from mmbeam.models.loading import read_json
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.collate import pad
 from mmbeam.ops.image import ImageRecipe, preprocess
+from mmbeam.prompts.ask import Request
 from mmbeam.types import MODALITIES, Modality, Waveform
 
 log = logging.getLogger(__name__)

@@ -17,8 +17,9 @@ from transformers.models.auto import modeling_auto
 
 from mmbeam.config import Engine
 from mmbeam.errors import ModelError
-from mmbeam.models.generators.base import Decoding, Generator, GeneratorSpec, Wanted
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
+from mmbeam.prompts.ask import Decoding, GeneratorSpec, Instruction
 
 # model_type: module.class, imported when first needed.
 FAMILIES: Mapping[str, str] = {
@@ -112,9 +113,9 @@ def load(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype, engine: 
     return _family(spec).load(spec, device, dtype)
 
 
-def check_languages(spec: GeneratorSpec, wanted: Wanted) -> None:
+def check_instruction(spec: GeneratorSpec, instruction: Instruction) -> None:
     """Raise UsageError for languages that the model cannot be asked for."""
-    _family(spec).check(spec, wanted)
+    _family(spec).check(spec, instruction)
 
 
 def check_engine(engine: Engine, spec: GeneratorSpec, decoding: Decoding, device: str, explain: bool) -> None:

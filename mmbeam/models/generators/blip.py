@@ -11,10 +11,10 @@ from typing import Any
 from transformers import BlipForConditionalGeneration
 
 from mmbeam.errors import ModelError
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
 from mmbeam.models.generators.pretrained import PretrainedGenerator, room_of
 from mmbeam.models.loading import read_config
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 
 class BlipGenerator(PretrainedGenerator):

@@ -10,10 +10,10 @@ from typing import Any
 
 from transformers import Blip2ForConditionalGeneration
 
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
 from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of
 from mmbeam.models.loading import read_config
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 MAX_TOKENS = 4096  # of a prompt, where the language model's positions name no limit
 

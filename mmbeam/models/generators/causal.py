@@ -11,10 +11,11 @@ from typing import Any
 from transformers import AutoModelForCausalLM
 
 from mmbeam.config import Task
-from mmbeam.models.generators.base import Decoding, Generated, GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of
-from mmbeam.models.generators.prompts import PromptTokenizer, check_words, until_next_turn
+from mmbeam.models.generators.prompts import PromptTokenizer, check_words
 from mmbeam.models.loading import read_config
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
+from mmbeam.prompts.turns import until_next_turn
 
 
 class CausalGenerator(PretrainedGenerator):
@@ -38,8 +39,8 @@ class CausalGenerator(PretrainedGenerator):
         )
 
     @classmethod
-    def check(cls, spec: GeneratorSpec, wanted: Wanted) -> None:
-        check_words(spec, wanted)
+    def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
+        check_words(spec, instruction)
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         return [len(self._prompt(request)) for request in requests]

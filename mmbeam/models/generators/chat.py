@@ -7,10 +7,10 @@ from typing import Any, ClassVar
 import torch
 
 from mmbeam.config import TASKS
-from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of, room_of
 from mmbeam.models.generators.prompts import Medium, PromptTokenizer, check_words
 from mmbeam.models.loading import read_config
+from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
 from mmbeam.types import Modality
 
 
@@ -39,8 +39,8 @@ class ChatGenerator(PretrainedGenerator):
         )
 
     @classmethod
-    def check(cls, spec: GeneratorSpec, wanted: Wanted) -> None:
-        check_words(spec, wanted)
+    def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
+        check_words(spec, instruction)
 
     def media(self, request: Request) -> list[Medium]:
         """The request's pictures and sounds, in the prompt's order."""

@@ -22,14 +22,14 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from mmbeam.models.generators.base import Decoding
 from mmbeam.ops.collate import pad
+from mmbeam.prompts.ask import Decoding
 
 # Legend: B batch, P tokens of the prompt, T new tokens, V vocabulary.
 
 
 @dataclass(frozen=True, kw_only=True)
-class Decoded:
+class GeneratedTokens:
     """The tokens that one sample got."""
 
     token_ids: tuple[int, ...]  # the end-of-text token included where it came
@@ -40,7 +40,7 @@ class Decoded:
 @torch.inference_mode()
 def decode(
     model: Any, inputs: Mapping[str, Any], decoding: Decoding, seeds: Sequence[int], **options: Any
-) -> list[Decoded]:
+) -> list[GeneratedTokens]:
     """Generate for each row of a batch; `seeds` start the rows' random streams, if chance is in `decoding`.
 
     `model` has GenerationMixin: an encoder-decoder, or a decoder whose prompts are padded on the left,
@@ -74,7 +74,7 @@ def decode(
     else:
         logprobs = steps.sums(ids_BL, [len(row) for row in rows])
     return [
-        Decoded(token_ids=tuple(row), num_tokens=len(row) - (row[-1] in ends), logprob=logprob)
+        GeneratedTokens(token_ids=tuple(row), num_tokens=len(row) - (row[-1] in ends), logprob=logprob)
         for row, logprob in zip(rows, logprobs, strict=True)
     ]
 
@@ -106,7 +106,7 @@ class _Steps(LogitsProcessor):
         self._chosen_B: list[torch.Tensor] = []  # the log-probability of each step's token
         self._warp: Any = _warpers(decoding)
         self._uniform_TB: torch.Tensor | None = None
-        if decoding.samples:
+        if decoding.is_sampled:
             self._uniform_TB = torch.stack([_uniform(seed, decoding.limit) for seed in seeds], dim=1)
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:

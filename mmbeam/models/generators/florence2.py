@@ -13,12 +13,12 @@ from transformers import Florence2ForConditionalGeneration
 
 from mmbeam.config import Task
 from mmbeam.errors import LimitError, ModelError
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
 from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of
 from mmbeam.models.generators.prompts import PromptTokenizer
 from mmbeam.models.loading import read_config
 from mmbeam.ops.collate import pad
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 QUESTIONS: Mapping[str, str] = {  # of Florence2Processor, those that are answered in words
     "<CAPTION>": "What does the image describe?",

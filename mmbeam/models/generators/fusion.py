@@ -9,9 +9,10 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
-from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import decode, score
 from mmbeam.models.loading import load_pretrained
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 from mmbeam.types import FeatureColumn
 
 

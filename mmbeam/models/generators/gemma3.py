@@ -8,10 +8,10 @@ import torch
 from transformers import Gemma3ForConditionalGeneration
 
 from mmbeam.errors import ModelError
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.pretrained import AS_DECODED, read_image_processor
 from mmbeam.models.generators.prompts import Medium
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 IMAGE, BEGIN, END = "<image_soft_token>", "<start_of_image>", "<end_of_image>"
 

@@ -11,11 +11,12 @@ import torch
 from transformers import AutoImageProcessor
 
 from mmbeam.errors import LimitError, ModelError
-from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request
-from mmbeam.models.generators.decoding import Decoded, decode, score
+from mmbeam.models.generators.base import Generator
+from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
 from mmbeam.models.generators.prompts import PromptTokenizer
 from mmbeam.models.loading import load_pretrained, quiet_transformers, read_json
 from mmbeam.ops.collate import pad
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 # How pictures are given to image processors, which would take one of 3 rows for three channels.
@@ -70,7 +71,7 @@ class PretrainedGenerator(Generator):
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
         return score(self.decoder, self.inputs(requests), [text.token_ids for text in texts])
 
-    def finished(self, decoded: Sequence[Decoded]) -> list[Generated]:
+    def finished(self, decoded: Sequence[GeneratedTokens]) -> list[Generated]:
         """The texts that tokens spell."""
         return [
             Generated(

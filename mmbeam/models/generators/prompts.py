@@ -13,18 +13,14 @@ from typing import Any
 
 from mmbeam.config import Task
 from mmbeam.errors import ModelError, UsageError
-from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.languages import language_ids, name_of
 from mmbeam.models.loading import read_json
 from mmbeam.models.tokenizing import TextTokenizer
-from mmbeam.prompts.turns import Turn
+from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
+from mmbeam.prompts.turns import Turn, one_speaker, write_dialogue
 
 _MARK = "\ue000{}\ue001"  # where a text belongs: private characters, which no template changes
 _MARKS = re.compile(_MARK.format(r"(\d+)"))
-_NAMES = {"system": "System", "user": "User", "assistant": "Assistant"}
-# The end of a line and the name of a speaker. Nothing in it is tried twice: a text may be a million empty lines.
-_BREAK = r"\n\r\v\f\x1c-\x1e\x85\u2028\u2029"
-_SPOKEN = re.compile(rf"(?<!\s)[^\S{_BREAK}]*+[{_BREAK}]\s*+(?=(?:{'|'.join(_NAMES.values())}):)")
 _MARK_OF_TURN = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # no word, and no spaces: those are words to a sample
 # How a model without a chat template, which goes on from what it reads, is asked: "TL;DR:" is GPT-2's (section 3.6).
 _PLAIN: Mapping[Task, str] = {"summarize": "{}\n\nTL;DR:", "translate": "{}\n\nThe same in {}:"}
@@ -40,7 +36,7 @@ class Medium:
     bare: str = ""  # what is written for it where there is no template; "": the placeholder alone
 
 
-def instruction(request: Request) -> str:
+def task_prompt(request: Request) -> str:
     """What a chat model is asked: the user's prompt, or what the task comes to for what the request holds.
 
     A text is what is translated or summarized; of any other task it is itself what is asked.
@@ -69,30 +65,13 @@ def _from(request: Request) -> str:
     return "" if request.source_language is None else f" from {name_of(request.source_language)}"
 
 
-def check_words(spec: GeneratorSpec, wanted: Wanted) -> None:
+def check_words(spec: GeneratorSpec, instruction: Instruction) -> None:
     """Raise UsageError for languages that a model which is asked in words would not be told of."""
-    if wanted.source_language is not None and wanted.task != "translate":
-        raise UsageError(f"--source-language {wanted.source_language}: goes with --task translate")
-    named = wanted.language or wanted.source_language
-    if named is not None and (wanted.prompt is not None or wanted.task == "dialogue"):
+    if instruction.source_language is not None and instruction.task != "translate":
+        raise UsageError(f"--source-language {instruction.source_language}: goes with --task translate")
+    named = instruction.language or instruction.source_language
+    if named is not None and (instruction.prompt is not None or instruction.task == "dialogue"):
         raise UsageError(f"--language {named}: a {spec.family} is asked in words: name the language in the prompt")
-
-
-def joined(turns: Sequence[Turn], media: str = "") -> str:
-    """A dialogue for a model without a chat template: a name and a colon before each turn, media in the last one."""
-    *earlier, last = turns
-    lines = [f"{_NAMES[role]}: {text}" for role, text in [*earlier, (last.role, media + last.text)]]
-    return "\n".join([*lines, "Assistant:"])
-
-
-def one_speaker(text: str) -> str:
-    """A turn's text in which no line begins as another turn would."""
-    return _SPOKEN.sub(" ", text)
-
-
-def until_next_turn(text: str) -> str:
-    """An answer of a model that goes on with the next speaker's turn, without that."""
-    return _SPOKEN.split(text, maxsplit=1)[0].strip()
 
 
 class PromptTokenizer(TextTokenizer):
@@ -175,7 +154,7 @@ class PromptTokenizer(TextTokenizer):
 
     def _asked(self, request: Request) -> str:
         if self.template is not None or self._held_back or request.prompt is not None:
-            return instruction(request)
+            return task_prompt(request)
         return _PLAIN.get(request.task, "{}").format(request.text or "", name_of(request.language or "English"))
 
     def _put_in(self, rendered: str, texts: Sequence[str]) -> list[int]:
@@ -201,7 +180,7 @@ class PromptTokenizer(TextTokenizer):
         """The prompt as the checkpoint lays it out, each medium's tokens in their place in the last turn."""
         if self.template is None:
             written = "".join(medium.bare or medium.placeholder for medium in media)
-            rendered = joined(turns, written) if request.turns else written + turns[-1].text
+            rendered = write_dialogue(turns, written) if request.turns else written + turns[-1].text
             return self._filled(rendered, media)
         messages = [
             {"role": turn.role, "content": self._content(turn.text, media if number == len(turns) else ())}

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from transformers import Qwen2AudioForConditionalGeneration
 
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.prompts import Medium
 from mmbeam.models.generators.sounds import MelReader, tokens_of_frames
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 AUDIO = "<|AUDIO|>"
 

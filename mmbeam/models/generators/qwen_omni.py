@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from transformers import Qwen2_5OmniThinkerForConditionalGeneration
 
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.pretrained import AS_DECODED, read_image_processor
 from mmbeam.models.generators.prompts import Medium
 from mmbeam.models.generators.sounds import MelReader, tokens_of_frames
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 IMAGE, AUDIO, VIDEO = "<|IMAGE|>", "<|AUDIO|>", "<|VIDEO|>"
 

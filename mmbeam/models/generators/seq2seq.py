@@ -16,12 +16,13 @@ from transformers import AutoModelForSeq2SeqLM
 
 from mmbeam.config import Task
 from mmbeam.errors import LimitError, UsageError
-from mmbeam.models.generators.base import GeneratorSpec, Request, Wanted
 from mmbeam.models.generators.languages import code_of, find_language, name_of
 from mmbeam.models.generators.pretrained import PretrainedGenerator
-from mmbeam.models.generators.prompts import PromptTokenizer, joined, one_speaker
+from mmbeam.models.generators.prompts import PromptTokenizer
 from mmbeam.models.loading import read_config, read_json
 from mmbeam.ops.collate import pad
+from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
+from mmbeam.prompts.turns import one_speaker, write_dialogue
 
 MAX_TOKENS = 4096  # of a text, where neither positions nor the tokenizer name a limit
 # What models call the number of their positions; LED's halves differ.
@@ -69,21 +70,25 @@ class Seq2SeqGenerator(PretrainedGenerator):
         )
 
     @classmethod
-    def check(cls, spec: GeneratorSpec, wanted: Wanted) -> None:
+    def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
         directory = Path(spec.directory)
         tokenizer, prefixes = cls.read_tokenizer(directory), Prefixes(directory)
         if spec.family == "marian":  # it is made for what it reads
-            super().check(spec, replace(wanted, language=None if tokenizer.languages else wanted.language))
+            super().check(spec, replace(instruction, language=None if tokenizer.languages else instruction.language))
         if tokenizer.languages:
-            for language in (wanted.language, wanted.source_language):
+            for language in (instruction.language, instruction.source_language):
                 if language is not None:
                     _known(tokenizer, language)
-            if wanted.language is None and wanted.task == "translate" and not _has_target(directory, tokenizer):
+            if (
+                instruction.language is None
+                and instruction.task == "translate"
+                and not _has_target(directory, tokenizer)
+            ):
                 raise UsageError(f"--language: a {spec.family} writes several: {_some(tokenizer.languages)}")
-        elif wanted.task == "translate" and wanted.prompt is None and prefixes.translate:
-            prefixes.of(wanted.task, wanted.language, wanted.source_language)
+        elif instruction.task == "translate" and instruction.prompt is None and prefixes.translate:
+            prefixes.of(instruction.task, instruction.language, instruction.source_language)
         else:
-            super().check(spec, wanted)
+            super().check(spec, instruction)
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         return [len(self._source(request)) for request in requests]
@@ -125,7 +130,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
             ids = self.tokenizer.prompt((), request)
         else:
             texts = [turn._replace(text=one_speaker(turn.text)) for turn in request.turns]
-            [ids] = self.tokenizer.encode([joined(texts)], MAX_TOKENS)
+            [ids] = self.tokenizer.encode([write_dialogue(texts)], MAX_TOKENS)
         return _whole("dialogue", ids, limit)
 
     def _begun(self, requests: Sequence[Request]) -> torch.Tensor:

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.pretrained import AS_DECODED, processor_option, read_image_processor
 from mmbeam.models.generators.prompts import Medium
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
 

@@ -11,9 +11,9 @@ import torch
 from torch.nn import functional
 
 from mmbeam.models.audio_recipe import read_whisper_recipe
-from mmbeam.models.generators.base import Request
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.log_mel import whisper_log_mel
+from mmbeam.prompts.ask import Request
 
 MIN_FRAMES = 7  # of 10 ms: what is shorter is filled up with silence, or it would be no token at all
 

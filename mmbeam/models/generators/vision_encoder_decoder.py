@@ -7,10 +7,10 @@ from typing import Any
 from transformers import VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.pixels import PixelReader
 from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of
 from mmbeam.models.loading import read_config
+from mmbeam.prompts.ask import GeneratorSpec, Request
 
 
 class VisionEncoderDecoderGenerator(PretrainedGenerator):

@@ -24,13 +24,14 @@ from PIL import Image
 from mmbeam.errors import DeviceError, JobError, LimitError, ModelError, UsageError
 from mmbeam.models.audio_recipe import read_gemma_recipe
 from mmbeam.models.generators import gemma3, gemma4, qwen2_audio, qwen_omni, qwen_vl, smolvlm
-from mmbeam.models.generators.base import Decoding, Generated, Generator, GeneratorSpec, Request
+from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.causal import CausalGenerator, answers
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, PromptTokenizer
 from mmbeam.models.generators.sounds import MIN_FRAMES, MelReader, lengths_of, windows_of
 from mmbeam.models.loading import read_json
 from mmbeam.ops.log_mel import GEMMA_SECONDS
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 
 INSTALL = "pip install 'vllm>=0.33' on a machine with a GPU (it chooses torch's and transformers' versions)"
 MEMORY = 0.9  # of the GPU memory that is free: weights, cache and what the model computes with
@@ -181,7 +182,7 @@ def sampling(decoding: Decoding, seed: int, penalty: float) -> dict[str, Any]:
         "max_tokens": decoding.limit,
         "temperature": decoding.temperature or 0.0,  # 0: the most likely token
         "top_p": decoding.top_p,
-        "seed": seed % SEEDS if decoding.samples else None,
+        "seed": seed % SEEDS if decoding.is_sampled else None,
         "repetition_penalty": penalty,
         "logprobs": 0,  # that of the chosen token alone
         "detokenize": False,

@@ -12,11 +12,11 @@ import torch
 from transformers import VoxtralForConditionalGeneration
 
 from mmbeam.errors import ModelError, PromptError
-from mmbeam.models.generators.base import GeneratorSpec, Request
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.languages import code_of
-from mmbeam.models.generators.prompts import Medium, instruction
+from mmbeam.models.generators.prompts import Medium, task_prompt
 from mmbeam.models.generators.sounds import MelReader
+from mmbeam.prompts.ask import GeneratorSpec, Request
 from mmbeam.prompts.turns import Turn
 
 BEGIN, START, END = "<s>", "[INST]", "[/INST]"  # of the prompt, of the user's turn
@@ -54,7 +54,7 @@ class VoxtralGenerator(ChatGenerator):
     def prompt(self, request: Request) -> list[int]:
         windows = len(self.media(request))
         sound = [self.ids[BEGIN_AUDIO], *[self.ids[AUDIO]] * (windows * self.window_tokens)] if windows else []
-        *before, last = request.turns or (Turn("user", instruction(request)),)
+        *before, last = request.turns or (Turn("user", task_prompt(request)),)
         turn = [self.ids[BEGIN], *(token for each in before for token in self._turn(each)), self.ids[START], *sound]
         if request.task != "transcribe" or request.prompt is not None:
             return [*turn, *self.tokenizer.words(last.text), self.ids[END]]

@@ -21,13 +21,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mmbeam.errors import ModelError, UsageError
 from mmbeam.models.audio_recipe import read_whisper_recipe
-from mmbeam.models.generators.base import Decoding, Generated, GeneratorSpec, Request, Wanted
-from mmbeam.models.generators.decoding import Decoded, decode, score
+from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
 from mmbeam.models.generators.languages import code_of
 from mmbeam.models.generators.pretrained import PretrainedGenerator
 from mmbeam.models.loading import read_config, read_json
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.log_mel import WhisperRecipe, whisper_log_mel, whisper_windows
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 
 START_TOKENS = 4  # of a transcript at most: its begin, the language, the task, and that there are no timestamps
 FRAMES_PER_STAMP = 2  # of 10 ms: timestamps count the encoder's tokens
@@ -87,13 +87,13 @@ class WhisperGenerator(PretrainedGenerator):
         )
 
     @classmethod
-    def check(cls, spec: GeneratorSpec, wanted: Wanted) -> None:
+    def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
         known = read_json(Path(spec.directory), "generation_config.json").get("lang_to_id")
-        if wanted.language is None or not known:
-            super().check(spec, wanted)
-        elif _language_token(wanted.language) not in known or wanted.source_language is not None:
+        if instruction.language is None or not known:
+            super().check(spec, instruction)
+        elif _language_token(instruction.language) not in known or instruction.source_language is not None:
             raise UsageError(
-                f"--language {wanted.language}: expected the language that is spoken, one of "
+                f"--language {instruction.language}: expected the language that is spoken, one of "
                 f"{', '.join(token.strip('<|>') for token in known)}, and no --source-language"
             )
 
@@ -106,7 +106,7 @@ class WhisperGenerator(PretrainedGenerator):
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
         sounds = self._sounds(requests)
-        done: dict[int, Decoded] = {}
+        done: dict[int, GeneratedTokens] = {}
         short = [index for index, sound in enumerate(sounds) if len(sound) <= self.recipe.n_samples]
         long = [index for index in range(len(sounds)) if index not in short]
         for indices, method in ((short, self._windows), (long, self._sequences)):
@@ -122,7 +122,7 @@ class WhisperGenerator(PretrainedGenerator):
 
     def _windows(
         self, requests: Sequence[Request], sounds: Sequence[torch.Tensor], decoding: Decoding
-    ) -> list[Decoded]:
+    ) -> list[GeneratedTokens]:
         """Transcripts of sounds of one window each."""
         windows = [whisper_windows(sound, self.recipe)[0] for sound in sounds]
         memory = self._encoded(whisper_log_mel(torch.stack(windows), self.recipe))
@@ -133,7 +133,7 @@ class WhisperGenerator(PretrainedGenerator):
 
     def _sequences(
         self, requests: Sequence[Request], sounds: Sequence[torch.Tensor], decoding: Decoding
-    ) -> list[Decoded]:
+    ) -> list[GeneratedTokens]:
         """Transcripts of sounds of several windows; the next windows of all of them make a batch."""
         mels = [whisper_log_mel(sound[None], self.recipe)[0] for sound in sounds]
         starts = self._starts(requests, self._encoded(torch.stack([mel[:, : self.frames] for mel in mels])))
@@ -141,7 +141,7 @@ class WhisperGenerator(PretrainedGenerator):
         while ahead := [one for one in all_of if one.at < one.mel_MT.shape[1]]:
             self._step(ahead, decoding)
         return [
-            Decoded(token_ids=tuple(one.token_ids), num_tokens=len(one.token_ids), logprob=one.logprob)
+            GeneratedTokens(token_ids=tuple(one.token_ids), num_tokens=len(one.token_ids), logprob=one.logprob)
             for one in all_of
         ]
 
