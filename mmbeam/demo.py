@@ -18,8 +18,8 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from mmbeam.config import SHIPPED, Reading, Windows
-from mmbeam.corpus import write_corpus
 from mmbeam.corpus.scene import COLOURS
+from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import UsageError
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.tiny import compute_on_one_thread

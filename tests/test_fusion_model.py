@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionConfig, FusionModel
-from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.loading import load_pretrained
 from mmbeam.types import MODALITIES
 

@@ -12,7 +12,7 @@ from tiny_fusion import BATCH, GENERATORS, TOKENS, media, tiny_config, tiny_inpu
 from torch.nn import functional as F
 
 from mmbeam.models.fusion import FusionModel
-from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.fusion.objectives import GeneratorAdversary, ModalityAdversary, info_nce, reverse_gradient
 
 SIMILARITIES = ("cosine", "dot", "bilinear")

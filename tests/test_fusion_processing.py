@@ -18,8 +18,8 @@ from mmbeam.errors import DecodeError, ModelError
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.fusion import FusionEncoder
 from mmbeam.models.fusion import FusionProcessor
+from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.fusion.mel import MelRecipe, log_mel
-from mmbeam.models.fusion.modeling import MASK
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.models.loading import read_json
 from mmbeam.prompts.ask import Decoding, Generated, Request

@@ -23,8 +23,8 @@ from transformers import (
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionModel, FusionProcessor, SourceConfig
-from mmbeam.models.fusion.modeling import MASK
-from mmbeam.models.fusion.towers import load_weights, read_preprocessing, read_source
+from mmbeam.models.fusion.configuration import MASK
+from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tiny import SIDE, save_clip
 from mmbeam.prompts.ask import Request

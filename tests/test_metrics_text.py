@@ -18,10 +18,8 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from mmbeam.errors import UsageError
 from mmbeam.metrics.cider import CiderD, document_frequencies, tokenize
-from mmbeam.metrics.counts import Counts, mean_counts, means
 from mmbeam.metrics.pairs import Pair
-from mmbeam.metrics.text import METRICS, text_metrics
-from mmbeam.metrics.totals import SHOWN, TextTotals, score_pair
+from mmbeam.metrics.text import METRICS, SHOWN, Counts, TextTotals, mean_counts, means, score_pair, text_metrics
 
 Case = tuple[str, list[str]]  # hypothesis, references
 

@@ -6,8 +6,7 @@ from typing import Any, get_args
 import torch
 
 from mmbeam.models.fusion import FusionConfig, FusionModel
-from mmbeam.models.fusion.configuration import Fusion, GeneratorKind
-from mmbeam.models.fusion.modeling import MASK
+from mmbeam.models.fusion.configuration import MASK, Fusion, GeneratorKind
 from mmbeam.models.tiny import compute_on_one_thread
 from mmbeam.types import MODALITIES
 

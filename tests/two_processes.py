@@ -21,7 +21,7 @@ from mmbeam.corpus import samples, tag
 from mmbeam.errors import ShardError
 from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
-from mmbeam.models.fusion.share import BatchShare
+from mmbeam.models.fusion.objectives import BatchShare
 from mmbeam.prompts.ask import Request
 from mmbeam.training.batching import Batch
 from mmbeam.training.distributed import ALONE, Losses, World, joined, local_device

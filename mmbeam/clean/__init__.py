@@ -5,9 +5,8 @@ Nothing here decodes; pictures are filtered on the device, by `mmbeam.ops.filter
 
 import math
 
-from mmbeam.clean.select import SampleValues, select
 from mmbeam.clean.text import TEXT_STEPS, check_steps, clean_text
-from mmbeam.clean.where import KIND_OF_NAME, compile_where, where_needs
+from mmbeam.clean.where import KIND_OF_NAME, SampleValues, compile_where, select, where_needs
 from mmbeam.errors import UsageError
 
 __all__ = [

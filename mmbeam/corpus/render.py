@@ -12,8 +12,21 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from mmbeam.corpus.draws import Key, Stream, between, grains, uniforms
-from mmbeam.corpus.scene import COLOURS, LOUDNESSES, PITCHES, POSITIONS, SIZES, TEMPI, Scene, Shape
+from mmbeam.corpus.scene import (
+    COLOURS,
+    LOUDNESSES,
+    PITCHES,
+    POSITIONS,
+    SIZES,
+    TEMPI,
+    Key,
+    Scene,
+    Shape,
+    Stream,
+    between,
+    grains,
+    uniforms,
+)
 from mmbeam.errors import UsageError
 from mmbeam.types import ImageHWC, Waveform
 

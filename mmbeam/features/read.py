@@ -11,7 +11,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmbeam.clean import clean_text, compile_where, select
+from mmbeam.clean.text import clean_text
+from mmbeam.clean.where import compile_where, select
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import ShardError, UsageError
 from mmbeam.features.files import FACTS, IDENTITY, check_schema, opened

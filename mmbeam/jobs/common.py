@@ -11,7 +11,9 @@ from typing import Any
 import apache_beam as beam
 
 from mmbeam import runs
-from mmbeam.clean import check_steps, compile_where, parse_image_filter
+from mmbeam.clean import parse_image_filter
+from mmbeam.clean.text import check_steps
+from mmbeam.clean.where import compile_where
 from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
 from mmbeam.jobs.launch import DIRECT, JobOptions, execute, is_waited_for, pipeline_options, public_args, submit

@@ -11,8 +11,7 @@ from mmbeam.errors import FlowError, JobError
 from mmbeam.features.columns import WrittenRows
 from mmbeam.jobs.launch import pipeline_options, plain_error
 from mmbeam.metrics.pairs import KEY, PairSource
-from mmbeam.metrics.text import text_metrics
-from mmbeam.metrics.totals import TextTotals
+from mmbeam.metrics.text import TextTotals, text_metrics
 from mmbeam.runs.run import PART
 from mmbeam.runs.store import Store
 from mmbeam.transforms.evaluate import ScoreTexts, Scoring

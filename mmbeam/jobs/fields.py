@@ -4,7 +4,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from mmbeam.clean.select import SampleValues
+from mmbeam.clean.where import SampleValues
 from mmbeam.errors import ShardError, UsageError
 from mmbeam.features.files import FACTS, IDENTITY, opened
 from mmbeam.prompts.ask import Instruction, prompt_fields

@@ -11,7 +11,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmbeam.clean.select import SampleValues
+from mmbeam.clean.where import SampleValues
 from mmbeam.config import Task
 from mmbeam.errors import UsageError
 from mmbeam.prompts.template import PromptField, Template, parse_template

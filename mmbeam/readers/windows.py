@@ -16,7 +16,7 @@ from functools import partial
 from itertools import chain, islice, starmap
 from typing import Generic, TypeVar
 
-from mmbeam.clean import compile_where, select, where_needs
+from mmbeam.clean.where import compile_where, select, where_needs
 from mmbeam.config import MIB, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.errors import ShardError

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from mmbeam.config import FieldMap, Limits
-from mmbeam.decode import decode_metadata
+from mmbeam.decode.text import decode_metadata
 from mmbeam.errors import SampleError, ShardError
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.stream import open_shard

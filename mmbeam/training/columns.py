@@ -6,8 +6,8 @@ from itertools import islice
 from typing import Any
 
 from mmbeam.errors import UsageError
-from mmbeam.models.fusion import FusionProcessor
 from mmbeam.models.fusion.configuration import feature_source
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.training.rows import FeatureSource
 from mmbeam.types import Modality
 

@@ -4,7 +4,7 @@ Each reads its share of the training part and takes its share of each batch; Dis
 the gradients, so that all have the same weights (gloo on a CPU; nccl on GPUs, a process for each). Rank 0 alone
 measures and writes. Processes may have different numbers of rows: before a step each says how many it has for
 it, one that has none left takes part with nothing, and the epoch ends when none has any. So no row is lost and
-none is seen twice. Not here: what a loss makes of a share (models/fusion/share.py).
+none is seen twice. Not here: what a loss makes of a share (GlobalBatch in models/fusion/objectives.py).
 
 The losses are those of one process on the same batches, but where random draws differ (dropout and views are
 drawn by seed, step and rank), and but for batch norm, which convolutional encoders have: as usual in such
@@ -26,10 +26,9 @@ from torch import distributed, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from mmbeam.errors import JobError, TrainingError, UsageError
-from mmbeam.models.fusion import FusionModel
-from mmbeam.models.fusion.modeling import MASK
-from mmbeam.models.fusion.objectives import IGNORED, marks_of
-from mmbeam.models.fusion.share import BatchShare
+from mmbeam.models.fusion.configuration import IGNORED, MASK
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.objectives import BatchShare, marks_of
 from mmbeam.models.placement import resolve_device
 from mmbeam.training.batching import Batch
 

@@ -1,7 +1,7 @@
 """The encoders that a training is asked for by name: the source that each becomes, and where its files are.
 
 The model's own kinds are made new; any other name is a model of transformers, whose encoder of the modality
-is taken with its weights. What is read of it before the training begins is in models/fusion/towers.py.
+is taken with its weights. What is read of it before the training begins is in models/fusion/pretrained.py.
 """
 
 from collections.abc import Sequence
@@ -9,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmbeam.errors import ModelError, UsageError
-from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
-from mmbeam.models.fusion.configuration import media_source
-from mmbeam.models.fusion.processing import Preparation
-from mmbeam.models.fusion.towers import load_weights, read_preprocessing, read_source
+from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig, media_source
+from mmbeam.models.fusion.mel import Preparation
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import Resolved, check_weights, digest, resolve
 from mmbeam.training.options import OWN_ENCODERS, EncoderName, TrainOptions
 from mmbeam.types import Modality, Origin

@@ -19,8 +19,9 @@ from typing import Protocol
 import torch
 
 from mmbeam.errors import RunMismatchError, TrainingError
-from mmbeam.models.fusion import FusionModel, FusionProcessor
-from mmbeam.models.fusion.share import BatchShare
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.objectives import BatchShare
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import Batch, ahead, collate, training_batches
 from mmbeam.training.distributed import ALONE, Losses, World

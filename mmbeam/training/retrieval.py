@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 
-from mmbeam.models.fusion import FusionModel
+from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.training.batching import Batch
 from mmbeam.training.examples import Example
 from mmbeam.training.views import make_views

@@ -15,8 +15,9 @@ from typing import Any
 import torch
 from torch.nn import functional as F
 
-from mmbeam.models.fusion import FusionModel, FusionProcessor
-from mmbeam.models.fusion.objectives import IGNORED
+from mmbeam.models.fusion.configuration import IGNORED
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.training.batching import Batch, ahead, collate, plain_batches
 from mmbeam.training.examples import Example
 from mmbeam.training.retrieval import Retrieval

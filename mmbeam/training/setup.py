@@ -17,7 +17,9 @@ from mmbeam.config import FieldMap
 from mmbeam.errors import MissingModalityError, ModelError, NoShardsError, TrainingError, UsageError
 from mmbeam.features.dataset_files import list_files
 from mmbeam.features.split import Part
-from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
+from mmbeam.models.fusion.configuration import FusionConfig
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained, read_json, resolve
 from mmbeam.readers.listing import expand, list_shards

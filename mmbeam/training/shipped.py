@@ -16,8 +16,10 @@ from typing import Any
 
 import torch
 
-from mmbeam.corpus import Scene, samples, tag
-from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
+from mmbeam.corpus.scene import Scene, samples, tag
+from mmbeam.models.fusion.configuration import FusionConfig
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.loading import load_pretrained, quiet_transformers
 from mmbeam.training.card import shipped_card
 from mmbeam.training.checkpoint import write_text

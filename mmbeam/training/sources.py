@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 
 from mmbeam.config import Reading, Windows
-from mmbeam.corpus import Scene, render_audio, render_image, samples, tag
+from mmbeam.corpus.render import render_audio, render_image
+from mmbeam.corpus.scene import Scene, samples, tag
 from mmbeam.errors import ShardError, TrainingError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.features.order import rank_of, units_of_rank

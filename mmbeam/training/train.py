@@ -19,7 +19,8 @@ from typing import Any
 import torch
 
 from mmbeam.errors import RunMismatchError, UsageError
-from mmbeam.models.fusion import FusionModel, FusionProcessor
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.loading import quiet_transformers
 from mmbeam.training.card import model_card
 from mmbeam.training.checkpoint import write_text

@@ -13,8 +13,7 @@ import pyarrow.parquet as pq
 from mmbeam.features.columns import read_columns
 from mmbeam.metrics.cider import document_frequencies
 from mmbeam.metrics.pairs import Pair, PairSource, References
-from mmbeam.metrics.text import CIDER, text_metrics
-from mmbeam.metrics.totals import TextTotals, score_pair
+from mmbeam.metrics.text import CIDER, TextTotals, score_pair, text_metrics
 from mmbeam.runs.store import Store
 
 COLUMNS = (

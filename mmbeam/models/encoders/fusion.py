@@ -8,8 +8,9 @@ import torch
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
-from mmbeam.models.fusion import FusionModel, FusionProcessor
 from mmbeam.models.fusion.configuration import PAD
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained
 from mmbeam.ops.collate import pad

@@ -23,6 +23,8 @@ RESERVED = (
     *("past_key_values", "use_cache", "return_dict", "fused", "caption"),
 )
 PAD, BOS, EOS = 0, 1, 2  # the first tokens of every vocabulary of this model
+IGNORED = -100  # padding of labels, which torch's cross-entropy ignores
+MASK = "_mask"  # suffix of the input that tells which of a source's values are real
 
 IMAGE_SHAPE = (3, 64, 64)  # channels, height, width
 AUDIO_SHAPE = (1, 64, 64)  # channel, frames, mel bins

@@ -10,11 +10,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from tokenizers import Tokenizer
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
 from mmbeam.models.fusion.configuration import SourceConfig
 from mmbeam.ops.audio import WaveRecipe, mel_filter_bank, power_spectrogram, standardize
+from mmbeam.ops.image import ImageRecipe
 from mmbeam.ops.log_mel import (
     AST_RATE,
     AstRecipe,
@@ -92,6 +94,7 @@ class WaveformRecipe(WaveRecipe):
 
 
 SoundRecipe = WaveformRecipe | MelRecipe | WhisperRecipe | ClapRecipe | AstRecipe
+Preparation = ImageRecipe | SoundRecipe | Tokenizer  # the preprocessing of an image, audio or text source
 SOUND_RECIPES: Mapping[str, type[SoundRecipe]] = {
     kind.__name__: kind for kind in (WaveformRecipe, MelRecipe, WhisperRecipe, ClapRecipe, AstRecipe)
 }

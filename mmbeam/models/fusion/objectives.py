@@ -5,20 +5,89 @@ Shapes: B batch, E width of the shared space, D hidden size, T words, V vocabula
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.nn import functional as F
 
-from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
-from mmbeam.models.fusion.share import WHOLE, BatchShare, scale_gradient
+from mmbeam.models.fusion.configuration import IGNORED, FusionConfig, SourceConfig
 
-IGNORED = -100  # of labels: padding
 THUMBNAIL = 8  # side of what is reconstructed of a picture or a spectrogram
 MAX_SCALE = math.log(100)  # of cosine similarities, as in CLIP (Radford et al., 2021)
 Embeddings = Mapping[str, torch.Tensor]  # by name, [B, E]
 Present = Mapping[str, torch.Tensor]  # by name, bool [B]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchShare:
+    """How many items each process has, in the order of their ranks. By default there is one process."""
+
+    rank: int = 0
+    rows: Sequence[int] = (0,)  # samples
+    tokens: Sequence[int] = (0,)  # of captions
+    longest: int = 0  # tokens of the longest caption
+    present: Mapping[str, Sequence[int]] = field(default_factory=dict)  # samples that have it, by source
+
+    @property
+    def alone(self) -> bool:
+        return len(self.rows) == 1
+
+    def by_rows(self, mean: torch.Tensor) -> torch.Tensor:
+        """This process's part of the mean over all samples, from the mean over its own."""
+        return self._part(mean, self.rows)
+
+    def by_tokens(self, mean: torch.Tensor) -> torch.Tensor:
+        """This process's part of the mean over all tokens of captions, from the mean over its own."""
+        return self._part(mean, self.tokens)
+
+    def by_present(self, mean: torch.Tensor, *sources: str) -> torch.Tensor:
+        """This process's part of the mean over all that is there of `sources`, from the mean over its own."""
+        if self.alone:
+            return mean
+        counts = zip(*(self.present[source] for source in sources), strict=True)
+        return self._part(mean, [sum(each) for each in counts])
+
+    def anywhere(self, source: str) -> bool:
+        """Whether another process, or this one, has any of the source."""
+        return any(self.present.get(source, ()))
+
+    def _part(self, mean: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+        return mean if self.alone else mean * (len(counts) * counts[self.rank] / sum(counts))
+
+    def gather(self, rows: torch.Tensor) -> torch.Tensor:
+        """The rows [n, ...] of all processes, [N, ...]; a gradient reaches this process's own.
+
+        All processes must call it, with the same shape but for n.
+        """
+        padded = rows.new_zeros(max(self.rows), *rows.shape[1:])
+        padded[: len(rows)] = rows.detach()
+        parts = [torch.empty_like(padded) for _ in self.rows]
+        distributed.all_gather(parts, padded)
+        parts = [part[:count] for part, count in zip(parts, self.rows, strict=True)]
+        parts[self.rank] = scale_gradient(rows, len(parts))
+        return torch.cat(parts)
+
+
+WHOLE = BatchShare()
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, values: torch.Tensor, factor: float) -> torch.Tensor:
+        ctx.factor = factor
+        return values.view_as(values)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> Any:
+        return ctx.factor * gradients[0], None
+
+
+def scale_gradient(values: torch.Tensor, factor: float) -> torch.Tensor:
+    """The identity, whose gradient is multiplied by `factor`."""
+    scaled: torch.Tensor = _ScaleGradient.apply(values, factor)  # type: ignore[no-untyped-call]
+    return scaled
 
 
 class SharedSpace(nn.Module):

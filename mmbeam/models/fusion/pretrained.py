@@ -1,107 +1,161 @@
-"""An encoder of transformers inside a fusion model. What a checkpoint brings is read by towers.py."""
+"""Encoders of transformers as sources of a fusion model: their configuration, their weights, their preprocessing.
 
-import inspect
-from collections.abc import Mapping
-from contextlib import nullcontext
+What is read from a checkpoint is kept in the fusion model's own files: once saved, it needs the checkpoint
+no more. Encoders that take anything else than pictures of one shape, spectrograms of one length, waveforms or
+tokens are not for this; their vectors can be computed before, with `mmbeam embed`, and be a source of kind
+"features".
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from torch import nn
-from torch.nn.utils.rnn import pad_sequence
-from transformers import AutoConfig, AutoModel
+from tokenizers import Tokenizer
+from transformers import AutoModel, AutoTokenizer
 
+from mmbeam.errors import ModelError
+from mmbeam.models.audio_recipe import read_ast_recipe, read_clap_recipe, read_wave_recipe, read_whisper_recipe
+from mmbeam.models.encoders.speech import check_layers, receptive_field
+from mmbeam.models.encoders.text import text_limit
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
+from mmbeam.models.fusion.encoders import HALVES, PretrainedEncoder, encoder_of, output_width
+from mmbeam.models.fusion.mel import AST, MAX_WAVEFORM, Preparation, SoundRecipe, WaveformRecipe, hear
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.models.loading import load_pretrained, read_config
+from mmbeam.models.tokenizing import check_vocabulary
+from mmbeam.ops.image import Patching
+from mmbeam.types import Modality
 
-# Halves of models that AutoModel does not make by themselves: the class by its configuration's model_type.
-HALVES: Mapping[str, str] = {
-    "siglip_text_model": "SiglipTextModel",
-    "siglip2_text_model": "Siglip2TextModel",
-    "blip_text_model": "BlipTextModel",
-    "metaclip_2_text_model": "MetaClip2TextModel",
-    "metaclip_2_vision_model": "MetaClip2VisionModel",
-    "clap_text_model": "ClapTextModel",
-    "clap_audio_model": "ClapAudioModel",
-    "blip_vision_model": "BlipVisionModel",
-    **{"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"},
+INPUTS: Mapping[Modality, str] = {"image": "pixel_values", "audio": "input_features", "text": "input_ids"}
+SOUNDS: Mapping[str, Callable[[Path], SoundRecipe]] = {  # by the configuration's model_type
+    "whisper": read_whisper_recipe,
+    "clap_audio_model": read_clap_recipe,
+    AST: read_ast_recipe,
 }
+WAVES = ("wav2vec2", "hubert", "wavlm")  # they hear the waveform itself
+PARTS: Mapping[Modality, str] = {"image": "vision", "audio": "audio", "text": "text"}  # of a joint model
+NOT_OF_THE_ENCODER = ("transformers_version", "architectures", "dtype", "_name_or_path")
+UNUSED = r"(^|\.)(pooler\.|masked_spec_embed$)"  # weights that a checkpoint may lack
+ELSE = "compute its vectors with `mmbeam embed`, and train on those"
 
 
-class PretrainedEncoder(nn.Module):
-    """Any encoder of transformers with a last_hidden_state; frozen, it also stays in eval mode."""
+def read_source(directory: Path, modality: Modality, *, frozen: bool = True, max_tokens: int = 64) -> dict[str, Any]:
+    """The source that a checkpoint's encoder of `modality` is: its tower, if it is a joint model such as CLIP.
 
-    def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
-        super().__init__()
-        self.model = build_tower(source.model or {})
-        self.input_name = self.model.main_input_name
-        self.takes_is_longer = "is_longer" in inspect.signature(self.model.forward).parameters  # CLAP's, of sounds
-        self.hears_waves = hasattr(self.model, "feature_extractor")  # wav2vec 2.0 and its like
-        self.frozen = source.frozen
-        self.project = nn.Linear(output_width(self.model), config.hidden_size)
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.train()
-
-    def train(self, mode: bool = True) -> "PretrainedEncoder":
-        """As of any module; `from_pretrained` ends with it, and forgets by then what was to have no gradient."""
-        super().train(mode)
-        if self.frozen:
-            self.model.eval().requires_grad_(False)
-        return self
-
-    def read(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last hidden states [B, T, width], and which of them are real: all but where a mask [B, T] says not."""
-        with torch.no_grad() if self.frozen else nullcontext():
-            if self.hears_waves:
-                return self._read_waves(inputs, mask)
-            states = self._states(inputs, mask)
-        if states.dim() == 4:  # [B, C, H, W] of a convolutional one
-            states = states.flatten(2).transpose(1, 2)
-        return states, mask if mask.dim() > 1 else mask.new_ones(states.shape[:2])
-
-    def _states(self, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
-        if self.takes_is_longer:
-            masks["is_longer"] = mask.new_zeros(len(mask), 1)  # than a window: sounds are cut to one
-        states: torch.Tensor = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
-        return states
-
-    def _read_waves(self, waves_BN: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The frames of waveforms: padding would change what convolutions make that normalise over time."""
-        lengths = mask.sum(1).tolist() if mask.dim() > 1 else [waves_BN.shape[1]] * len(mask)
-        maps = [self.model.feature_extractor(wave[None, :n]) for wave, n in zip(waves_BN, lengths, strict=True)]
-        projected = [self.model.feature_projection(each.transpose(1, 2)) for each in maps]
-        frames = [each[0] if isinstance(each, torch.Tensor) else each[0][0] for each in projected]  # HuBERT's are bare
-        counts = torch.tensor([len(each) for each in frames], device=mask.device)
-        real = torch.arange(max(map(len, frames)), device=mask.device) < counts[:, None]
-        states = self.model.encoder(pad_sequence(frames, batch_first=True), attention_mask=real).last_hidden_state
-        return states, real
-
-    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was read, as tokens of the model's width."""
-        return self.norm(self.project(states)), mask
+    Texts are cut to `max_tokens`, or what the encoder takes if that is less. Reads configuration files
+    alone. Raises ModelError if there is no such encoder, or it takes another input.
+    """
+    config = _own_config(directory, modality)
+    model = {name: value for name, value in config.to_diff_dict().items() if name not in NOT_OF_THE_ENCODER}
+    source: dict[str, Any] = {"modality": modality, "kind": "pretrained", "model": model, "frozen": frozen}
+    if modality == "text":
+        source["max_tokens"] = min(max_tokens, text_limit(directory, config))
+    elif config.model_type in WAVES:
+        check_layers(directory, config)
+        source["max_tokens"] = MAX_WAVEFORM
+    tower = _on_meta(directory, model).model
+    _check_input(directory, modality, config.model_type, tower.main_input_name)
+    return {**source, "width": output_width(tower)}
 
 
-def build_tower(model: Mapping[str, Any]) -> Any:
-    """The encoder of transformers that a configuration describes, with new weights."""
-    options = dict(model)
-    config = AutoConfig.for_model(options.pop("model_type"), **options)
-    half = HALVES.get(config.model_type)
-    return encoder_of(AutoModel.from_config(config) if half is None else getattr(transformers, half)(config))
+def _own_config(directory: Path, modality: Modality) -> Any:
+    """The configuration of a checkpoint's encoder, or of the one of its encoders that is of `modality`."""
+    full, own = read_config(directory), f"{PARTS[modality]}_config"
+    if hasattr(full, own) or not any(hasattr(full, f"{part}_config") for part in PARTS.values()):
+        return getattr(full, own, full)
+    raise ModelError(f"{directory}: {full.model_type} has no {modality} encoder")
 
 
-def encoder_of(model: Any) -> Any:
-    """The part of a model that gives last_hidden_state: without a decoder, and without layers that pool it."""
-    if model.config.is_encoder_decoder or type(model).__name__.endswith("T5EncoderModel"):
-        model = model.get_encoder()
-    if "add_pooling_layer" in inspect.signature(type(model)).parameters:
-        model.pooler = None
-    return model
+def _check_input(directory: Path, modality: Modality, model_type: str, reads: str) -> None:
+    expected = "input_values" if modality == "audio" and model_type in (AST, *WAVES) else INPUTS[modality]
+    if reads != expected:
+        way = f"; {ELSE}" if modality == "audio" and reads == "input_values" else ""
+        raise ModelError(f"{directory}: {model_type} reads {reads}, not {expected}{way}")
 
 
-def output_width(model: Any) -> int:
-    """Of last_hidden_state: a convolutional encoder names the widths of its stages, CLAP's that of the first."""
-    config = model.config
-    if config.model_type == "clap_audio_model":
-        return int(config.patch_embeds_hidden_size * 2 ** (len(config.depths) - 1))
-    widths = getattr(config, "hidden_sizes", None)
-    return int(widths[-1] if widths else config.hidden_size)
+def _on_meta(directory: Path, model: Mapping[str, Any]) -> PretrainedEncoder:
+    """The encoder without weights, to ask and to try."""
+    try:
+        with torch.device("meta"):
+            return PretrainedEncoder(SourceConfig(modality="text", kind="pretrained", model=model), FusionConfig())
+    except Exception as error:  # transformers raises whatever its parts raise
+        raise ModelError(f"{directory}: no encoder of {model['model_type']} can be made alone; {ELSE}") from error
+
+
+def read_preprocessing(directory: Path, source: SourceConfig) -> Preparation:
+    """What the checkpoint's own files say is done to the input of `source`, as `read_source` describes it.
+
+    Raises ModelError naming what is missing, unknown, or does not fit the encoder.
+    """
+    if source.modality == "text":
+        return _read_tokenizer(directory, source.max_tokens)
+    if source.modality == "image":
+        recipe = read_image_recipe(directory)
+        size = recipe.crop or recipe.size
+        if size is None or isinstance(size, int | Patching):
+            raise ModelError(f"{directory}: its pictures differ in shape; {ELSE}")
+        _try(directory, source, torch.zeros(1, 3, *size))
+        return recipe
+    model_type = (source.model or {})["model_type"]
+    if model_type in WAVES:
+        config = read_config(directory)
+        shortest = receptive_field(config.conv_kernel, config.conv_stride)
+        return WaveformRecipe(**asdict(read_wave_recipe(directory)), shortest=shortest)
+    sound = SOUNDS.get(model_type, read_whisper_recipe)(directory)
+    _try(directory, source, hear([torch.zeros(sound.n_samples)], sound))
+    return sound
+
+
+def _try(directory: Path, source: SourceConfig, values: torch.Tensor) -> None:
+    """Raise ModelError unless the encoder takes inputs of this shape; one that looks at values cannot be tried."""
+    encoder = _on_meta(directory, source.model or {}).eval()
+    try:
+        with torch.inference_mode():
+            encoder.read(values.to("meta"), torch.ones(1, dtype=torch.bool, device="meta"))
+    except NotImplementedError:
+        return
+    except Exception as error:  # each encoder has its own way to say so
+        raise ModelError(
+            f"{directory}: its encoder does not take {list(values.shape[1:])}, as its files prepare: {error}"
+        ) from error
+
+
+def _read_tokenizer(directory: Path, max_tokens: int) -> Tokenizer:
+    """A model that was trained without a mask, as SigLIP was, reads as many tokens of every text."""
+    check_vocabulary(directory)
+    try:
+        made: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+    if not made.is_fast:
+        raise ModelError(f"{directory}: its {type(made).__name__} can be no part of another model's files; {ELSE}")
+    tokenizer: Tokenizer = made.backend_tokenizer
+    tokenizer.no_padding()
+    if "attention_mask" not in made.model_input_names:
+        tokenizer.enable_padding(length=max_tokens, pad_id=made.pad_token_id, pad_token=made.pad_token)
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True  # as FusionProcessor has it
+    return tokenizer
+
+
+def load_weights(model: FusionModel, name: str, directory: Path) -> None:
+    """Put the checkpoint's weights (safetensors only) into the encoder of the source `name`.
+
+    Raises ModelError if they are of another configuration.
+    """
+    config, part = read_config(directory), PARTS[model.sources[name].modality]
+    family = getattr(transformers, HALVES[config.model_type]) if config.model_type in HALVES else AutoModel
+    tower = f"{part}_model"
+    if (config.model_type, part) == ("blip", "text"):
+        family, tower = transformers.BlipForImageTextRetrieval, "text_encoder"
+    unused = (UNUSED, rf"^(?!{tower}\.)") if hasattr(config, f"{part}_config") else (UNUSED,)
+    full = load_pretrained(family, directory, torch.device("cpu"), torch.float32, ignore_missing=unused)
+    encoder: Any = model.encoders[name]
+    try:
+        encoder.model.load_state_dict(encoder_of(getattr(full, tower, full)).state_dict())
+    except RuntimeError as error:
+        raise ModelError(f"{directory}: its weights are not those of source {name}: {error}") from error

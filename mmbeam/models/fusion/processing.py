@@ -17,10 +17,9 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from mmbeam.errors import ModelError
-from mmbeam.models.fusion.configuration import BOS, EOS, PAD, SourceConfig
-from mmbeam.models.fusion.mel import SOUND_RECIPES, MelRecipe, SoundRecipe, WaveformRecipe, hear, rate_of
-from mmbeam.models.fusion.modeling import MASK, spread
-from mmbeam.models.fusion.objectives import IGNORED
+from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, SourceConfig
+from mmbeam.models.fusion.encoders import spread
+from mmbeam.models.fusion.mel import SOUND_RECIPES, MelRecipe, Preparation, SoundRecipe, WaveformRecipe, hear, rate_of
 from mmbeam.models.loading import read_json
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.collate import pad
@@ -33,7 +32,6 @@ log = logging.getLogger(__name__)
 PREPROCESSING = "preprocessing.json"
 SPECIAL_TOKENS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
 Values = tuple[torch.Tensor, torch.Tensor]  # of one source: values and mask
-Preparation = ImageRecipe | SoundRecipe | Tokenizer  # of a picture, a sound or a text for an encoder
 
 
 class FusionProcessor:

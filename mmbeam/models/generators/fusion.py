@@ -8,7 +8,9 @@ import torch
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmbeam.errors import ModelError
-from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
+from mmbeam.models.fusion.configuration import FusionConfig
+from mmbeam.models.fusion.modeling import FusionModel
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import decode, score
 from mmbeam.models.loading import load_pretrained
