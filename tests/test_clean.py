@@ -19,7 +19,7 @@ from mmbeam.clean import (
     clean_text,
     compile_where,
     parse_image_filter,
-    select,
+    rejecting_expression,
     where_needs,
 )
 from mmbeam.errors import UsageError
@@ -345,15 +345,15 @@ class TestSelect:
                 connection.execute("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)", line)
             found = connection.execute(f"SELECT i FROM samples WHERE {sql} ORDER BY i").fetchall()
         where = [(python, compile_where(python))]
-        assert [(i,) for i, row in enumerate(rows) if select(sample(row), where) is None] == found
+        assert [(i,) for i, row in enumerate(rows) if rejecting_expression(sample(row), where) is None] == found
 
     def test_names_the_first_condition_that_is_not_true(self) -> None:
         wheres = [(text, compile_where(text)) for text in ("image_width > 1", "text_words > 2", "image_height > 9")]
         one = Sample(key="k", shard="s.tar", offset=0, image_size=(5, 5), text="a b", text_clean="a b c")
-        assert select(one, wheres) == "image_height > 9"  # it is the cleaned text that is looked at
-        assert select(one, wheres[:2]) is None
-        assert select(one, []) is None
-        assert select(Sample(key="k", shard="s.tar", offset=0), wheres) == "image_width > 1"
+        assert rejecting_expression(one, wheres) == "image_height > 9"  # it is the cleaned text that is looked at
+        assert rejecting_expression(one, wheres[:2]) is None
+        assert rejecting_expression(one, []) is None
+        assert rejecting_expression(Sample(key="k", shard="s.tar", offset=0), wheres) == "image_width > 1"
 
     def test_every_name_has_a_value(self) -> None:
         one = Sample(
@@ -378,12 +378,12 @@ class TestSelect:
         }
         for name, value in expected.items():
             order = ">" if name == "metadata.b" else "=="
-            assert select(one, [("", compile_where(f"{name} {order} {value}"))]) is None, name
+            assert rejecting_expression(one, [("", compile_where(f"{name} {order} {value}"))]) is None, name
         assert {name.partition(".")[0] for name in expected} == set(KIND_OF_NAME)
-        assert select(one, [("", compile_where("metadata.a is None"))]) is None  # NaN is a missing value
+        assert rejecting_expression(one, [("", compile_where("metadata.a is None"))]) is None  # NaN is a missing value
         empty = Sample(key="k", shard="s.tar", offset=0)
         for name in set(KIND_OF_NAME) - {"key"}:
-            assert select(empty, [("", compile_where(f"{name} is None"))]) is None, name
+            assert rejecting_expression(empty, [("", compile_where(f"{name} is None"))]) is None, name
 
 
 class TestImageFilter:

@@ -14,10 +14,10 @@ from mmbeam.corpus import (
     Scene,
     Shape,
     Sound,
+    generate_scenes,
     render_audio,
     render_batch,
     render_image,
-    samples,
     tag,
 )
 from mmbeam.corpus.scene import COLOURS, FORMS, KINDS, LOUDNESSES, PITCHES, POSITIONS, SIZES, TEMPI
@@ -83,13 +83,13 @@ def test_seeds_next_to_each_other_differ_however_large() -> None:
 
 
 def test_samples_start_where_they_are_told() -> None:
-    assert list(samples(3, start=5, count=2)) == [Scene.draw(3, 5), Scene.draw(3, 6)]
-    assert len({scene.caption() for scene in samples(3, count=200)}) == 200
+    assert list(generate_scenes(3, start=5, count=2)) == [Scene.draw(3, 5), Scene.draw(3, 6)]
+    assert len({scene.caption() for scene in generate_scenes(3, count=200)}) == 200
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
 def test_the_caption_of_a_subset_holds_its_clauses_and_no_other(subset: tuple[Modality, ...]) -> None:
-    for scene in samples(11, count=50):
+    for scene in generate_scenes(11, count=50):
         caption = scene.caption(subset)
         assert caption == ", ".join(scene.clauses()[modality] for modality in subset) + "."
         for modality in set(MODALITIES) - set(subset):
@@ -97,7 +97,7 @@ def test_the_caption_of_a_subset_holds_its_clauses_and_no_other(subset: tuple[Mo
 
 
 def test_the_vocabulary_is_what_captions_use() -> None:
-    used = Counter(word for scene in samples(1, count=3000) for word in words(scene.caption()))
+    used = Counter(word for scene in generate_scenes(1, count=3000) for word in words(scene.caption()))
     assert set(used) == set(VOCABULARY)
     assert min(used.values()) > 30
     assert list(VOCABULARY) == sorted(set(VOCABULARY))
@@ -114,7 +114,7 @@ def test_shapes_come_in_reading_order_and_the_tag_says_the_text_clause(key: tupl
 
 
 def test_both_counts_of_shapes_and_every_attribute_are_drawn_evenly() -> None:
-    scenes = list(samples(5, count=4000))
+    scenes = list(generate_scenes(5, count=4000))
     assert 0.45 < sum(len(scene.shapes) == 2 for scene in scenes) / len(scenes) < 0.55
     for values, options in (
         ([shape.form for scene in scenes for shape in scene.shapes], FORMS),
@@ -141,7 +141,7 @@ def test_golden_pixels() -> None:
 
 
 def test_a_picture_is_the_same_at_every_side_but_for_its_grain() -> None:
-    for scene in samples(4, count=20):
+    for scene in generate_scenes(4, count=20):
         small = render_image(scene, 64).astype(float)
         large = render_image(scene, 256).reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
         assert np.abs(small - large).mean() < 4
@@ -149,7 +149,7 @@ def test_a_picture_is_the_same_at_every_side_but_for_its_grain() -> None:
 
 def test_two_shapes_never_touch() -> None:
     """Painted alone, each of the two changes pixels that the other leaves as they are."""
-    pairs = [scene for scene in samples(6, count=300) if len(scene.shapes) == 2]
+    pairs = [scene for scene in generate_scenes(6, count=300) if len(scene.shapes) == 2]
     for scene in pairs:
         ground = render_image(replace(scene, shapes=())).astype(int)
         first = render_image(replace(scene, shapes=scene.shapes[:1])).astype(int)
@@ -180,7 +180,7 @@ def test_forms_and_colours_look_different() -> None:
 
 
 def test_shapes_stand_out_from_the_ground() -> None:
-    for scene in samples(8, count=200):
+    for scene in generate_scenes(8, count=200):
         image = render_image(scene).astype(float)
         ground = render_image(replace(scene, shapes=())).astype(float)
         changed = np.linalg.norm(image - ground, axis=2)
@@ -198,13 +198,13 @@ def test_golden_sound() -> None:
 
 
 def test_a_sound_is_the_same_at_every_rate_but_for_its_floor() -> None:
-    for scene in samples(4, count=20):
+    for scene in generate_scenes(4, count=20):
         assert np.abs(render_audio(scene, 16000)[::2] - render_audio(scene, 8000)).max() < 0.005
 
 
 def test_sounds_never_clip_and_the_quiet_ones_are_quiet() -> None:
     levels: dict[str, list[float]] = {name: [] for name in LOUDNESSES}
-    for scene in samples(9, count=1000):
+    for scene in generate_scenes(9, count=1000):
         wave = render_audio(scene)
         assert np.abs(wave).max() < 1
         levels[scene.sound.loudness].append(float(np.sqrt(np.square(wave).mean())))

@@ -13,7 +13,7 @@ import soundfile
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mmbeam.corpus import Scene, render_audio, render_image, samples, tag, write_corpus
+from mmbeam.corpus import Scene, generate_scenes, render_audio, render_image, tag, write_corpus
 from mmbeam.errors import UsageError
 
 
@@ -39,7 +39,7 @@ def test_webdataset_reads_what_was_written(corpus: list[Path]) -> None:
         with path.open("rb") as stream:
             found += group_by_keys(tar_file_expander([{"url": path.name, "stream": stream}]))
     assert [sample["__key__"] for sample in found] == [f"3-{index:06d}" for index in range(13)]
-    for scene, sample in zip(samples(3), found, strict=False):
+    for scene, sample in zip(generate_scenes(3), found, strict=False):
         assert sample["txt"].decode() == tag(scene)
         truth = json.loads(sample["json"])
         assert truth["caption"] == scene.caption()

@@ -18,8 +18,8 @@ from mmbeam.errors import DecodeError, ModelError
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.fusion import FusionEncoder
 from mmbeam.models.fusion import FusionProcessor
+from mmbeam.models.fusion.audio import MelRecipe, log_mel
 from mmbeam.models.fusion.configuration import MASK
-from mmbeam.models.fusion.mel import MelRecipe, log_mel
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.models.loading import read_json
 from mmbeam.prompts.ask import Decoding, Generated, Request
@@ -158,12 +158,12 @@ def test_longer_sounds_are_cut_and_shorter_ones_end_in_silence() -> None:
     assert recipe.n_samples == 8000
     window, short = noise(8000, 1.0), noise(8000, 0.5)
     waves = [window, np.concatenate([window, noise(8000, 3.0, seed=1)]), short]
-    one, longer, shorter = processor.heard("audio", [(wave, 8000) for wave in waves], CPU)[0]
+    one, longer, shorter = processor.audio_values("audio", [(wave, 8000) for wave in waves], CPU)[0]
     torch.testing.assert_close(longer, one, rtol=0, atol=0)
     assert (shorter[0, 18:] == -1).all()
     assert (shorter[0, :14].amax(1) > 0).all()
     with pytest.raises(DecodeError):
-        processor.heard("audio", [(np.zeros(0, np.float32), 8000)], CPU)
+        processor.audio_values("audio", [(np.zeros(0, np.float32), 8000)], CPU)
 
 
 @pytest.mark.parametrize("rate", [4000, 11025, 22050, 44100, 48000])
@@ -171,7 +171,7 @@ def test_a_sound_of_any_sampling_rate_is_resampled(rate: int) -> None:
     processor = fitted(media())
     tones = (300.0, 900.0)
     sounds = [(tone(8000, 1.0, tones), 8000), (tone(rate, 1.0, tones), rate)]
-    expected, found = processor.heard("audio", sounds, CPU)[0]
+    expected, found = processor.audio_values("audio", sounds, CPU)[0]
     inner = slice(4, -4)  # frames; at a sound's ends resamplers differ
     loud = expected[0, inner] > 0.3
     assert loud.any()

@@ -81,7 +81,7 @@ def make(name: str, directory: Path, frozen: bool) -> tuple[FusionModel, FusionP
     processor = FusionProcessor.fit(sources, ["a dog"], 260, pretrained=preparations)
     torch.manual_seed(0)
     model = FusionModel(config)
-    load_weights(model, "tower", directory)
+    load_weights(model.encoders["tower"], modality, directory)
     return model, processor
 
 
@@ -151,7 +151,7 @@ def test_a_waveform_is_what_the_checkpoints_extractor_makes_cut_to_half_a_minute
     _, processor = make("wav2vec2", tmp_path, frozen=True)
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path)
     long, short = sounds.tone(16000, 31.0), sounds.tone(16000, 0.5)
-    values, mask = processor.heard("tower", [(long, 16000), (short, 16000)], CPU)
+    values, mask = processor.audio_values("tower", [(long, 16000), (short, 16000)], CPU)
     assert mask.sum(1).tolist() == [480_000, 8_000]
     for row, wave in zip(values, (long, short), strict=True):
         expected = extractor(wave[:480_000], sampling_rate=16000, return_tensors="pt").input_values[0]
@@ -289,19 +289,16 @@ def test_pictures_that_the_encoder_does_not_take_are_refused(tmp_path: Path) -> 
 def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
     source = read_source(pictures.save_vit(tmp_path / "vit"), "image")
     source["model"] = {**source["model"], "hidden_size": 16, "intermediate_size": 8}
-    with pytest.raises(ModelError, match="its weights are not those of source tower"):
-        load_weights(
-            FusionModel(tiny_config({"tower": source}, **{"hidden_size": SIZES["hidden_size"]})),
-            "tower",
-            tmp_path / "vit",
-        )
+    model = FusionModel(tiny_config({"tower": source}, **{"hidden_size": SIZES["hidden_size"]}))
+    with pytest.raises(ModelError, match="its weights do not fit the image encoder"):
+        load_weights(model.encoders["tower"], "image", tmp_path / "vit")
 
 
 def test_the_texts_of_a_blip_that_writes_captions_have_no_encoder(tmp_path: Path) -> None:
     directory = pictures.save_blip(tmp_path, BlipForConditionalGeneration)
     model = FusionModel(tiny_config({"tower": read_source(directory, "text")}))
     with pytest.raises(ModelError, match=r"text_encoder\."):
-        load_weights(model, "tower", directory)
+        load_weights(model.encoders["tower"], "text", directory)
 
 
 def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
@@ -310,4 +307,4 @@ def test_pickled_weights_are_never_loaded(tmp_path: Path) -> None:
     torch.save(AutoModel.from_pretrained(directory).state_dict(), directory / "pytorch_model.bin")
     (directory / "model.safetensors").unlink()
     with pytest.raises(ModelError, match=r"no model\.safetensors; pickled weights"):
-        load_weights(model, "tower", directory)
+        load_weights(model.encoders["tower"], "image", directory)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from mmbeam.config import SHIPPED
-from mmbeam.corpus import Scene, samples, write_corpus
+from mmbeam.corpus import Scene, generate_scenes, write_corpus
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.generators import describe, load
 from mmbeam.models.generators.base import Generator
@@ -76,7 +76,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
 
 
 def test_captions_of_shards_are_what_the_scenes_are(rows: list[dict[str, object]]) -> None:
-    truths = {scene.key: scene.caption() for scene in samples(SEED, count=60)}
+    truths = {scene.key: scene.caption() for scene in generate_scenes(SEED, count=60)}
     right = [row["caption"] == truths[str(row["key"])] for row in rows]
     assert np.mean(right) >= 0.95, [(row["caption"], truths[str(row["key"])]) for row in rows]
 

@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mmbeam.corpus import VOCABULARY, samples
+from mmbeam.corpus import VOCABULARY, generate_scenes
 from mmbeam.errors import TrainingError, UsageError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
@@ -259,7 +259,7 @@ def test_the_corpus_has_new_scenes_in_each_epoch_and_each_part_its_own() -> None
 
 
 def test_a_scene_renders_only_what_is_kept() -> None:
-    scene = next(samples(0))
+    scene = next(generate_scenes(0))
     request = scene_example(scene).keeping(("image", "text")).make()
     assert request.image is not None
     assert request.image.shape == (64, 64, 3)
@@ -393,7 +393,7 @@ def test_words_count_where_they_stand(true: str, written: str, right: tuple[int,
 
 
 def test_every_word_of_the_corpus_has_a_class() -> None:
-    scenes = list(samples(1, count=200))
+    scenes = list(generate_scenes(1, count=200))
     written = [(each, each.caption.replace("red", "blue")) for each in map(scene_example, scenes)]
     shares = word_classes(scenes, written)
     assert set(shares) == {

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmbeam.corpus import samples, tag
+from mmbeam.corpus import generate_scenes, tag
 from mmbeam.errors import TrainingError
 from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionProcessor
@@ -32,7 +32,7 @@ TINY = {"hidden_size": 32, "ffn_size": 64, "fusion_layers": 1, "generator_layers
 def setup() -> Setup:
     """A tiny model of texts and sounds on the corpus."""
     config = FusionConfig.for_media(("audio", "text"), kinds={"audio": "mlp"}, **TINY)
-    texts = [text for scene in samples(9, count=300) for text in (scene.caption(), tag(scene))]
+    texts = [text for scene in generate_scenes(9, count=300) for text in (scene.caption(), tag(scene))]
     processor = FusionProcessor.fit(config.parsed_sources(), texts, 400)
     config.vocab_size = processor.vocab_size
     return Setup(config=config, processor=processor, source=TwoModalities(), facts={})

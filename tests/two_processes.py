@@ -17,11 +17,11 @@ from typing import Any
 import torch
 from tiny_fusion import media, tiny_inputs, tiny_labels, tiny_model
 
-from mmbeam.corpus import samples, tag
+from mmbeam.corpus import generate_scenes, tag
 from mmbeam.errors import ShardError
 from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
-from mmbeam.models.fusion.objectives import BatchShare
+from mmbeam.models.fusion.objectives import GlobalBatch
 from mmbeam.prompts.ask import Request
 from mmbeam.training.batching import Batch
 from mmbeam.training.distributed import ALONE, Losses, World, joined, local_device
@@ -121,7 +121,7 @@ def make_setup(source: Lopsided) -> Setup:
     """A tiny model of texts and sounds."""
     sizes: dict[str, Any] = {"hidden_size": 32, "ffn_size": 64, "fusion_layers": 1, "generator_layers": 1}
     config = FusionConfig.for_media(("audio", "text"), kinds={"audio": "mlp"}, **sizes)
-    texts = [text for scene in samples(9, count=60) for text in (scene.caption(), tag(scene))]
+    texts = [text for scene in generate_scenes(9, count=60) for text in (scene.caption(), tag(scene))]
     processor = FusionProcessor.fit(config.parsed_sources(), texts, 300)
     config.vocab_size = processor.vocab_size
     return Setup(config=config, processor=processor, source=source, facts={})
@@ -138,7 +138,7 @@ class Recorder(Trainer):
     spoil: int | None = None  # rank 0's weights
     die: int | None = None  # rank 1
 
-    def _step(self, batch: Batch | None, share: BatchShare) -> None:
+    def _step(self, batch: Batch | None, share: GlobalBatch) -> None:
         self.keys = [*getattr(self, "keys", []), *(each.key for each in (batch.examples if batch else ()))]
         super()._step(batch, share)
         if self.state.step == self.spoil and self.world.is_main:

@@ -6,7 +6,7 @@ Nothing here decodes; pictures are filtered on the device, by `mmbeam.ops.filter
 import math
 
 from mmbeam.clean.text import TEXT_STEPS, check_steps, clean_text
-from mmbeam.clean.where import KIND_OF_NAME, SampleValues, compile_where, select, where_needs
+from mmbeam.clean.where import KIND_OF_NAME, SampleValues, compile_where, rejecting_expression, where_needs
 from mmbeam.errors import UsageError
 
 __all__ = [
@@ -17,7 +17,7 @@ __all__ = [
     "clean_text",
     "compile_where",
     "parse_image_filter",
-    "select",
+    "rejecting_expression",
     "where_needs",
 ]
 

@@ -249,7 +249,7 @@ def _contains(element: Any, container: Any) -> bool | None:
     return True if True in found else None if None in container else False
 
 
-def select(sample: Sample, wheres: Sequence[tuple[str, Callable[[Values], bool]]]) -> str | None:
+def rejecting_expression(sample: Sample, wheres: Sequence[tuple[str, Callable[[Values], bool]]]) -> str | None:
     """The text of the first expression that is not true of the sample; None if all are.
 
     `wheres`: each expression and what `compile_where` made of it.

@@ -7,7 +7,7 @@ about photographs.
 """
 
 from mmbeam.corpus.render import render_audio, render_batch, render_image
-from mmbeam.corpus.scene import VOCABULARY, Scene, Shape, Sound, samples, tag
+from mmbeam.corpus.scene import VOCABULARY, Scene, Shape, Sound, generate_scenes, tag
 from mmbeam.corpus.write import write_corpus
 
 __all__ = [
@@ -15,10 +15,10 @@ __all__ = [
     "Scene",
     "Shape",
     "Sound",
+    "generate_scenes",
     "render_audio",
     "render_batch",
     "render_image",
-    "samples",
     "tag",
     "write_corpus",
 ]

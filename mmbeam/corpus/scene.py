@@ -205,7 +205,7 @@ class Scene:
         return ", ".join(clauses[modality] for modality in MODALITIES if modality in modalities) + "."
 
 
-def samples(seed: int, start: int = 0, count: int | None = None) -> Iterator[Scene]:
+def generate_scenes(seed: int, start: int = 0, count: int | None = None) -> Iterator[Scene]:
     """Scenes `start`, `start + 1`, ... of `seed`; without end if `count` is None."""
     index = start
     while count is None or index < start + count:

@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from mmbeam.clean.text import clean_text
-from mmbeam.clean.where import compile_where, select
+from mmbeam.clean.where import compile_where, rejecting_expression
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import ShardError, UsageError
 from mmbeam.features.files import FACTS, IDENTITY, check_schema, opened
@@ -104,7 +104,7 @@ def _window(unit: WorkUnit, index: int, table: pa.RecordBatch, to_sample: "_ToSa
     skipped, present = Counter[str](), Counter[str]()
     for sample, lost in to_sample.rows(table):
         present.update(sample.present)
-        skip = select(sample, to_sample.wheres)
+        skip = rejecting_expression(sample, to_sample.wheres)
         if skip is None:
             samples.append(sample)
             failures += lost

@@ -16,7 +16,7 @@ from functools import partial
 from itertools import chain, islice, starmap
 from typing import Generic, TypeVar
 
-from mmbeam.clean.where import compile_where, select, where_needs
+from mmbeam.clean.where import compile_where, rejecting_expression, where_needs
 from mmbeam.config import MIB, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.errors import ShardError
@@ -132,7 +132,7 @@ def _windows(
     def decode(raw: RawSample) -> _Decoded:
         begin = time.perf_counter()
         sample, failures = decode_sample(raw, reading, needs)
-        skip = select(sample, wheres)
+        skip = rejecting_expression(sample, wheres)
         if skip is not None and (undecided := _undecided(skip, failures)):
             sample, failures, skip = replace(sample, image=None, audio=None), (*failures, undecided), None
         return _Decoded(sample, failures, skip, raw.repeated, time.perf_counter() - begin)

@@ -28,12 +28,12 @@ from torch.nn.parallel import DistributedDataParallel
 from mmbeam.errors import JobError, TrainingError, UsageError
 from mmbeam.models.fusion.configuration import IGNORED, MASK
 from mmbeam.models.fusion.modeling import FusionModel
-from mmbeam.models.fusion.objectives import BatchShare, marks_of
+from mmbeam.models.fusion.objectives import GlobalBatch, positive_keys
 from mmbeam.models.placement import resolve_device
 from mmbeam.training.batching import Batch
 
 T = TypeVar("T")
-Step = tuple[Batch | None, BatchShare]  # what a process has for a step, if anything, and what all have
+Step = tuple[Batch | None, GlobalBatch]  # what a process has for a step, if anything, and what all have
 
 TIMEOUT = timedelta(minutes=30)  # for a step; reading from slow storage is part of it
 PATIENCE = timedelta(days=1)  # while rank 0 looks at samples or measures. A process that dies is noticed at once
@@ -80,7 +80,7 @@ class World:
         What is raised while one process makes its batch ends all: it raises that, the others JobError.
         """
         if self.size == 1:
-            yield from ((batch, BatchShare(rows=(len(batch.examples),))) for batch in batches)
+            yield from ((batch, GlobalBatch(rows=(len(batch.examples),))) for batch in batches)
             return
         own = iter(batches)
         while True:
@@ -203,9 +203,9 @@ def _counts(batch: Batch | None, sources: Sequence[str]) -> list[int]:
     return [len(batch.labels), batch.labels.shape[1], int((batch.labels != IGNORED).sum()), *map(int, counts)]
 
 
-def _share(rank: int, counts: Sequence[Sequence[int]], sources: Sequence[str]) -> BatchShare:
+def _share(rank: int, counts: Sequence[Sequence[int]], sources: Sequence[str]) -> GlobalBatch:
     rows, longest, tokens, *present = zip(*counts, strict=True)
-    return BatchShare(
+    return GlobalBatch(
         rank=rank, rows=rows, tokens=tokens, longest=max(longest), present=dict(zip(sources, present, strict=True))
     )
 
@@ -219,21 +219,21 @@ class Losses(nn.Module):
         self.nothing = nn.Parameter(torch.zeros((), device=model.device))  # to differentiate, where there is no sample
 
     def forward(
-        self, batch: Batch | None, views: Mapping[str, torch.Tensor], share: BatchShare
+        self, batch: Batch | None, views: Mapping[str, torch.Tensor], share: GlobalBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum, and each loss by its name."""
         if batch is None:
             return self._of_nothing(share)
-        output = self.model(labels=batch.labels, groups=batch.groups, views=views, share=share, **batch.inputs)
+        output = self.model(labels=batch.labels, groups=batch.groups, views=views, global_batch=share, **batch.inputs)
         return output.loss, output.losses
 
-    def _of_nothing(self, share: BatchShare) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _of_nothing(self, share: GlobalBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Of no samples: zeros, but for the alignment, which is that of all samples wherever it is computed."""
         model, loss = self.model, 1 * self.nothing
         losses = dict.fromkeys(("caption", *model.weights), torch.zeros_like(loss))
         if "align" in model.weights:
             labels = torch.empty(0, share.longest, dtype=torch.int64, device=loss.device)
-            losses["align"] = model.space.loss(model.pairs, {}, {}, {}, marks_of(labels, None), share)
+            losses["align"] = model.space.loss(model.pairs, {}, {}, {}, positive_keys(labels, None), share)
             loss = loss + model.weights["align"] * losses["align"]
         return loss, losses
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from mmbeam.errors import ModelError, UsageError
+from mmbeam.models.fusion.audio import Preparation
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig, media_source
-from mmbeam.models.fusion.mel import Preparation
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import Resolved, check_weights, digest, resolve
@@ -105,4 +105,4 @@ def load_encoders(model: FusionModel, encoders: Sequence[EncoderName]) -> None:
                 f"--encoder {modality}={encoder}: its files are not those that the training began with; put those "
                 "back, or give --overwrite to start over"
             )
-        load_weights(model, name, files.directory)
+        load_weights(model.encoders[name], modality, files.directory)

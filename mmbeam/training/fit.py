@@ -20,7 +20,7 @@ import torch
 
 from mmbeam.errors import RunMismatchError, TrainingError
 from mmbeam.models.fusion.modeling import FusionModel
-from mmbeam.models.fusion.objectives import BatchShare
+from mmbeam.models.fusion.objectives import GlobalBatch
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import Batch, ahead, collate, training_batches
@@ -153,7 +153,7 @@ class Trainer:
 
         return ahead(batches)
 
-    def _step(self, batch: Batch | None, share: BatchShare) -> None:
+    def _step(self, batch: Batch | None, share: GlobalBatch) -> None:
         state, options = self.state, self.options
         factor = learning_rate_factor(state.step, self.steps, warmup_steps(options, self.steps), options.schedule)
         set_learning_rate(self.optimizer, options.learning_rate * factor)
@@ -171,7 +171,7 @@ class Trainer:
         if self.watcher is not None and self.world.is_main:
             self.watcher.show(state.step, self.steps, loss, sum(share.rows))
 
-    def _learn(self, batch: Batch | None, share: BatchShare) -> tuple[float, dict[str, float]]:
+    def _learn(self, batch: Batch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
         """One step of the optimizer; the losses of the whole batch.
 
         Raises TrainingError before it, in all processes, if loss or gradient is no finite number.
@@ -185,7 +185,7 @@ class Trainer:
         self.optimizer.step()
         return loss, losses
 
-    def _differentiate(self, batch: Batch | None, share: BatchShare) -> tuple[float, dict[str, float]]:
+    def _differentiate(self, batch: Batch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
         """The norm that the gradients had before they were clipped, and this process's losses; "" is their sum."""
         with torch.autocast(
             "cuda", torch.bfloat16, enabled=self.options.mixed_precision and self.device.type == "cuda"

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from mmbeam.corpus.scene import Scene, samples, tag
+from mmbeam.corpus.scene import Scene, generate_scenes, tag
 from mmbeam.models.fusion.configuration import FusionConfig
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
@@ -104,7 +104,7 @@ def corpus_setup(options: TrainOptions) -> Setup:
     modalities = options.modalities or MODALITIES
     pairs = [pair for pair in PAIRS if pair[0] in (*modalities, "fused") and "text" in modalities]
     config = FusionConfig.for_media(modalities, **{"pairs": pairs, **options.model})
-    scenes = samples(options.seed, count=VOCABULARY_SAMPLES)
+    scenes = generate_scenes(options.seed, count=VOCABULARY_SAMPLES)
     texts = (text for scene in scenes for text in (scene.caption(), tag(scene)))
     processor = FusionProcessor.fit(config.parsed_sources(), texts, options.vocab_size)
     config.vocab_size = processor.vocab_size
@@ -129,7 +129,7 @@ def evaluate(directory: Path, device: torch.device, count: int, seed: int = EVAL
     model = load_pretrained(FusionModel, directory, device, torch.float32)
     judge = Judge(model, FusionProcessor.from_directory(directory), device, batch_size=100)
     kept = [subset for subset in SUBSETS if set(subset) <= set(judge.processor.modalities)]
-    scenes = list(samples(seed, count=count))
+    scenes = list(generate_scenes(seed, count=count))
     examples = [scene_example(scene).keeping(kept[-1]) for scene in scenes]
     written = {subset: judge.captions([each.keeping(subset) for each in examples]) for subset in kept}
     counts = [count_words(example.caption, caption) for example, caption in written[kept[-1]]]

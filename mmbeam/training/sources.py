@@ -17,7 +17,7 @@ import numpy as np
 
 from mmbeam.config import Reading, Windows
 from mmbeam.corpus.render import render_audio, render_image
-from mmbeam.corpus.scene import Scene, samples, tag
+from mmbeam.corpus.scene import Scene, generate_scenes, tag
 from mmbeam.errors import ShardError, TrainingError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.features.order import rank_of, units_of_rank
@@ -257,7 +257,7 @@ class CorpusSource:
         if part == "train":
             begin, size = epoch * self.epoch_size, self.epoch_size
             start, end = (begin + size * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        for scene in samples(self.seed + PARTS.index(part), start, end - start):
+        for scene in generate_scenes(self.seed + PARTS.index(part), start, end - start):
             yield scene_example(scene, self.side, self.rate).keeping(self.modalities or MODALITIES)
 
 

@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from mmbeam.models.fusion.audio import time_axis
 from mmbeam.models.fusion.configuration import MASK, SourceConfig
-from mmbeam.models.fusion.mel import time_axis
 
 SHIFT = 1 / 16  # of the height of a picture, and of its width; of the length of a sound
 CONTRAST, BRIGHTNESS, GRAIN = 0.2, 0.2, 0.05  # of values that go from -1 to about 1

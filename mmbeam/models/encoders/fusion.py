@@ -62,7 +62,7 @@ class FusionEncoder(Encoder):
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
         sounds = list(zip(waves, rates, strict=True))
-        values, mask = self.processor.heard(self._media["audio"], sounds, self.device)
+        values, mask = self.processor.audio_values(self._media["audio"], sounds, self.device)
         return self._encode("audio", values.to(self.dtype), mask, tokens)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:

@@ -29,7 +29,7 @@ def build_encoder(source: SourceConfig, config: FusionConfig) -> nn.Module:
     if source.kind == "pretrained":
         return PretrainedEncoder(source, config)
     if source.modality == "text":
-        return TextEncoder(source, config)
+        return TokenEncoder(source, config)
     return GridConv(source, config) if source.kind == "conv" else PatchEncoder(source, config)
 
 
@@ -140,7 +140,7 @@ class BiLstm(nn.Module):
         return out
 
 
-class TextEncoder(nn.Module):
+class TokenEncoder(nn.Module):
     """Token ids, embedded by the model's one table of words, to tokens in context."""
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
@@ -339,7 +339,7 @@ def output_width(model: Any) -> int:
     return int(widths[-1] if widths else config.hidden_size)
 
 
-def spread(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
+def scatter_rows(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
     """The values of those who are present in their places, zeros in the others."""
     if len(values) == len(present):
         return values

@@ -18,16 +18,16 @@ from transformers.utils import ModelOutput
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, FusionConfig, text_tower
-from mmbeam.models.fusion.encoders import Tokens, build_encoder, spread
+from mmbeam.models.fusion.encoders import Tokens, build_encoder, scatter_rows
 from mmbeam.models.fusion.fusers import Fused, build_fuser
 from mmbeam.models.fusion.objectives import (
-    WHOLE,
-    BatchShare,
+    SINGLE_PROCESS,
     GeneratorAdversary,
+    GlobalBatch,
     ModalityAdversary,
     Reconstruction,
     SharedSpace,
-    marks_of,
+    positive_keys,
 )
 
 
@@ -245,10 +245,10 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         state = None
         if source.kind == "pretrained":
             some, own = encoder.read(some, own)
-            state = spread(_mean(some, own), present)
+            state = scatter_rows(_mean(some, own), present)
         takes_mask = source.kind in ("features", "pretrained") or source.modality == "text"
         tokens, real = encoder(some, own) if takes_mask else encoder(some)
-        return (spread(tokens, present), spread(real, present)), state
+        return (scatter_rows(tokens, present), scatter_rows(real, present)), state
 
     def _check_shape(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
         source = self.sources[name]
@@ -287,7 +287,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         past_key_values: Any = None,
         groups: torch.Tensor | None = None,
         views: Mapping[str, torch.Tensor] | None = None,
-        share: BatchShare = WHOLE,
+        global_batch: GlobalBatch = SINGLE_PROCESS,
         use_cache: bool | None = None,
         return_dict: bool | None = None,
         **inputs: torch.Tensor,
@@ -315,9 +315,9 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         logits = self._score(states)
         output = FusionOutput(logits=logits, past_key_values=cache)
         if labels is not None:
-            output.losses = {"caption": share.by_tokens(self._caption_loss(logits, labels))}
+            output.losses = {"caption": global_batch.rescale_by_tokens(self._caption_loss(logits, labels))}
             if encoding is not None:
-                output.losses |= self._other_losses(encoding, inputs, labels, states, groups, views or {}, share)
+                output.losses |= self._other_losses(encoding, inputs, labels, states, groups, views or {}, global_batch)
             output.loss = sum(
                 (self.weights.get(name, 0.0) * loss for name, loss in output.losses.items()), start=logits.new_zeros(())
             )
@@ -345,19 +345,25 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         states: torch.Tensor,
         groups: torch.Tensor | None,
         views: Mapping[str, torch.Tensor],
-        share: BatchShare,
+        global_batch: GlobalBatch,
     ) -> dict[str, torch.Tensor]:
         losses = {}
         if "align" in self.weights:
-            losses["align"] = self._align(encoding, labels, groups, views, share)
+            losses["align"] = self._align(encoding, labels, groups, views, global_batch)
         if "reconstruct" in self.weights:
             given = {f"{name}{MASK}": self._mask(name, inputs) for name in encoding.present if name != "fused"}
             inputs = {**inputs, **given, **encoding.states}
-            losses["reconstruct"] = self.reconstruction.loss(inputs, encoding.embeddings, encoding.present, share)
+            losses["reconstruct"] = self.reconstruction.loss(
+                inputs, encoding.embeddings, encoding.present, global_batch
+            )
         if "modality_adversary" in self.weights:
-            losses["modality_adversary"] = self.modality_adversary.loss(encoding.embeddings, encoding.present, share)
+            losses["modality_adversary"] = self.modality_adversary.loss(
+                encoding.embeddings, encoding.present, global_batch
+            )
         if "generator_adversary" in self.weights:
-            losses["generator_adversary"] = share.by_rows(self._professor_forcing(encoding, labels, states))
+            losses["generator_adversary"] = global_batch.rescale_by_rows(
+                self._professor_forcing(encoding, labels, states)
+            )
         return losses
 
     def _align(
@@ -366,7 +372,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         labels: torch.Tensor,
         groups: torch.Tensor | None,
         views: Mapping[str, torch.Tensor],
-        share: BatchShare,
+        global_batch: GlobalBatch,
     ) -> torch.Tensor:
         embeddings, present = dict(encoding.embeddings), dict(encoding.present)
         captions = self.embed_captions(labels) if any("caption" in pair for pair in self.pairs) else None
@@ -374,7 +380,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             embeddings["caption"] = captions
             present["caption"] = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
         seen = self.encode(**views).embeddings if views else {}
-        return self.space.loss(self.pairs, embeddings, present, seen, marks_of(labels, groups), share)
+        return self.space.loss(self.pairs, embeddings, present, seen, positive_keys(labels, groups), global_batch)
 
     def _professor_forcing(self, encoding: Encoding, labels: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
         """The generator writes as many words as the longest label has, drawn at random; its states are judged."""

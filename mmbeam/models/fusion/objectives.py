@@ -21,7 +21,7 @@ Present = Mapping[str, torch.Tensor]  # by name, bool [B]
 
 
 @dataclass(frozen=True, kw_only=True)
-class BatchShare:
+class GlobalBatch:
     """How many items each process has, in the order of their ranks. By default there is one process."""
 
     rank: int = 0
@@ -31,30 +31,30 @@ class BatchShare:
     present: Mapping[str, Sequence[int]] = field(default_factory=dict)  # samples that have it, by source
 
     @property
-    def alone(self) -> bool:
+    def is_single_process(self) -> bool:
         return len(self.rows) == 1
 
-    def by_rows(self, mean: torch.Tensor) -> torch.Tensor:
+    def rescale_by_rows(self, mean: torch.Tensor) -> torch.Tensor:
         """This process's part of the mean over all samples, from the mean over its own."""
         return self._part(mean, self.rows)
 
-    def by_tokens(self, mean: torch.Tensor) -> torch.Tensor:
+    def rescale_by_tokens(self, mean: torch.Tensor) -> torch.Tensor:
         """This process's part of the mean over all tokens of captions, from the mean over its own."""
         return self._part(mean, self.tokens)
 
-    def by_present(self, mean: torch.Tensor, *sources: str) -> torch.Tensor:
+    def rescale_by_present(self, mean: torch.Tensor, *sources: str) -> torch.Tensor:
         """This process's part of the mean over all that is there of `sources`, from the mean over its own."""
-        if self.alone:
+        if self.is_single_process:
             return mean
         counts = zip(*(self.present[source] for source in sources), strict=True)
         return self._part(mean, [sum(each) for each in counts])
 
-    def anywhere(self, source: str) -> bool:
+    def has_source(self, source: str) -> bool:
         """Whether another process, or this one, has any of the source."""
         return any(self.present.get(source, ()))
 
     def _part(self, mean: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
-        return mean if self.alone else mean * (len(counts) * counts[self.rank] / sum(counts))
+        return mean if self.is_single_process else mean * (len(counts) * counts[self.rank] / sum(counts))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
         """The rows [n, ...] of all processes, [N, ...]; a gradient reaches this process's own.
@@ -70,7 +70,7 @@ class BatchShare:
         return torch.cat(parts)
 
 
-WHOLE = BatchShare()
+SINGLE_PROCESS = GlobalBatch()
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -122,18 +122,18 @@ class SharedSpace(nn.Module):
         embeddings: Embeddings,
         present: Present,
         views: Embeddings,
-        marks: torch.Tensor,
-        share: BatchShare = WHOLE,
+        keys: torch.Tensor,
+        global_batch: GlobalBatch = SINGLE_PROCESS,
     ) -> torch.Tensor:
         """Symmetric InfoNCE, the mean over pairs and similarities; samples that lack either are left out.
 
-        `marks` [B, 1 + T] say which samples are alike (see `marks_of`). Of a pair of a name with itself the
+        `keys` [B, 1 + T] say which samples are alike (see `positive_keys`). Of a pair of a name with itself the
         other side is `views`, where there is one; else the samples that are alike, if any. Where processes
         share a batch, each compares all the samples of all of them; all must call this.
         """
-        if not share.alone:
-            embeddings, present, views, marks = self._gathered(pairs, embeddings, present, views, marks, share)
-        positives = _alike(marks)
+        if not global_batch.is_single_process:
+            embeddings, present, views, keys = self._gathered(pairs, embeddings, present, views, keys, global_batch)
+        positives = _alike(keys)
         losses = []
         for pair in pairs:
             a, b = pair
@@ -157,39 +157,39 @@ class SharedSpace(nn.Module):
         embeddings: Embeddings,
         present: Present,
         views: Embeddings,
-        marks: torch.Tensor,
-        share: BatchShare,
+        keys: torch.Tensor,
+        global_batch: GlobalBatch,
     ) -> tuple[Embeddings, Present, Embeddings, torch.Tensor]:
         """The same of all processes. What is exchanged has the same shape whatever a process has of each name."""
         names = list(dict.fromkeys(name for pair in pairs for name in pair))
         same = [a for a, b in pairs if a == b]
-        blocks = [self._block(name, embeddings, present, marks) for name in names]
-        blocks += [self._block(name, views, present, marks) for name in same]
-        packed = share.gather(torch.stack(blocks, 1))
+        blocks = [self._block(name, embeddings, present, keys) for name in names]
+        blocks += [self._block(name, views, present, keys) for name in same]
+        packed = global_batch.gather(torch.stack(blocks, 1))
         vectors, there = packed[..., :-1].unbind(1), (packed[..., -1] > 0).unbind(1)
         end = len(names)
         return (
             {name: each for name, each, mask in zip(names, vectors, there, strict=False) if mask.any()},
             dict(zip(names, there, strict=False)),
             {name: each for name, each, mask in zip(same, vectors[end:], there[end:], strict=True) if mask.any()},
-            share.gather(F.pad(marks, (0, 1 + share.longest - marks.shape[1]), value=IGNORED)),
+            global_batch.gather(F.pad(keys, (0, 1 + global_batch.longest - keys.shape[1]), value=IGNORED)),
         )
 
-    def _block(self, name: str, of: Embeddings, present: Present, marks: torch.Tensor) -> torch.Tensor:
+    def _block(self, name: str, of: Embeddings, present: Present, keys: torch.Tensor) -> torch.Tensor:
         """A name's vectors, each followed by 1 if it is there: [B, E + 1]."""
         if name not in of:
-            return torch.zeros(len(marks), self.width + 1, device=marks.device)
+            return torch.zeros(len(keys), self.width + 1, device=keys.device)
         return torch.cat([of[name].float(), present[name].float()[:, None]], 1)
 
 
-def marks_of(labels: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
+def positive_keys(labels: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
     """A sample's group, -1 for none, and its caption [B, 1 + T]: samples that share either are alike."""
     group = labels.new_full((len(labels),), -1) if groups is None else groups
     return torch.cat([group[:, None], labels], 1)
 
 
-def _alike(marks: torch.Tensor) -> torch.Tensor:
-    groups, captions = marks[:, 0], marks[:, 1:]
+def _alike(keys: torch.Tensor) -> torch.Tensor:
+    groups, captions = keys[:, 0], keys[:, 1:]
     same_group = (groups[:, None] == groups[None]) & (groups >= 0)[:, None]
     return (captions[:, None] == captions[None]).all(-1) | same_group
 
@@ -245,7 +245,11 @@ class Reconstruction(nn.Module):
         return self.vocab_size if source.modality == "text" else source.shape[0] * THUMBNAIL**2
 
     def loss(
-        self, inputs: Mapping[str, Any], embeddings: Embeddings, present: Present, share: BatchShare = WHOLE
+        self,
+        inputs: Mapping[str, Any],
+        embeddings: Embeddings,
+        present: Present,
+        global_batch: GlobalBatch = SINGLE_PROCESS,
     ) -> torch.Tensor:
         """The mean over sources: squared error, for texts cross-entropy to the shares of their words."""
         zero = next(iter(embeddings.values())).new_zeros(())
@@ -255,8 +259,8 @@ class Reconstruction(nn.Module):
                 rows = present[name]
                 code = F.normalize(embeddings[name][rows], dim=-1)
                 error = self._error(name, head(code), inputs[name][rows], inputs[f"{name}_mask"][rows])
-                losses.append(share.by_present(error, name))
-            elif share.anywhere(name):
+                losses.append(global_batch.rescale_by_present(error, name))
+            elif global_batch.has_source(name):
                 losses.append(zero)
         return torch.stack(losses).mean() if losses else zero
 
@@ -292,14 +296,16 @@ class ModalityAdversary(nn.Module):
             nn.Linear(config.hidden_size, len(self.names)),
         )
 
-    def loss(self, embeddings: Embeddings, present: Present, share: BatchShare = WHOLE) -> torch.Tensor:
+    def loss(
+        self, embeddings: Embeddings, present: Present, global_batch: GlobalBatch = SINGLE_PROCESS
+    ) -> torch.Tensor:
         """Cross-entropy; at log(len(names)) the adversary has lost."""
         found = [(i, embeddings[name][present[name]]) for i, name in enumerate(self.names) if name in embeddings]
         if not found:
             return next(iter(embeddings.values())).new_zeros(())
         vectors = torch.cat([F.normalize(each, dim=-1) for _, each in found])
         truth = torch.cat([torch.full((len(each),), i, device=each.device) for i, each in found])
-        return share.by_present(F.cross_entropy(self.net(reverse_gradient(vectors)), truth), *self.names)
+        return global_batch.rescale_by_present(F.cross_entropy(self.net(reverse_gradient(vectors)), truth), *self.names)
 
 
 class GeneratorAdversary(nn.Module):

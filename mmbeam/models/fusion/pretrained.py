@@ -14,16 +14,16 @@ from typing import Any
 import torch
 import transformers
 from tokenizers import Tokenizer
+from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from mmbeam.errors import ModelError
 from mmbeam.models.audio_recipe import read_ast_recipe, read_clap_recipe, read_wave_recipe, read_whisper_recipe
 from mmbeam.models.encoders.speech import check_layers, receptive_field
 from mmbeam.models.encoders.text import text_limit
+from mmbeam.models.fusion.audio import AST, MAX_WAVEFORM, AudioRecipe, Preparation, WaveformRecipe, audio_inputs
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
 from mmbeam.models.fusion.encoders import HALVES, PretrainedEncoder, encoder_of, output_width
-from mmbeam.models.fusion.mel import AST, MAX_WAVEFORM, Preparation, SoundRecipe, WaveformRecipe, hear
-from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.image_recipe import read_image_recipe
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.tokenizing import check_vocabulary
@@ -31,7 +31,7 @@ from mmbeam.ops.image import Patching
 from mmbeam.types import Modality
 
 INPUTS: Mapping[Modality, str] = {"image": "pixel_values", "audio": "input_features", "text": "input_ids"}
-SOUNDS: Mapping[str, Callable[[Path], SoundRecipe]] = {  # by the configuration's model_type
+SOUNDS: Mapping[str, Callable[[Path], AudioRecipe]] = {  # by the configuration's model_type
     "whisper": read_whisper_recipe,
     "clap_audio_model": read_clap_recipe,
     AST: read_ast_recipe,
@@ -106,7 +106,7 @@ def read_preprocessing(directory: Path, source: SourceConfig) -> Preparation:
         shortest = receptive_field(config.conv_kernel, config.conv_stride)
         return WaveformRecipe(**asdict(read_wave_recipe(directory)), shortest=shortest)
     sound = SOUNDS.get(model_type, read_whisper_recipe)(directory)
-    _try(directory, source, hear([torch.zeros(sound.n_samples)], sound))
+    _try(directory, source, audio_inputs([torch.zeros(sound.n_samples)], sound))
     return sound
 
 
@@ -142,20 +142,20 @@ def _read_tokenizer(directory: Path, max_tokens: int) -> Tokenizer:
     return tokenizer
 
 
-def load_weights(model: FusionModel, name: str, directory: Path) -> None:
-    """Put the checkpoint's weights (safetensors only) into the encoder of the source `name`.
+def load_weights(encoder: nn.Module, modality: Modality, directory: Path) -> None:
+    """Copy the weights of a checkpoint (safetensors only) into the PretrainedEncoder of a source.
 
-    Raises ModelError if they are of another configuration.
+    Raises ModelError if the checkpoint's architecture differs.
     """
-    config, part = read_config(directory), PARTS[model.sources[name].modality]
+    config, part = read_config(directory), PARTS[modality]
     family = getattr(transformers, HALVES[config.model_type]) if config.model_type in HALVES else AutoModel
     tower = f"{part}_model"
     if (config.model_type, part) == ("blip", "text"):
         family, tower = transformers.BlipForImageTextRetrieval, "text_encoder"
     unused = (UNUSED, rf"^(?!{tower}\.)") if hasattr(config, f"{part}_config") else (UNUSED,)
+    model: Any = encoder.model
     full = load_pretrained(family, directory, torch.device("cpu"), torch.float32, ignore_missing=unused)
-    encoder: Any = model.encoders[name]
     try:
-        encoder.model.load_state_dict(encoder_of(getattr(full, tower, full)).state_dict())
+        model.load_state_dict(encoder_of(getattr(full, tower, full)).state_dict())
     except RuntimeError as error:
-        raise ModelError(f"{directory}: its weights are not those of source {name}: {error}") from error
+        raise ModelError(f"{directory}: its weights do not fit the {modality} encoder of the model: {error}") from error

@@ -17,9 +17,17 @@ from tokenizers import Encoding, Tokenizer, decoders, models, pre_tokenizers, tr
 from transformers import PreTrainedTokenizerFast
 
 from mmbeam.errors import ModelError
+from mmbeam.models.fusion.audio import (
+    AUDIO_RECIPES,
+    AudioRecipe,
+    MelRecipe,
+    Preparation,
+    WaveformRecipe,
+    audio_inputs,
+    sampling_rate_of,
+)
 from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, SourceConfig
-from mmbeam.models.fusion.encoders import spread
-from mmbeam.models.fusion.mel import SOUND_RECIPES, MelRecipe, Preparation, SoundRecipe, WaveformRecipe, hear, rate_of
+from mmbeam.models.fusion.encoders import scatter_rows
 from mmbeam.models.loading import read_json
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.collate import pad
@@ -42,7 +50,7 @@ class FusionProcessor:
         sources: Mapping[str, SourceConfig],
         tokenizer: Tokenizer,
         images: Mapping[str, ImageRecipe] | None = None,
-        sounds: Mapping[str, SoundRecipe] | None = None,
+        sounds: Mapping[str, AudioRecipe] | None = None,
         tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
         """`tokenizers` are those of texts that a pretrained encoder reads in its own way."""
@@ -80,7 +88,7 @@ class FusionProcessor:
         tokenizer.train_from_iterator(texts, trainer)
         found = {**_own_recipes(sources, audio_seconds), **(pretrained or {})}
         images = {name: each for name, each in found.items() if isinstance(each, ImageRecipe)}
-        sounds = {name: each for name, each in found.items() if isinstance(each, SoundRecipe)}
+        sounds = {name: each for name, each in found.items() if isinstance(each, AudioRecipe)}
         tokenizers = {name: each for name, each in found.items() if isinstance(each, Tokenizer)}
         return cls(sources, tokenizer, images, sounds, tokenizers)
 
@@ -129,7 +137,7 @@ class FusionProcessor:
     @property
     def sampling_rate(self) -> int | None:
         """Of the sounds that the model hears, in Hz; the highest if its sources differ."""
-        return max(map(rate_of, self.sounds.values()), default=None)
+        return max(map(sampling_rate_of, self.sounds.values()), default=None)
 
     @property
     def image_side(self) -> int | None:
@@ -168,18 +176,20 @@ class FusionProcessor:
             some = preprocess(images, self.images[name], device, torch.float32)
             real = present[present]
         else:
-            some, real = self.heard(name, [each.audio for each in requests if each.audio is not None], device)
-        return spread(some, present), spread(real, present)
+            some, real = self.audio_values(name, [each.audio for each in requests if each.audio is not None], device)
+        return scatter_rows(some, present), scatter_rows(real, present)
 
-    def heard(self, name: str, sounds: Sequence[tuple[Waveform, int]], device: torch.device) -> Values:
+    def audio_values(self, name: str, sounds: Sequence[tuple[Waveform, int]], device: torch.device) -> Values:
         """What the source `name` takes of sounds and their rates in Hz. Raises DecodeError for an empty one.
 
         The mask is [B], of waveforms [B, N].
         """
         recipe = self.sounds[name]
-        waves = to_rate([wave for wave, _ in sounds], [rate for _, rate in sounds], rate_of(recipe), device)
-        self._say_cut(name, max(map(len, waves), default=0), recipe.n_samples, f"samples at {rate_of(recipe)} Hz")
-        values = hear(waves, recipe)
+        waves = to_rate([wave for wave, _ in sounds], [rate for _, rate in sounds], sampling_rate_of(recipe), device)
+        self._say_cut(
+            name, max(map(len, waves), default=0), recipe.n_samples, f"samples at {sampling_rate_of(recipe)} Hz"
+        )
+        values = audio_inputs(waves, recipe)
         if not isinstance(recipe, WaveformRecipe):
             return values, torch.ones(len(values), dtype=torch.bool, device=device)
         lengths = torch.tensor([recipe.length(len(wave)) for wave in waves], device=device)
@@ -283,8 +293,8 @@ def _image_recipe(data: Mapping[str, Any]) -> ImageRecipe:
     return ImageRecipe(**options)
 
 
-def _sound_recipe(data: Mapping[str, Any]) -> SoundRecipe:
-    return SOUND_RECIPES[data["kind"]](**{name: value for name, value in data.items() if name != "kind"})
+def _sound_recipe(data: Mapping[str, Any]) -> AudioRecipe:
+    return AUDIO_RECIPES[data["kind"]](**{name: value for name, value in data.items() if name != "kind"})
 
 
 def _read_tokenizer(path: Path) -> Tokenizer:

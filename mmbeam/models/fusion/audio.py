@@ -93,25 +93,25 @@ class WaveformRecipe(WaveRecipe):
         return max(self.shortest, min(samples, self.n_samples))
 
 
-SoundRecipe = WaveformRecipe | MelRecipe | WhisperRecipe | ClapRecipe | AstRecipe
-Preparation = ImageRecipe | SoundRecipe | Tokenizer  # the preprocessing of an image, audio or text source
-SOUND_RECIPES: Mapping[str, type[SoundRecipe]] = {
+AudioRecipe = WaveformRecipe | MelRecipe | WhisperRecipe | ClapRecipe | AstRecipe
+Preparation = ImageRecipe | AudioRecipe | Tokenizer  # the preprocessing of an image, audio or text source
+AUDIO_RECIPES: Mapping[str, type[AudioRecipe]] = {
     kind.__name__: kind for kind in (WaveformRecipe, MelRecipe, WhisperRecipe, ClapRecipe, AstRecipe)
 }
 
 
-def rate_of(recipe: SoundRecipe) -> int:
+def sampling_rate_of(recipe: AudioRecipe) -> int:
     """The sampling rate in Hz that a recipe is for."""
     return AST_RATE if isinstance(recipe, AstRecipe) else recipe.sampling_rate
 
 
 def time_axis(source: SourceConfig, spectrograms: torch.Tensor) -> int:
-    """Where time is in what `hear` makes for a source."""
+    """Where time is in what `audio_inputs` makes for a source."""
     whisper = spectrograms.dim() == 3 and (source.model or {}).get("model_type") != AST
     return -1 if whisper else -2
 
 
-def hear(waves: Sequence[torch.Tensor], recipe: SoundRecipe) -> torch.Tensor:
+def audio_inputs(waves: Sequence[torch.Tensor], recipe: AudioRecipe) -> torch.Tensor:
     """What an encoder takes of the first window of each sound, at the recipe's rate.
 
     [B, 1, T, M] by a MelRecipe, [B, M, T] by Whisper's, [B, 1 or 4, T, M] by CLAP's, [B, T, M] by AST's,
