@@ -12,9 +12,9 @@ from tiny_audio_text import WIDTH, noise, save_ast, tone
 from transformers import ASTFeatureExtractor, ASTModel
 
 from mmbeam.errors import DecodeError, ModelError
-from mmbeam.models.audio_recipe import read_ast_recipe
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.recipes import read_ast_recipe
 from mmbeam.ops.log_mel import ast_log_mel, ast_windows
 
 # Said by the reference extractor of its own published settings: the lowest filters lie between two bins.

@@ -12,9 +12,9 @@ from tiny_audio_text import TEXTS, noise, save_clap, save_whisper, tone
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor
 
 from mmbeam.errors import DecodeError, ModelError
-from mmbeam.models.audio_recipe import read_clap_recipe
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.recipes import read_clap_recipe
 
 CLOSE = 5e-6  # on unit vectors, float32
 HALF = {torch.bfloat16: 0.02, torch.float16: 0.005}  # largest distance of a unit vector from its float32 self

@@ -22,11 +22,10 @@ from transformers import AutoModel, AutoProcessor
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
 
 from mmbeam.errors import DecodeError, ModelError
-from mmbeam.models.audio_recipe import read_gemma_recipe
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.embedding_gemma2 import EmbeddingGemma2Encoder
-from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.models.recipes import read_gemma_recipe, read_image_recipe
 from mmbeam.models.tiny import DIM
 from mmbeam.ops.image import PooledPatching, pooled_size, preprocess_patches
 from mmbeam.ops.log_mel import gemma_log_mel, gemma_windows

@@ -20,7 +20,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.encoders import FAMILIES, describe, family_of, load
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.encoders.joint import ImageTextEncoder
-from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.models.recipes import read_image_recipe
 from mmbeam.models.tiny import PATCH, SIDE
 from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
 from mmbeam.types import ImageHWC

@@ -16,7 +16,7 @@ from transformers import AutoImageProcessor, AutoModel, ConvNextImageProcessorPi
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
-from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.models.recipes import read_image_recipe
 from mmbeam.models.tiny import SIDE
 from mmbeam.ops.image import preprocess
 from mmbeam.types import ImageHWC

@@ -3,7 +3,7 @@
 Pure kernels: no I/O, no state. Each equals the reference processor of transformers 5: the torchvision
 backend exactly on a CPU (DINOv3's, which resizes in float, within 1e-5); the Pillow backend, and either on
 other devices, within one of 256 levels (two in one value of 50,000 where a picture is enlarged, which the
-two backends differ by as well). What the checkpoint asks for is read by models/image_recipe.py; decoding is
+two backends differ by as well). What the checkpoint asks for is read by models/recipes.py; decoding is
 elsewhere.
 
 Shape suffixes: B batch, C channels, H height, W width, N patches, D values of a patch.

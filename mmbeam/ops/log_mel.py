@@ -1,4 +1,4 @@
-"""Log-mel spectrograms as Whisper, CLAP, AST and Gemma 4 hear sound, by a recipe that models/audio_recipe.py reads.
+"""Log-mel spectrograms as Whisper, CLAP, AST and Gemma 4 hear sound, by a recipe that models/recipes.py reads.
 
 Each function equals the family's feature extractor in transformers wherever that is a function of its
 input; where it draws lots or cuts sounds short, the rule kept here instead is stated. Pure kernels on

@@ -13,9 +13,9 @@ import torch
 from transformers import ASTModel
 
 from mmbeam.errors import ModelError
-from mmbeam.models.audio_recipe import read_ast_recipe
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import load_pretrained, read_config
+from mmbeam.models.recipes import read_ast_recipe
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.log_mel import AST_RATE, AstRecipe, ast_log_mel, ast_windows
 from mmbeam.types import Waveform

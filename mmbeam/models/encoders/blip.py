@@ -19,8 +19,8 @@ from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.encoders.joint import ImageTextEncoder
 from mmbeam.models.encoders.vision import VisionEncoder
-from mmbeam.models.image_recipe import read_image_recipe
 from mmbeam.models.loading import load_pretrained, read_json
+from mmbeam.models.recipes import read_image_recipe
 from mmbeam.ops.collate import pad, unpad
 from mmbeam.ops.image import preprocess
 from mmbeam.types import ImageHWC, Modality

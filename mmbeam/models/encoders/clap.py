@@ -13,10 +13,10 @@ import torch
 from transformers import ClapConfig, ClapModel
 
 from mmbeam.errors import ModelError
-from mmbeam.models.audio_recipe import read_clap_recipe
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.encoders.text import text_limit
 from mmbeam.models.loading import load_pretrained
+from mmbeam.models.recipes import read_clap_recipe
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.collate import pad, unpad

@@ -15,12 +15,11 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import AutoModel
 
-from mmbeam.models.audio_recipe import read_gemma_recipe
 from mmbeam.models.encoders.base import Encoded, EncoderSpec
 from mmbeam.models.encoders.sentence import SentenceRecipe
 from mmbeam.models.encoders.text import TextEncoder, read_recipe, text_limit
-from mmbeam.models.image_recipe import read_image_recipe, read_pooled_recipe
 from mmbeam.models.loading import load_pretrained, read_config
+from mmbeam.models.recipes import read_gemma_recipe, read_image_recipe, read_pooled_recipe
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import Patches, PooledPatching, patch_positions, preprocess_patches

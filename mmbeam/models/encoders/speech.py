@@ -19,9 +19,9 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import AutoModel
 
 from mmbeam.errors import ModelError
-from mmbeam.models.audio_recipe import read_wave_recipe
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import load_pretrained, read_config
+from mmbeam.models.recipes import read_wave_recipe
 from mmbeam.ops.audio import WaveRecipe, standardize, to_rate
 from mmbeam.types import Waveform
 

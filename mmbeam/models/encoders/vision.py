@@ -15,8 +15,8 @@ from transformers import AutoModel
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
-from mmbeam.models.image_recipe import read_image_recipe
 from mmbeam.models.loading import load_pretrained, read_config
+from mmbeam.models.recipes import read_image_recipe
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.types import ImageHWC
 

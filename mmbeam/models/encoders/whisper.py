@@ -14,9 +14,9 @@ import torch
 from transformers import WhisperConfig, WhisperModel
 
 from mmbeam.errors import ModelError
-from mmbeam.models.audio_recipe import read_whisper_recipe
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import load_pretrained
+from mmbeam.models.recipes import read_whisper_recipe
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.log_mel import WhisperRecipe, whisper_log_mel, whisper_windows
 from mmbeam.types import Waveform

@@ -10,12 +10,11 @@ from typing import Any
 import torch
 from transformers import Gemma4ForConditionalGeneration
 
-from mmbeam.models.audio_recipe import read_gemma_recipe
 from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.prompts import Medium
 from mmbeam.models.generators.sounds import lengths_of, windows_of
-from mmbeam.models.image_recipe import read_pooled_recipe
 from mmbeam.models.loading import read_config
+from mmbeam.models.recipes import read_gemma_recipe, read_pooled_recipe
 from mmbeam.ops.image import PooledPatching, patch_positions, pooled_size, preprocess_patches
 from mmbeam.ops.log_mel import GEMMA_SECONDS, gemma_log_mel
 from mmbeam.prompts.ask import GeneratorSpec, Request

@@ -12,7 +12,7 @@ import torch
 
 from mmbeam.errors import ModelError
 from mmbeam.models.generators.pretrained import AS_DECODED, read_image_processor
-from mmbeam.models.image_recipe import read_image_recipe
+from mmbeam.models.recipes import read_image_recipe
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.types import ImageHWC
 

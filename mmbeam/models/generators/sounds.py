@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional
 
-from mmbeam.models.audio_recipe import read_whisper_recipe
+from mmbeam.models.recipes import read_whisper_recipe
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.log_mel import whisper_log_mel
 from mmbeam.prompts.ask import Request

@@ -22,7 +22,6 @@ import torch
 from PIL import Image
 
 from mmbeam.errors import DeviceError, JobError, LimitError, ModelError, UsageError
-from mmbeam.models.audio_recipe import read_gemma_recipe
 from mmbeam.models.generators import gemma3, gemma4, qwen2_audio, qwen_omni, qwen_vl, smolvlm
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.causal import CausalGenerator, answers
@@ -30,6 +29,7 @@ from mmbeam.models.generators.chat import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, PromptTokenizer
 from mmbeam.models.generators.sounds import MIN_FRAMES, MelReader, lengths_of, windows_of
 from mmbeam.models.loading import read_json
+from mmbeam.models.recipes import read_gemma_recipe
 from mmbeam.ops.log_mel import GEMMA_SECONDS
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 

@@ -20,11 +20,11 @@ from transformers import GenerationMixin, WhisperForConditionalGeneration, Whisp
 from transformers.modeling_outputs import BaseModelOutput
 
 from mmbeam.errors import ModelError, UsageError
-from mmbeam.models.audio_recipe import read_whisper_recipe
 from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
 from mmbeam.models.generators.languages import code_of
 from mmbeam.models.generators.pretrained import PretrainedGenerator
 from mmbeam.models.loading import read_config, read_json
+from mmbeam.models.recipes import read_whisper_recipe
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.log_mel import WhisperRecipe, whisper_log_mel, whisper_windows
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
