@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
-from mmbeam.ops.collate import pad
+from mmbeam.models.tokenizing import pad
 from mmbeam.prompts.ask import Decoding
 
 VOCABULARY, PAD, EOS = 24, 0, 1

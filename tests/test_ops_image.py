@@ -18,8 +18,8 @@ from transformers.models.siglip2.image_processing_pil_siglip2 import (
 )
 
 from mmbeam.errors import LimitError, UsageError
-from mmbeam.ops import filters, image
-from mmbeam.ops.collate import pad, unpad
+from mmbeam.models.tokenizing import pad, unpad
+from mmbeam.ops import image
 from mmbeam.ops.image import ImageRecipe, Interpolation, Patching
 from mmbeam.types import ImageHWC
 
@@ -177,14 +177,14 @@ def test_preprocess_in_half_precision_is_rounded_float32(dtype: torch.dtype, dev
 def test_a_pixel_filter_comes_before_the_resize(device: torch.device) -> None:
     some = pictures(((97, 401), (48, 48)))
     filtered = [ndimage.median_filter(one, size=(3, 3, 1), mode="nearest") for one in some]
-    ours = image.preprocess(some, RECIPE, device, torch.float32, lambda pixels: filters.median_filter(pixels, 3))
+    ours = image.preprocess(some, RECIPE, device, torch.float32, lambda pixels: image.median_filter(pixels, 3))
     assert torch.equal(ours, image.preprocess(filtered, RECIPE, device, torch.float32))
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
 def test_median_is_scipys_and_pillows(size: int, device: torch.device) -> None:
     for picture in pictures(((1, 1), (2, 50), (47, 33), (97, 401))):
-        ours = unbatch(filters.median_filter(batch(picture, device), size))
+        ours = unbatch(image.median_filter(batch(picture, device), size))
         assert np.array_equal(ours, ndimage.median_filter(picture, size=(size, size, 1), mode="nearest"))
         if size > 1 and min(picture.shape[:2]) >= size:
             assert np.array_equal(ours, np.asarray(Image.fromarray(picture).filter(ImageFilter.MedianFilter(size))))
@@ -193,7 +193,7 @@ def test_median_is_scipys_and_pillows(size: int, device: torch.device) -> None:
 @pytest.mark.parametrize("sigma", [0.4, 1.5, 4.0])
 def test_gaussian_is_scipys(sigma: float, device: torch.device) -> None:
     for picture in pictures(((1, 1), (2, 50), (47, 33), (97, 401))):
-        ours = unbatch(filters.gaussian_blur(batch(picture, device), sigma))
+        ours = unbatch(image.gaussian_blur(batch(picture, device), sigma))
         exact = ndimage.gaussian_filter(picture.astype(np.float64), (sigma, sigma, 0), mode="nearest", truncate=4.0)
         assert np.abs(ours - exact).max() <= 0.5 + 1e-3  # half a level is the rounding itself
 
@@ -203,9 +203,9 @@ def test_strips_make_no_difference(
     name: str, value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = batch(pictures(((97, 401),))[0], device)
-    whole = filters.apply_filter(pixels, name, value)
-    monkeypatch.setattr(filters, "STRIP_ELEMENTS", 3 * 401 * 7)
-    assert torch.equal(filters.apply_filter(pixels, name, value), whole)
+    whole = image.apply_filter(pixels, name, value)
+    monkeypatch.setattr(image, "STRIP_ELEMENTS", 3 * 401 * 7)
+    assert torch.equal(image.apply_filter(pixels, name, value), whole)
 
 
 @pytest.mark.parametrize(
@@ -213,7 +213,7 @@ def test_strips_make_no_difference(
 )
 def test_senseless_filters_are_refused(name: str, value: float) -> None:
     with pytest.raises(UsageError, match="expected"):
-        filters.apply_filter(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), name, value)
+        image.apply_filter(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), name, value)
 
 
 @given(st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1), st.sampled_from(["left", "right"]))

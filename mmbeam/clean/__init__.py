@@ -1,6 +1,6 @@
 """Between decoding and the models: text normalised, samples selected, the picture filter named.
 
-Nothing here decodes; pictures are filtered on the device, by `mmbeam.ops.filters`.
+Nothing here decodes; pictures are filtered on the device, by `mmbeam.ops.image`.
 """
 
 import math

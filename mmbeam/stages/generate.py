@@ -19,7 +19,7 @@ from mmbeam.models.generators import check_engine, check_instruction, describe, 
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
 from mmbeam.models.placement import resolve_device
-from mmbeam.ops.filters import apply_filter
+from mmbeam.ops.image import apply_filter
 from mmbeam.prompts.ask import (
     Decoding,
     Generated,

@@ -14,8 +14,7 @@ from typing import Any, ClassVar
 
 import torch
 
-from mmbeam.ops.filters import apply_filter
-from mmbeam.ops.image import PixelFilter
+from mmbeam.ops.image import PixelFilter, apply_filter
 from mmbeam.types import ImageHWC, Modality, Waveform
 
 PooledBD = torch.Tensor  # [batch, dim], on the model's device
@@ -57,7 +56,7 @@ class Encoder:
         self.spec = spec
         self.device = device
         self.dtype = dtype
-        self.image_filter: tuple[str, float] | None = None  # applied to pictures first; see ops/filters.py
+        self.image_filter: tuple[str, float] | None = None  # applied to pictures first; see ops/image.py
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:

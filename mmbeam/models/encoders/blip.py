@@ -21,7 +21,7 @@ from mmbeam.models.encoders.joint import ImageTextEncoder
 from mmbeam.models.encoders.vision import VisionEncoder
 from mmbeam.models.loading import load_pretrained, read_json
 from mmbeam.models.recipes import read_image_recipe
-from mmbeam.ops.collate import pad, unpad
+from mmbeam.models.tokenizing import pad, unpad
 from mmbeam.ops.image import preprocess
 from mmbeam.types import ImageHWC, Modality
 

@@ -17,9 +17,8 @@ from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.encoders.text import text_limit
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.recipes import read_clap_recipe
-from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
+from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, unpad
 from mmbeam.ops.audio import to_rate
-from mmbeam.ops.collate import pad, unpad
 from mmbeam.ops.log_mel import ClapRecipe, clap_features, clap_windows
 from mmbeam.types import Waveform
 

@@ -13,7 +13,7 @@ from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained
-from mmbeam.ops.collate import pad
+from mmbeam.models.tokenizing import pad
 from mmbeam.ops.image import preprocess
 from mmbeam.types import ImageHWC, Modality, Waveform
 

@@ -11,8 +11,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.recipes import read_image_recipe
-from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
-from mmbeam.ops.collate import pad, unpad
+from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, unpad
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.types import ImageHWC, Modality
 

@@ -9,7 +9,7 @@ import torch
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.siglip import SiglipEncoder
-from mmbeam.ops.collate import unpad
+from mmbeam.models.tokenizing import unpad
 from mmbeam.ops.image import ImageRecipe, Patching, preprocess_patches
 from mmbeam.types import ImageHWC
 

@@ -19,8 +19,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.encoders.sentence import SentenceRecipe, load_head, pool, read_sentence_recipe
 from mmbeam.models.loading import check_weights, load_pretrained, read_config, read_json
-from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary
-from mmbeam.ops.collate import pad, unpad
+from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, unpad
 
 logger = logging.getLogger(__name__)
 

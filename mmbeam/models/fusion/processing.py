@@ -29,8 +29,8 @@ from mmbeam.models.fusion.audio import (
 from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, SourceConfig
 from mmbeam.models.fusion.encoders import scatter_rows
 from mmbeam.models.loading import read_json
+from mmbeam.models.tokenizing import pad
 from mmbeam.ops.audio import to_rate
-from mmbeam.ops.collate import pad
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.prompts.ask import Request
 from mmbeam.types import MODALITIES, Modality, Waveform

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import ModelOutput
 
-from mmbeam.ops.collate import pad
+from mmbeam.models.tokenizing import pad
 from mmbeam.prompts.ask import Decoding
 
 # Legend: B batch, P tokens of the prompt, T new tokens, V vocabulary.

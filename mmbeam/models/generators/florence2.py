@@ -17,7 +17,7 @@ from mmbeam.models.generators.pixels import PixelReader
 from mmbeam.models.generators.pretrained import PretrainedGenerator, context_of
 from mmbeam.models.generators.prompts import PromptTokenizer
 from mmbeam.models.loading import read_config
-from mmbeam.ops.collate import pad
+from mmbeam.models.tokenizing import pad
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 QUESTIONS: Mapping[str, str] = {  # of Florence2Processor, those that are answered in words

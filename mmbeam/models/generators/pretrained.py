@@ -15,7 +15,7 @@ from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
 from mmbeam.models.generators.prompts import PromptTokenizer
 from mmbeam.models.loading import load_pretrained, quiet_transformers, read_json
-from mmbeam.ops.collate import pad
+from mmbeam.models.tokenizing import pad
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")

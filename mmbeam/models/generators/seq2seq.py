@@ -20,7 +20,7 @@ from mmbeam.models.generators.languages import code_of, find_language, name_of
 from mmbeam.models.generators.pretrained import PretrainedGenerator
 from mmbeam.models.generators.prompts import PromptTokenizer
 from mmbeam.models.loading import read_config, read_json
-from mmbeam.ops.collate import pad
+from mmbeam.models.tokenizing import pad
 from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
 from mmbeam.prompts.turns import one_speaker, write_dialogue
 
