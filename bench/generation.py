@@ -111,7 +111,7 @@ def mmbeam(directory: Path) -> tuple[int, float]:
         job = prepare(options)
         (stage,) = job.stages
         warm = next(read_batches(job.units[0], options.reading, stage.needs, Windows(samples=BATCH)))
-        placement.device("cpu").run(stage, warm)
+        placement.get_device("cpu").run(stage, warm)
         begin = time.perf_counter()
         report = job.execute()
         return report.tally.rows, time.perf_counter() - begin

@@ -152,7 +152,7 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
         if only_first:
             return {"samples": 0, "seconds": time_of_first_batch(job)}
         warm = next(read_batches(job.units[0], options.reading, stage.needs, options.windows))
-        placement.device(DEVICE).run(stage, warm)
+        placement.get_device(DEVICE).run(stage, warm)
         del warm
         begin = time.perf_counter()
         report = execute(job.run, job.units, (), job.build, job.check)
@@ -171,7 +171,7 @@ def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
 
     units = plan_units(list_shards([str(case / "shards")]), [])
     stage = embed_stage(str(case / "model"), modalities=(modality,), device=DEVICE, batch_size=batch)
-    device = placement.device(DEVICE)
+    device = placement.get_device(DEVICE)
 
     def embed(some: list[WorkUnit]) -> tuple[int, float]:
         samples, computed = 0, 0.0

@@ -22,7 +22,7 @@ from mmbeam.corpus.scene import COLOURS
 from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import UsageError
 from mmbeam.jobs.caption import CaptionOptions, caption
-from mmbeam.models.tiny import compute_on_one_thread
+from mmbeam.models.placement import compute_on_one_thread
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.readers.windows import read_batches

@@ -2,12 +2,27 @@
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
 _lock = threading.Lock()
+_reset_callbacks: list[Callable[[], None]] = []
+
+
+def on_reset(callback: Callable[[], None]) -> Callable[[], None]:
+    """Register a function that `reset` calls, for process-wide state whose types this module cannot import (torch)."""
+    _reset_callbacks.append(callback)
+    return callback
+
+
+def reset() -> None:
+    """Return all process-wide state to what it is after the first import. Not while a unit is being processed."""
+    use_cores(0)
+    _make_pool.cache_clear()
+    for callback in _reset_callbacks:
+        callback()
 
 
 def decode_pool() -> ThreadPoolExecutor:

@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import shards
+from tiny_clip import save_clip
 
 from mmbeam.config import ModelRef, Windows
 from mmbeam.jobs.embed import EmbedOptions, embed
-from mmbeam.models.tiny import save_clip
 from mmbeam.types import RunReport
 
 Rows = dict[str, list[dict[str, Any]]]  # by part

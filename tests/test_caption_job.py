@@ -16,8 +16,8 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import shards
+from tiny_clip import save_clip
 from tiny_generators import features, save_fusion
-from tiny_models import save_clip
 
 from mmbeam.cli import main
 from mmbeam.config import Cleaning, FieldMap, ModelRef, Reading, Windows

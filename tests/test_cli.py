@@ -18,7 +18,7 @@ import pytest
 import shards
 import torch
 from tiny_audio_text import save_clap
-from tiny_models import save_clip
+from tiny_clip import save_clip
 
 from mmbeam import __version__
 from mmbeam.cli import main

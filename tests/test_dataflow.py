@@ -27,8 +27,8 @@ from apache_beam.portability.api import beam_runner_api_pb2
 from apache_beam.runners.dataflow.internal import apiclient
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from google.cloud.dataflow_v1beta3 import TemplateMetadata
+from tiny_clip import save_clip
 from tiny_generators import save_fusion
-from tiny_models import save_clip
 
 from mmbeam import runs
 from mmbeam.cli import main

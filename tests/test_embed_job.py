@@ -20,9 +20,10 @@ import shards
 import torch
 from PIL import Image
 from tiny_audio_text import save_clap
-from tiny_models import save_clip
+from tiny_clip import save_clip
 from transformers import AutoTokenizer, CLIPImageProcessorPil, CLIPModel
 
+from mmbeam import process
 from mmbeam.config import Cleaning, ModelRef, Reading, Windows
 from mmbeam.errors import DeviceError, FailureRateError, MissingModalityError, RunMismatchError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed
@@ -329,23 +330,17 @@ def test_a_device_error_ends_the_attempt_and_blames_no_sample(
     assert calls[0] == 6  # nothing was tried on the broken device
     whole = len(list((tmp_path / "out" / "data").glob("*.parquet")))
     monkeypatch.setattr(ClipEncoder, "encode_image", real)
-    fresh()
+    process.reset()
     report = run(tmp_path, clip, tmp_path / "in")
     assert (report.units_written, report.units_kept, report.tally.rows) == (3 - whole, whole, 30)
 
 
 @pytest.fixture
 def fresh_devices() -> Iterator[None]:
-    """A process whose device has not been broken yet, before and after."""
-    fresh()
+    """Devices that did not fail before, here and after the test."""
+    process.reset()
     yield
-    fresh()
-
-
-def fresh() -> None:
-    from mmbeam.models import placement
-
-    placement._devices.clear()
+    process.reset()
 
 
 def test_too_many_failures_stop_the_job_and_say_why(tmp_path: Path, clip: Path) -> None:

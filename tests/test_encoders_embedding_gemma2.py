@@ -17,6 +17,7 @@ from sentence_transformers import SentenceTransformer
 from sentence_transformers.base.modules import Normalize, Transformer
 from sentence_transformers.sentence_transformer.modules import Pooling
 from tiny_audio_text import TEXTS, noise, tone
+from tiny_clip import DIM
 from tiny_gemma import SPECIAL, save_embedding_gemma2
 from transformers import AutoModel, AutoProcessor
 from transformers.models.gemma4.image_processing_pil_gemma4 import get_aspect_ratio_preserving_size
@@ -26,7 +27,6 @@ from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.embedding_gemma2 import EmbeddingGemma2Encoder
 from mmbeam.models.recipes import read_gemma_recipe, read_image_recipe
-from mmbeam.models.tiny import DIM
 from mmbeam.ops.image import PooledPatching, pooled_size, preprocess_patches
 from mmbeam.ops.log_mel import gemma_log_mel, gemma_windows
 from mmbeam.types import ImageHWC

@@ -12,6 +12,7 @@ import transformers
 from pictures import pictures
 from PIL import Image
 from scipy import ndimage
+from tiny_clip import PATCH, SIDE
 from tiny_models import BUILDERS, save_blip
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoTokenizer
@@ -21,7 +22,6 @@ from mmbeam.models.encoders import FAMILIES, describe, family_of, load
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.encoders.joint import ImageTextEncoder
 from mmbeam.models.recipes import read_image_recipe
-from mmbeam.models.tiny import PATCH, SIDE
 from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
 from mmbeam.types import ImageHWC
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 from pictures import pictures
 from PIL import Image
+from tiny_clip import SIDE
 from tiny_models import BACKBONES
 from torch.nn.functional import cosine_similarity
 from transformers import AutoImageProcessor, AutoModel, ConvNextImageProcessorPil
@@ -17,7 +18,6 @@ from mmbeam.errors import ModelError
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.recipes import read_image_recipe
-from mmbeam.models.tiny import SIDE
 from mmbeam.ops.image import preprocess
 from mmbeam.types import ImageHWC
 

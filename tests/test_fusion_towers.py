@@ -11,6 +11,7 @@ import pytest
 import tiny_audio_text as sounds
 import tiny_models as pictures
 import torch
+from tiny_clip import SIDE, save_clip
 from tiny_fusion import SIZES, tiny_config, tiny_labels
 from torch.nn import functional as F
 from transformers import (
@@ -26,7 +27,6 @@ from mmbeam.models.fusion import FusionModel, FusionProcessor, SourceConfig
 from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import load_pretrained
-from mmbeam.models.tiny import SIDE, save_clip
 from mmbeam.prompts.ask import Request
 from mmbeam.training.views import make_views
 from mmbeam.types import Modality

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow.dataset as ds
 import pytest
 import shards
-from tiny_models import save_clip
+from tiny_clip import save_clip
 
 from mmbeam import runs
 from mmbeam.cli import main

@@ -18,7 +18,8 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from tiny_models import save_clip, save_siglip
+from tiny_clip import save_clip
+from tiny_models import save_siglip
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, PreTrainedModel
 
 from mmbeam.errors import ModelError, UsageError

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 import shards
 import torch
+from tiny_clip import save_clip
 
 from mmbeam.config import ModelRef
 from mmbeam.jobs.embed import EmbedOptions, embed
-from mmbeam.models.tiny import save_clip
 
 DIM = 24
 

@@ -9,15 +9,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_generators_hub as hub
-from tiny_audio_text import save_bert
+from tiny_audio_text import save_bert, save_clap
 from tiny_chat_models import save_qwen2_5_vl
+from tiny_clip import save_clip
 from tiny_models import save_blip
 from transformers import BlipForConditionalGeneration
 
 from mmbeam.cli import main
 from mmbeam.config import EXTENSIONS
 from mmbeam.corpus import write_corpus
-from mmbeam.models.tiny import save_clap, save_clip
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

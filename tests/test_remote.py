@@ -24,11 +24,11 @@ import pyarrow.parquet as pq
 import pytest
 import shards
 from servers import STORES, fresh_output
+from tiny_clip import save_clip
 
 from mmbeam.config import ModelRef
 from mmbeam.errors import NoShardsError
 from mmbeam.jobs.embed import EmbedOptions, embed
-from mmbeam.models.tiny import save_clip
 from mmbeam.types import RunReport
 
 SECRET = "hush-5b2f"

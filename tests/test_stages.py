@@ -9,7 +9,7 @@ import pytest
 import shards
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_models import save_clip
+from tiny_clip import save_clip
 
 from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.encoders.base import Encoded

@@ -11,6 +11,7 @@ import pytest
 import tiny_audio_text as sounds
 import torch
 from safetensors.torch import load_file
+from tiny_clip import save_clip
 from tiny_models import save_resnet
 
 from mmbeam.cli import main
@@ -18,7 +19,7 @@ from mmbeam.config import FieldMap, Reading
 from mmbeam.corpus import write_corpus
 from mmbeam.errors import MissingModalityError, ModelError, UsageError
 from mmbeam.models.fusion import FusionConfig
-from mmbeam.models.tiny import compute_on_one_thread, save_clip
+from mmbeam.models.placement import compute_on_one_thread
 from mmbeam.training.encoders import names_of
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.train import train

@@ -18,13 +18,13 @@ import shards
 from apache_beam import coders
 from outputs import make_batches, make_run, make_unit
 from tiny_audio_text import save_clap
+from tiny_clip import save_clip
 
 from mmbeam import runs
 from mmbeam.config import Cleaning, ModelRef, Reading, Windows
 from mmbeam.errors import ModelError, NoShardsError, RunMismatchError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
 from mmbeam.jobs.launch import pipeline_options
-from mmbeam.models.tiny import save_clip
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.transforms import BatchCoder, Embed, Plan, ReadShards, Rows, Summarize, WriteParquet
 from mmbeam.types import Batch, Needs, Sample, Tally, UnitReport

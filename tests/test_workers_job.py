@@ -17,15 +17,14 @@ from hypothesis import strategies as st
 from known import Known, assert_same, counts, make_known, options, read_parts
 from test_workers import exists
 
-from mmbeam import runs
+from mmbeam import process, runs
 from mmbeam.cli import main
 from mmbeam.errors import JobError, UsageError
 from mmbeam.jobs.caption import CaptionOptions
 from mmbeam.jobs.caption import prepare as prepare_caption
 from mmbeam.jobs.embed import EmbedOptions, embed, prepare
 from mmbeam.jobs.local import UnitWork, check_workers, share_cores, share_devices
-from mmbeam.models import leases
-from mmbeam.process import cores, use_cores
+from mmbeam.process import cores
 from mmbeam.report.progress import progress
 from mmbeam.stages.embed import EmbedStage
 from mmbeam.types import Batch, Tally
@@ -91,8 +90,7 @@ def in_this_process(job: EmbedOptions | CaptionOptions) -> list[Tally]:
             assert work(unit, told.append).status == "written"
     finally:
         progress.relay = None
-        leases.use(())
-        use_cores(0)
+        process.reset()
     return told
 
 
@@ -119,8 +117,7 @@ def test_a_worker_process_keeps_to_its_share_of_devices_and_cores(
         UnitWork(replace(job, units=()).steps, ("cpu:1",), 3)(job.units[0], lambda _: None)
     finally:
         progress.relay = None
-        leases.use(())
-        use_cores(0)
+        process.reset()
     assert set(used) == {("cpu:1", 3)}
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
+from tiny_clip import TOWER, save_random
 from tokenizers import pre_tokenizers
 from transformers import (
     ASTConfig,
@@ -40,13 +40,7 @@ from transformers import (
     WhisperModel,
 )
 
-WIDTH = 32
-TOWER: dict[str, Any] = {
-    "hidden_size": WIDTH,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
+WIDTH: int = TOWER["hidden_size"]
 TEXTS = [
     "a dog barks",
     "",
@@ -85,7 +79,7 @@ def save_clap(directory: Path, fusion: bool = False, seconds: int = 2) -> Path:
         "spec_size": 256,
     }
     text = TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 66}
-    _save(ClapModel, ClapConfig(text_config=text, audio_config=audio, projection_dim=24), directory)
+    save_random(ClapModel, ClapConfig(text_config=text, audio_config=audio, projection_dim=24), directory)
     ClapProcessor(clap_extractor(fusion, seconds), tokenizer).save_pretrained(directory)
     return directory
 
@@ -105,7 +99,7 @@ def save_whisper(directory: Path, seconds: int = 2) -> Path:
         max_target_positions=16,
         **dict.fromkeys(("pad_token_id", "bos_token_id", "eos_token_id", "decoder_start_token_id"), 1),
     )
-    _save(WhisperModel, config, directory)
+    save_random(WhisperModel, config, directory)
     WhisperFeatureExtractor(chunk_length=seconds).save_pretrained(directory)
     return directory
 
@@ -123,14 +117,14 @@ def save_speech(directory: Path, family: str, large: bool = False) -> Path:
     """A "wav2vec2", "hubert" or "wavlm" for transcription; `large`: normalised per frame, with a mask, as those are."""
     config, model = SPEECH[family]
     large_options = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True} if large else {}
-    _save(model, config(vocab_size=12, **TOWER, **CONVOLUTIONS, **large_options), directory)
+    save_random(model, config(vocab_size=12, **TOWER, **CONVOLUTIONS, **large_options), directory)
     Wav2Vec2FeatureExtractor(return_attention_mask=large).save_pretrained(directory)
     return directory
 
 
 def save_ast(directory: Path, frames: int = 64) -> Path:
     """An AST for classification with a window of 64 frames (0.65 s) of 128 mel bins."""
-    _save(ASTForAudioClassification, ASTConfig(**TOWER, max_length=frames), directory)
+    save_random(ASTForAudioClassification, ASTConfig(**TOWER, max_length=frames), directory)
     ASTFeatureExtractor(max_length=frames).save_pretrained(directory)
     return directory
 
@@ -163,7 +157,7 @@ def save_t5(directory: Path) -> Path:
     """The encoder half of a T5: relative positions, so only the tokenizer names a limit."""
     tokenizer = word_tokenizer(model_max_length=48)
     config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
-    _save(T5EncoderModel, config, directory)
+    save_random(T5EncoderModel, config, directory)
     tokenizer.save_pretrained(directory)
     return directory
 
@@ -199,19 +193,6 @@ def _characters() -> list[str]:
 
 def _save_text(cls: Any, config: Any, tokenizer: Any, directory: Path, **options: Any) -> Path:
     options = {"max_position_embeddings": 64, "vocab_size": len(tokenizer)} | TOWER | options
-    _save(cls, config(pad_token_id=tokenizer.pad_token_id, **options), directory)
+    save_random(cls, config(pad_token_id=tokenizer.pad_token_id, **options), directory)
     tokenizer.save_pretrained(directory)
     return directory
-
-
-def _save(cls: Any, config: Any, directory: Path) -> None:
-    torch.manual_seed(0)
-    model = cls(config)
-    for name, value in [*model.named_parameters(), *model.named_buffers()]:
-        if value.dim() > 1 and value.is_floating_point():  # livelier than a fresh model, whose vectors are all alike
-            torch.nn.init.normal_(value.data, std=1.5 * value[0].numel() ** -0.5)
-        elif name.endswith("running_mean"):  # as trained on spectrograms in decibels
-            value.fill_(-40.0)
-        elif name.endswith("running_var"):
-            value.fill_(400.0)
-    model.save_pretrained(directory)

@@ -6,6 +6,7 @@ from typing import Any
 
 from tiny_audio_text import TOWER, byte_tokenizer
 from tiny_chat_models import save_florence2
+from tiny_clip import PATCH, SIDE
 from tiny_generators_hub import byte_vocabulary, ids_of, save
 from tiny_models import SQUARE, save_blip
 from tiny_text import unigrams
@@ -27,8 +28,6 @@ from transformers import (
     ViTConfig,
     ViTImageProcessorPil,
 )
-
-from mmbeam.models.tiny import PATCH, SIDE
 
 
 def save_vit_gpt2(directory: Path) -> Path:

@@ -3,6 +3,7 @@
 from pathlib import Path
 from typing import Any
 
+from tiny_clip import DIM, save_random
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     EmbeddingGemma2Config,
@@ -13,8 +14,6 @@ from transformers import (
     Gemma4ImageProcessor,
     GemmaTokenizer,
 )
-
-from mmbeam.models.tiny import DIM, save_lively
 
 SPECIAL = {
     "image_token": "<|image|>",
@@ -38,7 +37,7 @@ def save_embedding_gemma2(directory: Path, towers: bool = True) -> Path:
         eoa_token_index=tokenizer.convert_tokens_to_ids(SPECIAL["eoa_token"]),
         **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in SPECIAL.items()},
     )
-    save_lively(EmbeddingGemma2Model, config, directory)
+    save_random(EmbeddingGemma2Model, config, directory)
     processor: Any = EmbeddingGemma2Processor  # untyped
     processor(
         Gemma4AudioFeatureExtractor(),

@@ -10,6 +10,7 @@ import pytest
 import sentencepiece
 import torch
 from tiny_audio_text import TOWER, byte_tokenizer, word_tokenizer
+from tiny_clip import save_random
 from tiny_text import unigrams
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
@@ -52,7 +53,6 @@ from transformers import (
 
 from mmbeam.models.generators import describe, load
 from mmbeam.models.generators.base import Generator
-from mmbeam.models.tiny import save_lively
 from mmbeam.prompts.ask import Decoding, Generated, Request
 
 CPU = torch.device("cpu")
@@ -131,7 +131,7 @@ def chat_tokenizer(*special: str, image: str = "", audio: str = "", **named: str
 
 def save(model: Any, config: Any, directory: Path, *files: Any, **generation: Any) -> Path:
     """Write a lively model, its tokenizer and processors, and what its generation_config adds."""
-    save_lively(model, config, directory)
+    save_random(model, config, directory)
     for file in files:
         file.save_pretrained(directory)
     if generation:

@@ -7,6 +7,7 @@ from typing import Any
 
 import sentencepiece
 import torch
+from tiny_clip import DIM, PATCH, SIDE, TOWER, save_clip, save_random
 from tokenizers.processors import TemplateProcessing
 from transformers import (
     BertTokenizer,
@@ -48,8 +49,6 @@ from transformers import (
     XLMRobertaTokenizer,
 )
 
-from mmbeam.models.tiny import DIM, PATCH, SIDE, TOWER, save_clip, save_lively
-
 SQUARE = {"height": SIDE, "width": SIDE}
 
 
@@ -64,7 +63,7 @@ def save_siglip(directory: Path) -> Path:
         text_config=TOWER | {"vocab_size": len(tokenizer), "max_position_embeddings": 64},
         vision_config=TOWER | {"image_size": SIDE, "patch_size": PATCH},
     )
-    save_lively(SiglipModel, config, directory)
+    save_random(SiglipModel, config, directory)
     SiglipImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(directory)
     return directory
 
@@ -82,7 +81,7 @@ def save_siglip2(directory: Path) -> Path:
         text_config=TOWER | {"vocab_size": len(vocabulary), "max_position_embeddings": 64},
         vision_config=TOWER | {"num_patches": 16, "patch_size": PATCH},
     )
-    save_lively(Siglip2Model, config, directory)
+    save_random(Siglip2Model, config, directory)
     Siglip2ImageProcessorPil(patch_size=PATCH, max_num_patches=20).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -97,7 +96,7 @@ def save_metaclip2(directory: Path) -> Path:
     config = MetaClip2Config(
         text_config=text, vision_config=TOWER | {"image_size": SIDE, "patch_size": PATCH}, projection_dim=DIM
     )
-    save_lively(MetaClip2Model, config, directory)
+    save_random(MetaClip2Model, config, directory)
     CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE).save_pretrained(directory)
     tokenizer.save_pretrained(directory)
     return directory
@@ -112,7 +111,7 @@ def save_blip(directory: Path, model: Any = BlipForImageTextRetrieval) -> Path:
     ids = {"bos_token_id": 2, "sep_token_id": 3, "eos_token_id": 3, "pad_token_id": 0}
     vision = TOWER | {"image_size": SIDE, "patch_size": PATCH}
     config = BlipConfig(text_config=text | ids, vision_config=vision, projection_dim=DIM, image_text_hidden_size=DIM)
-    save_lively(model, config, directory)
+    save_random(model, config, directory)
     BlipProcessor(BlipImageProcessorPil(size=SQUARE), tokenizer).save_pretrained(directory)
     return directory
 
@@ -130,7 +129,7 @@ STAGES: dict[str, Any] = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stage
 
 def save_vit(directory: Path) -> Path:
     """A ViT of 48 x 48 pixels as most are published: a classifier, without a pooler."""
-    save_lively(ViTForImageClassification, ViTConfig(**TOWER, image_size=SIDE, patch_size=PATCH), directory)
+    save_random(ViTForImageClassification, ViTConfig(**TOWER, image_size=SIDE, patch_size=PATCH), directory)
     ViTImageProcessorPil(size=SQUARE).save_pretrained(directory)
     return directory
 
@@ -138,7 +137,7 @@ def save_vit(directory: Path) -> Path:
 def save_dinov2(directory: Path) -> Path:
     """A DINOv2 whose positions are of larger pictures (80 x 80) than its processor makes."""
     config = Dinov2Config(**_without_intermediate(), image_size=80, patch_size=PATCH)
-    save_lively(Dinov2Model, config, directory)
+    save_random(Dinov2Model, config, directory)
     BitImageProcessorPil(size={"shortest_edge": 55}, crop_size=SQUARE).save_pretrained(directory)
     return directory
 
@@ -146,7 +145,7 @@ def save_dinov2(directory: Path) -> Path:
 def save_dinov2_with_registers(directory: Path) -> Path:
     """A DINOv2 with two registers."""
     options = _without_intermediate() | {"image_size": SIDE, "patch_size": PATCH, "num_register_tokens": 2}
-    save_lively(Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**options), directory)
+    save_random(Dinov2WithRegistersModel, Dinov2WithRegistersConfig(**options), directory)
     BitImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE).save_pretrained(directory)
     return directory
 
@@ -154,7 +153,7 @@ def save_dinov2_with_registers(directory: Path) -> Path:
 def save_dinov3_vit(directory: Path) -> Path:
     """A DINOv3 ViT with two registers."""
     config = DINOv3ViTConfig(**TOWER, image_size=SIDE, patch_size=PATCH, num_register_tokens=2)
-    save_lively(DINOv3ViTModel, config, directory)
+    save_random(DINOv3ViTModel, config, directory)
     DINOv3ViTImageProcessor(size=SQUARE).save_pretrained(directory)
     return directory
 
@@ -162,7 +161,7 @@ def save_dinov3_vit(directory: Path) -> Path:
 def save_dinov3_convnext(directory: Path) -> Path:
     """A DINOv3 ConvNeXt."""
     options: dict[str, Any] = {"hidden_sizes": [8, 16, 24, 32], "depths": [1, 1, 1, 1], "layer_scale_init_value": 1.0}
-    save_lively(DINOv3ConvNextModel, DINOv3ConvNextConfig(**options), directory)
+    save_random(DINOv3ConvNextModel, DINOv3ConvNextConfig(**options), directory)
     DINOv3ViTImageProcessor(size=SQUARE).save_pretrained(directory)
     return directory
 
@@ -178,14 +177,14 @@ def save_resnet(directory: Path) -> Path:
 
 def save_convnext(directory: Path) -> Path:
     """A ConvNeXt."""
-    save_lively(ConvNextModel, ConvNextConfig(**STAGES, layer_scale_init_value=1.0), directory)
+    save_random(ConvNextModel, ConvNextConfig(**STAGES, layer_scale_init_value=1.0), directory)
     ConvNextImageProcessorPil(size={"shortest_edge": SIDE}, crop_pct=0.95).save_pretrained(directory)
     return directory
 
 
 def save_convnextv2(directory: Path) -> Path:
     """A ConvNeXt V2 of 384 pixels, to which pictures are warped, not cropped."""
-    save_lively(ConvNextV2Model, ConvNextV2Config(**STAGES, patch_size=PATCH), directory)
+    save_random(ConvNextV2Model, ConvNextV2Config(**STAGES, patch_size=PATCH), directory)
     ConvNextImageProcessorPil(size={"shortest_edge": 384}).save_pretrained(directory)
     return directory
 

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from tiny_audio_text import TOWER, WIDTH, word_tokenizer
+from tiny_clip import save_random
 from transformers import (
     AlbertConfig,
     AlbertForMaskedLM,
@@ -30,8 +31,6 @@ from transformers import (
     XLMRobertaForMaskedLM,
     XLMRobertaTokenizer,
 )
-
-from mmbeam.models.tiny import save_lively
 
 
 def save_albert(directory: Path) -> Path:
@@ -100,6 +99,6 @@ def unigrams(special: Sequence[str], after: Sequence[str] = ()) -> list[tuple[st
 
 
 def _save(model: Any, config: Any, tokenizer: Any, directory: Path) -> Path:
-    save_lively(model, config, directory)
+    save_random(model, config, directory)
     tokenizer.save_pretrained(directory)
     return directory

@@ -19,8 +19,8 @@ from mmbeam.jobs.common import (
 )
 from mmbeam.jobs.fields import check_fields, probe_rows
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
-from mmbeam.models.leases import devices_of
 from mmbeam.models.loading import dtype_name
+from mmbeam.models.placement import devices_of
 from mmbeam.prompts.ask import Decoding, prompt_fields
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import public_path

@@ -18,7 +18,7 @@ from mmbeam.errors import MissingModalityError, UsageError
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
 from mmbeam.jobs.launch import DIRECT, JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
 from mmbeam.jobs.local import check_workers, execute_in_processes
-from mmbeam.models.leases import devices_of
+from mmbeam.models.placement import devices_of
 from mmbeam.readers.units import UNIT_BYTES
 from mmbeam.runs import Run
 from mmbeam.stages.generate import GenerateStage

@@ -24,7 +24,7 @@ from mmbeam import errors, runs
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
 from mmbeam.jobs.cluster import runner_error, runner_of, workers_are_here
-from mmbeam.models.leases import devices_of
+from mmbeam.models.placement import devices_of
 from mmbeam.readers.paths import public_text
 from mmbeam.report.inspect import Probe
 from mmbeam.report.progress import progress

@@ -18,7 +18,7 @@ from mmbeam.errors import UsageError
 from mmbeam.jobs.cluster import runner_of
 from mmbeam.jobs.launch import IN_PROCESS, UNITS_PER_DEVICE, JobOptions, confirm, is_waited_for, to_do
 from mmbeam.jobs.workers import Workers
-from mmbeam.models import leases
+from mmbeam.models import placement
 from mmbeam.process import cores, use_cores
 from mmbeam.report.progress import progress
 from mmbeam.runs import Run
@@ -45,7 +45,7 @@ class UnitWork:
     cores: int
 
     def __call__(self, unit: WorkUnit, tell: Callable[[Tally], None]) -> UnitReport:
-        leases.use(self.devices)
+        placement.use_devices(self.devices)
         use_cores(self.cores)
         progress.relay = tell
         return run_unit(self.steps(), unit)

@@ -1,51 +1,66 @@
-"""Where models live: one thread per device, which loads them, runs them and alone touches the device.
+"""Where models run: one thread per device, and which device each work unit uses.
 
-Units submit windows and wait for the result; two units at once keep a device busy, since one computes
-while the other opens, decodes or writes. Models are held by strong references for the life of the
-process. What is a sample's fault and what is the device's is told apart here; which of several devices a
-unit is on, in leases.py.
+A device's thread loads its models, runs them and alone touches the device. Work units submit batches to it and wait for
+the results. Two units per device keep it busy: one computes while the other opens, decodes or writes. Models stay
+loaded for the life of the process.
+
+A process that launches a job uses every GPU it sees. A unit leases the least busy device when it begins and keeps it
+until it ends, so with twice as many concurrent units as GPUs, each GPU has one unit that computes and one that is being
+prepared. A worker process that a runner starts claims one GPU, because the runner starts as many processes as there
+are GPUs (Flink: --sdk_worker_parallelism). A claim is a lock on a file per GPU in the temporary directory; the
+operating system drops it when the process ends, however it ends. Processes in excess of the GPUs share the least
+claimed one and log a warning. A container that was given a single GPU (CUDA_VISIBLE_DEVICES, Kubernetes) has nothing
+to claim.
 """
 
+import logging
+import os
 import re
+import tempfile
 import threading
 import time
+from collections import Counter
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from itertools import count
+from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from filelock import FileLock, Timeout
 
 from mmbeam.errors import DeviceError, UsageError
-from mmbeam.process import cores, decoding_paused
+from mmbeam.process import cores, decoding_paused, on_reset
 from mmbeam.types import Batch, Stage, Tally
 
-Fault = Literal["memory", "device", "surroundings", "sample"]
+log = logging.getLogger(__name__)
 
-# What a broken device says in a plain RuntimeError. Such an error is sticky: nothing later is true.
+Fault = Literal["memory", "device", "environment", "sample"]
+
+# Parts of a RuntimeError's message that mean a broken device. Such an error is sticky: later results are wrong too.
 _DEVICE_WORDS = ("cuda error", "cudnn error", "cudnn_status", "cublas_status", "nccl error", "device-side assert")
 _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_failed")
 
 
 def classify(error: BaseException) -> Fault:
-    """Whose fault an exception of a model is: the device's (its memory, itself), the host's, or the sample's."""
-    words = str(error).lower()
+    """Return what a model's exception is the fault of: the device's memory, the device, the host, or the sample."""
+    message = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError):
         return "memory"
-    if isinstance(error, RuntimeError) and any(word in words for word in _MEMORY_WORDS):
+    if isinstance(error, RuntimeError) and any(words in message for words in _MEMORY_WORDS):
         return "memory"
-    accelerator = getattr(torch, "AcceleratorError", None)
-    if accelerator is not None and isinstance(error, accelerator):
+    accelerator_error = getattr(torch, "AcceleratorError", ())  # new in torch 2.8
+    if isinstance(error, (DeviceError, accelerator_error)) or any(words in message for words in _DEVICE_WORDS):
         return "device"
-    if isinstance(error, DeviceError) or any(word in words for word in _DEVICE_WORDS):
-        return "device"
-    return "surroundings" if isinstance(error, MemoryError | OSError) else "sample"
+    return "environment" if isinstance(error, MemoryError | OSError) else "sample"
 
 
 def resolve_device(name: str) -> str:
-    """The device that `name` means on this machine: "auto" takes a GPU if there is one.
+    """Return the device that `name` means on this machine: "auto" is the first GPU if there is one, else the CPU.
 
-    Raises DeviceError for a GPU that is not there: there is no silent fall-back to the CPU.
+    Raises DeviceError for a GPU that is absent: there is no silent fallback to the CPU.
     """
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
@@ -55,7 +70,7 @@ def resolve_device(name: str) -> str:
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
             f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
-            f"{torch.__version__} can use. Check nvidia-smi and the torch build, or run with --device cpu."
+            f"{torch.__version__} can use. Check nvidia-smi and the torch build, or run with --device cpu"
         )
     return "cuda:0" if name == "cuda" else name
 
@@ -66,14 +81,14 @@ class Device:
     def __init__(self, name: str) -> None:
         self.name = name
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"mmbeam-{name}")
-        self._models: dict[str, Any] = {}
-        self._broken: str | None = None  # what it said when it broke
+        self._models: dict[str, Any] = {}  # by the stage's key
+        self._failure: str | None = None  # the error that broke the device
 
     def run(self, stage: Stage, batch: Batch) -> Batch:
-        """Run `stage` on `batch` on the device's thread, and wait. A stage that names another one is run on this.
+        """Run `stage` on `batch` on the device's thread, and wait for the result. The stage's own device is ignored.
 
-        The result's tally gains the seconds computed ("compute") and those waited for the device
-        ("device_wait"). Raises DeviceError when the device fails, and at once ever after.
+        The result's tally gains the seconds computed ("compute"), spent loading the model ("load_model") and waited
+        for the device ("device_wait"). Raises DeviceError when the device fails, and on every later call.
         """
         begin = time.perf_counter()
         if stage.device != self.name:
@@ -84,44 +99,120 @@ class Device:
         return replace(result, tally=result.tally + Tally(seconds=seconds))
 
     def _run(self, stage: Stage, batch: Batch) -> tuple[Batch, float, float]:
-        if self._broken is not None:
-            raise DeviceError(f"{self.name} failed before: {self._broken}")
+        """Return the result, the seconds computed and the seconds spent loading the model."""
+        if self._failure is not None:
+            raise DeviceError(f"{self.name} failed before: {self._failure}")
         begin = time.perf_counter()
+        is_cuda = self.name.startswith("cuda")
+        # Threads of a model on all cores of a CPU wait for each other, so decoding beside them would slow them all.
+        takes_all_cores = not is_cuda and torch.get_num_threads() >= max(2, cores())
         try:
-            with torch.cuda.device(self.name) if self.name.startswith("cuda") else nullcontext():
-                model = self._model(stage)
+            with torch.cuda.device(self.name) if is_cuda else nullcontext():
+                if stage.key not in self._models:
+                    self._models[stage.key] = stage.load()
                 loaded = time.perf_counter()
-                with decoding_paused() if self._takes_all_cores() else nullcontext():
-                    result = stage.run(model, batch)
+                with decoding_paused() if takes_all_cores else nullcontext():
+                    result = stage.run(self._models[stage.key], batch)
         except Exception as error:
             if classify(error) == "device":
-                self._broken = _first_line(error)
-                raise DeviceError(f"{self.name}: {type(error).__name__}: {self._broken}") from error
+                self._failure = str(error).partition("\n")[0]  # CUDA's further lines are advice on debugging
+                raise DeviceError(f"{self.name}: {type(error).__name__}: {self._failure}") from error
             raise
         return result, time.perf_counter() - loaded, loaded - begin
 
-    def _takes_all_cores(self) -> bool:
-        """Whether its threads, of which there are several, wait for each other on all cores."""
-        return not self.name.startswith("cuda") and torch.get_num_threads() >= max(2, cores())
 
-    def _model(self, stage: Stage) -> Any:
-        if stage.key not in self._models:
-            self._models[stage.key] = stage.load()
-        return self._models[stage.key]
+_lock = threading.RLock()
+_devices: dict[str, Device] = {}  # by name
+_selected: list[str] = []  # the names of the devices that this process may use; empty: all that torch finds
+_leases: dict[tuple[str, str], str] = {}  # the device of a unit, by the name that its stage gives and the unit's id
+_claims: list[FileLock] = []  # held for the life of the process
 
 
-def _first_line(error: BaseException) -> str:
-    """What CUDA says first; the lines after it are advice on debugging."""
-    return str(error).partition("\n")[0]
+@on_reset
+def _reset() -> None:
+    with _lock:
+        for state in (_devices, _selected, _leases):
+            state.clear()
+        while _claims:
+            _claims.pop().release()
 
 
-_devices: dict[str, Device] = {}
-_lock = threading.Lock()
-
-
-def device(name: str) -> Device:
-    """The one Device of that name in this process."""
+def get_device(name: str) -> Device:
+    """Return this process's only Device of that name."""
     with _lock:
         if name not in _devices:
             _devices[name] = Device(name)
         return _devices[name]
+
+
+def use_devices(names: Sequence[str]) -> None:
+    """Use these devices from now on and no others of their kind; empty: all that torch finds."""
+    _selected[:] = names
+
+
+def devices_of(name: str) -> tuple[str, ...]:
+    """Return the devices that `name` means in this process: itself if it has a number, else all of that kind.
+
+    "auto" is every GPU, or the CPU if there is no GPU. Raises DeviceError for a GPU that is absent.
+    """
+    kind = resolve_device(name).partition(":")[0]
+    if ":" in name:
+        return (name,)
+    selected = tuple(device for device in _selected if torch.device(device).type == kind)
+    return selected or (("cpu",) if kind == "cpu" else tuple(f"cuda:{i}" for i in range(torch.cuda.device_count())))
+
+
+def lease_device(name: str, unit: str) -> Device:
+    """Return the device that the unit uses, of those that `name` means: the least busy one if it has none yet."""
+    with _lock:
+        if (name, unit) not in _leases:
+            units = Counter(_leases.values())
+            _leases[name, unit] = min(devices_of(name), key=lambda device: units[device])
+        return get_device(_leases[name, unit])
+
+
+def release_device(name: str, unit: str) -> None:
+    """End the unit's lease; no error if it has none."""
+    with _lock:
+        _leases.pop((name, unit), None)
+
+
+def claim_one_device(name: str) -> None:
+    """Use only one of the GPUs that `name` means, unclaimed by other processes: for a runner's worker process."""
+    with _lock:
+        devices = devices_of(name)
+        if len(devices) > 1:
+            use_devices([devices[claim_least_used([_identity(device) for device in devices])]])
+
+
+def _identity(name: str) -> str:
+    """Return what identifies a device for all processes: a GPU's number depends on CUDA_VISIBLE_DEVICES."""
+    return str(torch.cuda.get_device_properties(name).uuid) if name.startswith("cuda") else name
+
+
+def claim_least_used(ids: Sequence[str], directory: Path | None = None) -> int:
+    """Claim the id that the fewest processes of this machine and user have claimed; return its index.
+
+    Raises DeviceError if the directory of the locks belongs to another user.
+    """
+    directory = directory or Path(tempfile.gettempdir(), f"mmbeam-devices-{os.getuid()}")
+    directory.mkdir(mode=0o700, exist_ok=True)
+    if directory.is_symlink() or directory.stat().st_uid != os.getuid():  # it could hold links to our files
+        raise DeviceError(f"{directory}: expected a directory of this user; remove it, or set TMPDIR")
+    for others in count():
+        for index, name in enumerate(ids):
+            lock = FileLock(directory / f"{name}.{others}")
+            try:
+                lock.acquire(blocking=False)
+            except Timeout:
+                continue
+            if others:
+                log.warning("%s has %d processes: more worker processes than devices", name, others + 1)
+            _claims.append(lock)
+            return index
+    raise AssertionError("unreachable: some lock is always free")
+
+
+def compute_on_one_thread() -> None:
+    """Run torch's CPU kernels on one thread from now on: those of a tiny model are too short to be divided."""
+    torch.set_num_threads(1)

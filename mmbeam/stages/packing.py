@@ -85,7 +85,7 @@ def run_packed(
             packed.done.append((positions, call([items[position] for position in positions])))
         except Exception as error:
             fault = classify(error)
-            if fault in ("device", "surroundings"):
+            if fault in ("device", "environment"):
                 raise
             packed.splits[fault] += 1
             error.with_traceback(None)  # its frames hold the batch's memory
@@ -103,6 +103,6 @@ def _must_pass(call: Callable[[list[ItemT]], ResultT], known_good: Callable[[], 
     try:
         call([known_good()])
     except Exception as also:
-        if classify(also) == "surroundings":
+        if classify(also) == "environment":
             raise
         raise DeviceError(f"the model fails on an input known to be good ({also}), after: {error}") from also

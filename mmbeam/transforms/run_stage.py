@@ -9,7 +9,7 @@ import apache_beam as beam
 
 from mmbeam import runs
 from mmbeam.errors import DeviceError
-from mmbeam.models import leases
+from mmbeam.models import placement
 from mmbeam.types import Batch, Stage
 
 log = logging.getLogger(__name__)
@@ -42,7 +42,7 @@ class RunStage(beam.DoFn):
     def setup(self) -> None:
         if _process() != self.launcher:
             os.dup2(2, 1)  # nobody reads a worker's stdout: after 64 KB a library that prints would block
-            leases.own_one(self.stage.device)
+            placement.claim_one_device(self.stage.device)
 
     def process(self, batch: Batch) -> Iterator[Batch]:
         ended = True
@@ -51,13 +51,13 @@ class RunStage(beam.DoFn):
             ended = batch.last
         finally:
             if ended:  # its unit has, or this attempt at it, here or in a later step
-                leases.release(self.stage.device, batch.unit.id)
+                placement.release_device(self.stage.device, batch.unit.id)
 
     def _run(self, batch: Batch) -> Batch:
         if not batch.samples or batch.broken:
             return batch
         try:
-            return leases.lease(self.stage.device, batch.unit.id).run(self.stage, batch)
+            return placement.lease_device(self.stage.device, batch.unit.id).run(self.stage, batch)
         except Exception as error:
             if isinstance(error, DeviceError) and _process() != self.launcher:
                 log.critical("this worker ends, so that a fresh one can go on: %s", error)

@@ -21,10 +21,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 from known import Known, assert_same, counts, make_known, options, read_parts
 
+from mmbeam import process
 from mmbeam.errors import DeviceError, UsageError
 from mmbeam.jobs.embed import embed, prepare
 from mmbeam.jobs.launch import device_of, pipeline_options
-from mmbeam.models import leases, placement
+from mmbeam.models import placement
 from mmbeam.stages.embed import EmbedStage
 from mmbeam.transforms.run_stage import RunStage
 from mmbeam.types import Batch
@@ -34,12 +35,10 @@ SEVERAL = {"cpu": ("cpu:0", "cpu:1", "cpu:2"), "cuda": tuple(f"cuda:{i}" for i i
 
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
-    """Devices that hold no model and no unit yet, before and after."""
-    placement._devices.clear()
+    """No loaded models and no leases, before and after each test."""
+    process.reset()
     yield
-    placement._devices.clear()
-    leases._leases.clear()
-    leases.use(())
+    process.reset()
 
 
 @pytest.fixture(scope="module")
@@ -72,13 +71,13 @@ def test_units_are_spread_over_all_devices_and_the_model_is_loaded_once_on_each(
     known: Known, device: torch.device, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = SEVERAL[device.type]
-    leases.use(names)
+    placement.use_devices(names)
     seen = Seen(monkeypatch, len(names))
     report = embed(options(known.root, tmp_path, device=device.type, dtype="float32"))
     assert seen.loads == dict.fromkeys(names, 1)
     assert len(seen.devices) == 5
     assert all(len(used) == 1 for used in seen.devices.values())  # a unit stays where it began
-    assert not leases._leases
+    assert not placement._leases
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
     computed = report.tally.seconds["compute"]
@@ -95,53 +94,53 @@ def test_two_units_at_once_for_each_device_unless_beam_is_told_otherwise() -> No
 def test_a_job_names_the_kind_of_several_devices_and_a_single_one_itself(known: Known, tmp_path: Path) -> None:
     job = options(known.root, tmp_path)
     assert device_of(job) == "cpu"
-    leases.use(("cpu:2",))
+    placement.use_devices(("cpu:2",))
     assert device_of(job) == "cpu:2"
-    leases.use(("cpu:0", "cpu:1"))
+    placement.use_devices(("cpu:0", "cpu:1"))
     assert device_of(job) == "cpu"
-    assert leases.devices_of("cpu:1") == ("cpu:1",)
+    assert placement.devices_of("cpu:1") == ("cpu:1",)
 
 
 def test_a_device_that_is_not_there_has_no_units() -> None:
     with pytest.raises(DeviceError, match="this machine has"):
-        leases.lease("cuda:99", "unit")
+        placement.lease_device("cuda:99", "unit")
     with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
-        leases.devices_of("gpu")
+        placement.devices_of("gpu")
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 4))
 def test_a_unit_gets_the_least_busy_device_and_keeps_it(events: list[int], number: int) -> None:
     """Each event is a unit that begins, or ends if it is at work."""
-    leases.use(tuple(f"cpu:{i}" for i in range(number)))
+    placement.use_devices(tuple(f"cpu:{i}" for i in range(number)))
     held: dict[str, str] = {}
     for event in events:
         unit = f"unit-{event}"
         if unit in held and event % 2:
-            assert leases.lease("cpu", unit).name == held[unit]
+            assert placement.lease_device("cpu", unit).name == held[unit]
         if unit in held:
-            leases.release("cpu", unit)
+            placement.release_device("cpu", unit)
             del held[unit]
             continue
         busy = Counter(held.values())
-        held[unit] = leases.lease("cpu", unit).name
+        held[unit] = placement.lease_device("cpu", unit).name
         assert busy[held[unit]] == min(busy[f"cpu:{i}"] for i in range(number))
     for unit in held:
-        leases.release("cpu", unit)
-    assert not leases._leases
+        placement.release_device("cpu", unit)
+    assert not placement._leases
 
 
 def test_a_unit_that_is_given_up_leaves_its_device(known: Known, tmp_path: Path) -> None:
     """A later step fails, so that the runner drops the bundle in the middle of a unit."""
-    leases.use(("cpu:0", "cpu:1"))
+    placement.use_devices(("cpu:0", "cpu:1"))
     job = prepare(options(known.root, tmp_path))
     read, model = job.steps()[:2]
     assert isinstance(model, RunStage)
     with closing(cast(Generator[Batch], read.process(job.units[0]))) as batches:
         window = cast(Generator[Batch], model.process(next(batches)))
         next(window)
-        assert len(leases._leases) == 1
+        assert len(placement._leases) == 1
         window.close()
-    assert not leases._leases
+    assert not placement._leases
 
 
 # One device for each process
@@ -161,20 +160,20 @@ def test_a_process_takes_a_device_that_no_other_has_and_leaves_it_however_it_end
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
         assert other.stdout.readline() == b"held\n"
-        assert leases.take_one(["gpu-a", "gpu-b"], tmp_path) == 1
+        assert placement.claim_least_used(["gpu-a", "gpu-b"], tmp_path) == 1
         other.kill()
         other.communicate()
-    assert leases.take_one(["gpu-a", "gpu-b"], tmp_path) == 0
+    assert placement.claim_least_used(["gpu-a", "gpu-b"], tmp_path) == 0
 
 
 def test_more_processes_than_devices_share_them_evenly_and_say_so(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    taken = [leases.take_one(["gpu-a", "gpu-b"], tmp_path) for _ in range(5)]
+    taken = [placement.claim_least_used(["gpu-a", "gpu-b"], tmp_path) for _ in range(5)]
     assert taken == [0, 1, 0, 1, 0]
     assert [record.message for record in caplog.records if "gpu-a" in record.message] == [
-        "gpu-a has 2 processes: more worker processes than devices here",
-        "gpu-a has 3 processes: more worker processes than devices here",
+        "gpu-a has 2 processes: more worker processes than devices",
+        "gpu-a has 3 processes: more worker processes than devices",
     ]
 
 
@@ -183,23 +182,23 @@ def test_a_directory_of_locks_that_is_not_ours_is_refused(tmp_path: Path) -> Non
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DeviceError, match="locks: expected a directory of this user"):
-        leases.take_one(["gpu-a"], tmp_path / "locks")
+        placement.claim_least_used(["gpu-a"], tmp_path / "locks")
     assert not list((tmp_path / "elsewhere").iterdir())
 
 
 WORKER = """
 import sys
 from pathlib import Path
-from mmbeam.models import leases
+from mmbeam.models import placement
 from mmbeam.stages.embed import embed_stage
 from mmbeam.transforms.run_stage import RunStage
 if sys.argv[3] != "cuda":
-    leases.use(("cpu:0", "cpu:1"))
+    placement.use_devices(("cpu:0", "cpu:1"))
 step = RunStage(embed_stage(sys.argv[1], device=sys.argv[3]))
 if sys.argv[4] == "worker":
     step.launcher = ("another host", 1)
 step.setup()
-Path(sys.argv[2]).write_text(" ".join(leases.devices_of(sys.argv[3])))
+Path(sys.argv[2]).write_text(" ".join(placement.devices_of(sys.argv[3])))
 print("set up", file=sys.stderr, flush=True)
 sys.stdin.read()
 """
