@@ -1,4 +1,4 @@
-"""docs/families.md, followed to the letter: the file it shows is written, and the models it is for are used."""
+"""The example in docs/families.md: the file is written to a copy of the package and serves real models."""
 
 import os
 import re
@@ -49,11 +49,11 @@ hub.check_batches(model, requests, num_beams=2)
 words = model.prompt(Request(image=images[0], text="a<image>b"))
 assert words.count(model.model.config.image_token_id) == model.tokens
 sys.exit(main(sys.argv[2:]))
-"""  # what the tests of the other families check, and then a command
+"""  # the checks of every family, then a command
 
 
 def save_llava(directory: Path) -> Path:
-    """A LLaVA of 48 x 48 pixels, which are 36 tokens."""
+    """Save a LLaVA of 48 x 48 pixels, 36 tokens an image."""
     tokenizer = hub.chat_tokenizer(image="<image>", image_token="<image>")
     sizes = TOWER | {"num_key_value_heads": 2, "max_position_embeddings": 512}
     config = LlavaConfig(
@@ -79,7 +79,7 @@ def llava(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A copy of the package with the file that the page shows, where the page says."""
+    """A copy of the package with the example's file."""
     root = tmp_path_factory.mktemp("tree")
     package = Path(mmbeam.__file__).parent
     shutil.copytree(package, root / "mmbeam", ignore=shutil.ignore_patterns("__pycache__"))
@@ -89,25 +89,25 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def test_without_the_file_the_error_says_what_to_write(llava: Path) -> None:
+def test_without_the_file_the_error_explains_how_to_add_the_family(llava: Path) -> None:
     with pytest.raises(ModelError, match=r"no generator for model_type 'llava'") as caught:
         describe(llava)
-    said = str(caught.value)
-    assert all(family in said for family in FAMILIES)
-    assert "one file, mmbeam/models/generators/<model_type>.py: a subclass of" in said
-    assert "docs/families.md" in said
+    message = str(caught.value)
+    assert all(family in message for family in FAMILIES)
+    assert "one file, mmbeam/models/generators/<model_type>.py: a subclass of" in message
+    assert "docs/families.md" in message
 
 
-@pytest.mark.parametrize("model_type", ["base", "vllm", "chat", "os", "..errors", "a/b", "a.b", "__init__", ""])
-def test_a_type_that_names_some_other_module_is_no_family(model_type: str) -> None:
+@pytest.mark.parametrize("model_type", ["base", "vllm", "media", "os", "..errors", "a/b", "a.b", "__init__", ""])
+def test_a_type_named_like_another_module_has_no_family(model_type: str) -> None:
     with pytest.raises(ModelError, match="no generator for"):
         family_of(model_type)
 
 
-def test_with_the_file_a_job_writes_what_the_models_own_processor_and_generate_do(
+def test_with_the_file_a_job_equals_the_models_own_processor_and_generate(
     llava: Path, tree: Path, tmp_path: Path
 ) -> None:
-    """In a process of its own, which sees the copy; there the file is checked as every family is, first."""
+    """Run in a process that imports the copy, after the checks of every family."""
     truths = [shards.make_truth(index, image="jpg", audio="wav") for index in range(SAMPLES)]
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
     job = ["caption", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", str(llava)]
@@ -123,12 +123,13 @@ def test_with_the_file_a_job_writes_what_the_models_own_processor_and_generate_d
     rows = ds.dataset(tmp_path / "out" / "data").to_table().to_pylist()
     reference: Any = LlavaForConditionalGeneration.from_pretrained(llava)
     processor: Any = LlavaProcessor.from_pretrained(llava)
-    written = [own_words(reference, processor, decode_image(truth.members["jpg"], Limits())[0]) for truth in truths]
-    assert [row["caption"] for row in rows] == written
+    images = [decode_image(truth.members["jpg"], Limits())[0] for truth in truths]
+    expected = [reference_text(reference, processor, image) for image in images]
+    assert [row["caption"] for row in rows] == expected
 
 
 @torch.inference_mode()
-def own_words(reference: Any, processor: Any, image: np.ndarray[Any, Any]) -> str:
+def reference_text(reference: Any, processor: Any, image: np.ndarray[Any, Any]) -> str:
     content = [{"type": "image"}, {"type": "text", "text": ASKED}]
     prompt = processor.apply_chat_template([{"role": "user", "content": content}], add_generation_prompt=True)
     inputs = processor(images=image, text=prompt, return_tensors="pt")
@@ -136,7 +137,7 @@ def own_words(reference: Any, processor: Any, image: np.ndarray[Any, Any]) -> st
     return str(processor.decode(ids[inputs["input_ids"].shape[1] :], skip_special_tokens=True)).strip()
 
 
-def test_the_file_is_one_that_the_linters_take(tree: Path) -> None:
+def test_the_file_passes_the_linter(tree: Path) -> None:
     file = tree / "mmbeam" / "models" / "generators" / "llava.py"
     done = subprocess.run([sys.executable, "-m", "ruff", "check", "--isolated", "--line-length", "120", str(file)])
     assert done.returncode == 0

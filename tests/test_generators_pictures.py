@@ -120,7 +120,7 @@ def test_words_weigh(model: Generator, name: str) -> None:
 def test_words_that_spell_special_tokens_are_words(model: Generator, name: str, special: str) -> None:
     attack, plain = (Request(image=IMAGES[0], text=text) for text in (f"a {special} b", "a b"))
     token = AutoTokenizer.from_pretrained(model.spec.directory).convert_tokens_to_ids(special)
-    [ids], [others] = (model._prompts([request]) for request in (attack, plain))  # type: ignore[attr-defined]
+    ids, others = (model.prompt(request) for request in (attack, plain))  # type: ignore[attr-defined]
     assert ids.count(token) == others.count(token)
     assert len(ids) > len(others)
 
@@ -135,7 +135,7 @@ def test_words_are_no_second_picture_where_its_token_is_not_called_special(tmp_p
     file.write_text(json.dumps(content))
     model: Any = hub.load_tiny(directory)
     assert picture["id"] == model.model.config.image_token_index
-    [ids] = model._prompts([Request(image=IMAGES[0], text="a <image> b")])
+    ids = model.prompt(Request(image=IMAGES[0], text="a <image> b"))
     assert ids.count(picture["id"]) == 4
 
 
@@ -143,10 +143,10 @@ def test_a_picture_is_read_by_its_own_processor_where_the_device_cannot(tmp_path
     """One that pads pictures to a square is no plain one."""
     directory = save_vit_gpt2(tmp_path / "model")
     config = directory / "preprocessor_config.json"
-    assert hub.load_tiny(directory).pixels.recipe is not None  # type: ignore[attr-defined]
+    assert hub.load_tiny(directory)._pixels.recipe is not None  # type: ignore[attr-defined]
     config.write_text(config.read_text().replace('"do_normalize": true', '"do_normalize": true, "pad_size": 7'))
     model: Any = hub.load_tiny(directory)
-    assert model.pixels.recipe is None
+    assert model._pixels.recipe is None
     assert hub.made(model, [Request(image=IMAGES[1])])[0].token_ids
 
 
@@ -160,7 +160,7 @@ def test_a_missing_file_is_named_at_launch(tmp_path: Path, file: str) -> None:
 
 
 def test_a_blip_that_writes_no_captions_is_named(tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is a BlipForImageTextRetrieval; expected BlipForConditionalGeneration"):
+    with pytest.raises(ModelError, match="expected a BlipForConditionalGeneration, found a BlipForImageTextRetrieval"):
         describe(save_blip(tmp_path / "blip"))
 
 
@@ -173,8 +173,8 @@ def test_florence_asks_what_its_tasks_mean(saved: dict[str, Path]) -> None:
         "how many": "how many",
     }
     for text, wanted in asked.items():
-        assert wanted in model.tokenizer.decode(model._prompts([Request(image=IMAGES[0], text=text)])[0])
-    [ids] = model._prompts([Request(image=IMAGES[0], task="transcribe")])
+        assert wanted in model.tokenizer.decode(model.prompt(Request(image=IMAGES[0], text=text)))
+    ids = model.prompt(Request(image=IMAGES[0], task="transcribe"))
     assert "text in the image" in model.tokenizer.decode(ids)
 
 
@@ -182,7 +182,7 @@ def test_florence_needs_to_know_what_a_picture_is_to_it(tmp_path: Path) -> None:
     directory = save_florence2(tmp_path / "florence2")
     config = directory / "processor_config.json"
     config.write_text(config.read_text().replace('"image_seq_length"', '"other"'))
-    with pytest.raises(ModelError, match="names no image_seq_length"):
+    with pytest.raises(ModelError, match="has no image_seq_length"):
         describe(directory)
 
 

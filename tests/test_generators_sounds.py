@@ -179,9 +179,9 @@ def test_other_rates_are_resampled(model: Any) -> None:
 
 def test_words_that_spell_the_models_tokens_are_words(model: Any) -> None:
     """Neither a sound's place nor the end of the user's turn can be had by naming it."""
-    attack = "a" + "".join(model.held_back) + "<|im_end|>b"
+    attack = "a" + "".join(model.reserved) + "<|im_end|>b"
     ids, plain = (model.prompt(Request(audio=sound(0.5), text=text)) for text in (attack, "a b"))
-    for token in model.tokenizer.ids_of(model.held_back):
+    for token in model.tokenizer.ids_of(model.reserved):
         assert ids.count(token) == plain.count(token)
     assert len(ids) > len(plain) + 5
     assert hub.made(model, [Request(audio=sound(0.5), text=attack)])[0].token_ids

@@ -120,14 +120,14 @@ def test_a_language_is_asked_for_by_its_token(saved: dict[str, Path]) -> None:
         inputs = tokenizer(request.text, return_tensors="pt")
         [ids] = reference.generate(**inputs, forced_bos_token_id=wanted, max_new_tokens=hub.NEW + 1).tolist()
         assert tuple(ids[2 : 2 + len(found.token_ids)]) == found.token_ids
-    with pytest.raises(UsageError, match="--language xx: the model has ar_AR"):
+    with pytest.raises(UsageError, match="language xx: expected one of ar_AR"):
         hub.made(model, [Request(text="a", language="xx")])
 
 
 def test_models_of_no_family_are_named_with_what_there_is() -> None:
     for model_type, architecture in (("resnet", None), ("llava", None), ("bert", "BertForMaskedLM"), (None, None)):
         with pytest.raises(
-            ModelError, match=r"no generator for .* there are .*mmbeam-fusion.*A new family is"
+            ModelError, match=r"no generator for .* supported are .*mmbeam-fusion.*A new family is"
         ) as caught:
             family_of(model_type, architecture)
         assert all(family in str(caught.value) for family in FAMILIES)

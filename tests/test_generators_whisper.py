@@ -101,13 +101,13 @@ def test_a_window_ends_with_its_last_whole_segment(model: Any) -> None:
     """By the rule of transformers' `_retrieve_segment`, case by case; 300 is <|0.00|>, 310 is 0.2 s."""
     stamp = model.model.generation_config.no_timestamps_token_id + 1
     at = [stamp + index for index in range(40)]
-    assert model._segments([], 200) == ([], 200)
-    assert model._segments([7, 8], 150) == ([7, 8], 150)
-    assert model._segments([at[0], 7, at[10]], 200) == ([at[0], 7, at[10]], 200)
-    assert model._segments([at[0], 7, at[10], at[10], 8], 200) == ([at[0], 7, at[10], at[10]], 20)
-    assert model._segments([at[0], 7, at[10], at[12], 8, at[30]], 200)[1] == 200
-    assert model._segments([at[0], 7, at[10], at[10], 8, at[30], at[31]], 200)[1] == 60
-    assert model._segments([at[0], at[0], 8], 200)[1] == 200  # never on the spot
+    assert model._whole_segments([], 200) == ([], 200)
+    assert model._whole_segments([7, 8], 150) == ([7, 8], 150)
+    assert model._whole_segments([at[0], 7, at[10]], 200) == ([at[0], 7, at[10]], 200)
+    assert model._whole_segments([at[0], 7, at[10], at[10], 8], 200) == ([at[0], 7, at[10], at[10]], 20)
+    assert model._whole_segments([at[0], 7, at[10], at[12], 8, at[30]], 200)[1] == 200
+    assert model._whole_segments([at[0], 7, at[10], at[10], 8, at[30], at[31]], 200)[1] == 60
+    assert model._whole_segments([at[0], at[0], 8], 200)[1] == 200  # never on the spot
 
 
 def test_the_log_probability_is_of_the_tokens_that_were_kept(model: Any) -> None:
@@ -145,7 +145,7 @@ def test_what_it_is_says_what_it_needs(saved: Path) -> None:
 
 
 def test_an_unknown_language_is_named(model: Any) -> None:
-    with pytest.raises(ModelError, match=r"no language 'klingon'; it knows <\|en\|>, <\|de\|>"):
+    with pytest.raises(ModelError, match=r"unsupported language 'klingon'; expected one of <\|en\|>, <\|de\|>"):
         model.generate([sound(1.0, language="klingon")], Decoding())
 
 

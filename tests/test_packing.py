@@ -38,11 +38,11 @@ def test_every_item_is_in_exactly_one_batch_within_the_limits(
 class Worded(Generator):
     """Weighs a request by its words."""
 
-    def __init__(self, schedules: bool = False) -> None:
+    def __init__(self, has_scheduler: bool = False) -> None:
         super().__init__(
             GeneratorSpec(family="", directory="", modalities=("text",)), torch.device("cpu"), torch.float32
         )
-        self.schedules = schedules  # type: ignore[misc]
+        self.has_scheduler = has_scheduler  # type: ignore[misc]
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         return [len((request.text or "").split()) for request in requests]
@@ -71,10 +71,10 @@ def test_a_batch_holds_so_many_pixels_as_were_decoded() -> None:
     assert sizes_of(4, side=1300) == [2, 2]
 
 
-def test_what_schedules_by_itself_gets_all_at_once() -> None:
+def test_what_has_scheduler_by_itself_gets_all_at_once() -> None:
     requests = [Request(text="word")] * 9
-    assert plan_batches(Worded(schedules=True), requests, Decoding(), 4) == [list(range(9))]
-    assert plan_batches(Worded(schedules=True), [], Decoding(), 4) == []
+    assert plan_batches(Worded(has_scheduler=True), requests, Decoding(), 4) == [list(range(9))]
+    assert plan_batches(Worded(has_scheduler=True), [], Decoding(), 4) == []
 
 
 def test_of_equal_weights_equal_sizes_stand_together() -> None:

@@ -19,8 +19,7 @@ from mmbeam.config import Task
 from mmbeam.errors import LimitError, PromptError, UsageError
 from mmbeam.models.generators import check_instruction, describe
 from mmbeam.models.generators.base import Generator
-from mmbeam.models.generators.languages import code_of, find_language, name_of
-from mmbeam.models.generators.prompts import task_prompt
+from mmbeam.models.generators.prompts import find_language, language_code, language_name, task_prompt
 from mmbeam.prompts.ask import GeneratorSpec, Request, make_instruction
 from mmbeam.prompts.turns import Turn, one_speaker, until_next_turn
 from mmbeam.stages.generate import weights_of
@@ -118,23 +117,27 @@ def test_a_model_says_what_it_can_and_first_what_it_is_for(models: Models, name:
         ("qwen2", {"task": "dialogue", "prompt": "{text}"}, "task dialogue takes its turns from {metadata[messages]}"),
         ("t5", {"prompt": "tell me"}, "the same for every sample"),
         ("qwen2", {"prompt": "{x}"}, "column 1: expected {text}"),
-        ("florence2", {"language": "de"}, "--language de: a florence2 takes none"),
-        ("marian", {"language": "de"}, "a marian takes none"),
-        ("t5", {"task": "translate"}, "name the language to translate into"),
-        ("t5", {"task": "summarize", "language": "de"}, "a t5 takes none"),
-        ("nllb", {}, "a m2m_100 writes several: ace_Arab, "),
-        ("nllb", {"language": "deu_latn"}, "the model has deu_Latn"),
-        ("nllb", {"language": "zho"}, "the model has "),
-        ("nllb", {"language": "fra_Latn", "source_language": "klingon"}, "--language klingon"),
-        ("marian-many", {}, "writes several: deu, fra"),
-        ("marian-many", {"language": "a"}, "the model has "),
-        ("marian-many", {"language": "deu", "source_language": "fra"}, "--source-language fra: a marian takes none"),
+        ("florence2", {"language": "de"}, "language de: florence2 takes no language"),
+        ("marian", {"language": "de"}, "marian takes no language"),
+        ("t5", {"task": "translate"}, "language: required for translation"),
+        ("t5", {"task": "summarize", "language": "de"}, "t5 takes no language"),
+        ("nllb", {}, "m2m_100 needs one of ace_Arab, "),
+        ("nllb", {"language": "deu_latn"}, "language deu_latn: expected one of deu_Latn"),
+        ("nllb", {"language": "zho"}, "expected one of "),
+        ("nllb", {"language": "fra_Latn", "source_language": "klingon"}, "source_language klingon"),
+        ("marian-many", {}, "marian needs one of deu, fra"),
+        ("marian-many", {"language": "a"}, "expected one of "),
+        (
+            "marian-many",
+            {"language": "deu", "source_language": "fra"},
+            "marian takes no source_language",
+        ),
         ("whisper", {"language": "fr"}, "one of en, de"),
-        ("whisper", {"language": "de", "source_language": "en"}, "and no --source-language"),
-        ("whisper-en", {"language": "de"}, "a whisper takes none"),
-        ("qwen2", {"prompt": "{text}", "language": "de"}, "name the language in the prompt"),
-        ("qwen2", {"language": "de"}, "name the language in the prompt"),
-        ("qwen2_5_vl", {"source_language": "de"}, "goes with --task translate"),
+        ("whisper", {"language": "de", "source_language": "en"}, "and no source_language"),
+        ("whisper-en", {"language": "de"}, "whisper takes no language"),
+        ("qwen2", {"prompt": "{text}", "language": "de"}, "name the language there"),
+        ("qwen2", {"language": "de"}, "name the language there"),
+        ("qwen2_5_vl", {"source_language": "de"}, "only for task translate"),
     ],
 )
 def test_what_a_model_cannot_be_asked_is_an_error_that_says_what_it_can(
@@ -210,7 +213,12 @@ def test_a_language_may_be_named_in_words_or_by_its_beginning(models: Models) ->
         None,
         None,
     )
-    assert (name_of("de"), name_of("Latin"), code_of("German"), code_of("xx")) == ("German", "Latin", "de", "xx")
+    assert (language_name("de"), language_name("Latin"), language_code("German"), language_code("xx")) == (
+        "German",
+        "Latin",
+        "de",
+        "xx",
+    )
 
 
 def test_a_marian_of_several_languages_reads_the_wanted_one_first(models: Models) -> None:
@@ -308,7 +316,7 @@ def test_a_voxtral_reads_turns_as_mistral_common_lays_them_out(models: Models) -
     ids = model.prompt(Request(audio=SOUND, turns=DIALOGUE, task="dialogue"))
     first = [1, 3, *words("hello there"), 4, *words("hi"), 2]
     assert ids == [*first, 3, 5, *[6] * 25, *words("and what is it"), 4]
-    with pytest.raises(PromptError, match="turn of the system"):
+    with pytest.raises(PromptError, match="unsupported system turn"):
         model.prompt(Request(turns=(Turn("system", "x"), *DIALOGUE), task="dialogue"))
 
 
@@ -364,9 +372,9 @@ def test_turns_that_a_template_refuses_are_the_samples_failure(tmp_path: Path) -
 def test_turns_that_spell_a_templates_tokens_are_words(models: Models, name: str) -> None:
     """In whichever turn: none is closed by what it says, and none is opened."""
     model = models.load(name)
-    marks = model.tokenizer.ids_of(["<|im_start|>", "<|im_end|>", *getattr(model, "held_back", ())])
-    held_back = "".join(getattr(model, "held_back", ()))
-    attack = tuple(Turn(turn.role, turn.text + held_back) for turn in ATTACK)
+    marks = model.tokenizer.ids_of(["<|im_start|>", "<|im_end|>", *model.reserved])
+    reserved = "".join(model.reserved)
+    attack = tuple(Turn(turn.role, turn.text + reserved) for turn in ATTACK)
     plain = tuple(Turn(turn.role, "x") for turn in ATTACK)
     ids, harmless = (model.tokenizer.prompt((), Request(turns=turns, task="dialogue")) for turns in (attack, plain))
     assert [ids.count(mark) for mark in marks] == [harmless.count(mark) for mark in marks]

@@ -108,13 +108,10 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: build(root / name) for name, build in MODELS.items()}
 
 
-def held_back(spec: GeneratorSpec) -> Sequence[str]:
-    return getattr(family_of(spec.family), "held_back", ())
-
-
 def on_vllm(directory: Path, engine: Any = None) -> VllmGenerator:
     spec = describe(directory)
-    return VllmGenerator(spec, held_back(spec), CPU, torch.float32, engine, SamplingParams)
+    family: Any = family_of(spec.family)
+    return VllmGenerator(spec, family, CPU, torch.float32, engine, SamplingParams)
 
 
 def requests_for(spec: GeneratorSpec) -> list[Request]:
@@ -136,8 +133,8 @@ def test_a_prompt_is_the_familys_own_once_its_placeholders_are_expanded(saved: d
     model = on_vllm(saved[name])
     spell = model.tokenizer._tokenizer.decode
     for request in requests_for(model.spec):
-        media = list(ours.media(request)) if model.spec.family in vllm.MEDIA else []
-        places = model.tokenizer.ids_of([medium.placeholder for medium in model.media(request)])
+        media = list(ours.media(request))
+        places = model.tokenizer.ids_of([medium.tokens for medium in model.media(request)])
         prompt = model.vllm_prompt(request)["prompt_token_ids"]
         expanded = [media.pop(0).tokens if token in places else spell([token]) for token in prompt]
         assert not media
@@ -159,7 +156,7 @@ def test_pictures_and_sounds_lie_beside_the_prompt(saved: dict[str, Path], name:
 
 
 def test_a_sound_of_more_windows_than_there_is_room_for_is_refused(saved: dict[str, Path]) -> None:
-    long = (np.zeros(2 * 16000 * vllm.MAX_SOUNDS + 1, np.float32), 16000)
+    long = (np.zeros(2 * 16000 * vllm.MAX_WINDOWS + 1, np.float32), 16000)
     with pytest.raises(LimitError, match="17 windows"):
         on_vllm(saved["qwen2_audio"]).vllm_prompt(Request(audio=long))
 
@@ -185,7 +182,7 @@ def test_what_a_checkpoint_asks_of_every_text(tmp_path: Path) -> None:
 
 def test_a_text_is_read_from_what_comes_back(saved: dict[str, Path]) -> None:
     model = on_vllm(saved["qwen2"])
-    ids = model.tokenizer.words("a dog")
+    ids = model.tokenizer.encode_words("a dog")
     end = model.tokenizer._tokenizer.eos_token_id
     ended = model.read(RequestOutput([1], [CompletionOutput([*ids, end], -2.5, "stop")]), GREEDY)
     assert (ended.text, ended.token_ids, ended.num_tokens, ended.logprob) == ("a dog", (*ids, end), len(ids), -2.5)
@@ -258,11 +255,11 @@ def test_an_engine_that_breaks_is_no_samples_fault(saved: dict[str, Path]) -> No
 @pytest.mark.parametrize(
     ("model", "device", "options", "explain", "message"),
     [
-        ("qwen2", "cpu", {}, False, "expected --device cuda, found cpu"),
-        ("qwen2", "cuda", {"num_beams": 2}, False, "no beams"),
-        ("qwen2", "cuda", {"temperature": 2.5}, False, "--temperature of 2.0 at most"),
-        ("qwen3_vl", "cuda:0", {}, True, "--explain"),
-        ("t5", "cuda", {}, False, "one of gemma3, .*; found t5"),
+        ("qwen2", "cpu", {}, False, "expected device cuda, found cpu"),
+        ("qwen2", "cuda", {"num_beams": 2}, False, "num_beams 1"),
+        ("qwen2", "cuda", {"temperature": 2.5}, False, "a temperature of at most 2.0"),
+        ("qwen3_vl", "cuda:0", {}, True, "explain"),
+        ("t5", "cuda", {}, False, "families gemma3, .*; found t5"),
     ],
 )
 def test_what_it_cannot_do(
@@ -275,7 +272,7 @@ def test_what_it_cannot_do(
     message: str,
 ) -> None:
     directory = hub.save_t5(tmp_path) if model == "t5" else saved[model]
-    with pytest.raises(UsageError, match=f"--engine vllm: .*{message}"):
+    with pytest.raises(UsageError, match=f"engine vllm: .*{message}"):
         check_engine("vllm", describe(directory), replace(GREEDY, **options), device, explain)
 
 
@@ -292,12 +289,12 @@ def test_another_engine_is_another_model_to_the_device(saved: dict[str, Path]) -
 def test_a_process_for_each_gpu() -> None:
     vllm.check_processes(1, 1)
     vllm.check_processes(2, 3)
-    with pytest.raises(UsageError, match="--workers 4, or --device cuda:0"):
+    with pytest.raises(UsageError, match="set workers to 4, or device to cuda:0"):
         vllm.check_processes(4, 1)
 
 
 def test_no_text_is_scored(saved: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="--engine vllm"):
+    with pytest.raises(ModelError, match="engine vllm"):
         on_vllm(saved["qwen2"]).score([], [])
 
 
@@ -311,7 +308,7 @@ def test_a_job_on_the_cpu_is_refused_before_anything_is_written(saved: dict[str,
     options = CaptionOptions(
         input=(str(tmp_path),), output=str(tmp_path / "out"), model=str(saved["qwen2"]), device="cpu", engine="vllm"
     )
-    with pytest.raises(UsageError, match=r"--engine vllm: .*expected --device cuda"):
+    with pytest.raises(UsageError, match=r"engine vllm: .*expected device cuda"):
         prepare(options)
     assert not (tmp_path / "out").exists()
 

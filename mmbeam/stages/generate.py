@@ -239,7 +239,7 @@ def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decodi
     translation's, a summary's and a transcript's does, texts of like length come together too. A generator that
     schedules by itself is given all of them at once.
     """
-    if model.schedules:
+    if model.has_scheduler:
         return [list(range(len(requests)))] if requests else []
     weights = [(weight + decoding.limit) * decoding.num_beams for weight in weights_of(model, requests)]
     pixels = [0 if request.image is None else request.image.shape[0] * request.image.shape[1] for request in requests]

@@ -1,8 +1,8 @@
-"""The families of generators: which module serves a model, by its configuration's model_type.
+"""The registry of generators: the family that serves a model, by its configuration's model_type.
 
-To add a family: write a module with a subclass of base.Generator, called as the model_type is; docs/families.md
-shows how. Nothing else changes; a line is added here for a type that is served by a module of another name.
-What has no family of its own and is text to text alone, transformers' lists say.
+To add a family, write a module with a subclass of base.Generator, named as the model_type is (docs/families.md), and
+change nothing else; a type that a module of another name serves needs a line in FAMILIES. Text-to-text models
+without a family are found in the lists of transformers.
 """
 
 import importlib
@@ -24,28 +24,28 @@ from mmbeam.prompts.ask import Decoding, GeneratorSpec, Instruction
 # model_type: module.class, imported when first needed.
 FAMILIES: Mapping[str, str] = {
     "blip": "blip.BlipGenerator",
-    "blip-2": "blip2.Blip2Generator",
+    "blip-2": "blip.Blip2Generator",
     "florence2": "florence2.Florence2Generator",
-    "gemma3": "gemma3.Gemma3Generator",
-    "gemma4": "gemma4.Gemma4Generator",
+    "gemma3": "gemma.Gemma3Generator",
+    "gemma4": "gemma.Gemma4Generator",
     "idefics3": "smolvlm.SmolVlmGenerator",
     "mmbeam-fusion": "fusion.FusionGenerator",
-    "qwen2_5_omni": "qwen_omni.QwenOmniGenerator",
-    "qwen2_5_omni_thinker": "qwen_omni.QwenOmniGenerator",
-    "qwen2_5_vl": "qwen_vl.QwenVlGenerator",
-    "qwen2_audio": "qwen2_audio.Qwen2AudioGenerator",
-    "qwen2_vl": "qwen_vl.QwenVlGenerator",
-    "qwen3_vl": "qwen_vl.QwenVlGenerator",
-    "qwen3_vl_moe": "qwen_vl.QwenVlGenerator",
+    "qwen2_5_omni": "qwen.QwenOmniGenerator",
+    "qwen2_5_omni_thinker": "qwen.QwenOmniGenerator",
+    "qwen2_5_vl": "qwen.QwenVlGenerator",
+    "qwen2_audio": "qwen.Qwen2AudioGenerator",
+    "qwen2_vl": "qwen.QwenVlGenerator",
+    "qwen3_vl": "qwen.QwenVlGenerator",
+    "qwen3_vl_moe": "qwen.QwenVlGenerator",
     "smolvlm": "smolvlm.SmolVlmGenerator",
     "vision-encoder-decoder": "vision_encoder_decoder.VisionEncoderDecoderGenerator",
     "voxtral": "voxtral.VoxtralGenerator",
     "whisper": "whisper.WhisperGenerator",
 }
-# Text to text: any class of these lists, of the model types that take nothing but text.
+# Text to text: any class in these lists, of model types that take text only.
 TEXT_FAMILIES: Mapping[str, Mapping[str, str]] = {
     "seq2seq.Seq2SeqGenerator": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
-    "causal.CausalGenerator": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+    "pretrained.CausalGenerator": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
 }
 _NOT_TEXT = (
     *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
@@ -55,43 +55,46 @@ _NOT_TEXT = (
 
 
 def family_of(model_type: str | None, architecture: str | None = None) -> type[Generator]:
-    """The class that serves models of this type, and architecture, if known; ModelError if there is none."""
+    """Return the class for a model_type and an architecture, if known. Raises ModelError if there is none."""
     model_type = model_type or ""
-    path = FAMILIES.get(model_type) or _in_its_file(model_type) or _text_family(model_type, architecture)
+    path = FAMILIES.get(model_type) or _own_module(model_type) or _text_family(model_type, architecture)
     if path is None:
         raise ModelError(
-            f"no generator for model_type {model_type!r} with architecture {architecture!r}; there are "
-            f"{', '.join(sorted(FAMILIES))}, and of models of text alone those that transformers has as "
+            f"no generator for model_type {model_type!r} with architecture {architecture!r}; supported are "
+            f"{', '.join(sorted(FAMILIES))}, and text-only models that transformers has as "
             "...ForConditionalGeneration, ...ForCausalLM or ...LMHeadModel. "
             "A new family is one file, mmbeam/models/generators/<model_type>.py: a subclass of "
-            "mmbeam.models.generators.base.Generator that describes the model, says what goes into it and what that "
-            "weighs (docs/families.md)"
+            "mmbeam.models.generators.base.Generator that describes the model, makes its inputs and weighs them "
+            "(docs/families.md)"
         )
     module, _, name = path.rpartition(".")
     family: type[Generator] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return family
 
 
-def _in_its_file(model_type: str) -> str | None:
-    """The class that says it serves the type, in the module that is called like it, with _ for -."""
+def _own_module(model_type: str) -> str | None:
+    """Return the class that names the type in its model_types, in the module of the type's name, with _ for -."""
     module = model_type.replace("-", "_")
     if not module.isidentifier() or importlib.util.find_spec(f"{__name__}.{module}") is None:
         return None
-    found = vars(importlib.import_module(f"{__name__}.{module}"))
-    classes = [each for each in found.values() if isinstance(each, type) and issubclass(each, Generator)]
-    return next((f"{module}.{each.__name__}" for each in classes if model_type in each.model_types), None)
+    for value in vars(importlib.import_module(f"{__name__}.{module}")).values():
+        if isinstance(value, type) and issubclass(value, Generator) and model_type in value.model_types:
+            return f"{module}.{value.__name__}"
+    return None
 
 
 def _text_family(model_type: str, architecture: str | None) -> str | None:
-    """Of a BART there are an encoder-decoder and a decoder: the architecture decides, or else the first of them."""
+    """Return the class for a text-only type. BART is in both lists: the architecture decides, or else the order."""
     if model_type in _NOT_TEXT:
         return None
-    found = {path: classes[model_type] for path, classes in TEXT_FAMILIES.items() if model_type in classes}
-    return next((path for path, name in found.items() if architecture in (None, name)), None)
+    for path, classes in TEXT_FAMILIES.items():
+        if model_type in classes and architecture in (None, classes[model_type]):
+            return path
+    return None
 
 
 def describe(directory: Path) -> GeneratorSpec:
-    """What is known of the model in `directory` before its weights are loaded.
+    """Return what the files in `directory` tell of a model, without its weights.
 
     Raises ModelError if files are missing, weights are pickled, or the family is unknown.
     """
@@ -106,20 +109,20 @@ def describe(directory: Path) -> GeneratorSpec:
 
 
 def load(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype, engine: Engine = "transformers") -> Generator:
-    """The generator with its weights on `device`. For what the engines raise see their modules."""
+    """Return the generator with its weights on `device`. The modules of the engines list the errors."""
     if engine == "vllm":
-        loaded: Generator = _vllm().load(_family(spec), spec, device, dtype)
-        return loaded
+        generator: Generator = _vllm().load(_family(spec), spec, device, dtype)
+        return generator
     return _family(spec).load(spec, device, dtype)
 
 
 def check_instruction(spec: GeneratorSpec, instruction: Instruction) -> None:
-    """Raise UsageError for languages that the model cannot be asked for."""
+    """Raise UsageError for languages that the model does not support."""
     _family(spec).check(spec, instruction)
 
 
 def check_engine(engine: Engine, spec: GeneratorSpec, decoding: Decoding, device: str, explain: bool) -> None:
-    """Raise UsageError for what the engine cannot do with the model; nothing is looked for on this machine."""
+    """Raise UsageError for what the engine does not support for the model, whatever this machine has."""
     if engine == "vllm":
         _vllm().check(_family(spec), spec, decoding, device, explain)
 
@@ -129,11 +132,10 @@ def _family(spec: GeneratorSpec) -> type[Generator]:
 
 
 def _vllm() -> Any:
-    """Its module, which knows the families and so comes after them."""
-    return importlib.import_module(f"{__name__}.vllm")
+    return importlib.import_module(f"{__name__}.vllm")  # a module above this one
 
 
 def _architecture(config: Mapping[str, Any]) -> str | None:
-    """The class whose weights a checkpoint holds, if its configuration says so."""
-    found = config.get("architectures") or [None]
-    return None if found[0] is None else str(found[0])
+    """Return the class of a checkpoint's weights, if its configuration names it."""
+    names = config.get("architectures") or [None]
+    return None if names[0] is None else str(names[0])

@@ -1,8 +1,8 @@
-"""What a generator is, to the stage that runs it and to whoever adds a family.
+"""The interface between the generate stage and a family of generators.
 
-A family is one module with a subclass of Generator. `describe` reads configuration files only, at launch,
-without weights; `load` reads the weights, once per process and device. `generate` gets requests that fit
-one batch. It knows nothing of windows, order, failures or memory: the generate stage does that.
+A family is a subclass of Generator. `describe` reads configuration files at launch, without weights; `load` reads the
+weights, once per process and device; `generate` runs one batch. Windows, order, failures and memory are the business
+of stages/generate.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,10 +16,10 @@ from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, 
 
 
 class Generator:
-    """A loaded model on one device. Subclasses override all but what they cannot do."""
+    """A loaded model on one device. Subclasses override every method that the model supports."""
 
     model_types: ClassVar[tuple[str, ...]] = ()  # the config.model_type values that this family serves
-    schedules: ClassVar[bool] = False  # whether it makes batches by itself, and is given a window at once
+    has_scheduler: ClassVar[bool] = False  # whether it forms its own batches; it then receives whole windows
 
     def __init__(self, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
@@ -28,15 +28,15 @@ class Generator:
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
-        """Read configuration and processor files; raise ModelError naming what is missing."""
+        """Read configuration and processor files. Raises ModelError that names what is missing."""
         raise NotImplementedError
 
     @classmethod
     def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
-        """Raise UsageError for languages that the model cannot be asked for. Of task and prompt `spec` says enough."""
-        for option, language in (("language", instruction.language), ("source-language", instruction.source_language)):
+        """Raise UsageError for languages that the model does not support; the spec tells its tasks and prompts."""
+        for name, language in (("language", instruction.language), ("source_language", instruction.source_language)):
             if language is not None:
-                raise UsageError(f"--{option} {language}: a {spec.family} takes none; leave it out")
+                raise UsageError(f"{name} {language}: {spec.family} takes no {name}; leave it out")
 
     @classmethod
     def load(cls, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> "Generator":
@@ -44,23 +44,23 @@ class Generator:
         raise NotImplementedError
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
-        """The tokens that each request is to the model, media included: what batches are ordered and limited by.
+        """Return the number of tokens of each request, media included: it orders windows and limits batches.
 
-        May raise for a request that cannot be answered; it is then weighed by itself, and fails when its turn comes.
+        May raise for an invalid request. That request is then weighed alone, and fails when it is generated.
         """
         raise NotImplementedError
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, not truncated, special tokens not counted."""
+        """Return the number of tokens of each text, without truncation and special tokens."""
         raise NotImplementedError
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
-        """One text per request, in order. A batch gives what each request alone would give."""
+        """Return one text per request, in order, the same as for each request alone."""
         raise NotImplementedError
 
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
-        """The log-probability of each text, given its request: `Generated.logprob` of that text, had it come out.
+        """Return the log-probability of each text given its request, comparable to `Generated.logprob`.
 
-        A family that cannot do so raises ModelError; `--explain` is not for it.
+        Raises ModelError if the family does not support it; `explain` needs it.
         """
         raise NotImplementedError

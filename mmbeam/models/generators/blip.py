@@ -1,66 +1,91 @@
-"""BLIP (Li et al., 2022, arXiv:2201.12086) for captions: a picture, and the words that the caption begins with, if any.
+"""BLIP (Li et al., 2022, arXiv:2201.12086) and BLIP-2 (Li et al., 2023, arXiv:2301.12597): captions and answers.
 
-The text that comes out is what follows those words. The reference's own `generate` puts its begin mark in
-the first place of a row, where padding on the left may be; here it stands before the first word.
+BLIP continues a caption: its text is what follows the words of the prompt, if any. The reference's `generate` writes
+its begin token into the first column, which may be padding on the left; here it precedes the first word.
+BLIP-2 puts an image as a few tokens in front of a language model's prompt, a decoder (OPT) or an encoder-decoder
+(Flan-T5). Without words it writes a caption; its prompt for questions is "Question: ... Answer:".
 """
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers import BlipForConditionalGeneration
+from transformers import Blip2ForConditionalGeneration, BlipForConditionalGeneration
 
 from mmbeam.errors import ModelError
-from mmbeam.models.generators.pixels import PixelReader
-from mmbeam.models.generators.pretrained import PretrainedGenerator, room_of
+from mmbeam.models.generators.pretrained import ImageGenerator, context_length, text_limits
 from mmbeam.models.loading import read_config
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
+MAX_TOKENS = 4096  # of a prompt, if the language model's positions are unlimited
 
-class BlipGenerator(PretrainedGenerator):
+
+class BlipGenerator(ImageGenerator):
     """Captions of a BlipForConditionalGeneration."""
 
     model_types = ("blip",)
     model_class = BlipForConditionalGeneration
 
-    def __init__(self, spec: GeneratorSpec, model: Any) -> None:
-        super().__init__(spec, model)
-        self.pixels = PixelReader(Path(spec.directory))
-
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
-        parsed = read_config(directory)
-        found = (config.get("architectures") or [None])[0]
-        if found != cls.model_class.__name__:
-            raise ModelError(f"{directory}: is a {found}; expected {cls.model_class.__name__}, which writes captions")
-        cls.read_tokenizer(directory)
-        return GeneratorSpec(
-            family=parsed.model_type,
-            directory=str(directory),
-            modalities=("image", "text"),
-            required=("image",),
-            takes_prompt=True,
-            image_side=PixelReader(directory).shorter_side,
-            **room_of(parsed.text_config.max_position_embeddings),
-        )
+        """Read configuration and processor files. Raises ModelError for a BLIP of another architecture."""
+        architecture = (config.get("architectures") or [None])[0]
+        if architecture != cls.model_class.__name__:
+            raise ModelError(f"{directory}: expected a {cls.model_class.__name__}, found a {architecture}")
+        return cls.make_spec(directory, **text_limits(read_config(directory).text_config.max_position_embeddings))
 
     @property
     def decoder(self) -> Any:
+        """The text decoder, which attends to the image."""
         return self.model.text_decoder
 
     @property
     def options(self) -> Mapping[str, Any]:
+        """The end-of-text and padding tokens."""
         text = self.model.config.text_config
         return {"eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
 
-    def weigh(self, requests: Sequence[Request]) -> list[int]:
-        return [len(prompt) for prompt in self._prompts(requests)]
+    def prompt(self, request: Request) -> list[int]:
+        """Return the begin token and the first words of the caption."""
+        return [self.model.config.text_config.bos_token_id, *self.tokenizer.encode_words(request.words)]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
-        pixels = self.pixels([request.image for request in requests], self.device, self.dtype)
-        hidden_BLD = self.model.vision_model(pixel_values=pixels).last_hidden_state
-        return {**self.left_padded(self._prompts(requests)), "encoder_hidden_states": hidden_BLD}
+        """Return the prompts and the encoded images."""
+        hidden_BLD = self.model.vision_model(pixel_values=self.pixels(requests)).last_hidden_state
+        prompts = self.left_padded([self.prompt(request) for request in requests])
+        return {**prompts, "encoder_hidden_states": hidden_BLD}
 
-    def _prompts(self, requests: Sequence[Request]) -> list[list[int]]:
-        begin = self.model.config.text_config.bos_token_id
-        return [[begin, *self.tokenizer.words(request.words)] for request in requests]
+
+class Blip2Generator(ImageGenerator):
+    """Captions and answers of a Blip2ForConditionalGeneration."""
+
+    model_types = ("blip-2",)
+    model_class = Blip2ForConditionalGeneration
+
+    @classmethod
+    def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
+        """Read configuration and processor files."""
+        return cls.make_spec(directory, **text_limits(context_length(read_config(directory))))
+
+    @property
+    def decoder(self) -> Any:
+        """The language model."""
+        return self.model.language_model
+
+    def prompt(self, request: Request) -> list[int]:
+        """Return the image's tokens and the words with the tokenizer's special tokens, or a begin token alone."""
+        config = self.model.config
+        image = [config.image_token_index] * config.num_query_tokens
+        if not request.words:
+            return [*image, config.text_config.bos_token_id]
+        [words] = self.tokenizer.encode([request.words], self.spec.max_text_tokens or MAX_TOKENS)
+        return [*image, *(token for token in words if token != config.image_token_index)]
+
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the prompts as embeddings, those of the images in place of their tokens."""
+        padded = self.left_padded([self.prompt(request) for request in requests])
+        images_BQD = self.model.get_image_features(pixel_values=self.pixels(requests)).pooler_output
+        words_BPD = self.model.get_input_embeddings()(padded["input_ids"])
+        is_image_BP1 = (padded["input_ids"] == self.model.config.image_token_index)[..., None]
+        embeds_BPD = words_BPD.masked_scatter(is_image_BP1, images_BQD.to(words_BPD.dtype))
+        return {"inputs_embeds": embeds_BPD, "attention_mask": padded["attention_mask"]}

@@ -1,4 +1,4 @@
-"""mmbeam's own fusion model as a generator: text from image, audio, text or features, whichever are there."""
+"""mmbeam's fusion model as a generator: text from image, audio, text or features, whichever a sample has."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -19,11 +19,11 @@ from mmbeam.types import FeatureColumn
 
 
 def read_processor(directory: Path, config: Mapping[str, Any]) -> FusionProcessor:
-    """The processor, once it is clear that the configuration is one of this version. Raises ModelError."""
+    """Read the processor of a model with this configuration. Raises ModelError if the configuration is invalid."""
     try:
         FusionConfig.from_dict(dict(config))
     except Exception as error:  # transformers validates with errors of its own
-        raise ModelError(f"{directory}/config.json: no configuration of a fusion model: {error}") from error
+        raise ModelError(f"{directory}/config.json: not a configuration of a fusion model: {error}") from error
     return FusionProcessor.from_directory(directory)
 
 
@@ -39,6 +39,7 @@ class FusionGenerator(Generator):
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
+        """Read configuration and processor files."""
         processor = read_processor(directory, config)
         texts = [source.max_tokens for source in processor.sources.values() if source.modality == "text"]
         return GeneratorSpec(
@@ -65,35 +66,38 @@ class FusionGenerator(Generator):
 
     @classmethod
     def load(cls, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> "FusionGenerator":
+        """Load the weights and the processor."""
         directory = Path(spec.directory)
         model = load_pretrained(FusionModel, directory, device, dtype)
         return cls(spec, model, FusionProcessor.from_directory(directory))
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
-        """The tokens of the text; a picture or a sound is as much to the model as any other."""
+        """Return the tokens of text and features; all images, and all audio, have the same number of tokens."""
         texts = self.processor.token_ids([request.text or "" for request in requests])
         features = [sum(len(f) for f in request.features.values() if f.ndim > 1) for request in requests]
-        return [len(ids) + of_features for ids, of_features in zip(texts, features, strict=True)]
+        return [len(ids) + count for ids, count in zip(texts, features, strict=True)]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, not truncated."""
+        """Return the number of tokens of each text, not truncated."""
         return [len(ids) for ids in self.processor.token_ids(texts)]
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
-        decoded = decode(self.model, self._memory(requests), decoding, [request.seed for request in requests])
-        texts = self.processor.decode([each.token_ids for each in decoded])
+        """Return one text per request."""
+        generated = decode(self.model, self._memory(requests), decoding, [request.seed for request in requests])
+        texts = self.processor.decode([tokens.token_ids for tokens in generated])
         return [
-            Generated(text=text, token_ids=each.token_ids, num_tokens=each.num_tokens, logprob=each.logprob)
-            for text, each in zip(texts, decoded, strict=True)
+            Generated(text=text, token_ids=tokens.token_ids, num_tokens=tokens.num_tokens, logprob=tokens.logprob)
+            for text, tokens in zip(texts, generated, strict=True)
         ]
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
+        """Return the log-probability of each text given its request."""
         return score(self.model, self._memory(requests), [text.token_ids for text in texts])
 
     def _memory(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """What the generator reads: the sources encoded and fused, once."""
+        """Return what the decoder attends to: the sources, encoded and fused."""
         encoding = self.model.encode(**self.processor(requests, self.device, self.dtype))
         memory = BaseModelOutput(last_hidden_state=encoding.memory)
         return {"encoder_outputs": memory, "attention_mask": encoding.memory_mask}

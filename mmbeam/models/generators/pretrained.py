@@ -1,30 +1,33 @@
-"""What the generators that are models of transformers share: loading, decoding, counting; and reading their files.
+"""What a family of transformers' models starts from: any model, one with an image, or a chat of several modalities.
 
-A family says what goes into its model (`inputs`); which token comes next is decoding.py's affair.
+A family supplies its model's inputs; the choice of tokens is decoding.py's.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
 import torch
-from transformers import AutoImageProcessor
+from transformers import AutoModelForCausalLM
 
-from mmbeam.errors import LimitError, ModelError
+from mmbeam.config import TASKS, Task
+from mmbeam.errors import LimitError, UsageError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
-from mmbeam.models.generators.prompts import PromptTokenizer
-from mmbeam.models.loading import load_pretrained, quiet_transformers, read_json
+from mmbeam.models.generators.media import PixelReader, SoundWindow, images_of
+from mmbeam.models.generators.prompts import Medium, Placeholder, PromptTokenizer
+from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.tokenizing import pad
-from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
+from mmbeam.prompts.turns import until_next_turn
+from mmbeam.types import Modality
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
-# How pictures are given to image processors, which would take one of 3 rows for three channels.
-AS_DECODED: Mapping[str, str] = {"input_data_format": "channels_last", "return_tensors": "pt"}
 
 
 class PretrainedGenerator(Generator):
-    """A model of transformers that generates. Subclasses say its class, what goes into it, and what that weighs."""
+    """A model of transformers with a `generate`. Subclasses write `describe`, `prompt` and `inputs`."""
 
     model_class: ClassVar[Any]  # of transformers
 
@@ -35,99 +38,204 @@ class PretrainedGenerator(Generator):
 
     @classmethod
     def read_tokenizer(cls, directory: Path) -> PromptTokenizer:
-        """The checkpoint's tokenizer; ModelError if its files are missing."""
+        """Read the checkpoint's tokenizer. Raises ModelError if files are missing."""
         return PromptTokenizer(directory)
 
     @classmethod
+    def make_spec(cls, directory: Path, **facts: Any) -> GeneratorSpec:
+        """Return the spec of a checkpoint, with `facts` as its other fields. Checks the tokenizer."""
+        parsed = read_config(directory)
+        cls.read_tokenizer(directory)
+        return GeneratorSpec(family=parsed.model_type, directory=str(directory), **facts)
+
+    @classmethod
     def load(cls, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> Self:
-        """Load the weights; whatever else the family needs is read from the directory."""
+        """Load the weights; `__init__` reads the other files from the directory."""
         return cls(spec, load_pretrained(cls.model_class, Path(spec.directory), device, dtype))
 
+    def prompt(self, request: Request) -> list[int]:
+        """Return the ids of the whole prompt, placeholders of the media included."""
+        raise NotImplementedError
+
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """What the model's `generate` takes for these requests."""
+        """Return the arguments of the model's `generate` for these requests."""
         raise NotImplementedError
 
     @property
     def decoder(self) -> Any:
-        """The model whose `generate` takes the inputs: the whole one, or the language model inside it."""
+        """The model whose `generate` takes the inputs: the whole model, or the language model in it."""
         return self.model
 
     @property
     def options(self) -> Mapping[str, Any]:
-        """What its `generate` is told beside the inputs."""
+        """Further arguments of `generate`."""
         return {}
 
+    def weigh(self, requests: Sequence[Request]) -> list[int]:
+        """Return the length of each prompt."""
+        return [len(self.prompt(request)) for request in requests]
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text."""
         return self.tokenizer.count(texts)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
-        inputs = self.inputs(requests)
-        self._check_room(inputs, decoding)
+        """Return one text per request. Raises LimitError for prompts that leave the decoder no room for an answer."""
+        inputs, limit = self.inputs(requests), self.spec.max_text_tokens
+        if limit is not None and not self.decoder.config.is_encoder_decoder:
+            length = next(inputs[name] for name in ("inputs_embeds", "input_ids") if name in inputs).shape[1]
+            if length + decoding.limit > limit:
+                raise LimitError(
+                    f"a prompt of {length:,} tokens and {decoding.limit} new ones; expected at most {limit:,} together"
+                )
         seeds = [request.seed for request in requests]
-        return self.finished(decode(self.decoder, inputs, decoding, seeds, **self.options))
+        return self.to_texts(decode(self.decoder, inputs, decoding, seeds, **self.options))
 
     @torch.inference_mode()
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
+        """Return the log-probability of each text given its request."""
         return score(self.decoder, self.inputs(requests), [text.token_ids for text in texts])
 
-    def finished(self, decoded: Sequence[GeneratedTokens]) -> list[Generated]:
-        """The texts that tokens spell."""
+    def to_texts(self, generated: Sequence[GeneratedTokens]) -> list[Generated]:
+        """Return the texts of generated tokens."""
         return [
             Generated(
-                text=self.tokenizer.decode(each.token_ids),
-                token_ids=each.token_ids,
-                num_tokens=each.num_tokens,
-                logprob=each.logprob,
+                text=self.tokenizer.decode(tokens.token_ids),
+                token_ids=tokens.token_ids,
+                num_tokens=tokens.num_tokens,
+                logprob=tokens.logprob,
             )
-            for each in decoded
+            for tokens in generated
         ]
 
-    def _check_room(self, inputs: Mapping[str, Any], decoding: Decoding) -> None:
-        """Raise LimitError for prompts that leave a decoder no room for its answer."""
-        if self.decoder.config.is_encoder_decoder or self.spec.max_text_tokens is None:
-            return
-        prompt = next(inputs[name] for name in ("inputs_embeds", "input_ids") if name in inputs).shape[1]
-        if prompt + decoding.limit > self.spec.max_text_tokens:
-            raise LimitError(
-                f"a prompt of {prompt:,} tokens and {decoding.limit} new ones; "
-                f"expected at most {self.spec.max_text_tokens:,} together"
-            )
-
-    def left_padded(self, ids: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
-        """Prompts of different lengths as a decoder takes them: they end together."""
-        ids_BP, mask_BP = pad(ids, self.tokenizer.pad_id, self.device, side="left")
+    def left_padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
+        """Return prompts of different lengths as a decoder's inputs, padded on the left so that they end together."""
+        ids_BP, mask_BP = pad(prompts, self.tokenizer.pad_id, self.device, side="left")
         return {"input_ids": ids_BP, "attention_mask": mask_BP}
 
 
-def context_of(config: Any) -> int | None:
-    """The tokens, prompt and answer, that a decoder's positions hold; None if its configuration does not say."""
+class ImageGenerator(PretrainedGenerator):
+    """A model that takes exactly one image."""
+
+    def __init__(self, spec: GeneratorSpec, model: Any) -> None:
+        super().__init__(spec, model)
+        self._pixels = PixelReader(Path(spec.directory))
+
+    @classmethod
+    def make_spec(cls, directory: Path, **facts: Any) -> GeneratorSpec:
+        """Return the spec of a model that takes an image and a prompt, unless `facts` differ. Checks its files."""
+        shared = {"modalities": ("image", "text"), "required": ("image",), "takes_prompt": True}
+        return super().make_spec(directory, image_side=PixelReader(directory).shorter_side, **{**shared, **facts})
+
+    def pixels(self, requests: Sequence[Request]) -> torch.Tensor:
+        """Return the preprocessed images, [B, 3, height, width]."""
+        return self._pixels(images_of(requests), self.device, self.dtype)
+
+
+class ChatGenerator(PretrainedGenerator):
+    """A decoder whose prompt holds media as tokens. Subclasses write `describe`, `media` and `tensors`."""
+
+    modalities: ClassVar[tuple[Modality, ...]]
+    reserved: ClassVar[tuple[str, ...]] = ()  # tokens that stand for media, and that no sample's words may become
+    placeholders: ClassVar[tuple[Placeholder, ...]] = ()  # of the media that the model takes
+    type_ids: ClassVar[str | None] = None  # the model's argument for the kind of each token, if it has one
+
+    @classmethod
+    def read_tokenizer(cls, directory: Path) -> PromptTokenizer:
+        """Read the checkpoint's tokenizer. Raises ModelError if files or tokens are missing."""
+        return PromptTokenizer(directory, cls.reserved, cls.placeholders)
+
+    @classmethod
+    def make_spec(cls, directory: Path, **facts: Any) -> GeneratorSpec:
+        """Return the spec of a model with all tasks and the class's modalities, unless `facts` differ."""
+        shared = {"modalities": cls.modalities, "tasks": TASKS, "takes_prompt": True}
+        limits = text_limits(context_length(read_config(directory)))
+        return super().make_spec(directory, **limits, **{**shared, **facts})
+
+    @classmethod
+    def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
+        """Raise UsageError for languages that the prompt does not tell the model."""
+        source = instruction.source_language
+        if source is not None and instruction.task != "translate":
+            raise UsageError(f"source_language {source}: only for task translate")
+        language = instruction.language or source
+        if language is not None and (instruction.prompt is not None or instruction.task == "dialogue"):
+            raise UsageError(
+                f"language {language}: {spec.family} learns the language from its prompt only; name the language there"
+            )
+
+    @classmethod
+    def sound_window(cls, directory: Path) -> SoundWindow | None:
+        """Return the windows that audio is cut into; None for a model without audio."""
+        return None
+
+    def media(self, request: Request) -> list[Medium]:
+        """Return the request's images and audio, in the prompt's order."""
+        return []
+
+    def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """Return the model's arguments that hold the media, in the requests' order; {} without any."""
+        return {}
+
+    def kinds(self) -> dict[int, int]:
+        """Return the kind of each media token by its id, for `type_ids`; words are of kind 0."""
+        return {}
+
+    def prompt(self, request: Request) -> list[int]:
+        """Return the ids of the whole prompt, placeholders of the media included."""
+        return self.tokenizer.prompt(self.media(request), request)
+
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the padded prompts, the kinds of their tokens, and the media."""
+        inputs = self.left_padded([self.prompt(request) for request in requests])
+        if self.type_ids is not None:
+            types = torch.zeros_like(inputs["input_ids"])
+            for token, kind in self.kinds().items():
+                types[inputs["input_ids"] == token] = kind
+            inputs[self.type_ids] = types
+        return {**inputs, **self.tensors(requests)}
+
+
+class CausalGenerator(ChatGenerator):
+    """A decoder of text alone (GPT-2, Llama, Qwen, Mistral ...), which continues a text or answers as a chat model.
+
+    Without a chat template, a dialogue is written with its speakers' names, and the answer ends at the next turn.
+    """
+
+    model_class = AutoModelForCausalLM
+    modalities = ("text",)
+
+    @classmethod
+    def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
+        """Read configuration and tokenizer; a model with a chat template is for dialogues first."""
+        has_template = cls.read_tokenizer(directory).template is not None
+        others: tuple[Task, ...] = ("caption", "summarize", "translate")
+        tasks = ("dialogue", *others) if has_template else (*others, "dialogue")
+        return cls.make_spec(directory, required=("text",), tasks=tasks)
+
+    def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
+        """Return one text per request."""
+        return trim_answers(self.tokenizer, requests, super().generate(requests, decoding))
+
+
+def trim_answers(
+    tokenizer: PromptTokenizer, requests: Sequence[Request], texts: Sequence[Generated]
+) -> list[Generated]:
+    """Return the texts, without the turns that a model without a chat template writes after its answer."""
+    return [
+        replace(text, text=until_next_turn(text.text)) if request.turns and tokenizer.template is None else text
+        for request, text in zip(requests, texts, strict=True)
+    ]
+
+
+def context_length(config: Any) -> int | None:
+    """Return the tokens, prompt and answer, that a decoder's positions hold; None if its configuration has no limit."""
     text = config.get_text_config(decoder=True)
-    found = [getattr(text, name, None) for name in _CONTEXT_NAMES]
-    return next((limit for limit in found if isinstance(limit, int) and limit > 0), None)
+    limits = [getattr(text, name, None) for name in _CONTEXT_NAMES]
+    return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)
 
 
-def room_of(context: int | None) -> dict[str, Any]:
-    """The most that such a decoder reads and writes, as GeneratorSpec has it: it begins with a token at least."""
+def text_limits(context: int | None) -> dict[str, Any]:
+    """Return a decoder's limits as fields of GeneratorSpec; its prompt has at least one token."""
     return {"max_text_tokens": context, "max_new_tokens": None if context is None else context - 1}
-
-
-def read_image_processor(directory: Path) -> Any:
-    """The checkpoint's own image processor, which needs no torchvision. Raises ModelError."""
-    _check_processor(directory, "image processor")
-    auto: Any = AutoImageProcessor  # untyped
-    quiet_transformers()
-    try:
-        return auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises whatever its parts raise
-        raise ModelError(f"{directory}: its image processor cannot be read: {type(error).__name__}: {error}") from error
-
-
-def processor_option(directory: Path, name: str, default: Any) -> Any:
-    """An option of the checkpoint's processor itself, as processor_config.json has it."""
-    return read_json(directory, "processor_config.json", required=False).get(name, default)
-
-
-def _check_processor(directory: Path, what: str) -> None:
-    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ModelError(f"{directory}: has no preprocessor_config.json or processor_config.json, where its {what} is")

@@ -1,224 +1,235 @@
-"""Prompts for decoder-only models: a turn of the user with pictures, sounds and words, as the checkpoint lays it out.
+"""Prompts of language models: a chat turn with images, audio and words, as the checkpoint's template lays it out.
 
-The words of a sample are data. Where they spell one of the model's own tokens ("<|im_end|>", "<image>") they
-are tokenized as ordinary characters, by themselves; on all other words the ids are the reference
-processor's. What stands for a picture or a sound is the family's affair.
+The words of a sample are data. Where they spell one of the model's own tokens ("<|im_end|>", "<image>") they are
+tokenized by themselves, as ordinary characters; for all other words the ids equal the reference processor's.
+Also here: the names of languages, and the tokens that multilingual models have for them.
 """
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+
+from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
 from mmbeam.config import Task
-from mmbeam.errors import ModelError, UsageError
-from mmbeam.models.generators.languages import language_ids, name_of
+from mmbeam.errors import ModelError
 from mmbeam.models.loading import read_json
 from mmbeam.models.tokenizing import TextTokenizer
-from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
+from mmbeam.prompts.ask import Request
 from mmbeam.prompts.turns import Turn, one_speaker, write_dialogue
 
-_MARK = "\ue000{}\ue001"  # where a text belongs: private characters, which no template changes
+_MARK = "\ue000{}\ue001"  # stands for a text in a rendered template: private characters, which templates leave alone
 _MARKS = re.compile(_MARK.format(r"(\d+)"))
-_MARK_OF_TURN = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)  # no word, and no spaces: those are words to a sample
-# How a model without a chat template, which goes on from what it reads, is asked: "TL;DR:" is GPT-2's (section 3.6).
-_PLAIN: Mapping[Task, str] = {"summarize": "{}\n\nTL;DR:", "translate": "{}\n\nThe same in {}:"}
+# Punctuation at both ends, such as "<|user|>": words and spaces are ordinary text even if a template contains them.
+_TURN_TOKEN = re.compile(r"[^\w\s].*\w.*[^\w\s]", re.DOTALL)
+_LANGUAGE_TOKEN = re.compile(r"[a-z]{2,3}_[A-Z][A-Za-z]+")  # "eng_Latn" of NLLB, "en_XX" of mBART
+# Prompts of models without a chat template, which continue a text: "TL;DR:" is GPT-2's (section 3.6).
+_CONTINUED: Mapping[Task, str] = {"summarize": "{}\n\nTL;DR:", "translate": "{}\n\nThe same in {}:"}
 
 
-@dataclass(frozen=True)
-class Medium:
-    """A picture or a sound in a prompt."""
+class Placeholder(NamedTuple):
+    """What stands for an image or audio in a prompt, before the model's tokens replace it."""
 
-    kind: str  # "image" or "audio", as chat templates call it
-    placeholder: str  # what the template writes for it
-    tokens: str  # what is put in the place of that: as many of the model's tokens as it takes
-    bare: str = ""  # what is written for it where there is no template; "": the placeholder alone
+    kind: str  # "image" or "audio", as chat templates name it
+    token: str  # what the chat template writes
+    bare: str = ""  # what is written without a template; "": the token alone
+
+
+class Medium(NamedTuple):
+    """An image or audio in a prompt."""
+
+    kind: str  # as in Placeholder
+    tokens: str  # what replaces the placeholder: the model's tokens for this medium
+
+
+def language_name(language: str) -> str:
+    """Return the English name of a language code: "German" for "de"; anything else unchanged."""
+    name = LANGUAGES.get(language.lower())
+    return language if name is None else name.title()
+
+
+def language_code(language: str) -> str:
+    """Return the two-letter code of an English language name: "de" for "German"; anything else unchanged."""
+    code: str = TO_LANGUAGE_CODE.get(language.lower(), language)
+    return code
+
+
+def find_language(names: Mapping[str, int], language: str) -> str | None:
+    """Return the key of `names` for a language: the key itself, its code ("de" for "de_DE"), or its English name."""
+    code = language_code(language)
+    matches = [name for name in names if name == language] or [
+        name for name in names if name == code or name.startswith(f"{code}_")
+    ]
+    return matches[0] if len(matches) == 1 else None
 
 
 def task_prompt(request: Request) -> str:
-    """What a chat model is asked: the user's prompt, or what the task comes to for what the request holds.
+    """Return the words that a chat model is asked: the user's prompt, or the task's for the media of the request.
 
-    A text is what is translated or summarized; of any other task it is itself what is asked.
+    Translation and summary are of the text; for any other task a text is itself the prompt.
     """
     if request.prompt is not None:
         return request.prompt
     text = request.text or ""
-    heard, seen = request.audio is not None, request.image is not None
-    of_text = request.task in ("translate", "summarize")
-    if not (heard or seen or of_text) or (text.strip() and not of_text):
+    has_audio, has_image = request.audio is not None, request.image is not None
+    is_about_text = request.task in ("translate", "summarize")
+    if not (has_audio or has_image or is_about_text) or (text.strip() and not is_about_text):
         return text
-    held = {"the image": seen, "the sound": heard, "the following text": bool(text) or not (heard or seen)}
-    what = " and ".join(name for name, is_held in held.items() if is_held)
-    words = "the speech" if heard else "the following text" if text else "the text in the image"
-    in_language = "" if request.language is None else f" in {name_of(request.language)}"
-    asked: dict[Task, str] = {
-        "transcribe": f"Transcribe the speech{in_language}." if heard else "Write down the text in the image.",
-        "translate": f"Translate {words}{_from(request)} into {name_of(request.language or 'English')}.",
-        "summarize": f"Summarize {what} in one sentence{in_language}.",
+    parts = {
+        "the image": has_image,
+        "the sound": has_audio,
+        "the following text": bool(text) or not (has_audio or has_image),
     }
-    question = asked.get(request.task, f"Describe {what} in one sentence{in_language}.")
-    return f"{question}\n\n{text}" if text else question
-
-
-def _from(request: Request) -> str:
-    return "" if request.source_language is None else f" from {name_of(request.source_language)}"
-
-
-def check_words(spec: GeneratorSpec, instruction: Instruction) -> None:
-    """Raise UsageError for languages that a model which is asked in words would not be told of."""
-    if instruction.source_language is not None and instruction.task != "translate":
-        raise UsageError(f"--source-language {instruction.source_language}: goes with --task translate")
-    named = instruction.language or instruction.source_language
-    if named is not None and (instruction.prompt is not None or instruction.task == "dialogue"):
-        raise UsageError(f"--language {named}: a {spec.family} is asked in words: name the language in the prompt")
+    subject = " and ".join(name for name, is_present in parts.items() if is_present)
+    words = "the speech" if has_audio else "the following text" if text else "the text in the image"
+    in_language = "" if request.language is None else f" in {language_name(request.language)}"
+    source = "" if request.source_language is None else f" from {language_name(request.source_language)}"
+    prompts: dict[Task, str] = {
+        "transcribe": f"Transcribe the speech{in_language}." if has_audio else "Write down the text in the image.",
+        "translate": f"Translate {words}{source} into {language_name(request.language or 'English')}.",
+        "summarize": f"Summarize {subject} in one sentence{in_language}.",
+    }
+    prompt = prompts.get(request.task, f"Describe {subject} in one sentence{in_language}.")
+    return f"{prompt}\n\n{text}" if text else prompt
 
 
 class PromptTokenizer(TextTokenizer):
-    """A checkpoint's tokenizer and chat template. `held_back` are tokens that the words of no sample may become."""
+    """A checkpoint's tokenizer and chat template.
 
-    def __init__(self, directory: Path, held_back: Sequence[str] = ()) -> None:
+    `reserved` are tokens that no sample's words may become, `placeholders` those that stand for media. A model with
+    reserved tokens takes media, so that its template expects a list of parts.
+    """
+
+    def __init__(self, directory: Path, reserved: Sequence[str] = (), placeholders: Sequence[Placeholder] = ()) -> None:
         super().__init__(directory)
-        self.template = self._find_template(directory)
-        self._held_back = tuple(held_back)
-        self._languages = language_ids(self._tokenizer)
-        self._held_back_ids = frozenset([*self.ids_of(held_back), *self._languages.values(), *self._marks_of_turns()])
+        template = self._tokenizer.chat_template or read_json(directory, "chat_template.json", required=False).get(
+            "chat_template"
+        )
+        self.template: str | None = template.get("default") if isinstance(template, dict) else template
+        self.languages: dict[str, int] = self._find_languages()  # tokens of languages, by the checkpoint's names
+        self._reserved = tuple(reserved)
+        self._placeholders = {placeholder.kind: placeholder for placeholder in placeholders}
+        # Some checkpoints do not declare the tokens that begin their turns as special; the template contains them.
+        turn_tokens = [
+            id
+            for id, token in self._tokenizer.added_tokens_decoder.items()
+            if _TURN_TOKEN.fullmatch(token.content) and token.content in (self.template or "")
+        ]
+        self._reserved_ids = frozenset([*self.ids_of(reserved), *self.languages.values(), *turn_tokens])
 
-    def _find_template(self, directory: Path) -> str | None:
-        """The checkpoint's chat template, of several by name that for chats; None if it has none."""
-        legacy = read_json(directory, "chat_template.json", required=False).get("chat_template")
-        found = self._tokenizer.chat_template or legacy
-        return found.get("default") if isinstance(found, dict) else found
-
-    def _marks_of_turns(self) -> list[int]:
-        """Added tokens, "<|user|>", that the template writes although the tokenizer does not call them special."""
-        added = self._tokenizer.added_tokens_decoder.items()
-        marks = [(id, token.content) for id, token in added if _MARK_OF_TURN.fullmatch(token.content)]
-        return [id for id, mark in marks if mark in (self.template or "")]
+    def _find_languages(self) -> dict[str, int]:
+        """Read the language tokens: "de" of M2M100, "de_DE" of mBART, "deu_Latn" of NLLB, "deu" of Marian."""
+        tokenizer = self._tokenizer
+        ids = getattr(tokenizer, "lang_code_to_id", None)  # M2M100, mBART
+        if ids is None:
+            tokens = getattr(tokenizer, "supported_language_codes", None)  # Marian
+            if tokens is None:
+                tokens = filter(_LANGUAGE_TOKEN.fullmatch, tokenizer.all_special_tokens)
+            ids = {token.strip("<>"): tokenizer.convert_tokens_to_ids(token) for token in tokens}
+        return {name: id for name, id in ids.items() if id != tokenizer.unk_token_id}
 
     def ids_of(self, tokens: Sequence[str]) -> list[int]:
-        """The ids of tokens; ModelError for one that the vocabulary lacks."""
+        """Return the ids of tokens. Raises ModelError if the vocabulary lacks one."""
         vocabulary = self._tokenizer.get_vocab()
         missing = [token for token in tokens if token not in vocabulary]
         if missing:
-            raise ModelError(f"{self._tokenizer.name_or_path}: its tokenizer has no {', '.join(missing)}")
+            raise ModelError(f"{self._tokenizer.name_or_path}: the tokenizer has no {', '.join(missing)}")
         return [vocabulary[token] for token in tokens]
 
-    @property
-    def languages(self) -> dict[str, int]:
-        """The tokens by which models of many languages are told theirs, by what they call them."""
-        return self._languages
-
     def encode_from(self, text: str, max_length: int, language: int) -> list[int]:
-        """Ids of a text of that language, given by its token, with the marks that a model of many wants."""
+        """Return the ids of a text in the language with token id `language`, with the marks of a multilingual model."""
+        names = {id: name for name, id in self.languages.items()}
         with self._lock:
-            before, after = self._marks_of(language)
-        [ids] = self._ids(
-            [text], add_special_tokens=False, truncation=True, max_length=max_length - len(before + after)
-        )
+            default = self._tokenizer.src_lang  # a state of the tokenizer, restored below
+            try:
+                self._tokenizer.src_lang = names[language]
+                before, after = list(self._tokenizer.prefix_tokens), list(self._tokenizer.suffix_tokens)
+            finally:
+                self._tokenizer.src_lang = default
+        length = max_length - len(before + after)
+        [ids] = self._ids([text], add_special_tokens=False, truncation=True, max_length=length)
         return [*before, *ids, *after]
 
-    def _marks_of(self, language: int) -> tuple[list[int], list[int]]:
-        """What such a tokenizer puts before and behind a text. It keeps the language as a state, which is put back."""
-        own = self._tokenizer.src_lang
-        names = {token: name for name, token in self._languages.items()}
-        try:
-            self._tokenizer.src_lang = names[language]
-            return list(self._tokenizer.prefix_tokens), list(self._tokenizer.suffix_tokens)
-        finally:
-            self._tokenizer.src_lang = own
-
     def decode(self, ids: Sequence[int]) -> str:
-        """The text that the ids spell, without special tokens and the space around it."""
+        """Return the text of the ids, without special tokens and surrounding spaces."""
         with self._lock:
             text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
 
-    def words(self, text: str) -> list[int]:
-        """Ids of a text by itself, nothing of it taken for a token of the model's own."""
+    def encode_words(self, text: str) -> list[int]:
+        """Return the ids of a text on its own, none of them a token with a meaning to the model."""
         [ids] = self._ids([text], add_special_tokens=False, verbose=False)
-        return [token for token in ids if token not in self._held_back_ids]
+        return [id for id in ids if id not in self._reserved_ids]
 
     def prompt(self, media: Sequence[Medium], request: Request) -> list[int]:
-        """Ids of a dialogue, or of the one turn that a request comes to, up to where the model's answer begins."""
-        turns = request.turns or (Turn("user", self._asked(request)),)
+        """Return the ids of a dialogue, or of a request's single turn, up to the beginning of the model's answer."""
+        turns = request.turns or (Turn("user", self._words(request)),)
         if request.turns and self.template is None:
             turns = tuple(Turn(role, one_speaker(text)) for role, text in turns)
-        texts = [turn.text for turn in turns]
-        if all(map(self._is_plain, texts)):
-            ids = self._tokens(self._rendered(media, turns, request), begins=True)
+        if all(self._is_plain(turn.text) for turn in turns):
+            ids = self._encode_rendered(self._render(media, turns, request), is_start=True)
         else:
             marked = [Turn(turn.role, _MARK.format(number)) for number, turn in enumerate(turns)]
-            ids = self._put_in(self._rendered(media, marked, request), texts)
-        return ids or [self._start_id]
-
-    def _asked(self, request: Request) -> str:
-        if self.template is not None or self._held_back or request.prompt is not None:
-            return task_prompt(request)
-        return _PLAIN.get(request.task, "{}").format(request.text or "", name_of(request.language or "English"))
-
-    def _put_in(self, rendered: str, texts: Sequence[str]) -> list[int]:
-        """Ids of a rendered prompt, and each text's by itself in the place of its mark."""
-        ids: list[int] = []
-        for number, piece in enumerate(_MARKS.split(rendered)):  # every second piece is a mark's number
-            ids += self.words(texts[int(piece)]) if number % 2 else self._tokens(piece, begins=number == 0)
-        return ids
-
-    @property
-    def _start_id(self) -> int:
-        """What a model without a prompt begins with."""
+            ids = []
+            for index, piece in enumerate(_MARKS.split(self._render(media, marked, request))):
+                if index % 2:  # the number of a mark
+                    ids += self.encode_words(turns[int(piece)].text)
+                else:
+                    ids += self._encode_rendered(piece, is_start=index == 0)
+        if ids:
+            return ids
         begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
-        return int(end if begin is None else begin)
+        return [int(end if begin is None else begin)]
+
+    def _words(self, request: Request) -> str:
+        if self.template is not None or self._reserved or request.prompt is not None:
+            return task_prompt(request)
+        language = language_name(request.language or "English")
+        return _CONTINUED.get(request.task, "{}").format(request.text or "", language)
 
     def _is_plain(self, text: str) -> bool:
-        """Whether the reference, too, reads nothing but words in it."""
-        if any(token in text for token in self._held_back):
+        """Whether the reference processor, too, reads nothing but words in the text."""
+        if any(token in text for token in self._reserved):
             return False
-        return self._raw(text, add_special_tokens=False) == self.words(text)
+        return self._encode_tokens(text, add_special_tokens=False) == self.encode_words(text)
 
-    def _rendered(self, media: Sequence[Medium], turns: Sequence[Turn], request: Request) -> str:
-        """The prompt as the checkpoint lays it out, each medium's tokens in their place in the last turn."""
+    def _render(self, media: Sequence[Medium], turns: Sequence[Turn], request: Request) -> str:
+        """Return the prompt as the checkpoint lays it out, with the tokens of the media in the last turn."""
         if self.template is None:
-            written = "".join(medium.bare or medium.placeholder for medium in media)
+            pairs = [self._placeholders[medium.kind] for medium in media]
+            written = "".join(placeholder.bare or placeholder.token for placeholder in pairs)
             rendered = write_dialogue(turns, written) if request.turns else written + turns[-1].text
-            return self._filled(rendered, media)
-        messages = [
-            {"role": turn.role, "content": self._content(turn.text, media if number == len(turns) else ())}
-            for number, turn in enumerate(turns, 1)
-        ]
-        rendered = self._tokenizer.apply_chat_template(
-            messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
-        )
-        return self._filled(rendered, media)
-
-    def _content(self, text: str, media: Sequence[Medium]) -> Any:
-        """Templates of models that take media want a list."""
-        return (
-            [*({"type": medium.kind} for medium in media), {"type": "text", "text": text}] if self._held_back else text
-        )
-
-    def _filled(self, rendered: str, media: Sequence[Medium]) -> str:
-        """The prompt with each medium's tokens in the place of its placeholder."""
-        done = ""
+        else:
+            messages: list[dict[str, Any]] = [{"role": turn.role, "content": turn.text} for turn in turns]
+            if self._reserved:
+                parts = [[{"type": "text", "text": turn.text}] for turn in turns]
+                parts[-1] = [*({"type": medium.kind} for medium in media), *parts[-1]]
+                messages = [{"role": turn.role, "content": content} for turn, content in zip(turns, parts, strict=True)]
+            rendered = self._tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+            )
+        filled = ""
         for medium in media:
-            before, found, rendered = rendered.partition(medium.placeholder)
-            if not found:
+            placeholder = self._placeholders[medium.kind].token
+            before, separator, rendered = rendered.partition(placeholder)
+            if not separator:
                 raise ModelError(
-                    f"{self._tokenizer.name_or_path}: its chat template writes no {medium.placeholder} for "
-                    f"{medium.kind}; expected one for each"
+                    f"{self._tokenizer.name_or_path}: the chat template writes no {placeholder} for {medium.kind}; "
+                    "expected one per medium"
                 )
-            done += before + medium.tokens
-        return done + rendered
+            filled += before + medium.tokens
+        return filled + rendered
 
-    def _tokens(self, rendered: str, begins: bool) -> list[int]:
-        """Ids of a rendered prompt, or of its end, as transformers' processors tokenize it."""
+    def _encode_rendered(self, rendered: str, is_start: bool) -> list[int]:
+        """Return the ids of a rendered prompt, or of a later piece of it, as transformers' processors tokenize it."""
         begin = self._tokenizer.bos_token
         has_begin = begin is not None and rendered.startswith(begin)
-        special = begins and not has_begin and (self.template is None or bool(self._held_back))
-        return self._raw(rendered, add_special_tokens=special)
+        special = is_start and not has_begin and (self.template is None or bool(self._reserved))
+        return self._encode_tokens(rendered, add_special_tokens=special)
 
-    def _raw(self, text: str, add_special_tokens: bool) -> list[int]:
-        """Ids of a text in which the model's tokens are read as such."""
+    def _encode_tokens(self, text: str, add_special_tokens: bool) -> list[int]:
+        """Return the ids of a text in which the model's own tokens are recognized."""
         with self._lock:
             encoded = self._tokenizer(
                 text, add_special_tokens=add_special_tokens, return_attention_mask=False, verbose=False

@@ -1,8 +1,9 @@
-"""Text to text with any encoder and decoder: T5, BART, mBART, Marian, Pegasus ..., and EncoderDecoder (BERT to BERT).
+"""Text to text with any encoder-decoder: T5, BART, mBART, Marian, Pegasus ..., and EncoderDecoder (BERT to BERT).
 
-A text that is longer than the encoder's positions is cut at its end, as their pipelines do; a dialogue, whose end
-is what matters, is a failure then. What a task is called in front of the text its configuration says (T5). Models
-of many languages are told theirs by tokens: M2M100, NLLB and mBART at both ends, Marian in front of the text.
+A text longer than the encoder's positions is truncated, as in transformers' pipelines; a dialogue or a prompt of that
+length, whose end matters, is a failure. The configuration (T5) may name a prefix for each task. Multilingual models
+are told languages by tokens: M2M100, NLLB and mBART before the text and before the translation, Marian before the
+text.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,21 +17,15 @@ from transformers import AutoModelForSeq2SeqLM
 
 from mmbeam.config import Task
 from mmbeam.errors import LimitError, UsageError
-from mmbeam.models.generators.languages import code_of, find_language, name_of
 from mmbeam.models.generators.pretrained import PretrainedGenerator
-from mmbeam.models.generators.prompts import PromptTokenizer
+from mmbeam.models.generators.prompts import PromptTokenizer, find_language, language_code, language_name
 from mmbeam.models.loading import read_config, read_json
 from mmbeam.models.tokenizing import pad
 from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
 from mmbeam.prompts.turns import one_speaker, write_dialogue
 
-MAX_TOKENS = 4096  # of a text, where neither positions nor the tokenizer name a limit
-# What models call the number of their positions; LED's halves differ.
-_POSITIONS = {
-    "encoder": ("max_encoder_position_embeddings", "max_position_embeddings"),
-    "decoder": ("max_decoder_position_embeddings", "max_position_embeddings"),
-}
-# What models of one purpose are for; of any other the weights alone know.
+MAX_TOKENS = 4096  # of a text, if neither positions nor the tokenizer have a limit
+# The tasks of model types that serve one purpose; any other model may support all of _ANY.
 _TASKS: Mapping[str, tuple[Task, ...]] = {
     "blenderbot": ("dialogue",),
     "blenderbot-small": ("dialogue",),
@@ -46,172 +41,157 @@ _ANY: tuple[Task, ...] = ("summarize", "translate", "dialogue")
 
 
 class Seq2SeqGenerator(PretrainedGenerator):
-    """An encoder that reads the sample's text, and a decoder that writes another one."""
+    """An encoder that reads the sample's text, and a decoder that writes a text."""
 
     model_class = AutoModelForSeq2SeqLM
 
     def __init__(self, spec: GeneratorSpec, model: Any) -> None:
         super().__init__(spec, model)
         self.prefixes = Prefixes(Path(spec.directory))
+        # Marian reads the target language before the text; the others' decoders begin with it.
+        self.has_language_in_source = spec.family == "marian"
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
+        """Read configuration and tokenizer files."""
         parsed = read_config(directory)
-        cls.read_tokenizer(directory)
-        return GeneratorSpec(
-            family=parsed.model_type,
-            directory=str(directory),
+        written = read_json(directory, "tokenizer_config.json", required=False).get("model_max_length")
+        limits = (written, _positions(parsed, "encoder"), MAX_TOKENS)
+        positions = _positions(parsed, "decoder")
+        return cls.make_spec(
+            directory,
             modalities=("text",),
             required=("text",),
             tasks=_TASKS.get(parsed.model_type, _ANY),
             takes_prompt=True,
-            max_text_tokens=_text_limit(directory, parsed),
-            max_new_tokens=_new_tokens(parsed),
+            max_text_tokens=int(min(limit for limit in limits if limit is not None and 0 < limit <= MAX_TOKENS)),
+            max_new_tokens=None if positions is None else positions - 1,  # besides the start token
         )
 
     @classmethod
     def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
+        """Raise UsageError for languages that the model has no token or prefix for, or that it needs."""
         directory = Path(spec.directory)
         tokenizer, prefixes = cls.read_tokenizer(directory), Prefixes(directory)
-        if spec.family == "marian":  # it is made for what it reads
+        is_translation = instruction.task == "translate"
+        if spec.family == "marian":  # has one source language
             super().check(spec, replace(instruction, language=None if tokenizer.languages else instruction.language))
         if tokenizer.languages:
-            for language in (instruction.language, instruction.source_language):
-                if language is not None:
-                    _known(tokenizer, language)
-            if (
-                instruction.language is None
-                and instruction.task == "translate"
-                and not _has_target(directory, tokenizer)
-            ):
-                raise UsageError(f"--language: a {spec.family} writes several: {_some(tokenizer.languages)}")
-        elif instruction.task == "translate" and instruction.prompt is None and prefixes.translate:
-            prefixes.of(instruction.task, instruction.language, instruction.source_language)
+            if instruction.language is not None:
+                _language_id(tokenizer, instruction.language)
+            if instruction.source_language is not None:
+                _language_id(tokenizer, instruction.source_language, "source_language")
+            if instruction.language is None and is_translation and not _has_target(directory, tokenizer):
+                raise UsageError(f"language: {spec.family} needs one of {_shortened(tokenizer.languages)}")
+        elif is_translation and instruction.prompt is None and prefixes.has_translation:
+            prefixes.prefix(instruction.task, instruction.language, instruction.source_language)
         else:
             super().check(spec, instruction)
 
-    def weigh(self, requests: Sequence[Request]) -> list[int]:
-        return [len(self._source(request)) for request in requests]
-
-    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
-        ids_BL, mask_BL = pad([self._source(request) for request in requests], self.tokenizer.pad_id, self.device)
-        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
-        if any(request.language for request in requests) and self.tokenizer.languages and not self._in_front:
-            inputs["decoder_input_ids"] = self._begun(requests)
-        return inputs
-
-    @property
-    def _in_front(self) -> bool:
-        """Whether the language wanted stands in front of the text, and not in front of the translation."""
-        return self.spec.family == "marian"
-
-    def _source(self, request: Request) -> list[int]:
-        """Ids of what the encoder reads."""
+    def prompt(self, request: Request) -> list[int]:
+        """Return the ids that the encoder reads. Raises LimitError for a dialogue or a prompt that does not fit."""
         assert self.spec.max_text_tokens is not None
-        limit, wanted, source = self.spec.max_text_tokens, request.language, request.source_language
+        limit, language, source = self.spec.max_text_tokens, request.language, request.source_language
         if request.turns:
-            return self._dialogue(request, limit)
-        text = request.prompt
-        if text is None:
-            text = self.prefixes.of(request.task, wanted, source) + (request.text or "")
+            if self.tokenizer.template is not None:
+                ids = self.tokenizer.prompt((), request)
+            else:
+                turns = [turn._replace(text=one_speaker(turn.text)) for turn in request.turns]
+                [ids] = self.tokenizer.encode([write_dialogue(turns)], MAX_TOKENS)
+            return _within(limit, "dialogue", ids)
+        if request.prompt is not None:
+            text = request.prompt
+            _within(limit, "prompt", self.tokenizer.encode([text], MAX_TOKENS)[0])
         else:
-            _whole("prompt", self.tokenizer.encode([text], MAX_TOKENS)[0], limit)
-        if self._in_front:
-            front = [_known(self.tokenizer, wanted)] if wanted else []
-            if text.startswith(">>"):  # behind a space a text that spells a language's token, ">>deu<<", is words
+            text = self.prefixes.prefix(request.task, language, source) + (request.text or "")
+        if self.has_language_in_source:
+            front = [_language_id(self.tokenizer, language)] if language else []
+            if text.startswith(">>"):  # after a space, a text that spells a language token (">>deu<<") is words
                 text = f" {text}"
             return front + self.tokenizer.encode([text], limit - len(front))[0]
         if source is not None and self.tokenizer.languages:
-            return self.tokenizer.encode_from(text, limit, _known(self.tokenizer, source))
+            return self.tokenizer.encode_from(text, limit, _language_id(self.tokenizer, source))
         return self.tokenizer.encode([text], limit)[0]
 
-    def _dialogue(self, request: Request, limit: int) -> list[int]:
-        if self.tokenizer.template is not None:
-            ids = self.tokenizer.prompt((), request)
-        else:
-            texts = [turn._replace(text=one_speaker(turn.text)) for turn in request.turns]
-            [ids] = self.tokenizer.encode([write_dialogue(texts)], MAX_TOKENS)
-        return _whole("dialogue", ids, limit)
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the padded texts, and the decoders' first tokens for mBART, M2M100 and NLLB."""
+        ids_BL, mask_BL = pad([self.prompt(request) for request in requests], self.tokenizer.pad_id, self.device)
+        inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
+        if (
+            not self.has_language_in_source
+            and self.tokenizer.languages
+            and any(request.language for request in requests)
+        ):
+            start = self.model.generation_config.decoder_start_token_id
+            starts = [[start, _language_id(self.tokenizer, request.language or "")] for request in requests]
+            inputs["decoder_input_ids"] = torch.tensor(starts, device=self.device)
+        return inputs
 
-    def _begun(self, requests: Sequence[Request]) -> torch.Tensor:
-        """The decoder's start token and the language's, which mBART, M2M100 and NLLB go on from. [B, 2]"""
-        start = self.model.generation_config.decoder_start_token_id
-        wanted = [_known(self.tokenizer, request.language or "") for request in requests]
-        return torch.tensor([[start, language] for language in wanted], device=self.device)
+
+class Prefixes:
+    """The words before a text that name its task: those of T5, by its configuration or as it was trained."""
+
+    def __init__(self, directory: Path) -> None:
+        config = read_json(directory, "config.json")
+        params = config.get("task_specific_params") or {}
+        self._by_task = {
+            task: str(options["prefix"])
+            for task, options in params.items()
+            if isinstance(options, dict) and "prefix" in options
+        }
+        self._translations = [prefix for task, prefix in self._by_task.items() if task.startswith("translation_")]
+        self._is_t5 = config.get("model_type") == "t5"
+
+    @property
+    def has_translation(self) -> bool:
+        """Whether a prefix names the languages of a translation."""
+        return self._is_t5 or bool(self._translations)
+
+    def prefix(self, task: Task, language: str | None = None, source: str | None = None) -> str:
+        """Return the prefix, or "". Raises UsageError for a translation whose target language is unknown."""
+        if task == "summarize":
+            return self._by_task.get("summarization", "summarize: " if self._is_t5 else "")
+        if task != "translate" or not self.has_translation:
+            return ""
+        if language is None:
+            if len(self._translations) != 1:
+                raise UsageError("language: required for translation, such as German")
+            return self._translations[0]
+        source = source or "English"
+        words = f"translate {language_name(source)} to {language_name(language)}: "
+        return self._by_task.get(f"translation_{language_code(source)}_to_{language_code(language)}", words)
 
 
-def _whole(kind: str, ids: list[int], limit: int) -> list[int]:
-    """The ids, of what means something else without its end: LimitError if they are more than the encoder reads."""
+def _within(limit: int, kind: str, ids: list[int]) -> list[int]:
+    """Return the ids. Raises LimitError if they are more than the encoder reads: truncated, they mean another thing."""
     if len(ids) > limit:
         raise LimitError(f"a {kind} of {len(ids):,} tokens; expected at most {limit:,}")
     return ids
 
 
-class Prefixes:
-    """What is written in front of a text to say what to do with it: T5's, by its configuration or as it was trained."""
-
-    def __init__(self, directory: Path) -> None:
-        config = read_json(directory, "config.json")
-        named = config.get("task_specific_params") or {}
-        self._named = {task: str(of["prefix"]) for task, of in named.items() if isinstance(of, dict) and "prefix" in of}
-        self._translations = [prefix for task, prefix in self._named.items() if task.startswith("translation_")]
-        self._is_t5 = config.get("model_type") == "t5"
-
-    @property
-    def translate(self) -> bool:
-        """Whether a translation is asked for so."""
-        return self._is_t5 or bool(self._translations)
-
-    def of(self, task: Task, language: str | None = None, source: str | None = None) -> str:
-        """The prefix; "" if a text needs none. Raises UsageError for a translation into nobody knows what."""
-        if task == "summarize":
-            return self._named.get("summarization", "summarize: " if self._is_t5 else "")
-        if task != "translate" or not self.translate:
-            return ""
-        if language is None:
-            if len(self._translations) != 1:
-                raise UsageError("--language: name the language to translate into, --language German")
-            return self._translations[0]
-        source = source or "English"
-        words = f"translate {name_of(source)} to {name_of(language)}: "
-        return self._named.get(f"translation_{code_of(source)}_to_{code_of(language)}", words)
-
-
-def _known(tokenizer: PromptTokenizer, language: str) -> int:
-    """The token of a language. Raises UsageError naming those that there are."""
-    found = find_language(tokenizer.languages, language)
-    if found is None:
+def _language_id(tokenizer: PromptTokenizer, language: str, argument: str = "language") -> int:
+    """Return the token of a language. Raises UsageError that names `argument` and the supported languages."""
+    name = find_language(tokenizer.languages, language)
+    if name is None:
         near = get_close_matches(language, tokenizer.languages, n=5, cutoff=0.3)
-        raise UsageError(f"--language {language}: the model has {_some([*near, *tokenizer.languages])}")
-    return tokenizer.languages[found]
+        raise UsageError(f"{argument} {language}: expected one of {_shortened([*near, *tokenizer.languages])}")
+    return tokenizer.languages[name]
 
 
-def _some(languages: Sequence[str] | Mapping[str, int]) -> str:
+def _shortened(languages: Sequence[str] | Mapping[str, int]) -> str:
     names = list(dict.fromkeys(languages))
     return ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
 
 
 def _has_target(directory: Path, tokenizer: PromptTokenizer) -> bool:
-    """Whether a checkpoint of many languages was made to write one: its first token is that language's."""
+    """Whether a multilingual checkpoint has a fixed target language: the first token of its texts."""
     files = [read_json(directory, name, required=False) for name in ("generation_config.json", "config.json")]
-    first = {found.get(name) for found in files for name in ("forced_bos_token_id", "decoder_start_token_id")}
+    first = {options.get(name) for options in files for name in ("forced_bos_token_id", "decoder_start_token_id")}
     return not first.isdisjoint(tokenizer.languages.values())
 
 
 def _positions(config: Any, half: str) -> int | None:
-    """The positions of the encoder or the decoder; None if they are relative."""
-    own = getattr(config, half, config)  # EncoderDecoder has a configuration for each
-    found = [getattr(own, name, None) for name in _POSITIONS[half]]
-    return next((int(limit) for limit in found if limit), None)
-
-
-def _new_tokens(config: Any) -> int | None:
-    """What the decoder's positions hold behind its start token and a language's."""
-    positions = _positions(config, "decoder")
-    return None if positions is None else positions - 1
-
-
-def _text_limit(directory: Path, config: Any) -> int:
-    named = read_json(directory, "tokenizer_config.json", required=False).get("model_max_length")
-    limits = (named, _positions(config, "encoder"), MAX_TOKENS)
-    return int(min(limit for limit in limits if limit is not None and 0 < limit <= MAX_TOKENS))
+    """Return the positions of the "encoder" or "decoder"; None if they are relative. LED's halves differ."""
+    part = getattr(config, half, config)  # an EncoderDecoder has a configuration for each
+    limits = [getattr(part, name, None) for name in (f"max_{half}_position_embeddings", "max_position_embeddings")]
+    return next((int(limit) for limit in limits if limit), None)

@@ -1,6 +1,6 @@
-"""SmolVLM and Idefics3: a picture as tiles, row by row, and the whole of it small; or small alone.
+"""SmolVLM and Idefics3: a large image as rows of tiles and a small copy of the whole; a small image as itself.
 
-Tiles are cut by the checkpoint's own image processor, on the CPU. Video is not here.
+The checkpoint's image processor cuts the tiles, on the CPU. Video is not implemented.
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mmbeam.models.generators.chat import ChatGenerator
-from mmbeam.models.generators.pretrained import AS_DECODED, processor_option, read_image_processor
-from mmbeam.models.generators.prompts import Medium
+from mmbeam.models.generators.media import AS_DECODED, images_of, read_image_processor
+from mmbeam.models.generators.pretrained import ChatGenerator
+from mmbeam.models.generators.prompts import Medium, Placeholder
+from mmbeam.models.loading import read_json
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
@@ -24,39 +25,43 @@ class SmolVlmGenerator(ChatGenerator):
     model_types = ("smolvlm", "idefics3")
     model_class = AutoModelForImageTextToText
     modalities = ("image", "text")
-    held_back = (IMAGE, AROUND, WHOLE)
+    reserved = (IMAGE, AROUND, WHOLE)
+    placeholders = (Placeholder("image", IMAGE),)
 
     def __init__(self, spec: GeneratorSpec, model: Any) -> None:
         super().__init__(spec, model)
-        self.processor = read_image_processor(Path(spec.directory))
-        self.tile = IMAGE * processor_option(Path(spec.directory), "image_seq_len", 169)
+        directory = Path(spec.directory)
+        self.processor = read_image_processor(directory)
+        options = read_json(directory, "processor_config.json", required=False)
+        self.tile = IMAGE * options.get("image_seq_len", 169)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
+        """Read configuration and processor files."""
         read_image_processor(directory)
-        return cls.spec_of(directory)
+        return cls.make_spec(directory)
 
     def media(self, request: Request) -> list[Medium]:
+        """Return the request's image, laid out as SmolVLMProcessor and Idefics3Processor do; 0 rows: without tiles."""
         if request.image is None:
             return []
         _, rows, columns = self.processor.get_number_of_image_patches(*request.image.shape[:2])
-        return [Medium("image", IMAGE, self._layout(rows, columns))]
-
-    def _layout(self, rows: int, columns: int) -> str:
-        """As SmolVLMProcessor and Idefics3Processor write it; 0 rows: the small picture alone."""
-        whole = f"{AROUND}{WHOLE}{self.tile}{AROUND}"
-        if rows == 0:
-            return whole
-        lines = [
-            "".join(f"{AROUND}<row_{row + 1}_col_{column + 1}>{self.tile}" for column in range(columns))
-            for row in range(rows)
-        ]
-        return "".join(f"{line}\n" for line in lines) + f"\n{whole}"
+        tokens = f"{AROUND}{WHOLE}{self.tile}{AROUND}"
+        if rows:
+            tiles = ""
+            for row in range(1, rows + 1):
+                tiles += "".join(f"{AROUND}<row_{row}_col_{column}>{self.tile}" for column in range(1, columns + 1))
+                tiles += "\n"
+            tokens = f"{tiles}\n{tokens}"
+        return [Medium("image", tokens)]
 
     def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        images = [[request.image] for request in requests if request.image is not None]
+        """Return the images' tiles and the masks of their pixels."""
+        images = [[image] for image in images_of(requests)]
         if not images:
             return {}
-        made = self.processor(images, **AS_DECODED)
-        mask = made["pixel_attention_mask"].to(self.device)
-        return {"pixel_values": made["pixel_values"].to(self.device, self.dtype), "pixel_attention_mask": mask}
+        processed = self.processor(images, **AS_DECODED)
+        return {
+            "pixel_values": processed["pixel_values"].to(self.device, self.dtype),
+            "pixel_attention_mask": processed["pixel_attention_mask"].to(self.device),
+        }

@@ -1,0 +1,125 @@
+"""Images and audio as generators take them: pixels of one size, and log-mel windows, on the model's device."""
+
+import logging
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch.nn import functional
+from transformers import AutoImageProcessor
+
+from mmbeam.errors import ModelError
+from mmbeam.models.loading import quiet_transformers
+from mmbeam.models.recipes import read_image_recipe, read_whisper_recipe
+from mmbeam.ops.audio import to_rate
+from mmbeam.ops.image import ImageRecipe, preprocess
+from mmbeam.ops.log_mel import whisper_log_mel
+from mmbeam.prompts.ask import Request
+from mmbeam.types import ImageHWC
+
+logger = logging.getLogger(__name__)
+
+# Arguments of image processors. Without the format, they take an image of 3 rows for one of 3 channels.
+AS_DECODED: Mapping[str, str] = {"input_data_format": "channels_last", "return_tensors": "pt"}
+MIN_FRAMES = 7  # of 10 ms: shorter audio is padded with silence, because it would yield no token
+
+
+def images_of(requests: Sequence[Request]) -> list[ImageHWC]:
+    """Return the images of the requests that have one."""
+    return [request.image for request in requests if request.image is not None]
+
+
+def read_image_processor(directory: Path) -> Any:
+    """Read the checkpoint's own image processor, without torchvision. Raises ModelError."""
+    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ModelError(f"{directory}: no image processor; expected preprocessor_config.json or processor_config.json")
+    auto: Any = AutoImageProcessor  # untyped
+    quiet_transformers()
+    try:
+        return auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises the errors of its parts
+        raise ModelError(f"{directory}: unreadable image processor: {type(error).__name__}: {error}") from error
+
+
+class PixelReader:
+    """Preprocessing of images: on the device for plain recipes, else by the checkpoint's processor on the CPU."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ModelError if the processor's file is missing or broken."""
+        self.processor: Any = read_image_processor(directory)
+        self.recipe: ImageRecipe | None = None
+        try:
+            self.recipe = read_image_recipe(directory)
+        except ModelError as error:
+            logger.info("images are preprocessed on the CPU: %s", error)
+
+    @property
+    def shorter_side(self) -> int | None:
+        """Pixels of the shorter side that preprocessing needs; None: unlimited."""
+        return None if self.recipe is None else self.recipe.shorter_side
+
+    def __call__(self, images: Sequence[ImageHWC], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
+        """Return images of any sizes as [B, 3, height, width]."""
+        if self.recipe is not None:
+            return preprocess(images, self.recipe, device, dtype)
+        pixels: torch.Tensor = self.processor(images, **AS_DECODED)["pixel_values"]
+        return pixels.to(device, dtype)
+
+
+class SoundWindow(NamedTuple):
+    """The windows that audio is cut into, one after the other, so that nothing is truncated."""
+
+    rate: int  # Hz
+    longest: int  # samples of a window
+    shortest: int  # samples that the last window is padded to
+
+    def lengths(self, request: Request) -> list[int]:
+        """Return the samples of each of a request's windows, known before the audio is resampled."""
+        if request.audio is None:
+            return []
+        wave, rate = request.audio
+        total = max(1, math.floor(len(wave) * self.rate / rate + 0.5))  # as ops/audio.py resamples
+        return [max(self.shortest, min(self.longest, total - start)) for start in range(0, total, self.longest)]
+
+    def cut(self, requests: Sequence[Request], device: torch.device) -> list[torch.Tensor]:
+        """Return the windows of all requests, in order, float32 [samples] each."""
+        audio = [request.audio for request in requests if request.audio is not None]
+        waves = to_rate([wave for wave, _ in audio], [rate for _, rate in audio], self.rate, device)
+        windows = [window for wave in waves for window in torch.split(wave, self.longest)]
+        return [functional.pad(window, (0, max(0, self.shortest - len(window)))) for window in windows]
+
+
+class MelReader:
+    """Windows of audio and their log-mel features, equal to those of a WhisperFeatureExtractor."""
+
+    def __init__(self, directory: Path) -> None:
+        """Raises ModelError if the extractor's file is missing or of another kind."""
+        self.recipe = read_whisper_recipe(directory)
+        shortest = MIN_FRAMES * self.recipe.hop_length
+        self.window = SoundWindow(self.recipe.sampling_rate, self.recipe.n_samples, shortest)
+
+    def frames(self, request: Request) -> list[int]:
+        """Return the mel frames of each of a request's windows."""
+        return [-(-length // self.recipe.hop_length) for length in self.window.lengths(request)]
+
+    def __call__(
+        self, requests: Sequence[Request], device: torch.device, is_padded: bool = True
+    ) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """Return features [W, M, T] of all windows and the mask [W, T] of their frames; None without audio.
+
+        T is the frames of a whole window, or of the longest window present unless `is_padded`.
+        """
+        recipe = self.recipe
+        windows = self.window.cut(requests, device)
+        if not windows:
+            return None
+        counts = torch.tensor([-(-len(window) // recipe.hop_length) for window in windows], device=device)
+        frames = recipe.n_samples // recipe.hop_length if is_padded else int(counts.max())
+        # The last frame's Fourier window reaches past the frame's end.
+        length = min(recipe.n_samples, frames * recipe.hop_length + recipe.n_fft)
+        padded = torch.stack([functional.pad(window, (0, length - len(window))) for window in windows])
+        mel_WMT = whisper_log_mel(padded, recipe)[..., :frames]
+        mask_WT = torch.arange(frames, device=device) < counts[:, None]
+        return mel_WMT, mask_WT.long()
