@@ -6,6 +6,7 @@ A sample's counts added up over a corpus give the corpus score of the library th
 import heapq
 import importlib
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Literal, Protocol, Self
@@ -63,58 +64,84 @@ class TextMetric(Protocol):
 
 
 class Bleu:
-    """BLEU, 0 to 100: Papineni et al., ACL 2002; as sacrebleu, tokenizer 13a, exponential smoothing.
+    """BLEU, 0 to 100 (Papineni et al., ACL 2002), as sacrebleu: tokenizer 13a, exponential smoothing.
 
-    Counts are sacrebleu's: tokens of hypothesis and of the closest reference, then n-grams that match and
-    n-grams by order. A sample's score leaves out the orders that it is too short for.
+    Counts: tokens of the hypothesis and of the closest reference, then matching n-grams and n-grams by
+    order. The score of one sample leaves out the orders that it is too short for.
     """
 
     names = ("bleu",)
     lower_is_better = False
 
     def __init__(self) -> None:
-        bleu = library("sacrebleu").BLEU
-        self._corpus, self._sentence = bleu(), bleu(effective_order=True)
+        self._bleu = library("sacrebleu").BLEU(effective_order=True)
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
-        return _sacrebleu_counts(self._corpus, hypothesis, references)
+        """Return sacrebleu's statistics of the sample."""
+        score = self._bleu.sentence_score(hypothesis, references)
+        return Counts((score.sys_len, score.ref_len, *score.counts, *score.totals))
 
     def sample_scores(self, counts: Counts) -> Scores:
-        return {"bleu": _sacrebleu_score(self._sentence, counts)}
+        """Return sentence BLEU."""
+        return {"bleu": self._score(counts, effective_order=True)}
 
     def corpus_scores(self, counts: Counts) -> Scores:
-        return {"bleu": _sacrebleu_score(self._corpus, counts)}
+        """Return corpus BLEU."""
+        return {"bleu": self._score(counts, effective_order=False)}
+
+    def _score(self, counts: Counts, effective_order: bool) -> float:
+        sys_len, ref_len, *ngrams = counts.values
+        correct, total = ngrams[: len(ngrams) // 2], ngrams[len(ngrams) // 2 :]
+        score = self._bleu.compute_bleu(
+            correct, total, sys_len, ref_len, smooth_method="exp", effective_order=effective_order
+        )
+        return float(score.score)
 
 
 class Chrf:
-    """chrF, 0 to 100: Popovic, WMT 2015; as sacrebleu, characters of order 6, beta 2.
+    """chrF, 0 to 100 (Popovic, WMT 2015): characters without whitespace, orders 1 to 6, beta 2.
 
-    Counts are sacrebleu's: by order, the n-grams of the hypothesis, of the best reference, and in both.
+    Equal to sacrebleu's CHRF, which offers no statistics that add up. Counts, by order: the n-grams of the
+    hypothesis (if the reference has any), of the best reference, and in both.
     """
 
     names = ("chrf",)
     lower_is_better = False
-
-    def __init__(self) -> None:
-        self._metric = library("sacrebleu").CHRF()
+    ORDER = 6
+    BETA = 2
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
-        return _sacrebleu_counts(self._metric, hypothesis, references)
+        """Return the counts against the reference of the highest score."""
+        grams = self._ngrams(hypothesis)
+        counts = [
+            Counts(
+                tuple(
+                    count
+                    for left, right in zip(grams, self._ngrams(reference), strict=True)
+                    for count in (left.total() if right else 0, right.total(), (left & right).total())
+                )
+            )
+            for reference in references
+        ]
+        return max(counts, key=self._score)
+
+    def _ngrams(self, text: str) -> list[Counter[str]]:
+        text = "".join(text.split())
+        return [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, self.ORDER + 1)]
+
+    def _score(self, counts: Counts) -> float:
+        orders = [order for order in zip(*[iter(counts.values)] * 3, strict=True) if order[0] and order[1]]
+        precision = sum(match / hypothesis for hypothesis, _, match in orders) / max(1, len(orders))
+        recall = sum(match / reference for _, reference, match in orders) / max(1, len(orders))
+        if not precision + recall:
+            return 0.0
+        return 100 * ((1 + self.BETA**2) * precision * recall / (self.BETA**2 * precision + recall))
 
     def sample_scores(self, counts: Counts) -> Scores:
-        return {"chrf": _sacrebleu_score(self._metric, counts)}
+        """Return chrF of one sample, or of a corpus."""
+        return {"chrf": self._score(counts)}
 
     corpus_scores = sample_scores
-
-
-def _sacrebleu_counts(metric: Any, hypothesis: str, references: Sequence[str]) -> Counts:
-    """What every sacrebleu metric adds up over the sentences; its public verbs give scores only."""
-    (counts,) = metric._extract_corpus_statistics([hypothesis], [[reference] for reference in references])
-    return Counts(tuple(counts))
-
-
-def _sacrebleu_score(metric: Any, counts: Counts) -> float:
-    return float(metric._compute_score_from_stats(list(counts.values)).score)
 
 
 class Rouge:
