@@ -64,12 +64,29 @@ def png_header(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(b"\0" * 1000)) + png_chunk(b"IEND", b"")
 
 
-def png16(values: np.ndarray) -> bytes:
-    """A 16-bit RGB PNG, which Pillow does not write."""
-    height, width, _ = values.shape
-    rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in values)
-    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, 2, 0, 0, 0))
-    return b"\x89PNG\r\n\x1a\n" + header + png_chunk(b"IDAT", zlib.compress(rows)) + png_chunk(b"IEND", b"")
+def png_of(values: np.ndarray, bits: int, *chunks: bytes) -> bytes:
+    """A grey [H, W] or RGB [H, W, 3] PNG of any bit depth, with `chunks` between the header and the pixels."""
+    rows = []
+    for row in values:
+        if bits == 16:
+            packed = row.astype(">u2").tobytes()
+        else:
+            packed = np.packbits(np.unpackbits(row.astype(np.uint8)[..., None], axis=-1)[..., 8 - bits :]).tobytes()
+        rows.append(b"\0" + packed)
+    colour_type = 2 if values.ndim == 3 else 0
+    header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", values.shape[1], len(values), bits, colour_type, 0, 0, 0))
+    pixels = png_chunk(b"IDAT", zlib.compress(b"".join(rows)))
+    return b"".join([b"\x89PNG\r\n\x1a\n", header, *chunks, pixels, png_chunk(b"IEND", b"")])
+
+
+def with_chunks(png: bytes, *chunks: bytes, at_end: bool = False) -> bytes:
+    """The PNG with more chunks, behind its header or behind its pixels."""
+    at = len(png) - 12 if at_end else 33
+    return png[:at] + b"".join(chunks) + png[at:]
+
+
+def bad_crc(chunk: bytes) -> bytes:
+    return chunk[:-1] + bytes([chunk[-1] ^ 1])
 
 
 def tone(seconds: float = 0.5, rate: int = RATE, channels: int = 1) -> np.ndarray:
@@ -84,6 +101,25 @@ def sound(
     buffer = io.BytesIO()
     soundfile.write(buffer, tone(seconds, rate, channels), rate, format=kind, subtype=subtype)
     return buffer.getvalue()
+
+
+def id3v2(size: int = 300, *, version: int = 4, footer: bool = False, plain_size: bool = False) -> bytes:
+    """An ID3v2 tag with `size` bytes behind its header; the size is syncsafe, as it should be, or plain."""
+    size_bytes = size.to_bytes(4, "big") if plain_size else bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
+    header = bytes([version, 0, 0x10 if footer else 0]) + size_bytes
+    body = b"APIC\0\0\x10\0\0\0" + b"\xff\xfb\x90\x64" * size  # frame headers inside a cover are no sound
+    return b"ID3" + header + body[:size] + (b"3DI" + header if footer else b"")
+
+
+ID3V1 = b"TAG" + b"A title".ljust(122, b"\0") + b"\0\x05\x11"
+
+
+def apev2(with_header: bool = True) -> bytes:
+    items = struct.pack("<II", 7, 0) + b"Title\0a title"
+    fields = struct.pack("<III", 2000, len(items) + 32, 1)
+    flags = 1 << 31 if with_header else 0
+    header = b"APETAGEX" + fields + struct.pack("<I8x", flags | 1 << 29)
+    return (header if with_header else b"") + items + b"APETAGEX" + fields + struct.pack("<I8x", flags)
 
 
 IMAGES: Mapping[str, bytes] = {
@@ -169,6 +205,101 @@ class TestImage:
             expected = (colour * alpha + np.array(background) * (255 - alpha) + 127) // 255
             np.testing.assert_array_equal(decode_image(data, LIMITS, background)[0], expected, err_msg=name)
 
+    @pytest.mark.parametrize("background", [(255, 255, 255), (10, 200, 77)])
+    @pytest.mark.parametrize("bits", [1, 2, 4, 8, 16])
+    def test_one_grey_level_is_transparent(self, bits: int, background: tuple[int, int, int]) -> None:
+        top = 2**bits - 1
+        levels = np.arange(1 << min(bits, 12)).reshape(2, -1) * (16 if bits == 16 else 1)
+        for level in (0, 1, top // 3 // 16 * 16 if bits == 16 else top // 3, top):
+            data = png_of(levels, bits, png_chunk(b"tRNS", struct.pack(">H", level)))
+            expected = np.repeat(np.rint(levels * 255 / top).astype(np.uint8)[..., None], 3, axis=2)
+            expected[levels == level] = background
+            np.testing.assert_array_equal(decode_image(data, LIMITS, background)[0], expected)
+
+    @pytest.mark.parametrize("bits", [8, 16])
+    def test_one_colour_is_transparent(self, bits: int) -> None:
+        colour = np.random.default_rng(bits).integers(0, 2**bits, (20, 30, 3))
+        colour[3, 4], colour[5, 6] = colour[0, 0], colour[0, 0] ^ (0, 0, 1)  # one bit beside it is opaque
+        data = png_of(colour, bits, png_chunk(b"tRNS", colour[0, 0].astype(">u2").tobytes()))
+        expected = colour >> (bits - 8)
+        expected[(colour == colour[0, 0]).all(axis=2)] = (1, 2, 3)
+        assert (expected == (1, 2, 3)).all(axis=2).sum() == 2
+        np.testing.assert_array_equal(decode_image(data, LIMITS, (1, 2, 3))[0], expected)
+
+    def test_bits_of_a_transparent_level_beyond_the_depth_are_ignored(self) -> None:
+        levels = np.arange(4)[None]
+        data = png_of(levels, 2, png_chunk(b"tRNS", struct.pack(">H", 0xFF02)))
+        assert decode_image(data, LIMITS)[0][0, :, 0].tolist() == [0, 85, 255, 255]
+
+    PROFILE = zlib.compress(b"\1" * (2 << 20))
+    ANCILLARY: Mapping[str, bytes] = {
+        "profile of 2 MiB": png_chunk(b"iCCP", b"x\0\0" + PROFILE),
+        "profile of an unknown compression": png_chunk(b"iCCP", b"x\0\7abc"),
+        "compressed text of 2 MiB": png_chunk(b"zTXt", b"workflow\0\0" + PROFILE),
+        "international text of 2 MiB": png_chunk(b"iTXt", b"prompt\0\1\0\0\0" + PROFILE),
+        "plain text of 2 MiB": png_chunk(b"tEXt", b"parameters\0" + b"a" * (2 << 20)),
+        "70 MiB of text": 70 * png_chunk(b"iTXt", b"prompt\0\0\0\0\0" + b"a" * (1 << 20)),
+        "XMP that expands to 2 MiB": png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + PROFILE),
+        "EXIF text that expands to 2 MiB": png_chunk(b"zTXt", b"Raw profile type exif\0\0" + PROFILE),
+        "EXIF text that is not hexadecimal": png_chunk(b"tEXt", b"Raw profile type exif\0\n\n\nxyz"),
+        "physical size of 2 bytes": png_chunk(b"pHYs", b"ab"),
+        "gamma of 1 byte": png_chunk(b"gAMA", b"a"),
+        "animation control of no frames": png_chunk(b"acTL", bytes(8)),
+        "frame control out of sequence": png_chunk(b"fcTL", bytes([255] * 26)),
+        "unknown chunk": png_chunk(b"abCd", b"x" * 100),
+        **{
+            f"wrong checksum in {name.decode()}": bad_crc(png_chunk(name, body))
+            for name, body in {
+                b"tEXt": b"Title\0x",
+                b"iTXt": b"XML:com.adobe.xmp\0\0\0\0\0x",
+                b"iCCP": b"x\0\0" + zlib.compress(b"1"),
+                b"pHYs": bytes(9),
+                b"eXIf": b"II*\0",
+                b"abCd": b"",
+            }.items()
+        },
+    }
+
+    @pytest.mark.parametrize("at_end", [False, True])
+    @pytest.mark.parametrize("name", ANCILLARY)
+    def test_ancillary_chunks_of_a_png_never_cost_the_picture(self, name: str, at_end: bool) -> None:
+        data = with_chunks(IMAGES["png"], self.ANCILLARY[name], at_end=at_end)
+        pixels, size = decode_image(data, LIMITS)
+        np.testing.assert_array_equal(pixels, np.asarray(opened(IMAGES["png"])))
+        assert size == image_size(data, LIMITS) == (96, 64)
+
+    @pytest.mark.parametrize("at_end", [False, True])
+    @pytest.mark.parametrize(
+        "chunk",
+        [
+            png_chunk(b"eXIf", b"MM\0*\0\0\0\x08\0\x01\x01\x12\0\x03\0\0\0\x01\0\x06\0\0\0\0\0\0"),
+            png_chunk(b"iTXt", b'XML:com.adobe.xmp\0\0\0\0\0<x tiff:Orientation="6"/>'),
+            png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b'<x tiff:Orientation="6"/>')),
+            png_chunk(
+                b"zTXt",
+                b"Raw profile type exif\0\0"
+                + zlib.compress(
+                    b"\nexif\n32\n" + b"457869660000" + b"4d4d002a0000000800010112000300000001000600000000"
+                ),
+            ),
+        ],
+    )
+    def test_the_orientation_of_a_png_is_read_from_exif_and_xmp(self, chunk: bytes, at_end: bool) -> None:
+        data = with_chunks(IMAGES["png"], chunk, at_end=at_end)
+        expected = np.asarray(opened(IMAGES["png"]).transpose(Image.Transpose.ROTATE_270))
+        np.testing.assert_array_equal(decode_image(data, LIMITS)[0], expected)
+        assert image_size(data, LIMITS) == (64, 96)
+
+    def test_a_wrong_checksum_in_what_makes_the_pixels_costs_the_picture(self) -> None:
+        grey = photo(mode="L")
+        transparent = png_of(np.asarray(grey), 8, bad_crc(png_chunk(b"tRNS", b"\0\x64")))
+        palette = IMAGES["png palette"]
+        start = palette.index(b"PLTE") - 4
+        end = start + 12 + int.from_bytes(palette[start : start + 4], "big")
+        for data in (transparent, palette[:start] + bad_crc(palette[start:end]) + palette[end:]):
+            with pytest.raises(DecodeError, match="damaged PNG"):
+                decode_image(data, LIMITS)
+
     @pytest.mark.parametrize("kind", ["PNG", "TIFF"])
     def test_16_bit_grey_is_rounded(self, kind: str) -> None:
         values = np.arange(65536, dtype=np.uint16).reshape(256, 256)
@@ -184,7 +315,7 @@ class TestImage:
         pixels, _ = decode_image(saved(big_endian, "TIFF"), LIMITS)
         np.testing.assert_array_equal(pixels[:, :, 0], np.rint(values / 257))
         colour = np.random.default_rng(0).integers(0, 65536, (20, 30, 3), dtype=np.uint16)
-        np.testing.assert_array_equal(decode_image(png16(colour), LIMITS)[0], colour >> 8)
+        np.testing.assert_array_equal(decode_image(png_of(colour, 16), LIMITS)[0], colour >> 8)
 
     def test_32_bit_grey(self) -> None:
         integers = np.array([[-5, 0, 257, 65535, 1 << 30]], dtype=np.int32)
@@ -273,7 +404,7 @@ class TestImage:
 
     @pytest.mark.parametrize("data", [b"", b"\0", b"%!PS-Adobe-3.0 EPSF", b"<svg>", b"SIMPLE  =  T", b"P6 1 1 255 abc"])
     def test_other_formats_are_not_opened(self, data: bytes) -> None:
-        with pytest.raises(DecodeError, match=r"no picture of a known format .*(it begins with|it is empty)"):
+        with pytest.raises(DecodeError, match=r"not an image of a known format .*(it begins with|it is empty)"):
             decode_image(data, LIMITS)
 
     def test_pillows_warnings_do_not_leak(self) -> None:
@@ -363,6 +494,137 @@ class TestAudio:
         assert 4.0 <= audio.seconds < 4.3  # without the header, the encoder's padding cannot be cut off
         assert audio.seconds == audio_seconds(bare, LIMITS)
 
+    TAGS: Mapping[str, tuple[bytes, bytes]] = {
+        "title": (id3v2(), b""),
+        "cover": (id3v2(200_000), b""),
+        "version 2.2": (id3v2(version=2), b""),
+        "version 2.3": (id3v2(version=3), b""),
+        "empty": (id3v2(0), b""),
+        "with a footer": (id3v2(footer=True), b""),
+        "two": (id3v2() + id3v2(20_000), b""),
+        "two with footers": (id3v2(footer=True) + id3v2(500, footer=True), b""),
+        "zeros behind it": (id3v2() + bytes(3000), b""),
+        "size that is not syncsafe": (id3v2(5000, plain_size=True), b""),
+        "small size that is not syncsafe": (id3v2(0x150, plain_size=True), b""),
+        "size with a high bit that is not syncsafe": (id3v2(0x90, plain_size=True), b""),
+        "id3v1": (b"", ID3V1),
+        "ape": (b"", apev2()),
+        "ape without a header": (b"", apev2(with_header=False)),
+        "all": (id3v2(), apev2() + ID3V1),
+        "ape in front": (apev2(), b""),
+    }
+
+    @pytest.mark.parametrize("tags", TAGS)
+    @pytest.mark.parametrize("name", SOUNDS)
+    def test_tags_change_nothing(self, name: str, tags: str) -> None:
+        before, behind = self.TAGS[tags]
+        data = before + SOUNDS[name] + behind
+        expected, audio = (decode_audio(file, LIMITS, frozenset()) for file in (SOUNDS[name], data))
+        np.testing.assert_array_equal(audio.waves[RATE], expected.waves[RATE])
+        assert audio.seconds == expected.seconds == audio_seconds(data, LIMITS)
+
+    def test_an_mp3_without_xing_header_behind_a_tag(self) -> None:
+        bare = SOUNDS["mp3"][SOUNDS["mp3"].index(SOUNDS["mp3"][:2], 2) :]
+        expected = decode_audio(bare, LIMITS, frozenset())
+        audio = decode_audio(id3v2() + bare + ID3V1, LIMITS, frozenset())
+        np.testing.assert_array_equal(audio.waves[RATE], expected.waves[RATE])
+
+    @pytest.mark.parametrize(
+        ("data", "message"),
+        [
+            (id3v2(0xFFFFFFF)[:1000] + SOUNDS["mp3"], "truncated ID3v2 tag .expected 268,435,465 bytes, found"),
+            (b"ID3\4\0\0\xff\xff\xff\xff" + SOUNDS["mp3"], "truncated ID3v2 tag"),
+            (id3v2(5000) + SOUNDS["mp3"][:0], "not audio of a known format.*it is empty"),
+            (id3v2(300)[:200], "truncated ID3v2 tag .expected 310 bytes, found 200"),
+            (b"ID3\4\0", "truncated ID3v2 tag"),
+            (id3v2() + b"%PDF-1.7" * 100, "not audio of a known format.*it begins with b'%PDF"),
+            (id3v2() + b"\xff\xf1\x50\x80" * 100, "AAC"),
+            (b"\xff\xf9\x50\x80" * 100, "AAC"),
+            (id3v2() + b"\0\0\0\x20ftypM4A " + bytes(100), "AAC"),
+            (id3v2(0) * 1000 + SOUNDS["mp3"], "more than 100 tags"),
+            (id3v2(0) * 1_000_000, "more than 100 tags"),
+        ],
+    )
+    def test_tags_that_lie(self, data: bytes, message: str) -> None:
+        for read in (lambda: decode_audio(data, LIMITS, frozenset()), lambda: audio_seconds(data, LIMITS)):
+            with pytest.raises(DecodeError, match=message):
+                read()
+
+    @pytest.mark.parametrize("subtype", ["VORBIS", "OPUS"])
+    def test_chained_ogg_streams_are_read_to_the_last(self, subtype: str) -> None:
+        streams = [sound("OGG", subtype, seconds=seconds) for seconds in (0.5, 1.0, 0.25)]
+        waves = [decode_audio(stream, LIMITS, frozenset()).waves[RATE] for stream in streams]
+        data = b"".join(streams)
+        audio = decode_audio(data, LIMITS, frozenset({8000}))
+        expected = soxr.resample(np.concatenate(waves), RATE, 8000, quality="HQ")
+        np.testing.assert_array_equal(audio.waves[8000], expected)
+        assert audio.seconds == audio_seconds(data, LIMITS) == 1.75
+        np.testing.assert_array_equal(decode_audio(data, LIMITS, frozenset()).waves[RATE], np.concatenate(waves))
+
+    def test_chained_ogg_streams_of_several_rates_and_channels(self) -> None:
+        streams = [
+            sound("OGG", "VORBIS"),
+            sound("OGG", "OPUS", rate=48_000, channels=2),
+            sound("OGG", "VORBIS", rate=8000),
+        ]
+        data = b"".join(streams)
+        audio = decode_audio(data, LIMITS, frozenset())
+        parts = [decode_audio(stream, LIMITS, frozenset({RATE})).waves[RATE] for stream in streams]
+        np.testing.assert_array_equal(audio.waves[RATE], np.concatenate(parts))
+        assert list(audio.waves) == [RATE]
+        assert audio.seconds == audio_seconds(data, LIMITS) == 1.5
+
+    def test_a_chain_with_a_damaged_stream_is_refused(self) -> None:
+        first, second = sound("OGG", "VORBIS"), sound("OGG", "OPUS")
+        for data in (first + second[:-30], first + second.replace(b"OpusHead", b"OpusHeda"), first[:-30] + second):
+            with pytest.raises(DecodeError, match="Ogg"):
+                decode_audio(data, LIMITS, frozenset())
+
+    def test_the_limits_are_those_of_the_whole_chain(self) -> None:
+        data = sound("OGG", "OPUS") * 3
+        assert decode_audio(data, Limits(seconds=1.5), frozenset()).seconds == 1.5
+        for read in (
+            lambda: decode_audio(data, Limits(seconds=1.25), frozenset()),
+            lambda: audio_seconds(data, Limits(seconds=1.25)),
+        ):
+            with pytest.raises(LimitError, match=r"at most 1\.2"):
+                read()
+        with pytest.raises(LimitError, match="more than 1,000 streams"):
+            decode_audio(sound("OGG", "OPUS", seconds=0.01) * 1001, LIMITS, frozenset())
+
+    @pytest.mark.parametrize("between", [b"", id3v2(), ID3V1, ID3V1 + id3v2(), apev2() + ID3V1 + id3v2(20_000)])
+    @pytest.mark.parametrize("xing", [True, False])
+    def test_mp3s_that_follow_each_other_are_read_to_the_last(self, between: bytes, xing: bool) -> None:
+        first, second = sound("MP3", seconds=2.0), sound("MP3", seconds=3.0)
+        rest = second if xing else second[second.index(second[:2], 2) :]
+        data = id3v2() + first + between + rest + ID3V1
+        expected = [decode_audio(file, LIMITS, frozenset()).waves[RATE] for file in (first, rest)]
+        audio = decode_audio(data, LIMITS, frozenset())
+        np.testing.assert_array_equal(audio.waves[RATE], np.concatenate(expected))
+        assert audio.seconds == audio_seconds(data, LIMITS)
+
+    @pytest.mark.parametrize("behind", [bytes(9000), b"x" * 9000, b"\xff\xfb" * 4500, ID3V1 * 3])
+    def test_junk_behind_an_mp3_changes_nothing(self, behind: bytes) -> None:
+        expected = decode_audio(SOUNDS["mp3"], LIMITS, frozenset())
+        audio = decode_audio(SOUNDS["mp3"] + behind, LIMITS, frozenset())
+        np.testing.assert_array_equal(audio.waves[RATE], expected.waves[RATE])
+
+    def test_libsndfile_still_guesses_the_length_of_an_mp3_without_xing_header(self) -> None:
+        """If this fails, libsndfile counts the frames, and `_HiddenLength` can go."""
+        quiet_at_first = tone(4.0) * (np.arange(4 * RATE) > RATE)[:, None]
+        buffer = io.BytesIO()
+        soundfile.write(buffer, quiet_at_first, RATE, format="MP3", bitrate_mode="VARIABLE")
+        data = buffer.getvalue()
+        assert abs(soundfile.info(io.BytesIO(data[data.index(data[:2], 2) :])).duration - 4) > 1
+
+    def test_soundfile_still_seeks_after_each_read(self) -> None:
+        """If this fails, blocks of an MP3 equal the whole, and `_Stream` can be a plain SoundFile."""
+        with soundfile.SoundFile(io.BytesIO(SOUNDS["mp3"])) as file:
+            whole = file.read(dtype="float32")
+        with soundfile.SoundFile(io.BytesIO(SOUNDS["mp3"])) as file:
+            blocks = [file.read(1000, dtype="float32") for _ in range(len(whole) // 1000 + 1)]
+        assert not np.array_equal(np.concatenate(blocks), whole)
+
     def test_length_limit_by_the_header_and_in_fact(self) -> None:
         for name, data in SOUNDS.items():
             with pytest.raises(LimitError, match=r"sound of .* seconds or more, at most 0.2"):
@@ -422,10 +684,10 @@ class TestAudio:
             decode_audio(sound(rate=48_000, seconds=1.5 / 48_000), LIMITS, frozenset({16_000}))
 
     def test_other_formats_are_not_opened(self) -> None:
-        with pytest.raises(DecodeError, match=r"m4a, AAC.* cannot be read here; WAV, FLAC"):
+        with pytest.raises(DecodeError, match=r"m4a, AAC.* is not supported; WAV, FLAC"):
             decode_audio(b"\0\0\0\x20ftypM4A \0\0\0\0" + b"\0" * 100, LIMITS, frozenset())
         for data in (b"", b"\0" * 100, sound("AIFF"), sound("AU"), sound("CAF")):
-            with pytest.raises(DecodeError, match="no sound of a known format"):
+            with pytest.raises(DecodeError, match="not audio of a known format"):
                 decode_audio(data, LIMITS, frozenset())
 
     def test_rates_out_of_range(self) -> None:

@@ -1,15 +1,20 @@
-"""Bytes to mono float32 waveforms, by libsndfile and soxr. Not features: those are made on the device.
+"""Bytes to mono float32 waveforms, by libsndfile and soxr. Features are computed on the device.
 
-Read: WAV (PCM of 8 to 32 bits, float, A-law, mu-law, ADPCM), FLAC, MP3, Ogg Vorbis and Opus. Channels
-are averaged. A sound that ends before its own header says is refused: a WAV by its data chunk, an MP3
-by its Xing header, a FLAC by libsndfile, an Ogg if it breaks off inside a page. An MP3 without a Xing
-header, or an Ogg cut between two pages, cannot be told from a whole one.
+Supported: WAV (PCM of 8 to 32 bits, float, A-law, mu-law, ADPCM), FLAC, MP3, Ogg Vorbis and Opus. Channels
+are averaged. Tags (ID3v1, ID3v2, APEv2) are skipped. Streams that follow each other in one file, a chained
+Ogg or joined MP3s, are decoded to the last.
+
+A file that ends before its header says is refused: a WAV by its data chunk, an MP3 by its Xing header, a
+FLAC by libsndfile, an Ogg that ends inside a page. A cut cannot be detected in an MP3 without a Xing header,
+nor in an Ogg that ends between two pages.
 """
 
 import io
+import re
 import struct
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
+from itertools import groupby, pairwise
 
 import numpy as np
 import soundfile
@@ -20,67 +25,141 @@ from mmbeam.decode.common import codec_errors, first_bytes
 from mmbeam.errors import DecodeError, LimitError
 from mmbeam.types import Audio, Waveform
 
-_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG")  # of what libsndfile opens, what is let in
-_READABLE = "WAV, FLAC, MP3, Ogg Vorbis and Opus can be read"
-_RATES = (100, 384_000)  # Hz; outside of it memory would not be bounded by a limit in seconds
-_BLOCK_SAMPLES = 1 << 17  # decoded at a time, over all channels: 512 KB
+_FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG")  # libsndfile reads more; these are accepted
+_SUPPORTED = "WAV, FLAC, MP3, Ogg Vorbis and Opus are supported"
+_RATES = (100, 384_000)  # Hz; beyond them a limit in seconds would not bound memory
+_BLOCK_SAMPLES = 1 << 17  # decoded at a time, over all channels: 512 KiB
 _MP3_SLACK = 2 * 1152  # frames by which encoders' Xing headers differ from what is decoded
+_MP3_SAME_STREAM = 0xFFFE0C00  # bits of a frame header that are equal throughout a stream: sync, version, layer, rate
+_MIN_BARE_MP3 = 8192  # bytes: a shorter rest without a Xing header may be a difference in how encoders count
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile's count for a FLAC that was written to a pipe is near 2**63
-_UNKNOWN_SIZE = 0x7FFF0000  # from here on a size is what a program writes that cannot seek back (sox, ffmpeg)
+_UNKNOWN_SIZE = 0x7FFF0000  # programs that cannot seek back (sox, ffmpeg) write a size from here on
+_MAX_TAGS = 100
+_MAX_STREAMS = 1000
+_ZEROS = re.compile(rb"\0*")
+_OGG_FIRST_PAGE = re.compile(rb"OggS\0[\x02\x03\x06\x07]")  # the flag of the first page of a logical stream is set
 
 
 def decode_audio(data: bytes, limits: Limits, rates: Set[int]) -> Audio:
-    """The sound in mono at each of `rates` in Hz (soxr, HQ), at its own if there are none.
+    """Return the mono waveform at each of `rates` in Hz (soxr, HQ), or at its own rate if there are none.
 
-    Raises DecodeError for what is no whole sound, has no frames or samples that are not finite;
+    Raises DecodeError for data that is not a whole sound, has no frames, or has samples that are not finite;
     LimitError if it is longer than the limit, by its header or in fact.
     """
-    kind = _check(data)
-    with codec_errors(kind, len(data)), _opened(data, kind, limits) as sound:
-        own_rate, wave = sound.samplerate, _decode(sound, kind, limits)
-    waves = {rate: _resample(wave, own_rate, rate) for rate in sorted(rates or {own_rate})}
-    return Audio(waves=waves, seconds=len(wave) / own_rate)
+    kind, streams = _split(data)
+    decoded: list[tuple[int, Waveform]] = []  # sampling rate and samples
+    seconds = 0.0
+    for stream in streams:
+        with codec_errors(kind, len(data)), _opened(stream, kind, limits, seconds) as sound:
+            wave = _decode(sound, kind, limits, seconds)
+            if len(wave):
+                decoded.append((sound.samplerate, wave))
+                seconds += len(wave) / sound.samplerate
+    if not decoded:
+        raise DecodeError(f"{kind} of 0 frames")
+    runs = groupby(decoded, key=lambda stream: stream[0])
+    joined = [(rate, _join([wave for _, wave in run])) for rate, run in runs]
+    waves = {
+        rate: _join([_resample(wave, own_rate, rate) for own_rate, wave in joined])
+        for rate in sorted(rates or {joined[0][0]})
+    }
+    return Audio(waves=waves, seconds=seconds)
 
 
 def audio_seconds(data: bytes, limits: Limits) -> float:
-    """The length in seconds as the header gives it; the errors of `decode_audio`, as far as a header tells."""
-    kind = _check(data)
-    with codec_errors(kind, len(data)), _opened(data, kind, limits) as sound:
-        frames = len(_decode(sound, kind, limits)) if sound.frames >= _UNKNOWN_FRAMES else sound.frames
-        return float(frames / sound.samplerate)
+    """Return the length in seconds, from the header. Raises the errors of `decode_audio` that a header can cause."""
+    kind, streams = _split(data)
+    seconds = 0.0
+    for stream in streams:
+        with codec_errors(kind, len(data)), _opened(stream, kind, limits, seconds) as sound:
+            known = sound.frames < _UNKNOWN_FRAMES
+            frames = sound.frames if known else len(_decode(sound, kind, limits, seconds))
+            seconds += frames / sound.samplerate
+    return seconds
 
 
-def _check(data: bytes) -> str:
-    """The kind of sound by its first bytes, which are all there as far as the container tells."""
-    kind = _kind(data)
-    if kind == "WAV":
-        _check_wav_is_whole(data)
-    if kind == "Ogg":
-        _check_ogg_is_whole(data)
-    return kind
+def _split(data: bytes) -> tuple[str, list[bytes]]:
+    """Return the format by its first bytes, and the streams in the file, without tags.
+
+    Raises DecodeError if the container shows that bytes are missing.
+    """
+    start = _skip_tags(data, 0)
+    kind = _kind(data, start)
+    if kind is None:
+        if data[start + 4 : start + 8] == b"ftyp":
+            raise DecodeError(f"MP4 audio (m4a, AAC) is not supported; {_SUPPORTED}")
+        if int.from_bytes(data[start : start + 2], "big") & 0xFFF6 == 0xFFF0:
+            raise DecodeError(f"AAC audio (ADTS) is not supported; {_SUPPORTED}")
+        raise DecodeError(f"not audio of a known format ({_SUPPORTED}): {first_bytes(data[start : start + 16])}")
+    data = data[start:]
+    match kind:
+        case "WAV":
+            _check_wav_is_whole(data)
+        case "FLAC":  # libsndfile fails on tags behind it
+            data = data[: _end_without_tags(data)]
+        case "Ogg":
+            return kind, _split_ogg(data)
+        case "MP3":
+            return kind, _split_mp3(data)
+    return kind, [data]
 
 
-def _kind(data: bytes) -> str:
-    if data[:4] in (b"RIFF", b"RF64") and data[8:12] == b"WAVE":
+def _kind(data: bytes, start: int) -> str | None:
+    if data[start : start + 4] in (b"RIFF", b"RF64") and data[start + 8 : start + 12] == b"WAVE":
         return "WAV"
-    if data[:4] == b"fLaC":
+    if data.startswith(b"fLaC", start):
         return "FLAC"
-    if data[:4] == b"OggS":
+    if data.startswith(b"OggS", start):
         return "Ogg"
-    if data[:3] == b"ID3" or (len(data) > 1 and data[0] == 0xFF and data[1] >= 0xE0):
-        return "MP3"
-    if data[4:8] == b"ftyp":
-        raise DecodeError(f"MP4 audio (m4a, AAC) cannot be read here; {_READABLE}")
-    raise DecodeError(f"no sound of a known format ({_READABLE}): {first_bytes(data)}")
+    header = int.from_bytes(data[start : start + 2], "big")
+    return "MP3" if header >= 0xFFE0 and header & 0x06 else None  # layer 0 is AAC
+
+
+def _skip_tags(data: bytes, start: int) -> int:
+    """Return where the audio begins behind ID3v2, ID3v1 and APEv2 tags (https://id3.org/id3v2.4.0-structure)."""
+    for _ in range(_MAX_TAGS):
+        if data.startswith(b"ID3", start):
+            header = data[start : start + 10].ljust(10, b"\0")
+            footer = 10 if header[5] & 0x10 else 0
+            syncsafe = sum(byte << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=True))
+            ends = [start + 10 + size + footer for size in (syncsafe, int.from_bytes(header[6:], "big"))]
+            ends += [_ZEROS.match(data, end).end() for end in ends]  # type: ignore[union-attr]  # it matches anywhere
+            # Some programs write the size as a plain integer, or zeros behind the tag.
+            known = (end for end in ends if _kind(data, end) or data[end : end + 3] in (b"ID3", b"TAG", b"APE"))
+            end = next(known, ends[0])
+            name = "ID3v2"
+        elif data.startswith(b"APETAGEX", start):
+            end, name = start + 32 + int.from_bytes(data[start + 12 : start + 16], "little"), "APEv2"
+        elif data.startswith(b"TAG", start):
+            end, name = start + 128, "ID3v1"
+        else:
+            return start
+        if end > len(data):
+            raise DecodeError(f"truncated {name} tag (expected {end - start:,} bytes, found {len(data) - start:,})")
+        start = end
+    raise DecodeError(f"more than {_MAX_TAGS} tags")
+
+
+def _end_without_tags(data: bytes) -> int:
+    """Return where the audio ends before ID3v1 and APEv2 tags."""
+    end = len(data)
+    while True:
+        id3v1, ape = data[max(0, end - 128) : end], data[max(0, end - 32) : end]
+        if len(id3v1) == 128 and id3v1.startswith(b"TAG") and not any(0 < byte < 32 for byte in id3v1[3:125]):
+            end -= 128  # all of it but the track number and the genre is text
+        elif ape.startswith(b"APETAGEX") and 32 <= (size := int.from_bytes(ape[12:16], "little")) <= end:
+            end -= size + (32 if ape[23] & 0x80 else 0)  # the size leaves out a header
+        else:
+            return end
 
 
 def _check_wav_is_whole(data: bytes) -> None:
-    """Refuse a WAV whose data chunk is shorter than its header says: libsndfile would read what is there."""
+    """Refuse a WAV whose data chunk is shorter than its header says: libsndfile would read the rest silently."""
     position, long_size = 12, None
     while position + 8 <= len(data):
         name, size = struct.unpack_from("<4sI", data, position)
         position += 8
-        if name == b"ds64" and position + 16 <= len(data):  # RF64: sizes of the file and of its data
+        if name == b"ds64" and position + 16 <= len(data):  # RF64: 64-bit sizes of the file and of its data
             long_size = struct.unpack_from("<Q", data, position + 8)[0]
         if name == b"data":
             expected, found = long_size or size, len(data) - position
@@ -91,65 +170,103 @@ def _check_wav_is_whole(data: bytes) -> None:
     raise DecodeError(f"truncated WAV ({len(data):,} bytes, no data chunk)")
 
 
-def _check_ogg_is_whole(data: bytes) -> None:
-    """Refuse an Ogg that ends inside a page (RFC 3533): libsndfile would leave the page out."""
-    page = data.rfind(b"OggS")
+def _split_ogg(data: bytes) -> list[bytes]:
+    """Split a chained Ogg (RFC 3533, section 4) into its streams, of which libsndfile reads the first alone.
+
+    Raises DecodeError if the data ends inside a page, which libsndfile would leave out.
+    """
+    starts, header_end = [], -1
+    for match in _OGG_FIRST_PAGE.finditer(data):
+        if match.start() != header_end:  # first pages in a row belong to streams that are multiplexed
+            starts.append(match.start())
+        header_end = _page_end(data, match.start())
+        if len(starts) > _MAX_STREAMS:
+            raise LimitError(f"Ogg of more than {_MAX_STREAMS:,} streams")
+    streams = [data[start:end] for start, end in pairwise([0, *starts[1:], len(data)])]
+    for stream in streams:
+        end = _page_end(stream, stream.rfind(b"OggS"))
+        if len(stream) < end:
+            raise DecodeError(f"truncated Ogg (its last page ends at byte {end:,}, found {len(stream):,} bytes)")
+    return streams
+
+
+def _page_end(data: bytes, page: int) -> int:
     segments = data[page + 26] if page + 26 < len(data) else 0
-    end = page + 27 + segments + sum(data[page + 27 : page + 27 + segments])
-    if len(data) < end:
-        raise DecodeError(f"truncated Ogg (its last page ends at byte {end:,}, found {len(data):,} bytes)")
+    return page + 27 + segments + sum(data[page + 27 : page + 27 + segments])
+
+
+def _split_mp3(data: bytes) -> list[bytes]:
+    """Split MP3s that follow each other: libsndfile stops where the first one's Xing header ends the stream."""
+    starts = [0]
+    while len(starts) <= _MAX_STREAMS:
+        start = starts[-1]
+        xing = _xing(data, start)
+        has_size = xing >= 0 and int.from_bytes(data[xing + 4 : xing + 8], "big") & 3 == 3
+        size = int.from_bytes(data[xing + 12 : xing + 16], "big") if has_size else 0
+        if not 0 < size < len(data) - start:
+            return [data[start:end] for start, end in pairwise([*starts, len(data)])]
+        try:
+            after = _skip_tags(data, start + size)
+        except DecodeError:  # junk that begins like a tag
+            after = len(data)
+        first, second = (int.from_bytes(data[at : at + 4], "big") for at in (start, after))
+        is_bare = not (first ^ second) & _MP3_SAME_STREAM and len(data) - after >= _MIN_BARE_MP3
+        if _kind(data, after) != "MP3" or (_xing(data, after) < 0 and not is_bare):
+            return [data[start:end] for start, end in pairwise([*starts, len(data)])]
+        starts.append(after)
+    raise LimitError(f"more than {_MAX_STREAMS:,} joined MP3s")
+
+
+def _xing(data: bytes, frame: int) -> int:
+    """Return where the frame of an MP3 has its Xing header, -1 if it has none."""
+    return max(data.find(name, frame, frame + 64) for name in (b"Xing", b"Info"))
 
 
 @contextmanager
-def _opened(data: bytes, kind: str, limits: Limits) -> Iterator["_Sound"]:
-    with _Sound(_Memory(data, hide_length=kind == "MP3")) as sound:
+def _opened(data: bytes, kind: str, limits: Limits, seconds_before: float) -> Iterator["_Stream"]:
+    with _Stream(_HiddenLength(data) if kind == "MP3" else io.BytesIO(data)) as sound:
         if sound.format not in _FORMATS:
-            raise DecodeError(f"{sound.format_info} is not accepted; {_READABLE}")
+            raise DecodeError(f"{sound.format_info} is not supported; {_SUPPORTED}")
         if not _RATES[0] <= sound.samplerate <= _RATES[1]:
-            raise DecodeError(f"{kind} of {sound.samplerate:,} Hz; {_RATES[0]} to {_RATES[1]:,} Hz are accepted")
+            raise DecodeError(f"{kind} of {sound.samplerate:,} Hz; {_RATES[0]} to {_RATES[1]:,} Hz are supported")
         if sound.frames < _UNKNOWN_FRAMES:
-            _check_length(sound.frames, sound, limits)
+            _check_length(sound.frames, sound, limits, seconds_before)
         yield sound
 
 
-class _Sound(soundfile.SoundFile):  # type: ignore[misc]
+class _Stream(soundfile.SoundFile):  # type: ignore[misc]
     """A sound that is read from its beginning to its end.
 
-    soundfile seeks after each read, to where it is. That makes an MP3 forget bits that its next frame
-    needs, so that the samples depend on the size of the blocks, and fails in a FLAC of unknown length.
+    soundfile (0.14) seeks after each read, to where it already is. Seeking makes an MP3 decoder drop bits
+    that the next frame needs, so that samples depend on the size of the blocks, and fails in a FLAC of
+    unknown length. It does not seek in a file that is not seekable.
     """
 
     def seekable(self) -> bool:
         return False
 
 
-class _Memory(io.BytesIO):
-    """Bytes as a file for libsndfile, which with `hide_length` says that it is 0 bytes long.
+class _HiddenLength(io.BytesIO):
+    """A file of length 0 until it is read, for MP3s.
 
-    libsndfile then has an MP3 without a Xing header scanned for its true number of frames, where it
-    would extrapolate from the first one and cut the sound off.
+    libsndfile (1.2.2, mpeg_decode.c) trusts the number of frames that mpg123 extrapolates from the length of
+    a file without a Xing header, and cuts the sound there. Without a length it has mpg123 count the frames.
     """
 
-    def __init__(self, data: bytes, hide_length: bool) -> None:
-        super().__init__(data)
-        self._hide_length = hide_length
-
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
-        if whence == io.SEEK_END and self._hide_length:
-            return super().seek(0)
-        return super().seek(offset, whence)
+        return super().seek(0) if whence == io.SEEK_END else super().seek(offset, whence)
 
 
-def _decode(sound: _Sound, kind: str, limits: Limits) -> Waveform:
-    """All frames, averaged over the channels."""
-    blocks, frames = [], 0
+def _decode(sound: _Stream, kind: str, limits: Limits, seconds_before: float) -> Waveform:
+    """Return all frames, averaged over the channels."""
+    blocks, frames = [np.zeros(0, np.float32)], 0
     size = max(1, _BLOCK_SAMPLES // sound.channels)
     while len(block := sound.read(size, dtype="float32", always_2d=True)):
-        blocks.append(_mono(block))
+        with np.errstate(over="ignore", invalid="ignore"):  # adding columns is 30 times as fast as mean(axis=1)
+            total: Waveform = sum((block[:, channel] for channel in range(1, sound.channels)), start=block[:, 0])
+            blocks.append(total / np.float32(sound.channels))
         frames += len(block)
-        _check_length(frames, sound, limits)
-    if frames == 0:
-        raise DecodeError(f"{kind} without any sound: 0 frames")
+        _check_length(frames, sound, limits, seconds_before)
     if frames < sound.frames - (_MP3_SLACK if kind == "MP3" else 0) and sound.frames < _UNKNOWN_FRAMES:
         raise DecodeError(f"truncated {kind} (expected {sound.frames:,} frames, found {frames:,})")
     wave = np.concatenate(blocks)
@@ -158,18 +275,14 @@ def _decode(sound: _Sound, kind: str, limits: Limits) -> Waveform:
     return wave
 
 
-def _mono(block: np.ndarray) -> Waveform:
-    """[frames, channels] to [frames]; by columns, 30 times as fast as `mean(axis=1)`."""
-    channels = block.shape[1]
-    with np.errstate(over="ignore", invalid="ignore"):
-        wave: Waveform = sum((block[:, channel] for channel in range(1, channels)), start=block[:, 0])
-        return wave / np.float32(channels)
-
-
-def _check_length(frames: int, sound: _Sound, limits: Limits) -> None:
-    if frames > limits.seconds * sound.samplerate:
-        seconds = frames / sound.samplerate
+def _check_length(frames: int, sound: _Stream, limits: Limits, seconds_before: float) -> None:
+    if frames > (limits.seconds - seconds_before) * sound.samplerate:
+        seconds = seconds_before + frames / sound.samplerate
         raise LimitError(f"sound of {seconds:,.1f} seconds or more, at most {limits.seconds:,.1f} are decoded")
+
+
+def _join(waves: list[Waveform]) -> Waveform:
+    return waves[0] if len(waves) == 1 else np.concatenate(waves)
 
 
 def _resample(wave: Waveform, own_rate: int, rate: int) -> Waveform:

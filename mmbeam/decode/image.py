@@ -1,21 +1,24 @@
-"""Bytes to uint8 RGB pictures, by simplejpeg and Pillow. Not resizing: that is done on the device.
+"""Bytes to uint8 RGB images, by simplejpeg and Pillow. Resizing is done on the device.
 
-What a picture becomes, so that a row means the same everywhere:
-- The EXIF orientation is applied; colour profiles are not.
-- A transparent picture is laid on the background. Of an animation the first frame is taken.
-- 16-bit grey is rounded to 8 bits (value / 257). The other 16-bit pictures come as Pillow reads them
-  (the high byte), and the transparent colour of a 16-bit grey PNG is ignored.
-- 32-bit integer grey is taken as 16-bit, clipped to 0 to 65535; floating point grey as 0 (black, and
-  NaN) to 1 (white), clipped.
+The conversion is the same everywhere:
+- The EXIF orientation is applied. Colour profiles are not.
+- A transparent image is composited on the background. An animation yields its first frame.
+- 16-bit grey is rounded to 8 bits (value / 257). Other 16-bit images keep the high byte.
+- 32-bit integer grey is clipped to 0 to 65535 and treated as 16-bit. Floating-point grey is clipped to
+  0 (black, also NaN) to 1 (white).
 
-A JPEG that ends early, or whose data breaks off inside, is refused, although libjpeg would fill up with
-grey; the warnings that change no pixel (stray bytes, an odd marker) are accepted, as by Pillow.
+A truncated or damaged JPEG is refused, although libjpeg would fill the missing part with grey. Warnings
+that leave the pixels unchanged (stray bytes, an odd marker) are accepted, as by Pillow. Only chunks that
+change pixels can make a PNG fail: colour profiles, texts and animation chunks are skipped unread.
 """
 
 import io
 import re
+import struct
 import warnings
+import zlib
 from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import simplejpeg
@@ -35,7 +38,7 @@ from mmbeam.decode.common import codec_errors, first_bytes
 from mmbeam.errors import DecodeError, LimitError
 from mmbeam.types import ImageHWC
 
-# Opened by class: Image.open would apply a pixel limit of its own, which is global to the process.
+# Opened by class: Image.open applies Pillow's own pixel limit, which is global to the process.
 _OPENERS: Mapping[str, type[ImageFile.ImageFile]] = {
     "JPEG": JpegImagePlugin.JpegImageFile,
     "PNG": PngImagePlugin.PngImageFile,
@@ -56,10 +59,12 @@ _SIGNATURES = (
     (b"MM\0+", "TIFF"),
 )
 _ORIENTATION = 0x0112  # EXIF tag
+_PNG_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of text chunks
 # Each scan of a progressive JPEG is a pass over all pixels and may take 10 bytes; encoders write about 10 scans.
 _MAX_SCANS = 100
-# Of libjpeg's warnings (jerror.h) those after which pixels are missing or wrong.
+# libjpeg's warnings (jerror.h) after which pixels are missing or wrong
 _JPEG_DATA_LOST = ("remature end", "bad Huffman code", "instead of RST")
+_PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
 
@@ -70,66 +75,77 @@ def decode_image(
     side: int | None = None,
     draft: bool = False,
 ) -> tuple[ImageHWC, tuple[int, int]]:
-    """Pixels as uint8 RGB [height, width, 3], C-contiguous and writable, and (width, height) at full size.
+    """Return uint8 RGB [height, width, 3], C-contiguous and writable, and the full-size (width, height).
 
-    With `draft` a JPEG comes at 1/2, 1/4 or 1/8 of its size if its shorter side then still is at least
-    twice `side` pixels: faster, but other pixels than full decoding followed by a resize.
-    Raises DecodeError for what is no whole picture, LimitError for too many pixels.
+    With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side is then still at
+    least twice `side` pixels. This is faster; the pixels differ from full decoding followed by a resize.
+
+    Raises DecodeError for data that is not a whole image, LimitError for too many pixels.
     """
-    image, kind = _open(data, limits)
+    image, kind, orientation = _open(data, limits)
     with codec_errors(kind, len(data)):
-        factor = _draft_factor(image.size, side) if draft else 1
-        pixels = _decode_jpeg(image, data, factor) if kind == "JPEG" else None
+        pixels = None
+        if kind == "JPEG":
+            factors = [factor for factor in (8, 4, 2) if draft and side and min(image.size) // factor >= 2 * side]
+            pixels = _decode_jpeg(image, data, factors[0] if factors else 1)
         if pixels is None:
             image.load()
-            pixels = _to_rgb(image, background)
-        orientation = _orientation(image, kind)
+            pixels = _to_rgb(image, data, background)
         return np.ascontiguousarray(_upright(pixels, orientation)), _shown_size(image, orientation)
 
 
 def image_size(data: bytes, limits: Limits) -> tuple[int, int]:
-    """(width, height) as shown, from the header; the errors of `decode_image`, as far as a header tells."""
-    image, kind = _open(data, limits)
-    return _shown_size(image, _orientation(image, kind))
+    """Return the displayed (width, height), from the header.
+
+    Raises the errors of `decode_image` that a header can cause.
+    """
+    image, _, orientation = _open(data, limits)
+    return _shown_size(image, orientation)
 
 
-def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str]:
-    """The picture with its header read and its pixels counted, and the name of its format."""
-    kind = _kind(data)
-    _ignore_pillow_warnings()
+def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
+    """Return the image with its header read and its pixels counted, its format, and its EXIF orientation."""
+    kind = "WebP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
+    kind = kind or next((kind for signature, kind in _SIGNATURES if data.startswith(signature)), None)
+    if kind is None:
+        raise DecodeError(f"not an image of a known format ({', '.join(_OPENERS)}): {first_bytes(data)}")
+    # Warning filters are global and `catch_warnings` is not thread-safe, so the filter is set and stays.
+    if not warnings.filters or warnings.filters[0] != _PILLOW_FILTER:
+        warnings.filterwarnings("ignore", module=_PILLOW_FILTER[3].pattern)
     with codec_errors(kind, len(data)):
-        image = _OPENERS[kind](io.BytesIO(data))
+        pixel_chunks, metadata = _split_png(data) if kind == "PNG" else (data, data)
+        image = _OPENERS[kind](io.BytesIO(pixel_chunks))
     width, height = image.size
     if width * height > limits.pixels:
         raise LimitError(f"{kind} of {width:,} x {height:,} pixels, at most {limits.pixels:,} are decoded")
-    return image, kind
+    return image, kind, _orientation(image, kind, metadata)
 
 
-def _kind(data: bytes) -> str:
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "WebP"
-    for signature, kind in _SIGNATURES:
-        if data.startswith(signature):
-            return kind
-    raise DecodeError(f"no picture of a known format ({', '.join(_OPENERS)}): {first_bytes(data)}")
+def _split_png(data: bytes) -> tuple[bytes, bytes]:
+    """Split a PNG into one with the chunks that make its pixels, and one with those that may hold its orientation.
 
-
-def _ignore_pillow_warnings() -> None:
-    """Make sure that Pillow's warnings about odd files are ignored from here on, in every thread.
-
-    Filters are global and `catch_warnings` is not safe in threads, so the filter stays.
+    Pillow refuses an image for faults in the other chunks, and for a text or profile of more than 1 MiB.
     """
-    if not warnings.filters or warnings.filters[0] != _PILLOW_FILTER:
-        warnings.filterwarnings("ignore", module=_PILLOW_FILTER[3].pattern)
-
-
-def _draft_factor(size: tuple[int, int], side: int | None) -> int:
-    fits = [factor for factor in (8, 4, 2) if side is not None and min(size) // factor >= 2 * side]
-    return fits[0] if fits else 1
+    view = memoryview(data)
+    pixel_chunks, metadata = [view[:8]], [view[:33]]  # the signature; the signature and IHDR
+    position = 8
+    while position + 8 <= len(data):
+        length, name = struct.unpack_from(">I4s", data, position)
+        chunk, body = view[position : position + 12 + length], view[position + 8 : position + 8 + length]
+        if not name[0] & 0x20 or name == b"tRNS":  # critical chunks have a capital first letter
+            pixel_chunks.append(chunk)
+        elif (name == b"eXIf" or bytes(body[:22]).startswith(_PNG_ORIENTATION_TEXTS)) and chunk[-4:] == zlib.crc32(
+            chunk[4:-4]
+        ).to_bytes(4, "big"):
+            metadata.append(chunk)
+        position += 12 + length
+    if len(metadata) > 1:
+        metadata.append(memoryview(_PNG_END))
+    return b"".join(pixel_chunks), b"".join(metadata)
 
 
 def _decode_jpeg(image: ImageFile.ImageFile, data: bytes, factor: int) -> ImageHWC | None:
-    """The pixels as stored, at 1/factor of their size, or None if Pillow has to decode them."""
+    """Return the stored pixels at 1/factor of their size, or None if Pillow has to decode them."""
     width, height = image.size
     plain = image.mode in ("RGB", "L") and _simplejpeg_size(data) == (height, width)
     if not plain or image.info.get("progressive"):
@@ -162,7 +178,12 @@ def _check_scans(data: bytes) -> None:
         raise LimitError(f"JPEG of {scans:,} scans, at most {_MAX_SCANS} are decoded")
 
 
-def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> ImageHWC:
+def _to_rgb(image: ImageFile.ImageFile, data: bytes, background: tuple[int, int, int]) -> ImageHWC:
+    if image.format == "PNG" and image.mode in ("1", "L", "I;16", "RGB") and "transparency" in image.info:
+        transparent = _matches_trns(image, data, image.info.pop("transparency"))
+        pixels = _to_rgb(image, data, background)
+        pixels[transparent] = background
+        return pixels
     if image.mode == "F":
         return _grey_to_rgb(np.clip(np.nan_to_num(np.asarray(image), nan=0.0), 0, 1) * 255 + 0.5)
     if image.mode.startswith("I"):  # I;16, I;16B, I
@@ -174,25 +195,47 @@ def _to_rgb(image: Image.Image, background: tuple[int, int, int]) -> ImageHWC:
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
+def _matches_trns(image: ImageFile.ImageFile, data: bytes, value: Any) -> np.ndarray:
+    """Return which pixels of a grey or RGB PNG have the value of its tRNS chunk: bool [height, width].
+
+    Pillow scales grey of 2 and 4 bits to 8 bits but not the value, and drops the low byte of 16-bit RGB.
+    """
+    depth = data[data.index(b"IHDR") + 12]
+    top = 2**depth - 1
+    if image.mode != "RGB":
+        grey = np.asarray(image.convert("L") if image.mode == "1" else image)
+        return np.asarray(grey == (value & top) * (255 // top if depth < 16 else 1))
+    wanted = np.array(value) & top
+    if depth == 8:
+        return np.asarray((np.asarray(image) == wanted).all(axis=2))
+    low_bytes: Any = PngImagePlugin.PngImageFile(io.BytesIO(_split_png(data)[0]))
+    low_bytes.tile = [(*low_bytes.tile[0][:3], "RGB;16L")]  # of two bytes, keep the second
+    return np.asarray(((np.asarray(image) == wanted >> 8) & (np.asarray(low_bytes) == wanted & 255)).all(axis=2))
+
+
 def _grey_to_rgb(grey: np.ndarray) -> ImageHWC:
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def _orientation(image: ImageFile.ImageFile, kind: str) -> int:
-    """1 to 8 as EXIF numbers them; 1 (upright) if it is not said, or not legibly."""
-    if kind == "TIFF":  # Pillow has turned it already
+def _orientation(image: ImageFile.ImageFile, kind: str, metadata: bytes) -> int:
+    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
+    if kind == "TIFF":  # Pillow applies it
         return 1
     try:
-        orientation = image.getexif().get(_ORIENTATION, 1)
+        if kind == "PNG" and len(metadata) <= 33:  # no chunk that could hold it
+            return 1
+        if kind == "PNG":
+            image = PngImagePlugin.PngImageFile(io.BytesIO(metadata))
+        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # damaged EXIF; the pixels are what matters
+    except Exception:  # damaged metadata must not cost the pixels
         return 1
     return orientation if orientation in range(1, 9) else 1
 
 
 def _upright(pixels: ImageHWC, orientation: int) -> ImageHWC:
-    """The stored pixels as they are meant to be seen (EXIF 2.32, tag Orientation)."""
+    """Return the stored pixels as they are displayed (EXIF 2.32, tag Orientation)."""
     if orientation >= 5:
         pixels = pixels.transpose(1, 0, 2)
     if orientation in (3, 4, 7, 8):
