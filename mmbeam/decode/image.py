@@ -178,7 +178,7 @@ def _check_scans(data: bytes) -> None:
         raise LimitError(f"JPEG of {scans:,} scans, at most {_MAX_SCANS} are decoded")
 
 
-def _to_rgb(image: ImageFile.ImageFile, data: bytes, background: tuple[int, int, int]) -> ImageHWC:
+def _to_rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> ImageHWC:
     if image.format == "PNG" and image.mode in ("1", "L", "I;16", "RGB") and "transparency" in image.info:
         transparent = _matches_trns(image, data, image.info.pop("transparency"))
         pixels = _to_rgb(image, data, background)
@@ -195,7 +195,7 @@ def _to_rgb(image: ImageFile.ImageFile, data: bytes, background: tuple[int, int,
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _matches_trns(image: ImageFile.ImageFile, data: bytes, value: Any) -> np.ndarray:
+def _matches_trns(image: Image.Image, data: bytes, value: Any) -> np.ndarray:
     """Return which pixels of a grey or RGB PNG have the value of its tRNS chunk: bool [height, width].
 
     Pillow scales grey of 2 and 4 bits to 8 bits but not the value, and drops the low byte of 16-bit RGB.
@@ -217,7 +217,7 @@ def _grey_to_rgb(grey: np.ndarray) -> ImageHWC:
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def _orientation(image: ImageFile.ImageFile, kind: str, metadata: bytes) -> int:
+def _orientation(image: Image.Image, kind: str, metadata: bytes) -> int:
     """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
     if kind == "TIFF":  # Pillow applies it
         return 1

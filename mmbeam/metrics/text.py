@@ -135,7 +135,8 @@ class Chrf:
         recall = sum(match / reference for _, reference, match in orders) / max(1, len(orders))
         if not precision + recall:
             return 0.0
-        return 100 * ((1 + self.BETA**2) * precision * recall / (self.BETA**2 * precision + recall))
+        weight = float(self.BETA**2)
+        return 100 * ((1 + weight) * precision * recall / (weight * precision + recall))
 
     def sample_scores(self, counts: Counts) -> Scores:
         """Return chrF of one sample, or of a corpus."""
