@@ -108,7 +108,7 @@ class Chrf:
     names = ("chrf",)
     lower_is_better = False
     ORDER = 6
-    BETA = 2
+    BETA = 2.0
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
         """Return the counts against the reference of the highest score."""
@@ -130,13 +130,13 @@ class Chrf:
         return [Counter(text[i : i + n] for i in range(len(text) - n + 1)) for n in range(1, self.ORDER + 1)]
 
     def _score(self, counts: Counts) -> float:
-        orders = [order for order in zip(*[iter(counts.values)] * 3, strict=True) if order[0] and order[1]]
+        by_order = zip(counts.values[::3], counts.values[1::3], counts.values[2::3], strict=True)
+        orders = [order for order in by_order if order[0] and order[1]]
         precision = sum(match / hypothesis for hypothesis, _, match in orders) / max(1, len(orders))
         recall = sum(match / reference for _, reference, match in orders) / max(1, len(orders))
         if not precision + recall:
             return 0.0
-        weight = float(self.BETA**2)
-        return 100 * ((1 + weight) * precision * recall / (weight * precision + recall))
+        return 100 * ((1 + self.BETA**2) * precision * recall / (self.BETA**2 * precision + recall))
 
     def sample_scores(self, counts: Counts) -> Scores:
         """Return chrF of one sample, or of a corpus."""
