@@ -193,7 +193,7 @@ def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
 def time_of_first_batch(job: "EmbedJob") -> float:
     """Seconds from the start of the process until the model is called for the first time."""
     from mmbeam.jobs.launch import execute
-    from mmbeam.models.encoders.clip import ClipEncoder
+    from mmbeam.models.encoders.joint import ClipEncoder
 
     called: list[float] = []
 

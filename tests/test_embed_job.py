@@ -27,7 +27,7 @@ from mmbeam import process
 from mmbeam.config import Cleaning, ModelRef, Reading, Windows
 from mmbeam.errors import DeviceError, FailureRateError, MissingModalityError, RunMismatchError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed
-from mmbeam.models.encoders.clip import ClipEncoder
+from mmbeam.models.encoders.joint import ClipEncoder
 from mmbeam.types import RunReport
 
 

@@ -207,12 +207,12 @@ def edit(directory: Path, name: str, **changes: Any) -> None:
     [
         ({"truncation": "centre"}, "truncation is 'centre'; expected 'fusion' or 'rand_trunc'"),
         ({"padding": "loop"}, "padding is 'loop'"),
-        ({"feature_size": 0}, "feature_size is 0; expected a whole number"),
+        ({"feature_size": 0}, "feature_size is 0; expected a positive integer"),
         ({"hop_length": "480"}, "hop_length is '480'"),
         ({"frequency_max": float("nan")}, "frequency_max is nan"),
         ({"feature_extractor_type": "ASTFeatureExtractor"}, "feature_extractor_type is 'ASTFeatureExtractor'"),
         ({"truncation": "fusion"}, "enable_fusion False"),
-        ({"feature_size": 32}, "64 mel bins, the feature extractor 32"),
+        ({"feature_size": 32}, "64 mel bins, the feature extractor makes 32"),
     ],
 )
 def test_what_a_clap_extractor_may_not_say(changes: dict[str, Any], message: str, tmp_path: Path) -> None:

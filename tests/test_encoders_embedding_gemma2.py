@@ -205,7 +205,7 @@ def test_a_prompt_is_put_before_texts_alone(directory: Path, plain: Path, tmp_pa
 def test_a_placeholder_spelt_in_a_text_is_only_characters(directory: Path) -> None:
     encoder = loaded(directory, torch.device("cpu"))
     for ids in encoder.tokenize([f"a {token} dog" for token in [*SPECIAL.values(), "<bos>", "<eos>", "<|video|>"]]):
-        assert [token for token in ids if token < 12] == encoder.ends
+        assert [token for token in ids if token < 12] == [*encoder.begin, *encoder.end]
 
 
 def test_the_description(directory: Path, plain: Path, tmp_path: Path) -> None:

@@ -261,7 +261,7 @@ def test_every_family_is_where_the_registry_says() -> None:
 
 def test_an_unknown_family_is_an_error_that_names_the_known(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "yolos"}')
-    with pytest.raises(ModelError, match=r"no encoder for model_type 'yolos'; there are .*bert, .*clap, clip"):
+    with pytest.raises(ModelError, match=r"no encoder for model_type 'yolos'; supported: .*bert, .*clap, clip"):
         describe(tmp_path)
 
 
@@ -279,11 +279,11 @@ BAD_PROCESSORS = {
     "unknown class": ("clip", {"image_processor_type": "BeitImageProcessor"}, "is BeitImageProcessor; expected one of"),
     "unknown resampling": ("clip", {"resample": 0}, "resample 0; expected 2 .bilinear. or 3 .bicubic."),
     "unknown size": ("siglip", {"size": {"max_height": 9, "max_width": 9}}, "expected shortest_edge, or height"),
-    "no fixed size": ("clip", {"do_center_crop": False}, "pictures of different sizes"),
+    "no fixed size": ("clip", {"do_center_crop": False}, "images of different sizes"),
     "another size": (
         "siglip",
         {"size": {"height": 32, "width": 32}},
-        r"expects pictures of 48 x 48, .* makes \(32, 32\)",
+        r"expects images of \(48, 48\), .* makes \(32, 32\)",
     ),
     "other patches": ("siglip2", {"patch_size": 8}, f"expects patches of {PATCH} pixels"),
     "unresized patches": ("siglip2", {"do_resize": False}, "do_resize is false"),
@@ -403,5 +403,5 @@ def test_a_blip_for_captions_or_answers_encodes_pictures_alone(name: str, tmp_pa
 
 def test_a_bare_blip_model_is_an_error(checkpoints: Checkpoints, tmp_path: Path) -> None:
     directory = changed(checkpoints["blip"], tmp_path / "blip", "config.json", {"architectures": ["BlipModel"]})
-    with pytest.raises(ModelError, match="architectures names BlipModel; expected BlipForImageTextRetrieval"):
+    with pytest.raises(ModelError, match="architectures is BlipModel; expected BlipForImageTextRetrieval"):
         describe(directory)

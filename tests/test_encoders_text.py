@@ -223,14 +223,14 @@ def edit(directory: Path, name: str, **changes: Any) -> None:
     ("name", "changes", "message"),
     [
         ("1_Pooling/config.json", {"pooling_mode": "median"}, "unknown pooling \\['median'\\]"),
-        ("2_Dense/config.json", {"activation_function": "os.system"}, "activation 'os.system' is not supported"),
+        ("2_Dense/config.json", {"activation_function": "os.system"}, "activation 'os.system' is unsupported"),
         ("2_Dense/config.json", {"activation_function": "torch.nn.Linear"}, "activation 'torch.nn.Linear'"),
         ("2_Dense/config.json", {"out_features": 5}, "weights do not fit"),
-        ("2_Dense/config.json", {"out_features": None}, "out_features is None; expected a whole number"),
-        ("config_sentence_transformers.json", {"default_prompt_name": "ask"}, "default_prompt_name 'ask'"),
+        ("2_Dense/config.json", {"out_features": None}, "out_features is None; expected a positive integer"),
+        ("config_sentence_transformers.json", {"default_prompt_name": "ask"}, "default_prompt_name is 'ask'"),
         ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name is 'token_embeddings'"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task 'fill-mask'"),
-        ("sentence_bert_config.json", {"model_args": {"rotary": 1}}, "not supported: rotary"),
+        ("sentence_bert_config.json", {"model_args": {"rotary": 1}}, "unsupported options: rotary"),
         ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config"),
     ],
 )

@@ -149,11 +149,11 @@ def edit(directory: Path, name: str, **changes: Any) -> None:
 @pytest.mark.parametrize(
     ("family", "name", "changes", "message"),
     [
-        ("vit", "config.json", {"image_size": 32}, r"pictures of \(32, 32\), its image processor makes \(48, 48\)"),
+        ("vit", "config.json", {"image_size": 32}, r"images of \(32, 32\), its image processor makes \(48, 48\)"),
         ("resnet", "config.json", {"num_channels": 1}, "num_channels is 1; expected 3"),
         ("resnet", "preprocessor_config.json", {"size": {"height": 9, "width": 9}}, "expected shortest_edge alone"),
         ("dinov3_vit", "preprocessor_config.json", {"size": {"max_height": 9, "max_width": 9}}, "or height and width"),
-        ("dinov3_vit", "preprocessor_config.json", {"do_pad": True}, "sets do_pad, which is not implemented"),
+        ("dinov3_vit", "preprocessor_config.json", {"do_pad": True}, "sets do_pad, which is unsupported"),
         ("dinov2", "preprocessor_config.json", {"image_processor_type": "DPTImageProcessor"}, "is DPTImageProcessor"),
     ],
 )

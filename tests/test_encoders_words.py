@@ -14,11 +14,10 @@ from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbe
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models import word_vectors
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.encoders.word_vectors import read_word_vectors, word_vector_width
 from mmbeam.models.loading import digest
-from mmbeam.models.word_vectors import read_word_vectors
 
 WIDTH = 5
 WORDS = ["the", "cat", "Cat", "dog", "sat", ",", "don't", "naïve", "дом", "家", "u.s.", "\u2028"]
@@ -117,11 +116,11 @@ def test_a_file_of_vectors_is_part_of_the_models_digest(tmp_path: Path) -> None:
     [
         ({"vectors.txt": b"a 1 2\nb 1\n"}, r"vectors.txt, line 2: expected a word and 2 numbers, found b'b 1'"),
         ({"vectors.txt": b"2 2\na 1 2\nb 1 x\n"}, r"line 3: expected a word and 2 numbers, found b'b 1 x'"),
-        ({"vectors.txt": b"a 1 2\nb 1 nan\n"}, "row 2 holds a number that is not finite"),
-        ({"vectors.txt": b"1 " + b"9" * 5000 + b"\n"}, "row 1 holds a number that is not finite"),
-        ({"vectors.txt": b"a 1e39 1\n"}, "row 1 holds a number that is not finite"),
+        ({"vectors.txt": b"a 1 2\nb 1 nan\n"}, "row 2 has a number that is not finite"),
+        ({"vectors.txt": b"1 " + b"9" * 5000 + b"\n"}, "row 1 has a number that is not finite"),
+        ({"vectors.txt": b"a 1e39 1\n"}, "row 1 has a number that is not finite"),
         ({"vectors.txt": b""}, "expected lines of a word and its numbers"),
-        ({"vectors.txt": b"3 300\n"}, "holds no words"),
+        ({"vectors.txt": b"3 300\n"}, "has no words"),
         ({"vectors.txt": b"a 1\n" + b"b" * (1 << 20)}, "line 2: longer than 1,048,576 bytes"),
         ({"a.vec": b"a 1\n", "glove.txt": b"a 1\n"}, "expected one file of word vectors, found a.vec, glove.txt"),
         ({"model.safetensors": b"x" * 20, "vocab.txt": b"a\n"}, "cannot be read as safetensors"),
@@ -140,7 +139,7 @@ def test_a_file_that_cannot_be_read_is_an_error_that_names_the_line(
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [
-        ({"a": torch.zeros(2, 3)}, "expected 2 words, one a line, found 12"),
+        ({"a": torch.zeros(2, 3)}, "expected 2 words, one per line, found 12"),
         ({"a": torch.zeros(12, 3), "b": torch.zeros(12, 3)}, "expected one table"),
         ({"a": torch.zeros(12)}, "expected one table"),
     ],
@@ -166,4 +165,4 @@ def test_any_bytes_are_vectors_or_an_error(content: bytes, tmp_path_factory: pyt
     assert found.rows
     assert max(found.rows.values()) < len(found.table)
     assert np.isfinite(found.table).all()
-    assert found.table.shape[1] == word_vectors.word_vector_width(directory)
+    assert found.table.shape[1] == word_vector_width(directory)

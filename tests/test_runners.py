@@ -23,7 +23,7 @@ from mmbeam.config import Windows
 from mmbeam.errors import FlowError, UsageError
 from mmbeam.jobs.embed import EmbedJob, embed, prepare
 from mmbeam.jobs.launch import device_of, execute, pipeline_options, public_args
-from mmbeam.models.encoders.clip import ClipEncoder
+from mmbeam.models.encoders.joint import ClipEncoder
 from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
 from mmbeam.types import Batch, UnitReport
 

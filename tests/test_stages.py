@@ -13,7 +13,7 @@ from tiny_clip import save_clip
 
 from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.encoders.base import Encoded
-from mmbeam.models.encoders.clip import ClipEncoder
+from mmbeam.models.encoders.joint import ClipEncoder
 from mmbeam.models.placement import Device, resolve_device
 from mmbeam.process import may_decode
 from mmbeam.stages.embed import EmbedStage, embed_stage

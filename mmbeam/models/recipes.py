@@ -7,6 +7,7 @@ are ignored.
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -24,153 +25,158 @@ _PROCESSORS = (
     *("DINOv3ViTImageProcessor", "Gemma4ImageProcessor", "SiglipImageProcessor", "Siglip2ImageProcessor"),
     "ViTImageProcessor",
 )
-# transformers reads DINOv3's only where there is torchvision; its options are those of ViT's, with these defaults.
-_DINOV3 = "DINOv3ViTImageProcessor"
-_DINOV3_DEFAULTS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 _INTERPOLATIONS: Mapping[int, Interpolation] = {2: "bilinear", 3: "bicubic"}  # Pillow's numbers
-
-_USED = {
+_USED_OPTIONS = {
     *("do_resize", "size", "resample", "do_center_crop", "crop_size", "do_rescale", "rescale_factor"),
     *("do_normalize", "image_mean", "image_std", "patch_size", "max_num_patches", "crop_pct"),
     *("max_soft_tokens", "pooling_kernel_size"),
 }
-_HARMLESS = {
+_HARMLESS_OPTIONS = {
     *("image_processor_type", "feature_extractor_type", "processor_class", "auto_map", "model_input_names"),
     *("do_convert_rgb", "default_to_square", "input_data_format", "data_format", "return_tensors", "device"),
     "image_seq_length",
 }
+# transformers reads DINOv3's processor only if torchvision is installed. Its options are those of ViT's, with other
+# defaults.
+_DINOV3 = "DINOv3ViTImageProcessor"
+_DINOV3_DEFAULTS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
 
 def read_image_recipe(directory: Path) -> ImageRecipe:
-    """The recipe of the image processor in `directory`. Raises ModelError naming what is missing or unknown."""
-    settings = _read_settings(directory)
-    unknown = sorted(key for key, value in settings.items() if value and key not in _USED | _HARMLESS)
-    if unknown:
-        raise ModelError(f"{directory}: its image processor sets {', '.join(unknown)}, which is not implemented here")
-    size, crop = _size_and_crop(directory, settings)
+    """Return the recipe of the image processor in `directory`. Raises ModelError for what is missing or unsupported.
+
+    transformers reads the files, in old and new layouts, with each class's defaults, without torchvision.
+    """
+    options = _image_options(directory)
+    unsupported = sorted(
+        name for name, value in options.items() if value and name not in _USED_OPTIONS | _HARMLESS_OPTIONS
+    )
+    if unsupported:
+        raise ModelError(f"{directory}: its image processor sets {', '.join(unsupported)}, which is unsupported")
+    resample: Any = options.get("resample")
+    if resample not in _INTERPOLATIONS:
+        raise ModelError(
+            f"{directory}: its image processor has resample {resample}; expected 2 (bilinear) or 3 (bicubic)"
+        )
+    size, crop = _size_and_crop(directory, options)
+    if crop is None and not isinstance(size, tuple | Patching):
+        raise ModelError(
+            f"{directory}: its image processor makes images of different sizes; expected a fixed size or a crop"
+        )
     recipe = ImageRecipe(
         size=size,
-        interpolation=_interpolation(directory, settings.get("resample")),
+        interpolation=_INTERPOLATIONS[resample],
         crop=crop,
-        rounded=settings["image_processor_type"] != _DINOV3,
-        scale=float(settings["rescale_factor"]) if settings.get("do_rescale") else 1.0,
-        **_mean_std(settings),
+        rounded=options["image_processor_type"] != _DINOV3,
+        scale=float(options["rescale_factor"]) if options.get("do_rescale") else 1.0,
     )
-    if recipe.crop is None and not isinstance(recipe.size, tuple | Patching):
-        raise ModelError(
-            f"{directory}: its image processor gives pictures of different sizes; expected a fixed size or a crop"
-        )
+    if options.get("do_normalize"):
+        recipe = replace(recipe, mean=tuple(options["image_mean"]), std=tuple(options["image_std"]))
     return recipe
 
 
 def read_pooled_recipe(directory: Path, vision: Any) -> ImageRecipe:
-    """The recipe of a Gemma 4 image processor; ModelError where that vision configuration expects another."""
+    """Return the recipe of a Gemma 4 image processor. Raises ModelError if the configuration `vision` needs another."""
     recipe, side, pooling = read_image_recipe(directory), vision.patch_size, vision.pooling_kernel_size
-    found = recipe.size
-    if not isinstance(found, PooledPatching) or (found.patch_size, found.pooling) != (side, pooling):
+    size = recipe.size
+    if not isinstance(size, PooledPatching) or (size.patch_size, size.pooling) != (side, pooling):
         raise ModelError(
             f"{directory}: config.json expects patches of {side} pixels in groups of {pooling} x {pooling}, "
-            f"its image processor makes {found}"
+            f"its image processor makes {size}"
         )
     return recipe
 
 
-def _read_settings(directory: Path) -> dict[str, Any]:
+def check_image_size(directory: Path, side: int | Sequence[int], recipe: ImageRecipe) -> None:
+    """Raise ModelError unless the recipe makes images of `side` x `side`, or of `side` as (height, width)."""
+    expected = (side, side) if isinstance(side, int) else tuple(side)
+    size = recipe.crop or recipe.size
+    if size != expected:
+        raise ModelError(f"{directory}: config.json expects images of {expected}, its image processor makes {size}")
+
+
+def check_patch_size(directory: Path, side: int, recipe: ImageRecipe) -> None:
+    """Raise ModelError unless the recipe cuts images into patches of `side` pixels."""
+    if not isinstance(recipe.size, Patching) or recipe.size.patch_size != side:
+        raise ModelError(
+            f"{directory}: config.json expects patches of {side} pixels, its image processor makes {recipe.size}"
+        )
+
+
+def _image_options(directory: Path) -> dict[str, Any]:
+    """Return the options of the image processor, defaults included."""
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ModelError(
-            f"{directory}: has no preprocessor_config.json or processor_config.json, which say how to resize"
+            f"{directory}: has no preprocessor_config.json or processor_config.json, which define the resizing"
         )
     try:
-        settings = _read_dinov3(directory) or _read_any(directory)
-    except Exception as error:  # transformers raises whatever its parts raise
+        options = _dinov3_options(directory)
+        if options is None:
+            auto: Any = AutoImageProcessor  # untyped
+            processor = auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
+            options = dict(processor.to_dict())
+    except Exception as error:  # transformers raises errors of many types
         raise ModelError(f"{directory}: its image processor cannot be read: {type(error).__name__}: {error}") from error
-    if settings.get("image_processor_type") not in _PROCESSORS:
+    if options.get("image_processor_type") not in _PROCESSORS:
         raise ModelError(
-            f"{directory}: its image processor is {settings.get('image_processor_type')}; "
+            f"{directory}: its image processor is {options.get('image_processor_type')}; "
             f"expected one of {', '.join(_PROCESSORS)}"
         )
-    return settings
+    return options
 
 
-def _read_any(directory: Path) -> dict[str, Any]:
-    auto: Any = AutoImageProcessor  # untyped
-    processor = auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
-    return dict(processor.to_dict())
-
-
-def _read_dinov3(directory: Path) -> dict[str, Any] | None:
-    """The settings of a DINOv3 processor; None if it is another's."""
+def _dinov3_options(directory: Path) -> dict[str, Any] | None:
+    """Return the options of a DINOv3 processor; None if it is another one."""
     nested = read_json(directory, "processor_config.json", required=False).get("image_processor")
-    given = nested or read_json(directory, "preprocessor_config.json", required=False)
-    if str(given.get("image_processor_type")).removesuffix("Fast") != _DINOV3:
+    options = nested or read_json(directory, "preprocessor_config.json", required=False)
+    if str(options.get("image_processor_type")).removesuffix("Fast") != _DINOV3:
         return None
-    named = {key: value for key, value in given.items() if value is not None}
+    options = _DINOV3_DEFAULTS | {name: value for name, value in options.items() if value is not None}
     processor: Any = ViTImageProcessorPil  # untyped
-    return {**processor.from_dict(_DINOV3_DEFAULTS | named).to_dict(), "image_processor_type": _DINOV3}
+    return {**processor.from_dict(options).to_dict(), "image_processor_type": _DINOV3}
 
 
 def _size_and_crop(
-    directory: Path, settings: Mapping[str, Any]
+    directory: Path, options: Mapping[str, Any]
 ) -> tuple[int | tuple[int, int] | Patching | None, tuple[int, int] | None]:
-    crop = _height_width(settings["crop_size"]) if settings.get("do_center_crop") else None
-    if settings["image_processor_type"] != "ConvNextImageProcessor" or not settings["do_resize"]:
-        return _size(directory, settings), crop
-    if set(settings["size"]) != {"shortest_edge"} or crop is not None:
-        raise ModelError(f"{directory}: its image processor has size {settings['size']}; expected shortest_edge alone")
-    side = int(settings["size"]["shortest_edge"])
-    if side >= 384:  # so the reference: large pictures are warped, others keep their aspect ratio and are cropped
-        return (side, side), None
-    return int(side / settings["crop_pct"]), (side, side)
-
-
-def _size(directory: Path, settings: Mapping[str, Any]) -> int | tuple[int, int] | Patching | None:
-    if settings["image_processor_type"] in ("Siglip2ImageProcessor", "Gemma4ImageProcessor"):
-        if not settings["do_resize"]:
-            raise ModelError(f"{directory}: do_resize is false; pictures must be resized to whole patches")
-        return _patching(settings)
-    if not settings["do_resize"]:
-        return None
-    size = settings["size"]
+    """Return the recipe's `size` and `crop`."""
+    kind, size = options["image_processor_type"], options.get("size") or {}
+    crop = _height_width(options["crop_size"]) if options.get("do_center_crop") else None
+    if kind in ("Siglip2ImageProcessor", "Gemma4ImageProcessor"):
+        if not options["do_resize"]:
+            raise ModelError(f"{directory}: do_resize is false; images must be resized to whole patches")
+        side = options["patch_size"]
+        if kind == "Siglip2ImageProcessor":
+            return Patching(patch_size=side, max_patches=options["max_num_patches"]), crop
+        pooling = options["pooling_kernel_size"]
+        max_patches = options["max_soft_tokens"] * pooling**2
+        return PooledPatching(patch_size=side, max_patches=max_patches, pooling=pooling), crop
+    if not options["do_resize"]:
+        return None, crop
+    if kind == "ConvNextImageProcessor":
+        if set(size) != {"shortest_edge"} or crop is not None:
+            raise ModelError(f"{directory}: its image processor has size {size}; expected shortest_edge alone")
+        side = int(size["shortest_edge"])
+        if side >= 384:  # like the reference: large images are warped, others keep their aspect ratio and are cropped
+            return (side, side), None
+        return int(side / options["crop_pct"]), (side, side)
     if set(size) == {"shortest_edge"}:
-        return int(size["shortest_edge"])
+        return int(size["shortest_edge"]), crop
     if set(size) == {"height", "width"}:
-        return _height_width(size)
+        return _height_width(size), crop
     raise ModelError(f"{directory}: its image processor has size {size}; expected shortest_edge, or height and width")
-
-
-def _patching(settings: Mapping[str, Any]) -> Patching:
-    side = settings["patch_size"]
-    if settings["image_processor_type"] == "Siglip2ImageProcessor":
-        return Patching(patch_size=side, max_patches=settings["max_num_patches"])
-    pooling = settings["pooling_kernel_size"]
-    return PooledPatching(patch_size=side, max_patches=settings["max_soft_tokens"] * pooling**2, pooling=pooling)
 
 
 def _height_width(size: Mapping[str, int]) -> tuple[int, int]:
     return int(size["height"]), int(size["width"])
 
 
-def _interpolation(directory: Path, resample: Any) -> Interpolation:
-    if resample not in _INTERPOLATIONS:
-        raise ModelError(
-            f"{directory}: its image processor has resample {resample}; expected 2 (bilinear) or 3 (bicubic)"
-        )
-    return _INTERPOLATIONS[resample]
-
-
-def _mean_std(settings: Mapping[str, Any]) -> dict[str, tuple[float, ...]]:
-    if not settings.get("do_normalize"):
-        return {}
-    return {"mean": tuple(settings["image_mean"]), "std": tuple(settings["image_std"])}
-
-
 def read_whisper_recipe(directory: Path) -> WhisperRecipe:
-    """The recipe of a Whisper checkpoint; its defaults are those of WhisperFeatureExtractor."""
-    options = _Options(*_feature_extractor(directory))
-    options.only("feature_extractor_type", "WhisperFeatureExtractor")
+    """Return the recipe of a Whisper checkpoint, with the defaults of WhisperFeatureExtractor."""
+    options = _AudioOptions(directory, "WhisperFeatureExtractor")
     options.only("padding_value", 0.0)
     options.only("padding_side", "right")
-    options.only("dither", 0.0)  # noise: no two runs alike
+    options.only("dither", 0.0)  # adds random noise, so that runs differ
     rate = options.count("sampling_rate", 16000)
     return WhisperRecipe(
         n_mels=options.count("feature_size", 80),
@@ -182,9 +188,8 @@ def read_whisper_recipe(directory: Path) -> WhisperRecipe:
 
 
 def read_clap_recipe(directory: Path) -> ClapRecipe:
-    """The recipe of a CLAP checkpoint; its defaults are those of ClapFeatureExtractor."""
-    options = _Options(*_feature_extractor(directory))
-    options.only("feature_extractor_type", "ClapFeatureExtractor")
+    """Return the recipe of a CLAP checkpoint, with the defaults of ClapFeatureExtractor."""
+    options = _AudioOptions(directory, "ClapFeatureExtractor")
     rate = options.count("sampling_rate", 48000)
     return ClapRecipe(
         n_mels=options.count("feature_size", 64),
@@ -200,10 +205,9 @@ def read_clap_recipe(directory: Path) -> ClapRecipe:
 
 
 def read_ast_recipe(directory: Path) -> AstRecipe:
-    """The recipe of an AST checkpoint; its defaults are those of ASTFeatureExtractor."""
-    options = _Options(*_feature_extractor(directory))
-    options.only("feature_extractor_type", "ASTFeatureExtractor")
-    options.only("sampling_rate", 16000)  # its frames are counted in samples at this rate
+    """Return the recipe of an AST checkpoint, with the defaults of ASTFeatureExtractor."""
+    options = _AudioOptions(directory, "ASTFeatureExtractor")
+    options.only("sampling_rate", 16000)  # the sizes of its frames in samples assume this rate
     normalized = options.flag("do_normalize", True)
     return AstRecipe(
         n_mels=options.count("num_mel_bins", 128),
@@ -214,10 +218,9 @@ def read_ast_recipe(directory: Path) -> AstRecipe:
 
 
 def read_gemma_recipe(directory: Path) -> GemmaRecipe:
-    """The recipe of a Gemma 4 or EmbeddingGemma 2 checkpoint; its defaults are those of Gemma4AudioFeatureExtractor."""
-    options = _Options(*_feature_extractor(directory))
-    options.only("feature_extractor_type", "Gemma4AudioFeatureExtractor")
-    options.only("dither", 0.0)  # noise: no two runs alike
+    """Return the recipe of a Gemma 4 or EmbeddingGemma 2 checkpoint, with Gemma4AudioFeatureExtractor's defaults."""
+    options = _AudioOptions(directory, "Gemma4AudioFeatureExtractor")
+    options.only("dither", 0.0)  # adds random noise, so that runs differ
     options.only("preemphasis", 0.0)
     for key in ("per_bin_mean", "per_bin_stddev"):
         options.only(key, None)
@@ -237,9 +240,8 @@ def read_gemma_recipe(directory: Path) -> GemmaRecipe:
 
 
 def read_wave_recipe(directory: Path) -> WaveRecipe:
-    """The recipe of a wav2vec2, HuBERT or WavLM checkpoint; its defaults are those of Wav2Vec2FeatureExtractor."""
-    options = _Options(*_feature_extractor(directory))
-    options.only("feature_extractor_type", "Wav2Vec2FeatureExtractor")
+    """Return the recipe of a wav2vec2, HuBERT or WavLM checkpoint, with the defaults of Wav2Vec2FeatureExtractor."""
+    options = _AudioOptions(directory, "Wav2Vec2FeatureExtractor")
     options.only("feature_size", 1)
     return WaveRecipe(
         sampling_rate=options.count("sampling_rate", 16000),
@@ -247,49 +249,49 @@ def read_wave_recipe(directory: Path) -> WaveRecipe:
     )
 
 
-def _feature_extractor(directory: Path) -> tuple[Mapping[str, Any], str]:
-    """The extractor's options and the file they stand in: processor_config.json before the older name."""
-    nested = read_json(directory, "processor_config.json", required=False)
-    for key in ("feature_extractor", "audio_processor"):
-        if isinstance(nested.get(key), dict):
-            return nested[key], str(directory / "processor_config.json")
-    name = "preprocessor_config.json"
-    return read_json(directory, name), str(directory / name)
+class _AudioOptions:
+    """Checked access to the options of a feature extractor of the class `expected`."""
 
-
-class _Options:
-    """Checked access to one file's options."""
-
-    def __init__(self, options: Mapping[str, Any], where: str) -> None:
-        self.options, self.where = options, where
+    def __init__(self, directory: Path, expected: str) -> None:
+        nested = read_json(directory, "processor_config.json", required=False)
+        parts = [nested.get(key) for key in ("feature_extractor", "audio_processor")]
+        extractor = next((part for part in parts if isinstance(part, dict)), None)
+        self.path = directory / ("preprocessor_config.json" if extractor is None else "processor_config.json")
+        self.options = read_json(directory, self.path.name) if extractor is None else extractor
+        self.only("feature_extractor_type", expected)
 
     def number(self, key: str, default: float, least: float = 0.0) -> float:
+        """Return a finite number of at least `least`."""
         value = self.options.get(key, default)
         if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value < math.inf:
-            raise self._error(key, f"a number from {least:g} on")
+            raise self._error(key, f"a number of at least {least:g}")
         return float(value)
 
     def count(self, key: str, default: int) -> int:
+        """Return a positive integer."""
         value = self.number(key, default)
         if value < 1 or value != int(value):
-            raise self._error(key, "a whole number from 1 on")
+            raise self._error(key, "a positive integer")
         return int(value)
 
     def choice(self, key: str, default: str, choices: Sequence[str]) -> str:
+        """Return one of `choices`."""
         value = self.options.get(key, default)
         if value not in choices:
             raise self._error(key, " or ".join(map(repr, choices)))
         return str(value)
 
     def flag(self, key: str, default: bool) -> bool:
+        """Return a boolean."""
         value = self.options.get(key, default)
         if not isinstance(value, bool):
             raise self._error(key, "true or false")
         return value
 
     def only(self, key: str, supported: str | float | None) -> None:
+        """Raise ModelError unless the option is absent or has its only supported value."""
         if self.options.get(key, supported) != supported:
             raise self._error(key, repr(supported))
 
     def _error(self, key: str, expected: str) -> ModelError:
-        return ModelError(f"{self.where}: {key} is {self.options.get(key)!r}; expected {expected}")
+        return ModelError(f"{self.path}: {key} is {self.options.get(key)!r}; expected {expected}")

@@ -1,4 +1,4 @@
-"""Texts to token ids and counts, with the tokenizer that a checkpoint brings, and token ids to padded batches."""
+"""Texts to token ids and their counts with a checkpoint's tokenizer, and token ids to padded batches."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,8 +9,11 @@ import torch
 from transformers import AutoTokenizer
 
 from mmbeam.errors import ModelError
+from mmbeam.models.loading import read_json
 
-# One of these sets of files holds the vocabulary; without any, some tokenizer classes come up empty.
+Side = Literal["left", "right"]
+
+# A tokenizer needs one of these sets of files; without any, some tokenizer classes load with an empty vocabulary.
 _VOCABULARIES = (
     ("tokenizer.json",),
     ("vocab.json", "merges.txt"),
@@ -22,20 +25,27 @@ _VOCABULARIES = (
     ("spm.model",),
     ("tekken.json",),
 )
+# Families that number positions from the padding token's id, so that their position table has unused rows.
+_OFFSET_POSITIONS = {
+    *("camembert", "clap_text_model", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm"),
+    *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
+}
+_MAX_TOKENS = 8192  # if neither tokenizer nor configuration sets a limit (relative positions)
 
 
 class TextTokenizer:
-    """A checkpoint's tokenizer, for any number of threads.
+    """A checkpoint's tokenizer, thread-safe.
 
-    The text of a sample is data: where it spells a special token ("<|endoftext|>", "[SEP]"), it is
-    tokenized as ordinary characters, while the reference processors would read the token itself; where
-    the vocabulary has no other way to spell it ("</s>" is a piece like any other to XLM-RoBERTa's), it is
-    left out. On every other text the ids are the reference's.
+    The text of a sample is data. Where it spells a special token ("<|endoftext|>", "[SEP]"), that is tokenized as
+    ordinary characters, while the reference processors would insert the token itself. Where the vocabulary has no other
+    spelling ("</s>" is an ordinary piece to XLM-RoBERTa's tokenizer), it is left out. On all other texts the ids are
+    those of the reference.
     """
 
     def __init__(self, directory: Path) -> None:
         check_vocabulary(directory)
-        # Of Mistral's format: one class, whether mistral_common is installed or not; its own splits no special tokens.
+        # For Mistral's format, use transformers' class even if mistral_common is installed: that one cannot split
+        # special tokens.
         options = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
         try:
             self._tokenizer: Any = AutoTokenizer.from_pretrained(
@@ -43,33 +53,33 @@ class TextTokenizer:
             )
         except Exception as error:  # the tokenizers library raises bare Exceptions
             raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
-        # Truncation is a state of the tokenizer: changing it while another thread encodes raises "Already borrowed".
+        # Truncation is a state of the tokenizer: setting it while another thread encodes raises "Already borrowed".
         self._lock = Lock()
         self._spellable: frozenset[int] = frozenset()
         self._spellable = self._find_spellable()
 
     @property
     def pad_id(self) -> int:
-        """What to pad with; 0 where the tokenizer names nothing, as the mask hides it."""
+        """The padding token's id; 0 if the tokenizer has none, since padding is masked."""
         pad_id = self._tokenizer.pad_token_id
         return 0 if pad_id is None else int(pad_id)
 
     @property
-    def padding_side(self) -> Literal["left", "right"]:
-        """Where padding goes."""
+    def padding_side(self) -> Side:
+        """The side on which the tokenizer pads."""
         return "left" if self._tokenizer.padding_side == "left" else "right"
 
     @property
     def inputs(self) -> Sequence[str]:
-        """What the model takes of this tokenizer: "input_ids", and "attention_mask" unless it was trained without."""
+        """The model's inputs: "input_ids", and "attention_mask" unless the model was trained without it."""
         return tuple(self._tokenizer.model_input_names)
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
-        """Ids of each text with special tokens, truncated to `max_length`, not padded."""
+        """Return the ids of each text with special tokens, truncated to `max_length`, without padding."""
         return self._ids(texts, truncation=True, max_length=max_length)
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, not truncated, without special tokens."""
+        """Return the number of tokens of each text, not truncated, without special tokens."""
         return [len(ids) for ids in self._ids(texts, truncation=False, add_special_tokens=False, verbose=False)]
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
@@ -93,7 +103,7 @@ class TextTokenizer:
         ]
 
     def _find_spellable(self) -> frozenset[int]:
-        """Special tokens that a text gets by spelling them, although they are to be split."""
+        """Return the special tokens that a text contains if it spells them, although they should be split."""
         special = dict(zip(self._tokenizer.all_special_ids, self._tokenizer.all_special_tokens, strict=True))
         special.pop(self._tokenizer.unk_token_id, None)
         spelt = self._ids(list(special.values()), add_special_tokens=False)
@@ -101,20 +111,30 @@ class TextTokenizer:
 
 
 def check_vocabulary(directory: Path) -> None:
-    """Raise ModelError unless the directory holds a tokenizer's files."""
+    """Raise ModelError unless the directory has a tokenizer's files."""
     if not any(all((directory / name).is_file() for name in names) for names in _VOCABULARIES):
         expected = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
         raise ModelError(f"{directory}: has no tokenizer; expected {expected}")
 
 
+def text_limit(directory: Path, config: Any, max_tokens: int | None = None) -> int:
+    """Return how many tokens the model in `directory` takes, special tokens included.
+
+    This is the smaller of its positions and of the limit that the checkpoint sets: `max_tokens`, or its tokenizer's
+    model_max_length.
+    """
+    limit = max_tokens or read_json(directory, "tokenizer_config.json", required=False).get("model_max_length")
+    positions = getattr(config, "max_position_embeddings", None) or -1
+    if config.model_type in _OFFSET_POSITIONS:
+        positions -= config.pad_token_id + 1
+    limits = [value for value in (limit, positions) if value is not None and 0 < value < 1 << 20]
+    return int(min(limits, default=_MAX_TOKENS))
+
+
 def pad(
-    ids: Sequence[Sequence[int]],
-    pad_id: int,
-    device: torch.device,
-    length: int | None = None,
-    side: Literal["left", "right"] = "right",
+    ids: Sequence[Sequence[int]], pad_id: int, device: torch.device, length: int | None = None, side: Side = "right"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Token ids as int64 [B, L] and their mask (1: a token), L the longest of them or `length`.
+    """Return token ids as int64 [B, L] and their mask (1 for a token); L is `length` or that of the longest sequence.
 
     Raises ValueError if a sequence is longer than `length`.
     """
@@ -122,19 +142,17 @@ def pad(
     width = longest if length is None else length
     if longest > width:
         raise ValueError(f"expected at most {width} tokens, found {longest}")
-    tokens = torch.full((len(ids), width), pad_id, dtype=torch.int64)
-    mask = torch.zeros((len(ids), width), dtype=torch.int64)
+    ids_BL = torch.full((len(ids), width), pad_id, dtype=torch.int64)
+    mask_BL = torch.zeros((len(ids), width), dtype=torch.int64)
     for row, sequence in enumerate(ids):
-        where = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
-        tokens[row, where] = torch.tensor(sequence, dtype=torch.int64)
-        mask[row, where] = 1
-    return tokens.to(device, non_blocking=True), mask.to(device, non_blocking=True)
+        span = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
+        ids_BL[row, span] = torch.tensor(sequence, dtype=torch.int64)
+        mask_BL[row, span] = 1
+    return ids_BL.to(device, non_blocking=True), mask_BL.to(device, non_blocking=True)
 
 
-def unpad(
-    hidden_BLD: torch.Tensor, lengths: Sequence[int], side: Literal["left", "right"] = "right"
-) -> list[torch.Tensor]:
-    """The vectors of each sequence's own tokens, [length, D] each."""
+def unpad(hidden_BLD: torch.Tensor, lengths: Sequence[int], side: Side = "right") -> list[torch.Tensor]:
+    """Return the vectors of each sequence without padding, [length, D] each."""
     if side == "right":
         return [hidden[:length] for hidden, length in zip(hidden_BLD, lengths, strict=True)]
     return [hidden[len(hidden) - length :] for hidden, length in zip(hidden_BLD, lengths, strict=True)]

@@ -1,29 +1,31 @@
-"""The families of encoders: which module serves a model, by its configuration's model_type.
+"""The registry of encoder families, by the model_type of a model's configuration.
 
-To add a family: write a module with a subclass of base.Encoder and name it here. Nothing else changes.
+To add a family: write a subclass of base.Encoder, in a module of this package, and add it to FAMILIES.
 """
 
 import importlib
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoder, EncoderSpec
+from mmbeam.models.encoders.word_vectors import has_word_vectors
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
-from mmbeam.models.word_vectors import has_word_vectors
+from mmbeam.ops.image import apply_filter
 
-# model_type: module.class, imported when first needed.
+# model_type: module.class, imported on first use.
 FAMILIES: Mapping[str, str] = {
     "mmbeam-fusion": "fusion.FusionEncoder",
-    "clip": "clip.ClipEncoder",
-    "metaclip_2": "clip.MetaClip2Encoder",
-    "siglip": "siglip.SiglipEncoder",
-    "siglip2": "siglip2.Siglip2Encoder",
+    "clip": "joint.ClipEncoder",
+    "metaclip_2": "joint.ClipEncoder",
+    "siglip": "joint.SiglipEncoder",
+    "siglip2": "joint.Siglip2Encoder",
     "embedding_gemma2": "embedding_gemma2.EmbeddingGemma2Encoder",
-    "blip": "blip.BlipEncoder",
+    "blip": "joint.BlipEncoder",
     "vit": "vision.VisionEncoder",
     "dinov2": "vision.VisionEncoder",
     "dinov2_with_registers": "vision.VisionEncoder",
@@ -32,12 +34,12 @@ FAMILIES: Mapping[str, str] = {
     "resnet": "vision.VisionEncoder",
     "convnext": "vision.VisionEncoder",
     "convnextv2": "vision.VisionEncoder",
-    "clap": "clap.ClapEncoder",
-    "whisper": "whisper.WhisperEncoder",
-    "audio-spectrogram-transformer": "ast.AstEncoder",
-    "wav2vec2": "speech.SpeechEncoder",
-    "hubert": "speech.SpeechEncoder",
-    "wavlm": "speech.SpeechEncoder",
+    "clap": "joint.ClapEncoder",
+    "whisper": "audio.WhisperEncoder",
+    "audio-spectrogram-transformer": "audio.AstEncoder",
+    "wav2vec2": "audio.SpeechEncoder",
+    "hubert": "audio.SpeechEncoder",
+    "wavlm": "audio.SpeechEncoder",
     "bert": "text.TextEncoder",
     "roberta": "text.TextEncoder",
     "xlm-roberta": "text.TextEncoder",
@@ -50,19 +52,19 @@ FAMILIES: Mapping[str, str] = {
     "t5": "text.TextEncoder",
     "mt5": "text.TextEncoder",
     "umt5": "text.TextEncoder",
-    "word-vectors": "words.WordsEncoder",
+    "word-vectors": "word_vectors.WordVectorsEncoder",
     "sentence-transformers": "text.TextEncoder",
 }
 
-OWN_MODULES = ("embedding_gemma2",)  # families that read modules.json themselves
+READS_MODULES_JSON = ("embedding_gemma2",)  # families whose checkpoints have modules.json too and that read it
 
 
 def family_of(model_type: str | None) -> type[Encoder]:
-    """The class that serves models of this type; ModelError if there is none."""
+    """Return the class that serves models of this type. Raises ModelError if there is none."""
     if model_type is None or model_type not in FAMILIES:
         raise ModelError(
-            f"no encoder for model_type {model_type!r}; there are {', '.join(sorted(FAMILIES))}. "
-            "A new family is a subclass of mmbeam.models.encoders.base.Encoder, named in FAMILIES"
+            f"no encoder for model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}. "
+            "To add a family, write a subclass of mmbeam.models.encoders.base.Encoder and add it to FAMILIES"
         )
     module, _, name = FAMILIES[model_type].rpartition(".")
     family: type[Encoder] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
@@ -70,22 +72,22 @@ def family_of(model_type: str | None) -> type[Encoder]:
 
 
 def describe(directory: Path) -> EncoderSpec:
-    """What is known of the model in `directory` before its weights are loaded.
+    """Return what the configuration files in `directory` tell about its model, without loading weights.
 
     A directory with modules.json is a sentence-transformers model, whatever model it wraps (but for
-    OWN_MODULES); one of word vectors (word_vectors.py) has neither that nor config.json.
-    Raises ModelError if files are missing, weights are pickled, or the family is unknown.
+    READS_MODULES_JSON). One of word vectors (word_vectors.py) has neither modules.json nor config.json.
+    Raises ModelError if files are missing, weights are pickled, or the family is unsupported.
     """
     quiet_transformers()
-    sentence, words = (directory / "modules.json").is_file(), has_word_vectors(directory)
-    config = read_json(directory, "config.json", required=not (sentence or words))
-    sentence = sentence and config.get("model_type") not in OWN_MODULES
-    model_type = "sentence-transformers" if sentence else "word-vectors" if words else config.get("model_type")
+    is_sentence, is_words = (directory / "modules.json").is_file(), has_word_vectors(directory)
+    config = read_json(directory, "config.json", required=not (is_sentence or is_words))
+    is_sentence = is_sentence and config.get("model_type") not in READS_MODULES_JSON
+    model_type = "sentence-transformers" if is_sentence else "word-vectors" if is_words else config.get("model_type")
     try:
         family = family_of(model_type)
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from None
-    if config:  # of a sentence-transformers model the weights may lie in a folder that modules.json names
+    if config:  # a sentence-transformers model may have its weights in a folder that modules.json names
         check_weights(directory)
     return replace(family.describe(directory, config), family=str(model_type))
 
@@ -96,10 +98,12 @@ def load(
     dtype: torch.dtype,
     image_filter: tuple[str, float] | None = None,
 ) -> Encoder:
-    """The encoder with its weights on `device`.
+    """Return the encoder with its weights on `device`.
 
-    `image_filter`, ("median", size) or ("gaussian", sigma), is applied to pictures before its preprocessing.
+    `image_filter`, ("median", size) or ("gaussian", sigma), is applied to images before their preprocessing.
     """
     encoder = family_of(spec.family).load(spec, device, dtype)
-    encoder.image_filter = image_filter
+    if image_filter is not None:
+        name, value = image_filter
+        encoder.pixel_filter = partial(apply_filter, name=name, value=value)
     return encoder

@@ -1,21 +1,24 @@
-"""What an encoder is, to the stage that runs it and to whoever adds a family.
+"""The encoder interface, for the embed stage that runs encoders and for new families of encoders.
 
-A family is one module with a subclass of Encoder. `describe` reads configuration files only, at
-launch, without weights; `load` reads the weights, once per process and device. The `encode_*` methods
-get a list of decoded inputs that fit one batch and return vectors on the device. They know nothing of
-windows, order, failures or memory: the embed stage does that.
+A family is a subclass of Encoder. `describe` reads configuration files only, without weights, where the job is
+launched. `load` reads the weights, once per process and device. The `encode_*` methods get a list of decoded inputs
+that fit one batch and return vectors on the device. Order, windows, failures and memory belong to the embed stage.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
+from transformers import AutoModel
 
-from mmbeam.ops.image import PixelFilter, apply_filter
+from mmbeam.models.loading import load_pretrained
+from mmbeam.models.tokenizing import TextTokenizer
+from mmbeam.ops.image import PixelFilter
 from mmbeam.types import ImageHWC, Modality, Waveform
+
+WindowT = TypeVar("WindowT")
 
 PooledBD = torch.Tensor  # [batch, dim], on the model's device
 TokensTD = torch.Tensor  # [tokens, dim] of one sample, padding removed
@@ -23,44 +26,43 @@ TokensTD = torch.Tensor  # [tokens, dim] of one sample, padding removed
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """What is known of an encoder from its configuration files alone."""
+    """What an encoder's configuration files tell about it."""
 
     family: str  # config.model_type: "clip", "bert", ...
     directory: str  # local directory of configuration, weights and processor files
-    dims: Mapping[Modality, int]  # width of the pooled vector, for each modality the model encodes
+    dims: Mapping[Modality, int]  # width of the pooled vector, for each modality that the model encodes
     token_dims: Mapping[Modality, int] = field(default_factory=dict)  # width of one token's vector
     sampling_rate: int | None = None  # Hz, for audio
     image_side: int | None = None  # pixels: the shorter side its preprocessing resizes to
-    max_text_tokens: int | None = None
+    max_text_tokens: int | None = None  # special tokens included
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoded:
-    """Vectors for one batch of one modality."""
+    """Vectors for one batch of one modality, in any floating-point dtype."""
 
     pooled: PooledBD
     tokens: Sequence[TokensTD] | None = None  # only when asked for
 
 
 class Encoder:
-    """A loaded model on one device. Subclasses override `describe`, `load` and the `encode_*` they have.
+    """A loaded model on one device. Subclasses override `describe`, `load` and the `encode_*` that they support.
 
-    Pooled vectors come as the checkpoint's own API returns them (projected where the model projects,
-    pooled as the checkpoint says); the stage normalises them where the space is a normalised one.
+    Pooled vectors are those of the checkpoint's own API: projected where the model projects, pooled as the checkpoint
+    defines. The stage normalises them if the space is a normalised one.
     """
 
-    model_types: ClassVar[tuple[str, ...]] = ()  # the config.model_type values that this family serves
-    normalized: ClassVar[bool] = True  # whether vectors are compared by cosine, so L2-normalised
+    normalized: ClassVar[bool] = True  # whether vectors are compared by cosine and so L2-normalised
 
     def __init__(self, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
         self.device = device
         self.dtype = dtype
-        self.image_filter: tuple[str, float] | None = None  # applied to pictures first; see ops/image.py
+        self.pixel_filter: PixelFilter | None = None  # applied to images at their own resolution, before resizing
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
-        """Read configuration and processor files; raise ModelError naming what is missing."""
+        """Read configuration and processor files; raise ModelError naming what is missing or unsupported."""
         raise NotImplementedError
 
     @classmethod
@@ -68,33 +70,90 @@ class Encoder:
         """Load the weights (safetensors only) onto `device`, in eval mode."""
         raise NotImplementedError
 
-    @property
-    def pixel_filter(self) -> PixelFilter | None:
-        """`image_filter` as a function on uint8 pixels."""
-        if self.image_filter is None:
-            return None
-        name, value = self.image_filter
-        return partial(apply_filter, name=name, value=value)
-
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
-        """Encode pictures of any sizes, uint8 [H, W, 3]."""
+        """Encode images of any sizes, uint8 [H, W, 3]."""
         raise NotImplementedError
 
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode sounds, float32 [frames] at `rates` Hz (resampled on the device if not the model's)."""
+        """Encode waveforms, float32 [frames] at `rates` Hz, resampled on the device to the model's rate."""
         raise NotImplementedError
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, special tokens included, truncated to what the model takes.
+        """Return the token ids of each text, special tokens included, truncated to the model's limit.
 
-        Runs in the reading thread or before packing, so that texts can be ordered by length.
+        Runs before packing, so that texts can be ordered by length.
         """
         raise NotImplementedError
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        """Tokens of each text, not truncated, special tokens not counted."""
+        """Return the number of tokens of each text, not truncated, without special tokens."""
         raise NotImplementedError
 
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
         """Encode texts that `tokenize` made, padded to the longest of the batch."""
         raise NotImplementedError
+
+
+class TransformersEncoder(Encoder):
+    """An encoder whose model AutoModel loads, with its preprocessing recipe and, if it encodes text, its tokenizer."""
+
+    unused_weights: ClassVar[tuple[str, ...]] = ()  # patterns of weights that a checkpoint may lack
+
+    def __init__(
+        self, spec: EncoderSpec, model: Any, recipe: Any = None, tokenizer: TextTokenizer | None = None
+    ) -> None:
+        super().__init__(spec, model.device, model.dtype)
+        self.model = model
+        self.recipe = recipe
+        self._tokenizer = tokenizer
+
+    @staticmethod
+    def read_recipe(directory: Path) -> Any:
+        """Return the preprocessing recipe in the checkpoint's processor files."""
+        raise NotImplementedError
+
+    @classmethod
+    def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Encoder:
+        """Load the weights without the heads for other tasks. Preprocessing keeps its own precision."""
+        directory = Path(spec.directory)
+        model = load_pretrained(AutoModel, directory, device, dtype, ignore_missing=cls.unused_weights)
+        tokenizer = TextTokenizer(directory) if "text" in spec.dims else None
+        return cls(spec, model, cls.read_recipe(directory), tokenizer)
+
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        """The checkpoint's tokenizer."""
+        assert self._tokenizer is not None
+        return self._tokenizer
+
+    @property
+    def max_text_tokens(self) -> int:
+        """The number of tokens that the model takes, special tokens included."""
+        assert self.spec.max_text_tokens is not None
+        return self.spec.max_text_tokens
+
+    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
+        """Return the token ids of each text, special tokens included, truncated to the model's limit."""
+        return self.tokenizer.encode(texts, self.max_text_tokens)
+
+    def count_tokens(self, texts: Sequence[str]) -> list[int]:
+        """Return the number of tokens of each text, not truncated, without special tokens."""
+        return self.tokenizer.count(texts)
+
+
+def encode_windows(
+    windows: Sequence[Sequence[WindowT]], batch_size: int, encode: Callable[[list[WindowT]], Encoded]
+) -> Encoded:
+    """Encode the windows of several samples, `batch_size` windows at a time.
+
+    A sample's vector is the mean of its windows' vectors, in float32. Its tokens are those of all its windows.
+    """
+    flat = [window for of_sample in windows for window in of_sample]
+    parts = [encode(flat[first : first + batch_size]) for first in range(0, len(flat), batch_size)]
+    counts = [len(of_sample) for of_sample in windows]
+    vectors_WD = torch.cat([part.pooled for part in parts]).float()
+    pooled_BD = torch.stack([of_sample.mean(0) for of_sample in torch.split(vectors_WD, counts)])
+    if parts[0].tokens is None:
+        return Encoded(pooled=pooled_BD)
+    tokens = iter([window for part in parts for window in part.tokens or ()])
+    return Encoded(pooled=pooled_BD, tokens=[torch.cat([next(tokens) for _ in range(count)]) for count in counts])

@@ -1,4 +1,4 @@
-"""mmbeam's own fusion model as an encoder: pictures, sounds and texts in its shared space."""
+"""The fusion model as an encoder: images, sounds and texts in its shared space."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -21,72 +21,75 @@ from mmbeam.types import ImageHWC, Modality, Waveform
 class FusionEncoder(Encoder):
     """Vectors are the projections of each modality's first source into the shared space; tokens are its encoder's."""
 
-    model_types = ("mmbeam-fusion",)
-
     def __init__(self, spec: EncoderSpec, model: Any, processor: FusionProcessor) -> None:
         super().__init__(spec, model.device, model.dtype)
         self.model = model
         self.processor = processor
-        self._media = media_sources(processor)
+        self._sources = _media_sources(processor)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
+        """Read the configuration and the processor's files."""
         processor = read_processor(directory, config)
-        media = media_sources(processor)
-        if not media:
-            raise ModelError(f"{directory}: reads features that another model made, and no media itself")
+        sources = _media_sources(processor)
+        if not sources:
+            raise ModelError(f"{directory}: all its sources are features; expected one that reads media")
         texts = [source.max_tokens for source in processor.sources.values() if source.modality == "text"]
         return EncoderSpec(
-            family=cls.model_types[0],
+            family=str(config["model_type"]),
             directory=str(directory),
-            dims=dict.fromkeys(media, int(config["embedding_dim"])),
-            token_dims=dict.fromkeys(media, int(config["hidden_size"])),
+            dims=dict.fromkeys(sources, int(config["embedding_dim"])),
+            token_dims=dict.fromkeys(sources, int(config["hidden_size"])),
             sampling_rate=processor.sampling_rate,
             image_side=processor.image_side,
             max_text_tokens=max(texts, default=None),
         )
 
     @classmethod
-    def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> "FusionEncoder":
+    def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Encoder:
+        """Load the weights and the processor's files."""
         directory = Path(spec.directory)
         model = load_pretrained(FusionModel, directory, device, dtype)
         return cls(spec, model, FusionProcessor.from_directory(directory))
 
     @torch.inference_mode()
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
-        recipe = self.processor.images[self._media["image"]]
-        return self._encode(
-            "image", preprocess(images, recipe, self.device, self.dtype, self.pixel_filter), None, tokens
-        )
+        """Encode images of any sizes, uint8 [H, W, 3]."""
+        recipe = self.processor.images[self._sources["image"]]
+        pixels_BCHW = preprocess(images, recipe, self.device, self.dtype, self.pixel_filter)
+        return self._encode("image", pixels_BCHW, None, tokens)
 
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
+        """Encode waveforms, float32 [frames] at `rates` Hz."""
         sounds = list(zip(waves, rates, strict=True))
-        values, mask = self.processor.audio_values(self._media["audio"], sounds, self.device)
+        values, mask = self.processor.audio_values(self._sources["audio"], sounds, self.device)
         return self._encode("audio", values.to(self.dtype), mask, tokens)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.processor.input_ids(texts, self._media["text"])
+        """Return the token ids of each text, truncated to the source's limit."""
+        return self.processor.input_ids(texts, self._sources["text"])
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        return [len(ids) for ids in self.processor.token_ids(texts, self._media["text"])]
+        """Return the number of tokens of each text, not truncated."""
+        return [len(ids) for ids in self.processor.token_ids(texts, self._sources["text"])]
 
     @torch.inference_mode()
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
-        ids, mask = pad([each or [PAD] for each in token_ids], PAD, self.device)  # a text of no token has no vector
-        return self._encode("text", ids, mask.bool(), tokens)
+        """Encode texts that `tokenize` made; a text without tokens is encoded as one padding token."""
+        ids_BL, mask_BL = pad([ids or [PAD] for ids in token_ids], PAD, self.device)
+        return self._encode("text", ids_BL, mask_BL.bool(), tokens)
 
     def _encode(self, modality: Modality, values: torch.Tensor, mask: torch.Tensor | None, tokens: bool) -> Encoded:
-        name = self._media[modality]
-        (states, real), pooled = self.model.embed(name, values, mask)
-        kept = [own[own_real] for own, own_real in zip(states, real, strict=True)] if tokens else None
-        return Encoded(pooled=pooled, tokens=kept)
+        (states_BLD, valid_BL), pooled_BD = self.model.embed(self._sources[modality], values, mask)
+        kept = [states[valid] for states, valid in zip(states_BLD, valid_BL, strict=True)] if tokens else None
+        return Encoded(pooled=pooled_BD, tokens=kept)
 
 
-def media_sources(processor: FusionProcessor) -> dict[Modality, str]:
-    """The first source of each modality that reads media itself."""
-    found: dict[Modality, str] = {}
+def _media_sources(processor: FusionProcessor) -> dict[Modality, str]:
+    """Return the name of each modality's first source that reads media, not features."""
+    sources: dict[Modality, str] = {}
     for name, source in processor.sources.items():
         if source.kind != "features":
-            found.setdefault(source.modality, name)
-    return found
+            sources.setdefault(source.modality, name)
+    return sources

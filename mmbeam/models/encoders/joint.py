@@ -1,4 +1,14 @@
-"""What the joint image and text spaces (CLIP, SigLIP, SigLIP 2) share; their differences are in their own modules."""
+"""Encoders with a text tower and another tower whose vectors lie in one space.
+
+- CLIP (Radford et al., 2021, arXiv:2103.00020) and MetaCLIP 2 (Chuang et al., 2025, arXiv:2507.22062), which is CLIP
+  with a tokenizer for 300 languages. (Checkpoints of the first MetaCLIP are CLIP models.)
+- SigLIP (Zhai et al., 2023, arXiv:2303.15343) and SigLIP 2 (Tschannen et al., 2025, arXiv:2502.14786).
+- BLIP (Li et al., 2022, arXiv:2201.12086) as an encoder; its captions are in models/generators/blip.py.
+- CLAP (Wu et al., 2022, arXiv:2211.06687), with or without feature fusion.
+
+Pooled vectors are the outputs of the model's get_image_features, get_audio_features and get_text_features; tokens are
+the towers' last hidden states.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -8,34 +18,53 @@ import torch
 import transformers
 
 from mmbeam.errors import ModelError
-from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
-from mmbeam.models.loading import load_pretrained
-from mmbeam.models.recipes import read_image_recipe
-from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, unpad
-from mmbeam.ops.image import ImageRecipe, preprocess
-from mmbeam.types import ImageHWC, Modality
+from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec, TransformersEncoder, encode_windows
+from mmbeam.models.encoders.vision import VisionEncoder
+from mmbeam.models.loading import load_pretrained, read_config, read_json
+from mmbeam.models.recipes import check_image_size, check_patch_size, read_clap_recipe, read_image_recipe
+from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, text_limit, unpad
+from mmbeam.ops.audio import to_rate
+from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
+from mmbeam.ops.log_mel import ClapRecipe, clap_features, clap_windows
+from mmbeam.types import ImageHWC, Modality, Waveform
+
+CLAP_WINDOWS_PER_BATCH = 8  # for a batch of fewer sounds; one of more sounds encodes as many windows as it has sounds
+BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
+BLIP_IMAGES_ONLY = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
 
 
-class ImageTextEncoder(Encoder):
-    """A vision tower and a text tower with vectors in one space.
+class JointEncoder(TransformersEncoder):
+    """The text tower that all families here have."""
 
-    `model_name` is the class in transformers. Pooled vectors are what its get_image_features and
-    get_text_features give; tokens are the towers' last hidden states.
-    """
+    pads_to_max_length: ClassVar[bool] = False  # as the model was trained; otherwise to the longest of the batch
 
-    model_name: ClassVar[str]
-    pads_to_max_length: ClassVar[bool]  # texts, always, rather than to the longest of the batch
+    @torch.inference_mode()
+    def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
+        """Encode texts that `tokenize` made, padded as the model was trained, with a mask only if it was trained so."""
+        side = self.tokenizer.padding_side
+        length = self.max_text_tokens if self.pads_to_max_length else None
+        ids_BL, mask_BL = pad(token_ids, self.tokenizer.pad_id, self.device, length, side)
+        masks = {"attention_mask": mask_BL} if "attention_mask" in self.tokenizer.inputs else {}
+        hidden_BLD, pooled_BD = self._text_tower(ids_BL, **masks)
+        kept = unpad(hidden_BLD, [len(ids) for ids in token_ids], side) if tokens else None
+        return Encoded(pooled=pooled_BD, tokens=kept)
 
-    def __init__(self, spec: EncoderSpec, model: Any, recipe: ImageRecipe, tokenizer: TextTokenizer) -> None:
-        super().__init__(spec, model.device, model.dtype)
-        self.model = model
-        self.recipe = recipe
-        self.tokenizer = tokenizer
+    def _text_tower(self, ids_BL: torch.Tensor, **masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last hidden states and the pooled vectors."""
+        output = self.model.get_text_features(input_ids=ids_BL, **masks)
+        return output.last_hidden_state, output.pooler_output
+
+
+class ImageTextEncoder(JointEncoder):
+    """An image tower and a text tower."""
+
+    recipe: ImageRecipe
+    read_recipe = staticmethod(read_image_recipe)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
-        parsed = cls._parse(directory, config)
-        recipe = read_image_recipe(directory)
+        """Read the configuration and the files of the image processor and the tokenizer."""
+        parsed, recipe = read_config(directory), read_image_recipe(directory)
         cls._check(directory, parsed, recipe)
         check_vocabulary(directory)
         return EncoderSpec(
@@ -48,57 +77,184 @@ class ImageTextEncoder(Encoder):
         )
 
     @classmethod
-    def _parse(cls, directory: Path, config: Mapping[str, Any]) -> Any:
-        """The configuration as transformers reads it: files leave out what is a class's default."""
-        try:
-            return getattr(transformers, cls.model_name).config_class.from_dict(dict(config))
-        except Exception as error:  # transformers validates with errors of its own
-            raise ModelError(f"{directory}/config.json: no configuration of a {cls.model_name}: {error}") from error
+    def _check(cls, directory: Path, config: Any, recipe: ImageRecipe) -> None:
+        """Raise ModelError if the model cannot encode the image processor's output."""
+        check_image_size(directory, config.vision_config.image_size, recipe)
 
     @classmethod
-    def _check(cls, directory: Path, parsed: Any, recipe: ImageRecipe) -> None:
-        """Raise ModelError where the processor's pictures do not fit the model."""
-        side = parsed.vision_config.image_size
-        found = recipe.crop or recipe.size
-        if found != (side, side):
-            raise ModelError(
-                f"{directory}: config.json expects pictures of {side} x {side}, its image processor makes {found}"
-            )
-
-    @classmethod
-    def _dims(cls, parsed: Any) -> dict[Modality, int]:
-        raise NotImplementedError
-
-    @classmethod
-    def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Encoder:
-        directory = Path(spec.directory)
-        model = load_pretrained(getattr(transformers, cls.model_name), directory, device, dtype)
-        return cls(spec, model, read_image_recipe(directory), TextTokenizer(directory))
+    def _dims(cls, config: Any) -> dict[Modality, int]:
+        return {"image": config.projection_dim, "text": config.projection_dim}
 
     @torch.inference_mode()
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
-        """Encode pictures of any sizes, uint8 [H, W, 3]. CLIP's tokens begin with its class token."""
-        pixels = preprocess(images, self.recipe, self.device, self.dtype, self.pixel_filter)
-        out = self.model.get_image_features(pixel_values=pixels)
-        return Encoded(pooled=out.pooler_output, tokens=list(out.last_hidden_state) if tokens else None)
+        """Encode images of any sizes, uint8 [H, W, 3]. CLIP's and BLIP's tokens begin with the class token."""
+        pixels_BCHW = preprocess(images, self.recipe, self.device, self.dtype, self.pixel_filter)
+        hidden_BLD, pooled_BD = self._image_tower(pixels_BCHW)
+        return Encoded(pooled=pooled_BD, tokens=list(hidden_BLD) if tokens else None)
 
-    def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer.encode(texts, self._max_tokens)
+    def _image_tower(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the last hidden states and the pooled vectors."""
+        output = self.model.get_image_features(pixel_values=pixels_BCHW)
+        return output.last_hidden_state, output.pooler_output
 
-    def count_tokens(self, texts: Sequence[str]) -> list[int]:
-        return self.tokenizer.count(texts)
+
+class ClipEncoder(ImageTextEncoder):
+    """CLIP and MetaCLIP 2. A text's vector is that of its end token. The model is causal, so padding has no effect."""
+
+
+class SiglipEncoder(ImageTextEncoder):
+    """SigLIP, and SigLIP 2 at a fixed resolution. A text's vector is that of the last position, padding or not."""
+
+    pads_to_max_length = True
+
+    @classmethod
+    def _check(cls, directory: Path, config: Any, recipe: ImageRecipe) -> None:
+        super()._check(directory, config, recipe)
+        _check_pooling_head(directory, config)
+
+    @classmethod
+    def _dims(cls, config: Any) -> dict[Modality, int]:
+        return {"image": config.vision_config.hidden_size, "text": config.text_config.projection_size}
+
+
+class Siglip2Encoder(SiglipEncoder):
+    """SigLIP 2 NaFlex: images keep their aspect ratio and become rows of patches with a mask.
+
+    The image processor's file sets the number of patches. (transformers' Siglip2Processor ignores that file and takes
+    256 patches of 16 pixels.)
+    """
+
+    @classmethod
+    def _check(cls, directory: Path, config: Any, recipe: ImageRecipe) -> None:
+        check_patch_size(directory, config.vision_config.patch_size, recipe)
+        _check_pooling_head(directory, config)
 
     @torch.inference_mode()
-    def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
-        """Encode texts that `tokenize` made, padded as the model was trained, with a mask only if it was trained so."""
-        side = self.tokenizer.padding_side
-        length = self._max_tokens if self.pads_to_max_length else None
-        ids, mask = pad(token_ids, self.tokenizer.pad_id, self.device, length, side)
-        masks = {"attention_mask": mask} if "attention_mask" in self.tokenizer.inputs else {}
-        out = self.model.get_text_features(input_ids=ids, **masks)
-        kept = unpad(out.last_hidden_state, [len(own) for own in token_ids], side) if tokens else None
-        return Encoded(pooled=out.pooler_output, tokens=kept)
+    def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
+        """Encode images of any sizes, uint8 [H, W, 3]; tokens are those of the image's patches, padding removed."""
+        patches = preprocess_patches(images, self.recipe, self.device, self.dtype, self.pixel_filter)
+        output = self.model.get_image_features(
+            pixel_values=patches.pixels_BND,
+            pixel_attention_mask=patches.mask_BN,
+            spatial_shapes=torch.tensor(patches.shapes),  # left on the CPU: the model reads it number by number
+        )
+        kept = unpad(output.last_hidden_state, [down * across for down, across in patches.shapes]) if tokens else None
+        return Encoded(pooled=output.pooler_output, tokens=kept)
 
-    @property
-    def _max_tokens(self) -> int:
-        return int(self.model.config.text_config.max_position_embeddings)
+
+def _check_pooling_head(directory: Path, config: Any) -> None:
+    if not config.vision_config.vision_use_head:
+        raise ModelError(f"{directory}/config.json: vision_use_head is false; without it there is no pooled vector")
+
+
+class BlipEncoder(ImageTextEncoder):
+    """BLIP. What a checkpoint encodes depends on its task, which config.json's `architectures` names.
+
+    - BlipForImageTextRetrieval (blip-itm-*): images and texts; the projected class tokens of the two towers, which its
+      forward computes with use_itm_head=False.
+    - BlipForConditionalGeneration and BlipForQuestionAnswering (captions, answers): images only; `load` returns a
+      VisionEncoder of the vision tower.
+
+    A BlipModel is unsupported: its projections are not the layers that BLIP was trained with.
+    """
+
+    @classmethod
+    def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
+        """Read the configuration and the files of the image processor and, for retrieval, the tokenizer."""
+        if _blip_architecture(directory, config) == BLIP_RETRIEVAL:
+            return super().describe(directory, config)
+        parsed, recipe = read_config(directory), read_image_recipe(directory)
+        cls._check(directory, parsed, recipe)
+        width = parsed.vision_config.hidden_size
+        return EncoderSpec(
+            family=parsed.model_type,
+            directory=str(directory),
+            dims={"image": width},
+            token_dims={"image": width},
+            image_side=recipe.shorter_side,
+        )
+
+    @classmethod
+    def _dims(cls, config: Any) -> dict[Modality, int]:
+        return {"image": config.image_text_hidden_size, "text": config.image_text_hidden_size}
+
+    @classmethod
+    def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Encoder:
+        """Load the weights; for captions or answers, the vision tower only."""
+        directory = Path(spec.directory)
+        architecture = _blip_architecture(directory, read_json(directory, "config.json"))
+        model = load_pretrained(getattr(transformers, architecture), directory, torch.device("cpu"), dtype)
+        recipe = read_image_recipe(directory)
+        if architecture == BLIP_RETRIEVAL:
+            return cls(spec, model.to(device), recipe, TextTokenizer(directory))
+        return VisionEncoder(spec, model.vision_model.to(device), recipe)
+
+    def _image_tower(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_BLD = self.model.vision_model(pixels_BCHW).last_hidden_state
+        return hidden_BLD, self.model.vision_proj(hidden_BLD[:, 0])
+
+    def _text_tower(self, ids_BL: torch.Tensor, **masks: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        hidden_BLD = self.model.text_encoder(input_ids=ids_BL, **masks).last_hidden_state
+        return hidden_BLD, self.model.text_proj(hidden_BLD[:, 0])
+
+
+def _blip_architecture(directory: Path, config: Mapping[str, Any]) -> str:
+    """Return the name of the class whose weights the checkpoint holds."""
+    architecture = (config.get("architectures") or [None])[0]
+    supported = (BLIP_RETRIEVAL, *BLIP_IMAGES_ONLY)
+    if architecture not in supported:
+        raise ModelError(f"{directory}/config.json: architectures is {architecture}; expected {', '.join(supported)}")
+    return str(architecture)
+
+
+class ClapEncoder(JointEncoder):
+    """CLAP: sounds and texts; its vectors are unit vectors.
+
+    The reference takes a random window of a sound longer than the model's window of 10 s. Here such a sound is encoded
+    whole, by the fixed rules of ops/log_mel.py; with "rand_trunc" its vector is the mean of its windows' vectors.
+    """
+
+    recipe: ClapRecipe
+    read_recipe = staticmethod(read_clap_recipe)
+
+    @classmethod
+    def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
+        """Read the configuration and the files of the feature extractor and the tokenizer."""
+        parsed, recipe = read_config(directory), read_clap_recipe(directory)
+        audio, text = parsed.audio_config, parsed.text_config
+        if audio.enable_fusion != (recipe.truncation == "fusion"):
+            raise ModelError(
+                f"{directory}: config.json has enable_fusion {audio.enable_fusion}, but the feature extractor's "
+                f"truncation is {recipe.truncation!r}; a fusion model needs 'fusion', any other 'rand_trunc'"
+            )
+        if audio.num_mel_bins != recipe.n_mels:
+            raise ModelError(
+                f"{directory}: config.json expects {audio.num_mel_bins} mel bins, the feature extractor makes "
+                f"{recipe.n_mels}; use the files of one model"
+            )
+        check_vocabulary(directory)
+        return EncoderSpec(
+            family=parsed.model_type,
+            directory=str(directory),
+            dims={"audio": parsed.projection_dim, "text": parsed.projection_dim},
+            token_dims={
+                "audio": audio.patch_embeds_hidden_size * 2 ** (len(audio.depths) - 1),
+                "text": text.hidden_size,
+            },
+            sampling_rate=recipe.sampling_rate,
+            max_text_tokens=text_limit(directory, text),
+        )
+
+    @torch.inference_mode()
+    def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
+        """Encode sounds; tokens are the last stage's cells, by frequency then time, window after window."""
+
+        def encode(windows: list[torch.Tensor]) -> Encoded:
+            features_BCTM, is_longer_B1 = clap_features(windows, self.recipe)
+            output = self.model.get_audio_features(features_BCTM.to(self.dtype), is_longer=is_longer_B1)
+            cells_BLD = output.last_hidden_state.flatten(2).transpose(1, 2)
+            return Encoded(pooled=output.pooler_output, tokens=list(cells_BLD) if tokens else None)
+
+        sounds = to_rate(waves, rates, self.recipe.sampling_rate, self.device)
+        windows = [clap_windows(sound, self.recipe) for sound in sounds]
+        return encode_windows(windows, max(len(waves), CLAP_WINDOWS_PER_BATCH), encode)

@@ -1,12 +1,14 @@
-"""The sentence-transformers layout: which modules turn a transformer's hidden states into one vector.
+"""The sentence-transformers layout: the modules that turn a transformer's hidden states into one vector per text.
 
-`read_sentence_recipe` reads modules.json and the configuration of each module, of any version from 2 to 6;
-`load_head` builds what comes after the transformer. A module, option or activation that is not known
-here is a ModelError that names it: it is never imported from the path that the file gives.
+`read_sentence_recipe` reads modules.json and each module's configuration, as versions 2 to 6 write them. `pool` and
+`load_head` are the modules after the transformer. An unknown module, option or activation is a ModelError that names
+it; code is never imported from a path in these files.
 """
 
+import json
+import logging
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +20,9 @@ from torch.nn import functional
 from mmbeam.errors import ModelError
 from mmbeam.models.loading import check_weights, read_json
 
-# Pooling modes in the order in which older files, one flag each, concatenate them.
+logger = logging.getLogger(__name__)
+
+# Pooling modes by the flags of older files, in the order in which those concatenate them.
 LEGACY_MODES: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -28,92 +32,94 @@ LEGACY_MODES: Mapping[str, str] = {
     "pooling_mode_lasttoken": "lasttoken",
 }
 ACTIVATIONS = (
-    "Identity",
-    "Tanh",
-    "ReLU",
-    "ReLU6",
-    "GELU",
-    "SiLU",
-    "Mish",
-    "ELU",
-    "SELU",
-    "LeakyReLU",
-    "Sigmoid",
-    "Softplus",
+    *("Identity", "Tanh", "ReLU", "ReLU6", "GELU", "SiLU", "Mish", "ELU", "SELU", "LeakyReLU", "Sigmoid", "Softplus"),
 )
 HEAD_MODULES = ("Dense", "LayerNorm", "Normalize", "Dropout")
-# Old names of sentence_bert_config.json, for directories written before version 3.
+# Names of the Transformer module's file; version 3 keeps the first only.
 TRANSFORMER_CONFIGS = tuple(
     f"sentence_{name}_config.json"
     for name in ("bert", "roberta", "distilbert", "camembert", "albert", "xlm-roberta", "xlnet")
 )
-# Options handed to from_pretrained that change no vector.
-HARMLESS_OPTIONS = {
-    "add_pooling_layer",
-    "attn_implementation",
-    "dtype",
-    "torch_dtype",
-    "padding_side",
-    "trust_remote_code",
+# Arguments for from_pretrained that change no vector.
+HARMLESS_ARGUMENTS = {
+    *("add_pooling_layer", "attn_implementation", "dtype", "torch_dtype", "padding_side", "trust_remote_code"),
 }
+TEXT_ONLY = frozenset(("text",))
 
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceRecipe:
-    """What comes before and after the transformer. The defaults are those of a directory without modules.json."""
+    """What precedes and follows the transformer. The defaults are those of a directory without modules.json."""
 
     transformer: Path  # its directory
-    modes: tuple[str, ...] = ("mean",)  # how tokens are pooled; several are concatenated
+    modes: tuple[str, ...] = ("mean",)  # how tokens are pooled; the vectors of several modes are concatenated
     include_prompt: bool = True  # whether the prompt's tokens are pooled too
     prompt: str = ""  # put before every text
     lower_case: bool = False
     max_tokens: int | None = None
-    truncate_dim: int | None = None  # only so many of the vector's first values
-    head: tuple[tuple[str, Path], ...] = field(default=())  # (class, directory) after pooling
+    truncate_dim: int | None = None  # how many of the vector's values are kept
+    head: tuple[tuple[str, Path], ...] = ()  # (class, directory) of the modules after pooling
 
     def width(self, hidden_size: int) -> int:
-        """Values in a text's vector, for a transformer of `hidden_size`."""
+        """Return the width of a text's vector, for a transformer of `hidden_size`."""
         width = hidden_size * len(self.modes)
         for name, directory in self.head:
             if name == "Dense":
-                width = _count(directory, read_json(directory, "config.json"), "out_features")
+                width = _positive(directory, read_json(directory, "config.json"), "out_features")
         return min(width, self.truncate_dim or width)
 
 
-def read_sentence_recipe(
-    directory: Path, modules: list[Any], inputs: frozenset[str] = frozenset(("text",))
-) -> SentenceRecipe:
-    """The recipe of a directory whose modules.json holds `modules`; `inputs` are the kinds that its model may take."""
-    named = [_module(directory, module) for module in modules]
-    names = [name for name, _ in named]
-    head = tuple((name, path) for name, path in named[2:] if name != "Dropout")
+def read_sentence_recipe(directory: Path, inputs: frozenset[str] = TEXT_ONLY) -> SentenceRecipe:
+    """Return how the checkpoint in `directory` makes one vector of a text; `inputs` are the kinds of its inputs.
+
+    Raises ModelError for what the files lack or set and is unsupported.
+    """
+    path = directory / "modules.json"
+    if not path.exists():
+        logger.info("%s: modules.json not found; a text's vector is the mean over its tokens", directory)
+        return SentenceRecipe(transformer=directory)
+    try:
+        modules = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
+    if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
+        raise ModelError(f"{path}: expected a list of modules")
+    chain = [_module(directory, module) for module in modules]
+    names = [name for name, _ in chain]
     if names[:2] != ["Transformer", "Pooling"] or any(name not in HEAD_MODULES for name in names[2:]):
         raise ModelError(
-            f"{directory}/modules.json: expected Transformer, Pooling and then any of {', '.join(HEAD_MODULES)}; "
-            f"found {', '.join(names)}"
+            f"{path}: expected Transformer, Pooling and then any of {', '.join(HEAD_MODULES)}; found {', '.join(names)}"
         )
-    for name, path in head:
-        _check_module(name, path)
+    (_, transformer), (_, pooling), *head = chain
+    head = [(name, folder) for name, folder in head if name != "Dropout"]
+    for name, folder in head:
+        config = read_json(folder, "config.json", required=name != "Normalize")
+        for key in ("module_input_name", "module_output_name"):
+            if config.get(key, "sentence_embedding") != "sentence_embedding":
+                raise ModelError(f"{folder}/config.json: {key} is {config[key]!r}; expected 'sentence_embedding'")
+        if name != "Normalize":
+            check_weights(folder)
     general = read_json(directory, "config_sentence_transformers.json", required=False)
-    transformer = _transformer_options(named[0][1], inputs)
-    pooling = read_json(named[1][1], "config.json")
+    options = _transformer_options(transformer, inputs)
+    pooling_config = read_json(pooling, "config.json")
     return SentenceRecipe(
-        transformer=named[0][1],
-        modes=_modes(named[1][1], pooling),
-        include_prompt=pooling.get("include_prompt", True),
+        transformer=transformer,
+        modes=_modes(pooling, pooling_config),
+        include_prompt=pooling_config.get("include_prompt", True),
         prompt=_default_prompt(directory, general),
-        lower_case=bool(transformer.get("do_lower_case")),
-        max_tokens=transformer.get("max_seq_length"),
+        lower_case=bool(options.get("do_lower_case")),
+        max_tokens=options.get("max_seq_length"),
         truncate_dim=general.get("truncate_dim"),
-        head=head,
+        head=tuple(head),
     )
 
 
 def _module(directory: Path, module: Mapping[str, Any]) -> tuple[str, Path]:
+    """Return a module's class and directory."""
     kind, path = str(module.get("type")), directory / str(module.get("path", ""))
     if not kind.startswith("sentence_transformers."):
         raise ModelError(
-            f"{directory}/modules.json: {kind} is code from outside sentence-transformers, which is not run"
+            f"{directory}/modules.json: {kind} is code from outside sentence-transformers, which is never run"
         )
     if not path.resolve().is_relative_to(directory.resolve()):
         raise ModelError(
@@ -123,38 +129,38 @@ def _module(directory: Path, module: Mapping[str, Any]) -> tuple[str, Path]:
 
 
 def _transformer_options(directory: Path, inputs: frozenset[str]) -> dict[str, Any]:
-    options = next((found for name in TRANSFORMER_CONFIGS if (found := read_json(directory, name, required=False))), {})
-    extra = [
-        options.get(f"{what}_{end}") or {} for what in ("model", "tokenizer", "config") for end in ("args", "kwargs")
-    ]
-    extra += [options.get("processor_kwargs") or {}, options.get("processing_kwargs") or {}]
-    unknown = sorted({key for given in extra for key in given} - HARMLESS_OPTIONS)
+    """Return the options of the Transformer module, if all of them are supported."""
+    files = (read_json(directory, name, required=False) for name in TRANSFORMER_CONFIGS)
+    options: dict[str, Any] = next(filter(None, files), {})
+    keys = [f"{part}_{suffix}" for part in ("model", "tokenizer", "config") for suffix in ("args", "kwargs")]
+    arguments = [options.get(key) or {} for key in (*keys, "processor_kwargs", "processing_kwargs")]
+    unsupported = sorted({name for group in arguments for name in group} - HARMLESS_ARGUMENTS)
     if options.get("transformer_task", "feature-extraction") != "feature-extraction":
-        unknown.append(f"transformer_task {options['transformer_task']!r}")
+        unsupported.append(f"transformer_task {options['transformer_task']!r}")
     if not _reads_hidden_states(options.get("modality_config"), inputs):
-        unknown.append(f"modality_config {options['modality_config']!r}")
-    if unknown:
-        raise ModelError(f"{directory}: the Transformer module sets what is not supported: {', '.join(unknown)}")
+        unsupported.append(f"modality_config {options['modality_config']!r}")
+    if unsupported:
+        raise ModelError(f"{directory}: the Transformer module sets unsupported options: {', '.join(unsupported)}")
     return options
 
 
 def _reads_hidden_states(config: Any, inputs: frozenset[str]) -> bool:
-    """Whether every kind of input, all among `inputs`, goes through the model's forward to its last hidden states."""
+    """Return whether all kinds of input are among `inputs` and use the last hidden states of the model's forward."""
     if config is None:
         return True
     kinds = config if isinstance(config, dict) else {}
     expected = {"method": "forward", "method_output_name": "last_hidden_state"}
-    forward = [isinstance(how, dict) and expected.items() <= how.items() for how in kinds.values()]
+    forward = [isinstance(method, dict) and expected.items() <= method.items() for method in kinds.values()]
     return "text" in kinds and set(kinds) <= inputs and all(forward)
 
 
-def _modes(directory: Path, pooling: Mapping[str, Any]) -> tuple[str, ...]:
-    given = pooling.get("pooling_mode")
-    if given is None:
-        modes = tuple(mode for key, mode in LEGACY_MODES.items() if pooling.get(key)) or ("mean",)
+def _modes(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
+    value = config.get("pooling_mode")
+    if value is None:
+        modes = tuple(mode for key, mode in LEGACY_MODES.items() if config.get(key)) or ("mean",)
     else:
-        modes = (given,) if isinstance(given, str) else tuple(given)
-    unknown = [mode for mode in modes if mode not in LEGACY_MODES.values()]
+        modes = (value,) if isinstance(value, str) else tuple(value)
+    unknown = [mode for mode in modes if mode not in POOLINGS]
     if unknown:
         raise ModelError(f"{directory}/config.json: unknown pooling {unknown}; expected {', '.join(POOLINGS)}")
     return modes
@@ -166,32 +172,24 @@ def _default_prompt(directory: Path, general: Mapping[str, Any]) -> str:
         return ""
     if name not in prompts:
         raise ModelError(
-            f"{directory}/config_sentence_transformers.json: default_prompt_name {name!r} is none of {sorted(prompts)}"
+            f"{directory}/config_sentence_transformers.json: default_prompt_name is {name!r}; "
+            f"expected one of {sorted(prompts)}"
         )
     return prompts[name] or ""
 
 
-def _check_module(name: str, directory: Path) -> None:
-    config = read_json(directory, "config.json", required=name != "Normalize")
-    for key in ("module_input_name", "module_output_name"):
-        if config.get(key, "sentence_embedding") != "sentence_embedding":
-            raise ModelError(f"{directory}/config.json: {key} is {config[key]!r}; expected 'sentence_embedding'")
-    if name != "Normalize":
-        check_weights(directory)
-
-
-def _count(directory: Path, config: Mapping[str, Any], key: str) -> int:
+def _positive(directory: Path, config: Mapping[str, Any], key: str) -> int:
     value = config.get(key)
     if not isinstance(value, int) or value < 1:
-        raise ModelError(f"{directory}/config.json: {key} is {value!r}; expected a whole number from 1 on")
+        raise ModelError(f"{directory}/config.json: {key} is {value!r}; expected a positive integer")
     return value
 
 
 def pool(hidden_BLD: torch.Tensor, mask_BL: torch.Tensor, modes: tuple[str, ...], skip: int = 0) -> torch.Tensor:
-    """One vector of each sequence, [B, D * len(modes)], in float32.
+    """Return one vector per sequence, [B, D * len(modes)], in float32.
 
-    `mask_BL` is 1 where there is a token, padding on the right; the first `skip` tokens (the prompt's)
-    are left out, and keep their part in the weights of "weightedmean".
+    `mask_BL` is 1 for tokens and 0 for padding on the right. The first `skip` tokens (the prompt's) are left out, but
+    count as positions for the weights of "weightedmean".
     """
     hidden_BLD, mask_BL = hidden_BLD.float(), mask_BL.clone()
     mask_BL[:, :skip] = 0
@@ -203,8 +201,8 @@ def _cls(hidden_BLD: torch.Tensor, mask_BL1: torch.Tensor) -> torch.Tensor:
 
 
 def _last(hidden_BLD: torch.Tensor, mask_BL1: torch.Tensor) -> torch.Tensor:
-    at = hidden_BLD.shape[1] - 1 - mask_BL1.flip(1).argmax(1, keepdim=True)
-    return hidden_BLD.gather(1, at.expand(-1, 1, hidden_BLD.shape[-1])).squeeze(1)
+    position = hidden_BLD.shape[1] - 1 - mask_BL1.flip(1).argmax(1, keepdim=True)
+    return hidden_BLD.gather(1, position.expand(-1, 1, hidden_BLD.shape[-1])).squeeze(1)
 
 
 def _max(hidden_BLD: torch.Tensor, mask_BL1: torch.Tensor) -> torch.Tensor:
@@ -237,9 +235,15 @@ POOLINGS: Mapping[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
 class _Dense(nn.Module):
     def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
         super().__init__()
-        sizes = _count(directory, config, "in_features"), _count(directory, config, "out_features")
+        sizes = _positive(directory, config, "in_features"), _positive(directory, config, "out_features")
         self.linear = nn.Linear(*sizes, bias=bool(config.get("bias", True)))
-        self.activation = _activation(directory, config.get("activation_function", "torch.nn.modules.activation.Tanh"))
+        path = config.get("activation_function", "torch.nn.modules.activation.Tanh")
+        name = path.rpartition(".")[2]
+        if not path.startswith("torch.nn.") or name not in ACTIVATIONS:
+            raise ModelError(
+                f"{directory}/config.json: activation {path!r} is unsupported; expected torch.nn's {ACTIVATIONS}"
+            )
+        self.activation = getattr(nn, name)()
         self.use_residual = bool(config.get("use_residual"))
         if self.use_residual and sizes[0] != sizes[1]:
             self.residual = nn.Linear(*sizes, bias=False)
@@ -251,44 +255,26 @@ class _Dense(nn.Module):
         return out + (self.residual(vectors) if hasattr(self, "residual") else vectors)
 
 
-def _activation(directory: Path, path: str) -> nn.Module:
-    name = path.rpartition(".")[2]
-    if not path.startswith("torch.nn.") or name not in ACTIVATIONS:
-        raise ModelError(
-            f"{directory}/config.json: activation {path!r} is not supported; expected torch.nn's {ACTIVATIONS}"
-        )
-    activation: nn.Module = getattr(nn, name)()
-    return activation
-
-
-class _LayerNorm(nn.Module):
-    def __init__(self, directory: Path, config: Mapping[str, Any]) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(_count(directory, config, "dimension"))
-
-    def forward(self, vectors: torch.Tensor) -> torch.Tensor:
-        out: torch.Tensor = self.norm(vectors)
-        return out
-
-
 class _Normalize(nn.Module):
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         return functional.normalize(vectors, dim=-1)
 
 
 def load_head(recipe: SentenceRecipe, device: torch.device) -> nn.Module:
-    """The modules after pooling, with their weights, in float32: they are small, and so is their share of the time."""
+    """Return the modules after pooling with their weights, in float32: they take little of the time."""
     return nn.Sequential(*[_load_module(name, directory) for name, directory in recipe.head]).eval().to(device)
 
 
 def _load_module(name: str, directory: Path) -> nn.Module:
     if name == "Normalize":
         return _Normalize()
-    module = (_Dense if name == "Dense" else _LayerNorm)(directory, read_json(directory, "config.json"))
+    config = read_json(directory, "config.json")
+    dense = name == "Dense"
+    module = _Dense(directory, config) if dense else nn.LayerNorm(_positive(directory, config, "dimension"))
+    weights = load_file(directory / "model.safetensors")
+    prefix = "" if dense else "norm."
     try:
-        module.load_state_dict(
-            {key: value.float() for key, value in load_file(directory / "model.safetensors").items()}
-        )
+        module.load_state_dict({key.removeprefix(prefix): value.float() for key, value in weights.items()})
     except RuntimeError as error:
         raise ModelError(f"{directory}: its weights do not fit its config.json: {error}") from error
     return module

@@ -18,8 +18,7 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models.encoders.speech import check_layers, receptive_field
-from mmbeam.models.encoders.text import text_limit
+from mmbeam.models.encoders.audio import check_layers, receptive_field
 from mmbeam.models.fusion.audio import AST, MAX_WAVEFORM, AudioRecipe, Preparation, WaveformRecipe, audio_inputs
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
 from mmbeam.models.fusion.encoders import HALVES, PretrainedEncoder, encoder_of, output_width
@@ -31,7 +30,7 @@ from mmbeam.models.recipes import (
     read_wave_recipe,
     read_whisper_recipe,
 )
-from mmbeam.models.tokenizing import check_vocabulary
+from mmbeam.models.tokenizing import check_vocabulary, text_limit
 from mmbeam.ops.image import Patching
 from mmbeam.types import Modality
 
