@@ -404,9 +404,9 @@ def test_a_head_that_the_checkpoint_was_trained_without_is_made_anew(tmp_path: P
 
 def test_features_of_another_width_are_an_error_that_names_both() -> None:
     model = tiny_model(features_of("clip_image_embedding", "t5_text_tokens"))
-    with pytest.raises(ModelError, match=r"features clip_image_embedding: vectors of width 16, the model takes 12"):
+    with pytest.raises(ModelError, match=r"features clip_image_embedding: expected vectors of width 12, found 16"):
         model.encode(clip_image_embedding=torch.zeros(2, 16))
-    with pytest.raises(ModelError, match=r"source t5_text_tokens: 65 tokens, the model takes 64"):
+    with pytest.raises(ModelError, match=r"source t5_text_tokens: expected at most 64 tokens, found 65"):
         model.encode(t5_text_tokens=torch.zeros(2, 65, 6))
 
 
@@ -432,23 +432,35 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "modality": ({"film": {"modality": "video"}}, {}, "source film: modality 'video'"),
     "field": ({"image": GRID | {"depth": 2}}, {}, r"source image: unknown \['depth'\]"),
     "no modality": ({"image": {"kind": "conv"}}, {}, r"source image: .*missing \['modality'\]"),
-    "no shape": ({"image": {"modality": "image"}}, {}, "source image: a source of kind conv needs shape"),
-    "no channels": ({"image": GRID | {"kind": "conv"}}, {}, "source image: a source of kind conv needs channels"),
-    "no patch": ({"image": GRID}, {}, "source image: a source of kind transformer needs patch"),
+    "no shape": ({"image": {"modality": "image"}}, {}, "source image: kind conv requires shape"),
+    "no channels": ({"image": GRID | {"kind": "conv"}}, {}, "source image: kind conv requires channels"),
+    "no patch": ({"image": GRID}, {}, "source image: kind transformer requires patch"),
     "flat": ({"image": GRID | {"shape": [32, 32], "patch": [8, 8]}}, {}, "expected channels, height and width"),
-    "patches": ({"image": GRID | {"patch": [5, 8]}}, {}, r"patches of \(5, 8\) do not divide \(32, 32\)"),
-    "no width": ({"image": {"modality": "image", "kind": "features"}}, {}, "source image: .* features needs width"),
-    "no model": ({"image": {"modality": "image", "kind": "pretrained"}}, {}, "source image: .* pretrained needs model"),
+    "patches": ({"image": GRID | {"patch": [5, 8]}}, {}, r"patch size \(5, 8\) does not divide \(32, 32\)"),
+    "no width": (
+        {"image": {"modality": "image", "kind": "features"}},
+        {},
+        "image: kind features requires width",
+    ),
+    "no model": (
+        {"image": {"modality": "image", "kind": "pretrained"}},
+        {},
+        "image: kind pretrained requires model",
+    ),
     "a taken name": (
         {"labels": GRID | {"patch": [8, 8]}},
         {},
         "source 'labels': the model has another input of this name",
     ),
-    "a dot": ({"a.b": GRID | {"patch": [8, 8]}}, {}, "source 'a.b': no name for a part of a model; rename the column"),
-    "a method": ({"values": GRID | {"patch": [8, 8]}}, {}, "source 'values': no name for a part of a model"),
+    "a dot": ({"a.b": GRID | {"patch": [8, 8]}}, {}, "source 'a.b': not a valid name for a module; rename the column"),
+    "a method": ({"values": GRID | {"patch": [8, 8]}}, {}, "source 'values': not a valid name for a module"),
     "fusion": ({}, {"fusion": "sum"}, "fusion 'sum': expected one of attention, concat, gated, bilinear"),
     "generator": ({}, {"generator_kind": "gpt"}, "generator_kind 'gpt': expected one of transformer, lstm"),
-    "similarity": ({}, {"similarities": ["euclid"]}, "similarities: euclid: expected of cosine, dot, bilinear"),
+    "similarity": (
+        {},
+        {"similarities": ["euclid"]},
+        "unknown euclid; expected some of cosine, dot, bilinear",
+    ),
     "a width": (
         {},
         {"hidden_size": 30, "num_attention_heads": 4},
@@ -460,7 +472,7 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
         {},
         "source clip: origin .*; expected model, digest",
     ),
-    "loss": ({}, {"loss_weights": {"aligned": 1.0}}, "loss_weights: aligned: expected of caption, align"),
+    "loss": ({}, {"loss_weights": {"aligned": 1.0}}, "loss_weights: unknown aligned; expected some of caption, align"),
 }
 
 
@@ -472,7 +484,7 @@ def test_a_wrong_configuration_is_an_error_that_names_what_and_what_would_be_rig
 
 
 def test_an_unknown_name_in_a_pair_is_an_error() -> None:
-    with pytest.raises(ModelError, match="pairs: film: expected of image, audio, text, fused, caption"):
+    with pytest.raises(ModelError, match="pairs: unknown film; expected some of image, audio, text, fused, caption"):
         tiny_config(pairs=[["image", "film"]]).aligned_pairs()
 
 

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from mmbeam.models.fusion import FusionModel
 from mmbeam.models.fusion.configuration import MASK
-from mmbeam.models.fusion.objectives import GeneratorAdversary, ModalityAdversary, info_nce, reverse_gradient
+from mmbeam.models.fusion.objectives import GeneratorAdversary, ModalityAdversary, info_nce, scale_gradient
 
 SIMILARITIES = ("cosine", "dot", "bilinear")
 IMAGES = {"image": media()["image"]}
@@ -210,7 +210,7 @@ def test_each_source_is_found_again_in_its_embedding(name: str) -> None:
 def test_the_gradient_is_reversed_and_nothing_else() -> None:
     values = torch.randn(3, requires_grad=True)
     weights = torch.tensor([1.0, -2.0, 3.0])
-    out = reverse_gradient(values)
+    out = scale_gradient(values, -1.0)
     assert torch.equal(out, values)
     (out * weights).sum().backward()
     assert values.grad is not None
@@ -293,7 +293,7 @@ def test_the_generators_own_words_are_drawn_as_sampling_draws_them(generator: st
     image = tiny_inputs(model)["image"][:1]
     with torch.no_grad():
         encoding = model.encode(image=image.repeat(1500, 1, 1, 1))
-        own = model._write(encoding, 2)
+        own = model._sample_tokens(encoding, 2)
         truth = model(decoder_input_ids=torch.tensor([[1]]), image=image).logits[0, -1].softmax(-1)
     assert own.shape == (1500, 2)
     assert set(own[:, 0].tolist()) == {1}

@@ -213,7 +213,7 @@ def test_what_is_cut_is_said_once_of_each_source(caplog: pytest.LogCaptureFixtur
     assert sorted(message.partition(":")[0] for message in caplog.messages) == sorted(
         ["audio", "captions", "t5_text_tokens", "text"]
     )
-    assert "audio: one of 12000 samples at 8000 Hz is cut to 8000, as are all that are longer" in caplog.messages
+    assert "audio: an input of 12000 samples at 8000 Hz is cut to 8000, as are all longer ones" in caplog.messages
     caplog.clear()
     processor([request(text="ring")], CPU)
     processor.labels(["a"], CPU, max_length=2 + len(processor.token_ids(["a"])[0]))
@@ -221,10 +221,10 @@ def test_what_is_cut_is_said_once_of_each_source(caplog: pytest.LogCaptureFixtur
 
 
 def test_features_of_another_width_are_an_error_that_names_both(processor: FusionProcessor) -> None:
-    for shape, message in (((16,), r"shape \[16\], the model takes \[12\]"), ((2, 12), r"shape \[2, 12\]")):
+    for shape, message in (((16,), r"expected shape \[12\], found \[16\]"), ((2, 12), r"found \[2, 12\]")):
         with pytest.raises(ModelError, match=f"features clip_image_embedding: {message}"):
             processor([Request(features={"clip_image_embedding": np.zeros(shape, np.float32)})], CPU)
-    with pytest.raises(ModelError, match=r"features t5_text_tokens: shape \[6\], the model takes \[tokens, 6\]"):
+    with pytest.raises(ModelError, match=r"features t5_text_tokens: expected shape \[tokens, 6\], found \[6\]"):
         processor([Request(features={"t5_text_tokens": np.zeros(6, np.float32)})], CPU)
 
 
@@ -261,7 +261,7 @@ def test_what_is_saved_prepares_the_same(processor: FusionProcessor, tmp_path: P
         ("preprocessing.json", '{"images": {}}', "not that of a fusion model"),
         ("preprocessing.json", '{"images": [], "sounds": {}, "tokenizers": []}', "not that of a fusion model"),
         ("preprocessing.json", '{"images": {"image": {"side": 2}}, "sounds": {}, "tokenizers": []}', "not that of a"),
-        ("tokenizer.json", "{}", r"tokenizer\.json: expected a tokenizer"),
+        ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
         ("config.json", '{"model_type": "mmbeam-fusion"}', "not that of a fusion model"),
     ],
 )

@@ -206,7 +206,7 @@ BROKEN: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "no feature extractor": ("audio", "whisper", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
     "no tokenizer": ("text", "bert", without("tokenizer.json"), r"has no tokenizer; expected tokenizer\.json"),
     "another modality": ("audio", "clip", lambda directory: None, "clip has no audio encoder"),
-    "a text's for pictures": ("image", "bert", lambda directory: None, "bert reads input_ids, not pixel_values"),
+    "a text's for pictures": ("image", "bert", lambda directory: None, "bert takes input_ids, expected pixel_values"),
     "a directory of nothing": ("image", "clip", shutil.rmtree, "no such directory"),
 }
 

@@ -1,7 +1,7 @@
-"""mmbeam's own model: text from image, audio and text together, any of which may be missing.
+"""mmbeam's own model: it generates text from image, audio and text together, any of which may be missing.
 
-An encoder per source, a shared space in which the sources align, a fusion of their tokens, and a text
-generator. It is a model of transformers like any other: `FusionModel.from_pretrained(directory)`.
+It has an encoder per source, a shared space in which the sources are aligned, a fusion of their tokens, and a
+text decoder. It loads like any model of transformers: `FusionModel.from_pretrained(directory)`.
 """
 
 from transformers import AutoConfig, AutoModel

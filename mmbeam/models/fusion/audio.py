@@ -1,7 +1,6 @@
-"""Sounds as a fusion model hears them: by its own encoders' recipe, or by that of a pretrained encoder.
+"""Audio preprocessing of a fusion model: by the recipe of its own encoders, or of a pretrained encoder.
 
-Whatever the recipe, what is heard of a sound is its first window; what is longer can be heard whole by
-`mmbeam embed`.
+Only the first window of a recording is used; `mmbeam embed` covers longer recordings.
 
 Shapes: B batch, N samples of a waveform, F frequency bins, T frames, M mel bins.
 """
@@ -29,16 +28,16 @@ from mmbeam.ops.log_mel import (
     whisper_log_mel,
 )
 
-AST = "audio-spectrogram-transformer"  # as a configuration's model_type
-MAX_WAVEFORM = 480_000  # samples: 30 s at the 16 kHz that all models of waveforms hear
-SHORTEST = 512  # samples of a window: one transform's
+AST = "audio-spectrogram-transformer"  # model_type in config.json
+MAX_WAVEFORM = 480_000  # samples: 30 s at 16 kHz, the rate of all waveform models
+MIN_WINDOW = 512  # samples: one Fourier transform
 
 
 @dataclass(frozen=True, kw_only=True)
 class MelRecipe:
-    """A log-mel spectrogram of a window of sound, its loudness kept: [frames, n_mels].
+    """A log-mel spectrogram [frames, n_mels] of one window, without loudness normalisation.
 
-    A longer sound is cut to the window, a shorter one filled up with silence.
+    Longer audio is cut to the window, shorter audio padded with silence.
     """
 
     sampling_rate: int = 8000  # Hz
@@ -48,17 +47,17 @@ class MelRecipe:
     n_mels: int = 64
     low: float = 40.0  # Hz
     high: float = 4000.0
-    floor: float = -6.0  # log10 of the power under which all is silence
+    floor: float = -6.0  # log10 of the power that counts as silence
 
     @property
     def frames(self) -> int:
-        """Of the window."""
+        """The frames of the window."""
         return self.n_samples // self.hop_length
 
     @classmethod
     def of_shape(cls, shape: Sequence[int], seconds: float = 1.0, sampling_rate: int = 8000) -> "MelRecipe":
-        """The recipe whose spectrograms have this shape, (1, frames, mel bins), for a window of so many seconds."""
-        hop = max(round(seconds * sampling_rate), SHORTEST) // shape[1]
+        """Return the recipe for spectrograms of `shape`, (1, frames, mel bins), from a window of `seconds`."""
+        hop = max(round(seconds * sampling_rate), MIN_WINDOW) // shape[1]
         n_fft = max(512, 1 << (2 * hop - 1).bit_length())
         return cls(
             sampling_rate=sampling_rate,
@@ -71,7 +70,7 @@ class MelRecipe:
 
 
 def log_mel(wave_BN: torch.Tensor, recipe: MelRecipe) -> torch.Tensor:
-    """Spectrograms [B, 1, T, M] of waveforms of n_samples, from -1 (silence) to about 2."""
+    """Return spectrograms [B, 1, T, M] of waveforms of n_samples, from -1 (silence) to about 2."""
     power_BFT = power_spectrogram(wave_BN.float(), recipe.n_fft, recipe.hop_length)[..., : recipe.frames]
     bank = mel_filter_bank(
         recipe.n_fft // 2 + 1, recipe.n_mels, recipe.low, recipe.high, recipe.sampling_rate, "htk", slaney_norm=False
@@ -83,13 +82,13 @@ def log_mel(wave_BN: torch.Tensor, recipe: MelRecipe) -> torch.Tensor:
 
 @dataclass(frozen=True, kw_only=True)
 class WaveformRecipe(WaveRecipe):
-    """The waveform itself, as wav2vec 2.0 and its like hear it."""
+    """The waveform itself, for wav2vec 2.0, HuBERT and WavLM."""
 
-    shortest: int  # samples that the convolutions need for a frame: what is shorter ends in silence
+    shortest: int  # samples that the convolutions need for one frame; shorter audio is padded with silence
     n_samples: int = MAX_WAVEFORM  # of the window
 
     def length(self, samples: int) -> int:
-        """How many samples are heard of a sound of so many."""
+        """Return the length of the input for a recording of `samples`."""
         return max(self.shortest, min(samples, self.n_samples))
 
 
@@ -101,21 +100,21 @@ AUDIO_RECIPES: Mapping[str, type[AudioRecipe]] = {
 
 
 def sampling_rate_of(recipe: AudioRecipe) -> int:
-    """The sampling rate in Hz that a recipe is for."""
+    """Return the sampling rate in Hz that a recipe expects."""
     return AST_RATE if isinstance(recipe, AstRecipe) else recipe.sampling_rate
 
 
 def time_axis(source: SourceConfig, spectrograms: torch.Tensor) -> int:
-    """Where time is in what `audio_inputs` makes for a source."""
-    whisper = spectrograms.dim() == 3 and (source.model or {}).get("model_type") != AST
-    return -1 if whisper else -2
+    """Return the time axis of what `audio_inputs` returns for a source."""
+    is_whisper = spectrograms.dim() == 3 and (source.model or {}).get("model_type") != AST
+    return -1 if is_whisper else -2
 
 
 def audio_inputs(waves: Sequence[torch.Tensor], recipe: AudioRecipe) -> torch.Tensor:
-    """What an encoder takes of the first window of each sound, at the recipe's rate.
+    """Return the input of an encoder for the first window of each waveform, at the sampling rate of the recipe.
 
-    [B, 1, T, M] by a MelRecipe, [B, M, T] by Whisper's, [B, 1 or 4, T, M] by CLAP's, [B, T, M] by AST's,
-    [B, N] by a WaveformRecipe.
+    Shapes: [B, 1, T, M] for MelRecipe, [B, M, T] for WhisperRecipe, [B, 1 or 4, T, M] for ClapRecipe, [B, T, M]
+    for AstRecipe, [B, N] for WaveformRecipe.
     """
     first = [wave[: recipe.n_samples] for wave in waves]
     if isinstance(recipe, WaveformRecipe):

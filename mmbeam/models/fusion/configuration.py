@@ -1,4 +1,4 @@
-"""What a fusion model is made of. Every field has a default that works for a small corpus."""
+"""Configuration of the fusion model. Every field has a default that works for a small corpus."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields
@@ -12,87 +12,90 @@ from transformers import PreTrainedConfig
 from mmbeam.errors import ModelError
 from mmbeam.types import MODALITIES, Modality, Origin
 
-Kind = Literal["conv", "mlp", "lstm", "transformer", "pretrained", "features"]
+EncoderKind = Literal["conv", "mlp", "lstm", "transformer", "pretrained", "features"]
 Fusion = Literal["attention", "concat", "gated", "bilinear"]
 GeneratorKind = Literal["transformer", "lstm"]
 Similarity = Literal["cosine", "dot", "bilinear"]
 LOSSES = ("caption", "align", "reconstruct", "modality_adversary", "generator_adversary")
-# No source can be called so: they are other inputs of the model, or embeddings that no source has.
+# Names that no source may have: other inputs of the model, and embeddings of no source.
 RESERVED = (
     *("labels", "groups", "views", "inputs", "generation_config", "encoder_outputs", "decoder_input_ids"),
     *("past_key_values", "use_cache", "return_dict", "fused", "caption"),
 )
-PAD, BOS, EOS = 0, 1, 2  # the first tokens of every vocabulary of this model
-IGNORED = -100  # padding of labels, which torch's cross-entropy ignores
-MASK = "_mask"  # suffix of the input that tells which of a source's values are real
+PAD, BOS, EOS = 0, 1, 2  # token ids in every vocabulary of this model
+IGNORED = -100  # label padding, which torch's cross-entropy ignores
+MASK = "_mask"  # suffix of the input that marks which of a source's values are real
 
 IMAGE_SHAPE = (3, 64, 64)  # channels, height, width
-AUDIO_SHAPE = (1, 64, 64)  # channel, frames, mel bins
+AUDIO_SHAPE = (1, 64, 64)  # channels, frames, mel bins
 CHANNELS: Mapping[Modality, tuple[int, ...]] = {"image": (32, 64, 128), "audio": (16, 32, 64, 128)}
-PATCHES: Mapping[Modality, tuple[int, int]] = {"image": (8, 8), "audio": (4, 64)}  # audio: all bins of four frames
+PATCHES: Mapping[Modality, tuple[int, int]] = {"image": (8, 8), "audio": (4, 64)}  # audio: four frames, all mel bins
 
 
 @dataclass(frozen=True, kw_only=True)
 class SourceConfig:
-    """One encoder and what it reads. A model may have several of one modality.
+    """One encoder and its input. A model may have several sources of one modality.
 
-    conv: residual convolutions over the picture or spectrogram, or along the text. mlp, lstm, transformer:
-    over patches of the grid or tokens of the text, with positions learned. pretrained: any encoder of
-    transformers. features: none, but vectors that were computed before.
+    kind: "conv" applies residual convolutions to an image or spectrogram, or along a text; "mlp", "lstm" and
+    "transformer" read patches of a grid or tokens of a text, with learned positions; "pretrained" is an encoder
+    of transformers; "features" are precomputed vectors.
     """
 
     modality: Modality
-    kind: Kind = "conv"
-    shape: tuple[int, ...] = ()  # of a grid: channels, height, width (sound: 1, frames, mel bins)
-    channels: tuple[int, ...] = ()  # conv on a grid: of each stage, which halves the sides
+    kind: EncoderKind = "conv"
+    shape: tuple[int, ...] = ()  # of a grid: channels, height, width (audio: 1, frames, mel bins)
+    channels: tuple[int, ...] = ()  # conv on a grid: of each stage; a stage halves height and width
     patch: tuple[int, ...] = ()  # mlp, lstm, transformer on a grid: height, width
     layers: int = 2  # of mlp, lstm, transformer, and conv on a text
-    max_tokens: int = 64  # of a text, or of token features; samples of a waveform
-    width: int = 0  # of one vector of features, or of a pretrained encoder's last hidden states
-    tokens: bool = False  # features: [tokens, width] per sample, and not [width]
+    max_tokens: int = 64  # of a text or of token features; samples of a waveform
+    width: int = 0  # of a feature vector, or of a pretrained encoder's last hidden states
+    tokens: bool = False  # features: [tokens, width] per sample instead of [width]
     model: Mapping[str, Any] | None = None  # pretrained: its configuration, with model_type
-    frozen: bool = False  # pretrained: it stays as it is
-    origin: Origin | None = None  # the model whose encoder it is, or that made its features, if that is known
+    frozen: bool = False  # pretrained: its weights are not trained
+    origin: Origin | None = None  # the model that the encoder or the features come from, if known
 
     @classmethod
     def parse(cls, name: str, data: Mapping[str, Any]) -> "SourceConfig":
-        """Check one source of a configuration. Raises ModelError naming source and field."""
-        known = {each.name: each for each in fields(cls)}
+        """Return one source of a configuration, checked. Raises ModelError naming the source and the field."""
+        known = {field.name: field for field in fields(cls)}
         unknown = sorted(set(data) - set(known))
-        missing = [each.name for each in known.values() if each.default is MISSING and each.name not in data]
+        missing = [field.name for field in known.values() if field.default is MISSING and field.name not in data]
         if unknown or missing:
-            raise ModelError(f"source {name}: unknown {unknown}, missing {missing}; it has {', '.join(known)}")
+            raise ModelError(f"source {name}: unknown {unknown}, missing {missing}; the fields are {', '.join(known)}")
         values: dict[str, Any] = {
             key: tuple(value) if isinstance(value, list) else value for key, value in data.items()
         }
-        _check_name(name)
+        if not name or "." in name or "|" in name or name.endswith(MASK) or hasattr(nn.ModuleDict(), name):
+            raise ModelError(f"source {name!r}: not a valid name for a module; rename the column")
+        if name in RESERVED:
+            raise ModelError(f"source {name!r}: the model has another input of this name; rename the column")
         source = cls(**values | {"origin": _origin(name, data.get("origin"))})
         source._check(name)
         return source
 
     def _check(self, name: str) -> None:
-        if self.modality not in MODALITIES or self.kind not in get_args(Kind):
+        if self.modality not in MODALITIES or self.kind not in get_args(EncoderKind):
             raise ModelError(
                 f"source {name}: modality {self.modality!r}, kind {self.kind!r}; expected one of "
-                f"{', '.join(MODALITIES)} and one of {', '.join(get_args(Kind))}"
+                f"{', '.join(MODALITIES)} and one of {', '.join(get_args(EncoderKind))}"
             )
         needs = {"features": ("width",), "pretrained": ("model",), "conv": ("shape", "channels")}
         needed = needs.get(self.kind, ("shape", "patch"))
-        if self.modality == "text":  # of its own encoders none is a grid's
+        if self.modality == "text":  # texts have no grid
             needed = tuple(field for field in needed if field in ("width", "model"))
         for field in needed:
             if not getattr(self, field):
-                raise ModelError(f"source {name}: a source of kind {self.kind} needs {field}")
+                raise ModelError(f"source {name}: kind {self.kind} requires {field}")
         if "shape" in needed and len(self.shape) != 3:
             raise ModelError(f"source {name}: shape {self.shape}; expected channels, height and width")
         if "patch" in needed and (
             len(self.patch) != 2 or any(s % p for s, p in zip(self.shape[1:], self.patch, strict=True))
         ):
-            raise ModelError(f"source {name}: patches of {self.patch} do not divide {self.shape[1:]}")
+            raise ModelError(f"source {name}: patch size {self.patch} does not divide {self.shape[1:]}")
 
 
-def media_source(modality: Modality, kind: Kind | None = None) -> dict[str, Any]:
-    """A source of this model's own encoders: convolutions for pictures and sounds, a Transformer for texts."""
+def media_source(modality: Modality, kind: EncoderKind | None = None) -> dict[str, Any]:
+    """Return a source with an encoder of this model: by default convolutions, and a Transformer for texts."""
     if modality == "text":
         return {"modality": "text", "kind": kind or "transformer"}
     return {
@@ -107,26 +110,26 @@ def media_source(modality: Modality, kind: Kind | None = None) -> dict[str, Any]
 def feature_source(
     modality: Modality, width: int, tokens: bool = False, origin: Origin | None = None
 ) -> dict[str, Any]:
-    """A source that is fed the vectors of some encoder, one or several a sample."""
-    known = {} if origin is None else {"origin": origin._asdict()}
-    return {"modality": modality, "kind": "features", "width": width, "tokens": tokens, **known}
+    """Return a source of precomputed vectors, one per sample, or several with `tokens`."""
+    source: dict[str, Any] = {"modality": modality, "kind": "features", "width": width, "tokens": tokens}
+    return source if origin is None else {**source, "origin": origin._asdict()}
 
 
 @strict
 class FusionConfig(PreTrainedConfig):
     """Configuration of a FusionModel.
 
-    sources: the encoders by name; for features the name is the Parquet column. fusion: how the sources'
-    tokens become one sequence. fused_tokens: its length, where fusion is not attention. generator_kind: what
-    writes the text. embedding_dim: width of the shared space. pairs: which sources are aligned, "fused"
-    and (with a text encoder of its own) "caption" included; None aligns all. similarities: by which
-    products; the first is the one that embeddings are meant to be compared by. loss_weights: of the parts
-    of the training loss, those of LOSSES left out being 0.
+    sources: the encoders by name; for features the name is the Parquet column. fusion: how the tokens of all
+    sources become one sequence. fused_tokens: its length, unless fusion is attention. generator_kind: the text
+    decoder. embedding_dim: width of the shared space. pairs: the sources to align, where "fused" and (if the
+    model has a text encoder of its own) "caption" also count; None aligns all. similarities: the similarity
+    functions to train; the first is meant for comparing embeddings. loss_weights: of the LOSSES; a missing
+    loss has weight 0.
     """
 
     model_type = "mmbeam-fusion"
     keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
-    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "generator_layers"}  # of which caches are made
+    attribute_map: ClassVar[dict[str, str]] = {"num_hidden_layers": "generator_layers"}  # generate() sizes caches by it
 
     sources: dict[str, Any] | None = None
     vocab_size: int = 512
@@ -170,16 +173,16 @@ class FusionConfig(PreTrainedConfig):
         self.parsed_sources()
 
     def parsed_sources(self) -> dict[str, SourceConfig]:
-        """The sources, checked, by modality and name: a file of JSON keeps no order. Raises ModelError."""
+        """Return the checked sources, ordered by modality and name, since config.json is sorted. Raises ModelError."""
         parsed = {name: SourceConfig.parse(name, data) for name, data in (self.sources or {}).items()}
-        return dict(sorted(parsed.items(), key=lambda each: (MODALITIES.index(each[1].modality), each[0])))
+        return dict(sorted(parsed.items(), key=lambda item: (MODALITIES.index(item[1].modality), item[0])))
 
     def aligned_pairs(self) -> list[tuple[str, str]]:
-        """The pairs to align; a pair of one name with itself compares two views of it."""
+        """Return the pairs to align. A pair of a name with itself aligns two views of one source."""
         names = [*self.parsed_sources(), "fused"]
         if text_tower(self.parsed_sources()) is not None:
             names.append("caption")
-        if self.pairs is None:  # what is fused holds its sources: to be like them says nothing
+        if self.pairs is None:  # "fused" contains the other sources: aligning it with them is trivial
             pairs = combinations(names, 2)
             return [pair for pair in pairs if "fused" not in pair or pair == ("fused", "caption")]
         for pair in self.pairs:
@@ -190,51 +193,41 @@ class FusionConfig(PreTrainedConfig):
     def for_media(
         cls,
         modalities: Sequence[Modality] = MODALITIES,
-        kinds: Mapping[Modality, Kind] | None = None,
+        kinds: Mapping[Modality, EncoderKind] | None = None,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,
     ) -> "FusionConfig":
-        """A model with `sources`, and of each modality that none of them is of, its own encoder.
+        """Return a model with `sources`, and an encoder of its own for each of `modalities` that has no source.
 
-        `kinds` are the kinds of its own; `options` are the other fields.
+        `kinds` are the kinds of these encoders; `options` are the other fields.
         """
-        given = {name: dict(source) for name, source in (sources or {}).items()}
-        left = [modality for modality in modalities if modality not in {of["modality"] for of in given.values()}]
-        own = {modality: media_source(modality, (kinds or {}).get(modality)) for modality in left}
-        return cls(sources={**own, **given}, **options)
+        all_sources = {name: dict(source) for name, source in (sources or {}).items()}
+        covered = {source["modality"] for source in all_sources.values()}
+        media = {m: media_source(m, (kinds or {}).get(m)) for m in modalities if m not in covered}
+        return cls(sources={**media, **all_sources}, **options)
 
     @classmethod
     def for_features(cls, columns: Mapping[str, tuple[Modality, int, bool]], **options: Any) -> "FusionConfig":
-        """A model fed with columns of features: modality, width, and whether there are tokens."""
-        return cls(sources={name: feature_source(*of) for name, of in columns.items()}, **options)
+        """Return a model of feature columns: modality, width, and whether a sample has several vectors."""
+        return cls(sources={name: feature_source(*column) for name, column in columns.items()}, **options)
 
 
 def text_tower(sources: Mapping[str, SourceConfig]) -> str | None:
-    """The source that reads texts as tokens of this model's vocabulary, and so can read captions; None if none does."""
-    own = (name for name, source in sources.items() if source.modality == "text")
-    return next((name for name in own if sources[name].kind not in ("pretrained", "features")), None)
+    """Return the text source with this model's vocabulary, which can encode captions too; None if there is none."""
+    texts = (name for name, source in sources.items() if source.modality == "text")
+    return next((name for name in texts if sources[name].kind not in ("pretrained", "features")), None)
 
 
 def _origin(source: str, data: Mapping[str, str] | None) -> Origin | None:
     if data is None:
         return None
-    if (
-        not isinstance(data, dict)
-        or set(data) != set(Origin._fields)
-        or not all(isinstance(each, str) for each in data.values())
-    ):
+    is_mapping = isinstance(data, dict) and set(data) == set(Origin._fields)
+    if not is_mapping or not all(isinstance(value, str) for value in data.values()):
         raise ModelError(f"source {source}: origin {data!r}; expected {', '.join(Origin._fields)}")
     return Origin(**data)
-
-
-def _check_name(source: str) -> None:
-    if not source or "." in source or "|" in source or source.endswith("_mask") or hasattr(nn.ModuleDict(), source):
-        raise ModelError(f"source {source!r}: no name for a part of a model; rename the column")
-    if source in RESERVED:
-        raise ModelError(f"source {source!r}: the model has another input of this name; rename the column")
 
 
 def _check_names(what: str, names: Sequence[str] | Mapping[str, Any], known: Sequence[str]) -> None:
     unknown = [name for name in names if name not in known]
     if unknown:
-        raise ModelError(f"{what}: {', '.join(map(str, unknown))}: expected of {', '.join(known)}")
+        raise ModelError(f"{what}: unknown {', '.join(map(str, unknown))}; expected some of {', '.join(known)}")

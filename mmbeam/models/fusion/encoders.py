@@ -1,7 +1,9 @@
-"""The encoders of a fusion model: one source's input to a sequence of tokens of the model's width.
+"""The encoders of a fusion model: from the input of one source to a sequence of tokens of the model's width.
 
-Each takes only samples that have the input; who calls sees to the others. Shapes: B batch, T tokens,
-D hidden size, C channels, H height (frames of a sound), W width (its mel bins), P values of a patch.
+An encoder is called with the samples that have the source; `scatter_rows` puts the result back into the batch.
+
+Shapes: B batch, T tokens, D hidden size, C channels, H height (frames of audio), W width (mel bins), P values
+of a patch.
 """
 
 import inspect
@@ -19,11 +21,26 @@ from transformers import AutoConfig, AutoModel
 
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
 
-Tokens = tuple[torch.Tensor, torch.Tensor]  # [B, T, D], and bool [B, T]: which of them are real
+Tokens = tuple[torch.Tensor, torch.Tensor]  # [B, T, D], and bool [B, T]: False is padding
+
+# Encoders that AutoModel does not build from the configuration of one half of a model: class by model_type.
+HALVES: Mapping[str, str] = {
+    "siglip_text_model": "SiglipTextModel",
+    "siglip2_text_model": "Siglip2TextModel",
+    "blip_text_model": "BlipTextModel",
+    "metaclip_2_text_model": "MetaClip2TextModel",
+    "metaclip_2_vision_model": "MetaClip2VisionModel",
+    "clap_text_model": "ClapTextModel",
+    "clap_audio_model": "ClapAudioModel",
+    "blip_vision_model": "BlipVisionModel",
+    "t5": "T5EncoderModel",
+    "mt5": "MT5EncoderModel",
+    "umt5": "UMT5EncoderModel",
+}
 
 
 def build_encoder(source: SourceConfig, config: FusionConfig) -> nn.Module:
-    """The encoder of a source: called with its input (and, for sequences, its mask), it gives Tokens."""
+    """Return the encoder of a source. It maps the input, and for sequences its mask, to Tokens."""
     if source.kind == "features":
         return FeatureEncoder(source, config)
     if source.kind == "pretrained":
@@ -34,7 +51,7 @@ def build_encoder(source: SourceConfig, config: FusionConfig) -> nn.Module:
 
 
 def transformer(config: FusionConfig, layers: int) -> nn.TransformerEncoder:
-    """Layers of self-attention, normalised before each part (Xiong et al., 2020, arXiv:2002.04745)."""
+    """Return pre-norm self-attention layers (Xiong et al., 2020, arXiv:2002.04745)."""
     layer = nn.TransformerEncoderLayer(
         config.hidden_size,
         config.num_attention_heads,
@@ -48,8 +65,19 @@ def transformer(config: FusionConfig, layers: int) -> nn.TransformerEncoder:
     return nn.TransformerEncoder(layer, layers, norm, enable_nested_tensor=False)
 
 
+def feed_forward(config: FusionConfig) -> nn.Sequential:
+    """Return a pre-norm feed-forward block, without its residual connection."""
+    return nn.Sequential(
+        nn.LayerNorm(config.hidden_size),
+        nn.Linear(config.hidden_size, config.ffn_size),
+        nn.GELU(),
+        nn.Dropout(config.dropout),
+        nn.Linear(config.ffn_size, config.hidden_size),
+    )
+
+
 def build_mixer(source: SourceConfig, config: FusionConfig) -> nn.Module:
-    """What gives D-wide tokens [B, T, D] their context, called with them and their mask: by the source's kind."""
+    """Return the layers that contextualise tokens [B, T, D], given their mask, by the kind of the source."""
     if source.kind == "transformer":
         return SelfAttention(source, config)
     if source.kind == "lstm":
@@ -59,51 +87,47 @@ def build_mixer(source: SourceConfig, config: FusionConfig) -> nn.Module:
 
 
 class SelfAttention(nn.Module):
-    """Layers of self-attention that see no padding."""
+    """Self-attention layers that ignore padding."""
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
         super().__init__()
         self.layers = transformer(config, source.layers)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, T, D] to [B, T, D]."""
         mixed: torch.Tensor = self.layers(tokens, src_key_padding_mask=~mask)
         return mixed
 
 
 class Stack(nn.Module):
-    """Layers one after another."""
+    """Layers that take a mask, applied in order."""
 
     def __init__(self, layers: Sequence[nn.Module]) -> None:
         super().__init__()
         self.layers = nn.ModuleList(layers)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, T, D] to [B, T, D]."""
         for layer in self.layers:
             tokens = layer(tokens, mask)
         return tokens
 
 
 class Mlp(nn.Module):
-    """A residual multi-layer perceptron on each token by itself."""
+    """A residual multi-layer perceptron, applied to each token independently."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
-        width = config.hidden_size
-        self.net = nn.Sequential(
-            nn.LayerNorm(width),
-            nn.Linear(width, config.ffn_size),
-            nn.GELU(),
-            nn.Dropout(config.dropout),
-            nn.Linear(config.ffn_size, width),
-        )
+        self.net = feed_forward(config)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+        """Map tokens [B, T, D] to [B, T, D]."""
         mixed: torch.Tensor = self.net(tokens)
         return tokens + mixed
 
 
 class TextConv(nn.Module):
-    """A residual convolution along a sequence, three tokens wide, which meets zeros where the padding is."""
+    """A residual convolution along a sequence, three tokens wide; padding counts as zeros."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -113,14 +137,15 @@ class TextConv(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        seen = self.norm(tokens) * mask[..., None]
-        mixed = self.conv(seen.transpose(1, 2)).transpose(1, 2)
+        """Map tokens [B, T, D] to [B, T, D]."""
+        masked = self.norm(tokens) * mask[..., None]
+        mixed = self.conv(masked.transpose(1, 2)).transpose(1, 2)
         out: torch.Tensor = tokens + self.dropout(F.gelu(mixed))
         return out
 
 
 class BiLstm(nn.Module):
-    """A bidirectional LSTM, then multi-head attention of its states to each other."""
+    """A bidirectional LSTM followed by multi-head self-attention."""
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
         super().__init__()
@@ -130,10 +155,11 @@ class BiLstm(nn.Module):
         self.norm = nn.LayerNorm(width)
 
     def forward(self, tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        """Map tokens [B, T, D] to [B, T, D]."""
         lengths = (mask * torch.arange(1, mask.shape[1] + 1, device=mask.device)).amax(1)
         packed = nn.utils.rnn.pack_padded_sequence(
             tokens * mask[..., None], lengths.cpu(), batch_first=True, enforce_sorted=False
-        )  # or the way back would begin in the padding
+        )  # without packing, the backward direction would start in the padding
         states, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=mask.shape[1])
         attended, _ = self.attention(states, states, states, key_padding_mask=~mask, need_weights=False)
         out: torch.Tensor = self.norm(states + attended)
@@ -141,7 +167,7 @@ class BiLstm(nn.Module):
 
 
 class TokenEncoder(nn.Module):
-    """Token ids, embedded by the model's one table of words, to tokens in context."""
+    """Contextualises token embeddings, which come from the embedding table of the model."""
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
         super().__init__()
@@ -150,13 +176,13 @@ class TokenEncoder(nn.Module):
         self.mixer = build_mixer(source, config)
 
     def forward(self, words: torch.Tensor, mask: torch.Tensor) -> Tokens:
-        """Of the embedded words [B, T, D]."""
-        places = self.positions(torch.arange(words.shape[1], device=words.device))
-        return self.mixer(self.norm(words + places), mask), mask
+        """Encode token embeddings [B, T, D]."""
+        positions = self.positions(torch.arange(words.shape[1], device=words.device))
+        return self.mixer(self.norm(words + positions), mask), mask
 
 
 class PatchEncoder(nn.Module):
-    """A grid cut into patches that are read as a sequence, as in ViT (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
+    """A grid cut into a sequence of patches, as in ViT (Dosovitskiy et al., 2021, arXiv:2010.11929)."""
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
         super().__init__()
@@ -169,6 +195,7 @@ class PatchEncoder(nn.Module):
         self.mixer = build_mixer(source, config)
 
     def forward(self, grid_BCHW: torch.Tensor) -> Tokens:
+        """Encode a grid, one token per patch."""
         patches_BPT = F.unfold(grid_BCHW, self.patch, stride=self.patch)
         tokens = self.norm(self.project(patches_BPT.transpose(1, 2)) + self.positions)
         mask = tokens.new_ones(tokens.shape[:2], dtype=torch.bool)
@@ -176,9 +203,9 @@ class PatchEncoder(nn.Module):
 
 
 class GridConv(nn.Module):
-    """Stages of residual convolutions (He et al., 2016, arXiv:1512.03385), each of half the sides of the one before.
+    """Stages of residual convolutions (He et al., 2016, arXiv:1512.03385), each of which halves height and width.
 
-    The first stage is a mere convolution, fine enough that a shape of a few pixels keeps its form.
+    The first stage is a convolution without a residual block, so that shapes of a few pixels survive.
     """
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
@@ -194,6 +221,7 @@ class GridConv(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size)
 
     def forward(self, grid_BCHW: torch.Tensor) -> Tokens:
+        """Encode a grid, one token per cell of the last stage."""
         for stage in self.stages:
             grid_BCHW = stage(grid_BCHW)
         tokens = self.norm(self.project(grid_BCHW.flatten(2).transpose(1, 2)) + self.positions)
@@ -201,32 +229,31 @@ class GridConv(nn.Module):
 
 
 class ConvStage(nn.Module):
-    """Halve the sides, then one residual block."""
+    """A strided convolution that halves height and width, then an optional residual block."""
 
     def __init__(self, before: int, after: int, residual: bool) -> None:
         super().__init__()
         self.shrink = nn.Sequential(
             nn.Conv2d(before, after, 4, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()
         )
-        self.block = _block(after) if residual else None
+        self.block = None
+        if residual:
+            self.block = nn.Sequential(
+                nn.Conv2d(after, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+                nn.ReLU(),
+                nn.Conv2d(after, after, 3, padding=1, bias=False),
+                nn.BatchNorm2d(after),
+            )
 
     def forward(self, grid: torch.Tensor) -> torch.Tensor:
+        """Map a grid [B, C, H, W] to [B, C', H / 2, W / 2]."""
         grid = self.shrink(grid)
         return grid if self.block is None else F.relu(grid + self.block(grid))
 
 
-def _block(width: int) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(width, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-        nn.ReLU(),
-        nn.Conv2d(width, width, 3, padding=1, bias=False),
-        nn.BatchNorm2d(width),
-    )
-
-
 class FeatureEncoder(nn.Module):
-    """Vectors that some encoder made before: a token each."""
+    """Precomputed vectors, one token each."""
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
         super().__init__()
@@ -236,85 +263,67 @@ class FeatureEncoder(nn.Module):
         self.positions = nn.Embedding(source.max_tokens, config.hidden_size) if source.tokens else None
 
     def forward(self, vectors: torch.Tensor, mask: torch.Tensor) -> Tokens:
-        """Of [B, width] with mask [B], or [B, T, width] with mask [B, T]."""
+        """Encode vectors [B, width] with mask [B], or [B, T, width] with mask [B, T]."""
         if vectors.dim() == 2:
             vectors, mask = vectors[:, None], mask[:, None]
-        tokens = self.project(vectors.masked_fill(~mask[..., None], 0))  # padding may be anything, not a number even
+        tokens = self.project(vectors.masked_fill(~mask[..., None], 0))  # padding may be NaN
         if self.positions is not None:
             tokens = tokens + self.positions(torch.arange(tokens.shape[1], device=tokens.device))
         return tokens, mask
 
 
-# Halves of models that AutoModel does not make by themselves: the class by its configuration's model_type.
-HALVES: Mapping[str, str] = {
-    "siglip_text_model": "SiglipTextModel",
-    "siglip2_text_model": "Siglip2TextModel",
-    "blip_text_model": "BlipTextModel",
-    "metaclip_2_text_model": "MetaClip2TextModel",
-    "metaclip_2_vision_model": "MetaClip2VisionModel",
-    "clap_text_model": "ClapTextModel",
-    "clap_audio_model": "ClapAudioModel",
-    "blip_vision_model": "BlipVisionModel",
-    **{"t5": "T5EncoderModel", "mt5": "MT5EncoderModel", "umt5": "UMT5EncoderModel"},
-}
-
-
 class PretrainedEncoder(nn.Module):
-    """Any encoder of transformers with a last_hidden_state; frozen, it also stays in eval mode."""
+    """An encoder of transformers that returns last_hidden_state. If frozen, it also stays in eval mode."""
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
         super().__init__()
         self.model = build_tower(source.model or {})
         self.input_name = self.model.main_input_name
-        self.takes_is_longer = "is_longer" in inspect.signature(self.model.forward).parameters  # CLAP's, of sounds
-        self.hears_waves = hasattr(self.model, "feature_extractor")  # wav2vec 2.0 and its like
+        self.takes_is_longer = "is_longer" in inspect.signature(self.model.forward).parameters  # CLAP's audio encoder
+        self.takes_waveforms = hasattr(self.model, "feature_extractor")  # wav2vec 2.0, HuBERT, WavLM
         self.frozen = source.frozen
         self.project = nn.Linear(output_width(self.model), config.hidden_size)
         self.norm = nn.LayerNorm(config.hidden_size)
         self.train()
 
     def train(self, mode: bool = True) -> "PretrainedEncoder":
-        """As of any module; `from_pretrained` ends with it, and forgets by then what was to have no gradient."""
+        """Set training mode, and freeze again what is frozen: `from_pretrained` resets requires_grad."""
         super().train(mode)
         if self.frozen:
             self.model.eval().requires_grad_(False)
         return self
 
     def read(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The last hidden states [B, T, width], and which of them are real: all but where a mask [B, T] says not."""
+        """Return the last hidden states [B, T, width] and their mask [B, T]."""
         with torch.no_grad() if self.frozen else nullcontext():
-            if self.hears_waves:
-                return self._read_waves(inputs, mask)
-            states = self._states(inputs, mask)
-        if states.dim() == 4:  # [B, C, H, W] of a convolutional one
+            if self.takes_waveforms:
+                return self._read_waveforms(inputs, mask)
+            masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
+            if self.takes_is_longer:
+                masks["is_longer"] = mask.new_zeros(len(mask), 1)  # False: audio is cut to one window
+            states: torch.Tensor = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
+        if states.dim() == 4:  # [B, C, H, W] of a convolutional encoder
             states = states.flatten(2).transpose(1, 2)
         return states, mask if mask.dim() > 1 else mask.new_ones(states.shape[:2])
 
-    def _states(self, inputs: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
-        if self.takes_is_longer:
-            masks["is_longer"] = mask.new_zeros(len(mask), 1)  # than a window: sounds are cut to one
-        states: torch.Tensor = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
-        return states
-
-    def _read_waves(self, waves_BN: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """The frames of waveforms: padding would change what convolutions make that normalise over time."""
+    def _read_waveforms(self, waves_BN: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Run the convolutions on each waveform by itself: some normalise over time, so padding would change them."""
         lengths = mask.sum(1).tolist() if mask.dim() > 1 else [waves_BN.shape[1]] * len(mask)
         maps = [self.model.feature_extractor(wave[None, :n]) for wave, n in zip(waves_BN, lengths, strict=True)]
-        projected = [self.model.feature_projection(each.transpose(1, 2)) for each in maps]
-        frames = [each[0] if isinstance(each, torch.Tensor) else each[0][0] for each in projected]  # HuBERT's are bare
-        counts = torch.tensor([len(each) for each in frames], device=mask.device)
+        projected = [self.model.feature_projection(frames.transpose(1, 2)) for frames in maps]
+        frames = [out[0] if isinstance(out, torch.Tensor) else out[0][0] for out in projected]  # HuBERT: no tuple
+        counts = torch.tensor([len(rows) for rows in frames], device=mask.device)
         real = torch.arange(max(map(len, frames)), device=mask.device) < counts[:, None]
         states = self.model.encoder(pad_sequence(frames, batch_first=True), attention_mask=real).last_hidden_state
         return states, real
 
-    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """What was read, as tokens of the model's width."""
+    def forward(self, states: torch.Tensor, mask: torch.Tensor) -> Tokens:
+        """Project the states that `read` returned to the model's width."""
         return self.norm(self.project(states)), mask
 
 
 def build_tower(model: Mapping[str, Any]) -> Any:
-    """The encoder of transformers that a configuration describes, with new weights."""
+    """Return the encoder of transformers that a configuration describes, with new weights."""
     options = dict(model)
     config = AutoConfig.for_model(options.pop("model_type"), **options)
     half = HALVES.get(config.model_type)
@@ -322,7 +331,7 @@ def build_tower(model: Mapping[str, Any]) -> Any:
 
 
 def encoder_of(model: Any) -> Any:
-    """The part of a model that gives last_hidden_state: without a decoder, and without layers that pool it."""
+    """Return the part of a model that computes last_hidden_state, without a decoder and pooling layers."""
     if model.config.is_encoder_decoder or type(model).__name__.endswith("T5EncoderModel"):
         model = model.get_encoder()
     if "add_pooling_layer" in inspect.signature(type(model)).parameters:
@@ -331,7 +340,7 @@ def encoder_of(model: Any) -> Any:
 
 
 def output_width(model: Any) -> int:
-    """Of last_hidden_state: a convolutional encoder names the widths of its stages, CLAP's that of the first."""
+    """Return the width of last_hidden_state. Convolutional encoders list it by stage; CLAP states the first stage's."""
     config = model.config
     if config.model_type == "clap_audio_model":
         return int(config.patch_embeds_hidden_size * 2 ** (len(config.depths) - 1))
@@ -340,7 +349,7 @@ def output_width(model: Any) -> int:
 
 
 def scatter_rows(values: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """The values of those who are present in their places, zeros in the others."""
+    """Return `values` [n, ...] at the n rows that are `present` [B], and zeros elsewhere: [B, ...]."""
     if len(values) == len(present):
         return values
     return values.new_zeros(len(present), *values.shape[1:]).index_put((present,), values)

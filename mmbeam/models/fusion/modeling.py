@@ -1,6 +1,6 @@
-"""The fusion model: sources to a shared space and to one memory, and from that to text.
+"""The fusion model: from any sources to a shared embedding space, to fused tokens, and from these to text.
 
-Shapes: B batch, T words or tokens, M fused tokens, D hidden size, E width of the shared space, V vocabulary.
+Shapes: B batch, T tokens, M fused tokens, D hidden size, E width of the shared space, V vocabulary.
 """
 
 import math
@@ -31,13 +31,8 @@ from mmbeam.models.fusion.objectives import (
 )
 
 
-def build_decoder(config: FusionConfig) -> nn.Module:
-    """The generator that the configuration names."""
-    return TransformerDecoder(config) if config.generator_kind == "transformer" else LstmDecoder(config)
-
-
 class TransformerDecoder(nn.Module):
-    """The decoder of BART: self-attention with a cache, and cross-attention to the fused tokens."""
+    """BART's decoder: cached self-attention, and cross-attention to the fused tokens."""
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
@@ -50,7 +45,7 @@ class TransformerDecoder(nn.Module):
                 decoder_ffn_dim=config.ffn_size,
                 max_position_embeddings=config.max_target_positions,
                 dropout=config.dropout,
-                init_std=0.02 * math.sqrt(1024 / config.hidden_size),  # BART's own is for its width of 1024
+                init_std=0.02 * math.sqrt(1024 / config.hidden_size),  # BART's 0.02 is for a width of 1024
                 pad_token_id=PAD,
                 bos_token_id=BOS,
                 eos_token_id=EOS,
@@ -59,10 +54,10 @@ class TransformerDecoder(nn.Module):
                 attn_implementation="sdpa",
             )
         )
-        self.decoder.embed_tokens = nn.Identity()  # the words are embedded outside
+        self.decoder.embed_tokens = nn.Identity()  # FusionModel embeds the tokens
 
     def forward(self, words: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        """Of words [B, T, D]; with a cache, of those that are not in it yet."""
+        """Return hidden states of token embeddings [B, T, D], which with a cache are those not in it yet."""
         out = self.decoder(
             inputs_embeds=words,
             encoder_hidden_states=memory,
@@ -77,16 +72,16 @@ class TransformerDecoder(nn.Module):
 class LstmDecoder(nn.Module):
     """LSTM layers, each followed by attention to the fused tokens (Luong et al., 2015, arXiv:1508.04025, multi-head).
 
-    It keeps no cache: it reads the words so far anew at each step, which for captions costs little.
+    It has no cache: each step reads all earlier tokens again, which costs little for captions.
     """
 
     def __init__(self, config: FusionConfig) -> None:
         super().__init__()
-        self.norm = nn.LayerNorm(config.hidden_size)  # without it the small embeddings never leave the ground
+        self.norm = nn.LayerNorm(config.hidden_size)  # without it, training stalls on the small embeddings
         self.layers = nn.ModuleList(_LstmLayer(config) for _ in range(config.generator_layers))
 
     def forward(self, words: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        """Of all words so far, [B, T, D]."""
+        """Return hidden states of all token embeddings so far, [B, T, D]."""
         states: torch.Tensor = self.norm(words)
         for layer in self.layers:
             states = layer(states, memory, mask)
@@ -94,10 +89,10 @@ class LstmDecoder(nn.Module):
 
 
 class _LstmLayer(nn.Module):
-    """LSTM, attention and a feed-forward part, each added to its input and normalised as in a Transformer's layer.
+    """LSTM, attention and a feed-forward block, each with a residual connection and layer norm.
 
-    With the attention fed into the feed-forward part alone, 200 steps on texts alone made 60 % of the captions right;
-    so, all of them.
+    Residual connections make the difference: where the attention only entered the feed-forward block, 200 steps on
+    texts alone made 60 % of the captions right; with them, all.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -119,7 +114,7 @@ class _LstmLayer(nn.Module):
 
 @dataclass
 class FusionOutput(ModelOutput):
-    """What a call of the model gives. Losses are there with labels, the weighted sum in `loss`."""
+    """The output of a call. With labels it holds the losses, and their weighted sum in `loss`."""
 
     loss: torch.Tensor | None = None
     losses: dict[str, torch.Tensor] | None = None  # by name, not weighted
@@ -128,8 +123,8 @@ class FusionOutput(ModelOutput):
 
 
 @dataclass(frozen=True)
-class Encoding:
-    """What the encoders and the fusion made of a batch."""
+class FusedEncoding:
+    """The output of the encoders and the fusion for a batch."""
 
     memory: torch.Tensor  # [B, M, D]
     memory_mask: torch.Tensor  # bool [B, M]
@@ -139,11 +134,12 @@ class Encoding:
 
 
 class FusionModel(PreTrainedModel, GenerationMixin):
-    """Text from any sources that are there.
+    """Generates text from any of its sources.
 
-    Inputs are given by the sources' names: `image=`, float [B, C, H, W]; `text=`, ids [B, T];
-    `clip_image_embedding=`, float [B, width]. `<name>_mask=` says what is there: bool [B], or bool [B, T]
-    for a sequence (False throughout: missing). A source that is not given is missing in the whole batch.
+    Inputs are keyword arguments with the names of the sources: `image=`, float [B, C, H, W]; `text=`, ids [B, T];
+    `clip_image_embedding=`, float [B, width]. `<name>_mask=` marks the samples that have the source, bool [B],
+    or the real tokens of a sequence, bool [B, T] (all False: missing). Without its argument, a source is missing
+    in the whole batch.
     """
 
     config_class = FusionConfig
@@ -162,7 +158,8 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         self.words = nn.Embedding(config.vocab_size, config.hidden_size)
         self.encoders = nn.ModuleDict({name: build_encoder(source, config) for name, source in self.sources.items()})
         self.fuser = build_fuser(list(self.sources), config)
-        self.decoder = build_decoder(config)
+        decoder = TransformerDecoder if config.generator_kind == "transformer" else LstmDecoder
+        self.decoder = decoder(config)
         self.bias = nn.Parameter(torch.zeros(config.vocab_size))
         names = [*self.sources, "fused", *(["caption"] if self.text_tower else [])]
         self.space = SharedSpace(names, self.pairs, config)
@@ -177,9 +174,9 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         self.built = True
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Modules begin as torch makes them, but for embeddings, which are also the rows that score words.
+        """Initialise embeddings, which are also the output projection. Other modules keep torch's initialisation.
 
-        A checkpoint may lack the heads of losses that it was trained without: they are made anew here.
+        A checkpoint trained without some losses lacks their heads: `from_pretrained` initialises them here.
         """
         if isinstance(module, nn.Embedding):
             nn.init.normal_(module.weight, std=self.config.hidden_size**-0.5)
@@ -187,85 +184,80 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             module.reset_parameters()
 
     def get_input_embeddings(self) -> nn.Module:
+        """Return the token embeddings."""
         return self.words
 
-    def encode(self, **inputs: torch.Tensor) -> Encoding:
-        """Encode and fuse what is there of each source; nothing at all is allowed."""
-        batch = self._batch(inputs)
-        tokens: dict[str, Tokens] = {}
-        present: dict[str, torch.Tensor] = {}
-        states: dict[str, torch.Tensor] = {}
-        for name in self.sources:
-            if inputs.get(name) is not None:
-                mask = self._mask(name, inputs)
-                present[name] = mask if mask.dim() == 1 else mask.any(1)
-                if present[name].any():
-                    tokens[name], state = self._encode_source(name, inputs[name], mask, present[name])
-                    states |= {} if state is None else {name: state}
-        fused: Fused = self.fuser(tokens, batch)
-        embeddings = {name: self.space.project[name](_mean(*of)) for name, of in tokens.items()}
-        embeddings["fused"] = self.space.project["fused"](fused.pooled)
-        present = {name: present[name] for name in tokens}
-        present["fused"] = torch.stack([*present.values()]).any(0) if present else fused.mask.new_zeros(batch)
-        return Encoding(fused.memory, fused.mask, embeddings, present, states)
-
-    def _batch(self, inputs: Mapping[str, Any]) -> int:
+    def encode(self, **inputs: torch.Tensor) -> FusedEncoding:
+        """Encode and fuse the sources that are present, of which there may be none. Raises ModelError."""
         unknown = [name for name in inputs if name.removesuffix(MASK) not in self.sources]
         if unknown:
             raise ModelError(f"input {unknown[0]}: the model's sources are {', '.join(self.sources)}")
         sizes = {len(value) for value in inputs.values() if value is not None}
         if len(sizes) != 1:
             raise ModelError(f"inputs of {sorted(sizes)} samples; expected one batch, of at least one source")
-        return sizes.pop()
+        (batch,) = sizes
+        tokens: dict[str, Tokens] = {}
+        present: dict[str, torch.Tensor] = {}
+        states: dict[str, torch.Tensor] = {}
+        for name in self.sources:
+            if inputs.get(name) is not None:
+                mask = self._mask(name, inputs)
+                has_source = mask if mask.dim() == 1 else mask.any(1)
+                if has_source.any():
+                    present[name] = has_source
+                    tokens[name], state = self._encode_source(name, inputs[name], mask, has_source)
+                    states |= {} if state is None else {name: state}
+        fused: Fused = self.fuser(tokens, batch)
+        embeddings = {name: self.space.project[name](_mean(*source_tokens)) for name, source_tokens in tokens.items()}
+        embeddings["fused"] = self.space.project["fused"](fused.pooled)
+        present["fused"] = torch.stack([*present.values()]).any(0) if present else fused.mask.new_zeros(batch)
+        return FusedEncoding(fused.memory, fused.mask, embeddings, present, states)
 
     def _mask(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
-        """As given; by default all is there."""
+        """Return the mask of a source among the inputs; by default every value is real."""
         mask: torch.Tensor | None = inputs.get(name + MASK)
         if mask is not None:
             return mask.bool()
         value = inputs[name]
         source = self.sources[name]
-        sequence = source.tokens or (source.modality == "text" and source.kind != "features")
-        return torch.ones(value.shape[: 2 if sequence else 1], dtype=torch.bool, device=value.device)
+        is_sequence = source.tokens or (source.modality == "text" and source.kind != "features")
+        return torch.ones(value.shape[: 2 if is_sequence else 1], dtype=torch.bool, device=value.device)
 
     def _encode_source(
         self, name: str, values: torch.Tensor, mask: torch.Tensor, present: torch.Tensor
     ) -> tuple[Tokens, torch.Tensor | None]:
-        """Encode the samples that have the source, and put nothing in the place of the others.
+        """Encode the samples that have the source; the others get zeros.
 
-        Beside the tokens, of a pretrained encoder, the mean of its last hidden states.
+        Return the tokens, and the mean of the last hidden states of a pretrained encoder.
         """
         source, encoder = self.sources[name], cast(Any, self.encoders[name])
-        self._check_shape(name, values, mask)
-        some, own = (values, mask) if present.all() else (values[present], mask[present])
-        if some.is_floating_point():
-            some = some.to(self.dtype)
+        if source.kind == "features" and values.shape[-1] != source.width:
+            raise ModelError(f"features {name}: expected vectors of width {source.width}, found {values.shape[-1]}")
+        if mask.dim() > 1 and mask.shape[1] > source.max_tokens:
+            raise ModelError(f"source {name}: expected at most {source.max_tokens} tokens, found {mask.shape[1]}")
+        if not present.all():
+            values, mask = values[present], mask[present]
+        if values.is_floating_point():
+            values = values.to(self.dtype)
         elif source.kind != "pretrained":
-            some = self.words(some)
+            values = self.words(values)
         state = None
         if source.kind == "pretrained":
-            some, own = encoder.read(some, own)
-            state = scatter_rows(_mean(some, own), present)
+            values, mask = encoder.read(values, mask)
+            state = scatter_rows(_mean(values, mask), present)
         takes_mask = source.kind in ("features", "pretrained") or source.modality == "text"
-        tokens, real = encoder(some, own) if takes_mask else encoder(some)
+        tokens, real = encoder(values, mask) if takes_mask else encoder(values)
         return (scatter_rows(tokens, present), scatter_rows(real, present)), state
 
-    def _check_shape(self, name: str, values: torch.Tensor, mask: torch.Tensor) -> None:
-        source = self.sources[name]
-        if source.kind == "features" and values.shape[-1] != source.width:
-            raise ModelError(f"features {name}: vectors of width {values.shape[-1]}, the model takes {source.width}")
-        if mask.dim() > 1 and mask.shape[1] > source.max_tokens:
-            raise ModelError(f"source {name}: {mask.shape[1]} tokens, the model takes {source.max_tokens}")
-
     def embed(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[Tokens, torch.Tensor]:
-        """One source's tokens and its vectors in the shared space [B, E], of samples that all have it."""
+        """Return the tokens of one source and its vectors in the shared space [B, E]; every sample must have it."""
         mask = self._mask(name, {name: values, name + MASK: mask})
         tokens, _ = self._encode_source(name, values, mask, mask if mask.dim() == 1 else mask.any(1))
         embedding: torch.Tensor = self.space.project[name](_mean(*tokens))
         return tokens, embedding
 
     def embed_captions(self, labels: torch.Tensor) -> torch.Tensor | None:
-        """Captions [B, T] in the shared space, [B, E], read by the model's own encoder of texts; None without one."""
+        """Return captions [B, T] in the shared space, [B, E], by the model's own text encoder; None without one."""
         if self.text_tower is None:
             return None
         limit = self.sources[self.text_tower].max_tokens
@@ -275,7 +267,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         return embedding
 
     def similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
-        """Similarities [A, B] of embeddings of a pair's first name with embeddings of its second."""
+        """Return similarities [A, B] of embeddings of the first name of a pair with embeddings of the second."""
         return self.space.similarity(kind, pair, a_AE, b_BE)
 
     def forward(
@@ -292,12 +284,12 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         return_dict: bool | None = None,
         **inputs: torch.Tensor,
     ) -> FusionOutput:
-        """Logits, and with `labels` [B, T] the losses.
+        """Return logits, and with `labels` [B, T] the losses.
 
-        `decoder_input_ids` default to the labels, shifted. `encoder_outputs` and `attention_mask` are what
-        `generate` made of the sources before. `groups` [B] of equal number are alike to the alignment (a
-        negative one is alike to none), `views` are the sources seen another way. Where the batch is a process's
-        `share` of one, the losses are such that their mean over the processes is the loss of the whole.
+        `decoder_input_ids` default to the shifted labels. `encoder_outputs` and `attention_mask` are the memory
+        and its mask, as `generate` passes them. Samples of equal non-negative `groups` [B] are positives of the
+        alignment. `views` are other views of the sources. If the batch is part of a `global_batch`, the mean of
+        the losses over the processes is the loss of the global batch.
         """
         encoding = None
         if encoder_outputs is None:
@@ -312,10 +304,16 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             decoder_input_ids = self.shift(labels)
         cache = past_key_values if use_cache else None
         states = self.decoder(self.words(decoder_input_ids), memory, mask.bool(), cache)
-        logits = self._score(states)
+        logits = F.linear(states, self.words.weight, self.bias)
         output = FusionOutput(logits=logits, past_key_values=cache)
         if labels is not None:
-            output.losses = {"caption": global_batch.rescale_by_tokens(self._caption_loss(logits, labels))}
+            caption_loss = F.cross_entropy(
+                logits.flatten(0, 1).float(),
+                labels.flatten(),
+                ignore_index=IGNORED,
+                label_smoothing=self.config.label_smoothing if self.training else 0.0,
+            )
+            output.losses = {"caption": global_batch.rescale_by_tokens(caption_loss)}
             if encoding is not None:
                 output.losses |= self._other_losses(encoding, inputs, labels, states, groups, views or {}, global_batch)
             output.loss = sum(
@@ -324,22 +322,13 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         return output
 
     def shift(self, labels: torch.Tensor) -> torch.Tensor:
-        """What the generator reads to write `labels` [B, T]: the same a place later, begun by the first token."""
+        """Return the decoder's input for `labels` [B, T]: shifted right by one, with the begin token in front."""
         begin = labels.new_full((len(labels), 1), BOS)
         return torch.cat([begin, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, PAD)], 1)
 
-    def _score(self, states: torch.Tensor) -> torch.Tensor:
-        return F.linear(states, self.words.weight, self.bias)
-
-    def _caption_loss(self, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        smoothing = self.config.label_smoothing if self.training else 0.0
-        return F.cross_entropy(
-            logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, label_smoothing=smoothing
-        )
-
     def _other_losses(
         self,
-        encoding: Encoding,
+        encoding: FusedEncoding,
         inputs: Mapping[str, torch.Tensor],
         labels: torch.Tensor,
         states: torch.Tensor,
@@ -347,53 +336,40 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         views: Mapping[str, torch.Tensor],
         global_batch: GlobalBatch,
     ) -> dict[str, torch.Tensor]:
+        """Return the configured losses beside the caption loss; `states` are the decoder's on the labels."""
         losses = {}
         if "align" in self.weights:
-            losses["align"] = self._align(encoding, labels, groups, views, global_batch)
+            embeddings, present = dict(encoding.embeddings), dict(encoding.present)
+            captions = self.embed_captions(labels) if any("caption" in pair for pair in self.pairs) else None
+            if captions is not None:
+                embeddings["caption"] = captions
+                present["caption"] = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
+            view_embeddings = self.encode(**views).embeddings if views else {}
+            keys = positive_keys(labels, groups)
+            losses["align"] = self.space.loss(self.pairs, embeddings, present, view_embeddings, keys, global_batch)
         if "reconstruct" in self.weights:
-            given = {f"{name}{MASK}": self._mask(name, inputs) for name in encoding.present if name != "fused"}
-            inputs = {**inputs, **given, **encoding.states}
+            masks = {f"{name}{MASK}": self._mask(name, inputs) for name in encoding.present if name != "fused"}
+            targets = {**inputs, **masks, **encoding.states}
             losses["reconstruct"] = self.reconstruction.loss(
-                inputs, encoding.embeddings, encoding.present, global_batch
+                targets, encoding.embeddings, encoding.present, global_batch
             )
         if "modality_adversary" in self.weights:
             losses["modality_adversary"] = self.modality_adversary.loss(
                 encoding.embeddings, encoding.present, global_batch
             )
         if "generator_adversary" in self.weights:
-            losses["generator_adversary"] = global_batch.rescale_by_rows(
-                self._professor_forcing(encoding, labels, states)
-            )
+            with torch.no_grad():
+                sampled = self._sample_tokens(encoding, labels.shape[1])
+            sampled_states = self.decoder(self.words(sampled), encoding.memory, encoding.memory_mask)
+            before_end = sampled.eq(EOS).cumsum(1) == 0
+            loss = self.generator_adversary.loss(states, labels != IGNORED, sampled_states, before_end)
+            losses["generator_adversary"] = global_batch.rescale_by_rows(loss)
         return losses
 
-    def _align(
-        self,
-        encoding: Encoding,
-        labels: torch.Tensor,
-        groups: torch.Tensor | None,
-        views: Mapping[str, torch.Tensor],
-        global_batch: GlobalBatch,
-    ) -> torch.Tensor:
-        embeddings, present = dict(encoding.embeddings), dict(encoding.present)
-        captions = self.embed_captions(labels) if any("caption" in pair for pair in self.pairs) else None
-        if captions is not None:
-            embeddings["caption"] = captions
-            present["caption"] = torch.ones(len(labels), dtype=torch.bool, device=labels.device)
-        seen = self.encode(**views).embeddings if views else {}
-        return self.space.loss(self.pairs, embeddings, present, seen, positive_keys(labels, groups), global_batch)
-
-    def _professor_forcing(self, encoding: Encoding, labels: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """The generator writes as many words as the longest label has, drawn at random; its states are judged."""
-        with torch.no_grad():
-            own = self._write(encoding, labels.shape[1])
-        own_states = self.decoder(self.words(own), encoding.memory, encoding.memory_mask)
-        ended = own.eq(EOS).cumsum(1) > 0
-        return self.generator_adversary.loss(states, labels != IGNORED, own_states, ~ended)
-
-    def _write(self, encoding: Encoding, length: int) -> torch.Tensor:
-        """What the generator reads while it writes `length` words of its own: [B, length]."""
+    def _sample_tokens(self, encoding: FusedEncoding, length: int) -> torch.Tensor:
+        """Return the decoder's inputs [B, length] while it samples `length` tokens."""
         training = self.decoder.training
-        self.decoder.eval()  # it alone: a frozen encoder's mode is not ours to restore
+        self.decoder.eval()  # the decoder alone: a frozen encoder keeps its mode
         try:
             words: torch.Tensor = super().generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoding.memory.detach()),
@@ -409,14 +385,13 @@ class FusionModel(PreTrainedModel, GenerationMixin):
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:
-        """As in transformers, with the sources among the arguments; they are encoded once.
+        """Generate as in transformers, with the sources as keyword arguments; they are encoded once.
 
-        `encoder_outputs` and `attention_mask`, the memory and its mask of an earlier `encode`, may stand
-        in their place.
+        `encoder_outputs` and `attention_mask`, the memory and its mask from `encode`, may be passed instead.
         """
-        given = {name: kwargs.pop(name) for name in list(kwargs) if name.removesuffix(MASK) in self.sources}
+        sources = {name: kwargs.pop(name) for name in list(kwargs) if name.removesuffix(MASK) in self.sources}
         if kwargs.get("encoder_outputs") is None:
-            encoding = self.encode(**given)
+            encoding = self.encode(**sources)
             kwargs["encoder_outputs"] = BaseModelOutput(last_hidden_state=encoding.memory)
             kwargs["attention_mask"] = encoding.memory_mask
         if self.config.generator_kind == "lstm":
@@ -432,7 +407,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         **_: Any,
     ) -> dict[str, Any]:
-        """What `forward` takes for the next word: with a cache, only the words that are not in it."""
+        """Return the arguments of `forward` for the next token; with a cache, only the tokens not in it."""
         if use_cache and past_key_values is not None:
             input_ids = input_ids[:, past_key_values.get_seq_length() :]
         return {
@@ -445,6 +420,6 @@ class FusionModel(PreTrainedModel, GenerationMixin):
 
 
 def _mean(tokens: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The mean of what is there, [B, T, D] to [B, D]."""
+    """Return the mean of the real tokens, [B, T, D] to [B, D]."""
     weights = mask.to(tokens.dtype)[..., None]
     return (tokens * weights).sum(1) / weights.sum(1).clamp(min=1)

@@ -1,6 +1,10 @@
-"""The parts of the training loss beside the captions: alignment, reconstruction, and two adversaries.
+"""The training losses beside the caption loss: alignment, reconstruction, and two adversaries.
 
-Shapes: B batch, E width of the shared space, D hidden size, T words, V vocabulary.
+DistributedDataParallel averages gradients over processes. Each loss is therefore scaled so that this average
+equals the gradient of one process with the whole batch: a mean over a process's items is weighted by their
+number, and a loss that compares all samples is computed on all of them, gathered, by every process.
+
+Shapes: B batch, E width of the shared space, D hidden size, T tokens, V vocabulary.
 """
 
 import math
@@ -14,7 +18,7 @@ from torch.nn import functional as F
 
 from mmbeam.models.fusion.configuration import IGNORED, FusionConfig, SourceConfig
 
-THUMBNAIL = 8  # side of what is reconstructed of a picture or a spectrogram
+THUMBNAIL = 8  # side of the reconstructed image or spectrogram
 MAX_SCALE = math.log(100)  # of cosine similarities, as in CLIP (Radford et al., 2021)
 Embeddings = Mapping[str, torch.Tensor]  # by name, [B, E]
 Present = Mapping[str, torch.Tensor]  # by name, bool [B]
@@ -22,44 +26,45 @@ Present = Mapping[str, torch.Tensor]  # by name, bool [B]
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """How many items each process has, in the order of their ranks. By default there is one process."""
+    """The number of items that each process has of a batch, in the order of their ranks. By default, one process."""
 
     rank: int = 0
     rows: Sequence[int] = (0,)  # samples
     tokens: Sequence[int] = (0,)  # of captions
     longest: int = 0  # tokens of the longest caption
-    present: Mapping[str, Sequence[int]] = field(default_factory=dict)  # samples that have it, by source
+    present: Mapping[str, Sequence[int]] = field(default_factory=dict)  # by source: samples that have it
 
     @property
     def is_single_process(self) -> bool:
+        """Whether no other process has a part of the batch."""
         return len(self.rows) == 1
 
     def rescale_by_rows(self, mean: torch.Tensor) -> torch.Tensor:
-        """This process's part of the mean over all samples, from the mean over its own."""
-        return self._part(mean, self.rows)
+        """Scale a mean over this process's samples; the average over processes is the mean over all samples."""
+        return self._rescale(mean, self.rows)
 
     def rescale_by_tokens(self, mean: torch.Tensor) -> torch.Tensor:
-        """This process's part of the mean over all tokens of captions, from the mean over its own."""
-        return self._part(mean, self.tokens)
+        """Scale a mean over this process's caption tokens, as `rescale_by_rows` does for samples."""
+        return self._rescale(mean, self.tokens)
 
     def rescale_by_present(self, mean: torch.Tensor, *sources: str) -> torch.Tensor:
-        """This process's part of the mean over all that is there of `sources`, from the mean over its own."""
+        """Scale a mean over this process's samples of `sources`, as `rescale_by_rows` does for samples."""
         if self.is_single_process:
             return mean
         counts = zip(*(self.present[source] for source in sources), strict=True)
-        return self._part(mean, [sum(each) for each in counts])
+        return self._rescale(mean, [sum(of_process) for of_process in counts])
 
     def has_source(self, source: str) -> bool:
-        """Whether another process, or this one, has any of the source."""
+        """Whether a sample of any process has the source."""
         return any(self.present.get(source, ()))
 
-    def _part(self, mean: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
+    def _rescale(self, mean: torch.Tensor, counts: Sequence[int]) -> torch.Tensor:
         return mean if self.is_single_process else mean * (len(counts) * counts[self.rank] / sum(counts))
 
     def gather(self, rows: torch.Tensor) -> torch.Tensor:
-        """The rows [n, ...] of all processes, [N, ...]; a gradient reaches this process's own.
+        """Return the rows [n, ...] of all processes, [N, ...]; gradients flow to this process's rows.
 
-        All processes must call it, with the same shape but for n.
+        All processes must call it, with shapes that differ in n only.
         """
         padded = rows.new_zeros(max(self.rows), *rows.shape[1:])
         padded[: len(rows)] = rows.detach()
@@ -85,13 +90,17 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(values: torch.Tensor, factor: float) -> torch.Tensor:
-    """The identity, whose gradient is multiplied by `factor`."""
+    """Return `values`; their gradient is multiplied by `factor`.
+
+    With -1 this is gradient reversal (Ganin and Lempitsky, 2015, arXiv:1409.7495): one optimizer trains an
+    adversary to tell two kinds of input apart, and the layers before it to make them alike.
+    """
     scaled: torch.Tensor = _ScaleGradient.apply(values, factor)  # type: ignore[no-untyped-call]
     return scaled
 
 
 class SharedSpace(nn.Module):
-    """Projections into one space, and three products to compare what is in it."""
+    """Projections of all sources into one space, and the similarity functions of this space."""
 
     def __init__(self, names: Sequence[str], pairs: Sequence[tuple[str, str]], config: FusionConfig) -> None:
         super().__init__()
@@ -104,17 +113,15 @@ class SharedSpace(nn.Module):
             self.bilinear.update({_key(pair): torch.eye(self.width) for pair in pairs})
 
     def similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
-        """Logits [A, B] of all a with all b: scaled cosine, dot product, or a W b with W learned for the pair."""
-        with torch.autocast(a_AE.device.type, enabled=False):  # of 100, bfloat16 knows no halves
-            return self._similarity(kind, pair, a_AE.float(), b_BE.float())
-
-    def _similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
-        if kind == "cosine":
-            scale = self.scale.clamp(max=MAX_SCALE).exp()
-            return scale * F.normalize(a_AE, dim=-1) @ F.normalize(b_BE, dim=-1).T
-        if kind == "bilinear":
-            a_AE = a_AE @ self.bilinear[_key(pair)].float()
-        return a_AE @ b_BE.T / math.sqrt(self.width)
+        """Return logits [A, B] of all a with all b: scaled cosine, dot product, or a W b with W learned per pair."""
+        with torch.autocast(a_AE.device.type, enabled=False):  # bfloat16 cannot represent steps of 0.5 near 100
+            a_AE, b_BE = a_AE.float(), b_BE.float()
+            if kind == "cosine":
+                scale = self.scale.clamp(max=MAX_SCALE).exp()
+                return scale * F.normalize(a_AE, dim=-1) @ F.normalize(b_BE, dim=-1).T
+            if kind == "bilinear":
+                a_AE = a_AE @ self.bilinear[_key(pair)].float()
+            return a_AE @ b_BE.T / math.sqrt(self.width)
 
     def loss(
         self,
@@ -125,22 +132,24 @@ class SharedSpace(nn.Module):
         keys: torch.Tensor,
         global_batch: GlobalBatch = SINGLE_PROCESS,
     ) -> torch.Tensor:
-        """Symmetric InfoNCE, the mean over pairs and similarities; samples that lack either are left out.
+        """Return symmetric InfoNCE, the mean over pairs and similarities, on samples that have both names of a pair.
 
-        `keys` [B, 1 + T] say which samples are alike (see `positive_keys`). Of a pair of a name with itself the
-        other side is `views`, where there is one; else the samples that are alike, if any. Where processes
-        share a batch, each compares all the samples of all of them; all must call this.
+        Samples of equal `keys` [B, 1 + T] are positives (see `positive_keys`). For a pair of a name with itself,
+        the other side is `views`, or without a view the other positives. The loss covers the samples of all
+        processes; all of them must call this.
         """
         if not global_batch.is_single_process:
             embeddings, present, views, keys = self._gathered(pairs, embeddings, present, views, keys, global_batch)
-        positives = _alike(keys)
+        groups, captions = keys[:, 0], keys[:, 1:]
+        same_group = (groups[:, None] == groups[None]) & (groups >= 0)[:, None]
+        all_positives = (captions[:, None] == captions[None]).all(-1) | same_group
         losses = []
         for pair in pairs:
             a, b = pair
             if a not in embeddings or b not in embeddings:
                 continue
             rows = (present[a] & present[b]).nonzero()[:, 0]
-            alike, skip = positives[rows][:, rows], None
+            positives, skip = all_positives[rows][:, rows], None
             other = embeddings[b]
             if a == b and a in views:
                 other = views[a]
@@ -148,7 +157,7 @@ class SharedSpace(nn.Module):
                 skip = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
             for kind in self.similarities:
                 logits = self.similarity(kind, pair, embeddings[a][rows], other[rows])
-                losses.append(info_nce(logits, alike, skip))
+                losses.append(info_nce(logits, positives, skip))
         return torch.stack(losses).mean() if losses else self.scale.new_zeros(())
 
     def _gathered(
@@ -160,38 +169,32 @@ class SharedSpace(nn.Module):
         keys: torch.Tensor,
         global_batch: GlobalBatch,
     ) -> tuple[Embeddings, Present, Embeddings, torch.Tensor]:
-        """The same of all processes. What is exchanged has the same shape whatever a process has of each name."""
+        """Return the arguments of all processes. The exchanged tensors have one shape, whatever names are present."""
         names = list(dict.fromkeys(name for pair in pairs for name in pair))
         same = [a for a, b in pairs if a == b]
         blocks = [self._block(name, embeddings, present, keys) for name in names]
         blocks += [self._block(name, views, present, keys) for name in same]
         packed = global_batch.gather(torch.stack(blocks, 1))
-        vectors, there = packed[..., :-1].unbind(1), (packed[..., -1] > 0).unbind(1)
+        vectors, masks = packed[..., :-1].unbind(1), (packed[..., -1] > 0).unbind(1)
         end = len(names)
         return (
-            {name: each for name, each, mask in zip(names, vectors, there, strict=False) if mask.any()},
-            dict(zip(names, there, strict=False)),
-            {name: each for name, each, mask in zip(same, vectors[end:], there[end:], strict=True) if mask.any()},
+            {name: rows for name, rows, mask in zip(names, vectors, masks, strict=False) if mask.any()},
+            dict(zip(names, masks, strict=False)),
+            {name: rows for name, rows, mask in zip(same, vectors[end:], masks[end:], strict=True) if mask.any()},
             global_batch.gather(F.pad(keys, (0, 1 + global_batch.longest - keys.shape[1]), value=IGNORED)),
         )
 
-    def _block(self, name: str, of: Embeddings, present: Present, keys: torch.Tensor) -> torch.Tensor:
-        """A name's vectors, each followed by 1 if it is there: [B, E + 1]."""
-        if name not in of:
+    def _block(self, name: str, embeddings: Embeddings, present: Present, keys: torch.Tensor) -> torch.Tensor:
+        """Return the vectors of a name, each followed by 1 if it is present: [B, E + 1]."""
+        if name not in embeddings:
             return torch.zeros(len(keys), self.width + 1, device=keys.device)
-        return torch.cat([of[name].float(), present[name].float()[:, None]], 1)
+        return torch.cat([embeddings[name].float(), present[name].float()[:, None]], 1)
 
 
 def positive_keys(labels: torch.Tensor, groups: torch.Tensor | None) -> torch.Tensor:
-    """A sample's group, -1 for none, and its caption [B, 1 + T]: samples that share either are alike."""
+    """Return [B, 1 + T], the group (-1: none) and the caption of each sample; sharing either makes positives."""
     group = labels.new_full((len(labels),), -1) if groups is None else groups
     return torch.cat([group[:, None], labels], 1)
-
-
-def _alike(keys: torch.Tensor) -> torch.Tensor:
-    groups, captions = keys[:, 0], keys[:, 1:]
-    same_group = (groups[:, None] == groups[None]) & (groups >= 0)[:, None]
-    return (captions[:, None] == captions[None]).all(-1) | same_group
 
 
 def _key(pair: tuple[str, str]) -> str:
@@ -199,28 +202,28 @@ def _key(pair: tuple[str, str]) -> str:
 
 
 def info_nce(logits: torch.Tensor, positives: torch.Tensor, skip: torch.Tensor | None = None) -> torch.Tensor:
-    """Symmetric InfoNCE with any number of positives (van den Oord et al., 2018; Khosla et al., 2020).
+    """Return symmetric InfoNCE with any number of positives (van den Oord et al., 2018; Khosla et al., 2020).
 
-    Of Khosla's two it is L_in, but for a constant. `logits`, bool `positives` and `skip` (neither positive
-    nor negative) are [N, N]. A row without a positive says nothing; if none has one, 0.
+    It equals Khosla's L_in up to a constant. `logits`, bool `positives` and `skip` (neither positive nor
+    negative) are [N, N]. Rows without a positive are ignored; without any positive the loss is 0.
     """
     if skip is not None:
         positives = positives & ~skip
         logits = logits.masked_fill(skip, -torch.inf)
     losses = []
-    for scores, alike in ((logits, positives), (logits.T, positives.T)):
-        kept = alike.any(1)
+    for scores, is_positive in ((logits, positives), (logits.T, positives.T)):
+        kept = is_positive.any(1)
         if kept.any():
-            chosen = scores[kept].masked_fill(~alike[kept], -torch.inf)
+            chosen = scores[kept].masked_fill(~is_positive[kept], -torch.inf)
             losses.append((scores[kept].logsumexp(1) - chosen.logsumexp(1)).mean())
     return torch.stack(losses).mean() if losses else logits.new_zeros(())
 
 
 class Reconstruction(nn.Module):
-    """The decoders of an autoencoder whose code is the shared space: a source's input from its embedding.
+    """Decoders of an autoencoder whose code is the shared space: from the embedding of a source to its input.
 
-    Of a picture or spectrogram a thumbnail, of a text its words in any order, features themselves; of what a
-    pretrained encoder reads, the mean of the encoder's last hidden states.
+    The target is a thumbnail of an image or spectrogram, the token frequencies of a text, the features themselves,
+    or the mean of the last hidden states of a pretrained encoder.
     """
 
     def __init__(self, sources: Mapping[str, SourceConfig], config: FusionConfig) -> None:
@@ -235,13 +238,13 @@ class Reconstruction(nn.Module):
                     nn.Linear(2 * config.hidden_size, width),
                 )
                 for name, source in sources.items()
-                if (width := self._width(source)) is not None
+                if (width := self._width(source))
             }
         )
 
-    def _width(self, source: SourceConfig) -> int | None:
+    def _width(self, source: SourceConfig) -> int:
         if source.kind in ("features", "pretrained"):
-            return source.width or None
+            return source.width
         return self.vocab_size if source.modality == "text" else source.shape[0] * THUMBNAIL**2
 
     def loss(
@@ -251,7 +254,7 @@ class Reconstruction(nn.Module):
         present: Present,
         global_batch: GlobalBatch = SINGLE_PROCESS,
     ) -> torch.Tensor:
-        """The mean over sources: squared error, for texts cross-entropy to the shares of their words."""
+        """Return the mean over sources of the squared error, or for texts the cross-entropy to token frequencies."""
         zero = next(iter(embeddings.values())).new_zeros(())
         losses = []
         for name, head in self.heads.items():
@@ -276,16 +279,8 @@ class Reconstruction(nn.Module):
         return F.mse_loss(guess, F.adaptive_avg_pool2d(true, THUMBNAIL).flatten(1))
 
 
-def reverse_gradient(values: torch.Tensor) -> torch.Tensor:
-    """The identity, whose gradient is reversed (Ganin and Lempitsky, 2015, arXiv:1409.7495).
-
-    So one optimiser trains an adversary to tell things apart, and what is before it to make them alike.
-    """
-    return scale_gradient(values, -1.0)
-
-
 class ModalityAdversary(nn.Module):
-    """Tries to tell from an embedding which source it came from; the embeddings learn to give nothing away."""
+    """Classifies embeddings by source. Reversed gradients train the embeddings to be independent of their source."""
 
     def __init__(self, names: Sequence[str], config: FusionConfig) -> None:
         super().__init__()
@@ -299,19 +294,20 @@ class ModalityAdversary(nn.Module):
     def loss(
         self, embeddings: Embeddings, present: Present, global_batch: GlobalBatch = SINGLE_PROCESS
     ) -> torch.Tensor:
-        """Cross-entropy; at log(len(names)) the adversary has lost."""
-        found = [(i, embeddings[name][present[name]]) for i, name in enumerate(self.names) if name in embeddings]
-        if not found:
+        """Return the cross-entropy; log(len(names)) is chance."""
+        by_class = [(i, embeddings[name][present[name]]) for i, name in enumerate(self.names) if name in embeddings]
+        if not by_class:
             return next(iter(embeddings.values())).new_zeros(())
-        vectors = torch.cat([F.normalize(each, dim=-1) for _, each in found])
-        truth = torch.cat([torch.full((len(each),), i, device=each.device) for i, each in found])
-        return global_batch.rescale_by_present(F.cross_entropy(self.net(reverse_gradient(vectors)), truth), *self.names)
+        vectors = torch.cat([F.normalize(rows, dim=-1) for _, rows in by_class])
+        truth = torch.cat([torch.full((len(rows),), i, device=rows.device) for i, rows in by_class])
+        error = F.cross_entropy(self.net(scale_gradient(vectors, -1.0)), truth)
+        return global_batch.rescale_by_present(error, *self.names)
 
 
 class GeneratorAdversary(nn.Module):
-    """Tries to tell the generator's states on its own text from those on a real one (professor forcing).
+    """Tells the decoder's states on sampled text from those on real text (professor forcing).
 
-    Lamb et al., 2016, arXiv:1610.09038; both kinds of states learn to be alike.
+    Lamb et al., 2016, arXiv:1610.09038. Reversed gradients train both kinds of states to be alike.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -320,19 +316,18 @@ class GeneratorAdversary(nn.Module):
         self.score = nn.Linear(config.hidden_size, 1)
 
     def loss(
-        self, real: torch.Tensor, real_mask: torch.Tensor, own: torch.Tensor, own_mask: torch.Tensor
+        self, real: torch.Tensor, real_mask: torch.Tensor, sampled: torch.Tensor, sampled_mask: torch.Tensor
     ) -> torch.Tensor:
-        """Cross-entropy of states [B, T, D] with bool masks [B, T]; at log(2) the adversary has lost."""
-        scores = [self._judge(real, real_mask), self._judge(own, own_mask)]
-        truth = torch.cat([torch.ones_like(scores[0]), torch.zeros_like(scores[1])])
-        return F.binary_cross_entropy_with_logits(torch.cat(scores), truth)
+        """Return the cross-entropy of states [B, T, D] with bool masks [B, T]; log(2) is chance."""
+        logits = [self._classify(real, real_mask), self._classify(sampled, sampled_mask)]
+        truth = torch.cat([torch.ones_like(logits[0]), torch.zeros_like(logits[1])])
+        return F.binary_cross_entropy_with_logits(torch.cat(logits), truth)
 
-    def _judge(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _classify(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         lengths = mask.sum(1).clamp(min=1)
         packed = nn.utils.rnn.pack_padded_sequence(
-            reverse_gradient(states), lengths.cpu(), batch_first=True, enforce_sorted=False
-        )  # what is behind a text's end is no evidence
-        heard, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
-        mean = heard.sum(1) / lengths[:, None]
-        scores: torch.Tensor = self.score(mean)[:, 0]
-        return scores
+            scale_gradient(states, -1.0), lengths.cpu(), batch_first=True, enforce_sorted=False
+        )  # the classifier must not see padding
+        outputs, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        logits: torch.Tensor = self.score(outputs.sum(1) / lengths[:, None])[:, 0]
+        return logits
