@@ -21,10 +21,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from mmbeam.config import SHIPPED
-from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.loading import load_pretrained, resolve
+from mmbeam.names import SHIPPED_MODEL, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example, Source, compose
 from mmbeam.training.options import TrainOptions
@@ -34,7 +33,6 @@ from mmbeam.training.setup import Setup
 from mmbeam.training.shipped import EVALUATION_SEED, corpus_setup, shipped_options
 from mmbeam.training.sources import CorpusSource
 from mmbeam.training.train import open_run, train_on
-from mmbeam.types import Modality
 
 ROOT = Path(__file__).parents[1]
 CACHE = ROOT / ".cache" / "ablations"
@@ -80,11 +78,11 @@ ROWS = [
     Row(name="with the modality adversary", losses={"modality_adversary": ADVERSARY}),
     Row(name="with the generator adversary", losses={"generator_adversary": ADVERSARY}),
     Row(name="shifted corpus, from scratch", shifted=True),
-    Row(name="shifted corpus, --init shipped", shifted=True, options={"init": SHIPPED}),
+    Row(name="shifted corpus, --init shipped", shifted=True, options={"init": SHIPPED_MODEL}),
     Row(
         name="shifted corpus, --init shipped --freeze image,audio,text",
         shifted=True,
-        options={"init": SHIPPED, "freeze": ("image", "audio", "text")},
+        options={"init": SHIPPED_MODEL, "freeze": ("image", "audio", "text")},
     ),
 ]
 
@@ -95,13 +93,13 @@ class Shifted:
 
     corpus: Source
 
-    def count(self, part: Part) -> int | None:
+    def count(self, part: Split) -> int | None:
         return self.corpus.count(part)
 
     def of_rank(self, rank: int, world_size: int) -> "Shifted":
         return Shifted(self.corpus.of_rank(rank, world_size))
 
-    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         for example in self.corpus.examples(part, epoch):
             clauses = {m: f"{SAYS[m]} {text.removeprefix('with ')}" for m, text in (example.clauses or {}).items()}
             request = partial(shifted_request, example)

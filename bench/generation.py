@@ -22,11 +22,12 @@ from typing import Any
 
 import torch
 
-from mmbeam.config import SHIPPED, Reading, Windows
+from mmbeam.config import Reading, Windows
 from mmbeam.corpus import write_corpus
 from mmbeam.decode import decode_audio, decode_image
 from mmbeam.models.generators import describe, load
 from mmbeam.models.loading import resolve
+from mmbeam.names import SHIPPED_MODEL
 from mmbeam.prompts.ask import Decoding, Request
 from mmbeam.readers.windows import Ahead, ordered_map
 from mmbeam.stages.generate import plan_batches
@@ -70,7 +71,7 @@ def to_request(fields: dict[str, bytes], rate: int) -> Request:
 
 
 def bare(directory: Path) -> tuple[int, float]:
-    spec = describe(resolve(SHIPPED).directory)
+    spec = describe(resolve(SHIPPED_MODEL).directory)
     generator: Any = load(spec, torch.device("cpu"), torch.float32)
     shards = sorted((directory / "shards").glob("*.tar"))
     rate = spec.sampling_rate
@@ -106,7 +107,7 @@ def mmbeam(directory: Path) -> tuple[int, float]:
 
     with tempfile.TemporaryDirectory(dir=directory) as output:
         options = CaptionOptions(
-            input=(str(directory / "shards"),), output=output, model=SHIPPED, device="cpu", batch_size=BATCH
+            input=(str(directory / "shards"),), output=output, model=SHIPPED_MODEL, device="cpu", batch_size=BATCH
         )
         job = prepare(options)
         (stage,) = job.stages

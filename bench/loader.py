@@ -19,9 +19,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.runs import Run
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import MODALITIES, Batch, Input, Modality, Output, Sample, Shard, Tally, WorkUnit
+from mmbeam.types import Batch, Input, Output, Sample, Shard, Tally, WorkUnit
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
 WIDTH = 512

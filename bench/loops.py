@@ -157,7 +157,7 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
         begin = time.perf_counter()
         report = execute(job.run, job.units, (), job.build, job.check)
         seconds = time.perf_counter() - begin
-    return {"samples": report.tally.rows, "seconds": seconds, "light": report.speed_of_light}
+    return {"samples": report.tally.rows, "seconds": seconds, "light": report.model_utilisation}
 
 
 def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:

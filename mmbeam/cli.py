@@ -7,6 +7,7 @@ import argparse
 import atexit
 import logging
 import os
+import re
 import signal
 import socket
 import sys
@@ -39,24 +40,23 @@ def entry() -> NoReturn:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status."""
-    verbose = False
+    args = argparse.Namespace(verbose=False)
     try:
         args = parse(argv)
-        verbose = args.verbose
-        _set_up_logging(verbose)
+        _set_up_logging(args.verbose)
         with _interrupt_ends_it():
             status = _run(args)
         sys.stdout.flush()
         return status
     except UsageError as error:
-        return _say(error, 2, verbose)
+        return _report_error(error, 2, args)
     except BrokenPipeError:  # whoever read our output has seen enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MmbeamError, OSError) as error:
-        return _say(error, 1, verbose)
+        return _report_error(error, 1, args)
     except Exception as error:  # of a store, a runner, or ours: nobody reads 50 lines to find the last one
-        return _say(f"{type(error).__name__}: {error} (--verbose shows where)", 1, verbose)
+        return _report_error(f"{type(error).__name__}: {error} (--verbose shows where)", 1, args)
 
 
 def _run(args: argparse.Namespace) -> int:
@@ -69,14 +69,20 @@ def _run(args: argparse.Namespace) -> int:
         print(_harmless(line), flush=True)
 
 
-def _say(error: object, status: int, verbose: bool) -> int:
-    """One message on stderr; with --verbose the traceback before it."""
-    if verbose:
+def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
+    """Print one message on stderr, after the traceback if --verbose was given. Return `status`."""
+    if args.verbose:
         traceback.print_exc()
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    print(f"mmbeam: {_harmless(str(error))}", file=sys.stderr)
+    print(f"mmbeam: {_harmless(_with_options(str(error), args))}", file=sys.stderr)
     return status
+
+
+def _with_options(message: str, args: argparse.Namespace) -> str:
+    """Return the message of a library error with the arguments it names (`batch_size`) as options (--batch-size)."""
+    options = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | {"models": "--model"}
+    return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 
 def _harmless(text: str) -> str:

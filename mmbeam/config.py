@@ -1,46 +1,24 @@
-"""Frozen options of a job, every one with its default and its reason. No I/O, no heavy imports.
+"""Frozen options that decide how input is read. No I/O, no heavy imports.
 
-What is in `Reading` decides what a row means and is part of a run's fingerprint.
+`Reading` decides what a row means and is part of a run's fingerprint.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
 from mmbeam.errors import UsageError
-from mmbeam.types import KINDS, Kind
+from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind
 
 MIB = 1 << 20
-SHIPPED = "shipped"  # the name of the small fusion model that is part of this package
-Engine = Literal["transformers", "vllm"]  # what runs a model that generates
-UNNAMED = "model"  # what a run calls a model that was given no name
-
-Task = Literal["caption", "transcribe", "translate", "summarize", "dialogue"]  # what a model that writes is asked for
-TASKS: tuple[Task, ...] = get_args(Task)
-COLUMN_OF: Mapping[Task, str] = {  # where the text of a task is written
-    "caption": "caption",
-    "transcribe": "transcript",
-    "translate": "translation",
-    "summarize": "summary",
-    "dialogue": "reply",
-}
-
-EXTENSIONS: Mapping[Kind, tuple[str, ...]] = {
-    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
-    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a"),
-    "text": ("txt",),
-    "metadata": ("json",),
-}
-KIND_OF_EXTENSION: Mapping[str, Kind] = {ext: kind for kind, exts in EXTENSIONS.items() for ext in exts}
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldMap:
     """Which field of a sample is its image, audio, text and metadata.
 
-    A field's last part decides (`b.jpg` is an image). Of several of one kind the plain one (`jpg`)
-    comes first, then the others in the order of the tar; an option that names a field takes that
-    field and no other, whatever its extension.
+    By default the field's last part decides (`b.jpg` is an image). If a sample has several fields of one kind,
+    the plain one (`jpg`) wins, then the first in the tar. A field named here is used whatever its extension, and
+    no other field of that kind is.
     """
 
     image: str | None = None
@@ -49,7 +27,7 @@ class FieldMap:
     metadata: str | None = None
 
     def kind(self, name: str) -> Kind | None:
-        """The kind of the field `name` (lower case), None if it is of no use to anybody."""
+        """Return the kind of the field `name` (lower case); None if no stage can use it."""
         for kind in KINDS:
             if getattr(self, kind) == name:
                 return kind
@@ -57,7 +35,7 @@ class FieldMap:
         return None if kind_of is None or getattr(self, kind_of) is not None else kind_of
 
     def choose(self, names: Iterable[str]) -> dict[Kind, str]:
-        """Of a sample's field names, the one that stands for each kind found."""
+        """Return the field to read for each kind present among a sample's field `names`."""
         chosen: dict[Kind, str] = {}
         for name in names:
             kind = self.kind(name)
@@ -68,55 +46,56 @@ class FieldMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a member may claim before it is refused. Shards are written by strangers."""
+    """Upper bounds on what a member may hold; a larger one is refused. Shards come from untrusted sources."""
 
-    member_bytes: int = 256 * MIB  # a larger member is not read into memory
+    member_bytes: int = 256 * MIB  # of one member; a larger one is not read into memory
     pixels: int = 100_000_000  # width x height: 300 MB decoded
-    seconds: float = 1800.0  # of sound: 330 MB at 48 kHz in float32
+    seconds: float = 1800.0  # of audio: 330 MB at 48 kHz in float32
     text_chars: int = 1_000_000
-    expansion: float = 200.0  # a compressed shard may grow to so many times its size (plus 1 GiB)
+    expansion: float = 200.0  # decompressed size / stored size of a shard, beyond the first GiB
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cleaning:
-    """What is done to a sample between decoding and the models. All of it off by default."""
+    """Cleaning and selection of samples between decoding and the models. All of it is off by default."""
 
-    text: tuple[str, ...] = ()  # of clean.TEXT_STEPS, in the order given
-    where: tuple[str, ...] = ()  # expressions; a sample for which one is false is skipped by its name
+    text: tuple[str, ...] = ()  # names from clean.TEXT_STEPS, applied in this order
+    where: tuple[str, ...] = ()  # expressions; a sample for which one is not true is skipped
     image_filter: str | None = None  # "median:3" (side in pixels, odd) or "gaussian:1.5" (sigma)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How bytes become samples: part of the fingerprint."""
+    """How bytes become samples. Part of the fingerprint."""
 
     fields: FieldMap = field(default_factory=FieldMap)
     limits: Limits = field(default_factory=Limits)
     cleaning: Cleaning = field(default_factory=Cleaning)
-    background: tuple[int, int, int] = (255, 255, 255)  # what a transparent picture is laid on
-    draft: bool = False  # decode large JPEGs at 1/2, 1/4, 1/8 where that is still large enough
+    background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
+    draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where that is still large enough
 
 
 @dataclass(frozen=True, kw_only=True)
 class Windows:
-    """How samples are grouped on their way to the model. Recorded, not in the fingerprint."""
+    """When a window of samples closes. Recorded in run.json, not part of the fingerprint."""
 
-    decoded_bytes: int = 32 * MIB  # a window closes when its samples decode to this much,
-    samples: int = 1024  # or when it holds so many
+    decoded_bytes: int = 32 * MIB  # of the window's decoded samples
+    samples: int = 1024  # in the window
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:
-    """A model as the user named it: `[NAME=]MODEL`, MODEL a hub name with optional @revision or a directory."""
+    """A model as the user wrote it: `[NAME=]MODEL`. MODEL is a hub name with optional @revision, or a directory."""
 
     model: str
     name: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "ModelRef":
+        """Parse `[NAME=]MODEL`. Raise UsageError if NAME is not an identifier."""
         name, equals, model = text.partition("=")
         if not equals:
             return cls(model=text)
         if not name.isidentifier():
-            raise UsageError(f"--model {text}: {name!r} is no column prefix; use letters, digits and _")
+            raise UsageError(f"`model` {text}: {name!r} cannot prefix a column; use letters, digits and _")
         return cls(model=model, name=name)

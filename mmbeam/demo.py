@@ -17,18 +17,19 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.dataset as ds
 
-from mmbeam.config import SHIPPED, Reading, Windows
+from mmbeam.config import Reading, Windows
 from mmbeam.corpus.scene import COLOURS
 from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import UsageError
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.placement import compute_on_one_thread
+from mmbeam.names import MODALITIES, SHIPPED_MODEL
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.readers.windows import read_batches
 from mmbeam.report.sketch import sketch_audio, sketch_image
 from mmbeam.report.summary import summary_text
-from mmbeam.types import MODALITIES, Needs, Sample
+from mmbeam.types import Needs, Sample
 
 SAMPLES, SHARDS = 48, 4
 SEED = 11  # neither training nor selection of the shipped model has seen these scenes
@@ -55,7 +56,7 @@ def run_demo(directory: Path) -> Iterator[str]:
         CaptionOptions(
             input=(f"{shards}/corpus-*.tar",),
             output=str(output),
-            model=SHIPPED,
+            model=SHIPPED_MODEL,
             explain=True,
             with_embeddings=True,
             device="cpu",

@@ -2,9 +2,9 @@
 
 Shard -> WorkUnit -> RawSample -> Sample -> Batch -> UnitReport -> RunReport
 
-All are plain frozen objects that pickle. A Stage is what turns a Batch into one with more features; it
-is declared here, beside the Needs and Outputs by which it says what it takes and gives, so that the
-reading side and the writing side know no model. Nothing here imports Beam or torch.
+All are plain frozen objects that pickle. A Stage turns a Batch into one with more features. It is declared here,
+with the Needs and Outputs that describe it, so that readers and writers depend on no model. Nothing here imports
+Beam or torch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -15,59 +15,58 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-Modality = Literal["image", "audio", "text"]
-MODALITIES: tuple[Modality, ...] = ("image", "audio", "text")
-Kind = Literal["image", "audio", "text", "metadata"]
-KINDS: tuple[Kind, ...] = ("image", "audio", "text", "metadata")
+from mmbeam.errors import printable
+from mmbeam.names import Kind, Modality
 
 ImageHWC = npt.NDArray[np.uint8]  # [height, width, 3], RGB
 Waveform = npt.NDArray[np.float32]  # [frames], mono, nominally -1 to 1
-Feature = npt.NDArray[np.floating[Any]]  # [width], or [tokens, width]: what an encoder made of a modality
+Feature = npt.NDArray[np.floating[Any]]  # [width] or [tokens, width]: an encoder's output for one modality
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One input file as a listing saw it.
+    """One input file, as a listing describes it.
 
-    `path` is the shard's identity in rows, plans and logs: the URL without user part and query string.
-    `url` is what is opened, and is kept out of every repr.
+    `path` is the shard's identity in rows, plans and logs: the URL without credentials and query string.
+    `url` is the address that is opened. It may hold a secret and is kept out of every repr.
     """
 
     path: str
     url: str = field(repr=False)
-    size: int | None = None  # bytes as stored; None where the store does not say
+    size: int | None = None  # bytes as stored; None if the store does not report it
     etag: str | None = None
-    cuttable: bool = True  # False where parts of it would each be read from the beginning
+    cuttable: bool = True  # False if a byte range can only be read from the beginning of the file
 
 
 class Seam(NamedTuple):
-    """Where one part of a shard ends and the next begins, as io/parts.py finds it from the place of the cut."""
+    """The boundary between two parts of a shard, as readers/parts.py derives it from the byte of the cut."""
 
-    sample: int | None  # where the first sample behind it begins; None: no sample is behind it
-    header: int | None  # of the last member before that sample, if it lies behind the cut; else None
+    sample: int | None  # byte at which the first sample behind it begins; None if there is none
+    header: int | None  # byte of the last member before that sample, if it lies behind the cut; else None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A shard, or the part of an uncompressed one between the seams that the cuts at `begin` and `end` lead to."""
+    """A shard, or a part of an uncompressed one: the samples between the cuts at `begin` and `end`, in bytes."""
 
     shard: Shard
     begin: int = 0
     end: int | None = None  # None: to the end of the shard
-    seam: Seam | None = None  # where it begins, if that is known; None: to be found
+    seam: Seam | None = None  # the part's true beginning, where an earlier run has found it
 
     @property
     def is_part(self) -> bool:
+        """Whether this is a part, and not the whole shard."""
         return self.begin > 0 or self.end is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Found:
+class InputRead:
     """What reading an input has shown, beside its samples."""
 
-    begin: Seam | None = None  # of a part; None if it begins with the shard, or if no header begins in it,
-    end: Seam | None = None  # which leaves this one out too
-    error: str | None = None  # why nothing of it could be read, if its unit has others that can
+    begin: Seam | None = None  # of a part; None if it begins with the shard, or holds no header
+    end: Seam | None = None
+    error: str | None = None  # why it could not be read, if other inputs of the unit could
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,8 +75,8 @@ class WorkUnit:
 
     id: str
     inputs: tuple[Input, ...]
-    limit: int | None = None  # stop after so many samples
-    replace: bool = False  # do it again although it is committed (--retry-failures)
+    limit: int | None = None  # number of samples to stop after
+    replace: bool = False  # redo it although it is committed (retry_failures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -86,8 +85,15 @@ class Damage:
 
     field: str  # lower case; "" if the member's header itself is damaged
     offset: int  # of the member's header in the uncompressed tar
-    error: str  # class of error: "LimitError", "DecodeError"
+    error: str  # name of an exception class: "LimitError", "DecodeError"
     message: str
+
+
+class SampleId(NamedTuple):
+    """Identifies a sample within a run. Its key does not: keys may repeat."""
+
+    shard: str  # Shard.path
+    offset: int  # of the sample's first header in the uncompressed tar, pax and GNU prefixes included
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -96,20 +102,20 @@ class RawSample:
 
     key: str
     shard: str  # Shard.path
-    offset: int  # of the sample's first header in the uncompressed tar, a pax or GNU prefix included
-    members: Mapping[str, bytes]  # by field (lower case), in the tar's order; only what was asked for
-    fields: tuple[str, ...]  # every field the sample has, those not asked for included
+    offset: int
+    members: Mapping[str, bytes]  # by field (lower case), in tar order; only the fields asked for
+    fields: tuple[str, ...]  # every field of the sample, whether asked for or not
     damages: tuple[Damage, ...] = ()
-    truncated: bool = False  # the shard ended, or could not be read on, inside this sample
-    repeated: bool = False  # its key came before in the same input
+    truncated: bool = False  # the shard ends, or becomes unreadable, inside this sample
+    repeated: bool = False  # its key occurred before in the same input
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Audio:
-    """One sound, mono, at each sampling rate that a stage asked for, or at its own if none did."""
+    """A mono sound at each sampling rate that a stage needs, or at its own rate if none needs one."""
 
     waves: Mapping[int, Waveform]  # by sampling rate in Hz
-    seconds: float  # of the whole sound
+    seconds: float  # duration of the whole sound
 
     def at(self, rate: int | None) -> tuple[Waveform, int]:
         """Return the waveform at `rate` Hz, or else at the highest rate decoded, and its rate."""
@@ -126,25 +132,30 @@ class Sample:
     offset: int
     present: frozenset[Modality] = frozenset()
     image: ImageHWC | None = None
-    image_size: tuple[int, int] | None = None  # width, height as shown (after EXIF orientation)
+    image_size: tuple[int, int] | None = None  # width, height as displayed (after EXIF orientation)
     audio: Audio | None = None
-    text: str | None = None  # as it was
-    text_clean: str | None = None  # what cleaning made of it; None if cleaning was not asked for
-    metadata: str | None = None  # the JSON as it was
-    features: Mapping[str, Feature] = field(default_factory=dict)  # by column, where rows are read in place of shards
+    text: str | None = None  # as stored
+    text_clean: str | None = None  # after cleaning; None without cleaning
+    metadata: str | None = None  # the JSON as stored
+    features: Mapping[str, Feature] = field(default_factory=dict)  # by column, if the input is rows of features
+
+    @property
+    def id(self) -> SampleId:
+        """The sample's identity within a run."""
+        return SampleId(self.shard, self.offset)
 
     def has(self, modality: Modality) -> bool:
-        """Whether the modality was found and decoded."""
+        """Return whether the modality is present and was decoded."""
         return getattr(self, modality) is not None
 
     @property
     def model_text(self) -> str | None:
-        """The text a model sees: cleaned if cleaning was asked for."""
+        """The text that models receive: cleaned, if the run cleans texts."""
         return self.text if self.text_clean is None else self.text_clean
 
     @property
     def nbytes(self) -> int:
-        """Decoded size in bytes, by which windows close."""
+        """Decoded size in bytes; it decides where windows close."""
         image = 0 if self.image is None else self.image.nbytes
         audio = 0 if self.audio is None else sum(wave.nbytes for wave in self.audio.waves.values())
         features = sum(feature.nbytes for feature in self.features.values())
@@ -153,40 +164,79 @@ class Sample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Failure:
-    """Why one sample lost some or all of the outputs that were due."""
+    """Why one sample lost some or all of its outputs. `Failure.of` builds one."""
 
     key: str
     shard: str
     offset: int
-    modality: str  # "image", "audio", "text", "metadata"; "" if it is the whole sample
+    modality: str  # "image", "audio", "text", "metadata"; "" for the whole sample
     step: str  # "read", "decode", "embed", "generate"
-    error: str  # class of error
+    error: str  # name of an exception class
     message: str
-    outputs: tuple[str, ...] = ()  # columns lost; empty: all that are due from `modality`
+    outputs: tuple[str, ...] = ()  # columns lost; empty: every output that depends on `modality`
+
+    @classmethod
+    def of(
+        cls,
+        sample: RawSample | Sample,
+        step: str,
+        error: Exception | str,
+        message: str = "",
+        *,
+        modality: str = "",
+        outputs: tuple[str, ...] = (),
+    ) -> Self:
+        """Return the failure of `sample` at `step`.
+
+        `error` is an exception, or the name of an exception class together with a `message`. The message is cut to
+        300 characters and loses its control characters, since it may quote the input.
+        """
+        if isinstance(error, Exception):
+            error, message = type(error).__name__, message or str(error)
+        return cls(
+            key=sample.key,
+            shard=sample.shard,
+            offset=sample.offset,
+            modality=modality,
+            step=step,
+            error=error,
+            message=printable(message),
+            outputs=outputs,
+        )
+
+    @property
+    def id(self) -> SampleId:
+        """The identity of the failed sample within its run."""
+        return SampleId(self.shard, self.offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tally:
-    """Counts and seconds that add up: of a window, a unit, a run.
+    """Additive counts and seconds of a window, a unit or a run.
 
-    The law of conservation: samples == rows + failed + sum(skipped.values()).
+    Conservation: samples == rows + failed + sum(skipped.values()).
     """
 
     samples: int = 0
     rows: int = 0
-    failed: int = 0
-    impaired: int = 0  # rows that lost some of their outputs
+    failed: int = 0  # samples without a row
+    impaired: int = 0  # rows that lack some of their outputs
     repeated_keys: int = 0
     bytes_read: int = 0  # as stored
-    skipped: Mapping[str, int] = field(default_factory=dict)  # by the name of the skip
-    present: Mapping[str, int] = field(default_factory=dict)  # samples that hold a modality
-    made: Mapping[str, int] = field(default_factory=dict)  # values that are not null, by output
-    failures: Mapping[str, int] = field(default_factory=dict)  # records, by "step: error"
+    skipped: Mapping[str, int] = field(default_factory=dict)  # samples, by name of the skip
+    present: Mapping[str, int] = field(default_factory=dict)  # samples, by modality they hold
+    outputs: Mapping[str, int] = field(default_factory=dict)  # non-null values, by output
+    failures: Mapping[str, int] = field(default_factory=dict)  # failure records, by "step: error"
     warnings: Mapping[str, int] = field(default_factory=dict)  # oddities that lost nothing
-    seconds: Mapping[str, float] = field(default_factory=dict)  # by step: what it computed or waited
+    seconds: Mapping[str, float] = field(default_factory=dict)  # computing or waiting, by step
 
     def __add__(self, other: "Tally") -> "Tally":
         return Tally(**{f.name: _plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the tally that `asdict` wrote; mmbeam 0.1 called `outputs` "made"."""
+        return cls(**{("outputs" if name == "made" else name): value for name, value in data.items()})
 
 
 def _plus(a: Any, b: Any) -> Any:
@@ -197,12 +247,11 @@ def _plus(a: Any, b: Any) -> Any:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Batch:
-    """A window of one unit's samples, in order, and what was made of them so far.
+    """A window of one unit's samples, in order, with the features and failures so far.
 
-    Batches of a unit are numbered from 0 and come in order; the one with `last` ends the unit (it may
-    be empty). `features` hold one value per sample each, null where a sample has none.
-    A unit that was committed before is a single empty last batch that carries its `report`; a unit
-    that cannot be read ends with a batch that carries the reason in `broken`.
+    Batches of a unit are numbered from 0 and arrive in order; the one with `last` ends the unit and may be empty.
+    `features` hold one value per sample, null where a sample has none. A unit that is already committed is one empty
+    last batch with its `report`. A unit that cannot be read ends with a batch whose `unit_error` states the reason.
     """
 
     unit: WorkUnit
@@ -213,14 +262,14 @@ class Batch:
     failures: tuple[Failure, ...] = ()
     tally: Tally = Tally()
     report: "UnitReport | None" = None
-    broken: str | None = None
-    found: tuple[Found, ...] = ()  # of each of the unit's inputs, on the last window
+    unit_error: str | None = None
+    inputs_read: tuple[InputRead, ...] = ()  # one per input of the unit, on the last window
 
 
 class Origin(NamedTuple):
-    """The model that features come from: two of equal width may have nothing else in common."""
+    """The model that made features. Two models of equal width may have nothing else in common."""
 
-    model: str  # as it was named, with its @revision
+    model: str  # as the user named it, with its @revision
     digest: str  # of its files
 
     def __str__(self) -> str:
@@ -229,23 +278,23 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureColumn:
-    """A column of features, computed before, that a model takes in place of a modality's media."""
+    """A column of pre-computed features that a model takes instead of a modality's media."""
 
     name: str
     modality: Modality
     width: int  # of one vector
-    tokens: bool = False  # [tokens, width] per sample, and not [width]
-    origin: Origin | None = None  # what made those it was trained on; None: nobody knows
+    tokens: bool = False  # True: [tokens, width] per sample; False: [width]
+    origin: Origin | None = None  # of the features the model was trained on; None if unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a stage takes of a sample, so that nothing is decoded for nobody."""
+    """What a stage reads of a sample, so that nothing else is decoded."""
 
     modalities: frozenset[Modality] = frozenset()
-    sampling_rates: frozenset[int] = frozenset()  # Hz; empty: the sound's own rate
-    image_side: int | None = None  # pixels: the largest shorter side any model resizes to
-    columns: frozenset[FeatureColumn] = frozenset()  # where rows are read in place of shards
+    sampling_rates: frozenset[int] = frozenset()  # Hz; empty: each sound's own rate
+    image_side: int | None = None  # pixels: the largest shorter side that any model resizes to
+    columns: frozenset[FeatureColumn] = frozenset()  # if the input is rows of features
 
     def __or__(self, other: "Needs") -> "Needs":
         sides = [side for side in (self.image_side, other.image_side) if side is not None]
@@ -259,84 +308,89 @@ class Needs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Output:
-    """A thing a stage makes: a column, or several of which the first says whether it was made.
+    """A result of a stage: one column, or several of which the first is null if the result is missing.
 
-    It is due for every sample in which one of `modalities` is present, or whatever it holds if none is named,
-    and all of `required`. What could not be read of those, or of `reads`, costs it.
+    It is due for a sample that has one of `modalities` (or for every sample, if `modalities` is empty) and all of
+    `required`. A failure to read one of those, or of `reads`, costs the sample this output.
     """
 
     modalities: frozenset[Modality]
     columns: tuple[pa.Field, ...]
     required: frozenset[Modality] = frozenset()
-    reads: frozenset[Kind] = frozenset()  # what else it is made of, where a sample has it
+    reads: frozenset[Kind] = frozenset()  # further inputs, used where a sample has them
 
     @property
     def name(self) -> str:
+        """The name of the first column."""
         return str(self.columns[0].name)
 
-    def due(self, present: frozenset[Modality]) -> bool:
-        """Whether a sample that holds these modalities should have it."""
+    def is_due(self, present: frozenset[Modality]) -> bool:
+        """Return whether a sample with these modalities should have this output."""
         return (not self.modalities or bool(self.modalities & present)) and self.required <= present
 
 
 class Stage(Protocol):
-    """A model on a window. Picklable and cheap until it is loaded; it knows nothing of Beam.
+    """A model applied to a window. It is picklable, cheap until it is loaded, and independent of Beam.
 
-    `load` is called once per process and `key`; `run` gets what it returned, on the thread that owns
-    the device. `run` never raises for what is wrong with a sample: it gives the batch back with its
-    outputs added to `features` (one value per sample, in order) and a Failure for each value lost.
+    `load` is called once per process and `key`. `run` receives the loaded model on the thread that owns the device.
+    It never raises for a fault of a sample: it returns the batch with its outputs added to `features` (one value per
+    sample, in order) and one Failure for each value lost.
     """
 
     @property
     def key(self) -> str:
-        """Names the loaded model in the process-wide registry."""
+        """Identifies the loaded model in the process-wide registry."""
 
     @property
-    def device(self) -> str: ...
+    def device(self) -> str:
+        """The torch device on which the stage runs."""
 
     @property
-    def needs(self) -> Needs: ...
+    def needs(self) -> Needs:
+        """What the stage reads of a sample."""
 
     @property
-    def outputs(self) -> Sequence[Output]: ...
+    def outputs(self) -> Sequence[Output]:
+        """What the stage adds to a sample."""
 
-    def load(self) -> Any: ...
+    def load(self) -> Any:
+        """Return the model with its weights on the device."""
 
-    def run(self, model: Any, batch: Batch) -> Batch: ...
+    def run(self, model: Any, batch: Batch) -> Batch:
+        """Return `batch` with the stage's outputs and failures added."""
 
 
-UnitStatus = Literal["written", "kept", "failed"]  # by this run, by an earlier one, not at all
+UnitStatus = Literal["written", "kept", "failed"]  # committed by this launch, by an earlier one, or not committed
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitReport:
-    """What became of a unit. The same facts stand in the footer of its Parquet."""
+    """The result of a unit. The footer of its Parquet holds the same facts."""
 
     unit: str
     status: UnitStatus
     tally: Tally = Tally()
     wall_seconds: float = 0.0
     error: str | None = None  # why it failed
-    failures_file: str | None = None  # name under failures/, None if nothing failed
-    inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin, end, and what was found
+    failures_file: str | None = None  # name under failures/; None if nothing failed
+    inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin and end of each, and what reading has shown
     batch_plan: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        values = dict(data)
-        values["tally"] = Tally(**values["tally"])
-        values["inputs"] = tuple(values.get("inputs", ()))
-        return cls(**values)
+        """Return the report that `to_json` wrote."""
+        return cls(**{**data, "tally": Tally.from_json(data["tally"]), "inputs": tuple(data.get("inputs", ()))})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RunReport:
-    """What became of a run; summary.json holds the same.
+    """The result of a run, as summary.json holds it.
 
-    `tally` sums all units; rate and speed of light are of the units that this launch wrote.
+    `tally` sums all units; `rate` and `model_utilisation` cover the units that this launch wrote.
     """
 
     units_written: int
@@ -345,12 +399,17 @@ class RunReport:
     tally: Tally
     wall_seconds: float  # of this launch
     rate: float  # samples per second
-    speed_of_light: float | None  # seconds the models computed per second of wall time and (known) device
-    failed: Mapping[str, str] = field(default_factory=dict)  # why, by unit
+    model_utilisation: float | None  # seconds of model time per wall second and device; None if the devices are unknown
+    failed: Mapping[str, str] = field(default_factory=dict)  # reason, by unit
 
     def to_json(self) -> dict[str, Any]:
+        """Return the report as JSON values."""
         return asdict(self)
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
-        return cls(**{**data, "tally": Tally(**data["tally"])})
+        """Return the report that `to_json` wrote; mmbeam 0.1 called `model_utilisation` "speed_of_light"."""
+        values = {**data, "tally": Tally.from_json(data["tally"])}
+        if "speed_of_light" in values:
+            values["model_utilisation"] = values.pop("speed_of_light")
+        return cls(**values)

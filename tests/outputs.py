@@ -10,10 +10,11 @@ from typing import Any
 
 import pyarrow as pa
 
+from mmbeam.names import Modality
 from mmbeam.runs import Run, extend_plan
 from mmbeam.runs.store import Store
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import Batch, Failure, Input, Modality, Output, Sample, Shard, Tally, WorkUnit
+from mmbeam.types import Batch, Failure, Input, Output, Sample, Shard, Tally, WorkUnit
 
 DIM = 4
 VECTOR = pa.list_(pa.float32(), DIM)

@@ -99,8 +99,8 @@ def attempt(run: Run, unit: WorkUnit) -> UnitReport:
         return kept
     with UnitWriter(run, unit) as writer:
         for batch in read_batches(unit, Reading(), NEEDS, Windows(samples=3)):
-            if batch.broken is not None:
-                return runs.report_failed_unit(run, unit, batch.broken, batch.found)
+            if batch.unit_error is not None:
+                return runs.report_failed_unit(run, unit, batch.unit_error, batch.inputs_read)
             writer.write(batch)
         return writer.commit()
 

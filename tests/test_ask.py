@@ -6,8 +6,8 @@ from dataclasses import replace
 import pytest
 from tiny_generators import make_sample
 
-from mmbeam.config import TASKS, Task
 from mmbeam.errors import PromptError, UsageError
+from mmbeam.names import TASKS, Modality, Task
 from mmbeam.prompts.ask import (
     NEW_TOKENS,
     Decoding,
@@ -22,7 +22,7 @@ from mmbeam.prompts.ask import (
 )
 from mmbeam.prompts.template import parse_template
 from mmbeam.prompts.turns import Turn
-from mmbeam.types import Audio, Modality, Sample
+from mmbeam.types import Audio, Sample
 
 CHAT = GeneratorSpec(family="omni", directory="", modalities=("image", "audio", "text"), tasks=TASKS, takes_prompt=True)
 VISION = replace(CHAT, modalities=("image", "text"))
@@ -79,7 +79,7 @@ def test_a_request_holds_what_the_task_is_about(
     output = make_output(spec, instruction, ())
     for without, expected in (("", complete), ("audio", without_audio), ("image audio", text_only)):
         example = sample(without)
-        assert output.due(example.present) == (expected is not None)
+        assert output.is_due(example.present) == (expected is not None)
         if expected is not None:
             assert held(make_request(example, spec, instruction, 0)) == expected
 
@@ -87,7 +87,7 @@ def test_a_request_holds_what_the_task_is_about(
 def test_a_prompt_of_metadata_needs_no_modality() -> None:
     instruction = instruct(prompt="{metadata[title]}?")
     for spec in (TEXT, CHAT):
-        assert make_output(spec, instruction, ()).due(frozenset())
+        assert make_output(spec, instruction, ()).is_due(frozenset())
         assert make_request(sample("image audio text"), spec, instruction, 0).prompt == "A dog?"
 
 

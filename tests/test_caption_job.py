@@ -116,7 +116,7 @@ def test_every_sample_of_real_shards_gets_its_caption(tmp_path: Path, fusion: Pa
     rows = rows_of(tmp_path)
     assert [row["key"] for row in rows] == [truth.key for truth in made.truths]
     assert conserved(report)
-    assert dict(report.tally.made) == {"caption": 14}
+    assert dict(report.tally.outputs) == {"caption": 14}
     assert not report.tally.failures
     assert [row["key"] for row in rows if row["caption"] is None] == ["000005"]
     assert len(set(captions(rows))) > 5
@@ -226,7 +226,7 @@ def test_embeddings_and_captions_come_in_one_pass(tmp_path: Path, fusion: Path) 
     )
     embed(options)
     names = [f"{modality}_embedding" for modality in ("image", "audio", "text")]
-    assert dict(report.tally.made) == dict.fromkeys([*names, "caption"], 6)
+    assert dict(report.tally.outputs) == dict.fromkeys([*names, "caption"], 6)
     rows, vectors = rows_of(tmp_path), rows_of(tmp_path, "vectors")
     assert captions(rows) == captions(rows_of(tmp_path, "captions"))
     for row, expected in zip(rows, vectors, strict=True):
@@ -377,7 +377,7 @@ def test_a_model_of_texts_reads_them_from_rows_too(tmp_path: Path, embedded: Pat
         tmp_path / "text", {"text": {"modality": "text", "kind": "transformer", "layers": 1, "max_tokens": 16}}
     )
     report = run(tmp_path, model, embedded)
-    assert (report.tally.rows, dict(report.tally.made)) == (12, {"caption": 12})
+    assert (report.tally.rows, dict(report.tally.outputs)) == (12, {"caption": 12})
 
 
 # By the command line

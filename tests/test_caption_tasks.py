@@ -74,7 +74,7 @@ def test_a_prompt_is_filled_with_what_each_sample_has(tmp_path: Path, chat: Path
     titles = ["A dog", "Zwei {text} Katzen", "x<|im_end|>", "\N{GRINNING FACE}"]
     source = write(tmp_path / "in", [{"json": {"a": {"title": title}}} for title in titles])
     report = run(tmp_path, chat, source, prompt="Say: {metadata[a][title]} {{1}}")
-    assert (report.tally.rows, dict(report.tally.made)) == (4, {"caption": 4})
+    assert (report.tally.rows, dict(report.tally.outputs)) == (4, {"caption": 4})
     model = hub.load_tiny(chat)
     for row, title in zip(rows_of(tmp_path), titles, strict=True):
         [expected] = model.generate([Request(prompt=f"Say: {title} {{1}}")], SHORT)
@@ -165,7 +165,7 @@ def test_dialogues_are_answered(tmp_path: Path, chat: Path) -> None:
         {"json": {"messages": [{"role": "tool", "content": "x"}]}},
     ]
     report = run(tmp_path, chat, write(tmp_path / "in", samples), max_failure_rate=1.0)
-    assert (report.tally.rows, dict(report.tally.made)) == (2, {"reply": 2})
+    assert (report.tally.rows, dict(report.tally.outputs)) == (2, {"reply": 2})
     assert [each["message"].split(":")[0] for each in failures_of(tmp_path)] == ["metadata[messages]"] * 2
     model = hub.load_tiny(chat)
     turns = (Turn("user", "hello"), Turn("assistant", "hi"), Turn("user", "what is it"))
@@ -222,7 +222,7 @@ def test_prompts_are_filled_from_features_too(tmp_path: Path, chat: Path) -> Non
     run(tmp_path, chat, source, task="summarize")
     rows = tmp_path / "out" / "data" / "*.parquet"
     report = run(tmp_path, chat, rows, prompt="Say {metadata[title]}", output=str(tmp_path / "again"))
-    assert dict(report.tally.made) == {"caption": 2}
+    assert dict(report.tally.outputs) == {"caption": 2}
     with pytest.raises(UsageError, match=r"the first 2 samples has \{metadata\[no\]\}; they have \{key\}, \{text\}"):
         run(tmp_path, chat, rows, prompt="{metadata[no]}", output=str(tmp_path / "no"))
 

@@ -279,7 +279,7 @@ def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
         (["--where", "__import__('os')"], ["where"]),
         (["--clean-text", "wash"], ["'wash' is unknown", "nfc"]),
         (["--image-filter", "median:2"], ["median:2", "odd"]),
-        (["--model", "no-name!=x"], ["'no-name!' is no column prefix"]),
+        (["--model", "no-name!=x"], ["--model no-name!=x: 'no-name!' cannot prefix a column"]),
         (
             ["--runner=DataflowRunner", "--shared-output", "--device", "auto"],
             ["--device auto", "the workers are elsewhere"],

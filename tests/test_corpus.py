@@ -22,7 +22,7 @@ from mmbeam.corpus import (
 )
 from mmbeam.corpus.scene import COLOURS, FORMS, KINDS, LOUDNESSES, PITCHES, POSITIONS, SIZES, TEMPI
 from mmbeam.errors import UsageError
-from mmbeam.types import MODALITIES, Modality
+from mmbeam.names import MODALITIES, Modality
 
 KEYS = st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 GOLDEN = Scene(

@@ -10,8 +10,8 @@ import pytest
 from mmbeam.cli import main
 from mmbeam.corpus.scene import COLOURS
 from mmbeam.demo import nearest_neighbours
+from mmbeam.names import MODALITIES
 from mmbeam.report.sketch import sketch_audio, sketch_image
-from mmbeam.types import MODALITIES
 
 
 def test_the_demo_captions_rightly_and_runs_again(

@@ -282,7 +282,7 @@ def test_several_models_in_one_pass_each_with_its_columns(tmp_path: Path, clip: 
     models = (ModelRef(model=str(clip), name="clip"), ModelRef(model=str(clap), name="clap"))
     report = run(tmp_path, clip, tmp_path / "in", models=models)
     names = {"clip_image_embedding", "clip_text_embedding", "clap_audio_embedding", "clap_text_embedding"}
-    assert dict(report.tally.made) == dict.fromkeys(names, 6)
+    assert dict(report.tally.outputs) == dict.fromkeys(names, 6)
     for row in rows_of(tmp_path):
         for name in names:
             assert np.linalg.norm(row[name]) == pytest.approx(1, abs=1e-5)
@@ -384,7 +384,7 @@ def test_a_modality_that_is_nowhere_is_an_error(tmp_path: Path, clip: Path, clap
         run(tmp_path, clip, tmp_path / "in", modalities=("audio",))
     assert not (tmp_path / "out").exists()
     report = run(tmp_path, clip, tmp_path / "in")  # not asked for by name: nulls
-    assert dict(report.tally.made) == {"image_embedding": 0, "text_embedding": 4}
+    assert dict(report.tally.outputs) == {"image_embedding": 0, "text_embedding": 4}
 
 
 def test_tokens_and_float16_are_stored_as_asked(tmp_path: Path, clip: Path) -> None:

@@ -189,7 +189,7 @@ def test_features_of_another_encoder_of_equal_width_are_refused_and_both_are_nam
     with pytest.raises(UsageError, match=both):
         check_columns(files(path), [other])
     batches = read(unit_of(path), Needs(columns=frozenset({other})))  # a file that nobody looked at before
-    assert re.search(both, batches[-1].broken or "")
+    assert re.search(both, batches[-1].unit_error or "")
 
 
 def test_features_of_nobody_knows_whom_are_taken_and_that_is_said_once(
@@ -264,7 +264,7 @@ def test_rows_are_samples_whatever_the_windows(tmp_path: Path, windows: Windows,
         assert sample.present == {"image", "text"}
         np.testing.assert_array_equal(sample.features["image_embedding"], np.float32(row["image_embedding"]))
         np.testing.assert_array_equal(sample.features["text_tokens"], np.float16(row["text_tokens"]))
-    assert not any(batch.failures or batch.broken for batch in batches)
+    assert not any(batch.failures or batch.unit_error for batch in batches)
 
 
 def test_what_is_missing_is_absent_and_what_is_wrong_is_a_failure(tmp_path: Path) -> None:
@@ -333,24 +333,25 @@ def test_a_limit_goes_over_files(tmp_path: Path) -> None:
 def test_a_file_that_is_damaged_or_of_another_width_breaks_its_unit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [make_row(i) for i in range(500)], compression="zstd", row_group_size=100)
     unit = unit_of(path)
-    assert read(unit, Needs(columns=frozenset({FeatureColumn(name="image_embedding", modality="image", width=9)})))[
-        -1
-    ].broken == (f"{path}: image_embedding is 4 wide, and the model takes 9; give the features that it was trained on, "
-        "or the model that was trained on these")  # fmt: skip
+    column = FeatureColumn(name="image_embedding", modality="image", width=9)
+    assert read(unit, Needs(columns=frozenset({column})))[-1].unit_error == (
+        f"{path}: image_embedding is 4 wide, and the model takes 9; give the features that it was trained on, "
+        "or the model that was trained on these"
+    )
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
     path.write_bytes(data)
     batches = read(unit_of(path))
     assert batches[-1].last
-    assert batches[-1].broken is not None
-    assert "cannot be read as Parquet" in batches[-1].broken
+    assert batches[-1].unit_error is not None
+    assert "cannot be read as Parquet" in batches[-1].unit_error
     path.unlink()
-    assert "does not exist" in str(read(unit)[-1].broken)
+    assert "does not exist" in str(read(unit)[-1].unit_error)
 
 
 def test_an_empty_file_is_an_empty_unit(tmp_path: Path) -> None:
     [batch] = read(unit_of(write(tmp_path / "a.parquet", [])))
-    assert (batch.last, batch.broken, batch.samples) == (True, None, ())
+    assert (batch.last, batch.unit_error, batch.samples) == (True, None, ())
 
 
 NUMBERS = st.floats(width=32, allow_subnormal=False)

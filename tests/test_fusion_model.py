@@ -32,7 +32,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionConfig, FusionModel
 from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.loading import load_pretrained
-from mmbeam.types import MODALITIES
+from mmbeam.names import MODALITIES
 
 CPU = torch.device("cpu")
 SUBSETS = [s for size in range(4) for s in itertools.combinations(MODALITIES, size)]

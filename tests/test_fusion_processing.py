@@ -22,8 +22,8 @@ from mmbeam.models.fusion.audio import MelRecipe, log_mel
 from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.models.loading import read_json
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.prompts.ask import Decoding, Generated, Request
-from mmbeam.types import MODALITIES, Modality
 
 CPU = torch.device("cpu")
 TEXTS = ["a small red ring at the top", "with a low tone", "ein Ring, üben", "🎻 at noon"]

@@ -27,9 +27,9 @@ from mmbeam.models.fusion import FusionModel, FusionProcessor, SourceConfig
 from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import load_pretrained
+from mmbeam.names import Modality
 from mmbeam.prompts.ask import Request
 from mmbeam.training.views import make_views
-from mmbeam.types import Modality
 
 # WavLM of transformers 5 hands PyTorch a mask and a bias of different types; PyTorch adds them up all the same.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")

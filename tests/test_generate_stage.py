@@ -14,10 +14,11 @@ from tiny_generators import features, make_sample, save_fusion
 from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.fusion import FusionGenerator
+from mmbeam.names import Modality
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 from mmbeam.stages.explain import shares_of
 from mmbeam.stages.generate import GenerateStage, generate_stage, stream_seed
-from mmbeam.types import Audio, Batch, Failure, Modality, Sample, WorkUnit
+from mmbeam.types import Audio, Batch, Failure, Sample, WorkUnit
 
 GREEDY = Decoding(max_new_tokens=12)
 SAMPLING = Decoding(max_new_tokens=12, temperature=1.0, seed=7)
@@ -96,8 +97,8 @@ def test_what_a_model_must_have_decides_what_is_due(fusion: Path) -> None:
     stage = generate_stage(str(fusion), decoding=GREEDY)
     stage = replace(stage, spec=replace(stage.spec, required=("audio",)))
     [output] = stage.outputs
-    assert not output.due(frozenset({"image", "text"}))
-    assert output.due(frozenset({"audio"}))
+    assert not output.is_due(frozenset({"image", "text"}))
+    assert output.is_due(frozenset({"audio"}))
     result = run(stage, batch_of([make_sample(0), make_sample(1, "audio"), make_sample(2, "image text")]))
     assert [text is None for text in column(result, "caption")] == [False, True, False]
 

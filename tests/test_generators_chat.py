@@ -12,9 +12,9 @@ import torch
 from pictures import pictures
 from transformers import AutoModelForImageTextToText, AutoProcessor
 
-from mmbeam.config import Task
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
+from mmbeam.names import Task
 from mmbeam.prompts.ask import Request
 from mmbeam.stages.generate import weights_of
 

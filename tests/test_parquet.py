@@ -38,11 +38,12 @@ from servers import STORES, fresh_output
 
 from mmbeam import runs
 from mmbeam.errors import FlowError
+from mmbeam.names import MODALITIES
 from mmbeam.runs import Run
 from mmbeam.runs import writer as parquet
 from mmbeam.runs.rows import FAILURE_SCHEMA, build_schema, settle
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import MODALITIES, Audio, Batch, Failure, Output, Sample, Tally, UnitReport
+from mmbeam.types import Audio, Batch, Failure, Output, Sample, Tally, UnitReport
 
 UNIT = make_unit()
 
@@ -148,7 +149,7 @@ def test_every_sample_ends_as_exactly_one_thing(window: tuple[Batch, list[str]])
             assert set(row["errors"]) == named
             assert all(row[name] is None for name in named)
             assert bool(named) == (what == "impaired")
-    for name, count in tally.made.items():
+    for name, count in tally.outputs.items():
         assert count == sum(row[name] is not None for row in rows.values())
 
 
@@ -318,7 +319,7 @@ def test_windows_out_of_order_are_an_error(local: Run) -> None:
         ([first, first], "expected window 1, found window 0"),
         ([first, last, replace(last, index=2)], "expected no more, found window 2"),
         ([replace(first, unit=make_unit("b-2"))], "found window 0 of unit b-2"),
-        ([replace(first, broken="no tar")], "not to be written"),
+        ([replace(first, unit_error="no tar")], "not to be written"),
         ([first], "expected window 1 or a last one, found the end.*Reshuffle"),
         ([replace(first, tally=Tally(samples=6)), last], "11 samples were found"),
     ]:

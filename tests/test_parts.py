@@ -22,7 +22,7 @@ from mmbeam.errors import ShardError
 from mmbeam.readers import parts
 from mmbeam.readers.parts import Part, PartRead, misplaced
 from mmbeam.readers.tar import TarReader
-from mmbeam.types import Found, Input, RawSample, Seam, Shard
+from mmbeam.types import Input, InputRead, RawSample, Seam, Shard
 
 Cuts = Sequence[int]
 
@@ -42,7 +42,7 @@ def inputs_of(cuts: Cuts) -> list[Input]:
     return [Input(shard=shard, begin=begin, end=end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
 
 
-def read_part(data: bytes, source: Input) -> tuple[list[RawSample], Found]:
+def read_part(data: bytes, source: Input) -> tuple[list[RawSample], InputRead]:
     part = Part(source)
     if part.is_empty:
         return [], part.found
@@ -51,7 +51,7 @@ def read_part(data: bytes, source: Input) -> tuple[list[RawSample], Found]:
     return [plain(s) for s in TarReader(stream, "x.tar", everything, Limits(), part)], part.found
 
 
-def judged(sources: Sequence[Input], read: Sequence[tuple[list[RawSample], Found]], data: bytes) -> dict[str, Seam]:
+def judged(sources: Sequence[Input], read: Sequence[tuple[list[RawSample], InputRead]], data: bytes) -> dict[str, Seam]:
     """The parts to be read again, with their true beginnings, traced as a launch does."""
     claims = [
         PartRead(unit=str(number), shard="x.tar", begin=source.begin, end=source.end, committed=True, found=found)
@@ -220,7 +220,7 @@ def test_the_parts_within_a_large_member_hold_nothing_in_memory() -> None:
     tracemalloc.start()
     try:
         inside, last = inputs_of([4 << 20, 12 << 20])[1:]
-        assert read_part(data, inside) == ([], Found())
+        assert read_part(data, inside) == ([], InputRead())
         samples, _ = read_part(data, last)
         assert [sample.key for sample in samples] == ["c"]  # the first behind the cut belongs to the part before
         assert tracemalloc.get_traced_memory()[1] < (3 << 20)

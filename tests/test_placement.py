@@ -81,7 +81,7 @@ def test_units_are_spread_over_all_devices_and_the_model_is_loaded_once_on_each(
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
     computed = report.tally.seconds["compute"]
-    assert report.speed_of_light == pytest.approx(computed / (report.wall_seconds * len(names)))
+    assert report.model_utilisation == pytest.approx(computed / (report.wall_seconds * len(names)))
 
 
 def test_two_units_at_once_for_each_device_unless_beam_is_told_otherwise() -> None:

@@ -47,7 +47,7 @@ def test_a_limit_reads_so_many_samples_and_no_further(tmp_path: Path, limit: int
     (tmp_path / "shard-x.tar").write_bytes(b"no tar" * 200)
     batches = read(limited_unit(list_shards([str(tmp_path)]), limit))
     assert sum(batch.tally.samples for batch in batches) == limit
-    assert batches[-1].broken is None
+    assert batches[-1].unit_error is None
 
 
 def test_what_a_condition_cannot_decide_fails_and_what_it_decides_is_skipped(tmp_path: Path) -> None:
@@ -67,8 +67,8 @@ def test_a_shard_that_cannot_be_read_ends_its_unit_with_the_reason(tmp_path: Pat
     (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
     [batch] = read(plan_units(list_shards([str(tmp_path)]), [])[0])
     assert batch.last
-    assert batch.broken is not None
-    assert "a.tar" in batch.broken
+    assert batch.unit_error is not None
+    assert "a.tar" in batch.unit_error
 
 
 def test_closing_ends_the_thread_and_an_error_in_a_decoder_comes_out(

@@ -16,8 +16,8 @@ from tiny_models import save_blip
 from transformers import BlipForConditionalGeneration
 
 from mmbeam.cli import main
-from mmbeam.config import EXTENSIONS
 from mmbeam.corpus import write_corpus
+from mmbeam.names import EXTENSIONS
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")

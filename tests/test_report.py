@@ -243,10 +243,10 @@ def test_a_summary_of_a_run_that_found_all_done_is_short(tmp_path: Path) -> None
         units_written=0,
         units_kept=4,
         units_failed=0,
-        tally=Tally(samples=8, rows=8, made={"image_embedding": 8}),
+        tally=Tally(samples=8, rows=8, outputs={"image_embedding": 8}),
         wall_seconds=0.0,
         rate=0.0,
-        speed_of_light=0.0,
+        model_utilisation=0.0,
     )
     assert summary_text(report, "memory://out/").splitlines() == [
         "units: 0 written, 4 committed before",

@@ -77,7 +77,7 @@ def test_a_run_pickles(local: str) -> None:
     copy = pickle.loads(pickle.dumps(run))
     assert copy.fingerprint == run.fingerprint
     assert copy.schema.equals(run.schema, check_metadata=True)
-    assert copy.launch == run.launch != make_run(local).launch
+    assert copy.launch_id == run.launch_id != make_run(local).launch_id
 
 
 def test_other_package_versions_are_a_warning(local: str, caplog: pytest.LogCaptureFixture) -> None:
@@ -341,7 +341,7 @@ def test_the_summary_adds_up(output: str) -> None:
     assert (summary.units_written, summary.units_kept, summary.units_failed) == (1, 1, 1)
     assert summary.tally.samples == summary.tally.rows == 20
     assert summary.tally.impaired == 4
-    assert summary.tally.made == {"image_embedding": 16, "text_embedding": 16}
+    assert summary.tally.outputs == {"image_embedding": 16, "text_embedding": 16}
     assert summary.tally.failures == {"decode: DecodeError": 4}
     assert summary.rate == 10 / 5.0
     assert summary.failed == {"c-3": "no tar"}
@@ -353,8 +353,8 @@ def test_the_speed_of_light_is_of_what_was_written(local: str) -> None:
         return UnitReport(unit="u", status=status, tally=Tally(samples=1, rows=1, seconds={"compute": 6.0}))
 
     run = make_run(local)
-    assert runs.write_summary(run, [report("written"), report("kept")], 10.0).speed_of_light == 0.6
-    assert runs.write_summary(run, [report("written"), report("written")], 10.0, devices=2).speed_of_light == 0.6
+    assert runs.write_summary(run, [report("written"), report("kept")], 10.0).model_utilisation == 0.6
+    assert runs.write_summary(run, [report("written"), report("written")], 10.0, devices=2).model_utilisation == 0.6
     assert runs.write_summary(run, [report("kept")], 0.0).rate == 0.0
 
 

@@ -9,18 +9,17 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 
-from mmbeam.config import SHIPPED
 from mmbeam.corpus import Scene, generate_scenes, write_corpus
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.generators import describe, load
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import resolve
+from mmbeam.names import MODALITIES, SHIPPED_MODEL
 from mmbeam.prompts.ask import Decoding, Generated
 from mmbeam.training.shipped import EVALUATION_SEED, evaluate
 from mmbeam.training.sources import scene_example
-from mmbeam.types import MODALITIES
 
-DIRECTORY = resolve(SHIPPED).directory
+DIRECTORY = resolve(SHIPPED_MODEL).directory
 SEED = 77  # neither of training, nor of selection, nor of the card's figures
 
 
@@ -65,7 +64,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     options = CaptionOptions(
         input=(str(directory / "shards"),),
         output=str(directory / "out"),
-        model=SHIPPED,
+        model=SHIPPED_MODEL,
         device="cpu",
         explain=True,
         with_embeddings=True,

@@ -15,11 +15,11 @@ from shards import natural_sound
 from tokenizers import AddedToken
 from transformers import AutoModelForSeq2SeqLM, AutoProcessor, AutoTokenizer
 
-from mmbeam.config import Task
 from mmbeam.errors import LimitError, PromptError, UsageError
 from mmbeam.models.generators import check_instruction, describe
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.prompts import find_language, language_code, language_name, task_prompt
+from mmbeam.names import Task
 from mmbeam.prompts.ask import GeneratorSpec, Request, make_instruction
 from mmbeam.prompts.turns import Turn, one_speaker, until_next_turn
 from mmbeam.stages.generate import weights_of

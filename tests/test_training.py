@@ -19,6 +19,7 @@ from mmbeam.corpus import VOCABULARY, generate_scenes
 from mmbeam.errors import TrainingError, UsageError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.prompts.ask import Request
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import POOL_BATCHES, Batch, ahead, collate, dropped, plain_batches, training_batches
@@ -32,7 +33,6 @@ from mmbeam.training.search import SPACE, draw, with_choice
 from mmbeam.training.shipped import single_words, word_classes
 from mmbeam.training.sources import CorpusSource, scene_example
 from mmbeam.training.views import make_views
-from mmbeam.types import MODALITIES, Modality
 
 OPTIONS = TrainOptions(input=("shards/*.tar",), output="model")
 

@@ -24,12 +24,13 @@ from mmbeam.corpus import write_corpus
 from mmbeam.errors import RunMismatchError, UsageError
 from mmbeam.features.captions import Captions
 from mmbeam.features.order import rank_of, units_of_rank
+from mmbeam.names import Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.training.distributed import ALONE, local_device, process_count
 from mmbeam.training.examples import Source
 from mmbeam.training.rows import FeatureSource
 from mmbeam.training.sources import CorpusSource, Labelling, ShardSource
-from mmbeam.types import Input, Modality, Needs, WorkUnit
+from mmbeam.types import Input, Needs, WorkUnit
 
 TESTS = Path(__file__).parent
 WAIT = 200.0  # seconds, for what takes ten where nothing else runs

@@ -13,8 +13,8 @@ from safetensors.torch import load_file
 
 from mmbeam.corpus import generate_scenes, tag
 from mmbeam.errors import TrainingError
-from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionProcessor
+from mmbeam.names import Split
 from mmbeam.training.examples import Example, Source
 from mmbeam.training.fit import CHECKPOINT, State, Trainer
 from mmbeam.training.options import TrainOptions
@@ -44,13 +44,13 @@ class TwoModalities:
     def __init__(self, epoch_size: int = 80) -> None:
         self._corpus = CorpusSource(seed=0, epoch_size=epoch_size, evaluation_size=24)
 
-    def count(self, part: Part) -> int | None:
+    def count(self, part: Split) -> int | None:
         return self._corpus.count(part)
 
     def of_rank(self, rank: int, world_size: int) -> Source:
         return self  # nothing here trains in several processes
 
-    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         return (example.keeping(("audio", "text")) for example in self._corpus.examples(part, epoch))
 
 

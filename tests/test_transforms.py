@@ -150,7 +150,7 @@ def test_two_models_by_hand(here: Path) -> None:
     (report,) = collect(
         Plan("shards/*.tar", run), ReadShards(needs, run=run), *map(Embed, stages), WriteParquet(run), Summarize(run)
     )
-    assert report.tally.made == {
+    assert report.tally.outputs == {
         "clip_image_embedding": 11,
         "clip_text_embedding": 12,
         "clap_audio_embedding": 11,
@@ -226,7 +226,7 @@ def test_embed_alone(here: Path) -> None:
     assert found.tally.seconds["compute"] > 0
 
 
-@pytest.mark.parametrize("changes", [{"samples": ()}, {"broken": "s.tar: no tar"}, {"report": "kept"}])
+@pytest.mark.parametrize("changes", [{"samples": ()}, {"unit_error": "s.tar: no tar"}, {"report": "kept"}])
 def test_embed_passes_on_what_is_not_for_the_model(changes: dict[str, Any]) -> None:
     """No model is even loaded: there is none."""
     if "report" in changes:
@@ -259,7 +259,7 @@ def test_write_parquet_passes_on_units_that_are_committed_or_broken(tmp_path: Pa
     run = make_run(str(tmp_path / "out"))
     runs.open_run(run)
     kept = Batch(unit=make_unit("a-1"), index=0, last=True, report=UnitReport(unit="a-1", status="kept"))
-    broken = Batch(unit=make_unit("b-2"), index=0, last=True, broken="b-2.tar: does not exist")
+    broken = Batch(unit=make_unit("b-2"), index=0, last=True, unit_error="b-2.tar: does not exist")
     reports = collect(beam.Create([kept, broken], reshuffle=False), WriteParquet(run))
     assert {report.unit: report.status for report in reports} == {"a-1": "kept", "b-2": "failed"}
     assert not (tmp_path / "out" / "data").exists() or not list((tmp_path / "out" / "data").iterdir())

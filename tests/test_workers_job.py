@@ -66,7 +66,7 @@ def test_one_that_is_killed_ends_the_job_and_the_same_command_does_the_rest(know
     assert (report.units_written, report.units_kept, report.units_failed) == (1, 29, 0)
     assert (progress.units_done, progress.tally.samples, progress.kept.samples) == (30, 2, 58)
     assert runs.read_summary(alone.run) == report
-    assert 0 < report.speed_of_light <= 1
+    assert 0 < report.model_utilisation <= 1
     assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
     other = replace(job, output=str(tmp_path / "alone"), workers=1)
     assert counts(report) == counts(embed(other))

@@ -8,7 +8,7 @@ import torch
 from mmbeam.models.fusion import FusionConfig, FusionModel
 from mmbeam.models.fusion.configuration import MASK, Fusion, GeneratorKind
 from mmbeam.models.placement import compute_on_one_thread
-from mmbeam.types import MODALITIES
+from mmbeam.names import MODALITIES
 
 compute_on_one_thread()
 FUSIONS: tuple[str, ...] = get_args(Fusion)

@@ -19,9 +19,9 @@ from tiny_fusion import media, tiny_inputs, tiny_labels, tiny_model
 
 from mmbeam.corpus import generate_scenes, tag
 from mmbeam.errors import ShardError
-from mmbeam.features.split import Part
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.fusion.objectives import GlobalBatch
+from mmbeam.names import Split
 from mmbeam.prompts.ask import Request
 from mmbeam.training.batching import Batch
 from mmbeam.training.distributed import ALONE, Losses, World, joined, local_device
@@ -101,13 +101,13 @@ class Lopsided:
     def corpus(self) -> CorpusSource:
         return CorpusSource(seed=0, epoch_size=self.size, evaluation_size=self.measured)
 
-    def count(self, part: Part) -> int | None:
+    def count(self, part: Split) -> int | None:
         return self.corpus().count(part)
 
     def of_rank(self, rank: int, world_size: int) -> "Lopsided":
         return replace(self, rank=rank)
 
-    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         first, last = {None: (0, None), 0: (0, self.first), 1: (self.first, None)}[self.rank]
         whole = self.corpus().examples(part, epoch)
         for number, each in enumerate(islice(whole, first, last) if part == "train" else whole):

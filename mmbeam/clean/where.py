@@ -19,7 +19,8 @@ from functools import lru_cache, partial
 from typing import Any
 
 from mmbeam.errors import UsageError
-from mmbeam.types import Kind, Sample
+from mmbeam.names import Kind
+from mmbeam.types import Sample
 
 Values = Mapping[str, Any]  # what an expression sees, by name; None: missing
 _Term = Callable[[Values], Any]  # None: unknown

@@ -71,8 +71,8 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         if args.temperature is None and getattr(args, name) is not None:
             raise UsageError(f"--{name.replace('_', '-')} goes with sampling: give --temperature too")
 
-    from mmbeam.config import SHIPPED
     from mmbeam.jobs.caption import CaptionOptions
+    from mmbeam.names import SHIPPED_MODEL
     from mmbeam.prompts.ask import Decoding
     from mmbeam.prompts.template import parse_template
 
@@ -86,7 +86,7 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         seed=args.seed or 0,
     )
     return CaptionOptions(
-        model=args.model or SHIPPED,
+        model=args.model or SHIPPED_MODEL,
         task=args.task,
         prompt=args.prompt,
         language=args.language,

@@ -17,7 +17,8 @@ from mmbeam.errors import UsageError
 
 if TYPE_CHECKING:
     from mmbeam.config import FieldMap
-    from mmbeam.types import Modality, RunReport
+    from mmbeam.names import Modality
+    from mmbeam.types import RunReport
 
 SOME_UNITS_FAILED = 3  # exit status: done, but run again to retry some units
 DTYPES = ("float32", "float16", "bfloat16")
@@ -173,7 +174,7 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
 
 def modalities_of(text: str | None) -> "tuple[Modality, ...] | None":
     """The modalities of --modalities. Raises UsageError for a name that is none."""
-    from mmbeam.types import MODALITIES
+    from mmbeam.names import MODALITIES
 
     if text is None:
         return None

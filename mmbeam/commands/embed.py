@@ -45,12 +45,13 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
 
 def _options(args: argparse.Namespace) -> "EmbedOptions":
-    from mmbeam.config import SHIPPED, ModelRef
+    from mmbeam.config import ModelRef
     from mmbeam.jobs.embed import EmbedOptions
+    from mmbeam.names import SHIPPED_MODEL
 
     modalities = modalities_of(args.modalities)
     return EmbedOptions(
-        models=tuple(ModelRef.parse(model) for model in args.model or [SHIPPED]),
+        models=tuple(ModelRef.parse(model) for model in args.model or [SHIPPED_MODEL]),
         modalities=modalities,
         tokens=args.tokens,
         vector_type="float16" if args.float16 else "float32",

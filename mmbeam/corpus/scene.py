@@ -14,7 +14,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mmbeam.types import MODALITIES, Modality
+from mmbeam.names import MODALITIES, Modality
 
 T = TypeVar("T")
 Key = tuple[int, int]  # seed and index, each from 0 to 2**64 - 1

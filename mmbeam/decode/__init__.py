@@ -11,11 +11,11 @@ from typing import Any
 from mmbeam.clean import clean_text, where_needs
 from mmbeam.config import Reading
 from mmbeam.decode.audio import audio_seconds, decode_audio
-from mmbeam.decode.common import printable
 from mmbeam.decode.image import decode_image, image_size
 from mmbeam.decode.text import decode_metadata, decode_text
 from mmbeam.errors import FlowError, SampleError
-from mmbeam.types import KINDS, MODALITIES, Audio, Damage, Failure, Kind, Needs, RawSample, Sample
+from mmbeam.names import KINDS, MODALITIES, Kind
+from mmbeam.types import Audio, Damage, Failure, Needs, RawSample, Sample
 
 __all__ = [
     "audio_seconds",
@@ -61,7 +61,7 @@ def decode_sample(raw: RawSample, reading: Reading, needs: Needs) -> tuple[Sampl
             try:
                 values |= _decode(kind, _member(raw, name), reading, needs)
             except SampleError as error:
-                failures.append(_failure(raw, kind, "decode", type(error).__name__, str(error)))
+                failures.append(Failure.of(raw, "decode", error, modality=kind))
     return Sample(key=raw.key, shard=raw.shard, offset=raw.offset, **values), tuple(failures)
 
 
@@ -69,24 +69,13 @@ def _whole_sample_failures(raw: RawSample) -> list[Failure]:
     failures = [_read_failure(raw, "", damage) for damage in raw.damages if damage.field == ""]
     if raw.truncated and not failures:
         message = f"the shard breaks off inside this sample, after {', '.join(raw.fields) or 'its first header'}"
-        failures.append(_failure(raw, "", "read", "DecodeError", message))
+        failures.append(Failure.of(raw, "read", "DecodeError", message))
     return failures[:1]
 
 
 def _read_failure(raw: RawSample, modality: str, damage: Damage) -> Failure:
-    return _failure(raw, modality, "read", damage.error, f"at byte {damage.offset:,}: {damage.message}")
-
-
-def _failure(raw: RawSample, modality: str, step: str, error: str, message: str) -> Failure:
-    return Failure(
-        key=raw.key,
-        shard=raw.shard,
-        offset=raw.offset,
-        modality=modality,
-        step=step,
-        error=error,
-        message=printable(message),
-    )
+    message = f"at byte {damage.offset:,}: {damage.message}"
+    return Failure.of(raw, "read", damage.error, message, modality=modality)
 
 
 def _member(raw: RawSample, name: str) -> bytes:

@@ -3,9 +3,8 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mmbeam.errors import DecodeError, SampleError
+from mmbeam.errors import DecodeError, SampleError, printable
 
-MESSAGE_CHARS = 300  # of a codec's or a stranger's text in a message
 _SIGNS_OF_A_CUT = ("truncat", "premature end", "not enough data", "end of file", "eof")
 
 
@@ -25,12 +24,6 @@ def codec_errors(what: str, size: int) -> Iterator[None]:
         reason = printable(text) or type(error).__name__
         state = "truncated" if any(sign in reason.lower() for sign in _SIGNS_OF_A_CUT) else "damaged"
         raise DecodeError(f"{state} {what} ({size:,} bytes): {reason}") from error
-
-
-def printable(text: str) -> str:
-    """The beginning of `text` without control characters: nothing of a stranger's reaches a terminal."""
-    cut = text if len(text) <= MESSAGE_CHARS else text[: MESSAGE_CHARS - 3] + "..."
-    return "".join(char if char.isprintable() else "\N{REPLACEMENT CHARACTER}" for char in cut)
 
 
 def first_bytes(data: bytes) -> str:

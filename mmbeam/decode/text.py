@@ -3,8 +3,7 @@
 import json
 
 from mmbeam.config import Limits
-from mmbeam.decode.common import printable
-from mmbeam.errors import DecodeError, LimitError
+from mmbeam.errors import DecodeError, LimitError, printable
 
 _BOM = "\N{ZERO WIDTH NO-BREAK SPACE}"
 

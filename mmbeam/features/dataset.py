@@ -20,10 +20,11 @@ from mmbeam.config import MIB
 from mmbeam.errors import UsageError
 from mmbeam.features.captions import Captions
 from mmbeam.features.dataset_files import FeatureFiles, StoredFeature
-from mmbeam.features.dataset_rows import FeatureCounts, FeatureRows, Split
+from mmbeam.features.dataset_rows import FeatureCounts, FeatureRows, SplitSelection
 from mmbeam.features.order import Piece, pieces_of, windows_of
-from mmbeam.features.split import SHARES, Part, Shares
+from mmbeam.features.split import SHARES, Shares
 from mmbeam.features.window import FeatureBatch, Order, Window, join
+from mmbeam.names import Split
 
 
 class FeatureDataset(IterableDataset[FeatureBatch]):
@@ -63,7 +64,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         features: Sequence[str] | None = None,
         columns: Sequence[str] = (),
         captions: Captions | None = None,
-        split: Part | None = None,
+        split: Split | None = None,
         shares: Shares = SHARES,
         split_seed: int = 0,
         shuffle: bool = True,
@@ -102,7 +103,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             features,
             columns,
             captions,
-            None if split is None else Split(part=split, shares=shares, seed=split_seed),
+            None if split is None else SplitSelection(part=split, shares=shares, seed=split_seed),
         )
         self._about = {
             "files": _digest(self._rows.files),

@@ -9,7 +9,8 @@ from mmbeam.errors import UsageError
 from mmbeam.features.captions import CaptionReader, Captions
 from mmbeam.features.dataset_files import FeatureFiles, RowGroup
 from mmbeam.features.order import Piece
-from mmbeam.features.split import Part, Shares, check_shares, splits_of
+from mmbeam.features.split import Shares, check_shares, splits_of
+from mmbeam.names import Split
 
 CAPTION = "caption"  # what captions are called among the columns
 
@@ -23,10 +24,10 @@ class FeatureCounts:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Split:
+class SplitSelection:
     """One part of the data, by a hash of the key."""
 
-    part: Part
+    part: Split
     shares: Shares
     seed: int
 
@@ -47,7 +48,7 @@ class FeatureRows:
         features: Sequence[str] | None,
         columns: Sequence[str],
         captions: Captions | None,
-        split: Split | None,
+        split: SplitSelection | None,
     ) -> None:
         if captions is not None and CAPTION in columns:
             raise UsageError(f"the column {CAPTION!r} is asked for as it is and as the captions; leave out one")

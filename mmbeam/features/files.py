@@ -13,9 +13,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.config import UNNAMED
 from mmbeam.errors import MissingModalityError, ShardError, UsageError
-from mmbeam.readers.listing import SHARD_SUFFIXES, expand
+from mmbeam.names import SHARD_SUFFIXES, UNNAMED_MODEL
+from mmbeam.readers.listing import expand
 from mmbeam.readers.paths import without_query
 from mmbeam.readers.stream import ShardStream, open_shard
 from mmbeam.runs.run import DATA, MANIFEST
@@ -129,7 +129,7 @@ def origin_of(schema: pa.Schema, column: str) -> Origin | None:
     """The model that made a column of features; None if the file, which may be a stranger's, does not say so."""
     named = _COLUMN.fullmatch(column)
     models, digests = _names(schema, b"mmbeam.models"), _names(schema, b"mmbeam.digests")
-    prefix = (named and named[1]) or UNNAMED
+    prefix = (named and named[1]) or UNNAMED_MODEL
     model, digest = models.get(prefix), digests.get(prefix)
     return Origin(model, digest) if named and isinstance(model, str) and isinstance(digest, str) else None
 

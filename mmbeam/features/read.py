@@ -38,7 +38,7 @@ def read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windo
             index += 1
     except ShardError as error:
         broken = str(error)
-    yield Batch(unit=unit, index=index, last=True, broken=broken, tally=source.take())
+    yield Batch(unit=unit, index=index, last=True, unit_error=broken, tally=source.take())
 
 
 class _Source:
@@ -144,7 +144,11 @@ class _ToSample:
             features={column.name: value for column, value in found.items() if isinstance(value, np.ndarray)},
             **self._facts(fact),
         )
-        return sample, [_failure(sample, column, why) for column, why in found.items() if isinstance(why, str)]
+        return sample, [
+            Failure.of(sample, "read", "DecodeError", f"{column.name} {why}", modality=column.modality)
+            for column, why in found.items()
+            if isinstance(why, str)
+        ]
 
     def _lost(self, fact: Mapping[str, Any], values: Mapping[FeatureColumn, Value]) -> list[FeatureColumn]:
         errors = fact.get("errors") or ()
@@ -185,15 +189,3 @@ def column_values(array: pa.Array, column: FeatureColumn) -> list[Value]:
             wrong = widths[begin:end][~right[begin:end]].tolist()
             values.append(f"is {wrong[0]} wide, not {column.width}" if wrong else "is not finite")
     return values
-
-
-def _failure(sample: Sample, column: FeatureColumn, why: str) -> Failure:
-    return Failure(
-        key=sample.key,
-        shard=sample.shard,
-        offset=sample.offset,
-        modality=column.modality,
-        step="read",
-        error="DecodeError",
-        message=f"{column.name} {why}",
-    )

@@ -7,19 +7,17 @@ what is shuffled within a part.
 import math
 from collections.abc import Iterable, Iterator
 from hashlib import blake2b
-from typing import Literal
 
 from mmbeam.errors import UsageError
+from mmbeam.names import SPLITS, Split
 
-Part = Literal["train", "validation", "test"]
-PARTS: tuple[Part, ...] = ("train", "validation", "test")
 Shares = tuple[float, float, float]  # of train, validation and test; their sum is 1
 
 SHARES: Shares = (0.9, 0.05, 0.05)
 _HASH_BYTES = 8
 
 
-def split_of(key: str, seed: int, shares: Shares) -> Part:
+def split_of(key: str, seed: int, shares: Shares) -> Split:
     """The part that the sample of this key belongs to.
 
     The first 8 bytes of the BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), are a fraction of
@@ -28,7 +26,7 @@ def split_of(key: str, seed: int, shares: Shares) -> Part:
     return next(splits_of((key,), seed, shares))
 
 
-def splits_of(keys: Iterable[str], seed: int, shares: Shares) -> Iterator[Part]:
+def splits_of(keys: Iterable[str], seed: int, shares: Shares) -> Iterator[Split]:
     """`split_of` for many keys: a microsecond for each."""
     check_shares(shares)
     salt = seed.to_bytes(_HASH_BYTES, "big")
@@ -37,10 +35,10 @@ def splits_of(keys: Iterable[str], seed: int, shares: Shares) -> Iterator[Part]:
     for key in keys:
         data = key.encode("utf-8", "backslashreplace")  # as rows.py stores a key that is no Unicode
         place = int.from_bytes(blake2b(data, digest_size=_HASH_BYTES, salt=salt).digest(), "big")
-        yield PARTS[(place >= train) + (place >= validation)]
+        yield SPLITS[(place >= train) + (place >= validation)]
 
 
 def check_shares(shares: Shares) -> None:
     """Raise UsageError unless these are three shares of a whole."""
-    if len(shares) != len(PARTS) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-9):
-        raise UsageError(f"expected shares of {', '.join(PARTS)} that are not negative and sum to 1, found {shares}")
+    if len(shares) != len(SPLITS) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-9):
+        raise UsageError(f"expected shares of {', '.join(SPLITS)} that are not negative and sum to 1, found {shares}")

@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from mmbeam.config import MIB, SHIPPED, UNNAMED, Engine, FieldMap, Reading, Task, Windows
+from mmbeam.config import MIB, FieldMap, Reading, Windows
 from mmbeam.errors import UsageError
 from mmbeam.features.files import check_columns, feature_patterns
 from mmbeam.jobs.cluster import workers_are_here
@@ -21,6 +21,7 @@ from mmbeam.jobs.fields import check_fields, probe_rows
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
 from mmbeam.models.loading import dtype_name
 from mmbeam.models.placement import devices_of
+from mmbeam.names import MODALITIES, SHIPPED_MODEL, UNNAMED_MODEL, Engine, Modality, Task
 from mmbeam.prompts.ask import Decoding, prompt_fields
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import public_path
@@ -29,7 +30,7 @@ from mmbeam.report.inspect import probe
 from mmbeam.runs import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.stages.generate import GenerateStage, generate_stage
-from mmbeam.types import MODALITIES, Modality, RunReport, Shard
+from mmbeam.types import RunReport, Shard
 
 GPU_WINDOWS = Windows(decoded_bytes=256 * MIB)  # 340 pictures of 512 x 512, where the default is 42: a batch is 256
 
@@ -38,7 +39,7 @@ GPU_WINDOWS = Windows(decoded_bytes=256 * MIB)  # 340 pictures of 512 x 512, whe
 class CaptionOptions(JobOptions):
     """The caption job, as the command line or a program asks for it. `input` is shards, or features of embed's."""
 
-    model: str = SHIPPED
+    model: str = SHIPPED_MODEL
     task: Task | None = None  # None: what the model is for
     prompt: str | None = None  # a template over the sample, in the place of the task's own way to ask
     language: str | None = None  # of the text that is wanted; to a Whisper the one that is spoken
@@ -184,9 +185,9 @@ def caption_run(
         "source_language": instruction.source_language,
         "output_version": OUTPUT_VERSION,
         "input": "features" if features else "shards",
-        "models": {UNNAMED: {"family": stage.spec.family, "digest": stage.digest}},
+        "models": {UNNAMED_MODEL: {"family": stage.spec.family, "digest": stage.digest}},
         "columns": [column.name for output in outputs for column in output.columns],
-        "modalities": {UNNAMED: list(stage.modalities)},
+        "modalities": {UNNAMED_MODEL: list(stage.modalities)},
         "dtype": dtype_name(stage.dtype, stage.device),
         "decoding": asdict(stage.decoding),
         "engine": stage.engine,
@@ -195,7 +196,7 @@ def caption_run(
     }
     known = {
         "versions": versions(),
-        "models": {UNNAMED: stage.model},
+        "models": {UNNAMED_MODEL: stage.model},
         "device": stage.device,
         "batch_size": stage.batch_size,
     }

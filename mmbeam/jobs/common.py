@@ -19,11 +19,12 @@ from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_o
 from mmbeam.jobs.launch import DIRECT, JobOptions, execute, is_waited_for, pipeline_options, public_args, submit
 from mmbeam.jobs.local import check_workers, execute_in_processes
 from mmbeam.models.placement import devices_of
+from mmbeam.names import Modality
 from mmbeam.readers.units import UNIT_BYTES
 from mmbeam.runs import Run
 from mmbeam.stages.generate import GenerateStage
 from mmbeam.transforms import Embed, Generate, Plan, ReadFeatures, ReadShards, Summarize, WriteParquet
-from mmbeam.types import Modality, Needs, RunReport, Shard, Stage, WorkUnit
+from mmbeam.types import Needs, RunReport, Shard, Stage, WorkUnit
 
 log = logging.getLogger(__name__)
 

@@ -5,7 +5,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from mmbeam.clean import parse_image_filter
-from mmbeam.config import UNNAMED, ModelRef, Reading
+from mmbeam.config import ModelRef, Reading
 from mmbeam.errors import UsageError
 from mmbeam.jobs.common import (
     OUTPUT_VERSION,
@@ -18,11 +18,12 @@ from mmbeam.jobs.common import (
 )
 from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
 from mmbeam.models.loading import dtype_name
+from mmbeam.names import UNNAMED_MODEL, Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.report.inspect import probe
 from mmbeam.runs import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
-from mmbeam.types import Modality, RunReport
+from mmbeam.types import RunReport
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -76,7 +77,7 @@ def prepare(options: EmbedOptions) -> EmbedJob:
 
 
 def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
-    names = [ref.name or UNNAMED for ref in options.models]
+    names = [ref.name or UNNAMED_MODEL for ref in options.models]
     if len(set(names)) < len(names):
         raise UsageError("several models need different names: --model clip=DIR --model clap=DIR")
     stages: list[EmbedStage] = []
@@ -163,4 +164,4 @@ def _check_alike(stages: Sequence[EmbedStage], reading: Reading) -> None:
 
 
 def _label(stage: EmbedStage) -> str:
-    return stage.name or UNNAMED
+    return stage.name or UNNAMED_MODEL

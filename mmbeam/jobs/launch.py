@@ -25,11 +25,12 @@ from mmbeam.config import Reading, Windows
 from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
 from mmbeam.jobs.cluster import runner_error, runner_of, workers_are_here
 from mmbeam.models.placement import devices_of
+from mmbeam.names import Modality
 from mmbeam.readers.paths import public_text
 from mmbeam.report.inspect import Probe
 from mmbeam.report.progress import progress
 from mmbeam.runs import Run
-from mmbeam.types import Modality, RunReport, WorkUnit
+from mmbeam.types import RunReport, WorkUnit
 
 log = logging.getLogger(__name__)
 

@@ -28,8 +28,8 @@ from filelock import FileLock
 from huggingface_hub import errors as hub_errors
 from transformers import AutoConfig
 
-from mmbeam.config import SHIPPED
 from mmbeam.errors import ModelError, UsageError
+from mmbeam.names import SHIPPED_MODEL
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 
-_SHIPPED_DIRECTORY = Path(__file__).parent / "fusion" / SHIPPED
+_SHIPPED_DIRECTORY = Path(__file__).parent / "fusion" / SHIPPED_MODEL
 
 # Buffers that some checkpoints have and others lack; they are computed from the configuration alone.
 _COMPUTED_KEYS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
@@ -70,8 +70,8 @@ class Resolved:
         """The argument with which `resolve` finds the same files on another machine."""
         if self.revision is not None:
             return f"{self.name}@{self.revision}"
-        if self.name == SHIPPED:
-            return SHIPPED  # every installation of this package has it
+        if self.name == SHIPPED_MODEL:
+            return SHIPPED_MODEL  # every installation of this package has it
         return self.name if "://" in self.name else str(self.directory)
 
 
@@ -80,8 +80,8 @@ def resolve(model: str) -> Resolved:
 
     A hub name may end in `@revision`, which is resolved to a commit. HF_HUB_OFFLINE is honoured. Raises ModelError.
     """
-    if model == SHIPPED:
-        return Resolved(_SHIPPED_DIRECTORY, None, SHIPPED)
+    if model == SHIPPED_MODEL:
+        return Resolved(_SHIPPED_DIRECTORY, None, SHIPPED_MODEL)
     if "://" in model:
         return Resolved(_copy_remote(model), None, _public(model))
     path = Path(model).expanduser()

@@ -12,11 +12,11 @@ from typing import Any
 import pyarrow as pa
 
 from mmbeam.clean.where import SampleValues
-from mmbeam.config import Task
 from mmbeam.errors import UsageError
+from mmbeam.names import Kind, Modality, Task
 from mmbeam.prompts.template import PromptField, Template, parse_template
 from mmbeam.prompts.turns import MESSAGES, Turn, parse_turns
-from mmbeam.types import Feature, FeatureColumn, ImageHWC, Kind, Modality, Output, Sample, Waveform
+from mmbeam.types import Feature, FeatureColumn, ImageHWC, Output, Sample, Waveform
 
 # Default limit of new tokens per task. Only the longest texts are cut, such as a transcript of several minutes.
 NEW_TOKENS: Mapping[Task, int] = {

@@ -17,12 +17,11 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.config import MIB
 from mmbeam.errors import NoShardsError, UsageError
+from mmbeam.names import LIST_SUFFIXES, SHARD_SUFFIXES
 from mmbeam.readers.paths import Info, etag_of, plain_url, public_path, public_text, without_query
 from mmbeam.readers.stream import sends_ranges
 from mmbeam.types import Shard
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")  # what a folder given as a pattern stands for
-LIST_SUFFIXES = (".txt", ".list")
 LIST_FOLDER_ABOVE = 16  # so many paths in one folder: one listing is cheaper than a request for each
 HTTP_PROBES = 1000  # a web server lists no sizes: ask for the first so many, the others stay unknown
 REQUESTS_AT_ONCE = 32

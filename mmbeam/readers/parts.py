@@ -21,7 +21,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mmbeam.readers.tarheaders import BLOCK
-from mmbeam.types import Found, Input, Seam
+from mmbeam.types import Input, InputRead, Seam
 
 LOOK_BACK = 4096  # bytes before a cut: the extended header of a member behind it is found there, if it is not longer
 
@@ -87,8 +87,8 @@ class Part:
         return self.begun and self.end is not None and self.end.sample is None and not self.is_empty
 
     @property
-    def found(self) -> Found:
-        return Found(begin=self.begin, end=self.end)
+    def found(self) -> InputRead:
+        return InputRead(begin=self.begin, end=self.end)
 
 
 def _origin(source: Input) -> int:
@@ -106,7 +106,7 @@ class PartRead:
     begin: int
     end: int | None
     committed: bool
-    found: Found
+    found: InputRead
 
     @property
     def is_empty(self) -> bool:

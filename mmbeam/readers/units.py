@@ -12,7 +12,7 @@ from typing import Any
 from mmbeam.config import MIB
 from mmbeam.errors import UsageError
 from mmbeam.readers.tarheaders import BLOCK
-from mmbeam.types import Found, Input, Seam, Shard, WorkUnit
+from mmbeam.types import Input, InputRead, Seam, Shard, WorkUnit
 
 UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for a model that embeds,
 GENERATE_BYTES = 32 * MIB  # and for one that generates
@@ -95,18 +95,18 @@ def input_to_json(each: Input) -> dict[str, Any]:
     return facts if each.seam is None else {**facts, "seam": list(each.seam)}
 
 
-def found_to_json(unit: WorkUnit, found: Sequence[Found]) -> tuple[dict[str, Any], ...]:
+def found_to_json(unit: WorkUnit, found: Sequence[InputRead]) -> tuple[dict[str, Any], ...]:
     """The unit's inputs as a footer names them, each with what reading it has shown: "from", "to", "error"."""
-    known = found or [Found()] * len(unit.inputs)
+    known = found or [InputRead()] * len(unit.inputs)
     return tuple({**input_to_json(each), **_shown(facts)} for each, facts in zip(unit.inputs, known, strict=True))
 
 
-def found_from_json(data: Mapping[str, Any]) -> Found:
+def found_from_json(data: Mapping[str, Any]) -> InputRead:
     """What a footer says that reading an input has shown."""
-    return Found(begin=_seam(data.get("from")), end=_seam(data.get("to")), error=data.get("error"))
+    return InputRead(begin=_seam(data.get("from")), end=_seam(data.get("to")), error=data.get("error"))
 
 
-def _shown(found: Found) -> dict[str, Any]:
+def _shown(found: InputRead) -> dict[str, Any]:
     shown = {
         "from": None if found.begin is None else list(found.begin),
         "to": None if found.end is None else list(found.end),

@@ -20,12 +20,13 @@ from mmbeam.clean.where import compile_where, rejecting_expression, where_needs
 from mmbeam.config import MIB, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.errors import ShardError
+from mmbeam.names import MODALITIES
 from mmbeam.process import cores, decode_pool, may_decode
 from mmbeam.readers.ahead import one_ahead
 from mmbeam.readers.parts import Part
 from mmbeam.readers.stream import ShardStream, open_shard
 from mmbeam.readers.tar import TarReader
-from mmbeam.types import MODALITIES, Batch, Failure, Found, Input, Needs, RawSample, Sample, Tally, WorkUnit
+from mmbeam.types import Batch, Failure, Input, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -119,8 +120,8 @@ class _Window:
             samples=tuple(self.samples),
             failures=tuple(self.failures),
             tally=tally + source.take(),
-            broken=broken,
-            found=tuple(source.found) if last else (),
+            unit_error=broken,
+            inputs_read=tuple(source.found) if last else (),
         )
 
 
@@ -217,7 +218,7 @@ class _Source:
         self._seconds = 0.0
         self._bytes = 0
         self._oddities: Counter[str] = Counter()
-        self.found = [Found()] * len(unit.inputs)
+        self.found = [InputRead()] * len(unit.inputs)
 
     def take(self) -> Tally:
         tally = Tally(seconds={"read": self._seconds}, bytes_read=self._bytes, warnings=dict(self._oddities))
@@ -243,7 +244,7 @@ class _Source:
                 yield raw
                 del raw  # it may be large
         except ShardError as error:
-            self.found[number] = Found(error=str(error))
+            self.found[number] = InputRead(error=str(error))
             if any_read:
                 raise
 

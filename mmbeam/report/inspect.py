@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from mmbeam.config import FieldMap, Limits
 from mmbeam.decode.text import decode_metadata
 from mmbeam.errors import SampleError, ShardError
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader
-from mmbeam.types import MODALITIES, Modality, RawSample, Sample, Shard
+from mmbeam.types import RawSample, Sample, Shard
 
 PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # enough to see what a corpus is made of, little enough to be quick
 

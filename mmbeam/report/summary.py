@@ -42,15 +42,15 @@ def samples_text(tally: Tally) -> Iterator[str]:
     parts += [f"{count:,} skipped ({name})" for name, count in sorted(tally.skipped.items())]
     lost = f"; {tally.impaired:,} of the rows lost some of their outputs" if tally.impaired else ""
     yield f"samples: {tally.samples:,} = {' + '.join(parts)}{lost}"
-    yield "made: " + (", ".join(f"{count:,} {name}" for name, count in tally.made.items()) or "nothing")
+    yield "made: " + (", ".join(f"{count:,} {name}" for name, count in tally.outputs.items()) or "nothing")
 
 
 def _times(report: RunReport) -> Iterator[str]:
     if not report.units_written:
         return
     took = f"{report.wall_seconds:.1f}s" if report.wall_seconds < 60 else clock(report.wall_seconds)
-    light = f"speed of light {report.speed_of_light or 0:.0%} (the share of the time in which the model computed)"
-    if report.speed_of_light is None:  # only the runner knows how many workers there are
+    light = f"speed of light {report.model_utilisation or 0:.0%} (the share of the time in which the model computed)"
+    if report.model_utilisation is None:  # only the runner knows how many workers there are
         light = f"the models of all workers computed for {clock(report.tally.seconds.get('compute', 0.0))}"
     yield f"time: {took}, {report.rate:,.1f} samples/s, {light}"
     seconds = [report.tally.seconds.get(step, 0.0) for step in STEPS]

@@ -40,8 +40,8 @@ def judge(run: Run, tally: Tally, failures: Sequence[Failure] = ()) -> None:
     must not pass because the captions went well. `failures` are the window's, for an example.
     """
     with _seen_lock:
-        seen = _seen.get(run.launch, Tally()) + replace(tally, seconds={})
-        _seen[run.launch] = seen
+        seen = _seen.get(run.launch_id, Tally()) + replace(tally, seconds={})
+        _seen[run.launch_id] = seen
     _judge(run, seen, failures)
 
 
@@ -67,11 +67,11 @@ def running_here(run: Run) -> Iterator[list[Exception]]:
     end: they ask `go_on` between two windows, so that this is soon.
     """
     errors: list[Exception] = []
-    _errors[run.launch] = errors
+    _errors[run.launch_id] = errors
     try:
         yield errors
     finally:
-        _errors[run.launch] = [JobError("the run has ended")]  # for units that are still at work
+        _errors[run.launch_id] = [JobError("the run has ended")]  # for units that are still at work
 
 
 def go_on(run: Run) -> None:
@@ -79,9 +79,9 @@ def go_on(run: Run) -> None:
 
     Raises JobError if the run has failed, or has ended, in this process, so that no unit need go on.
     """
-    _at_work.launch = run.launch
-    if _errors.get(run.launch):
-        raise JobError(f"another unit has failed: {_errors[run.launch][0]}")
+    _at_work.launch = run.launch_id
+    if _errors.get(run.launch_id):
+        raise JobError(f"another unit has failed: {_errors[run.launch_id][0]}")
 
 
 def note(error: Exception) -> None:
@@ -110,7 +110,7 @@ def stopped(run: Run) -> str | None:
 def clear_stop(run: Run) -> None:
     """Let a new launch go on: remove the mark, and forget what this process has counted."""
     with _seen_lock:
-        _seen.pop(run.launch, None)
+        _seen.pop(run.launch_id, None)
     run.store.remove(STOP)
 
 

@@ -11,12 +11,12 @@ from mmbeam.readers.units import found_to_json, input_to_json
 from mmbeam.runs.commits import report_of
 from mmbeam.runs.rows import FAILURE_SCHEMA
 from mmbeam.runs.run import Run, failures_name
-from mmbeam.types import Found, UnitReport, WorkUnit
+from mmbeam.types import InputRead, UnitReport, WorkUnit
 
 FAILED = "failed"  # stands in the place of the attempt for a unit that could not be read
 
 
-def report_failed_unit(run: Run, unit: WorkUnit, reason: str, found: Sequence[Found] = ()) -> UnitReport:
+def report_failed_unit(run: Run, unit: WorkUnit, reason: str, found: Sequence[InputRead] = ()) -> UnitReport:
     """Record that a unit cannot be read: no Parquet, and one failure file that stays until the unit commits.
 
     If another attempt has committed the unit, that stands, and its report comes back as "kept"; a unit

@@ -33,7 +33,7 @@ from mmbeam.runs.commits import committed, load_reports, read_footer
 from mmbeam.runs.failed import record_failed
 from mmbeam.runs.plan import add_to_plan, load_plan
 from mmbeam.runs.run import Run, commit_name, part_name
-from mmbeam.types import Found, Seam, UnitReport, WorkUnit
+from mmbeam.types import InputRead, Seam, UnitReport, WorkUnit
 
 logger = logging.getLogger(__name__)
 
@@ -109,7 +109,7 @@ def _part_of(report: UnitReport) -> PartRead | None:
 def _unread(unit: WorkUnit) -> PartRead:
     source = unit.inputs[0]
     return PartRead(
-        unit=unit.id, shard=source.shard.path, begin=source.begin, end=source.end, committed=False, found=Found()
+        unit=unit.id, shard=source.shard.path, begin=source.begin, end=source.end, committed=False, found=InputRead()
     )
 
 

@@ -14,7 +14,8 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from mmbeam.errors import FlowError
-from mmbeam.types import Batch, Failure, Modality, Output, Sample, Tally
+from mmbeam.names import Modality
+from mmbeam.types import Batch, Failure, Output, Sample, SampleId, Tally
 
 _STRINGS = pa.list_(pa.field("element", pa.string(), nullable=False))
 
@@ -120,23 +121,23 @@ def settle(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Settle
         rows=rows.num_rows,
         failed=len(verdicts) - rows.num_rows,
         impaired=sum(verdict.row and bool(verdict.lost) for verdict in verdicts),
-        made={output.name: rows.num_rows - rows[output.name].null_count for output in outputs},
+        outputs={output.name: rows.num_rows - rows[output.name].null_count for output in outputs},
         failures=dict(Counter(f"{failure.step}: {failure.error}" for failure in batch.failures)),
     )
     return Settled(rows=rows, failures=_records(batch, verdicts, outputs), tally=batch.tally + counts)
 
 
 def _verdicts(batch: Batch, outputs: Sequence[Output]) -> list[_Verdict]:
-    whole = {(f.shard, f.offset) for f in batch.failures if not f.modality and not f.outputs}
+    whole = {failure.id for failure in batch.failures if not failure.modality and not failure.outputs}
     made = {output.name: _made(batch, output.name) for output in outputs}
     due_of: dict[frozenset[Modality], tuple[str, ...]] = {}
     verdicts = []
     for position, sample in enumerate(batch.samples):
         if sample.present not in due_of:
-            due_of[sample.present] = tuple(o.name for o in outputs if o.due(sample.present))
+            due_of[sample.present] = tuple(o.name for o in outputs if o.is_due(sample.present))
         due = due_of[sample.present]
         has = [name for name, flags in made.items() if flags[position]]
-        if (sample.shard, sample.offset) in whole:
+        if sample.id in whole:
             verdicts.append(_Verdict(due, row=False))
             continue
         if not set(has) <= set(due):
@@ -193,17 +194,17 @@ def _encodable(text: str | None) -> str | None:
 
 def _records(batch: Batch, verdicts: Sequence[_Verdict], outputs: Sequence[Output]) -> list[Mapping[str, Any]]:
     """One record per failure, in the order of the samples; checks that every lost output is covered by one."""
-    of_sample: dict[tuple[str, int], list[Failure]] = {(s.shard, s.offset): [] for s in batch.samples}
+    of_sample: dict[SampleId, list[Failure]] = {sample.id: [] for sample in batch.samples}
     if len(of_sample) < len(batch.samples):
         raise FlowError(f"unit {batch.unit.id}, window {batch.index}: two samples have the same shard and offset")
     for failure in batch.failures:
-        if (failure.shard, failure.offset) not in of_sample:
+        if failure.id not in of_sample:
             raise FlowError(f"{_where(failure)}: a failure of a sample that is not in window {batch.index}")
-        of_sample[failure.shard, failure.offset].append(failure)
+        of_sample[failure.id].append(failure)
     records: list[Mapping[str, Any]] = []
     for sample, verdict in zip(batch.samples, verdicts, strict=True):
         lost = [output for output in outputs if output.name in verdict.lost]
-        failures = of_sample[sample.shard, sample.offset]
+        failures = of_sample[sample.id]
         for output in lost:
             if not any(covers(failure, output) for failure in failures):
                 raise FlowError(f"{_where(sample)}: {output.name} was lost, and no failure says why")

@@ -66,7 +66,9 @@ class Run:
     outputs: tuple[Output, ...]
     schema: pa.Schema  # of the rows
     max_failure_rate: float = 0.05  # share of samples that may fail
-    launch: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)  # tells two launches of one run apart
+    launch_id: str = field(
+        default_factory=lambda: uuid.uuid4().hex, compare=False
+    )  # tells two launches of one run apart
 
     @classmethod
     def create(

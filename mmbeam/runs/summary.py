@@ -59,7 +59,7 @@ def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int | No
         tally=sum((report.tally for report in reports), Tally()),
         wall_seconds=wall_seconds,
         rate=written.samples / wall_seconds if wall_seconds else 0.0,
-        speed_of_light=None if devices is None else computed / (wall_seconds * devices) if wall_seconds else 0.0,
+        model_utilisation=None if devices is None else computed / (wall_seconds * devices) if wall_seconds else 0.0,
         failed={report.unit: report.error or "" for report in reports if report.status == "failed"},
     )
 

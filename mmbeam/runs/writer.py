@@ -23,7 +23,7 @@ from mmbeam.runs.rows import FAILURE_SCHEMA, settle
 from mmbeam.runs.run import Run, commit_name, failures_name, part_name
 from mmbeam.runs.store import Store
 from mmbeam.runs.summary import check_conserved
-from mmbeam.types import Batch, Found, Tally, UnitReport, WorkUnit
+from mmbeam.types import Batch, InputRead, Tally, UnitReport, WorkUnit
 
 # A row group is what a writer holds in memory and what a reader fetches at once: 16 MiB is 8,000 vectors of
 # 512 floats, large enough for a scan from object storage, small enough for many units in flight.
@@ -115,7 +115,7 @@ class UnitWriter:
         self._tally = Tally()
         self._next = 0
         self._last = False
-        self._found: tuple[Found, ...] = ()
+        self._found: tuple[InputRead, ...] = ()
 
     def __enter__(self) -> Self:
         return self
@@ -137,7 +137,7 @@ class UnitWriter:
         if settled.failures:
             self._failures = self._failures or _PartFile(self.run.store, FAILURE_SCHEMA)
             self._failures.append(pa.Table.from_pylist(list(settled.failures), FAILURE_SCHEMA))
-        self._next, self._last, self._found = batch.index + 1, batch.last, batch.found
+        self._next, self._last, self._found = batch.index + 1, batch.last, batch.inputs_read
         tally = settled.tally + Tally(seconds={"write": time.perf_counter() - begin})
         self._tally += tally
         return tally
@@ -201,7 +201,7 @@ class UnitWriter:
         )
 
     def _check_order(self, batch: Batch) -> None:
-        if batch.broken is not None or batch.report is not None:
+        if batch.unit_error is not None or batch.report is not None:
             raise FlowError(f"unit {batch.unit.id}: window {batch.index} is of a unit that is not to be written")
         if batch.unit.id != self.unit.id or batch.index != self._next or self._last:
             expected = "no more" if self._last else f"window {self._next}"

@@ -20,6 +20,7 @@ from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
 from mmbeam.models.placement import Fault, resolve_device
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.stages.common import (
     AUTO_BATCH_SIZE,
     files_of,
@@ -30,7 +31,7 @@ from mmbeam.stages.common import (
     text_tokens,
 )
 from mmbeam.stages.packing import Packed, pack, run_packed
-from mmbeam.types import MODALITIES, Batch, Failure, Modality, Needs, Output, Sample
+from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
 TEXT_TOKENS_PER_SAMPLE = 128  # a text batch holds at most batch_size times so many padded tokens
 
@@ -175,16 +176,8 @@ class EmbedStage:
         return columns, lost
 
     def _failure(self, sample: Sample, modality: Modality, error: Exception) -> Failure:
-        return Failure(
-            key=sample.key,
-            shard=sample.shard,
-            offset=sample.offset,
-            modality=modality,
-            step="embed",
-            error=type(error).__name__,
-            message=str(error)[:300],
-            outputs=(self._column(modality, "embedding"),),
-        )
+        outputs = (self._column(modality, "embedding"),)
+        return Failure.of(sample, "embed", error, modality=modality, outputs=outputs)
 
 
 def _encode(model: Encoder, modality: Modality, items: Values, tokens: bool) -> Encoded:

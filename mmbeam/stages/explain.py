@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from mmbeam.models.generators.base import Generator
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.prompts.ask import Generated, Request
-from mmbeam.types import MODALITIES, Modality
 
 Shares = Mapping[Modality, float]
 

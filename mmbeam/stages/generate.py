@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import torch
 
-from mmbeam.config import COLUMN_OF, Engine, Task
 from mmbeam.errors import PromptError, UsageError
 from mmbeam.models.generators import check_engine, check_instruction, describe, load
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
 from mmbeam.models.placement import resolve_device
+from mmbeam.names import COLUMN_OF_TASK, Engine, Modality, Task
 from mmbeam.ops.image import apply_filter
 from mmbeam.prompts.ask import (
     Decoding,
@@ -45,7 +45,7 @@ from mmbeam.stages.common import (
 )
 from mmbeam.stages.explain import Shares, shares_of
 from mmbeam.stages.packing import pack, run_packed
-from mmbeam.types import Batch, Failure, Modality, Needs, Output, Sample
+from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
 # A batch holds at most batch_size times so many padded tokens: of prompts with their media, and of the new ones, for
 # which the cache must have room as well. The cache of a 7 B model takes about 57 kB a token, 29 MB for so many.
@@ -83,7 +83,7 @@ class GenerateStage:
     @property
     def column(self) -> str:
         """Where the text goes."""
-        return COLUMN_OF[self.instruction.task]
+        return COLUMN_OF_TASK[self.instruction.task]
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
@@ -154,11 +154,11 @@ class GenerateStage:
     def _to_do(self, batch: Batch) -> list[int]:
         """The samples for which a text is due and not lost already, by what could not be read of them."""
         [output] = self.outputs
-        lost = {(f.shard, f.offset) for f in batch.failures if covers(f, output)}
+        lost = {failure.id for failure in batch.failures if covers(failure, output)}
         return [
             position
             for position, sample in enumerate(batch.samples)
-            if output.due(sample.present) and (sample.shard, sample.offset) not in lost
+            if output.is_due(sample.present) and sample.id not in lost
         ]
 
     def _asked(self, batch: Batch) -> tuple[dict[int, Request], list[Failure]]:
@@ -220,16 +220,7 @@ class GenerateStage:
         return {name: spread(array, positions, len(made)) for name, array in values.items()}
 
     def _failure(self, sample: Sample, error: Exception) -> Failure:
-        return Failure(
-            key=sample.key,
-            shard=sample.shard,
-            offset=sample.offset,
-            modality="",
-            step="generate",
-            error=type(error).__name__,
-            message=str(error)[:300],
-            outputs=(self.column,),
-        )
+        return Failure.of(sample, "generate", error, outputs=(self.column,))
 
 
 def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decoding, size: int) -> list[list[int]]:

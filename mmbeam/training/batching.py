@@ -15,9 +15,9 @@ import numpy as np
 import torch
 
 from mmbeam.config import MIB
+from mmbeam.names import MODALITIES
 from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example
-from mmbeam.types import MODALITIES
 
 T = TypeVar("T")
 

@@ -8,8 +8,8 @@ from typing import Any
 from mmbeam.errors import UsageError
 from mmbeam.models.fusion.configuration import feature_source
 from mmbeam.models.fusion.processing import FusionProcessor
+from mmbeam.names import Modality
 from mmbeam.training.rows import FeatureSource
-from mmbeam.types import Modality
 
 log = logging.getLogger(__name__)
 

@@ -14,8 +14,9 @@ from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig, media
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import Resolved, check_weights, digest, resolve
+from mmbeam.names import Modality
 from mmbeam.training.options import OWN_ENCODERS, EncoderName, TrainOptions
-from mmbeam.types import Modality, Origin
+from mmbeam.types import Origin
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,9 +8,8 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mmbeam.features.split import Part
+from mmbeam.names import MODALITIES, Modality, Split
 from mmbeam.prompts.ask import Request
-from mmbeam.types import MODALITIES, Modality
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,9 +47,9 @@ def compose(clauses: Mapping[Modality, str], modalities: Collection[Modality]) -
 class Source(Protocol):
     """Where examples come from: the same ones in the same order for the same part and epoch."""
 
-    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]: ...
+    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]: ...
 
-    def count(self, part: Part) -> int | None:
+    def count(self, part: Split) -> int | None:
         """How many there are in an epoch; None if nobody has counted."""
 
     def of_rank(self, rank: int, world_size: int) -> "Source":

@@ -7,8 +7,8 @@ from typing import Any, Literal
 
 from mmbeam.config import Reading
 from mmbeam.errors import UsageError
+from mmbeam.names import Modality
 from mmbeam.readers.paths import public_path
-from mmbeam.types import Modality
 
 OptimizerName = Literal["adamw", "adam", "sgd"]
 Schedule = Literal["cosine", "linear", "constant"]

@@ -20,11 +20,11 @@ from mmbeam.features.captions import Captions, json_object, text_of
 from mmbeam.features.dataset import FeatureDataset
 from mmbeam.features.dataset_files import StoredFeature, list_files
 from mmbeam.features.dataset_rows import CAPTION
-from mmbeam.features.split import PARTS, Part
+from mmbeam.names import MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example, clauses_of
 from mmbeam.training.sources import SPLIT_SEED, SURVEYED, Labelling, Survey
-from mmbeam.types import MODALITIES, Feature, Modality
+from mmbeam.types import Feature
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class FeatureSource:
     captions: Captions
     labelling: Labelling
     columns: Mapping[str, Modality | None] | None = None  # None: every column of vectors; a modality overrules the name
-    counts: Mapping[Part, int] = field(default_factory=dict)
+    counts: Mapping[Split, int] = field(default_factory=dict)
     seed: int = 0
     rank: int = 0  # which share of the training part's rows, of `world_size`
     world_size: int = 1
@@ -82,7 +82,7 @@ class FeatureSource:
     def survey(self, limit: int | None = None) -> Survey:
         """Count the rows of each part; look at the first rows of the training part, no more than `limit`."""
         survey = Survey()
-        for part in PARTS:
+        for part in SPLITS:
             count = self._dataset(part).count()
             survey.captions[part] = count.rows
             survey.samples += count.rows + count.without_caption
@@ -93,13 +93,13 @@ class FeatureSource:
             survey.groups += example.group is not None
         return survey
 
-    def count(self, part: Part) -> int | None:
+    def count(self, part: Split) -> int | None:
         return self.counts.get(part)
 
     def of_rank(self, rank: int, world_size: int) -> "FeatureSource":
         return replace(self, rank=rank, world_size=world_size)
 
-    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         """The part's rows that have a caption and at least one feature."""
         dataset = self._dataset(part)
         dataset.set_epoch(epoch)
@@ -144,7 +144,7 @@ class FeatureSource:
     def _asks_json(self) -> bool:
         return self.labelling.clauses is not None or self.labelling.group is not None
 
-    def _dataset(self, part: Part) -> FeatureDataset:
+    def _dataset(self, part: Split) -> FeatureDataset:
         return FeatureDataset(
             self.paths,
             batch_size=ROWS,

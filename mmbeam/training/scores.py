@@ -18,10 +18,10 @@ from torch.nn import functional as F
 from mmbeam.models.fusion.configuration import IGNORED
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.training.batching import Batch, ahead, collate, plain_batches
 from mmbeam.training.examples import Example
 from mmbeam.training.retrieval import Retrieval
-from mmbeam.types import MODALITIES, Modality
 
 EXTRA_TOKENS = 8  # that may be written beyond the longest true caption, so that a run-on caption is seen
 SUBSETS: tuple[tuple[Modality, ...], ...] = tuple(

@@ -16,12 +16,12 @@ import torch
 from mmbeam.config import FieldMap
 from mmbeam.errors import MissingModalityError, ModelError, NoShardsError, TrainingError, UsageError
 from mmbeam.features.dataset_files import list_files
-from mmbeam.features.split import Part
 from mmbeam.models.fusion.configuration import FusionConfig
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained, read_json, resolve
+from mmbeam.names import MODALITIES, Modality, Split
 from mmbeam.readers.listing import expand, list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.training.checkpoint import write_text
@@ -31,7 +31,7 @@ from mmbeam.training.examples import Source
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.rows import FeatureSource, captions_of, parse_column
 from mmbeam.training.sources import CAPTION_IS_TEXT, SURVEYED, Labelling, ShardSource, Survey
-from mmbeam.types import MODALITIES, Modality, Needs
+from mmbeam.types import Needs
 
 log = logging.getLogger(__name__)
 
@@ -205,7 +205,7 @@ def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
 
 
 def shard_source(
-    options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Part, int] | None = None
+    options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Split, int] | None = None
 ) -> ShardSource:
     """The samples of the shards, decoded as the processor takes them; without one nothing but texts is."""
     source = ShardSource(
@@ -227,7 +227,7 @@ def shard_source(
 
 
 def row_source(
-    options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Part, int] | None = None
+    options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Split, int] | None = None
 ) -> FeatureSource:
     """The rows of the Parquet files, with the columns that the processor takes, or those of the options."""
     columns: Mapping[str, Modality | None] | None = processor.columns if processor else None

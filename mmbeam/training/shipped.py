@@ -21,6 +21,7 @@ from mmbeam.models.fusion.configuration import FusionConfig
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.loading import load_pretrained, quiet_transformers
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.training.card import shipped_card
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.distributed import joined, local_device
@@ -31,7 +32,6 @@ from mmbeam.training.scores import SUBSETS, Judge, count_words
 from mmbeam.training.setup import Setup
 from mmbeam.training.sources import CorpusSource, scene_example
 from mmbeam.training.train import REPORT, open_run, read_report, train_on, write_model
-from mmbeam.types import MODALITIES, Modality
 
 log = logging.getLogger(__name__)
 

@@ -21,11 +21,12 @@ from mmbeam.corpus.scene import Scene, generate_scenes, tag
 from mmbeam.errors import ShardError, TrainingError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.features.order import rank_of, units_of_rank
-from mmbeam.features.split import PARTS, Part, split_of
+from mmbeam.features.split import split_of
+from mmbeam.names import MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.readers.windows import read_batches
 from mmbeam.training.examples import Example, clauses_of
-from mmbeam.types import MODALITIES, Audio, Modality, Needs, Sample, Waveform, WorkUnit
+from mmbeam.types import Audio, Needs, Sample, Waveform, WorkUnit
 
 log = logging.getLogger(__name__)
 
@@ -44,7 +45,7 @@ class Labelling:
     group: str | None = None
     shares: tuple[float, float, float] = (0.9, 0.05, 0.05)
 
-    def part(self, key: str) -> Part:
+    def part(self, key: str) -> Split:
         """The part that the sample belongs to, by its key alone."""
         return split_of(key, SPLIT_SEED, self.shares)
 
@@ -66,7 +67,7 @@ class Survey:
     """What the samples hold, before anything is decoded."""
 
     samples: int = 0
-    captions: dict[Part, int] = field(default_factory=lambda: dict.fromkeys(PARTS, 0))
+    captions: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     modalities: Counter[Modality] = field(default_factory=Counter)
     clauses: int = 0  # samples whose captions come in parts
     groups: int = 0  # samples that belong to one
@@ -116,7 +117,7 @@ class ShardSource:
     modalities: frozenset[Modality] = frozenset(MODALITIES)
     needs: Needs = TEXT_ONLY
     reading: Reading = field(default_factory=Reading)
-    counts: Mapping[Part, int] = field(default_factory=dict)
+    counts: Mapping[Split, int] = field(default_factory=dict)
     seed: int = 0
     rank: int = 0  # which share of the training part, of `world_size`
     world_size: int = 1
@@ -137,20 +138,20 @@ class ShardSource:
         found = (s.audio.seconds for s in source._samples(self.units, None) if s.audio is not None)
         return min(most, max(islice(found, limit), default=1.0))
 
-    def count(self, part: Part) -> int | None:
+    def count(self, part: Split) -> int | None:
         return self.counts.get(part)
 
     def of_rank(self, rank: int, world_size: int) -> "ShardSource":
         return replace(self, rank=rank, world_size=world_size)
 
-    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         """The part's samples that have a caption and something of the modalities that could be decoded."""
         for sample in self._of_part(part, epoch):
             example = self._example(sample)
             if example is not None:
                 yield example
 
-    def _of_part(self, part: Part, epoch: int) -> Iterator[Sample]:
+    def _of_part(self, part: Split, epoch: int) -> Iterator[Sample]:
         def wanted(key: str) -> bool:
             return self.labelling.part(key) == part
 
@@ -171,8 +172,8 @@ class ShardSource:
             with closing(read_batches(unit, self.reading, self.needs, Windows(), wanted)) as batches:
                 for batch in batches:
                     yield from batch.samples
-                    if batch.broken is not None:
-                        raise ShardError(f"{batch.broken}. The same command again goes on from the last checkpoint")
+                    if batch.unit_error is not None:
+                        raise ShardError(f"{batch.unit_error}. The same command again goes on from the last checkpoint")
 
     def _example(self, sample: Sample) -> Example | None:
         caption = self.labelling.caption(sample)
@@ -246,18 +247,18 @@ class CorpusSource:
     rank: int = 0  # which share of the training part, of `world_size`
     world_size: int = 1
 
-    def count(self, part: Part) -> int | None:
+    def count(self, part: Split) -> int | None:
         return self.epoch_size if part == "train" else self.evaluation_size
 
     def of_rank(self, rank: int, world_size: int) -> "CorpusSource":
         return replace(self, rank=rank, world_size=world_size)
 
-    def examples(self, part: Part, epoch: int = 0) -> Iterator[Example]:
+    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         start, end = 0, self.evaluation_size
         if part == "train":
             begin, size = epoch * self.epoch_size, self.epoch_size
             start, end = (begin + size * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        for scene in generate_scenes(self.seed + PARTS.index(part), start, end - start):
+        for scene in generate_scenes(self.seed + SPLITS.index(part), start, end - start):
             yield scene_example(scene, self.side, self.rate).keeping(self.modalities or MODALITIES)
 
 

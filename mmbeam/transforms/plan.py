@@ -8,7 +8,7 @@ from dataclasses import replace
 import apache_beam as beam
 
 from mmbeam import runs
-from mmbeam.config import TASKS
+from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
 from mmbeam.runs import Run

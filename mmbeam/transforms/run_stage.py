@@ -54,7 +54,7 @@ class RunStage(beam.DoFn):
                 placement.release_device(self.stage.device, batch.unit.id)
 
     def _run(self, batch: Batch) -> Batch:
-        if not batch.samples or batch.broken:
+        if not batch.samples or batch.unit_error:
             return batch
         try:
             return placement.lease_device(self.stage.device, batch.unit.id).run(self.stage, batch)

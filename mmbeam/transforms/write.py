@@ -53,9 +53,9 @@ class _Write(beam.DoFn):
     def _write(self, batch: Batch) -> UnitReport | None:
         """The unit's report if this was its last window."""
         unit = batch.unit
-        if batch.broken is not None:
+        if batch.unit_error is not None:
             self._abort(unit.id)
-            return runs.report_failed_unit(self.run, unit, batch.broken, batch.found)
+            return runs.report_failed_unit(self.run, unit, batch.unit_error, batch.inputs_read)
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
         progress.add(tally)
@@ -148,8 +148,8 @@ class Rows(beam.PTransform):
 
 
 def _rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Iterator[dict[str, Any]]:
-    if batch.broken is not None:
-        raise ShardError(batch.broken)
+    if batch.unit_error is not None:
+        raise ShardError(batch.unit_error)
     if batch.report is not None:
         raise FlowError(f"Rows: unit {batch.unit.id} is committed, so it is not read; give ReadShards no run")
     settled = settle(batch, outputs, schema)

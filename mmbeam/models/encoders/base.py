@@ -15,8 +15,9 @@ from transformers import AutoModel
 
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tokenizing import TextTokenizer
+from mmbeam.names import Modality
 from mmbeam.ops.image import PixelFilter
-from mmbeam.types import ImageHWC, Modality, Waveform
+from mmbeam.types import ImageHWC, Waveform
 
 WindowT = TypeVar("WindowT")
 

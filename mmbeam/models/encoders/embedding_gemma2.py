@@ -20,10 +20,11 @@ from mmbeam.models.encoders.text import TextEncoder
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.recipes import read_gemma_recipe, read_image_recipe, read_pooled_recipe
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, text_limit
+from mmbeam.names import Modality
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import PooledPatching, patch_positions, preprocess_patches
 from mmbeam.ops.log_mel import gemma_log_mel, gemma_windows
-from mmbeam.types import ImageHWC, Modality, Waveform
+from mmbeam.types import ImageHWC, Waveform
 
 INPUTS = frozenset(("text", "image", "audio", "video", "message"))  # the kinds that modality_config may name
 MAX_TOKENS = 8192  # of a text: the context that the model was made for; config.json has the size of its position table

@@ -14,8 +14,9 @@ from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tokenizing import pad
+from mmbeam.names import Modality
 from mmbeam.ops.image import preprocess
-from mmbeam.types import ImageHWC, Modality, Waveform
+from mmbeam.types import ImageHWC, Waveform
 
 
 class FusionEncoder(Encoder):

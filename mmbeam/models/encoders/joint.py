@@ -23,10 +23,11 @@ from mmbeam.models.encoders.vision import VisionEncoder
 from mmbeam.models.loading import load_pretrained, read_config, read_json
 from mmbeam.models.recipes import check_image_size, check_patch_size, read_clap_recipe, read_image_recipe
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, text_limit, unpad
+from mmbeam.names import Modality
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
 from mmbeam.ops.log_mel import ClapRecipe, clap_features, clap_windows
-from mmbeam.types import ImageHWC, Modality, Waveform
+from mmbeam.types import ImageHWC, Waveform
 
 CLAP_WINDOWS_PER_BATCH = 8  # for a batch of fewer sounds; one of more sounds encodes as many windows as it has sounds
 BLIP_RETRIEVAL = "BlipForImageTextRetrieval"

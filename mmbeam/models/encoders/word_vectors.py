@@ -31,7 +31,7 @@ from torch.nn import functional
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
-from mmbeam.types import Modality
+from mmbeam.names import Modality
 
 logger = logging.getLogger(__name__)
 

@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mmbeam.errors import ModelError
-from mmbeam.types import MODALITIES, Modality, Origin
+from mmbeam.names import MODALITIES, Modality
+from mmbeam.types import Origin
 
 EncoderKind = Literal["conv", "mlp", "lstm", "transformer", "pretrained", "features"]
 Fusion = Literal["attention", "concat", "gated", "bilinear"]

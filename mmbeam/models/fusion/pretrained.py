@@ -30,8 +30,8 @@ from mmbeam.models.recipes import (
     read_whisper_recipe,
 )
 from mmbeam.models.tokenizing import check_vocabulary, text_limit
+from mmbeam.names import Modality
 from mmbeam.ops.image import Patching
-from mmbeam.types import Modality
 
 INPUTS: Mapping[Modality, str] = {"image": "pixel_values", "audio": "input_features", "text": "input_ids"}
 AUDIO_READERS: Mapping[str, Callable[[Path], AudioRecipe]] = {  # by model_type

@@ -30,10 +30,11 @@ from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, Sou
 from mmbeam.models.fusion.encoders import scatter_rows
 from mmbeam.models.loading import read_json
 from mmbeam.models.tokenizing import pad
+from mmbeam.names import MODALITIES, Modality
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.prompts.ask import Request
-from mmbeam.types import MODALITIES, Modality, Waveform
+from mmbeam.types import Waveform
 
 log = logging.getLogger(__name__)
 

@@ -15,10 +15,10 @@ from typing import Any
 import torch
 from transformers.models.auto import modeling_auto
 
-from mmbeam.config import Engine
 from mmbeam.errors import ModelError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
+from mmbeam.names import Engine
 from mmbeam.prompts.ask import Decoding, GeneratorSpec, Instruction
 
 # model_type: module.class, imported when first needed.

@@ -11,13 +11,13 @@ from typing import Any
 
 from transformers import Florence2ForConditionalGeneration
 
-from mmbeam.config import Task
 from mmbeam.errors import LimitError, ModelError
 from mmbeam.models.generators.media import PixelReader
 from mmbeam.models.generators.pretrained import ImageGenerator, context_length
 from mmbeam.models.generators.prompts import PromptTokenizer
 from mmbeam.models.loading import read_config
 from mmbeam.models.tokenizing import pad
+from mmbeam.names import Task
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 QUESTIONS: Mapping[str, str] = {  # those of Florence2Processor that are answered in words

@@ -11,7 +11,6 @@ from typing import Any, ClassVar, Self
 import torch
 from transformers import AutoModelForCausalLM
 
-from mmbeam.config import TASKS, Task
 from mmbeam.errors import LimitError, UsageError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
@@ -19,9 +18,9 @@ from mmbeam.models.generators.media import PixelReader, SoundWindow, images_of
 from mmbeam.models.generators.prompts import Medium, Placeholder, PromptTokenizer
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.tokenizing import pad
+from mmbeam.names import TASKS, Modality, Task
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 from mmbeam.prompts.turns import until_next_turn
-from mmbeam.types import Modality
 
 _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_seq_len")
 

@@ -12,10 +12,10 @@ from typing import Any, NamedTuple
 
 from transformers.models.whisper.tokenization_whisper import LANGUAGES, TO_LANGUAGE_CODE
 
-from mmbeam.config import Task
 from mmbeam.errors import ModelError
 from mmbeam.models.loading import read_json
 from mmbeam.models.tokenizing import TextTokenizer
+from mmbeam.names import Task
 from mmbeam.prompts.ask import Request
 from mmbeam.prompts.turns import Turn, one_speaker, write_dialogue
 

@@ -15,12 +15,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForSeq2SeqLM
 
-from mmbeam.config import Task
 from mmbeam.errors import LimitError, UsageError
 from mmbeam.models.generators.pretrained import PretrainedGenerator
 from mmbeam.models.generators.prompts import PromptTokenizer, find_language, language_code, language_name
 from mmbeam.models.loading import read_config, read_json
 from mmbeam.models.tokenizing import pad
+from mmbeam.names import Task
 from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
 from mmbeam.prompts.turns import one_speaker, write_dialogue
 

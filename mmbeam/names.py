@@ -1,0 +1,44 @@
+"""The vocabulary: names that the command line, the library and the files on disk share. It imports nothing of mmbeam.
+
+What is closed (a Literal) is listed here once, so that `--help` and the checks of arguments show the same names.
+"""
+
+from collections.abc import Mapping
+from typing import Literal, get_args
+
+Modality = Literal["image", "audio", "text"]
+MODALITIES: tuple[Modality, ...] = get_args(Modality)
+Kind = Literal["image", "audio", "text", "metadata"]  # what a member of a sample holds
+KINDS: tuple[Kind, ...] = get_args(Kind)
+Split = Literal["train", "validation", "test"]
+SPLITS: tuple[Split, ...] = get_args(Split)
+
+Task = Literal["caption", "transcribe", "translate", "summarize", "dialogue"]  # what a generator is asked for
+TASKS: tuple[Task, ...] = get_args(Task)
+COLUMN_OF_TASK: Mapping[Task, str] = {  # the column of the generated text
+    "caption": "caption",
+    "transcribe": "transcript",
+    "translate": "translation",
+    "summarize": "summary",
+    "dialogue": "reply",
+}
+
+Engine = Literal["transformers", "vllm"]  # runs a generator
+ENGINES: tuple[Engine, ...] = get_args(Engine)
+DType = Literal["float32", "float16", "bfloat16"]  # of a model's weights
+DTYPES: tuple[DType, ...] = get_args(DType)
+
+SHIPPED_MODEL = "shipped"  # the small fusion model that is part of this package
+UNNAMED_MODEL = "model"  # stands for a model without a name in run.json and in the Parquet's metadata
+
+EXTENSIONS: Mapping[Kind, tuple[str, ...]] = {
+    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
+    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a"),
+    "text": ("txt",),
+    "metadata": ("json",),
+}
+KIND_OF_EXTENSION: Mapping[str, Kind] = {ext: kind for kind, exts in EXTENSIONS.items() for ext in exts}
+
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+LIST_SUFFIXES = (".txt", ".list")
+FEATURE_SUFFIX = ".parquet"
