@@ -139,12 +139,12 @@ def test_packing_groups_pictures_of_one_size(device: torch.device) -> None:
     """What a GPU gets, checked on every device: each picture once, whole, with its index."""
     some = pictures()
     found = {}
-    for indices, pixels in image.packed(some, device):
+    for indices, pixels in image.transfer_by_size(some, device):
         for index, one in zip(indices, pixels, strict=True):
             found[index] = one.permute(1, 2, 0).cpu().numpy()
     assert sorted(found) == list(range(len(some)))
     assert all(np.array_equal(found[index], some[index]) for index in found)
-    assert len(list(image.packed(some, device))) == len(set(SIZES))
+    assert len(list(image.transfer_by_size(some, device))) == len(set(SIZES))
 
 
 @pytest.mark.parametrize("writeable", [True, False])

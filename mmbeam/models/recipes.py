@@ -235,7 +235,7 @@ def read_gemma_recipe(directory: Path) -> GemmaRecipe:
         low=options.number("min_frequency", 0.0),
         high=options.number("max_frequency", 8000.0),
         floor=options.number("mel_floor", 1e-3, least=1e-12),
-        loudness=options.number("input_scale_factor", 1.0),
+        gain=options.number("input_scale_factor", 1.0),
     )
 
 

@@ -1,7 +1,7 @@
-"""Kernels for sound: resampling, spectrograms and mel filters, batched, on any device.
+"""Audio kernels: resampling, spectrograms and mel filters, batched, on any device.
 
-Pure functions of float tensors: no I/O and no state but cached constants. What a family of models makes
-of them stands in log_mel.py; decoding is elsewhere.
+Pure functions of float tensors: no I/O, and no state but cached constants. The features of each family of models are in
+log_mel.py; decoding is in decode/.
 
 Shapes: B batch, N samples of a waveform, F frequency bins, T frames, K taps of a filter.
 """
@@ -22,23 +22,23 @@ from mmbeam.types import Waveform
 
 MelScale = Literal["htk", "slaney"]
 
-# The sinc filter: 64 zero crossings each side, cut off at 0.948 of the lower Nyquist frequency, and a
-# Kaiser window of 130 dB (the values that resampy and torchaudio call "kaiser_best").
+# The sinc filter: 64 zero crossings on each side, cut off at 0.948 of the lower Nyquist frequency, and a Kaiser window
+# of 130 dB (the values that resampy and torchaudio call "kaiser_best").
 ZERO_CROSSINGS = 64
 ROLLOFF = 0.9475937167399596
 KAISER_BETA = 14.769656459379492
-MAX_SAMPLING_RATE = 1_000_000  # Hz; a header that claims more would ask for a filter of any length
-MAX_KERNEL = 1 << 20  # elements (4 MB) of a cached resampling matrix; odd pairs of rates need more
+MAX_SAMPLING_RATE = 1_000_000  # Hz; a header that claims more would need a filter of unbounded length
+MAX_KERNEL = 1 << 20  # elements (4 MB) of a cached resampling matrix; unusual pairs of rates need more
 MAX_CHUNK = 1 << 22  # elements (16 MB) of a temporary
 
 
 def resample(wave_BN: torch.Tensor, source_rate: int, target_rate: int) -> torch.Tensor:
-    """Waveforms at `source_rate` Hz as float32 at `target_rate` Hz, [B, round(N * target / source)].
+    """Resample float waveforms to float32 at `target_rate` Hz, [B, round(N * target_rate / source_rate)].
 
-    Band-limited interpolation by a Kaiser-windowed sinc (Smith, "Digital Audio Resampling"), as one
-    matrix product: the filter is the same in every block of source_rate / gcd samples. A product,
-    since cuDNN computes float32 convolutions in TF32 by default, three digits short of what is needed.
-    Outside the sound is silence. Raises LimitError for rates that no sound has.
+    Band-limited interpolation by a Kaiser-windowed sinc (Smith, "Digital Audio Resampling"), as one matrix product: the
+    filter is the same in every block of source_rate / gcd samples. Not a convolution, because cuDNN computes float32
+    convolutions in TF32 by default, three digits less precise than needed. Samples outside the waveform count as zero.
+    Raises LimitError for rates out of range.
     """
     if not (0 < source_rate <= MAX_SAMPLING_RATE and 0 < target_rate <= MAX_SAMPLING_RATE):
         raise LimitError(
@@ -56,42 +56,46 @@ def resample(wave_BN: torch.Tensor, source_rate: int, target_rate: int) -> torch
 
 
 def _resample_in_blocks(wave_BN: torch.Tensor, source: int, target: int, length: int) -> torch.Tensor:
-    repeats = max(1, 128 // max(source, target))  # small ratios: several periods a block, for a product worth its name
+    repeats = max(1, 128 // max(source, target))  # small ratios: several periods per block, for a larger product
     source, target = source * repeats, target * repeats
     kernel_KL = _resampling_kernel(source, target, wave_BN.device)
     reach = _reach(source, target)
     blocks = -(-length // target)
     padded = functional.pad(wave_BN, (reach, max(0, blocks * source + reach - wave_BN.shape[-1])))
     frames_BXK = padded.unfold(-1, len(kernel_KL), source)[:, :blocks]
-    step = max(1, MAX_CHUNK // (len(kernel_KL) * len(wave_BN)))  # blocks overlap: all at once would be a large copy
+    step = max(
+        1, MAX_CHUNK // (len(kernel_KL) * len(wave_BN))
+    )  # blocks overlap, so unfolding all of them would be a large copy
     pieces = [frames_BXK[:, first : first + step] @ kernel_KL for first in range(0, blocks, step)]
     return torch.cat(pieces, dim=1).flatten(1)[:, :length]
 
 
 def _resample_directly(wave_BN: torch.Tensor, source: int, target: int, length: int) -> torch.Tensor:
-    """The same filter, evaluated anew for each output: slow, for pairs of rates with no small common ratio."""
+    """Apply the same filter, computed for each output sample: slow, for pairs of rates without a small ratio."""
     reach = _reach(source, target)
     taps = torch.arange(-reach, reach + 1, device=wave_BN.device)
     around_BNK = functional.pad(wave_BN, (reach, reach + 1)).unfold(-1, len(taps), 1)
     pieces = []
     step = max(1, MAX_CHUNK // (len(taps) * len(wave_BN)))
     for first in range(0, length, step):
-        at = torch.arange(first, min(first + step, length), device=wave_BN.device) * source  # in 1/target samples
-        weights = _sinc(taps - (at % target).double()[:, None] / target, source, target).float()
-        pieces.append((around_BNK[:, at // target] * weights).sum(-1))
+        positions = (
+            torch.arange(first, min(first + step, length), device=wave_BN.device) * source
+        )  # in 1/target samples
+        weights = _sinc(taps - (positions % target).double()[:, None] / target, source, target).float()
+        pieces.append((around_BNK[:, positions // target] * weights).sum(-1))
     return torch.cat(pieces, dim=-1)
 
 
 def _cutoff(source: int, target: int) -> float:
-    return min(1.0, target / source) * ROLLOFF  # as a share of the source's Nyquist frequency
+    return min(1.0, target / source) * ROLLOFF  # as a fraction of the source's Nyquist frequency
 
 
 def _reach(source: int, target: int) -> int:
-    return math.ceil(ZERO_CROSSINGS / _cutoff(source, target))  # of the filter to each side, in source samples
+    return math.ceil(ZERO_CROSSINGS / _cutoff(source, target))  # half the filter's length, in source samples
 
 
 def _sinc(offset: torch.Tensor, source: int, target: int) -> torch.Tensor:
-    """The filter's weight for a source sample `offset` source samples away (float64)."""
+    """Return the filter's weight for a source sample at a distance of `offset` source samples (float64)."""
     cutoff = _cutoff(source, target)
     crossings = (offset * cutoff).clamp(-ZERO_CROSSINGS, ZERO_CROSSINGS)
     shape: torch.Tensor = torch.special.i0(KAISER_BETA * torch.sqrt(1 - (crossings / ZERO_CROSSINGS) ** 2))
@@ -100,8 +104,8 @@ def _sinc(offset: torch.Tensor, source: int, target: int) -> torch.Tensor:
 
 @functools.lru_cache(maxsize=16)
 def _resampling_kernel(source: int, target: int, device: torch.device) -> torch.Tensor:
-    """[source + 2 * reach, target]: what each input of a block adds to each of its outputs."""
-    with torch.inference_mode(False):  # a constant made inside inference mode could not be used outside
+    """Return the weight of each input of a block in each of its outputs, [source + 2 * reach, target]."""
+    with torch.inference_mode(False):  # a cached tensor made in inference mode cannot be used outside it
         outputs = torch.arange(target, dtype=torch.float64) * (source / target)
         reach = _reach(source, target)
         inputs = torch.arange(-reach, source + reach, dtype=torch.float64)
@@ -111,43 +115,44 @@ def _resampling_kernel(source: int, target: int, device: torch.device) -> torch.
 def to_rate(
     waves: Sequence[Waveform], rates: Sequence[int], target_rate: int, device: torch.device
 ) -> list[torch.Tensor]:
-    """Decoded sounds on the device at one rate, float32 [frames] each; raises DecodeError if one is empty."""
+    """Return decoded sounds on the device at one rate, float32 [frames] each. Raises DecodeError if one is empty."""
     groups: dict[tuple[int, int], list[int]] = {}
     for position, (wave, rate) in enumerate(zip(waves, rates, strict=True)):
         if len(wave) == 0:
-            raise DecodeError("the sound has no samples: expected at least one")
+            raise DecodeError("the sound has no samples; expected at least one")
         groups.setdefault((rate, len(wave)), []).append(position)
-    done: dict[int, torch.Tensor] = {}
+    resampled: dict[int, torch.Tensor] = {}
     for (rate, _), positions in groups.items():
-        stacked = np.stack([waves[position] for position in positions])  # a copy: the sound may be read-only
-        done.update(zip(positions, resample(torch.from_numpy(stacked).to(device), rate, target_rate), strict=True))
-    return [done[position] for position in range(len(waves))]
+        stacked = np.stack([waves[position] for position in positions])  # a copy: the waveform may be read-only
+        wave_BN = resample(torch.from_numpy(stacked).to(device), rate, target_rate)
+        resampled.update(zip(positions, wave_BN, strict=True))
+    return [resampled[position] for position in range(len(waves))]
 
 
 def even_starts(length: int, window: int) -> list[int]:
-    """Where windows begin that cover `length` samples: as few as can, evenly spread, the last at the end."""
+    """Return the starts of the fewest windows that cover `length` samples, evenly spread, the last one at the end."""
     count = max(1, -(-length // window))
     return [index * (length - window) // (count - 1) for index in range(count)] if count > 1 else [0]
 
 
 @dataclass(frozen=True, kw_only=True)
 class WaveRecipe:
-    """The options of a Wav2Vec2FeatureExtractor, for models that hear the waveform itself."""
+    """The options of a Wav2Vec2FeatureExtractor, for models whose input is the waveform itself."""
 
     sampling_rate: int  # Hz
-    normalize: bool  # to mean 0 and variance 1, each sound by itself
+    normalize: bool  # each sound to mean 0 and variance 1
 
 
 def standardize(wave_N: torch.Tensor) -> torch.Tensor:
-    """The sound with mean 0 and variance 1, as Wav2Vec2FeatureExtractor makes it (to 1e-5: other sums)."""
+    """Return the sound with mean 0 and variance 1, equal to Wav2Vec2FeatureExtractor's within 1e-5."""
     variance, mean = torch.var_mean(wave_N, correction=0)
     return (wave_N - mean) / torch.sqrt(variance + 1e-7)
 
 
 def power_spectrogram(wave_BN: torch.Tensor, n_fft: int, hop_length: int, center: bool = True) -> torch.Tensor:
-    """|STFT|^2 under a periodic Hann window, [B, n_fft // 2 + 1, T], in the wave's own precision.
+    """Return |STFT|^2 under a periodic Hann window, [B, n_fft // 2 + 1, T], in the waveform's precision.
 
-    `center` reflects the ends, so that frame t is centred on sample t * hop_length.
+    `center` pads both ends by reflection, so that frame t is centred on sample t * hop_length.
     """
     window = torch.hann_window(n_fft, dtype=wave_BN.dtype, device=wave_BN.device)
     spectrum = torch.stft(wave_BN, n_fft, hop_length, window=window, center=center, return_complex=True)
@@ -157,10 +162,10 @@ def power_spectrogram(wave_BN: torch.Tensor, n_fft: int, hop_length: int, center
 def mel_filter_bank(
     n_bins: int, n_mels: int, low: float, high: float, sampling_rate: int, scale: MelScale, slaney_norm: bool
 ) -> npt.NDArray[np.float64]:
-    """Triangular filters [n_bins, n_mels], evenly spaced in mels from `low` to `high` Hz.
+    """Return triangular filters [n_bins, n_mels], evenly spaced in mels from `low` to `high` Hz.
 
-    Equals transformers.audio_utils.mel_filter_bank (and librosa and torchaudio, which that follows).
-    `slaney_norm` gives each filter the same area instead of the same height.
+    Equals transformers.audio_utils.mel_filter_bank, which follows librosa and torchaudio. `slaney_norm` gives all
+    filters the same area, not the same height.
     """
     edges = _from_mels(np.linspace(_to_mels(low, scale), _to_mels(high, scale), n_mels + 2), scale)
     bank = _triangles(np.linspace(0, sampling_rate // 2, n_bins), edges)
@@ -170,7 +175,7 @@ def mel_filter_bank(
 
 
 def kaldi_filter_bank(n_bins: int, n_mels: int, low: float, high: float, sampling_rate: int) -> npt.NDArray[np.float64]:
-    """Kaldi's filters [n_bins, n_mels], triangular on the mel scale itself.
+    """Return Kaldi's filters [n_bins, n_mels], triangular on the mel scale.
 
     Equals transformers' mel_filter_bank with mel_scale="kaldi" and triangularize_in_mel_space.
     """
@@ -180,12 +185,11 @@ def kaldi_filter_bank(n_bins: int, n_mels: int, low: float, high: float, samplin
 
 
 def _triangles(points: npt.NDArray[np.float64], edges: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
-    """[points, edges - 2]: filters that rise from one edge to the next and fall to the one after."""
+    """Return filters [points, edges - 2] that rise from one edge to the next and fall to the one after."""
     slopes = edges - points[:, None]
     widths = np.diff(edges)
-    return cast(
-        npt.NDArray[np.float64], np.maximum(0.0, np.minimum(-slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]))
-    )
+    triangles = np.maximum(0.0, np.minimum(-slopes[:, :-2] / widths[:-1], slopes[:, 2:] / widths[1:]))
+    return cast(npt.NDArray[np.float64], triangles)
 
 
 # Slaney's scale is linear (15 mels for the first 1000 Hz), then logarithmic (27 mels for a factor of 6.4).

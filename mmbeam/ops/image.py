@@ -1,10 +1,9 @@
-"""Pictures as models take them: resize, crop, normalise, cut into patches, on any device.
+"""Image kernels: filter, resize, crop, normalise and cut into patches, on any device.
 
-Pure kernels: no I/O, no state. Each equals the reference processor of transformers 5: the torchvision
-backend exactly on a CPU (DINOv3's, which resizes in float, within 1e-5); the Pillow backend, and either on
-other devices, within one of 256 levels (two in one value of 50,000 where a picture is enlarged, which the
-two backends differ by as well). What the checkpoint asks for is read by models/recipes.py; decoding is
-elsewhere.
+Pure kernels: no I/O, no state. Each equals the reference processor of transformers 5. On a CPU, the torchvision backend
+is matched exactly (DINOv3's, which resizes in float, within 1e-5). The Pillow backend, and both backends on other
+devices, are matched within one of 256 levels (within two in one value of 50,000 where an image is enlarged; the two
+backends differ by as much). models/recipes.py reads a checkpoint's recipe; decoding is in decode/.
 
 Shape suffixes: B batch, C channels, H height, W width, N patches, D values of a patch.
 """
@@ -25,17 +24,17 @@ from mmbeam.types import ImageHWC
 Interpolation = Literal["bicubic", "bilinear"]
 PixelFilter = Callable[[torch.Tensor], torch.Tensor]  # uint8 [B, C, H, W] to the same
 
-# A strip of 1 x 65535 resized to a shorter side of 224 would have 3.3 billion pixels.
+# An image of 1 x 65535 pixels, resized to a shorter side of 224, would have 3.3 billion pixels.
 MAX_RESIZED_PIXELS = 1 << 25
-# CUDA's antialiasing kernel keeps its weights in shared memory, where those of a larger scale do not fit.
+# CUDA's antialiasing kernel keeps its weights in shared memory, which is too small for those of a larger scale.
 MAX_DEVICE_SCALE = 64.0
 
-STRIP_ELEMENTS = 1 << 24  # values of a strip, padding not counted: 64 MB in float32
+STRIP_ELEMENTS = 1 << 24  # values of a strip of rows that is filtered at a time, without padding: 64 MB in float32
 
 
 @dataclass(frozen=True, kw_only=True)
 class Patching:
-    """SigLIP 2 NaFlex: the picture keeps its aspect ratio and is cut into at most so many square patches."""
+    """SigLIP 2 NaFlex: the image keeps its aspect ratio and is cut into at most `max_patches` square patches."""
 
     patch_size: int  # pixels
     max_patches: int
@@ -43,25 +42,25 @@ class Patching:
 
 @dataclass(frozen=True, kw_only=True)
 class PooledPatching(Patching):
-    """Gemma 4: the picture is cut into whole groups of pooling x pooling patches, each group one token of the model."""
+    """Gemma 4: the image is cut into whole groups of pooling x pooling patches; each group is one token."""
 
     pooling: int  # patches on a side of a group
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageRecipe:
-    """What a checkpoint's image processor does, in its order: resize, crop, rescale, normalise, patch."""
+    """The steps of a checkpoint's image processor, in its order: resize, crop, rescale, normalise, patch."""
 
-    size: int | tuple[int, int] | Patching | None  # the shorter side, (height, width), or what patching needs
+    size: int | tuple[int, int] | Patching | None  # the shorter side, (height, width), what patching needs, or as is
     interpolation: Interpolation = "bicubic"
     crop: tuple[int, int] | None = None  # height, width, around the centre
-    rounded: bool = True  # whether the resize gives whole levels again; DINOv3's rescales first and does not
-    scale: float = 1.0  # a level is multiplied by this before the mean is subtracted
+    rounded: bool = True  # whether resized values are rounded to levels; DINOv3's processor rescales first
+    scale: float = 1.0  # factor of a level, before the mean is subtracted
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
     std: tuple[float, ...] = (1.0, 1.0, 1.0)
 
     def resized(self, height: int, width: int) -> tuple[int, int]:
-        """Height and width to which a picture is resized."""
+        """Return the height and width to which an image is resized."""
         if isinstance(self.size, PooledPatching):
             return pooled_size(height, width, self.size)
         if isinstance(self.size, Patching):
@@ -72,7 +71,7 @@ class ImageRecipe:
 
     @property
     def shorter_side(self) -> int:
-        """Pixels that the shorter side of a picture needs, at most, to be resized without loss."""
+        """The shorter side in pixels from which an image can be resized without loss, at most."""
         if isinstance(self.size, Patching):
             return math.isqrt(self.size.max_patches) * self.size.patch_size
         if isinstance(self.size, int):
@@ -82,11 +81,11 @@ class ImageRecipe:
 
 @dataclass(frozen=True)
 class Patches:
-    """Pictures as rows of patches, padded to one length with zeros."""
+    """Images as rows of patches, padded to one length with zeros."""
 
     pixels_BND: torch.Tensor
-    mask_BN: torch.Tensor  # int32, 1 for patches of the picture
-    shapes: list[tuple[int, int]]  # patches down and across, per picture
+    mask_BN: torch.Tensor  # int32, 1 for patches of the image
+    shapes: list[tuple[int, int]]  # patches down and across, per image
 
 
 def preprocess(
@@ -96,10 +95,10 @@ def preprocess(
     dtype: torch.dtype,
     pixel_filter: PixelFilter | None = None,
 ) -> torch.Tensor:
-    """Pictures of any sizes, uint8 [H, W, 3], as the model's input [B, 3, height, width] on `device`.
+    """Turn images of any sizes, uint8 [H, W, 3], into the model's input [B, 3, height, width] on `device`.
 
-    `pixel_filter` is applied at the picture's own resolution. Pictures of one size share their
-    kernels; all of them share one normalisation. Raises LimitError for a picture that is too narrow.
+    `pixel_filter` is applied at an image's own resolution. Images of one size are resized together, and all images are
+    normalised together. Raises LimitError for an image that is too narrow.
     """
     pixels = torch.stack(_resized(images, recipe, device, pixel_filter))
     return normalize(pixels, recipe.mean, recipe.std, recipe.scale).to(dtype)
@@ -112,15 +111,15 @@ def preprocess_patches(
     dtype: torch.dtype,
     pixel_filter: PixelFilter | None = None,
 ) -> Patches:
-    """Pictures of any sizes, uint8 [H, W, 3], as rows of patches; `recipe.size` is a Patching."""
+    """Turn images of any sizes, uint8 [H, W, 3], into rows of patches; `recipe.size` is a Patching."""
     assert isinstance(recipe.size, Patching)
     side, length = recipe.size.patch_size, recipe.size.max_patches
     pixels = _resized(images, recipe, device, pixel_filter)
-    shapes = [(picture.shape[-2] // side, picture.shape[-1] // side) for picture in pixels]
+    shapes = [(image.shape[-2] // side, image.shape[-1] // side) for image in pixels]
     levels = torch.zeros(len(pixels), length, side * side * 3, dtype=torch.uint8, device=device)
     mask = torch.zeros(len(pixels), length, dtype=torch.int32, device=device)
-    for row, (picture, (down, across)) in enumerate(zip(pixels, shapes, strict=True)):
-        levels[row, : down * across] = patchify(picture[None], side)[0]
+    for row, (image, (down, across)) in enumerate(zip(pixels, shapes, strict=True)):
+        levels[row, : down * across] = patchify(image[None], side)[0]
         mask[row, : down * across] = 1
     channels_last = levels.view(len(pixels), length, side * side, 3).movedim(-1, 1)
     normal = normalize(channels_last, recipe.mean, recipe.std, recipe.scale).movedim(1, -1)
@@ -128,7 +127,7 @@ def preprocess_patches(
 
 
 def patch_positions(patches: Patches) -> torch.Tensor:
-    """Column and row of each patch, [B, N, 2], -1 where there is none."""
+    """Return the column and the row of each patch, [B, N, 2], -1 for padding."""
     positions = torch.full((*patches.mask_BN.shape, 2), -1, dtype=torch.int64)
     for row, (down, across) in enumerate(patches.shapes):
         y, x = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
@@ -139,8 +138,8 @@ def patch_positions(patches: Patches) -> torch.Tensor:
 def _resized(
     images: Sequence[ImageHWC], recipe: ImageRecipe, device: torch.device, pixel_filter: PixelFilter | None
 ) -> list[torch.Tensor]:
-    """Each picture filtered, resized and cropped: levels [3, height, width], in the order given."""
-    done: dict[int, torch.Tensor] = {}
+    """Return each image filtered, resized and cropped, as levels [3, height, width]."""
+    resized: dict[int, torch.Tensor] = {}
     for indices, pixels in _on_device(images, device):
         if pixel_filter is not None:
             pixels = pixel_filter(pixels)
@@ -149,25 +148,25 @@ def _resized(
         pixels = resize(pixels, recipe.resized(pixels.shape[-2], pixels.shape[-1]), recipe.interpolation)
         if recipe.crop is not None:
             pixels = center_crop(pixels, recipe.crop)
-        done.update(zip(indices, pixels.unbind(), strict=True))
-    return [done[index] for index in range(len(images))]
+        resized.update(zip(indices, pixels.unbind(), strict=True))
+    return [resized[index] for index in range(len(images))]
 
 
 def _on_device(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Pictures as uint8 [B, 3, H, W] on `device`, those of one size together, with their indices.
+    """Yield the images of each size as uint8 [B, 3, H, W] on `device`, with their indices.
 
-    On a CPU one by one and in place: there stacking is a copy that gains nothing.
+    On a CPU, images are yielded one by one without a copy: stacking them would gain nothing.
     """
     if device.type != "cpu":
-        yield from packed(images, device)
+        yield from transfer_by_size(images, device)
         return
     for index, image in enumerate(images):
-        own = image if image.flags.writeable else image.copy()  # torch warns of memory that is read-only
-        yield [index], torch.from_numpy(own)[None].permute(0, 3, 1, 2)
+        writeable = image if image.flags.writeable else image.copy()  # torch warns about read-only memory
+        yield [index], torch.from_numpy(writeable)[None].permute(0, 3, 1, 2)
 
 
-def packed(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Pictures grouped by size as uint8 [B, 3, H, W] on `device`, with their indices: one transfer for all."""
+def transfer_by_size(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
+    """Yield the images of each size as uint8 [B, 3, H, W] on `device`, with their indices, after a single transfer."""
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         groups.setdefault(image.shape, []).append(index)
@@ -182,10 +181,10 @@ def packed(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[l
 
 
 def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:
-    """Resize uint8 pictures to (height, width) with antialiasing, as Pillow does; float ones stay unrounded.
+    """Resize uint8 images to (height, width) with antialiasing, as Pillow does; float ones stay unrounded.
 
-    On a CPU the native uint8 kernel, which is what torchvision runs. Elsewhere there is none: two
-    passes in float32, rounded in between, since Pillow rounds after its horizontal pass.
+    On a CPU this is torch's uint8 kernel, which torchvision uses too. Other devices have no such kernel and use two
+    passes in float32, rounded in between, because Pillow rounds after its horizontal pass.
     """
     height, width = size
     old_height, old_width = pixels_BCHW.shape[-2:]
@@ -193,7 +192,7 @@ def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Inte
         return pixels_BCHW
     if height * width > MAX_RESIZED_PIXELS:
         raise LimitError(
-            f"a picture of {old_width} x {old_height} pixels would be resized to {width} x {height}; "
+            f"an image of {old_width} x {old_height} pixels would be resized to {width} x {height}; "
             f"expected at most {MAX_RESIZED_PIXELS:,} pixels. It is too narrow for this model"
         )
     device = pixels_BCHW.device
@@ -207,18 +206,18 @@ def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Inte
 def resize_in_two_passes(
     pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation
 ) -> torch.Tensor:
-    """`resize` for devices without a uint8 kernel, as near to Pillow as that is."""
+    """Resize like `resize`, on devices without a uint8 kernel."""
     height, width = size
     pixels = pixels_BCHW.float()
     for shape in ((pixels.shape[-2], width), (height, width)):
         if shape != pixels.shape[-2:]:
             pixels = functional.interpolate(pixels, shape, mode=interpolation, antialias=True)
-            pixels = (pixels + 0.5).floor_().clamp_(0, 255)  # halves go up, as in Pillow
+            pixels = (pixels + 0.5).floor_().clamp_(0, 255)  # halves are rounded up, as in Pillow
     return pixels.to(torch.uint8)
 
 
 def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
-    """Height and width with the shorter side `size` and the longer one truncated, as transformers computes them."""
+    """Return the height and width with the shorter side `size` and the longer one truncated, as in transformers."""
     if width <= height:
         return int(size * height / width), size
     return size, int(size * width / height)
@@ -226,9 +225,9 @@ def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:
 
 @functools.lru_cache(maxsize=4096)
 def naflex_size(height: int, width: int, patch_size: int, max_patches: int) -> tuple[int, int]:
-    """The largest height and width, multiples of `patch_size`, near the aspect ratio, of at most `max_patches`.
+    """Return the largest multiples of `patch_size` near the aspect ratio that hold at most `max_patches` patches.
 
-    The bisection of transformers' Siglip2ImageProcessor (`get_image_size_for_max_num_patches`), to the last bit.
+    The same bisection, to the last bit, as transformers' Siglip2ImageProcessor (`get_image_size_for_max_num_patches`).
     """
     tolerance = 1e-5
 
@@ -244,9 +243,9 @@ def naflex_size(height: int, width: int, patch_size: int, max_patches: int) -> t
 
 
 def pooled_size(height: int, width: int, patching: PooledPatching) -> tuple[int, int]:
-    """The largest height and width in whole groups of patches that keep the aspect ratio and the number of patches.
+    """Return the largest height and width in whole groups of patches near the aspect ratio, of at most `max_patches`.
 
-    transformers' `get_aspect_ratio_preserving_size` of Gemma4ImageProcessor, to the last bit.
+    Equal, to the last bit, to `get_aspect_ratio_preserving_size` of transformers' Gemma4ImageProcessor.
     """
     side = patching.pooling * patching.patch_size
     longest = patching.max_patches // patching.pooling**2 * side
@@ -260,10 +259,10 @@ def pooled_size(height: int, width: int, patching: PooledPatching) -> tuple[int,
 
 
 def center_crop(pixels_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
-    """The middle `size` (height, width) of pictures; smaller ones are first laid on black.
+    """Return the middle `size` (height, width) of images; smaller ones are first padded with black.
 
-    Where one pixel is left over the picture lies nearer to the top left, as in torchvision and the
-    original CLIP (transformers' PIL backend puts it nearer to the bottom right).
+    If the padding is odd, the extra pixel is at the bottom and the right, as in torchvision and the original CLIP
+    (transformers' PIL backend puts it at the top and the left).
     """
     height, width = size
     short_y, short_x = max(0, height - pixels_BCHW.shape[-2]), max(0, width - pixels_BCHW.shape[-1])
@@ -275,7 +274,7 @@ def center_crop(pixels_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
 
 
 def normalize(pixels_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[float], scale: float) -> torch.Tensor:
-    """(pixels * scale - mean) / std per channel, in float32, with `scale` folded into the other two."""
+    """Return (pixels * scale - mean) / std per channel, in float32, with `scale` folded into the other two."""
     shape = (-1, *(1 for _ in pixels_BCHW.shape[2:]))
     factor = 1.0 / scale
     mean_C = (torch.tensor(mean) * factor).to(pixels_BCHW.device, non_blocking=True).view(shape)
@@ -284,14 +283,17 @@ def normalize(pixels_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[fl
 
 
 def patchify(pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:
-    """Pictures as patches [B, N, side * side * C], row by row; a patch is row by row with the channels last."""
+    """Cut images into patches [B, N, side * side * C], row by row; a patch is row by row with the channels last."""
     batch, channels, height, width = pixels_BCHW.shape
     grid = pixels_BCHW.reshape(batch, channels, height // side, side, width // side, side)
     return grid.permute(0, 2, 4, 3, 5, 1).reshape(batch, -1, side * side * channels)
 
 
 def apply_filter(pixels_BCHW: torch.Tensor, name: str, value: float) -> torch.Tensor:
-    """The filter "median" (side in pixels, odd) or "gaussian" (sigma in pixels) on uint8 pictures."""
+    """Apply the filter "median" (side in pixels, odd) or "gaussian" (sigma in pixels) to uint8 images.
+
+    Beyond its edges an image is extended by its edge pixels (scipy's mode="nearest", Pillow's own rule).
+    """
     if name == "median":
         return median_filter(pixels_BCHW, int(value))
     if name == "gaussian":
@@ -300,7 +302,7 @@ def apply_filter(pixels_BCHW: torch.Tensor, name: str, value: float) -> torch.Te
 
 
 def median_filter(pixels_BCHW: torch.Tensor, size: int) -> torch.Tensor:
-    """The median of the `size` x `size` pixels around each; equals scipy.ndimage.median_filter and Pillow's."""
+    """Return the median of the `size` x `size` pixels around each; equals scipy.ndimage.median_filter and Pillow's."""
     if size < 1 or size % 2 == 0:
         raise UsageError(f"median filter of {size} pixels: expected an odd number")
 
@@ -312,10 +314,10 @@ def median_filter(pixels_BCHW: torch.Tensor, size: int) -> torch.Tensor:
 
 
 def _median(planes: list[torch.Tensor]) -> torch.Tensor:
-    """The median of an odd number of planes, elementwise, by minima and maxima alone (no sorting, no indices).
+    """Return the elementwise median of an odd number of planes, by minima and maxima alone (no sorting, no indices).
 
-    Of any n // 2 + 2 values the smallest and the largest cannot be the median of n: drop both, take
-    another in, until one is left (Paeth, "Median finding on a 3-by-3 grid", Graphics Gems, 1990).
+    The smallest and the largest of any n // 2 + 2 values cannot be the median of n: drop both, add another value, and
+    repeat until one is left (Paeth, "Median finding on a 3-by-3 grid", Graphics Gems, 1990).
     """
     first = len(planes) // 2 + 2
     kept, waiting = planes[:first], planes[first:]
@@ -329,9 +331,9 @@ def _median(planes: list[torch.Tensor]) -> torch.Tensor:
 
 
 def gaussian_blur(pixels_BCHW: torch.Tensor, sigma: float) -> torch.Tensor:
-    """Pictures blurred by a Gaussian cut off at 4 sigma; equals scipy.ndimage.gaussian_filter in float, rounded.
+    """Blur images by a Gaussian cut off at 4 sigma; equals scipy.ndimage.gaussian_filter in float, rounded.
 
-    Sums of shifted planes: a convolution would run in TF32 on recent GPUs and lose a level.
+    Sums of shifted planes, because a convolution would run in TF32 on recent GPUs and be off by a level.
     """
     if not (math.isfinite(sigma) and sigma > 0):
         raise UsageError(f"gaussian filter with sigma {sigma}: expected a positive number")
@@ -355,7 +357,10 @@ def _weighted_sum(values: torch.Tensor, weights: list[float], dim: int) -> torch
 
 
 def _in_strips(pixels_BCHW: torch.Tensor, radius: int, kernel: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
-    """`kernel` on strips of rows, each with `radius` more pixels on every side, which the kernel consumes."""
+    """Apply `kernel` to strips of rows, each with `radius` more pixels on every side, which the kernel consumes.
+
+    Strips keep the memory independent of the image's size.
+    """
     batch, channels, height, width = pixels_BCHW.shape
     step = max(1, STRIP_ELEMENTS // (batch * channels * width))
     columns = torch.arange(-radius, width + radius, device=pixels_BCHW.device).clamp_(0, width - 1)

@@ -1,8 +1,7 @@
-"""Log-mel spectrograms as Whisper, CLAP, AST and Gemma 4 hear sound, by a recipe that models/recipes.py reads.
+"""Log-mel spectrograms of Whisper, CLAP, AST and Gemma 4, by the recipes that models/recipes.py reads.
 
-Each function equals the family's feature extractor in transformers wherever that is a function of its
-input; where it draws lots or cuts sounds short, the rule kept here instead is stated. Pure kernels on
-float tensors, batched, on any device.
+Each function equals the family's feature extractor in transformers. Where that is random or truncates sounds, the
+docstring states the rule that replaces it. Pure kernels on float tensors, batched, on any device.
 
 Shapes: B batch, N samples of a waveform, F frequency bins, M mel bins, T frames, C channels.
 """
@@ -17,9 +16,9 @@ from torch.nn import functional
 
 from mmbeam.ops.audio import MelScale, even_starts, kaldi_filter_bank, mel_filter_bank, power_spectrogram
 
-BLOCK_FRAMES = 4096  # of a spectrogram computed at a time: 34 MB at 513 bins in float64
-MIN_POWER = 1e-10  # the floor under every logarithm, that of both references
-WHISPER_HIGH = 8000.0  # Hz: where Whisper's mel filters end, in no checkpoint's file
+BLOCK_FRAMES = 4096  # of a spectrogram are computed at a time: 34 MB at 513 bins in float64
+MIN_POWER = 1e-10  # of Whisper's and CLAP's references: the smallest argument of a logarithm
+WHISPER_HIGH = 8000.0  # Hz: the upper end of Whisper's mel filters, which checkpoints do not record
 
 Truncation = Literal["fusion", "rand_trunc"]
 Padding = Literal["repeatpad", "repeat", "pad"]
@@ -36,7 +35,7 @@ def _mel_bank(
     dtype: torch.dtype,
     device: torch.device,
 ) -> torch.Tensor:
-    """The filter bank as [M, F] on the device; height 1 on the htk scale, area 1 on Slaney's, as the models have it."""
+    """Return the filter bank [M, F] on the device: filters of height 1 on the htk scale, of area 1 on Slaney's."""
     with torch.inference_mode(False):
         bank_FM = mel_filter_bank(n_fft // 2 + 1, n_mels, low, high, rate, scale, slaney_norm=scale == "slaney")
         return torch.from_numpy(bank_FM).to(device, dtype).T
@@ -50,21 +49,21 @@ class WhisperRecipe:
     sampling_rate: int  # Hz
     hop_length: int
     n_fft: int
-    n_samples: int  # of the model's window, 30 s
+    n_samples: int  # in the model's window, 30 s
 
 
 def whisper_windows(wave_N: torch.Tensor, recipe: WhisperRecipe) -> list[torch.Tensor]:
-    """The sound as consecutive windows [n_samples], the last one filled up with silence.
+    """Return the sound as consecutive windows [n_samples], the last one padded with silence.
 
-    The reference cuts what is longer than one window; here nothing is lost.
+    The reference truncates a sound to one window.
     """
-    return [_fill(piece, recipe.n_samples) for piece in torch.split(wave_N, recipe.n_samples)]
+    return [_pad_end(piece, recipe.n_samples) for piece in torch.split(wave_N, recipe.n_samples)]
 
 
 def whisper_log_mel(wave_BN: torch.Tensor, recipe: WhisperRecipe) -> torch.Tensor:
-    """Log-mel features [B, M, T] of windows of n_samples, float32.
+    """Return log-mel features [B, M, T] of windows of n_samples, float32 (Radford et al., 2022, section 2.2).
 
-    Equal bit by bit to WhisperFeatureExtractor (its torch path) on the CPU; Radford et al. 2022, 2.2.
+    On the CPU they are bit for bit those of WhisperFeatureExtractor (its torch path).
     """
     power_BFT = power_spectrogram(wave_BN.float(), recipe.n_fft, recipe.hop_length)[..., :-1].contiguous()
     rate = recipe.sampling_rate
@@ -76,13 +75,13 @@ def whisper_log_mel(wave_BN: torch.Tensor, recipe: WhisperRecipe) -> torch.Tenso
 
 @dataclass(frozen=True, kw_only=True)
 class ClapRecipe:
-    """The options of a ClapFeatureExtractor that it uses; lengths are in samples at `sampling_rate`."""
+    """The options that a ClapFeatureExtractor uses; lengths are in samples at `sampling_rate`."""
 
     n_mels: int
     sampling_rate: int  # Hz
     hop_length: int
     n_fft: int
-    n_samples: int  # of the model's window, 10 s
+    n_samples: int  # in the model's window, 10 s
     low: float  # Hz
     high: float  # Hz
     truncation: Truncation  # of longer sounds
@@ -90,11 +89,10 @@ class ClapRecipe:
 
 
 def clap_windows(wave_N: torch.Tensor, recipe: ClapRecipe) -> list[torch.Tensor]:
-    """What the model hears of a sound, one piece per vector; the vectors of one sound are averaged.
+    """Return the windows of a sound, [n_samples] each; the vectors of a sound's windows are averaged.
 
-    A shorter sound is filled up as the reference does it. Of a longer one the reference takes a random
-    window ("rand_trunc"); here all windows that it takes to cover the sound, evenly spread. "fusion"
-    takes a longer sound whole.
+    A sound shorter than a window is padded like the reference. With "rand_trunc", the reference takes a random window
+    of a longer one; here it is the fewest evenly spread windows that cover it. With "fusion", a longer sound is whole.
     """
     length, window = len(wave_N), recipe.n_samples
     if length > window:
@@ -104,14 +102,14 @@ def clap_windows(wave_N: torch.Tensor, recipe: ClapRecipe) -> list[torch.Tensor]
         wave_N = wave_N.repeat(window // length + 1)[:window]
     elif recipe.padding == "repeatpad":
         wave_N = wave_N.repeat(window // length)
-    return [_fill(wave_N, window)]
+    return [_pad_end(wave_N, window)]
 
 
 def clap_log_mel(wave_BN: torch.Tensor, recipe: ClapRecipe) -> torch.Tensor:
-    """Mel spectrograms in decibels, [B, T, M], float32, of waveforms of one length.
+    """Return mel spectrograms in decibels, [B, T, M], float32, of waveforms of one length.
 
-    Equal to ClapFeatureExtractor within 2e-5 dB: computed in float64 as there, since in float32 the
-    rounding of a loud tone's transform shows near the floor of -100 dB (0.08 dB, measured).
+    Equal to ClapFeatureExtractor's within 2e-5 dB. Computed in float64 like them: in float32, rounding errors of a loud
+    tone's transform reach 0.08 dB near the floor of -100 dB.
     """
     scale: MelScale = "htk" if recipe.truncation == "fusion" else "slaney"
     bank_MF = _mel_bank(
@@ -131,11 +129,11 @@ def clap_log_mel(wave_BN: torch.Tensor, recipe: ClapRecipe) -> torch.Tensor:
 
 
 def clap_features(windows: Sequence[torch.Tensor], recipe: ClapRecipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """What ClapModel takes of windows from `clap_windows`: features [B, C, T, M] and is_longer [B, 1].
+    """Return ClapModel's inputs for windows from `clap_windows`: features [B, C, T, M] and is_longer [B, 1].
 
-    C is 1, and 4 for "fusion": a longer sound is the whole spectrogram shrunk to one window, and its
-    first, middle and last window (the reference draws one at random from each third); a shorter one is
-    four times the same, and is never marked as longer (the reference marks one at random).
+    C is 1, or 4 for "fusion". There a longer sound is the whole spectrogram shrunk to one window, and its first, middle
+    and last window (the reference takes a random window of each third). A shorter one is four times the same, and is
+    never marked as longer (the reference marks a random one).
     """
     if recipe.truncation == "rand_trunc":
         mel_BTM = clap_log_mel(torch.stack(list(windows)), recipe)
@@ -155,8 +153,8 @@ def _fuse(mel_TM: torch.Tensor, recipe: ClapRecipe) -> tuple[torch.Tensor, bool]
     return torch.stack([shrunk, *(mel_TM[start : start + chunk] for start in (0, (extra + 1) // 2, extra))]), True
 
 
-AST_RATE, AST_FRAME, AST_HOP, AST_FFT = 16000, 400, 160, 512  # Hz, and samples: fixed in the reference
-AST_LOW, AST_FLOOR = 20.0, 1.192092955078125e-07  # Hz, and of the power (float32's epsilon)
+AST_RATE, AST_FRAME, AST_HOP, AST_FFT = 16000, 400, 160, 512  # Hz, then samples: constants of the reference
+AST_LOW, AST_FLOOR = 20.0, 1.192092955078125e-07  # Hz, and the smallest power (float32's epsilon)
 AST_PREEMPHASIS = 0.97
 
 
@@ -165,32 +163,32 @@ class AstRecipe:
     """The options of an ASTFeatureExtractor."""
 
     n_mels: int
-    n_frames: int  # of the model's window: 1024 of 10 ms
-    mean: float  # of log-mels, subtracted
-    spread: float  # twice their standard deviation, divided by
+    n_frames: int  # in the model's window: 1024 of 10 ms
+    mean: float  # of log-mels, to subtract
+    spread: float  # twice their standard deviation, to divide by
 
     @property
     def n_samples(self) -> int:
-        """The sound that fills a window."""
+        """The number of samples that fill a window."""
         return (self.n_frames - 1) * AST_HOP + AST_FRAME
 
 
 def ast_windows(wave_N: torch.Tensor, recipe: AstRecipe) -> list[torch.Tensor]:
-    """The windows that it takes to cover a sound, evenly spread; a sound below one frame (25 ms) is filled up to it.
+    """Return the fewest evenly spread windows that cover a sound; one shorter than a frame (25 ms) is padded to it.
 
-    The reference cuts what is longer than one window.
+    The reference truncates a sound to one window.
     """
-    wave_N = _fill(wave_N, max(len(wave_N), AST_FRAME))
+    wave_N = _pad_end(wave_N, max(len(wave_N), AST_FRAME))
     return [wave_N[start : start + recipe.n_samples] for start in even_starts(len(wave_N), recipe.n_samples)]
 
 
 def ast_log_mel(windows: Sequence[torch.Tensor], recipe: AstRecipe) -> torch.Tensor:
-    """Log-mel features [B, T, M], float32, of windows from `ast_windows`, zero where a window has no sound.
+    """Return log-mel features [B, T, M], float32, of windows from `ast_windows`; padding is zero before normalisation.
 
-    Equal to ASTFeatureExtractor where torchaudio is not installed, within 1e-5; computed in float64 as
-    there. The features are Kaldi's fbank: each frame without its mean, pre-emphasised, under a Hann window.
+    Equal within 1e-5 to ASTFeatureExtractor without torchaudio; computed in float64 like it. The features are Kaldi's
+    fbank: each frame minus its mean, pre-emphasised, under a Hann window.
     """
-    wave_BN = torch.stack([_fill(window, recipe.n_samples) for window in windows]).double()
+    wave_BN = torch.stack([_pad_end(window, recipe.n_samples) for window in windows]).double()
     frames_BTK = wave_BN.unfold(-1, AST_FRAME, AST_HOP)
     frames_BTK = frames_BTK - frames_BTK.mean(-1, keepdim=True)
     before_BTK = torch.cat([frames_BTK[..., :1], frames_BTK[..., :-1]], dim=-1)
@@ -205,13 +203,13 @@ def ast_log_mel(windows: Sequence[torch.Tensor], recipe: AstRecipe) -> torch.Ten
 
 @functools.lru_cache(maxsize=4)
 def _kaldi_bank(n_mels: int, device: torch.device) -> torch.Tensor:
-    """[F, M] in float64."""
+    """Return the filter bank [F, M] in float64."""
     with torch.inference_mode(False):
         bank_FM = kaldi_filter_bank(AST_FFT // 2 + 1, n_mels, AST_LOW, AST_RATE / 2, AST_RATE)
         return torch.from_numpy(bank_FM).to(device)
 
 
-GEMMA_SECONDS = 30  # that the reference hears of a sound, in no checkpoint's file
+GEMMA_SECONDS = 30  # the reference's window, which checkpoints do not record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -226,31 +224,31 @@ class GemmaRecipe:
     low: float  # Hz
     high: float  # Hz
     floor: float  # added to the magnitudes
-    loudness: float  # the sound is multiplied by it
+    gain: float  # factor of the waveform
 
     def frames(self, samples: int) -> int:
-        """Frames that see nothing beyond a sound of so many samples; the first begins half a frame before it."""
+        """Return how many frames lie within `samples` samples; the first begins half a frame before them."""
         return (samples - self.frame_length // 2 - 1) // self.hop_length + 1
 
 
 def gemma_windows(wave_N: torch.Tensor, recipe: GemmaRecipe) -> list[torch.Tensor]:
-    """The windows of 30 s that it takes to cover a sound, evenly spread; what is below one frame is filled up to it.
+    """Return the fewest evenly spread windows of 30 s that cover a sound; one shorter than a frame is padded to it.
 
-    The reference cuts what is longer than one window.
+    The reference truncates a sound to one window.
     """
-    wave_N = _fill(wave_N, max(len(wave_N), recipe.frame_length // 2 + 1))
+    wave_N = _pad_end(wave_N, max(len(wave_N), recipe.frame_length // 2 + 1))
     window = GEMMA_SECONDS * recipe.sampling_rate
     return [wave_N[start : start + window] for start in even_starts(len(wave_N), window)]
 
 
 def gemma_log_mel(windows: Sequence[torch.Tensor], recipe: GemmaRecipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Log-mel features [B, T, M], float32, zero where a window has no sound, and their mask [B, T].
+    """Return log-mel features [B, T, M], float32, zero for padding, and their mask [B, T].
 
-    Equal to Gemma4AudioFeatureExtractor within 0.01, which is how far its float32 transform of a loud tone
-    is from the one in float64 here, near the floor.
+    Equal to Gemma4AudioFeatureExtractor's within 0.01: the error, near the floor, of its float32 transform of a loud
+    tone, which is in float64 here.
     """
     longest = max(map(len, windows))
-    wave_BN = torch.stack([_fill(window, longest) for window in windows]).double() * recipe.loudness
+    wave_BN = torch.stack([_pad_end(window, longest) for window in windows]).double() * recipe.gain
     padded_BN = functional.pad(wave_BN, (recipe.frame_length // 2, 0))
     hann_K = torch.hann_window(recipe.frame_length, dtype=wave_BN.dtype, device=wave_BN.device)
     frames_BTK = padded_BN.unfold(-1, recipe.frame_length, recipe.hop_length)[:, : recipe.frames(longest)]
@@ -263,5 +261,5 @@ def gemma_log_mel(windows: Sequence[torch.Tensor], recipe: GemmaRecipe) -> tuple
     return log_BTM * mask_BT[..., None], mask_BT
 
 
-def _fill(wave_N: torch.Tensor, length: int) -> torch.Tensor:
+def _pad_end(wave_N: torch.Tensor, length: int) -> torch.Tensor:
     return functional.pad(wave_N, (0, length - len(wave_N)))

@@ -13,7 +13,6 @@ import torch
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoder, EncoderSpec
-from mmbeam.models.encoders.word_vectors import has_word_vectors
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
 from mmbeam.ops.image import apply_filter
 
@@ -75,14 +74,14 @@ def describe(directory: Path) -> EncoderSpec:
     """Return what the configuration files in `directory` tell about its model, without loading weights.
 
     A directory with modules.json is a sentence-transformers model, whatever model it wraps (but for
-    READS_MODULES_JSON). One of word vectors (word_vectors.py) has neither modules.json nor config.json.
+    READS_MODULES_JSON). One with neither modules.json nor config.json has word vectors (word_vectors.py).
     Raises ModelError if files are missing, weights are pickled, or the family is unsupported.
     """
     quiet_transformers()
-    is_sentence, is_words = (directory / "modules.json").is_file(), has_word_vectors(directory)
-    config = read_json(directory, "config.json", required=not (is_sentence or is_words))
-    is_sentence = is_sentence and config.get("model_type") not in READS_MODULES_JSON
-    model_type = "sentence-transformers" if is_sentence else "word-vectors" if is_words else config.get("model_type")
+    config = read_json(directory, "config.json", required=False)
+    model_type = config.get("model_type") if (directory / "config.json").exists() else "word-vectors"
+    if (directory / "modules.json").is_file() and model_type not in READS_MODULES_JSON:
+        model_type = "sentence-transformers"
     try:
         family = family_of(model_type)
     except ModelError as error:

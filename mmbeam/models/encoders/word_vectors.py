@@ -92,13 +92,6 @@ class WordVectorsEncoder(Encoder):
         return Encoded(pooled=pooled_BD, tokens=torch.split(self.table[flat], lengths) if tokens else None)
 
 
-def has_word_vectors(directory: Path) -> bool:
-    """Return whether the directory has word vectors, and not a model of another kind."""
-    if any((directory / name).is_file() for name in ("config.json", "modules.json")):
-        return False
-    return bool(_text_files(directory)) or all((directory / name).is_file() for name in (TABLE_FILE, WORDS_FILE))
-
-
 def word_vector_width(directory: Path) -> int:
     """Return the number of columns of the table, from the beginning of its file. Raises ModelError."""
     path = _text_file(directory)
@@ -121,13 +114,14 @@ def read_word_vectors(directory: Path) -> WordVectors:
     return vectors
 
 
-def _text_files(directory: Path) -> list[Path]:
-    return sorted({path for pattern in TEXT_FILES for path in directory.glob(pattern)})
-
-
 def _text_file(directory: Path) -> Path | None:
-    """Return the text file of vectors; None if they are in safetensors."""
-    paths = _text_files(directory)
+    """Return the text file of vectors; None if they are in safetensors. Raises ModelError if there are none."""
+    paths = sorted({path for pattern in TEXT_FILES for path in directory.glob(pattern)})
+    if not paths and not all((directory / name).is_file() for name in (TABLE_FILE, WORDS_FILE)):
+        raise ModelError(
+            f"{directory}: has no config.json; give a model directory as save_pretrained writes it, or one of word "
+            f"vectors ({', '.join(TEXT_FILES)}, or {TABLE_FILE} with {WORDS_FILE})"
+        )
     if len(paths) > 1:
         names = ", ".join(path.name for path in paths)
         raise ModelError(f"{directory}: expected one file of word vectors, found {names}; keep one per directory")
