@@ -90,7 +90,7 @@ class TestSteps:
         assert clean_text(" A&NBSP;B ", ("lower", "markup")) == " a\xa0b "
         assert clean_text(" A ", ()) == " A "
         check_steps(tuple(TEXT_STEPS))
-        with pytest.raises(UsageError, match="'nfd' is unknown; the steps are nfc, nfkc, control"):
+        with pytest.raises(UsageError, match="unknown text cleaning step 'nfd'; the steps are nfc, nfkc, control"):
             check_steps(("nfc", "nfd"))
 
 
@@ -214,18 +214,18 @@ class TestWhere:
             ("open('x')", 1, "only comparisons"),
             ("text.__class__", 1, "only metadata has entries"),
             ("().__class__", 1, "only metadata has entries"),
-            ("metadata[text]", 10, "a string or a number"),
-            ("metadata[1:2]", 10, "a string or a number"),
-            ("2 ** 100", 1, r"only \+ - \* /"),
-            ("image_width % 2 == 0", 1, r"only \+ - \* /"),
-            ("~image_width", 1, "of the signs"),
-            ("text is 'a'", 9, "followed by None"),
+            ("metadata[text]", 10, "expected a string or a number"),
+            ("metadata[1:2]", 10, "expected a string or a number"),
+            ("2 ** 100", 1, r"arithmetic is \+ - \* /"),
+            ("image_width % 2 == 0", 1, r"arithmetic is \+ - \* /"),
+            ("~image_width", 1, "the only supported sign"),
+            ("text is 'a'", 9, "supports only None"),
             ("lambda: 1", 1, "only comparisons"),
             ("[x for x in text]", 1, "only comparisons"),
             ("(1, 2) == text", 1, "only comparisons"),
             ("f'{text}'", 1, "only comparisons"),
-            ("b'a' in text", 1, "no number, string"),
-            ("1j > 0", 1, "no number, string"),
+            ("b'a' in text", 1, "is not a number, string"),
+            ("1j > 0", 1, "is not a number, string"),
             ("(text := 1)", 2, "only comparisons"),
             ("", 1, "invalid syntax"),
         ],

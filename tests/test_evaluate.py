@@ -449,7 +449,7 @@ def test_rouge_of_another_script_is_warned_of(tmp_path: Path, capsys: pytest.Cap
     ("arguments", "status", "message"),
     [
         (["--reference", "nothing"], 2, "no row has nothing"),
-        (["--metrics", "meteor", "--reference", "truth"], 2, "'meteor' is unknown"),
+        (["--metrics", "meteor", "--reference", "truth"], 2, "unknown metric 'meteor'"),
         (["--referense", "truth"], 2, "unknown argument --referense"),
         (["--references", "nothere.csv"], 1, "nothere.csv"),
     ],

@@ -19,7 +19,7 @@ from rouge_score.rouge_scorer import RougeScorer
 from mmbeam.errors import UsageError
 from mmbeam.metrics.cider import CiderD, document_frequencies, tokenize
 from mmbeam.metrics.pairs import Pair
-from mmbeam.metrics.text import METRICS, SHOWN, Counts, TextTotals, mean_counts, means, score_pair, text_metrics
+from mmbeam.metrics.text import METRICS, WORST, Counts, TextTotals, mean_counts, means, score_pair, text_metrics
 
 Case = tuple[str, list[str]]  # hypothesis, references
 
@@ -265,10 +265,10 @@ def test_the_worst_samples_are_kept() -> None:
         Pair(key=str(n), shard="s", offset=n, hypothesis="a " * n, references=("a a a a a a a a a",)) for n in range(10)
     ]
     totals = reduce(add, (score_pair(pair, metrics)[0] for pair in pairs))
-    assert [worst.key for worst in totals.worst] == [str(n) for n in range(SHOWN)]
+    assert [worst.key for worst in totals.worst] == [str(n) for n in range(WORST)]
     assert totals.empty == 1
 
 
 def test_an_unknown_metric_is_an_error_that_lists_them() -> None:
-    with pytest.raises(UsageError, match=r"'meteor' is unknown; the metrics are bleu, .*cider"):
+    with pytest.raises(UsageError, match=r"unknown metric 'meteor'; the metrics are bleu, .*cider"):
         text_metrics(("meteor",))

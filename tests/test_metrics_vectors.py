@@ -170,10 +170,10 @@ def test_a_class_that_was_never_fitted_counts_as_wrong() -> None:
 
 def test_what_cannot_be_a_label_is_refused() -> None:
     vectors, _, keys = clusters(50, 2)
-    with pytest.raises(UsageError, match="found 50 different ones in 50 rows"):
+    with pytest.raises(UsageError, match="found 50 different labels in 50 rows"):
         linear_probe(vectors, keys, keys)
     with pytest.raises(JobError, match="found 1 classes"):
         linear_probe(vectors, ["one"] * 50, keys)
     fitted = next(key for key in keys if not held_out([key])[0])
-    with pytest.raises(JobError, match="0 rows held out"):
+    with pytest.raises(JobError, match="0 held-out rows"):
         linear_probe(vectors[:4], ["a", "b"] * 2, [fitted] * 4)

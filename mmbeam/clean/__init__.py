@@ -1,6 +1,6 @@
-"""Between decoding and the models: text normalised, samples selected, the picture filter named.
+"""Cleaning between decoding and the models: text normalisation, sample selection, and the image filter's name.
 
-Nothing here decodes; pictures are filtered on the device, by `mmbeam.ops.image`.
+Images are filtered on the device, in `mmbeam.ops.image`.
 """
 
 import math
@@ -21,12 +21,12 @@ __all__ = [
     "where_needs",
 ]
 
-MAX_MEDIAN = 15  # pixels: the time grows with the fourth power of the side
+MAX_MEDIAN = 15  # pixels; time grows with the fourth power of the side
 MAX_SIGMA = 100.0  # pixels
 
 
 def parse_image_filter(text: str) -> tuple[str, float]:
-    """("median", side in pixels) or ("gaussian", sigma in pixels); raises UsageError."""
+    """Return ("median", side in pixels) or ("gaussian", sigma in pixels). Raises UsageError."""
     name, _, number = text.partition(":")
     try:
         value = float(number)
@@ -38,5 +38,5 @@ def parse_image_filter(text: str) -> tuple[str, float]:
         return name, value
     raise UsageError(
         f"image filter {text!r}: expected median:SIDE, an odd number of pixels up to {MAX_MEDIAN}, "
-        f"or gaussian:SIGMA, more than 0 and at most {MAX_SIGMA:g} pixels"
+        f"or gaussian:SIGMA, above 0 and up to {MAX_SIGMA:g} pixels"
     )

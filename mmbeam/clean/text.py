@@ -1,6 +1,6 @@
-"""Steps that normalise text, each on its own and in the order the user gives. Off unless asked for.
+"""Steps that normalise text, applied in the user's order. None is on by default.
 
-Every step is idempotent but "markup": text that shows escaped markup (`&lt;b&gt;`) becomes markup.
+Every step except "markup" is idempotent: unescaping `&lt;b&gt;` yields new markup.
 """
 
 import html
@@ -11,19 +11,19 @@ from functools import partial
 
 from mmbeam.errors import UsageError
 
-# Format characters that a text loses meaning without: the joiners of Persian, Indic scripts and emoji, and
-# the Arabic, Syriac and Kaithi number signs, which are visible (Unicode's Prepended_Concatenation_Mark).
+# Format characters that carry meaning: the joiners of Persian, Indic scripts and emoji, and the visible number
+# signs of Arabic, Syriac and Kaithi (Unicode's Prepended_Concatenation_Mark).
 _KEPT_FORMATS = frozenset(
     "\u200c\u200d\u0600\u0601\u0602\u0603\u0604\u0605\u06dd\u070f\u0890\u0891\u08e2\U000110bd\U000110cd"
 )
 
-# Elements whose end is the end of a line; the others, like <b>, may end inside a word.
+# Elements that end a line. Others, such as <b>, may end inside a word.
 _BLOCK_NAMES = (
     "address article aside blockquote br caption dd details div dl dt fieldset figcaption figure footer form h1 h2 h3 "
     "h4 h5 h6 header hr li main nav ol option p pre section summary table td tfoot th thead title tr ul"
 )
 _BLOCKS = frozenset(_BLOCK_NAMES.split())
-# Each alternative ends at the next `<` or takes what it has seen, so time is linear in the text whatever it is
+# Each alternative stops at the next `<` or keeps what it has matched, so time is linear in any text
 # (the standard library's html.parser needs an hour for a million characters of `<a `).
 _MARKUP = re.compile(
     r"""
@@ -32,18 +32,18 @@ _MARKUP = re.compile(
     | <!\[CDATA\[(?P<cdata>.*?)(?:\]\]>|\Z)
     | <[!?][a-z][^<>]*>                                    # <!DOCTYPE ...>, <?xml ...?>
     | </?(?P<name>[a-z][^\s/<>]*+)(?:[^<>"']++|"[^"]*"|'[^']*')*+>
-    | </?(?P<odd_name>[a-z][^\s/<>]*+)[^<>]*>              # a quote that nothing closes
+    | </?(?P<odd_name>[a-z][^\s/<>]*+)[^<>]*>              # an unclosed quote
     """,
     re.VERBOSE | re.DOTALL | re.IGNORECASE,
 )
-_HUGE_REFERENCE = re.compile(r"&#(?:[0-9]{100,}|[xX][0-9a-fA-F]{100,});?")  # more digits than int() may take
+_HUGE_REFERENCE = re.compile(r"&#(?:[0-9]{100,}|[xX][0-9a-fA-F]{100,});?")  # more digits than int() accepts
 
 
 def strip_controls(text: str) -> str:
-    """Without control and format characters but newline, tab, the joiners and visible number signs.
+    """Remove control and format characters except newline, tab, joiners and visible number signs.
 
-    Controls that end a line (CR, CR LF, form feed, NEL) become a newline. What goes: bidirectional marks,
-    soft hyphens, zero-width spaces (U+200B is a format character), and the tags of regional emoji flags.
+    Controls that end a line (CR, CR LF, form feed, NEL) become a newline. Removed are, for example, bidirectional
+    marks, soft hyphens, zero-width spaces (U+200B is a format character), and the tags of regional emoji flags.
     """
     if text.isprintable():
         return text
@@ -53,9 +53,9 @@ def strip_controls(text: str) -> str:
 
 
 def strip_markup(text: str) -> str:
-    """The text of HTML or XML: no tags, comments, scripts and styles; entities resolved, once.
+    """Remove the tags, comments, scripts and styles of HTML or XML, and resolve entities once.
 
-    A `<` that opens nothing stays (`a < b`, `<3`). A block element's tag becomes a newline.
+    A `<` that opens no tag stays (`a < b`, `<3`). The tag of a block element becomes a newline.
     """
     return html.unescape(_HUGE_REFERENCE.sub("\N{REPLACEMENT CHARACTER}", _MARKUP.sub(_text_of, text)))
 
@@ -66,7 +66,7 @@ def _text_of(match: re.Match[str]) -> str:
 
 
 def collapse_whitespace(text: str) -> str:
-    """Each run of whitespace, newlines and no-break spaces included, as one space; none at the ends."""
+    """Replace each run of whitespace, including newlines and no-break spaces, by one space, and strip the ends."""
     return " ".join(text.split())
 
 
@@ -76,7 +76,7 @@ TEXT_STEPS: Mapping[str, Callable[[str], str]] = {
     "control": strip_controls,
     "markup": strip_markup,
     "whitespace": collapse_whitespace,
-    "lower": str.lower,  # not casefold: it is what uncased models were trained on, and keeps the German ß
+    "lower": str.lower,  # as uncased models were trained; unlike casefold, it keeps the German ß
 }
 
 
@@ -84,11 +84,11 @@ def check_steps(steps: Sequence[str]) -> None:
     """Raise UsageError if a step is unknown."""
     for step in steps:
         if step not in TEXT_STEPS:
-            raise UsageError(f"text cleaning step {step!r} is unknown; the steps are {', '.join(TEXT_STEPS)}")
+            raise UsageError(f"unknown text cleaning step {step!r}; the steps are {', '.join(TEXT_STEPS)}")
 
 
 def clean_text(text: str, steps: Sequence[str]) -> str:
-    """The text after the steps, in the order given."""
+    """Apply the steps in order. Raises UsageError if a step is unknown."""
     check_steps(steps)
     for step in steps:
         text = TEXT_STEPS[step](text)

@@ -1,14 +1,14 @@
-"""The expressions of --where, by which samples are selected. Data, never code: nothing is called or imported.
+"""Expressions that select samples (--where). They are parsed, never executed: no calls, no imports.
 
     image_width >= 256 and 0.5 < image_width / image_height < 2
     text_words > 3 and "watermark" not in text and metadata.license in ("cc0", "cc-by")
     audio_seconds is None or audio_seconds <= 30
 
-Names, constants, comparisons, `and`, `or`, `not`, `in`, `is None`, and `+ - * /` on numbers; entries of
-the metadata as `metadata.a.b` or `metadata['a'][0]`. As in SQL, what is missing is unknown, and so is
-what is made of it: a name whose modality the sample lacks, an entry that is not there, a comparison of
-a string with a number, a division by zero. `not` unknown is unknown, `unknown or True` is true, and a
-sample is selected only if the whole is true.
+The language has names, constants, comparisons, `and`, `or`, `not`, `in`, `is None`, and `+ - * /` on numbers;
+entries of the metadata are `metadata.a.b` or `metadata['a'][0]`. Missing values are unknown, as in SQL, and so
+is what is computed from them: a name whose modality the sample lacks, a missing entry, a comparison of a string
+with a number, a division by zero. `not unknown` is unknown, `unknown or True` is true. A sample is selected if
+the whole expression is true.
 """
 
 import ast
@@ -22,7 +22,7 @@ from mmbeam.errors import UsageError
 from mmbeam.names import Kind
 from mmbeam.types import Sample
 
-Values = Mapping[str, Any]  # what an expression sees, by name; None: missing
+Values = Mapping[str, Any]  # values by name; None: missing
 _Term = Callable[[Values], Any]  # None: unknown
 
 KIND_OF_NAME: Mapping[str, Kind | None] = {
@@ -30,13 +30,13 @@ KIND_OF_NAME: Mapping[str, Kind | None] = {
     "image_height": "image",
     "image_pixels": "image",
     "audio_seconds": "audio",
-    "text_chars": "text",  # of the text that the model sees
+    "text_chars": "text",  # of the cleaned text
     "text_words": "text",
     "text": "text",
     "key": None,
     "metadata": "metadata",
 }
-_MAX_CHARS, _MAX_NODES = 2000, 300  # so that neither the parser nor a sample's evaluation can recurse deeply
+_MAX_CHARS, _MAX_NODES = 2000, 300  # bound the recursion of parsing and evaluation
 _ARITHMETIC: Mapping[type[ast.operator], Callable[[Any, Any], Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -55,7 +55,7 @@ _COMPARISONS: Mapping[type[ast.cmpop], Callable[[Any, Any], bool]] = {
 
 @lru_cache
 def compile_where(expression: str) -> Callable[[Values], bool]:
-    """A predicate on a mapping that holds every name of KIND_OF_NAME the expression uses.
+    """Return a predicate on a mapping that has the names used in the expression.
 
     Raises UsageError that points at the column.
     """
@@ -65,24 +65,24 @@ def compile_where(expression: str) -> Callable[[Values], bool]:
 
 @lru_cache
 def where_needs(expression: str) -> frozenset[Kind]:
-    """The kinds of member that the expression looks at."""
+    """Return the kinds of member that the expression depends on."""
     names = {node.id for node in ast.walk(_parse(expression)) if isinstance(node, ast.Name)}
     return frozenset(kind for name in names if (kind := KIND_OF_NAME.get(name)) is not None)
 
 
 def _parse(expression: str) -> ast.expr:
     if len(expression) > _MAX_CHARS:
-        raise UsageError(f"where: an expression of {len(expression):,} characters, at most {_MAX_CHARS:,} are taken")
+        raise UsageError(f"where: expression of {len(expression):,} characters; expected at most {_MAX_CHARS:,}")
     source = _one_line(expression)
     try:
         body = ast.parse(source, mode="eval").body
     except SyntaxError as error:
         column = error.offset - 1 if error.offset else len(source)  # 0 or None: at the end
         raise _usage_error(source, column, error.msg) from error
-    except (RecursionError, MemoryError, ValueError) as error:  # nested too deeply for the parser; a NUL
+    except (RecursionError, MemoryError, ValueError) as error:  # nested too deeply, or a NUL
         raise UsageError(f"where: {expression!r} cannot be parsed: {error or 'nested too deeply'}") from error
     if sum(1 for _ in ast.walk(body)) > _MAX_NODES:
-        raise UsageError(f"where: an expression of more than {_MAX_NODES} parts; give several --where instead")
+        raise UsageError(f"where: expression of more than {_MAX_NODES} terms; split it into several expressions")
     return body
 
 
@@ -96,7 +96,7 @@ def _usage_error(source: str, column: int, problem: str) -> UsageError:
 
 
 class _Compiler:
-    """Turns the nodes that the language has into functions, and refuses all others."""
+    """Turns the supported syntax nodes into functions, and refuses all others."""
 
     def __init__(self, expression: str) -> None:
         self._source = _one_line(expression)
@@ -104,7 +104,7 @@ class _Compiler:
     def compile(self, node: ast.expr) -> _Term:
         compile_node = getattr(self, f"_compile_{type(node).__name__.lower()}", None)
         if compile_node is None:
-            raise self._error(node, "only comparisons, and, or, not, in, is None and + - * / can be used")
+            raise self._error(node, "expected only comparisons, and, or, not, in, is None and + - * /")
         term: _Term = compile_node(node)
         return term
 
@@ -114,7 +114,7 @@ class _Compiler:
 
     def _compile_constant(self, node: ast.Constant) -> _Term:
         if not isinstance(node.value, bool | int | float | str | None):
-            raise self._error(node, f"{ast.unparse(node)} is no number, string, True, False or None")
+            raise self._error(node, f"{ast.unparse(node)} is not a number, string, True, False or None")
         return lambda values: node.value
 
     def _compile_name(self, node: ast.Name) -> _Term:
@@ -127,7 +127,7 @@ class _Compiler:
 
     def _compile_subscript(self, node: ast.Subscript) -> _Term:
         if not isinstance(node.slice, ast.Constant) or not isinstance(node.slice.value, str | int):
-            raise self._error(node.slice, "in [ ] a string or a number is expected")
+            raise self._error(node.slice, "expected a string or a number in [ ]")
         return self._entry(node, node.slice.value)
 
     def _entry(self, node: ast.Attribute | ast.Subscript, name: str | int) -> _Term:
@@ -149,11 +149,11 @@ class _Compiler:
             return lambda values: _not(_truth(term(values)))
         if isinstance(node.op, ast.USub):
             return lambda values: _arithmetic(operator.sub, 0, term(values))
-        raise self._error(node, "of the signs only - can be used")
+        raise self._error(node, "the only supported sign is -")
 
     def _compile_binop(self, node: ast.BinOp) -> _Term:
         if type(node.op) not in _ARITHMETIC:
-            raise self._error(node, "of arithmetic only + - * / can be used")
+            raise self._error(node, "the only supported arithmetic is + - * /")
         operation, left, right = _ARITHMETIC[type(node.op)], self.compile(node.left), self.compile(node.right)
         return lambda values: _arithmetic(operation, left(values), right(values))
 
@@ -170,7 +170,7 @@ class _Compiler:
         left, right = self.compile(left_node), self.compile(right_node)
         if isinstance(op, ast.Is | ast.IsNot):
             if not isinstance(right_node, ast.Constant) or right_node.value is not None:
-                raise self._error(right_node, "`is` can only be followed by None; compare with ==")
+                raise self._error(right_node, "`is` supports only None; compare with ==")
             wanted = isinstance(op, ast.Is)
             return lambda values: (left(values) is None) is wanted
         compare = _COMPARISONS[type(op)]
@@ -234,33 +234,33 @@ def _compare(comparison: Callable[[Any, Any], bool], left: Any, right: Any) -> b
         return None
     try:
         return comparison(left, right)
-    except TypeError:  # an order of dictionaries, or of lists of mixed content
+    except TypeError:  # dictionaries, or lists of mixed content, have no order
         return None
 
 
 def _contains(element: Any, container: Any) -> bool | None:
-    """SQL's IN for a list, substring for a string, whether there is such an entry for a dictionary."""
+    """Return SQL's IN for a list, the substring test for a string, or whether a dictionary has the key."""
     if element is None or container is None:
         return None
     if isinstance(container, str):
         return element in container if isinstance(element, str) else None
     if not isinstance(container, list | dict):
         return None
-    found = [_compare(operator.eq, element, other) for other in container if other is not None]
-    return True if True in found else None if None in container else False
+    matches = [_compare(operator.eq, element, other) for other in container if other is not None]
+    return True if True in matches else None if None in container else False
 
 
 def rejecting_expression(sample: Sample, wheres: Sequence[tuple[str, Callable[[Values], bool]]]) -> str | None:
-    """The text of the first expression that is not true of the sample; None if all are.
+    """Return the first expression that is not true of the sample, or None if all are.
 
-    `wheres`: each expression and what `compile_where` made of it.
+    `wheres` are expressions with their predicates from `compile_where`.
     """
     values = SampleValues(sample)
     return next((text for text, is_true in wheres if not is_true(values)), None)
 
 
 class SampleValues(Mapping[str, Any]):
-    """What an expression sees of a sample, each value made when it is first asked for."""
+    """The values of a sample by name, computed on first use."""
 
     def __init__(self, sample: Sample) -> None:
         self._sample = sample
@@ -292,8 +292,8 @@ _VALUE_OF: Mapping[str, Callable[[Sample], Any]] = {
 
 
 def _parse_json(text: str) -> Any:
-    """The value, NaN as None: it is how a table's missing value usually comes into JSON."""
+    """Parse JSON, with NaN as None, since tables export missing values as NaN."""
     try:
         return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
-    except (ValueError, RecursionError):  # nested so deeply that it parsed only where less of the stack was in use
+    except (ValueError, RecursionError):  # it was valid; nesting may exceed the stack that is left here
         return None

@@ -1,9 +1,9 @@
-"""The procedural corpus: pictures, sounds and short texts whose right caption is known.
+"""The procedural corpus: images, audio and short texts with known captions.
 
-`mmbeam demo` writes it as shards and the shipped fusion model is trained on it. A picture shows one or
-two shapes; a sound of one second is a tone, a chirp or a noise; a tag names a place and a time, which
-neither shows. It is made to be told apart, not to be natural: what is learned from it says nothing
-about photographs.
+`mmbeam demo` writes it as shards, and the shipped fusion model is trained on it. An image shows one or two
+shapes; one second of audio is a tone, a chirp or noise; a tag names a place and a time, which appear in
+neither. The content is made to be distinguishable, not natural: results on it do not carry over to
+photographs.
 """
 
 from mmbeam.corpus.render import render_audio, render_batch, render_image

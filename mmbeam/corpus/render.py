@@ -1,7 +1,7 @@
-"""Scenes as pixels and waveforms, fast enough to be made while a model trains on them.
+"""Scenes rendered as pixels and waveforms, fast enough to render during training.
 
-The picture of a scene is the same at every side, and its sound at every rate, but for grain and a
-faint noise floor, which are made at the resolution asked for.
+Image and audio of a scene are the same at every resolution and sampling rate, except for film grain and a
+faint noise floor, which are generated at the requested resolution.
 """
 
 import math
@@ -30,22 +30,22 @@ from mmbeam.corpus.scene import (
 from mmbeam.errors import UsageError
 from mmbeam.types import ImageHWC, Waveform
 
-Floats = npt.NDArray[np.floating[Any]]  # float32, but that numpy's annotations do not say it
+Floats = npt.NDArray[np.floating[Any]]  # float32, which numpy's annotations cannot express
 
-MIN_SIDE = 32  # pixels: below this a small shape is a blot
-MIN_RATE = 8000  # Hz: what sounds here ends below 4 kHz, so every rate samples the same sound
-SECONDS = 1  # of every sound, which makes a bin of its spectrum 1 Hz wide
+MIN_SIDE = 32  # pixels; smaller shapes would be unrecognisable
+MIN_RATE = 8000  # Hz; all audio is below 4 kHz, so higher rates sample the same signal
+SECONDS = 1  # of audio, so that a bin of its spectrum is 1 Hz wide
 
 
 def render_image(scene: Scene, side: int = 64) -> ImageHWC:
-    """The picture, uint8 [side, side, 3]: anti-aliased shapes on a dark, soft, grainy background."""
+    """Return the image, uint8 [side, side, 3]: anti-aliased shapes on a dark, soft, grainy background."""
     if side < MIN_SIDE:
-        raise UsageError(f"a picture of side {side} is too small for its shapes; take {MIN_SIDE} pixels or more")
+        raise UsageError(f"image side of {side} pixels; expected at least {MIN_SIDE}")
     key = (scene.seed, scene.index)
     u = uniforms(key, Stream.IMAGE, 68)
     pixels = _background(u[:53], side)
-    for shape, own in zip(scene.shapes, (u[53:60], u[60:67]), strict=False):
-        _paint(pixels, shape, own, side / 64)
+    for shape, jitter in zip(scene.shapes, (u[53:60], u[60:67]), strict=False):
+        _paint(pixels, shape, jitter, side / 64)
     grain = grains(key, Stream.GRAIN, side * side).reshape(side, side, 1)
     pixels += grain * np.float32(7 * u[67])  # at most 7 of 255
     np.clip(pixels, 0, 255, out=pixels)
@@ -53,7 +53,7 @@ def render_image(scene: Scene, side: int = 64) -> ImageHWC:
 
 
 def _background(u: npt.NDArray[np.float64], side: int) -> Floats:
-    """Colours at four by four points, a gradient with lumps, blended smoothly: float32 [side, side, 3]."""
+    """Return a bumpy gradient, interpolated from colours at 4 x 4 points: float32 [side, side, 3]."""
     angle = 2 * math.pi * u[0]
     steps = np.linspace(-1, 1, 4)
     slope = np.add.outer(steps * math.sin(angle), steps * math.cos(angle))
@@ -67,7 +67,7 @@ def _background(u: npt.NDArray[np.float64], side: int) -> Floats:
 
 @lru_cache(maxsize=8)
 def _blend(side: int) -> Floats:
-    """Weights of the four points along a line of `side` pixels (cosine steps): float32 [side, 4]."""
+    """Return the cosine interpolation weights of four points along `side` pixels: float32 [side, 4]."""
     place = 3 * (np.arange(side) + 0.5)[:, None] / side
     near = np.clip(1 - np.abs(place - np.arange(4)), 0, 1)
     weights: Floats = (1 - np.cos(np.pi * near)) / 2
@@ -75,7 +75,7 @@ def _blend(side: int) -> Floats:
 
 
 def _paint(pixels: Floats, shape: Shape, u: npt.NDArray[np.float64], scale: float) -> None:
-    """Paint a shape over `pixels`, with its own jitter of place, radius, angle and colour."""
+    """Paint a shape over `pixels`, with jitter of position, radius, angle and colour."""
     row, column = divmod(POSITIONS.index(shape.position), 3)
     y = scale * (15 + 17 * row + between(u[0], (-0.7, 0.7)))
     x = scale * (15 + 17 * column + between(u[1], (-0.7, 0.7)))
@@ -87,13 +87,13 @@ def _paint(pixels: Floats, shape: Shape, u: npt.NDArray[np.float64], scale: floa
     tilt = between(u[3], (-0.14, 0.14))  # radians: 8 degrees
     sine, cosine = np.float32(math.sin(tilt)), np.float32(math.cos(tilt))
     distance = _distance(shape.form, cosine * xs + sine * ys, cosine * ys - sine * xs)
-    cover = np.clip(0.5 - distance * np.float32(radius), 0, 1)[:, :, None]  # of each pixel, by the shape
+    cover = np.clip(0.5 - distance * np.float32(radius), 0, 1)[:, :, None]  # fraction of each pixel
     colour = (np.array(COLOURS[shape.colour]) + 16 * (u[4:7] - 0.5)).astype(np.float32)
     box += cover * (colour - box)
 
 
 def _distance(form: str, x: Floats, y: Floats) -> Floats:
-    """Signed distance from the edge of a form of radius about 1, negative inside; exact near the edge."""
+    """Return the signed distance from the edge of a form of radius about 1: negative inside, exact near the edge."""
     radius: Floats = np.hypot(x, y)
     near, far = np.minimum(np.abs(x), np.abs(y)), np.maximum(np.abs(x), np.abs(y))
     distance: Floats
@@ -106,15 +106,15 @@ def _distance(form: str, x: Floats, y: Floats) -> Floats:
             distance = far - 0.88
         case "cross":
             distance = np.maximum(far - 1, near - 0.34)
-        case "triangle":  # beyond none of three lines
+        case "triangle":  # inside all of three lines
             distance = np.max(_lines(x, y - 0.3, 3), axis=0) - 0.6
-        case _:  # a star: beyond one of five lines at most
+        case _:  # star: inside at least four of five lines
             distance = np.sort(_lines(x, 0.11 - y, 5), axis=0)[-2] - 0.36
     return distance
 
 
 def _lines(x: Floats, y: Floats, count: int) -> Floats:
-    """Distance along the normals of `count` lines around the origin, the first one below it."""
+    """Return distances along the normals of `count` lines around the origin, the first one below it."""
     angles = 2 * np.pi * np.arange(count) / count
     sines, cosines = (f(angles).astype(np.float32)[:, None, None] for f in (np.sin, np.cos))
     distances: Floats = sines * x + cosines * y
@@ -122,9 +122,9 @@ def _lines(x: Floats, y: Floats, count: int) -> Floats:
 
 
 def render_audio(scene: Scene, rate: int = MIN_RATE) -> Waveform:
-    """The sound, float32 [rate], one second; the same sound at every rate but for a faint noise floor."""
+    """Return one second of audio, float32 [rate]."""
     if rate < MIN_RATE:
-        raise UsageError(f"a sound at {rate} Hz cannot hold this corpus; take {MIN_RATE} Hz or more")
+        raise UsageError(f"sampling rate of {rate} Hz; expected at least {MIN_RATE}")
     key, sound = (scene.seed, scene.index), scene.sound
     u = uniforms(key, Stream.AUDIO, 8).tolist()
     pitch = between(u[0], PITCHES[sound.pitch])
@@ -132,7 +132,7 @@ def render_audio(scene: Scene, rate: int = MIN_RATE) -> Waveform:
     wave *= np.float32(between(u[2], LOUDNESSES[sound.loudness])) * _fade(rate)
     if sound.tempo != "steady":
         wave *= _pulses(between(u[3], TEMPI[sound.tempo]), u[4], rate)
-    wave += grains(key, Stream.FLOOR, rate) * np.float32(0.002 * u[5])  # at least 25 dB under a quiet sound
+    wave += grains(key, Stream.FLOOR, rate) * np.float32(0.002 * u[5])  # at least 25 dB below a quiet sound
     return wave
 
 
@@ -143,20 +143,20 @@ def _seconds(rate: int) -> npt.NDArray[np.float64]:
 
 @lru_cache(maxsize=8)
 def _fade(rate: int) -> Floats:
-    """Ten milliseconds in and out, so that nothing clicks."""
+    """Return an envelope that fades in and out over 10 ms, which avoids clicks."""
     time = _seconds(rate)
     return np.clip(np.minimum(time, SECONDS - time) / 0.01, 0, 1).astype(np.float32)
 
 
 def _sine(cycles: npt.NDArray[np.float64]) -> Floats:
-    """Sine of `cycles` turns; whole turns are taken off first, where float32 would lose the phase."""
+    """Return the sine of `cycles` turns. Whole turns are removed in float64, since float32 would lose the phase."""
     turn = (cycles - np.floor(cycles)).astype(np.float32)
     sine: Floats = np.sin(turn * np.float32(2 * math.pi))
     return sine
 
 
 def _tone(kind: str, pitch: float, phase: float, rate: int) -> Floats:
-    """A tone, or a chirp that crosses `pitch` on its way from 2/3 to 3/2 of it, or back; RMS 1."""
+    """Return a tone, or a chirp between 2/3 and 3/2 of `pitch`; RMS 1."""
     time = _seconds(rate)
     start, end = {"tone": (1.0, 1.0), "rising chirp": (2 / 3, 3 / 2), "falling chirp": (3 / 2, 2 / 3)}[kind]
     sine = _sine(phase + pitch * time * (start + (end - start) / 2 * time))
@@ -164,7 +164,7 @@ def _tone(kind: str, pitch: float, phase: float, rate: int) -> Floats:
 
 
 def _noise(key: Key, pitch: float, rate: int) -> Floats:
-    """Noise of 1.6 octaves around twice `pitch`, made of its spectrum so that any rate gives the same; RMS 1."""
+    """Return noise of 1.6 octaves around twice `pitch`, from a spectrum that does not depend on the rate; RMS 1."""
     low, high = round(2 * pitch / 2**0.8), round(2 * pitch * 2**0.8)
     turns = 2 * np.pi * uniforms(key, Stream.SPECTRUM, high - low)
     spectrum = np.zeros(rate // 2 + 1, np.complex128)
@@ -173,14 +173,14 @@ def _noise(key: Key, pitch: float, rate: int) -> Floats:
 
 
 def _pulses(frequency: float, phase: float, rate: int) -> Floats:
-    """An envelope between 0 and 1 that opens `frequency` times a second."""
+    """Return an envelope between 0 and 1 that opens `frequency` times a second."""
     sine = _sine(phase + frequency * _seconds(rate))
     opening: Floats = np.clip(np.float32(0.5) + np.float32(1.2) * sine, 0, 1)
     return opening
 
 
 def render_batch(scenes: Sequence[Scene], side: int = 64, rate: int = MIN_RATE) -> tuple[ImageHWC, Waveform]:
-    """Pictures, uint8 [batch, side, side, 3], and sounds, float32 [batch, rate]."""
+    """Return images, uint8 [batch, side, side, 3], and waveforms, float32 [batch, rate]."""
     images = np.stack([render_image(scene, side) for scene in scenes])
     waves = np.stack([render_audio(scene, rate) for scene in scenes])
     return images, waves

@@ -1,7 +1,10 @@
-"""What is true of a sample, its caption, and its tag. Nothing here is rendered.
+"""The scene behind a sample, its caption and its tag, without rendering.
 
-The caption has one clause per modality, so the caption of any subset of modalities is defined: its
-clauses, in order.
+The caption has one clause per modality. The caption of any subset of modalities is its clauses, in order.
+
+Random numbers are a pure function of seed, index and purpose, on any machine: Philox is a counter-based
+generator whose output is specified. Its key is the sample and the top word of its counter the purpose, so
+that streams never overlap.
 """
 
 import math
@@ -21,7 +24,7 @@ Key = tuple[int, int]  # seed and index, each from 0 to 2**64 - 1
 
 
 class Stream(IntEnum):
-    """What numbers are for. Each purpose has its own stream, so that one can change alone."""
+    """Purposes of random numbers. Each has a stream of its own, so that one can change alone."""
 
     SCENE = 0
     IMAGE = 1
@@ -33,29 +36,29 @@ class Stream(IntEnum):
 
 
 def words(key: Key, stream: Stream, count: int) -> npt.NDArray[np.uint64]:
-    """`count` random words of 64 bits. Raises OverflowError if seed or index is out of its range."""
-    exact = np.array(key, np.uint64)  # as a tuple, one number above 2**63 would round both to floats
+    """Return `count` random words of 64 bits. Raises OverflowError if seed or index is out of range."""
+    exact = np.array(key, np.uint64)  # from a tuple with a number above 2**63, numpy would make floats
     return np.random.Philox(key=exact, counter=(0, 0, 0, int(stream))).random_raw(count)
 
 
 def uniforms(key: Key, stream: Stream, count: int) -> npt.NDArray[np.float64]:
-    """`count` numbers in [0, 1), each made of the top 53 bits of a word."""
+    """Return `count` numbers in [0, 1), from the top 53 bits of a word each."""
     return (words(key, stream, count) >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
 def grains(key: Key, stream: Stream, count: int) -> npt.NDArray[np.float32]:
-    """`count` numbers in [-1, 1), coarse and cheap: one byte each."""
+    """Return `count` coarse numbers in [-1, 1), from one byte each."""
     octets = words(key, stream, math.ceil(count / 8)).astype("<u8").view(np.int8)[:count]
     return octets.astype(np.float32) * np.float32(1 / 128)
 
 
 def pick(uniform: float, options: Sequence[T]) -> T:
-    """The option that a number in [0, 1) stands for."""
+    """Return an option, chosen by a number in [0, 1)."""
     return options[int(uniform * len(options))]
 
 
 def between(uniform: float, bounds: tuple[float, float]) -> float:
-    """A number in [0, 1) stretched to `bounds`."""
+    """Return a number in [0, 1) scaled to `bounds`."""
     return bounds[0] + uniform * (bounds[1] - bounds[0])
 
 
@@ -70,8 +73,8 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
     "pink": (250, 152, 200),
     "white": (244, 244, 244),
 }
-SIZES: Mapping[str, tuple[float, float]] = {"small": (8.0, 8.4), "large": (12.0, 12.8)}  # radius on a side of 64
-POSITIONS = (  # a grid of three by three, in reading order
+SIZES: Mapping[str, tuple[float, float]] = {"small": (8.0, 8.4), "large": (12.0, 12.8)}  # radius at 64 pixels
+POSITIONS = (  # a grid of 3 x 3, in reading order
     "at the top left",
     "at the top",
     "at the top right",
@@ -125,17 +128,17 @@ VOCABULARY = tuple(
 
 
 def _pairs(distance: float) -> tuple[tuple[int, int], ...]:
-    """Pairs of grid positions, in reading order, at least `distance` cells apart."""
+    """Return pairs of grid positions, in reading order, at least `distance` cells apart."""
     pairs = combinations(range(len(POSITIONS)), 2)
     return tuple((a, b) for a, b in pairs if math.dist(divmod(a, 3), divmod(b, 3)) >= distance)
 
 
-_SMALL_PAIRS, _OTHER_PAIRS = _pairs(1.4), _pairs(2.0)  # where two shapes never touch
+_SMALL_PAIRS, _OTHER_PAIRS = _pairs(1.4), _pairs(2.0)  # positions at which two shapes do not touch
 
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One shape of a picture, each attribute a word or phrase of the caption."""
+    """A shape in an image; each attribute is a word or phrase of the caption."""
 
     form: str
     colour: str
@@ -148,7 +151,7 @@ class Shape:
 
 @dataclass(frozen=True, slots=True)
 class Sound:
-    """What is heard, each attribute a word or phrase of the caption."""
+    """The audio of a scene; each attribute is a word or phrase of the caption."""
 
     kind: str
     pitch: str
@@ -161,7 +164,7 @@ class Sound:
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """What is true of one sample. Two shapes come in reading order: their order carries no secret."""
+    """The content of one sample. Two shapes are in reading order, as in the caption."""
 
     seed: int
     index: int
@@ -172,7 +175,7 @@ class Scene:
 
     @classmethod
     def draw(cls, seed: int, index: int) -> "Scene":
-        """Sample `index` of `seed`; both are integers from 0 to 2**64 - 1."""
+        """Return sample `index` of `seed`; both are integers from 0 to 2**64 - 1."""
         u = uniforms((seed, index), Stream.SCENE, 16).tolist()
         sizes = [pick(u[0], tuple(SIZES)), pick(u[1], tuple(SIZES))]
         cells: tuple[int, ...] = pick(u[3], _SMALL_PAIRS if sizes == ["small", "small"] else _OTHER_PAIRS)
@@ -188,11 +191,11 @@ class Scene:
 
     @property
     def key(self) -> str:
-        """The sample's key in a shard; it differs between seeds, so corpora can be joined."""
+        """The sample's key in a shard. It includes the seed, so that corpora can be joined."""
         return f"{self.seed}-{self.index:06d}"
 
     def clauses(self) -> dict[Modality, str]:
-        """What each modality shows, and no other does."""
+        """Return the clause of each modality, which the others do not show."""
         return {
             "image": " and ".join(map(str, self.shapes)),
             "audio": f"with {self.sound}",
@@ -200,13 +203,13 @@ class Scene:
         }
 
     def caption(self, modalities: Collection[Modality] = MODALITIES) -> str:
-        """The true caption of the sample when only `modalities` are known. All words are of VOCABULARY."""
+        """Return the caption for `modalities`. All its words are in VOCABULARY."""
         clauses = self.clauses()
         return ", ".join(clauses[modality] for modality in MODALITIES if modality in modalities) + "."
 
 
 def generate_scenes(seed: int, start: int = 0, count: int | None = None) -> Iterator[Scene]:
-    """Scenes `start`, `start + 1`, ... of `seed`; without end if `count` is None."""
+    """Yield scenes `start`, `start + 1`, ... of `seed`; without end if `count` is None."""
     index = start
     while count is None or index < start + count:
         yield Scene.draw(seed, index)
@@ -214,6 +217,6 @@ def generate_scenes(seed: int, start: int = 0, count: int | None = None) -> Iter
 
 
 def tag(scene: Scene) -> str:
-    """The sample's text: place and time in one of several templates and cases."""
+    """Return the sample's text: place and time in one of several templates and cases."""
     template, case = uniforms((scene.seed, scene.index), Stream.TAG, 2).tolist()
     return str(pick(case, CASES)(pick(template, TAGS).format(place=scene.place, time=scene.time)))

@@ -1,4 +1,4 @@
-"""The corpus as WebDataset shards, for `mmbeam demo` and for tests. Real codecs, several of each kind."""
+"""Writes the corpus as WebDataset shards, in several image and audio codecs, for `mmbeam demo` and for tests."""
 
 import io
 import json
@@ -19,27 +19,27 @@ _AUDIO_CODECS = ("wav", "flac", "ogg", "mp3")
 
 
 def metadata(scene: Scene) -> dict[str, Any]:
-    """The sample's JSON: its caption, the truth behind it, and where it comes from."""
-    truth = asdict(scene)
-    return {"caption": scene.caption(), "clauses": scene.clauses(), **truth, "made_by": "mmbeam", "license": "CC0-1.0"}
+    """Return the JSON of a sample: its caption and clauses, the fields of the scene, maker and license."""
+    origin = {"made_by": "mmbeam", "license": "CC0-1.0"}
+    return {"caption": scene.caption(), "clauses": scene.clauses(), **asdict(scene), **origin}
 
 
 def encode_image(image: ImageHWC, codec: str) -> bytes:
-    """Encode a picture as jpg, png or webp."""
+    """Encode an image as jpg, png or webp."""
     stream = io.BytesIO()
     Image.fromarray(image).save(stream, {"jpg": "JPEG"}.get(codec, codec.upper()), quality=92)
     return stream.getvalue()
 
 
 def encode_audio(wave: Waveform, rate: int, codec: str) -> bytes:
-    """Encode a sound as wav, flac, ogg (Vorbis; its stream number is random, so its bytes differ) or mp3."""
+    """Encode audio as wav, flac, mp3 or ogg (Vorbis, whose bytes differ between calls by a random stream number)."""
     stream = io.BytesIO()
     soundfile.write(stream, wave, rate, format=codec.upper())
     return stream.getvalue()
 
 
 def members(scene: Scene, image_side: int, rate: int) -> dict[str, Any]:
-    """A sample as webdataset writes it; codecs change with the index, so that all pairs of them occur."""
+    """Return a sample for webdataset's writer. Codecs cycle with the index, so that all pairs occur."""
     image_codec = _IMAGE_CODECS[scene.index % len(_IMAGE_CODECS)]
     audio_codec = _AUDIO_CODECS[scene.index % len(_AUDIO_CODECS)]
     return {
@@ -63,12 +63,12 @@ def write_corpus(
 ) -> list[Path]:
     """Write scenes `start` to `start + samples` of `seed` as WebDataset shards, and return their paths.
 
-    Raises UsageError if a shard would be empty; OSError as the disk gives it.
+    Raises UsageError if a shard would be empty, OSError if writing fails.
     """
-    from webdataset import ShardWriter  # here, because it imports torch, and rendering needs none
+    from webdataset import ShardWriter  # imports torch, which rendering does not need
 
     if not 1 <= shards <= samples:
-        raise UsageError(f"{samples} samples cannot fill {shards} shards; ask for 1 to {samples} shards")
+        raise UsageError(f"{samples} samples cannot fill {shards} shards; expected 1 to {samples} shards")
     directory.mkdir(parents=True, exist_ok=True)
     pattern = f"{str(directory.absolute()).replace('%', '%%')}/corpus-%05d.tar"
     for shard in range(shards):

@@ -1,8 +1,8 @@
-"""Samples decoded: bytes to uint8 pixels, float waveforms and strings, with limits.
+"""Decoding of samples: bytes to uint8 pixels, float waveforms and strings, with limits.
 
-Shards are written by strangers, so whatever the bytes are, the outcome is a value or a SampleError, in
-time and memory that the limits bound. All of it is safe in threads, and the codecs release the GIL.
-Only MemoryError comes out, as a fault of the surroundings.
+Shards are untrusted: any bytes yield a value or a SampleError, in time and memory bounded by the limits. The
+only other exception is MemoryError, a fault of the environment. Decoding is thread-safe, and codecs release
+the GIL.
 """
 
 from collections.abc import Callable
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def wanted_fields(reading: Reading, needs: Needs) -> Callable[[str], bool]:
-    """Whether the bytes of a field (lower case) have to be read: text and metadata always are."""
+    """Return a predicate: whether the bytes of a field (lower case) are needed. Text and metadata always are."""
     kinds = _wanted_kinds(reading, needs)
     return lambda name: reading.fields.kind(name) in kinds
 
@@ -41,12 +41,11 @@ def _wanted_kinds(reading: Reading, needs: Needs) -> frozenset[Kind]:
 
 
 def decode_sample(raw: RawSample, reading: Reading, needs: Needs) -> tuple[Sample, tuple[Failure, ...]]:
-    """The sample with what could be decoded of it, and a Failure for each thing that could not.
+    """Return the sample with the values that could be decoded, and a Failure for each that could not.
 
-    Pictures and sounds that no stage needs are not decoded; if a `where` expression asks for their size
-    or length, that alone is read from their header (an Audio without waves).
-    Of a sample that the shard cut short, or that has a damaged header inside, nothing is decoded, since
-    what it lost is not known: it gets one Failure of the whole sample (modality "").
+    Images and audio that no stage needs are not decoded. If a `where` expression uses their size or length,
+    only their header is read (an Audio without waves). A truncated sample, or one with a damaged header inside,
+    is not decoded, since the extent of the loss is unknown: it gets one Failure for the whole sample (modality "").
     """
     chosen = reading.fields.choose(raw.fields)
     values: dict[str, Any] = {"present": frozenset(kind for kind in MODALITIES if kind in chosen)}
@@ -68,7 +67,7 @@ def decode_sample(raw: RawSample, reading: Reading, needs: Needs) -> tuple[Sampl
 def _whole_sample_failures(raw: RawSample) -> list[Failure]:
     failures = [_read_failure(raw, "", damage) for damage in raw.damages if damage.field == ""]
     if raw.truncated and not failures:
-        message = f"the shard breaks off inside this sample, after {', '.join(raw.fields) or 'its first header'}"
+        message = f"the shard ends inside this sample, after {', '.join(raw.fields) or 'its first header'}"
         failures.append(Failure.of(raw, "read", "DecodeError", message))
     return failures[:1]
 
@@ -80,7 +79,7 @@ def _read_failure(raw: RawSample, modality: str, damage: Damage) -> Failure:
 
 def _member(raw: RawSample, name: str) -> bytes:
     if name not in raw.members:
-        raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage says why")
+        raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage was recorded")
     return raw.members[name]
 
 

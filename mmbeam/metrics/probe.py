@@ -1,8 +1,8 @@
-"""A linear probe: how well a label can be read off a vector by a linear classifier, on samples held out.
+"""A linear probe: how well a linear classifier predicts a label from a vector, on held-out samples.
 
-Multinomial logistic regression on standardised features, by scikit-learn; not a tuned classifier, but the
-same one for every embedding, so that embeddings can be compared (Alain and Bengio, "Understanding
-intermediate layers using linear classifier probes", 2016).
+Multinomial logistic regression on standardised features, by scikit-learn. It is not tuned, and the same for
+every embedding, so that embeddings can be compared (Alain and Bengio, "Understanding intermediate layers using
+linear classifier probes", 2016).
 """
 
 import hashlib
@@ -14,36 +14,38 @@ import numpy as np
 import numpy.typing as npt
 
 from mmbeam.errors import JobError, UsageError
+from mmbeam.metrics.retrieval import Vectors
 from mmbeam.metrics.text import library
 
-HELD_OUT = 0.2  # share of the samples that is tested on
+HELD_OUT = 0.2  # fraction of the samples in the test split
 MAX_ITERATIONS = 1000
-
-Vectors = npt.NDArray[np.floating[Any]]  # [rows, width]
 
 
 def held_out(keys: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Whether a sample is tested on: by a hash of its key, so that it is so in every run and for every model."""
-    return np.array([_fraction(key) < HELD_OUT for key in keys], dtype=np.bool_)
-
-
-def _fraction(key: str) -> float:
-    digest = hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest()
-    return int.from_bytes(digest, "big") / 2**64
+    """Return which samples are in the test split, by a hash of the key, so that every run and model has the same."""
+    digests = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys]
+    return np.array([int.from_bytes(digest, "big") / 2**64 < HELD_OUT for digest in digests], dtype=np.bool_)
 
 
 def linear_probe(vectors: Vectors, labels: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
-    """Scores on the samples held out, of a classifier that was fitted to the others.
+    """Return scores on the held-out samples of a classifier fitted to the others.
 
-    Precision, recall and F1 are means over the classes that were tested or predicted; the AUC is that of each
-    class against the rest, the mean over the classes that were fitted and tested. `majority` is the accuracy
-    of always saying the commonest class. A class that was not fitted counts as wrong.
+    Precision, recall and F1 are means over the classes that were tested or predicted. The AUC is one class against
+    the rest, averaged over the classes that were fitted and tested. `majority` is the accuracy of always predicting
+    the most frequent class. A class that was not fitted counts as wrong.
 
-    Raises UsageError if the labels are nearly all different, JobError if a side of the split has no sample or
-    fewer than two classes were fitted.
+    Raises UsageError if nearly all labels differ, JobError if a split is empty or fewer than two classes were
+    fitted.
     """
     target, test = np.asarray(labels), held_out(keys)
-    _check(target, test)
+    distinct, fitted = len(np.unique(target)), len(np.unique(target[~test]))
+    if distinct > 2 and distinct * 2 > len(target):
+        raise UsageError(f"expected labels that repeat, found {distinct:,} different labels in {len(target):,} rows")
+    if fitted < 2 or not test.any():
+        raise JobError(
+            f"a probe needs two classes to fit and a sample to test; found {fitted} classes in "
+            f"{(~test).sum():,} rows, and {test.sum():,} held-out rows"
+        )
     model = _fit(vectors[~test], target[~test])
     truth, probabilities = target[test], model.predict_proba(vectors[test])
     names = model[-1].classes_
@@ -59,25 +61,13 @@ def linear_probe(vectors: Vectors, labels: Sequence[str], keys: Sequence[str]) -
     }
 
 
-def _check(target: npt.NDArray[Any], test: npt.NDArray[np.bool_]) -> None:
-    classes = len(np.unique(target))
-    if classes > 2 and classes * 2 > len(target):
-        raise UsageError(f"expected labels that come again, found {classes:,} different ones in {len(target):,} rows")
-    fitted = len(np.unique(target[~test]))
-    if fitted < 2 or not test.any():
-        raise JobError(
-            f"a probe needs two classes to fit and a sample to test; found {fitted} classes in "
-            f"{(~test).sum():,} rows, and {test.sum():,} rows held out"
-        )
-
-
 def _fit(vectors: Vectors, target: npt.NDArray[Any]) -> Any:
     linear, preprocessing = library("sklearn.linear_model"), library("sklearn.preprocessing")
     model = library("sklearn.pipeline").make_pipeline(
         preprocessing.StandardScaler(), linear.LogisticRegression(max_iter=MAX_ITERATIONS)
     )
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)  # said by `converged`
+        warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)  # reported as `converged`
         return model.fit(vectors, target)
 
 
@@ -91,7 +81,7 @@ def _scores(truth: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> dict[str, f
 
 
 def _auc(truth: npt.NDArray[Any], probabilities: npt.NDArray[Any], names: Sequence[str]) -> float | None:
-    """None if no class tells samples apart: there is one class in the test."""
+    """Return the mean one-against-rest AUC; None if the test split has a single class."""
     score = library("sklearn.metrics").roc_auc_score
     present = [(column, truth == name) for column, name in enumerate(names) if (truth == name).any()]
     areas = [score(of_class, probabilities[:, column]) for column, of_class in present if not of_class.all()]

@@ -1,6 +1,8 @@
-"""Metrics of a text against its references: what each counts in a sample, and the score that counts give.
+"""Text metrics: the counts of one sample, the scores that sums of counts give, and the totals of a corpus.
 
-A sample's counts added up over a corpus give the corpus score of the library that defines the metric.
+Counts are integers, so that sums are exact: any partition of a corpus, in any order, gives the same score to the
+last bit, and it equals the corpus score of the library that defines the metric. Means of real numbers are kept
+as fixed-point integers for the same reason.
 """
 
 import heapq
@@ -9,18 +11,23 @@ import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
-from typing import Any, Literal, Protocol, Self
+from typing import Any, Literal, Self
 
 from mmbeam.errors import UsageError
 from mmbeam.metrics.cider import CiderD
 from mmbeam.metrics.pairs import Pair
 
-FRACTION_BITS = 128  # a double above 2**-75 (3e-23) is exact in it; a smaller one is cut at 3e-39
+Scores = dict[str, float]
+
+FRACTION_BITS = 128  # of fixed-point numbers: doubles above 2**-75 (3e-23) are exact, smaller ones truncated at 3e-39
+ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+WORST = 5  # samples that are kept
+SHOWN_CHARS = 500  # of their texts
 
 
 @dataclass(frozen=True, slots=True)
 class Counts:
-    """Integers whose meaning is that of the metric which made them. `+` adds them one by one."""
+    """Integers whose meaning depends on the metric. `+` adds them element by element."""
 
     values: tuple[int, ...]
 
@@ -29,41 +36,36 @@ class Counts:
 
 
 def mean_counts(values: Sequence[float]) -> Counts:
-    """The counts of one sample from which `means` takes the mean of each of `values` over the samples."""
+    """Return the counts of one sample; `means` of a sum of them are the means of the values."""
     return Counts((1, *(int(math.ldexp(value, FRACTION_BITS)) for value in values)))
 
 
 def means(counts: Counts) -> list[float]:
-    """The mean over the samples of each value, correctly rounded."""
+    """Return the mean of each value over the samples, correctly rounded."""
     samples, *totals = counts.values
     return [total / (samples << FRACTION_BITS) for total in totals]
 
 
-Scores = dict[str, float]
-ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
+class TextMetric:
+    """A metric, or several that share their counts."""
 
-
-class TextMetric(Protocol):
-    """One metric, or a few that are counted together."""
-
-    @property
-    def names(self) -> tuple[str, ...]:
-        """Of its scores."""
-
-    @property
-    def lower_is_better(self) -> bool: ...
+    names: tuple[str, ...]  # of the scores
+    lower_is_better = False
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
-        """The sufficient statistics of one sample, which has at least one reference."""
+        """Return the counts of one sample; at least one reference is required."""
+        raise NotImplementedError
 
     def sample_scores(self, counts: Counts) -> Scores:
-        """The scores of the one sample that was measured."""
+        """Return the scores of one sample."""
+        raise NotImplementedError
 
     def corpus_scores(self, counts: Counts) -> Scores:
-        """The scores of a corpus, of the sum of its samples' counts."""
+        """Return the scores of a corpus from the sum of the counts of its samples."""
+        return self.sample_scores(counts)
 
 
-class Bleu:
+class Bleu(TextMetric):
     """BLEU, 0 to 100 (Papineni et al., ACL 2002), as sacrebleu: tokenizer 13a, exponential smoothing.
 
     Counts: tokens of the hypothesis and of the closest reference, then matching n-grams and n-grams by
@@ -71,7 +73,6 @@ class Bleu:
     """
 
     names = ("bleu",)
-    lower_is_better = False
 
     def __init__(self) -> None:
         self._bleu = library("sacrebleu").BLEU(effective_order=True)
@@ -98,7 +99,7 @@ class Bleu:
         return float(score.score)
 
 
-class Chrf:
+class Chrf(TextMetric):
     """chrF, 0 to 100 (Popovic, WMT 2015): characters without whitespace, orders 1 to 6, beta 2.
 
     Equal to sacrebleu's CHRF, which offers no statistics that add up. Counts, by order: the n-grams of the
@@ -106,7 +107,6 @@ class Chrf:
     """
 
     names = ("chrf",)
-    lower_is_better = False
     ORDER = 6
     BETA = 2.0
 
@@ -142,72 +142,66 @@ class Chrf:
         """Return chrF of one sample, or of a corpus."""
         return {"chrf": self._score(counts)}
 
-    corpus_scores = sample_scores
 
+class Rouge(TextMetric):
+    """ROUGE-1, 2 and L, F measure, 0 to 1 (Lin, ACL 2004), as rouge-score without stemming.
 
-class Rouge:
-    """ROUGE-1, 2 and L, F measure, 0 to 1: Lin, ACL 2004; as rouge-score without stemming.
-
-    Of several references the best counts. Its tokens are runs of a-z and 0-9: text of another script scores 0.
+    The best of several references counts. Tokens are runs of a-z and 0-9: text in another script scores 0.
     """
 
     names = ROUGE_TYPES
-    lower_is_better = False
 
     def __init__(self) -> None:
         self._scorer = library("rouge_score.rouge_scorer").RougeScorer(ROUGE_TYPES)
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
+        """Return the scores of the sample, to be averaged."""
         scores = self._scorer.score_multi(references, hypothesis)
         return mean_counts([scores[name].fmeasure for name in self.names])
 
     def sample_scores(self, counts: Counts) -> Scores:
+        """Return the mean scores."""
         return dict(zip(self.names, means(counts), strict=True))
 
-    corpus_scores = sample_scores
 
-
-class Cider:
+class Cider(TextMetric):
     """CIDEr-D, 0 to 10, the mean over the samples: see mmbeam.metrics.cider."""
 
     names = ("cider",)
-    lower_is_better = False
 
     def __init__(self, frequencies: Mapping[str, int]) -> None:
         self._cider = CiderD(frequencies)
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
+        """Return the score of the sample, to be averaged."""
         return mean_counts([self._cider.score(hypothesis, references)])
 
     def sample_scores(self, counts: Counts) -> Scores:
+        """Return the mean score."""
         return {"cider": means(counts)[0]}
 
-    corpus_scores = sample_scores
 
-
-class ExactMatch:
-    """The share of samples whose text is one of the references, but for whitespace at the ends; 0 to 1."""
+class ExactMatch(TextMetric):
+    """The fraction of samples whose text equals a reference, apart from whitespace at the ends; 0 to 1."""
 
     names = ("exact_match",)
-    lower_is_better = False
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
-        same = any(hypothesis.strip() == reference.strip() for reference in references)
-        return Counts((1, int(same)))
+        """Return the number of samples and of matches."""
+        return Counts((1, int(any(hypothesis.strip() == reference.strip() for reference in references))))
 
     def sample_scores(self, counts: Counts) -> Scores:
+        """Return the fraction of matches."""
         samples, matches = counts.values
         return {"exact_match": matches / samples}
 
-    corpus_scores = sample_scores
 
+class ErrorRate(TextMetric):
+    """Word or character error rate: edits per word or character of the reference; 0 is best, it may exceed 1.
 
-class ErrorRate:
-    """Word or character error rate: edits per word or character of the reference; 0 is best, above 1 can be.
-
-    Levenshtein's distance as jiwer counts it, whitespace collapsed, case and punctuation as they are. Of
-    several references that with the lowest rate counts. Where there is nothing but silence, jiwer's
-    convention holds: the rate is the number of insertions.
+    The Levenshtein distance as in jiwer: whitespace is collapsed, case and punctuation are kept. Of several
+    references, the one with the lowest rate counts. For an empty reference jiwer's convention applies: the rate is
+    the number of insertions.
     """
 
     lower_is_better = True
@@ -217,22 +211,18 @@ class ErrorRate:
         self._process = getattr(library("jiwer"), f"process_{unit}")
 
     def measure(self, hypothesis: str, references: Sequence[str]) -> Counts:
-        return min((self._edits(hypothesis, reference) for reference in references), key=_rate)
-
-    def _edits(self, hypothesis: str, reference: str) -> Counts:
-        found = self._process(reference, hypothesis)
-        wrong = found.substitutions + found.deletions
-        return Counts((wrong + found.insertions, wrong + found.hits))
+        """Return the number of edits, and of words or characters in the reference."""
+        alignments = [self._process(reference, hypothesis) for reference in references]
+        edits = [
+            Counts((a.substitutions + a.deletions + a.insertions, a.substitutions + a.deletions + a.hits))
+            for a in alignments
+        ]
+        return min(edits, key=lambda counts: self.sample_scores(counts)[self.names[0]])
 
     def sample_scores(self, counts: Counts) -> Scores:
-        return {self.names[0]: _rate(counts)}
-
-    corpus_scores = sample_scores
-
-
-def _rate(counts: Counts) -> float:
-    edits, length = counts.values
-    return edits / max(length, 1)
+        """Return the error rate."""
+        edits, length = counts.values
+        return {self.names[0]: edits / max(length, 1)}
 
 
 _METRICS: Mapping[str, Callable[[], TextMetric]] = {
@@ -243,39 +233,35 @@ _METRICS: Mapping[str, Callable[[], TextMetric]] = {
     "wer": lambda: ErrorRate("words"),
     "cer": lambda: ErrorRate("characters"),
 }
-CIDER = "cider"  # the one that must know the whole corpus first
+CIDER = "cider"  # needs the document frequencies of the whole corpus
 METRICS = (*_METRICS, CIDER)
-ERROR_RATES = frozenset({"wer", "cer"})  # to these an empty reference is silence, and not a missing one
+ERROR_RATES = frozenset({"wer", "cer"})  # for these an empty reference is silence, not a missing reference
 
 
 def text_metrics(names: Sequence[str], frequencies: Mapping[str, int] | None = None) -> dict[str, TextMetric]:
-    """The metrics of these names; `frequencies` are the corpus's document frequencies, for CIDEr-D.
+    """Return metrics by name; `frequencies` are the corpus's document frequencies, for CIDEr-D.
 
-    Raises UsageError for a name that is none, or whose library is not installed.
+    Raises UsageError for an unknown name, or if a library is not installed.
     """
     for name in names:
         if name not in METRICS:
-            raise UsageError(f"metric {name!r} is unknown; the metrics are {', '.join(METRICS)}")
+            raise UsageError(f"unknown metric {name!r}; the metrics are {', '.join(METRICS)}")
     return {name: Cider(frequencies or {}) if name == CIDER else _METRICS[name]() for name in names}
 
 
 def library(name: str) -> Any:
-    """An optional library. Raises UsageError that says how to install it."""
+    """Import an optional library. Raises UsageError with the command that installs it."""
     try:
         return importlib.import_module(name)
     except ModuleNotFoundError as error:
         raise UsageError(f"this metric needs {error.name}; install it with: pip install 'mmbeam[eval]'") from error
 
 
-SHOWN = 5  # of the worst samples
-SHOWN_CHARS = 500  # of a text that is kept to be shown
-
-
 @dataclass(frozen=True, order=True, slots=True)
 class Worst:
-    """A sample among the worst; they are ordered from the worst on, ties by where the sample is."""
+    """A sample with a bad score. The order is from the worst, then by shard and offset."""
 
-    badness: float  # the score, negative where a low one is good
+    badness: float  # the score, negated if lower is better: the smallest is the worst
     shard: str
     offset: int
     key: str
@@ -285,15 +271,15 @@ class Worst:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TextTotals:
-    """Counts of rows and of each metric. `+` is associative and commutative, and exact."""
+    """The counts of rows and of each metric. `+` is exact, associative and commutative."""
 
     rows: int = 0
     scored: int = 0
     without_hypothesis: int = 0
-    without_reference: int = 0  # of those that have a hypothesis
-    empty: int = 0  # of those scored: the hypothesis is blank
-    references: int = 0  # of those scored
-    foreign: int = 0  # of those scored: no reference has a letter or digit of ASCII, which is all that ROUGE sees
+    without_reference: int = 0  # of rows with a hypothesis
+    empty: int = 0  # of scored rows: the hypothesis is blank
+    references: int = 0  # of scored rows
+    foreign: int = 0  # of scored rows: no reference has an ASCII letter or digit, so that ROUGE sees no token
     counts: Mapping[str, Counts] = field(default_factory=dict)  # by metric
     worst: tuple[Worst, ...] = ()
 
@@ -302,57 +288,58 @@ class TextTotals:
         counts = dict(self.counts)
         for name, more in other.counts.items():
             counts[name] = counts[name] + more if name in counts else more
-        worst = heapq.nsmallest(SHOWN, (*self.worst, *other.worst))
+        worst = heapq.nsmallest(WORST, (*self.worst, *other.worst))
         return TextTotals(**numbers, counts=counts, worst=tuple(worst))
 
-    def scores(self, metrics: Mapping[str, TextMetric]) -> dict[str, float]:
-        """The corpus's scores by those metrics that have counted something."""
-        found: dict[str, float] = {}
+    def scores(self, metrics: Mapping[str, TextMetric]) -> Scores:
+        """Return the corpus scores of the metrics that have counts."""
+        scores: Scores = {}
         for name, counts in self.counts.items():
-            found |= metrics[name].corpus_scores(counts)
-        return found
+            scores |= metrics[name].corpus_scores(counts)
+        return scores
 
     def to_json(self) -> dict[str, Any]:
+        """Return the totals as JSON values."""
         return {**asdict(self), "counts": {name: list(counts.values) for name, counts in self.counts.items()}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
+        """Return the totals that `to_json` stored."""
         counts = {name: Counts(tuple(values)) for name, values in data["counts"].items()}
-        worst = tuple(Worst(**each) for each in data["worst"])
-        return cls(**{**data, "counts": counts, "worst": worst})
+        return cls(**{**data, "counts": counts, "worst": tuple(Worst(**sample) for sample in data["worst"])})
 
 
-def score_pair(pair: Pair, metrics: Mapping[str, TextMetric]) -> tuple[TextTotals, dict[str, float]]:
-    """The totals of one row, and its scores by name: empty if there is nothing to compare.
+def score_pair(pair: Pair, metrics: Mapping[str, TextMetric]) -> tuple[TextTotals, Scores]:
+    """Return the totals and the scores of one row; there are no scores without a hypothesis or a reference.
 
-    The first of `metrics` says what is worst.
+    The worst samples are those of the first metric.
     """
     if pair.hypothesis is None:
         return TextTotals(rows=1, without_hypothesis=1), {}
     if not pair.references:
         return TextTotals(rows=1, without_reference=1), {}
     counts = {name: metric.measure(pair.hypothesis, pair.references) for name, metric in metrics.items()}
-    scores = {
-        name: score for metric, found in counts.items() for name, score in metrics[metric].sample_scores(found).items()
-    }
+    scores: Scores = {}
+    for name, metric in metrics.items():
+        scores |= metric.sample_scores(counts[name])
+    first = next(iter(metrics.values()))
+    score = scores[first.names[0]]
+    worst = Worst(
+        badness=-score if first.lower_is_better else score,
+        shard=pair.shard,
+        offset=pair.offset,
+        key=pair.key,
+        hypothesis=pair.hypothesis[:SHOWN_CHARS],
+        reference=pair.references[0][:SHOWN_CHARS],
+    )
+    is_ascii = any(char.isascii() and char.isalnum() for text in pair.references for char in text)
     totals = TextTotals(
         rows=1,
         scored=1,
         empty=int(not pair.hypothesis.strip()),
         references=len(pair.references),
-        foreign=int(not any(_has_ascii_word(text) for text in pair.references)),
+        foreign=int(not is_ascii),
         counts=counts,
-        worst=(_worst(pair, next(iter(metrics.values())), scores),),
+        worst=(worst,),
     )
     return totals, scores
-
-
-def _worst(pair: Pair, metric: TextMetric, scores: Mapping[str, float]) -> Worst:
-    score = scores[metric.names[0]]
-    badness = -score if metric.lower_is_better else score
-    hypothesis, reference = (text[:SHOWN_CHARS] for text in (pair.hypothesis or "", pair.references[0]))
-    return Worst(badness, pair.shard, pair.offset, pair.key, hypothesis, reference)
-
-
-def _has_ascii_word(text: str) -> bool:
-    return any(char.isascii() and char.isalnum() for char in text)
