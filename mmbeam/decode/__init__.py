@@ -6,6 +6,7 @@ the GIL.
 """
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from mmbeam.clean import clean_text, where_needs
@@ -48,58 +49,49 @@ def decode_sample(raw: RawSample, reading: Reading, needs: Needs) -> tuple[Sampl
     is not decoded, since the extent of the loss is unknown: it gets one Failure for the whole sample (modality "").
     """
     chosen = reading.fields.choose(raw.fields)
-    values: dict[str, Any] = {"present": frozenset(kind for kind in MODALITIES if kind in chosen)}
-    failures = _whole_sample_failures(raw)
-    if not failures:
-        damages = {damage.field: damage for damage in raw.damages}
-        for kind in sorted(_wanted_kinds(reading, needs) & chosen.keys(), key=KINDS.index):
-            name = chosen[kind]
-            if name in damages:
-                failures.append(_read_failure(raw, kind, damages[name]))
-                continue
-            try:
-                values |= _decode(kind, _member(raw, name), reading, needs)
-            except SampleError as error:
-                failures.append(Failure.of(raw, "decode", error, modality=kind))
-    return Sample(key=raw.key, shard=raw.shard, offset=raw.offset, **values), tuple(failures)
-
-
-def _whole_sample_failures(raw: RawSample) -> list[Failure]:
-    failures = [_read_failure(raw, "", damage) for damage in raw.damages if damage.field == ""]
-    if raw.truncated and not failures:
+    present = frozenset(kind for kind in MODALITIES if kind in chosen)
+    sample = partial(Sample, key=raw.key, shard=raw.shard, offset=raw.offset, present=present)
+    for damage in raw.damages:
+        if damage.field == "":
+            return sample(), (_damage_failure(raw, damage),)
+    if raw.truncated:
         message = f"the shard ends inside this sample, after {', '.join(raw.fields) or 'its first header'}"
-        failures.append(Failure.of(raw, "read", "DecodeError", message))
-    return failures[:1]
+        return sample(), (Failure.of(raw, "read", "DecodeError", message),)
+    damages = {damage.field: damage for damage in raw.damages}
+    values: dict[str, Any] = {}
+    failures: list[Failure] = []
+    for kind in sorted(_wanted_kinds(reading, needs) & chosen.keys(), key=KINDS.index):
+        name = chosen[kind]
+        if name in damages:
+            failures.append(_damage_failure(raw, damages[name], kind))
+            continue
+        if name not in raw.members:
+            raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage was recorded")
+        try:
+            values |= _decode(kind, raw.members[name], reading, needs)
+        except SampleError as error:
+            failures.append(Failure.of(raw, "decode", error, modality=kind))
+    return sample(**values), tuple(failures)
 
 
-def _read_failure(raw: RawSample, modality: str, damage: Damage) -> Failure:
-    message = f"at byte {damage.offset:,}: {damage.message}"
-    return Failure.of(raw, "read", damage.error, message, modality=modality)
-
-
-def _member(raw: RawSample, name: str) -> bytes:
-    if name not in raw.members:
-        raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage was recorded")
-    return raw.members[name]
+def _damage_failure(raw: RawSample, damage: Damage, modality: str = "") -> Failure:
+    return Failure.of(raw, "read", damage.error, f"at byte {damage.offset:,}: {damage.message}", modality=modality)
 
 
 def _decode(kind: Kind, data: bytes, reading: Reading, needs: Needs) -> dict[str, Any]:
-    """The values of a Sample that come from the member of one kind."""
+    """Return the fields of a Sample for the member of one kind."""
     limits = reading.limits
-    if kind == "image":
-        return _decode_image(data, reading, needs)
-    if kind == "audio":
-        if kind in needs.modalities:
+    match kind:
+        case "image" if kind not in needs.modalities:
+            return {"image_size": image_size(data, limits)}
+        case "image":
+            image, size = decode_image(data, limits, reading.background, needs.image_side, reading.draft)
+            return {"image": image, "image_size": size}
+        case "audio" if kind not in needs.modalities:
+            return {"audio": Audio(waves={}, seconds=audio_seconds(data, limits))}
+        case "audio":
             return {"audio": decode_audio(data, limits, needs.sampling_rates)}
-        return {"audio": Audio(waves={}, seconds=audio_seconds(data, limits))}
-    if kind == "metadata":
-        return {"metadata": decode_metadata(data, limits)}
+        case "metadata":
+            return {"metadata": decode_metadata(data, limits)}
     text, steps = decode_text(data, limits), reading.cleaning.text
     return {"text": text, "text_clean": clean_text(text, steps) if steps else None}
-
-
-def _decode_image(data: bytes, reading: Reading, needs: Needs) -> dict[str, Any]:
-    if "image" not in needs.modalities:
-        return {"image_size": image_size(data, reading.limits)}
-    image, size = decode_image(data, reading.limits, reading.background, needs.image_side, reading.draft)
-    return {"image": image, "image_size": size}

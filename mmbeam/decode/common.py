@@ -1,4 +1,4 @@
-"""Shared by the decoders: codec exceptions as sample errors, and text that is safe in a message."""
+"""Shared by the decoders: codec exceptions as sample errors, and the description of unknown bytes."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
