@@ -44,7 +44,7 @@ from transformers import (
 )
 
 from mmbeam.config import Windows
-from mmbeam.decode import decode_image
+from mmbeam.decode.image import decode_image
 from mmbeam.models.generators import describe, family_of, load
 from mmbeam.prompts.ask import Decoding, Request
 from mmbeam.readers.windows import Ahead, ordered_map

@@ -23,8 +23,9 @@ from typing import Any
 import torch
 
 from mmbeam.config import Reading, Windows
-from mmbeam.corpus import write_corpus
-from mmbeam.decode import decode_audio, decode_image
+from mmbeam.corpus.write import write_corpus
+from mmbeam.decode.audio import decode_audio
+from mmbeam.decode.image import decode_image
 from mmbeam.models.generators import describe, load
 from mmbeam.models.loading import resolve
 from mmbeam.names import SHIPPED_MODEL

@@ -28,7 +28,8 @@ import numpy as np
 import torch
 
 from mmbeam.config import Reading
-from mmbeam.decode import decode_audio, decode_image
+from mmbeam.decode.audio import decode_audio
+from mmbeam.decode.image import decode_image
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.loading import parse_dtype

@@ -17,7 +17,7 @@ from mmbeam import config
 from mmbeam.cli import main
 from mmbeam.commands import caption as commands
 from mmbeam.config import Cleaning, Reading
-from mmbeam.decode import decode_image
+from mmbeam.decode.image import decode_image
 from mmbeam.errors import FailureRateError, MissingModalityError, RunMismatchError, UsageError
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.prompts.ask import Decoding, Request

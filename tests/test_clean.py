@@ -12,16 +12,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from mmbeam.clean import (
-    KIND_OF_NAME,
-    TEXT_STEPS,
-    check_steps,
-    clean_text,
-    compile_where,
-    parse_image_filter,
-    rejecting_expression,
-    where_needs,
-)
+from mmbeam.clean import parse_image_filter
+from mmbeam.clean.text import TEXT_STEPS, check_steps, clean_text
+from mmbeam.clean.where import KIND_OF_NAME, compile_where, rejecting_expression, where_needs
 from mmbeam.errors import UsageError
 from mmbeam.types import Audio, Sample
 

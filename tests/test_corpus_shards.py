@@ -13,7 +13,9 @@ import soundfile
 from PIL import Image
 from webdataset.tariterators import group_by_keys, tar_file_expander
 
-from mmbeam.corpus import Scene, generate_scenes, render_audio, render_image, tag, write_corpus
+from mmbeam.corpus.render import render_audio, render_image
+from mmbeam.corpus.scene import Scene, generate_scenes, tag
+from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import UsageError
 
 

@@ -20,16 +20,10 @@ from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
 from mmbeam.config import Cleaning, FieldMap, Limits, Reading
-from mmbeam.decode import (
-    audio_seconds,
-    decode_audio,
-    decode_image,
-    decode_metadata,
-    decode_sample,
-    decode_text,
-    image_size,
-    wanted_fields,
-)
+from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.decode.audio import audio_seconds, decode_audio
+from mmbeam.decode.image import decode_image, image_size
+from mmbeam.decode.text import decode_metadata, decode_text
 from mmbeam.errors import DecodeError, FlowError, LimitError, SampleError
 from mmbeam.types import Damage, Needs, RawSample
 

@@ -26,7 +26,7 @@ from transformers import (
 
 import mmbeam
 from mmbeam.config import Limits
-from mmbeam.decode import decode_image
+from mmbeam.decode.image import decode_image
 from mmbeam.errors import ModelError
 from mmbeam.models.generators import FAMILIES, describe, family_of
 

@@ -30,7 +30,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionConfig, FusionModel
-from mmbeam.models.fusion.configuration import MASK
+from mmbeam.models.fusion.configuration import MASK, feature_source
 from mmbeam.models.loading import load_pretrained
 from mmbeam.names import MODALITIES
 
@@ -47,8 +47,7 @@ FEATURES: dict[str, tuple[Any, int, bool]] = {
 
 
 def features_of(*names: str) -> dict[str, Any]:
-    made = FusionConfig.for_features({name: FEATURES[name] for name in names or FEATURES}).sources
-    return dict(made or {})
+    return {name: feature_source(*FEATURES[name]) for name in names or FEATURES}
 
 
 MAKES: dict[str, dict[str, Any]] = {

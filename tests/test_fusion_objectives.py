@@ -72,20 +72,20 @@ def test_similarities_are_the_three_products() -> None:
     pair = ("image", "text")
     a, b = torch.randn(3, 16), torch.randn(5, 16)
     scale = model.space.scale.exp()
-    found = {kind: model.similarity(kind, pair, a, b) for kind in SIMILARITIES}
+    found = {kind: model.space.similarity(kind, pair, a, b) for kind in SIMILARITIES}
     torch.testing.assert_close(found["cosine"], scale * F.cosine_similarity(a[:, None], b[None], dim=-1))
     torch.testing.assert_close(found["dot"], (a[:, None] * b[None]).sum(-1) / 4)
     torch.testing.assert_close(found["bilinear"], found["dot"])  # it begins as the dot product
     weight = torch.randn(16, 16)
     model.space.bilinear["image|text"].data = weight
     expected = torch.einsum("ad,de,be->ab", a, weight, b) / 4
-    expected_in_float32 = model.similarity("bilinear", pair, a, b)
+    expected_in_float32 = model.space.similarity("bilinear", pair, a, b)
     torch.testing.assert_close(expected_in_float32, expected)
     with torch.autocast("cpu", torch.bfloat16):  # in mixed precision too
-        assert torch.equal(model.similarity("bilinear", pair, a, b), expected_in_float32)
+        assert torch.equal(model.space.similarity("bilinear", pair, a, b), expected_in_float32)
     with torch.no_grad():
         model.space.scale.fill_(10.0)
-    assert model.similarity("cosine", pair, a, a).max() <= 100.001
+    assert model.space.similarity("cosine", pair, a, a).max() <= 100.001
 
 
 def test_the_alignment_is_the_mean_over_pairs_and_similarities_of_those_who_have_both() -> None:
@@ -103,7 +103,7 @@ def test_the_alignment_is_the_mean_over_pairs_and_similarities_of_those_who_have
         expected = []
         for (a, b), rows in ((("image", "text"), [0, 2]), (("audio", "caption"), [0, 1, 2, 3])):
             for kind in SIMILARITIES:
-                logits = model.similarity(kind, (a, b), embeddings[a][rows], embeddings[b][rows])
+                logits = model.space.similarity(kind, (a, b), embeddings[a][rows], embeddings[b][rows])
                 expected.append(plain_info_nce(logits.numpy(), alike[rows][:, rows].numpy()))
     assert out.losses["align"].item() == pytest.approx(sum(expected) / 6, rel=1e-4)
 
@@ -116,7 +116,7 @@ def test_a_source_with_itself_is_compared_to_its_other_view(name: str) -> None:
     with torch.no_grad():
         loss = model(labels=labels, views=views, **inputs).losses["align"].item()
         first, second = (model.encode(**each).embeddings[name] for each in (inputs, views))
-        logits = model.similarity("cosine", (name, name), first, second)
+        logits = model.space.similarity("cosine", (name, name), first, second)
     assert loss == pytest.approx(plain_info_nce(logits.numpy(), torch.eye(BATCH).bool().numpy()), rel=1e-4)
 
 
@@ -127,7 +127,7 @@ def test_a_source_with_itself_without_views_is_compared_to_its_group() -> None:
     with torch.no_grad():
         loss = model(labels=labels, groups=groups, **inputs).losses["align"].item()
         embedding = model.encode(**inputs).embeddings["image"]
-        logits = model.similarity("cosine", ("image", "image"), embedding, embedding)
+        logits = model.space.similarity("cosine", ("image", "image"), embedding, embedding)
         alone = model(labels=labels, **inputs).losses["align"].item()
     alike = torch.zeros(BATCH, BATCH, dtype=torch.bool)
     alike[0, 2] = alike[2, 0] = True
@@ -148,7 +148,7 @@ def test_aligned_sources_find_each_other() -> None:
         with torch.no_grad():
             embeddings = model.encode(**inputs).embeddings
         pairs = [("image", "audio"), ("image", "text"), ("audio", "text")]
-        best = [model.similarity("cosine", (a, b), embeddings[a], embeddings[b]).argmax(1) for a, b in pairs]
+        best = [model.space.similarity("cosine", (a, b), embeddings[a], embeddings[b]).argmax(1) for a, b in pairs]
         return float((torch.cat(best) == torch.arange(12).repeat(3)).float().mean())
 
     before = recall()

@@ -16,7 +16,7 @@ from tiny_models import save_blip
 from transformers import BlipForConditionalGeneration
 
 from mmbeam.cli import main
-from mmbeam.corpus import write_corpus
+from mmbeam.corpus.write import write_corpus
 from mmbeam.names import EXTENSIONS
 
 ROOT = Path(__file__).parents[1]

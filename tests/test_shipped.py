@@ -9,7 +9,8 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 
-from mmbeam.corpus import Scene, generate_scenes, write_corpus
+from mmbeam.corpus.scene import Scene, generate_scenes
+from mmbeam.corpus.write import write_corpus
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.generators import describe, load
 from mmbeam.models.generators.base import Generator

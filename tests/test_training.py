@@ -15,7 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from mmbeam.corpus import VOCABULARY, generate_scenes
+from mmbeam.corpus.scene import VOCABULARY, generate_scenes
 from mmbeam.errors import TrainingError, UsageError
 from mmbeam.features.captions import json_object, text_of
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig

@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from two_processes import SPLITS, WEIGHTS, Lopsided, differentiated, trainer
 
 from mmbeam.cli import main
-from mmbeam.corpus import write_corpus
+from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import RunMismatchError, UsageError
 from mmbeam.features.captions import Captions
 from mmbeam.features.order import rank_of, units_of_rank

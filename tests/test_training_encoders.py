@@ -16,7 +16,7 @@ from tiny_models import save_resnet
 
 from mmbeam.cli import main
 from mmbeam.config import FieldMap, Reading
-from mmbeam.corpus import write_corpus
+from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import MissingModalityError, ModelError, UsageError
 from mmbeam.models.fusion import FusionConfig
 from mmbeam.models.placement import compute_on_one_thread

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from mmbeam.corpus import generate_scenes, tag
+from mmbeam.corpus.scene import generate_scenes, tag
 from mmbeam.errors import TrainingError
 from mmbeam.models.fusion import FusionConfig, FusionProcessor
 from mmbeam.names import Split

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from mmbeam.cli import main
 from mmbeam.config import FieldMap, Reading
-from mmbeam.corpus import write_corpus
+from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import MissingModalityError, ModelError, RunMismatchError, TrainingError, UsageError
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.prompts.ask import Request

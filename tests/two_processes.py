@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from tiny_fusion import media, tiny_inputs, tiny_labels, tiny_model
 
-from mmbeam.corpus import generate_scenes, tag
+from mmbeam.corpus.scene import generate_scenes, tag
 from mmbeam.errors import ShardError
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.fusion.objectives import GlobalBatch

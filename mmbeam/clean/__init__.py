@@ -5,21 +5,7 @@ Images are filtered on the device, in `mmbeam.ops.image`.
 
 import math
 
-from mmbeam.clean.text import TEXT_STEPS, check_steps, clean_text
-from mmbeam.clean.where import KIND_OF_NAME, SampleValues, compile_where, rejecting_expression, where_needs
 from mmbeam.errors import UsageError
-
-__all__ = [
-    "KIND_OF_NAME",
-    "TEXT_STEPS",
-    "SampleValues",
-    "check_steps",
-    "clean_text",
-    "compile_where",
-    "parse_image_filter",
-    "rejecting_expression",
-    "where_needs",
-]
 
 MAX_MEDIAN = 15  # pixels; time grows with the fourth power of the side
 MAX_SIGMA = 100.0  # pixels

@@ -200,23 +200,13 @@ def _not(truth: bool | None) -> bool | None:
 
 
 def _all(terms: list[_Term], values: Values) -> bool | None:
-    known = True
-    for term in terms:
-        truth = _truth(term(values))
-        if truth is False:
-            return False
-        known = known and truth is not None
-    return True if known else None
+    truths = [_truth(term(values)) for term in terms]
+    return False if False in truths else None if None in truths else True
 
 
 def _any(terms: list[_Term], values: Values) -> bool | None:
-    known = True
-    for term in terms:
-        truth = _truth(term(values))
-        if truth is True:
-            return True
-        known = known and truth is not None
-    return False if known else None
+    truths = [_truth(term(values)) for term in terms]
+    return True if True in truths else None if None in truths else False
 
 
 def _arithmetic(operation: Callable[[Any, Any], Any], left: Any, right: Any) -> Any:

@@ -5,20 +5,3 @@ shapes; one second of audio is a tone, a chirp or noise; a tag names a place and
 neither. The content is made to be distinguishable, not natural: results on it do not carry over to
 photographs.
 """
-
-from mmbeam.corpus.render import render_audio, render_batch, render_image
-from mmbeam.corpus.scene import VOCABULARY, Scene, Shape, Sound, generate_scenes, tag
-from mmbeam.corpus.write import write_corpus
-
-__all__ = [
-    "VOCABULARY",
-    "Scene",
-    "Shape",
-    "Sound",
-    "generate_scenes",
-    "render_audio",
-    "render_batch",
-    "render_image",
-    "tag",
-    "write_corpus",
-]

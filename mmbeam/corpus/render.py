@@ -5,7 +5,6 @@ faint noise floor, which are generated at the requested resolution.
 """
 
 import math
-from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -177,10 +176,3 @@ def _pulses(frequency: float, phase: float, rate: int) -> Floats:
     sine = _sine(phase + frequency * _seconds(rate))
     opening: Floats = np.clip(np.float32(0.5) + np.float32(1.2) * sine, 0, 1)
     return opening
-
-
-def render_batch(scenes: Sequence[Scene], side: int = 64, rate: int = MIN_RATE) -> tuple[ImageHWC, Waveform]:
-    """Return images, uint8 [batch, side, side, 3], and waveforms, float32 [batch, rate]."""
-    images = np.stack([render_image(scene, side) for scene in scenes])
-    waves = np.stack([render_audio(scene, rate) for scene in scenes])
-    return images, waves

@@ -75,38 +75,18 @@ COLOURS: Mapping[str, tuple[int, int, int]] = {
 }
 SIZES: Mapping[str, tuple[float, float]] = {"small": (8.0, 8.4), "large": (12.0, 12.8)}  # radius at 64 pixels
 POSITIONS = (  # a grid of 3 x 3, in reading order
-    "at the top left",
-    "at the top",
-    "at the top right",
-    "on the left",
-    "in the middle",
-    "on the right",
-    "at the bottom left",
-    "at the bottom",
-    "at the bottom right",
-)
+    "at the top left", "at the top", "at the top right",
+    "on the left", "in the middle", "on the right",
+    "at the bottom left", "at the bottom", "at the bottom right",
+)  # fmt: skip
 KINDS = ("tone", "rising chirp", "falling chirp", "noise")
 PITCHES: Mapping[str, tuple[float, float]] = {"low": (150, 175), "medium": (350, 410), "high": (800, 880)}  # Hz
 TEMPI: Mapping[str, tuple[float, float]] = {"steady": (0, 0), "slow": (2.0, 2.6), "fast": (6, 8)}  # pulses per second
 LOUDNESSES: Mapping[str, tuple[float, float]] = {"quiet": (0.022, 0.028), "loud": (0.15, 0.18)}  # RMS: 15 dB apart
 PLACES = (
-    "garden",
-    "harbour",
-    "market",
-    "forest",
-    "library",
-    "kitchen",
-    "museum",
-    "park",
-    "village",
-    "valley",
-    "station",
-    "desert",
-    "castle",
-    "stadium",
-    "workshop",
-    "theatre",
-)
+    "garden", "harbour", "market", "forest", "library", "kitchen", "museum", "park",
+    "village", "valley", "station", "desert", "castle", "stadium", "workshop", "theatre",
+)  # fmt: skip
 TIMES = ("dawn", "noon", "dusk", "night")
 TAGS = (
     "{place} {time}",

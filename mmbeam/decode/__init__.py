@@ -9,7 +9,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from mmbeam.clean import clean_text, where_needs
+from mmbeam.clean.text import clean_text
+from mmbeam.clean.where import where_needs
 from mmbeam.config import Reading
 from mmbeam.decode.audio import audio_seconds, decode_audio
 from mmbeam.decode.image import decode_image, image_size
@@ -17,17 +18,6 @@ from mmbeam.decode.text import decode_metadata, decode_text
 from mmbeam.errors import FlowError, SampleError
 from mmbeam.names import KINDS, MODALITIES, Kind
 from mmbeam.types import Audio, Damage, Failure, Needs, RawSample, Sample
-
-__all__ = [
-    "audio_seconds",
-    "decode_audio",
-    "decode_image",
-    "decode_metadata",
-    "decode_sample",
-    "decode_text",
-    "image_size",
-    "wanted_fields",
-]
 
 
 def wanted_fields(reading: Reading, needs: Needs) -> Callable[[str], bool]:

@@ -45,7 +45,7 @@ class TrainOptions:
 
     encoders: tuple[EncoderName, ...] = ()  # of shards; several of one modality are fused; () takes the model's own
     unfreeze: tuple[str, ...] = ()  # sources whose pretrained encoders learn too; the others stay as they are
-    model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig.for_media or for_features
+    model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig
     vocab_size: int = 2000  # tokens; enough for the captions of a few thousand samples
     text_tokens: int = 64  # of a text that is read; what is longer is cut
     audio_seconds: float | None = None  # the window of sound; None: the longest of the first sounds, at most 30

@@ -79,7 +79,7 @@ class Retrieval:
             return
         device = self._model.device
         left, right = (torch.cat(self._vectors[name])[rows].to(device) for name in (a, other))
-        scores = self._model.similarity(kind, pair, left, right).cpu()
+        scores = self._model.space.similarity(kind, pair, left, right).cpu()
         said = [self._said(pair, self._examples[row], grouped) for row in rows.tolist()]
         if grouped:
             scores.fill_diagonal_(-torch.inf)

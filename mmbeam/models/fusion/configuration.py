@@ -207,11 +207,6 @@ class FusionConfig(PreTrainedConfig):
         media = {m: media_source(m, (kinds or {}).get(m)) for m in modalities if m not in covered}
         return cls(sources={**media, **all_sources}, **options)
 
-    @classmethod
-    def for_features(cls, columns: Mapping[str, tuple[Modality, int, bool]], **options: Any) -> "FusionConfig":
-        """Return a model of feature columns: modality, width, and whether a sample has several vectors."""
-        return cls(sources={name: feature_source(*column) for name, column in columns.items()}, **options)
-
 
 def text_tower(sources: Mapping[str, SourceConfig]) -> str | None:
     """Return the text source with this model's vocabulary, which can encode captions too; None if there is none."""

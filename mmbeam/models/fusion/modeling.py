@@ -266,10 +266,6 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         embedding: torch.Tensor = self.space.project["caption"](_mean(*self.encoders[self.text_tower](words, mask)))
         return embedding
 
-    def similarity(self, kind: str, pair: tuple[str, str], a_AE: torch.Tensor, b_BE: torch.Tensor) -> torch.Tensor:
-        """Return similarities [A, B] of embeddings of the first name of a pair with embeddings of the second."""
-        return self.space.similarity(kind, pair, a_AE, b_BE)
-
     def forward(
         self,
         labels: torch.Tensor | None = None,
