@@ -47,7 +47,7 @@ from mmbeam.config import Windows
 from mmbeam.decode.image import decode_image
 from mmbeam.models.generators import describe, family_of, load
 from mmbeam.prompts.ask import Decoding, Request
-from mmbeam.readers.windows import Ahead, ordered_map
+from mmbeam.readers.windows import Lookahead, ordered_map
 from mmbeam.stages.generate import plan_batches
 
 SAMPLES, BATCH, ROUNDS = 128, 32, 5
@@ -172,7 +172,7 @@ def bare(generator: Any, directory: Path, plan: Callable[[Any, Sequence[Request]
     """Reads, generates and decodes tokens; the texts made."""
     made = 0
     with ThreadPoolExecutor(CORES) as pool:
-        for window in windows(ordered_map(to_request, raw_samples([directory / "0.tar"]), pool, Ahead(2 * BATCH))):
+        for window in windows(ordered_map(to_request, raw_samples([directory / "0.tar"]), pool, Lookahead(2 * BATCH))):
             for places in plan(generator, window):
                 inputs = generator.inputs([window[place] for place in places])
                 ids = generator.decoder.generate(

@@ -30,7 +30,7 @@ from mmbeam.models.generators import describe, load
 from mmbeam.models.loading import resolve
 from mmbeam.names import SHIPPED_MODEL
 from mmbeam.prompts.ask import Decoding, Request
-from mmbeam.readers.windows import Ahead, ordered_map
+from mmbeam.readers.windows import Lookahead, ordered_map
 from mmbeam.stages.generate import plan_batches
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
@@ -80,7 +80,7 @@ def bare(directory: Path) -> tuple[int, float]:
     with torch.inference_mode(), ThreadPoolExecutor(CORES) as pool:
         generator.generate([to_request(next(raw_samples(shards)), rate)] * BATCH, Decoding())
         begin, made = time.perf_counter(), 0
-        decoded = ordered_map(lambda fields: to_request(fields, rate), raw_samples(shards), pool, Ahead(2 * BATCH))
+        decoded = ordered_map(lambda fields: to_request(fields, rate), raw_samples(shards), pool, Lookahead(2 * BATCH))
         for window in windows(decoded):
             for places in plan_batches(generator, window, Decoding(), BATCH):
                 inputs = generator.processor([window[place] for place in places], torch.device("cpu"))

@@ -33,7 +33,7 @@ from mmbeam.decode.image import decode_image
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.loading import parse_dtype
-from mmbeam.readers.windows import Ahead, ordered_map
+from mmbeam.readers.windows import Lookahead, ordered_map
 
 if TYPE_CHECKING:
     from mmbeam.jobs.embed import EmbedJob
@@ -98,12 +98,12 @@ def measure_loop(mode: str, case: Path, modality: str, batch: int, samples: int)
     spec = describe(case / "model")
     decode = decoder(modality, spec.sampling_rate)
     with torch.inference_mode(), ThreadPoolExecutor(CORES) as pool:
-        decoded = ordered_map(decode, members(shards), pool, Ahead(2 * batch))
+        decoded = ordered_map(decode, members(shards), pool, Lookahead(2 * batch))
         if mode == "decode":
             begin = time.perf_counter()
             return {"samples": sum(1 for _ in decoded), "seconds": time.perf_counter() - begin}
         model = load(spec, torch.device(DEVICE), parse_dtype(None, DEVICE))
-        warm = list(islice(ordered_map(decode, members(shards[:1]), pool, Ahead(batch)), batch))
+        warm = list(islice(ordered_map(decode, members(shards[:1]), pool, Lookahead(batch)), batch))
         encode(model, modality, warm)
         begin = time.perf_counter()
         if mode == "model":

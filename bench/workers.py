@@ -84,7 +84,7 @@ def loop(directory: Path, shards: list[Path], threads: int, ready: Callable[[], 
     from loops import batches, decoder, encode, members
 
     from mmbeam.models.encoders import describe, load
-    from mmbeam.readers.windows import Ahead, ordered_map
+    from mmbeam.readers.windows import Lookahead, ordered_map
 
     torch.set_num_threads(threads)
     about, spec = json.loads((directory / "case.json").read_text()), describe(directory / "model")
@@ -94,7 +94,7 @@ def loop(directory: Path, shards: list[Path], threads: int, ready: Callable[[], 
         encode(model, modality, list(map(decode, islice(members(shards), size))))
         ready()
         begin = time.perf_counter()
-        for items in batches(ordered_map(decode, members(shards), pool, Ahead(2 * size)), size):
+        for items in batches(ordered_map(decode, members(shards), pool, Lookahead(2 * size)), size):
             encode(model, modality, items)
         return time.perf_counter() - begin
 

@@ -155,7 +155,7 @@ def test_a_large_shard_is_cut_unless_every_part_would_be_read_from_the_beginning
     ranges: bool, output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     put(tmp_path, giant=samples(*range(10)))
-    monkeypatch.setattr("mmbeam.readers.listing.LARGE", PART)
+    monkeypatch.setattr("mmbeam.readers.listing.CUTTABLE_BYTES", PART)
     with served(tmp_path, Ranges if ranges else Quiet) as url:
         assert launch(output, f"{url}/giant.tar").units_written == (5 if ranges else 1)
         assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
@@ -253,7 +253,7 @@ def test_a_part_that_truly_holds_nothing_is_read_as_such(output: str, tmp_path: 
 
 def test_the_oddities_of_a_shard_are_counted_once(output: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(samples(*range(40)))
-    assert launch(output, str(tmp_path)).tally.warnings == {"shards without an end-of-archive mark": 1}
+    assert launch(output, str(tmp_path)).tally.warnings == {"shards without an end-of-archive marker": 1}
 
 
 def test_a_truncated_giant_loses_its_last_sample_only(output: str, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from mmbeam.process import cores, decoding_paused
 from mmbeam.readers import windows as module
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import limited_unit, plan_units
-from mmbeam.readers.windows import Ahead, ordered_map, read_batches
+from mmbeam.readers.windows import Lookahead, ordered_map, read_batches
 from mmbeam.types import Batch, Needs, RawSample, WorkUnit
 
 IMAGES = Needs(modalities=frozenset({"image"}))
@@ -133,9 +133,9 @@ def test_where_results_are_large_few_wait() -> None:
         return taken
 
     with ThreadPoolExecutor(4) as pool:
-        assert consume(ordered_map(call, iter(range(50)), pool, Ahead(16, 100, result_bytes=lambda _: 100))) == list(
-            range(50)
-        )
+        assert consume(
+            ordered_map(call, iter(range(50)), pool, Lookahead(16, 100, result_bytes=lambda _: 100))
+        ) == list(range(50))
     assert most[0] <= 2
 
 
@@ -161,7 +161,7 @@ def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end(count: int
 
     def take() -> list[str]:
         keys = []
-        for raw in module._unless_paused(stored(), 8 << 20):
+        for raw in module._hold_while_paused(stored(), 8 << 20):
             taken[0] += 1
             keys.append(raw.key)
         return keys

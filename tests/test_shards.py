@@ -64,16 +64,16 @@ class TestExpand:
         assert expand(["@memory://corpus/index"]) == ["memory://corpus/a.tar", "memory://corpus/b.tar"]
 
     @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "x.tar::pipe:cat y", "curl http://h/x.tar |", "| cat"])
-    def test_nothing_is_run(self, pattern: str) -> None:
+    def test_a_pattern_never_runs_a_command(self, pattern: str) -> None:
         with pytest.raises(UsageError, match="runs a command"):
             expand([pattern])
 
-    def test_nothing_is_run_from_a_list(self, tmp_path: Path) -> None:
+    def test_a_list_never_runs_a_command(self, tmp_path: Path) -> None:
         (tmp_path / "l.txt").write_text("pipe:touch /tmp/x\n")
         with pytest.raises(UsageError, match="runs a command"):
             expand([f"{tmp_path}/l.txt"])
 
-    def test_what_cannot_be_meant(self, tmp_path: Path) -> None:
+    def test_invalid_patterns(self, tmp_path: Path) -> None:
         (tmp_path / "nested.txt").write_text("other.txt\n")
         (tmp_path / "binary.list").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(UsageError, match="unbalanced braces"):
@@ -177,11 +177,54 @@ class TestListShards:
         with pytest.raises(NoShardsError, match=re.escape("holds no *.tar, *.tar.gz, *.tgz, *.tar.zst")):
             list_shards([f"{folder}/empty"])
 
-    def test_one_empty_glob_is_no_error(self, folder: Path) -> None:
-        assert names(list_shards([f"{folder}/x-*.tar", f"{folder}/data-00.tar"])) == ["data-00.tar"]
+    @pytest.mark.parametrize("unmatched", ["x-*.tar", "typo/*.tar", "empty", "[ab].tar"])
+    def test_a_pattern_without_a_match_beside_others_is_a_warning(
+        self, folder: Path, unmatched: str, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        (folder / "empty").mkdir()
+        assert names(list_shards([f"{folder}/{unmatched}", f"{folder}/data-00.tar"])) == ["data-00.tar"]
+        [record] = caplog.records
+        assert f"{folder}/{unmatched}: " in record.getMessage()
+
+    @pytest.mark.parametrize("name", ["data[1].tar", "da?a1.tar", "data*.tar", "a{1,2}.tar", "{a.tar", "a::b.tar"])
+    @pytest.mark.parametrize("way", ["path", "list", "joined", "url"])
+    def test_an_existing_path_is_taken_literally(self, tmp_path: Path, name: str, way: str) -> None:
+        for other in (name, "data1.tar", "a1.tar", "a2.tar", "a", "b.tar", "z.tar"):
+            (tmp_path / other).write_bytes(b"x")
+        (tmp_path / "list.txt").write_text(f"{name}\nz.tar\n")
+        patterns = {
+            "path": [f"{tmp_path}/{name}", f"{tmp_path}/z.tar"],
+            "list": [f"{tmp_path}/list.txt"],
+            "joined": [f"{tmp_path}/{name}::{tmp_path}/z.tar"] if "::" not in name else [f"{tmp_path}/list.txt"],
+            "url": [f"file://{tmp_path}/{name}", f"file://{tmp_path}/z.tar"],
+        }[way]
+        assert names(list_shards(patterns)) == [name, "z.tar"]
+
+    def test_a_name_of_pattern_characters_in_a_bucket(self, memory: MemoryFileSystem) -> None:
+        memory.pipe("/corpus/d[1].tar", b"literal")
+        memory.pipe("/corpus/d1.tar", b"other")
+        assert names(list_shards(["memory://corpus/d[1].tar"])) == ["d[1].tar"]
+        assert names(list_shards(["memory://corpus/d[12].tar"])) == ["d1.tar"]
+
+    @pytest.mark.parametrize("pattern", ["", "*.tar", "{good,gone}.tar"])
+    @pytest.mark.parametrize("target", ["nowhere.tar", "gone.tar"])  # the latter is a loop
+    def test_a_broken_link_is_a_shard_that_fails_later(self, tmp_path: Path, pattern: str, target: str) -> None:
+        (tmp_path / "good.tar").write_bytes(b"x")
+        (tmp_path / "gone.tar").symlink_to(target)
+        listed = list_shards([f"{tmp_path}/{pattern}"])
+        assert {shard.path.rpartition("/")[2]: shard.size for shard in listed} == {"good.tar": 1, "gone.tar": None}
+
+    def test_links_in_a_listed_folder_have_the_etag_of_their_targets(self, tmp_path: Path) -> None:
+        (tmp_path / "links").mkdir()
+        for number in range(20):
+            (tmp_path / f"{number:02}.tar").write_bytes(b"x" * number)
+            (tmp_path / "links" / f"{number:02}.tar").symlink_to(tmp_path / f"{number:02}.tar")
+        by_listing = list_shards([f"{tmp_path}/links/{{00..19}}.tar"])
+        assert by_listing == list_shards([f"{tmp_path}/links/*.tar"])
+        assert [shard.size for shard in by_listing] == list(range(20))
 
     def test_two_urls_of_one_path(self) -> None:
-        with pytest.raises(UsageError, match=r"http://127.0.0.1:9/a.tar: given twice"):
+        with pytest.raises(UsageError, match=r"http://127.0.0.1:9/a.tar: named twice"):
             list_shards(["http://127.0.0.1:9/a.tar?key=1", "http://127.0.0.1:9/a.tar?key=2"])
 
     def test_unknown_store(self) -> None:

@@ -160,19 +160,19 @@ class TestHttp:
     def test_giving_up(self) -> None:
         with serve(Web(statuses=[503] * 99)) as shard, pytest.raises(ShardError) as error:
             read_all(shard)
-        assert "cannot be read on from byte 0 after 4 tries: ClientResponseError: 503" in str(error.value)
+        assert "unreadable from byte 0 on, after 4 attempts: ClientResponseError: 503" in str(error.value)
         assert "SECRET" not in str(error.value)
 
     @pytest.mark.parametrize("status", [401, 403])
     def test_refused_access_is_the_surroundings_fault(self, status: int) -> None:
         with serve(Web(statuses=[status] * 9)) as shard, pytest.raises(PermissionError) as error:
             read_all(shard)
-        assert str(error.value) == f"{shard.path}: access refused (status {status})"
+        assert str(error.value) == f"{shard.path}: access denied (status {status})"
 
     def test_no_server(self, caplog: pytest.LogCaptureFixture) -> None:
         with serve(Web()) as shard:
             pass
-        with caplog.at_level(logging.WARNING), pytest.raises(ShardError, match="after 4 tries") as error:
+        with caplog.at_level(logging.WARNING), pytest.raises(ShardError, match="after 4 attempts") as error:
             read_all(shard)
         assert "SECRET" not in str(error.value) + caplog.text
 
@@ -243,9 +243,9 @@ class TestStore:
         assert read_all(self.shard) == DATA
         assert flaky.faults == []
 
-    def test_tries_are_counted_afresh_after_progress(self, flaky: type[Flaky]) -> None:
+    def test_progress_starts_the_retries_over(self, flaky: type[Flaky]) -> None:
         flaky.faults = [OSError(), OSError(), OSError(), None] * 2 + [OSError()] * 4
-        with pytest.raises(ShardError, match="after 4 tries"):
+        with pytest.raises(ShardError, match="after 4 attempts"):
             read_all(self.shard)
         assert flaky.faults == []
 
@@ -264,7 +264,7 @@ class TestStore:
 
     def test_forbidden_by_gcs(self, flaky: type[Flaky]) -> None:
         flaky.faults = [OSError("Forbidden: https://storage/b/x.tar?key=SECRET")]
-        with pytest.raises(PermissionError, match=r"flaky://b/x.tar: access refused"):
+        with pytest.raises(PermissionError, match=r"flaky://b/x.tar: access denied"):
             read_all(self.shard)
 
     @pytest.mark.parametrize("fault", [TypeError("a bug"), MemoryError(), KeyError("a bug")])
@@ -326,7 +326,7 @@ class TestShardStream:
             assert one.read() == two.read() == DATA[10:]
 
     def test_a_folder_is_no_shard(self, tmp_path: Path) -> None:
-        with pytest.raises(ShardError, match="does not exist, or is no file"):
+        with pytest.raises(ShardError, match="does not exist, or is not a file"):
             open_shard(Shard(path=str(tmp_path), url=str(tmp_path)))
 
     def test_local_file_that_is_cut_while_it_is_read(self, tmp_path: Path) -> None:

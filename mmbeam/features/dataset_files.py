@@ -20,7 +20,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mmbeam.config import MIB
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.features.files import origin_of
-from mmbeam.readers.listing import REQUESTS_AT_ONCE, expand
+from mmbeam.readers.listing import MAX_REQUESTS, expand
 from mmbeam.readers.paths import public_path
 from mmbeam.types import Origin
 
@@ -67,7 +67,7 @@ class FeatureFiles:
         another width, type or model than the first.
         """
         urls = list_files(paths)
-        with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
             found = list(pool.map(lambda url: _look_at(url, features, columns), urls))
         return cls(
             features=_shared(urls, [features for features, _ in found]),

@@ -1,4 +1,4 @@
-"""The bytes of a gzip or zstd stream, forward only, with a limit on how far they may grow."""
+"""The bytes of a gzip or zstd stream, forward only, with a limit on their expansion."""
 
 import io
 import zlib
@@ -9,23 +9,23 @@ import pyarrow as pa
 
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
-ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte from 50 to 5f: a frame to pass over
-STORED_BYTES = 64 << 10  # taken at once; copied for each of the gzip members in it
-ZSTD_BYTES = 64 << 10  # made at once, and lost ahead of a fault
-EXPANSION_FREE = 1 << 30  # bytes that may be made whatever is stored
+ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte from 50 to 5f: a frame to skip
+STORED_BYTES = 64 << 10  # per read; copied once per gzip member in it
+ZSTD_BYTES = 64 << 10  # per read; lost before a fault
+EXPANSION_FREE = 1 << 30  # bytes exempt from the limit on expansion
 
 
 def is_compressed(head: bytes) -> bool:
-    """Whether a stream that begins so is one that can be decompressed here."""
+    """Return whether `head`, the beginning of a stream, is that of gzip or zstd."""
     return head.startswith((GZIP_MAGIC, ZSTD_MAGIC)) or (head[:1] >= b"\x50" and head[1:4] == ZSTD_SKIPPABLE)
 
 
 class Decompressed(io.RawIOBase):
-    """The bytes of a gzip or zstd stream, several members or frames in a row included.
+    """The bytes of a gzip or zstd stream, which may consist of several members or frames.
 
-    Damage does not raise: the bytes end, and `fault` says why (name of an error class, message). They
-    end too where they are more than `expansion` times what is stored, plus 1 GiB. `head` is what was
-    already read of `stream`, whose own errors pass through.
+    Damage does not raise: the bytes end, and `fault` holds the reason (name of an error class, message). They also end
+    beyond `expansion` times the stored size, plus 1 GiB. `head` was already read from `stream`. Errors of `stream`
+    itself pass through.
     """
 
     def __init__(self, stream: BinaryIO, head: bytes, expansion: float) -> None:
@@ -46,7 +46,7 @@ class Decompressed(io.RawIOBase):
             data = self._inflate(len(buffer))
         except (zlib.error, EOFError, OSError) as error:
             if isinstance(error, OSError) and (error.errno is not None or type(error) is not OSError):
-                raise  # the stream's own; Arrow's have no number
+                raise  # an error of the stream; those of Arrow have no errno
             self.fault = ("DecodeError", f"cannot be decompressed beyond stored byte {self._stored.count:,}: {error}")
             return 0
         self._made += len(data)
@@ -62,7 +62,7 @@ class Decompressed(io.RawIOBase):
 
 
 class _Stored(io.RawIOBase):
-    """The compressed bytes: `head`, then the stream's, counted. Closing it closes nothing."""
+    """The compressed bytes, counted: `head`, then those of the stream. Closing it does not close the stream."""
 
     def __init__(self, stream: BinaryIO, head: bytes) -> None:
         super().__init__()
@@ -83,7 +83,7 @@ class _Stored(io.RawIOBase):
 
 
 class _Gunzip:
-    """Gives up to so many bytes a call, b"" at the end. Unlike Arrow's it loses none before a fault."""
+    """Return up to `size` bytes per call, b"" at the end. Unlike Arrow's decoder it loses no bytes before a fault."""
 
     def __init__(self, stored: _Stored) -> None:
         self._stored = stored

@@ -1,13 +1,16 @@
-"""From what a user typed to the shards a job reads.
+"""From the paths and patterns a user names to the shards a job reads.
 
-Not here: the units of work they make (units.py), opening a shard (stream.py), what is inside it (tar.py).
+Not here: the work units they become (units.py), opening a shard (stream.py), reading it (tar.py).
 """
 
+import errno
+import logging
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import fsspec
@@ -19,41 +22,57 @@ from mmbeam.config import MIB
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.names import LIST_SUFFIXES, SHARD_SUFFIXES
 from mmbeam.readers.paths import Info, etag_of, plain_url, public_path, public_text, without_query
-from mmbeam.readers.stream import sends_ranges
+from mmbeam.readers.stream import supports_ranges
 from mmbeam.types import Shard
 
-LIST_FOLDER_ABOVE = 16  # so many paths in one folder: one listing is cheaper than a request for each
-HTTP_PROBES = 1000  # a web server lists no sizes: ask for the first so many, the others stay unknown
-REQUESTS_AT_ONCE = 32
-LARGE = 32 * MIB  # above it a server is asked whether it sends parts: a shard may be cut so small
-LOOKED_AT = 5  # places named in an error
+log = logging.getLogger(__name__)
+
+LIST_FOLDER_ABOVE = 16  # paths in one folder, above which one listing is cheaper than a request per path
+HTTP_PROBES = 1000  # shards of a web server whose size is requested; it stays unknown for the others
+MAX_REQUESTS = 32  # concurrent
+CUTTABLE_BYTES = 32 * MIB  # above this size a web server is asked whether it supports ranges: the shard may be cut
+PLACES_SHOWN = 5  # in an error
 
 
 def expand(patterns: Sequence[str]) -> list[str]:
-    """The paths and globs that `patterns` stand for, in order, each once.
+    """Return the paths and globs that `patterns` stand for, in order, without duplicates.
 
-    A pattern may join several with `::`, hold brace ranges (`data-{00000..00099}.tar`), or name a list
-    of shards (`@LIST`, or a path that ends in .txt or .list): one pattern per line, lines that begin
-    with # are comments, relative paths are relative to the list. Raises UsageError for a pattern that
-    would run a command, unbalanced braces, and a list that cannot be read.
+    A pattern may join several with `::`, hold brace ranges (`data-{00000..00099}.tar`), or name a list of shards
+    (`@LIST`, or a path that ends in .txt or .list): one pattern per line, lines that begin with # are comments,
+    relative paths are relative to the list. A path that exists is itself, whatever characters it holds. Raise
+    UsageError for a pattern that would run a command, for unbalanced braces, and for a list that cannot be read.
     """
-    return list(dict.fromkeys(entry for pattern in patterns for entry in _expand_joined(pattern)))
+    return list(dict.fromkeys(entry for pattern in patterns for entry in _expand_pattern(pattern)))
 
 
-def _expand_joined(pattern: str) -> Iterator[str]:
+def _expand_pattern(pattern: str) -> Iterator[str]:
     for entry in _expand_braces(pattern):
-        if _is_list(entry):
-            yield from _read_list(entry.removeprefix("@"))
-        else:
+        if not _is_list(entry):
             yield entry
+            continue
+        url = entry.removeprefix("@")
+        for line in _read_lines(url):
+            for listed in _expand_braces(line, folder=without_query(url).rpartition("/")[0]):
+                if _is_list(listed):
+                    raise UsageError(
+                        f"{public_path(url)}: a list in a list ({public_path(listed)}); name both as `input`"
+                    )
+                yield listed
 
 
-def _expand_braces(pattern: str) -> Iterator[str]:
-    for part in filter(None, (part.strip() for part in pattern.split("::"))):
+def _expand_braces(pattern: str, folder: str = "") -> Iterator[str]:
+    """Yield the paths and globs in `pattern`; relative ones are relative to `folder`."""
+
+    def located(path: str) -> str:
+        absolute = not folder or "://" in path or path.startswith(("/", "~", "@"))
+        return path if absolute else f"{folder}/{path.removeprefix('./')}"
+
+    parts = [pattern] if exists_literally(located(pattern)) else pattern.split("::")
+    for part in filter(None, (part.strip() for part in parts)):
         if part.startswith(("pipe:", "|")) or part.endswith("|"):
-            raise UsageError("an input that runs a command (pipe:) is refused: give paths or URLs of shards")
+            raise UsageError("`input`: a pattern that runs a command (pipe:) is refused; name paths or URLs of shards")
         try:
-            yield from braceexpand(part)
+            yield from map(located, [part] if exists_literally(located(part)) else braceexpand(part))
         except ValueError:
             raise UsageError(f"{public_path(part)}: unbalanced braces; write \\{{ for a brace in a name") from None
 
@@ -62,48 +81,45 @@ def _is_list(entry: str) -> bool:
     return entry.startswith("@") or without_query(entry).lower().endswith(LIST_SUFFIXES)
 
 
-def _read_list(url: str) -> Iterator[str]:
+def _read_lines(url: str) -> Iterator[str]:
     try:
-        with fsspec.open(url, "rt", encoding="utf-8-sig", expand=False) as lines:
-            text = lines.read()
+        with fsspec.open(url, "rt", encoding="utf-8-sig", expand=False) as file:
+            lines = file.read().splitlines()
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, ValueError, ImportError) as error:
         reason = type(error).__name__
         raise UsageError(f"{public_path(url)}: cannot be read as a list of shards ({reason})") from None
-    folder = without_query(url).rpartition("/")[0]
-    for line in filter(None, map(str.strip, text.splitlines())):
-        if not line.startswith("#"):
-            yield from (_relative_to(folder, url, entry) for entry in _expand_braces(line))
+    return (line.strip() for line in lines if line.strip() and not line.strip().startswith("#"))
 
 
-def _relative_to(folder: str, url: str, entry: str) -> str:
-    if _is_list(entry):
-        raise UsageError(f"{public_path(url)}: a list in a list ({public_path(entry)}); give both to --input")
-    if not folder or "://" in entry or entry.startswith(("/", "~")):
-        return entry
-    return f"{folder}/{entry.removeprefix('./')}"
+def exists_literally(path: str) -> bool:
+    """Return whether `path` holds characters of a pattern and is nevertheless the name of an existing file.
+
+    A broken symbolic link exists. A web server is not asked.
+    """
+    if not re.search(r"[][*?{}]|::", path) or path.startswith(("http://", "https://")):
+        return False
+    if "://" not in path:
+        return os.path.lexists(os.path.expanduser(path))  # noqa: PTH111
+    try:
+        fs, name = url_to_fs(path)
+        return bool(fs.isfile(name))
+    except Exception:  # a pattern need not be a valid name; listing it reports what is wrong with the store
+        return False
 
 
 @dataclass(frozen=True)
 class _Place:
-    """A pattern, the file system it lies on, its path there, and what turns such a path into a URL."""
+    """A path or glob: its file system, its path there, and the prefix that turns such a path into a URL."""
 
     url: str
     fs: Any
     path: str
     prefix: str
+    is_glob: bool
 
     @property
     def is_http(self) -> bool:
         return self.url.startswith(("http://", "https://"))
-
-    @property
-    def is_glob(self) -> bool:
-        return re.search("[*[]" if self.is_http else "[*?[]", self.path) is not None
-
-    def shard(self, info: Info) -> Shard:
-        if info.get("islink"):  # a local listing dates the link, not the file
-            info = self.fs.info(info["name"])
-        return self.shard_at(self.prefix + info["name"], info)
 
     def shard_at(self, url: str, info: Info) -> Shard:
         path = public_path(url)
@@ -124,115 +140,127 @@ def _place(url: str) -> _Place:
         raise UsageError(f"{public_path(url)}: {public_text(str(error))}") from None
     plain = url.rstrip("/")
     remote = not isinstance(fs, LocalFileSystem) and plain.endswith(path.rstrip("/"))
-    return _Place(url, fs, path, plain[: len(plain) - len(path.rstrip("/"))] if remote else "")
-
-
-@dataclass
-class _Listing:
-    """What was found, and where nothing was."""
-
-    shards: dict[str, Shard] = field(default_factory=dict)  # by path
-    missing: list[str] = field(default_factory=list)
-
-    def add(self, shard: Shard) -> None:
-        known = self.shards.setdefault(shard.path, shard)
-        if known.url != shard.url:
-            raise UsageError(f"{shard.path}: given twice, with different user parts or query strings; give one")
+    magic = "[*[]" if url.startswith(("http://", "https://")) else "[*?[]"
+    return _Place(
+        url=url,
+        fs=fs,
+        path=path,
+        prefix=plain[: len(plain) - len(path.rstrip("/"))] if remote else "",
+        is_glob=re.search(magic, path) is not None and not exists_literally(url),
+    )
 
 
 def list_shards(patterns: Sequence[str]) -> list[Shard]:
-    """The shards that `patterns` (see `expand`) name, with the sizes and etags that listings give.
+    """Return the shards that `patterns` name (see `expand`), with the sizes and etags that listings report.
 
-    A glob's matches, and the tars of a folder, are sorted by path. A path that does not exist is a
-    shard too: its unit fails later, the others go on. Raises NoShardsError if nothing exists at all,
-    UsageError for a pattern that cannot be meant, and what the store raises if it refuses access.
+    The matches of a glob and the tars of a folder are sorted by path. A path that does not exist is a shard too: its
+    unit fails later, and the others go on. A pattern without a match is a warning. Raise NoShardsError if nothing
+    exists at all, UsageError for an invalid pattern, and the store's own error if it denies access.
     """
     places = [_place(entry) for entry in expand(patterns)]
     infos = _look_up([place for place in places if not place.is_glob])
-    listing = _Listing()
+    shards: dict[str, Shard] = {}
+    missing: list[str] = []
+    unmatched: list[str] = []
     for place in places:
-        _add_place(listing, place, infos)
+        info = infos.get(place.url, {})
+        is_folder = info is not None and (info.get("type") == "directory" or place.url.endswith("/"))
+        if place.is_glob or is_folder:
+            matches = _matches(place, is_folder)
+            if not matches:
+                unmatched.append(f"{public_path(place.url)}: {_why_empty(place, is_folder)}")
+        else:
+            matches = [place.shard_at(place.url, info or {})]
+            if info is None:
+                denied = ", or access is denied" if place.is_http else ""
+                missing.append(f"{public_path(place.url)}: does not exist{denied}")
+        for shard in matches:
+            known = shards.setdefault(shard.path, shard)
+            if known.url != shard.url:
+                raise UsageError(
+                    f"{shard.path}: named twice, with different credentials or query strings; name it once"
+                )
     for fs in {id(place.fs): place.fs for place in places}.values():
-        fs.invalidate_cache()  # a listing of 100,000 shards is not kept for the whole job
-    if len(listing.missing) == len(places):
-        looked = "\n  ".join([*listing.missing[:LOOKED_AT], *["..."] * (len(listing.missing) > LOOKED_AT)])
-        raise NoShardsError(f"no shard found; {len(places)} place(s) looked at:\n  {looked or 'no pattern was given'}")
-    return list(listing.shards.values())
+        fs.invalidate_cache()  # a listing of 100,000 shards would stay in memory for the whole job
+    empty = [*missing, *unmatched]
+    if len(empty) == len(places):
+        shown = "\n  ".join([*empty[:PLACES_SHOWN], *["..."] * (len(empty) > PLACES_SHOWN)])
+        raise NoShardsError(f"no shard matches `input` ({len(places)} patterns):\n  {shown or 'no pattern was given'}")
+    for line in unmatched:
+        log.warning("`input` %s", line)
+    return list(shards.values())
 
 
-def _add_place(listing: _Listing, place: _Place, infos: Mapping[str, Info | None]) -> None:
-    info = infos.get(place.url, {})
-    is_folder = info is not None and (info.get("type") == "directory" or place.url.endswith("/"))
-    if place.is_glob or is_folder:
-        found = _list_folder(place) if is_folder else place.fs.glob(place.path, detail=True).values()
-        shards = [place.shard(entry) for entry in found if entry["type"] != "directory"]
-        if not shards:
-            listing.missing.append(f"{public_path(place.url)}: {_why_nothing(place, is_folder)}")
-        for shard in sorted(shards, key=lambda shard: shard.path):
-            listing.add(shard)
-        return
-    if info is None:
-        listing.missing.append(
-            f"{public_path(place.url)}: does not exist{', or access is refused' if place.is_http else ''}"
-        )
-    listing.add(place.shard_at(place.url, info or {}))
+def _matches(place: _Place, is_folder: bool) -> list[Shard]:
+    """Return the shards of a folder or a glob, sorted by path."""
+    if is_folder:
+        entries = place.fs.ls(place.url if place.is_http else place.path, detail=True)
+        entries = [entry for entry in entries if without_query(entry["name"]).lower().endswith(SHARD_SUFFIXES)]
+    else:
+        entries = place.fs.glob(place.path, detail=True).values()
+    infos = [(entry["name"], _of_target(place.fs, entry)) for entry in entries]
+    shards = [place.shard_at(place.prefix + name, info) for name, info in infos if info.get("type") != "directory"]
+    return sorted(shards, key=lambda shard: shard.path)
 
 
-def _list_folder(place: _Place) -> list[Info]:
-    found = place.fs.ls(place.url if place.is_http else place.path, detail=True)
-    return [entry for entry in found if without_query(entry["name"]).lower().endswith(SHARD_SUFFIXES)]
+def _of_target(fs: Any, entry: Info) -> Info:
+    """Return `entry`, or the target's if it is a symbolic link: a local listing gives the date of the link itself."""
+    if not entry.get("islink"):
+        return entry
+    target = os.path.realpath(entry["name"])
+    if not os.path.exists(target):  # noqa: PTH110 (a broken link or a loop: its unit fails, as that of a missing shard)
+        return {}
+    info: Info = fs.info(target)
+    return info
 
 
-def _why_nothing(place: _Place, is_folder: bool) -> str:
+def _why_empty(place: _Place, is_folder: bool) -> str:
     if is_folder:
         return f"holds no {', '.join('*' + suffix for suffix in SHARD_SUFFIXES)}"
     folder = re.split("[*?[]", place.path)[0].rpartition("/")[0]
-    there = place.fs.exists(folder)
-    return f"no match in {public_path(place.prefix + folder)}, which {'exists' if there else 'does not exist'}"
+    state = "exists" if place.fs.exists(folder) else "does not exist"
+    return f"no match in {public_path(place.prefix + folder)}, which {state}"
 
 
 def _look_up(places: Sequence[_Place]) -> dict[str, Info | None]:
-    """Each place's entry by its URL, None for what does not exist; unknown ones ({}) past HTTP_PROBES."""
+    """Return the entry of each place by its URL: None if it does not exist, {} beyond HTTP_PROBES."""
     folders: dict[tuple[int, str], list[_Place]] = defaultdict(list)
     for place in places:
         folders[id(place.fs), place.path.rstrip("/").rpartition("/")[0]].append(place)
     infos: dict[str, Info | None] = {}
     singles: list[_Place] = []
     for (_, folder), siblings in folders.items():
-        entries = (
-            None if siblings[0].is_http or len(siblings) <= LIST_FOLDER_ABOVE else _entries(siblings[0].fs, folder)
-        )
+        entries: Mapping[str, Info] | None = None
+        if len(siblings) > LIST_FOLDER_ABOVE and not siblings[0].is_http:
+            try:
+                fs = siblings[0].fs
+                entries = {entry["name"].rstrip("/"): _of_target(fs, entry) for entry in fs.ls(folder, detail=True)}
+            except (FileNotFoundError, NotADirectoryError):
+                entries = {}
+            except (PermissionError, NotImplementedError):  # a store may allow reading without listing
+                entries = None
         if entries is None:
             singles += siblings
         else:
             infos.update((place.url, entries.get(place.path.rstrip("/"))) for place in siblings)
-    web = [place for place in singles if place.is_http]
-    unknown = {place.url for place in web[HTTP_PROBES:]}
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        asked = [place for place in singles if place.url not in unknown]
-        infos.update(zip((place.url for place in asked), pool.map(_info, asked), strict=True))
+    unknown = {place.url for place in [place for place in singles if place.is_http][HTTP_PROBES:]}
+    probed = [place for place in singles if place.url not in unknown]
+    with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+        infos.update(zip((place.url for place in probed), pool.map(_info, probed), strict=True))
     return infos | {url: {} for url in unknown}
-
-
-def _entries(fs: Any, folder: str) -> dict[str, Info] | None:
-    try:
-        return {entry["name"].rstrip("/"): entry for entry in fs.ls(folder, detail=True)}
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except (PermissionError, NotImplementedError):  # a store may let files be read and not be listed
-        return None
 
 
 def _info(place: _Place) -> Info | None:
     if place.is_http and place.url.endswith("/"):
         return {"type": "directory"}
     try:
-        info: Info = place.fs.info(place.path)
-        if place.is_http and (info.get("size") or 0) > LARGE:
-            return {**info, "partial": sends_ranges(place.fs, place.path, info["size"])}
-        return info
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-    ):  # over HTTP also what is refused: some stores answer so for what is not
+        info = _of_target(place.fs, place.fs.info(place.path))
+        if place.is_http and (info.get("size") or 0) > CUTTABLE_BYTES:
+            return {**info, "partial": supports_ranges(place.fs, place.path, info["size"])}
+        return info or None
+    except (FileNotFoundError, NotADirectoryError):  # some web servers answer so to requests they deny
         return None
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a symbolic link to itself
+            return None
+        raise

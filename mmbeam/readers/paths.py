@@ -1,4 +1,4 @@
-"""What names a shard, and what tells one content of it from another. Pure functions, no I/O."""
+"""The identity of a shard: its public path, and the etag of its content. Pure functions, no I/O."""
 
 import posixpath
 import re
@@ -7,16 +7,16 @@ from typing import Any
 
 from fsspec.implementations.local import LocalFileSystem
 
-ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # by what says most about the content
+ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # the most specific first
 ALIASES = {"gcs": "gs", "s3a": "s3"}
-NAMES_ONLY = ("", "file", "local", "gs", "s3")  # here ? and # are characters of a name; elsewhere they end the path
+NAMES_ONLY = ("", "file", "local", "gs", "s3")  # with these, ? and # are part of a name; elsewhere they end the path
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
-Info = Mapping[str, Any]  # of one path, as fsspec gives it
+Info = Mapping[str, Any]  # of one path, as fsspec reports it
 
 
 def without_query(url: str) -> str:
-    """`url` up to its query string or fragment; a name on a disk or in a bucket, which may hold ? and #, as it is."""
+    """Return `url` without query string and fragment; names on a disk or in a bucket, which may hold ? and #, as is."""
     return url if _scheme(url) in NAMES_ONLY else re.split("[?#]", url, maxsplit=1)[0]
 
 
@@ -26,9 +26,9 @@ def _scheme(url: str) -> str:
 
 
 def public_path(url: str) -> str:
-    """`url` without user part, password, query string and fragment; a local path absolute and plain.
+    """Return `url` without credentials, query string and fragment; a local path absolute and normalised.
 
-    It is a shard's identity, the same for every spelling of the URL and safe in rows and logs.
+    It identifies a shard, is the same for every spelling of the URL, and is safe in rows and logs.
     """
     scheme = _scheme(url)
     if scheme in ("", "file", "local"):
@@ -40,21 +40,21 @@ def public_path(url: str) -> str:
 
 
 def plain_url(url: str) -> str:
-    """The public path if nothing but the spelling would be lost, so that spellings compare equal; else `url`."""
+    """Return the public path if that loses nothing but the spelling, so that spellings compare equal; else `url`."""
     host = url.partition("://")[2].partition("/")[0]
     return url if "@" in host or without_query(url) != url else public_path(url)
 
 
 def public_text(text: str) -> str:
-    """`text`, an error message say, with every URL in it made public."""
+    """Return `text`, for example an error message, with every URL in it made public."""
     return URL_IN_TEXT.sub(lambda match: public_path(match[0]), text)
 
 
 def etag_of(info: Info) -> str | None:
-    """What tells one content of a path from another, out of a listing's entry; None if the store has nothing."""
+    """Return what identifies the content of a path, from a listing's entry; None if the store reports nothing."""
     for key in ETAG_KEYS:
         if info.get(key):
             return str(info[key]).strip('"')
-    if isinstance(info.get("mtime"), float) and "ino" in info:  # a local file; microseconds, as a float has no more
+    if isinstance(info.get("mtime"), float) and "ino" in info:  # a local file; a float resolves microseconds
         return f"{round(info['mtime'] * 1e6)}-{info['size']}"
     return None

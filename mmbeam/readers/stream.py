@@ -1,6 +1,6 @@
-"""A shard's bytes as they are stored: opened anywhere, and read on from where a fault stopped them.
+"""A shard's bytes as stored, read forward from any store, resuming after a fault at the byte reached.
 
-Forward only, in a stated amount of memory. Not here: decompression (decompress.py), what the bytes mean (tar.py).
+Not here: decompression (decompress.py), the format of the bytes (tar.py).
 """
 
 import io
@@ -21,53 +21,55 @@ from mmbeam.types import Shard
 
 logger = logging.getLogger(__name__)
 
-RETRY_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each new try; reading on starts them afresh
-READ_BYTES = MIB  # asked of a file at once
-BLOCK_BYTES = 8 * MIB  # asked of a store at once: long enough to hide a request's latency
-LEAST_BLOCK_BYTES = MIB  # half as much after each fault, down to this: some connections never live for 8 MiB
-HTTP_SECONDS = 60.0  # without a byte, after which a connection is taken for dead
+RETRY_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; any progress starts over
+READ_BYTES = MIB  # per read of a file
+BLOCK_BYTES = 8 * MIB  # per request to a store: large enough to hide the latency of a request
+LEAST_BLOCK_BYTES = MIB  # each fault halves the block, down to this: some connections never last for 8 MiB
+HTTP_SECONDS = 60.0  # without a byte, after which a connection counts as dead
 
-# Errors of these packages are the store's or the network's; any other that is no OSError is a fault of a program.
+# Errors of these packages come from the store or the network. Any other error that is not an OSError is a bug.
 STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "http", "requests", "urllib3"}
 
 T = TypeVar("T")
 
 
 class ShardStream(io.BufferedReader):
-    """A shard opened for reading forward. `size` and `etag` are those of the object that was opened."""
+    """A shard opened for reading forward."""
 
-    def __init__(self, source: "_Source") -> None:
-        super().__init__(source, READ_BYTES)
-        self._source = source
+    def __init__(self, raw: "_RetryingFile") -> None:
+        super().__init__(raw, READ_BYTES)
+        self._raw = raw
 
     @property
     def bytes_read(self) -> int:
-        """Bytes taken from the store so far, up to READ_BYTES of them not yet asked for."""
-        return self._source.bytes_read
+        """Bytes read from the store so far. Up to READ_BYTES of them may still be in the buffer."""
+        return self._raw.bytes_read
 
     @property
     def size(self) -> int | None:
-        return self._source.size
+        """Bytes of the object that was opened; None if the store does not report it."""
+        return self._raw.size
 
     @property
     def etag(self) -> str | None:
-        return self._source.etag
+        """Etag of the object that was opened; None if the store has none."""
+        return self._raw.etag
 
 
 def open_shard(shard: Shard, begin: int = 0, waits: Sequence[float] = RETRY_WAITS) -> ShardStream:
-    """Open `shard` at byte `begin` as it is stored.
+    """Open `shard` at byte `begin`, as stored.
 
-    A fault of the store or the network is met by opening again at the byte reached, after each of
-    `waits` seconds. Raises ShardError, here or while reading, if the shard does not exist, has changed
-    since it was listed, or cannot be read on; PermissionError if access is refused.
+    After a fault of the store or the network, wait the next of `waits` seconds and reopen at the byte reached. Raise
+    ShardError, here or while reading, if the shard does not exist, has changed since it was listed, or stays
+    unreadable; PermissionError if access is denied.
     """
-    source = _Source(shard, begin, waits)
-    source.open()
-    return ShardStream(source)
+    raw = _RetryingFile(shard, begin, waits)
+    raw.open()
+    return ShardStream(raw)
 
 
-class _Source(io.RawIOBase):
-    """The retrying reader: a file of the store that is thrown away and opened again at each fault."""
+class _RetryingFile(io.RawIOBase):
+    """A file of the store that is closed and reopened at each fault."""
 
     def __init__(self, shard: Shard, begin: int, waits: Sequence[float]) -> None:
         super().__init__()
@@ -76,7 +78,7 @@ class _Source(io.RawIOBase):
         self._fs, self._path = url_to_fs(shard.url)
         self._file: Any = None
         self._position = begin
-        self._ranges = True  # False once an HTTP server has shown that it sends whole files only
+        self._ranges = True  # False once an HTTP server has sent a whole file instead of a range
         self._block_bytes = BLOCK_BYTES
         self._opened = False
         self.bytes_read = 0
@@ -87,7 +89,7 @@ class _Source(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        """Whether going forward without reading saves anything."""
+        """Return whether seeking forward is cheaper than reading."""
         return self.size is not None and self._ranges
 
     def tell(self) -> int:
@@ -128,26 +130,26 @@ class _Source(io.RawIOBase):
                 return action()
             except Exception as error:
                 self._drop()
-                reason = self._judge(error)
+                reason = self._reason_to_retry(error)
                 if wait is None:
                     raise ShardError(
-                        f"{self._shard.path}: cannot be read on from byte {self._position:,} "
-                        f"after {len(self._waits) + 1} tries: {reason}"
+                        f"{self._shard.path}: unreadable from byte {self._position:,} on, "
+                        f"after {len(self._waits) + 1} attempts: {reason}"
                     ) from None
                 self._block_bytes = max(self._block_bytes // 2, LEAST_BLOCK_BYTES)
-                logger.warning("%s: byte %d: %s; trying again", self._shard.path, self._position, reason)
+                logger.warning("%s: byte %d: %s; retrying", self._shard.path, self._position, reason)
                 time.sleep(wait)
         raise AssertionError("the last wait is None")
 
-    def _judge(self, error: Exception) -> str:
-        """What went wrong, in public words, if trying again may help; raises what is final."""
+    def _reason_to_retry(self, error: Exception) -> str:
+        """Return what went wrong, without secrets, if a retry may help. Raise what is final."""
         path, status = self._shard.path, http_status(error)
         if status in (401, 403):
-            raise PermissionError(f"{path}: access refused (status {status})") from None
+            raise PermissionError(f"{path}: access denied (status {status})") from None
         if isinstance(error, MmbeamError | PermissionError):
             raise error
         if _is_gone(error, status):
-            raise ShardError(f"{path}: does not exist, or is no file") from None
+            raise ShardError(f"{path}: does not exist, or is not a file") from None
         if isinstance(error, ValueError) and "range requests" in str(error):
             self._ranges = False
         elif not isinstance(error, OSError | EOFError) and not STORE_PACKAGES.intersection(_packages(error)):
@@ -162,7 +164,7 @@ class _Source(io.RawIOBase):
         if _differ(size, self.size) or _differ(etag, self.etag):
             raise ShardError(
                 f"{self._shard.path}: changed since it was listed or opened ({self.size} bytes, etag {self.etag}; "
-                f"now {size} bytes, etag {etag}); the same command again lists it anew"
+                f"now {size} bytes, etag {etag}); run the same command again to read the new file"
             )
         self._opened, self.size, self.etag = True, size or self.size, etag or self.etag
         self._file = self._open_file(info)
@@ -171,7 +173,7 @@ class _Source(io.RawIOBase):
     def _open_file(self, info: Any) -> Any:
         if isinstance(self._fs, LocalFileSystem):
             return Path(self._path).open("rb", buffering=0)
-        if isinstance(self._fs, MemoryFileSystem):  # its files are one object with one position for all readers
+        if isinstance(self._fs, MemoryFileSystem):  # all its readers share one file object and one position
             return io.BytesIO(self._fs.cat_file(self._path))
         if self._path.startswith(("http://", "https://")):
             self._ranges = self._ranges and self.size is not None and info.get("partial", True)
@@ -195,42 +197,42 @@ class _Source(io.RawIOBase):
             file.close()
 
 
-def sends_ranges(fs: Any, url: str, size: int) -> bool:
-    """Whether an HTTP server sends parts of a file: one byte of it is asked for. True where it does not answer."""
+def supports_ranges(fs: Any, url: str, size: int) -> bool:
+    """Return whether an HTTP server serves byte ranges, by requesting one byte. True if it does not answer."""
     try:
         with _open_http(fs, url, size, 1) as file:
             file.seek(1)
             file.read(1)
     except ValueError:
         return False
-    except Exception as error:  # whoever reads it will see, and try again
+    except Exception as error:  # reading the shard will meet it again, and retry
         logger.debug("%s: %s", public_text(url), type(error).__name__)
     return True
 
 
 def _open_http(fs: Any, url: str, size: int | None, block_bytes: int) -> Any:
-    """By ranges if the size is known, else as one stream, whose length aiohttp's default would cut at 5 minutes."""
-    from aiohttp import ClientTimeout  # only here: whoever reads no HTTP needs no aiohttp
+    """Open by ranges if the size is known, else as one stream. aiohttp's default would end a stream after 5 minutes."""
+    from aiohttp import ClientTimeout  # here, since only HTTP needs aiohttp
 
     timeout = ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)
     if size is None:
-        return fs.open(url, "rb", block_size=0, size=1, timeout=timeout)  # any size: it saves a request
+        return fs.open(url, "rb", block_size=0, size=1, timeout=timeout)  # any size saves a request
     return fs.open(url, "rb", block_size=block_bytes, cache_type="readahead", size=size, timeout=timeout)
 
 
 def http_status(error: BaseException) -> int | None:
-    """The HTTP status that an error of a store's client stands for, if it says so."""
+    """Return the HTTP status behind an error of a store's client; None if it has none."""
     if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs
         return 403
-    for each in (error, error.__cause__):
-        status = getattr(each, "status", None) or getattr(each, "code", None)
+    for source in (error, error.__cause__):
+        status = getattr(source, "status", None) or getattr(source, "code", None)
         if isinstance(status, int):
             return status
     return None
 
 
 def _is_gone(error: BaseException, status: int | None) -> bool:
-    """fsspec turns every failure of an HTTP request into FileNotFoundError; its cause says what it was."""
+    """Return whether the file is missing. fsspec raises FileNotFoundError for any failed HTTP request."""
     if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
         return False
     by_http = error.__cause__ is not None and "aiohttp" in _packages(error.__cause__)

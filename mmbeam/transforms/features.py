@@ -7,7 +7,7 @@ import apache_beam as beam
 
 from mmbeam.config import Reading, Windows
 from mmbeam.features.read import read_features
-from mmbeam.readers.ahead import one_ahead
+from mmbeam.readers.windows import prefetch
 from mmbeam.runs import Run
 from mmbeam.transforms.read import ReadUnits
 from mmbeam.types import Batch, Needs, WorkUnit
@@ -31,4 +31,4 @@ class ReadFeatures(beam.PTransform):
 
 
 def _read_ahead(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
-    return one_ahead(partial(read_features, unit, reading, needs, windows), f"mmbeam-read-{unit.id}")
+    return prefetch(partial(read_features, unit, reading, needs, windows), f"mmbeam-read-{unit.id}")
