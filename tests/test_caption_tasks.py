@@ -11,7 +11,7 @@ import pytest
 import shards
 import tiny_chat_models
 import tiny_generators_hub as hub
-from tiny_captioners import PICTURES
+from tiny_captioners import CAPTIONERS
 
 from mmbeam import config
 from mmbeam.cli import main
@@ -150,7 +150,7 @@ def test_in_a_large_corpus_the_first_samples_speak_for_all(tmp_path: Path, chat:
 
 
 def test_a_model_whose_modality_the_shards_lack_is_an_error_with_a_prompt_too(tmp_path: Path) -> None:
-    model = PICTURES["blip"](tmp_path / "blip")
+    model = CAPTIONERS["blip"](tmp_path / "blip")
     source = write(tmp_path / "in", [{"json": {"title": "x"}}])
     for prompt in ("a", "{metadata[title]}"):
         with pytest.raises(MissingModalityError, match="no image"):

@@ -1,4 +1,4 @@
-"""Tokens out of real tiny models of transformers, encoder-decoders and decoders, against the models themselves."""
+"""Decoding with real tiny models of transformers, encoder-decoders and decoders, compared with the models."""
 
 import math
 from collections import Counter
@@ -32,7 +32,7 @@ TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_to
 def _bart() -> Any:
     size = {f"{half}_{what}": 2 for half in ("encoder", "decoder") for what in ("layers", "attention_heads")}
     size |= {f"{half}_ffn_dim": 32 for half in ("encoder", "decoder")}
-    # It is made to begin with token 2, and never to repeat two tokens: `generate` changes the logits for that.
+    # It must begin with token 2 and never repeat two tokens, for which `generate` changes the logits.
     config = BartConfig(d_model=16, max_position_embeddings=64, decoder_start_token_id=EOS, **size, **TOKENS)
     model = BartForConditionalGeneration(config)
     model.generation_config.update(forced_bos_token_id=2, no_repeat_ngram_size=2)
@@ -69,7 +69,7 @@ def model(name: str) -> Any:
 
 
 def make(name: str) -> Any:
-    """A model whose weights are random but large, so that its texts are lively and end at different lengths."""
+    """A model with large random weights, so that its texts vary in content and length."""
     torch.manual_seed(3)
     model = MAKERS[name]().eval()
     for value in model.parameters():
@@ -85,16 +85,16 @@ def inputs_of(name: str, prompts: Sequence[Sequence[int]], length: int | None = 
 
 @torch.inference_mode()
 def reference(model: Any, name: str, prompt: Sequence[int], row: GeneratedTokens) -> float:
-    """The log-probability of a text, token by token, each with a pass of its own that nothing is padded for."""
+    """The log-probability of a text, with one forward pass per token and no padding."""
     total = 0.0
-    for place, token in enumerate(row.token_ids):
-        before = torch.tensor([row.token_ids[:place]], dtype=torch.int64)
-        own = torch.tensor([prompt])
+    for position, token in enumerate(row.token_ids):
+        before = torch.tensor([row.token_ids[:position]], dtype=torch.int64)
+        prompt_ids = torch.tensor([prompt])
         if name in SEQ2SEQ:
             start = torch.tensor([[model.config.decoder_start_token_id]])
-            logits = model(input_ids=own, decoder_input_ids=torch.cat([start, before], 1)).logits
+            logits = model(input_ids=prompt_ids, decoder_input_ids=torch.cat([start, before], 1)).logits
         else:
-            logits = model(input_ids=torch.cat([own, before], 1)).logits
+            logits = model(input_ids=torch.cat([prompt_ids, before], 1)).logits
         total += float(logits[0, -1].log_softmax(-1)[token])
     return total
 
@@ -106,9 +106,9 @@ DECODINGS = {
 }
 
 
-@pytest.mark.parametrize("how", sorted(DECODINGS))
-def test_a_batch_gives_what_each_prompt_gives_alone_in_any_order(model: Any, name: str, how: str) -> None:
-    decoding, seeds = DECODINGS[how], [2**64 - 1 - number for number in range(len(PROMPTS))]
+@pytest.mark.parametrize("method", sorted(DECODINGS))
+def test_a_batch_equals_single_prompts_in_any_order(model: Any, name: str, method: str) -> None:
+    decoding, seeds = DECODINGS[method], [2**64 - 1 - number for number in range(len(PROMPTS))]
     together = decode(model, inputs_of(name, PROMPTS), decoding, seeds)
     backwards = decode(model, inputs_of(name, PROMPTS[::-1], length=9), decoding, seeds[::-1])[::-1]
     alone = [decode(model, inputs_of(name, [p]), decoding, [s])[0] for p, s in zip(PROMPTS, seeds, strict=True)]
@@ -118,17 +118,17 @@ def test_a_batch_gives_what_each_prompt_gives_alone_in_any_order(model: Any, nam
     assert len({row.token_ids for row in together}) > 2
 
 
-@pytest.mark.parametrize("how", sorted(DECODINGS))
-def test_the_log_probability_is_the_models_own(model: Any, name: str, how: str) -> None:
-    """Of what comes out after temperature, top-p, a forced first token and forbidden repetitions too."""
-    rows = decode(model, inputs_of(name, PROMPTS), DECODINGS[how], range(len(PROMPTS)))
+@pytest.mark.parametrize("method", sorted(DECODINGS))
+def test_the_log_probability_is_that_of_the_model(model: Any, name: str, method: str) -> None:
+    """Temperature, top-p, a forced first token and forbidden repetitions do not change it."""
+    rows = decode(model, inputs_of(name, PROMPTS), DECODINGS[method], range(len(PROMPTS)))
     expected = [reference(model, name, prompt, row) for prompt, row in zip(PROMPTS, rows, strict=True)]
     assert [row.logprob for row in rows] == pytest.approx(expected, abs=1e-4)
     ids = [row.token_ids for row in rows]
     assert score(model, inputs_of(name, PROMPTS), ids) == pytest.approx(expected, abs=1e-4)
 
 
-def test_tokens_end_with_the_end_of_text(model: Any, name: str) -> None:
+def test_tokens_end_at_the_end_of_text(model: Any, name: str) -> None:
     decoding = Decoding(max_new_tokens=NEW, temperature=4.0)
     rows = decode(model, inputs_of(name, PROMPTS * 8), decoding, range(8 * len(PROMPTS)))
     for row in rows:
@@ -139,7 +139,7 @@ def test_tokens_end_with_the_end_of_text(model: Any, name: str) -> None:
 
 
 @pytest.mark.parametrize("beams", [1, 4])
-def test_greedy_and_beams_are_what_generate_gives(model: Any, name: str, beams: int) -> None:
+def test_greedy_decoding_and_beam_search_equal_generate(model: Any, name: str, beams: int) -> None:
     for prompt in PROMPTS:
         inputs = inputs_of(name, [prompt])
         with torch.inference_mode():
@@ -148,58 +148,58 @@ def test_greedy_and_beams_are_what_generate_gives(model: Any, name: str, beams: 
         assert expected[1 if name in SEQ2SEQ else len(prompt) :][: len(row.token_ids)] == list(row.token_ids)
 
 
-@pytest.mark.parametrize("how", sorted(DECODINGS))
-def test_a_decoder_takes_embeddings_in_place_of_tokens(how: str) -> None:
+@pytest.mark.parametrize("method", sorted(DECODINGS))
+def test_embeddings_equal_tokens(method: str) -> None:
     model = make("llama")
     inputs = inputs_of("llama", PROMPTS)
     embedded = {"inputs_embeds": model.model.embed_tokens(inputs["input_ids"])} | {
         "attention_mask": inputs["attention_mask"]
     }
     seeds = range(len(PROMPTS))
-    by_token, by_vector = (decode(model, given, DECODINGS[how], seeds) for given in (inputs, embedded))
+    by_token, by_vector = (decode(model, prompts, DECODINGS[method], seeds) for prompts in (inputs, embedded))
     assert [row.token_ids for row in by_token] == [row.token_ids for row in by_vector]
     assert [row.logprob for row in by_token] == pytest.approx([row.logprob for row in by_vector], abs=1e-4)
 
 
-def test_an_encoder_decoder_goes_on_from_decoder_tokens() -> None:
-    """As Whisper's task and language do; they are no part of what was generated."""
+def test_an_encoder_decoder_continues_decoder_tokens() -> None:
+    """Such as Whisper's task and language; they are not part of the generated text."""
     model = make("t5")
     inputs = inputs_of("t5", PROMPTS) | {"decoder_input_ids": torch.tensor([[PAD, 7, 8]] * len(PROMPTS))}
-    for how in ("greedy", "beams"):
-        rows = decode(model, inputs, DECODINGS[how], range(len(PROMPTS)))
+    for method in ("greedy", "beams"):
+        rows = decode(model, inputs, DECODINGS[method], range(len(PROMPTS)))
         assert score(model, inputs, [row.token_ids for row in rows]) == pytest.approx(
             [row.logprob for row in rows], abs=1e-4
         )
-        assert rows != decode(model, inputs_of("t5", PROMPTS), DECODINGS[how], range(len(PROMPTS)))
+        assert rows != decode(model, inputs_of("t5", PROMPTS), DECODINGS[method], range(len(PROMPTS)))
 
 
-@pytest.mark.parametrize("how", sorted(DECODINGS))
-def test_what_was_encoded_before_stands_in_the_place_of_the_input(how: str) -> None:
+@pytest.mark.parametrize("method", sorted(DECODINGS))
+def test_encoder_outputs_replace_the_input(method: str) -> None:
     model, inputs, seeds = make("bart"), inputs_of("bart", PROMPTS), range(len(PROMPTS))
     with torch.inference_mode():
         memory = {"encoder_outputs": model.get_encoder()(**inputs), "attention_mask": inputs["attention_mask"]}
-    for _ in range(2):  # it is left as it was
-        assert decode(model, memory, DECODINGS[how], seeds) == decode(model, inputs, DECODINGS[how], seeds)
+    for _ in range(2):  # it is not modified
+        assert decode(model, memory, DECODINGS[method], seeds) == decode(model, inputs, DECODINGS[method], seeds)
 
 
 @pytest.mark.parametrize(("temperature", "top_p"), [(1.0, 1.0), (1.5, 1.0), (1.0, 0.6)])
-def test_samples_come_as_often_as_the_model_says(temperature: float, top_p: float) -> None:
+def test_sampling_follows_the_models_distribution(temperature: float, top_p: float) -> None:
     """Chi-square over the first token of 4,000 streams; its 99.9 % point for 23 degrees of freedom is 49.7."""
     model, count = make("gpt2"), 4000
     inputs = inputs_of("gpt2", [PROMPTS[0]] * count)
     decoding = Decoding(max_new_tokens=1, temperature=temperature, top_p=top_p)
-    found = Counter(row.token_ids[0] for row in decode(model, inputs, decoding, range(count)))
+    counts = Counter(row.token_ids[0] for row in decode(model, inputs, decoding, range(count)))
     with torch.inference_mode():
         expected = (model(input_ids=torch.tensor([PROMPTS[0]])).logits[0, -1] / temperature).softmax(-1).double()
     nucleus = expected.sort(descending=True)
     kept = nucleus.indices[(nucleus.values.cumsum(0) - nucleus.values) < top_p]
-    assert set(found) <= set(kept.tolist())
-    shares = {token: float(expected[token] / expected[kept].sum()) for token in kept.tolist()}
-    assert sum((found[token] - count * p) ** 2 / (count * p) for token, p in shares.items()) < 49.7
+    assert set(counts) <= set(kept.tolist())
+    probabilities = {token: float(expected[token] / expected[kept].sum()) for token in kept.tolist()}
+    assert sum((counts[token] - count * p) ** 2 / (count * p) for token, p in probabilities.items()) < 49.7
 
 
-def test_each_step_draws_a_number_of_its_own() -> None:
-    """Two tokens of a stream are independent: given the first, the second comes as often as the model says."""
+def test_each_step_has_its_own_random_number() -> None:
+    """Two tokens of a stream are independent: given the first, the second follows the model's distribution."""
     model, count = make("gpt2"), 4000
     rows = decode(
         model,
@@ -211,14 +211,14 @@ def test_each_step_draws_a_number_of_its_own() -> None:
     seconds = [row.token_ids[1] for row in rows if row.token_ids[0] == first]
     with torch.inference_mode():
         expected = model(input_ids=torch.tensor([[*PROMPTS[0], first]])).logits[0, -1].softmax(-1).tolist()
-    found = Counter(seconds)
-    chi = sum((found[token] - len(seconds) * p) ** 2 / (len(seconds) * p) for token, p in enumerate(expected))
+    counts = Counter(seconds)
+    chi = sum((counts[token] - len(seconds) * p) ** 2 / (len(seconds) * p) for token, p in enumerate(expected))
     assert chi < 49.7
 
 
-def test_what_is_not_a_number_stays_so() -> None:
+def test_nan_logits_give_nan_log_probabilities() -> None:
     model = make("gpt2")
     model.lm_head.weight.data[3] = math.nan
-    for how in DECODINGS:
-        rows = decode(model, inputs_of("gpt2", PROMPTS), DECODINGS[how], range(len(PROMPTS)))
+    for method in DECODINGS:
+        rows = decode(model, inputs_of("gpt2", PROMPTS), DECODINGS[method], range(len(PROMPTS)))
         assert all(math.isnan(row.logprob) for row in rows)

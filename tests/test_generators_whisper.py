@@ -1,4 +1,4 @@
-"""Whisper: real tiny models, saved and loaded, against their own processor and `generate`, short sounds and long."""
+"""Whisper: real tiny models, compared with their own processor and `generate`, on short and long audio."""
 
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ def model(saved: Path) -> Any:
 
 @pytest.fixture(scope="module")
 def reference(saved: Path) -> Any:
-    return referred(saved)
+    return load_reference(saved)
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +37,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return hub.save_whisper(tmp_path_factory.mktemp("models") / "trained", trained=True)
 
 
-def referred(directory: Path) -> Any:
+def load_reference(directory: Path) -> Any:
     return WhisperForConditionalGeneration.from_pretrained(directory), WhisperProcessor.from_pretrained(directory)
 
 
@@ -53,7 +53,7 @@ def expected(reference: Any, request: Request, **options: Any) -> list[int]:
     long = len(request.audio[0]) > WINDOW * RATE
     how = {"truncation": False, "padding": "longest", "return_attention_mask": True} if long else {}
     features = processor(request.audio[0], sampling_rate=RATE, return_tensors="pt", **how)
-    made = model.generate(
+    ids = model.generate(
         **features,
         task="translate" if request.task == "translate" else "transcribe",
         language=request.language,
@@ -61,36 +61,36 @@ def expected(reference: Any, request: Request, **options: Any) -> list[int]:
         return_timestamps=long,
         **options,
     )
-    return list(made[0].tolist())
+    return list(ids[0].tolist())
 
 
 def without_end(texts: list[Generated]) -> list[list[int]]:
-    return [list(each.token_ids[: each.num_tokens]) for each in texts]
+    return [list(text.token_ids[: text.num_tokens]) for text in texts]
 
 
 @pytest.mark.parametrize("options", [{}, {"num_beams": 3}, {"temperature": 0.8}])
-def test_a_batch_of_mixed_durations_gives_what_each_sound_gives_alone(model: Any, options: dict[str, Any]) -> None:
+def test_a_batch_of_mixed_durations_equals_single_requests(model: Any, options: dict[str, Any]) -> None:
     requests = [sound(seconds, seed=seed) for seed, seconds in enumerate((*SHORT, *LONG))]
     hub.check_batches(model, requests, **options)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
 @pytest.mark.parametrize("options", [{}, {"task": "translate"}, {"language": "german"}, {"language": "<|en|>"}])
-def test_short_sounds_are_written_as_the_model_itself_does(trained: Path, options: dict[str, Any], beams: int) -> None:
-    model, reference = hub.load_tiny(trained), referred(trained)
+def test_short_audio_equals_the_models_own_generate(trained: Path, options: dict[str, Any], beams: int) -> None:
+    model, reference = hub.load_tiny(trained), load_reference(trained)
     requests = [sound(seconds, **options) for seconds in SHORT]
-    texts = hub.made(model, requests, num_beams=beams)
-    wanted = [expected(reference, request, num_beams=beams) for request in requests]
+    texts = hub.generate(model, requests, num_beams=beams)
+    references = [expected(reference, request, num_beams=beams) for request in requests]
     end = reference[0].generation_config.eos_token_id
-    assert without_end(texts) == [[token for token in ids if token != end] for ids in wanted]
-    for text, ids in zip(texts, wanted, strict=True):
+    assert without_end(texts) == [[token for token in ids if token != end] for ids in references]
+    for text, ids in zip(texts, references, strict=True):
         assert text.text == reference[1].decode(ids, skip_special_tokens=True).strip()
 
 
 @pytest.mark.parametrize("options", [{}, {"task": "translate", "language": "de"}])
-def test_long_sounds_are_written_as_the_model_itself_does(model: Any, reference: Any, options: dict[str, Any]) -> None:
+def test_long_audio_equals_the_models_own_generate(model: Any, reference: Any, options: dict[str, Any]) -> None:
     requests = [sound(seconds, **options) for seconds in LONG]
-    texts = hub.made(model, requests)
+    texts = hub.generate(model, requests)
     assert without_end(texts) == [expected(reference, request) for request in requests]
     stamp = reference[0].generation_config.no_timestamps_token_id + 1
     assert any(token >= stamp for text in texts for token in text.token_ids)
@@ -98,7 +98,7 @@ def test_long_sounds_are_written_as_the_model_itself_does(model: Any, reference:
 
 
 def test_a_window_ends_with_its_last_whole_segment(model: Any) -> None:
-    """By the rule of transformers' `_retrieve_segment`, case by case; 300 is <|0.00|>, 310 is 0.2 s."""
+    """The cases of transformers' `_retrieve_segment`; 10 timestamps are 0.2 s."""
     stamp = model.model.generation_config.no_timestamps_token_id + 1
     at = [stamp + index for index in range(40)]
     assert model._whole_segments([], 200) == ([], 200)
@@ -107,50 +107,50 @@ def test_a_window_ends_with_its_last_whole_segment(model: Any) -> None:
     assert model._whole_segments([at[0], 7, at[10], at[10], 8], 200) == ([at[0], 7, at[10], at[10]], 20)
     assert model._whole_segments([at[0], 7, at[10], at[12], 8, at[30]], 200)[1] == 200
     assert model._whole_segments([at[0], 7, at[10], at[10], 8, at[30], at[31]], 200)[1] == 60
-    assert model._whole_segments([at[0], at[0], 8], 200)[1] == 200  # never on the spot
+    assert model._whole_segments([at[0], at[0], 8], 200)[1] == 200  # never 0 frames
 
 
-def test_the_log_probability_is_of_the_tokens_that_were_kept(model: Any) -> None:
-    [text] = hub.made(model, [sound(6.4)])
+def test_the_log_probability_is_that_of_the_kept_tokens(model: Any) -> None:
+    [text] = hub.generate(model, [sound(6.4)])
     assert text.logprob < 0
     assert text.num_tokens == len(text.token_ids)
 
 
-def test_english_alone_has_neither_language_nor_task(tmp_path: Path) -> None:
+def test_an_english_only_model_has_neither_language_nor_task(tmp_path: Path) -> None:
     directory = hub.save_whisper(tmp_path / "whisper", multilingual=False, trained=True)
-    model, (own, processor) = hub.load_tiny(directory), referred(directory)
-    own.generation_config.forced_decoder_ids = None
+    model, (reference, processor) = hub.load_tiny(directory), load_reference(directory)
+    reference.generation_config.forced_decoder_ids = None
     request = sound(1.0)
     assert request.audio is not None
     features = processor(request.audio[0], sampling_rate=RATE, return_tensors="pt")
-    [ids] = own.generate(**features, max_new_tokens=hub.NEW).tolist()
-    [text] = hub.made(model, [request])
+    [ids] = reference.generate(**features, max_new_tokens=hub.NEW).tolist()
+    [text] = hub.generate(model, [request])
     assert list(text.token_ids) == ids[: len(text.token_ids)]
 
 
 def test_other_rates_are_resampled(model: Any) -> None:
     wave = natural_sound(1, 1.0, 8000)
-    texts = hub.made(model, [Request(audio=(wave, 8000)), Request(audio=(wave, RATE))])
+    texts = hub.generate(model, [Request(audio=(wave, 8000)), Request(audio=(wave, RATE))])
     assert texts[0].token_ids != texts[1].token_ids
 
 
-def test_a_sound_weighs_its_windows(model: Any) -> None:
+def test_audio_weighs_its_windows(model: Any) -> None:
     assert model.weigh([sound(0.3), sound(2.0), sound(2.1), sound(9.3)]) == [100, 100, 200, 500]
 
 
-def test_what_it_is_says_what_it_needs(saved: Path) -> None:
+def test_the_spec_names_inputs_and_limits(saved: Path) -> None:
     spec = describe(saved)
     assert (spec.modalities, spec.required, spec.sampling_rate) == (("audio",), ("audio",), RATE)
     assert spec.max_new_tokens == 36
 
 
-def test_an_unknown_language_is_named(model: Any) -> None:
+def test_an_unsupported_language_is_an_error(model: Any) -> None:
     with pytest.raises(ModelError, match=r"unsupported language 'klingon'; expected one of <\|en\|>, <\|de\|>"):
         model.generate([sound(1.0, language="klingon")], Decoding())
 
 
 @pytest.mark.parametrize("name", ["processor_config.json", "generation_config.json", "tokenizer.json"])
-def test_a_missing_file_is_named_at_launch(tmp_path: Path, name: str) -> None:
+def test_describe_names_a_missing_file(tmp_path: Path, name: str) -> None:
     directory = hub.save_whisper(tmp_path / "whisper")
     (directory / name).unlink()
     (directory / "vocab.json").unlink(missing_ok=True)
@@ -159,5 +159,5 @@ def test_a_missing_file_is_named_at_launch(tmp_path: Path, name: str) -> None:
         describe(directory)
 
 
-def test_it_computes_in_bfloat16(saved: Path) -> None:
+def test_bfloat16(saved: Path) -> None:
     hub.check_bfloat16(saved, [sound(1.0), sound(5.0)])

@@ -1,4 +1,4 @@
-"""Packing windows into batches, halving what does not fit, isolating what fails."""
+"""Packing a window into batches, halving batches that do not fit, and isolating items that fail."""
 
 from collections.abc import Sequence
 
@@ -23,19 +23,19 @@ limits = st.one_of(st.none(), st.integers(1, 2000))
 
 @given(st.lists(st.tuples(st.integers(1, 500), st.integers(0, 500)), max_size=80), st.integers(1, 20), limits, limits)
 def test_every_item_is_in_exactly_one_batch_within_the_limits(
-    items: list[tuple[int, int]], size: int, max_weight: int | None, max_size: int | None
+    items: list[tuple[int, int]], batch_size: int, max_weight: int | None, max_size: int | None
 ) -> None:
-    weights, sizes = [weight for weight, _ in items], [each for _, each in items]
-    batches = pack(weights, size, max_weight, sizes, max_size)
+    weights, sizes = [weight for weight, _ in items], [size for _, size in items]
+    batches = pack(weights, batch_size, max_weight, sizes, max_size)
     assert sorted(position for batch in batches for position in batch) == list(range(len(weights)))
     for batch in batches:
-        assert 1 <= len(batch) <= size
+        assert 1 <= len(batch) <= batch_size
         heaviest = max(weights[position] for position in batch)
         assert max_weight is None or len(batch) == 1 or len(batch) * heaviest <= max_weight
         assert max_size is None or len(batch) == 1 or sum(sizes[position] for position in batch) <= max_size
 
 
-class Worded(Generator):
+class WordCounter(Generator):
     """Weighs a request by its words."""
 
     def __init__(self, has_scheduler: bool = False) -> None:
@@ -49,14 +49,14 @@ class Worded(Generator):
 
 
 def sizes_of(count: int, words: int = 10, side: int = 32, **decoding: int) -> list[int]:
-    """How many requests each batch holds, of so many alike, where 4 are the most."""
+    """The sizes of batches of `count` equal requests, at most 4 each."""
     image = np.zeros((side, side, 3), np.uint8)
     requests = [Request(image=image, text="word " * words)] * count
-    return [len(batch) for batch in plan_batches(Worded(), requests, Decoding(**decoding), 4)]
+    return [len(batch) for batch in plan_batches(WordCounter(), requests, Decoding(**decoding), 4)]
 
 
-def test_a_batch_has_room_for_its_prompts_and_for_what_every_beam_writes() -> None:
-    """512 tokens for each of 4, so 2,048."""
+def test_a_batch_has_room_for_prompts_and_new_tokens_of_all_beams() -> None:
+    """At most 4 times 512 tokens."""
     assert sizes_of(8) == [4, 4]
     assert sizes_of(8, words=512 - 64) == [4, 4]
     assert sizes_of(8, words=512 - 63) == [3, 3, 2]
@@ -65,25 +65,25 @@ def test_a_batch_has_room_for_its_prompts_and_for_what_every_beam_writes() -> No
     assert sizes_of(2, max_new_tokens=10_000) == [1, 1]
 
 
-def test_a_batch_holds_so_many_pixels_as_were_decoded() -> None:
-    """A million for each of 4: 2 of 1,300 x 1,300."""
+def test_a_batch_limits_its_pixels() -> None:
+    """At most 4 times a million: 2 images of 1,300 x 1,300."""
     assert sizes_of(4, side=1024) == [4]
     assert sizes_of(4, side=1300) == [2, 2]
 
 
-def test_what_has_scheduler_by_itself_gets_all_at_once() -> None:
+def test_a_generator_with_a_scheduler_gets_the_whole_window() -> None:
     requests = [Request(text="word")] * 9
-    assert plan_batches(Worded(has_scheduler=True), requests, Decoding(), 4) == [list(range(9))]
-    assert plan_batches(Worded(has_scheduler=True), [], Decoding(), 4) == []
+    assert plan_batches(WordCounter(has_scheduler=True), requests, Decoding(), 4) == [list(range(9))]
+    assert plan_batches(WordCounter(has_scheduler=True), [], Decoding(), 4) == []
 
 
-def test_of_equal_weights_equal_sizes_stand_together() -> None:
+def test_items_of_equal_weight_are_ordered_by_size() -> None:
     assert pack([7] * 6, 2, sizes=[1, 9, 4, 9, 1, 4]) == [[1, 3], [2, 5], [0, 4]]
 
 
 @given(weights, st.integers(1, 20))
 def test_batches_are_ordered_by_weight_and_even(weights: list[int], size: int) -> None:
-    """Even where there is a limit of weight, if it is out of reach."""
+    """A weight limit that is never reached changes nothing."""
     batches = pack(weights, size)
     assert pack(weights, size, 500 * size) == batches
     flat = [weights[position] for batch in batches for position in batch]
@@ -94,8 +94,8 @@ def test_batches_are_ordered_by_weight_and_even(weights: list[int], size: int) -
 
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 16), st.integers(1, 16))
-def test_bad_items_fail_alone_and_the_others_are_done(bad: list[bool], size: int, memory: int) -> None:
-    """Whatever fails, and however small the memory, each item ends as done or as failed."""
+def test_bad_items_fail_alone(bad: list[bool], size: int, memory: int) -> None:
+    """With any failures and any amount of memory, each item is either done or failed."""
 
     def call(items: list[tuple[int, bool]]) -> list[int]:
         if len(items) > memory:
@@ -114,7 +114,7 @@ def test_bad_items_fail_alone_and_the_others_are_done(bad: list[bool], size: int
     assert (packed.splits["memory"] > 0) == any(len(batch) > memory for batch in pack([1] * len(items), size))
 
 
-def test_a_device_error_is_raised_and_recorded_against_no_sample() -> None:
+def test_a_device_error_is_raised() -> None:
     def call(items: list[int]) -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
@@ -122,7 +122,7 @@ def test_a_device_error_is_raised_and_recorded_against_no_sample() -> None:
         run_packed([1, 2], [[0, 1]], call, known_good=lambda: 0)
 
 
-def test_a_model_that_fails_on_everything_is_not_the_samples_fault() -> None:
+def test_a_model_that_fails_on_a_good_input_is_a_device_error() -> None:
     def call(items: list[int]) -> None:
         raise ValueError("mat1 and mat2 shapes cannot be multiplied")
 
@@ -145,5 +145,5 @@ def test_a_model_that_fails_on_everything_is_not_the_samples_fault() -> None:
         (ValueError("odd"), "sample"),
     ],
 )
-def test_whose_fault_it_is(error: Exception, fault: str) -> None:
+def test_classification_of_errors(error: Exception, fault: str) -> None:
     assert classify(error) == fault

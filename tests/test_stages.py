@@ -1,4 +1,4 @@
-"""The embed stage and the device that runs it, on a real tiny model."""
+"""The embed stage and the device that runs it, with a real tiny model."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -26,7 +26,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def batch_of(count: int, **changes: Any) -> Batch:
-    """Samples of three picture sizes with texts of different lengths."""
+    """Samples with images of three sizes and texts of different lengths."""
     samples = tuple(
         Sample(
             key=str(i),
@@ -42,16 +42,16 @@ def batch_of(count: int, **changes: Any) -> Batch:
 
 
 def vectors(batch: Batch, column: str) -> list[list[float] | None]:
-    found: list[list[float] | None] = batch.features[column].to_pylist()
-    return found
+    values: list[list[float] | None] = batch.features[column].to_pylist()
+    return values
 
 
 def run(stage: EmbedStage, batch: Batch) -> Batch:
     return stage.run(stage.load(), batch)
 
 
-def test_vectors_are_in_the_samples_order_whatever_the_batches(clip: Path) -> None:
-    """Packed by size and length, split for memory, one by one: the same vector for the same sample."""
+def test_vectors_do_not_depend_on_the_batches(clip: Path) -> None:
+    """Packed by size and length or one by one, a sample has the same vector at its own position."""
     batch = batch_of(13)
     whole = run(embed_stage(str(clip)), batch)
     alone = run(embed_stage(str(clip), batch_size=1), batch)
@@ -59,17 +59,17 @@ def test_vectors_are_in_the_samples_order_whatever_the_batches(clip: Path) -> No
         np.testing.assert_allclose(vectors(whole, column), vectors(alone, column), atol=1e-5)
 
 
-def test_too_little_memory_halves_the_batch_and_is_counted(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch_and_is_counted(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = ClipEncoder.encode_image
 
-    def small(self: ClipEncoder, images: Any, tokens: bool = False) -> Encoded:
+    def limited(self: ClipEncoder, images: Any, tokens: bool = False) -> Encoded:
         if len(images) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return real(self, images, tokens)
 
     batch = batch_of(13)
     whole = run(embed_stage(str(clip)), batch)
-    monkeypatch.setattr(ClipEncoder, "encode_image", small)
+    monkeypatch.setattr(ClipEncoder, "encode_image", limited)
     halved = run(embed_stage(str(clip)), batch)
     np.testing.assert_allclose(vectors(whole, "image_embedding"), vectors(halved, "image_embedding"), atol=1e-5)
     assert halved.tally.warnings["batches halved for lack of memory"] >= 3
@@ -77,7 +77,7 @@ def test_too_little_memory_halves_the_batch_and_is_counted(clip: Path, monkeypat
 
 
 def change(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
-    """Let `make` change what the model says of pictures."""
+    """Apply `make` to the model's vectors of images."""
     real = ClipEncoder.encode_image
     monkeypatch.setattr(
         ClipEncoder, "encode_image", lambda self, images, tokens=False: make(real(self, images, tokens))
@@ -86,7 +86,7 @@ def change(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:
 
 def test_a_vector_that_is_not_finite_is_a_failure(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def spoil(encoded: Encoded) -> Encoded:
-        if len(encoded.pooled) > 1:  # what is known to be good comes alone
+        if len(encoded.pooled) > 1:  # the input known to be good is encoded alone
             encoded.pooled[0, 0] = torch.nan
         return encoded
 
@@ -98,15 +98,13 @@ def test_a_vector_that_is_not_finite_is_a_failure(clip: Path, monkeypatch: pytes
     assert "not finite" in failure.message
 
 
-def test_a_model_whose_vectors_are_never_finite_is_no_samples_fault(
-    clip: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_model_without_finite_vectors_is_a_device_error(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     change(monkeypatch, lambda encoded: Encoded(pooled=encoded.pooled * torch.nan))
     with pytest.raises(DeviceError, match="known to be good is not finite"):
         run(embed_stage(str(clip)), batch_of(5))
 
 
-def test_files_that_are_others_than_at_launch_are_not_loaded(tmp_path: Path) -> None:
+def test_files_that_changed_since_launch_are_not_loaded(tmp_path: Path) -> None:
     stage = embed_stage(str(save_clip(tmp_path / "clip")))
     (tmp_path / "clip" / "config.json").write_text((tmp_path / "clip" / "config.json").read_text() + " ")
     with pytest.raises(ModelError, match="other files"):
@@ -114,7 +112,7 @@ def test_files_that_are_others_than_at_launch_are_not_loaded(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize(("value", "words"), [(torch.nan, "not finite"), (1e6, "does not fit float16")])
-def test_tokens_that_cannot_be_stored_are_a_failure(
+def test_tokens_that_do_not_fit_are_a_failure(
     clip: Path, monkeypatch: pytest.MonkeyPatch, value: float, words: str
 ) -> None:
     def spoil(encoded: Encoded) -> Encoded:
@@ -128,15 +126,17 @@ def test_tokens_that_cannot_be_stored_are_a_failure(
     assert words in result.failures[0].message
 
 
-def test_samples_without_a_modality_have_nulls_tokens_too(clip: Path) -> None:
+def test_without_a_modality_vectors_and_tokens_are_null(clip: Path) -> None:
     batch = batch_of(4)
-    bare = replace(batch, samples=tuple(replace(s, image=None, present=frozenset({"text"})) for s in batch.samples))
-    result = run(embed_stage(str(clip), tokens=True), bare)
+    text_only = replace(
+        batch, samples=tuple(replace(s, image=None, present=frozenset({"text"})) for s in batch.samples)
+    )
+    result = run(embed_stage(str(clip), tokens=True), text_only)
     assert vectors(result, "image_embedding") == vectors(result, "image_tokens") == [None] * 4
     assert not result.failures
 
 
-def test_other_weights_in_the_same_directory_are_another_model(tmp_path: Path) -> None:
+def test_changed_weights_in_the_same_directory_are_loaded_again(tmp_path: Path) -> None:
     batch, device = batch_of(3), Device("cpu")
     save_clip(tmp_path / "clip")
     before = device.run(embed_stage(str(tmp_path / "clip")), batch)
@@ -146,7 +146,7 @@ def test_other_weights_in_the_same_directory_are_another_model(tmp_path: Path) -
     assert not np.allclose(vectors(before, "image_embedding"), vectors(after, "image_embedding"), atol=1e-3)
 
 
-def test_a_model_is_loaded_once_however_its_dtype_is_spelled(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_spellings_of_a_dtype_share_a_loaded_model(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     loads, real = [0], EmbedStage.load
 
     def counted(self: EmbedStage) -> Any:
@@ -161,7 +161,7 @@ def test_a_model_is_loaded_once_however_its_dtype_is_spelled(clip: Path, monkeyp
 
 
 class Stub:
-    """A stage that raises what it is told; the seam is the Stage protocol."""
+    """A Stage that raises an error."""
 
     key = "stub"
     device = "cpu"
@@ -178,7 +178,7 @@ class Stub:
         return batch
 
 
-def test_a_broken_device_stays_broken_and_a_full_disk_does_not_break_it() -> None:
+def test_only_a_device_error_breaks_the_device_for_good() -> None:
     batch, device = batch_of(1), Device("cpu")
     stage: Any = Stub(OSError(28, "No space left on device"))
     with pytest.raises(OSError, match="No space"):
@@ -194,27 +194,27 @@ def test_a_broken_device_stays_broken_and_a_full_disk_does_not_break_it() -> Non
 
 
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", "mps"])
-def test_a_device_of_another_kind_is_refused(name: str) -> None:
+def test_an_unsupported_device_is_an_error(name: str) -> None:
     with pytest.raises(UsageError, match=f"--device {name}"):
         resolve_device(name)
 
 
 @pytest.mark.parametrize(("cores", "threads", "paused"), [(2, 1, False), (2, 2, True), (1, 1, False)])
-def test_decoding_stands_back_while_a_model_computes_on_all_cores(
+def test_decoding_pauses_while_a_model_uses_all_cores(
     clip: Path, monkeypatch: pytest.MonkeyPatch, cores: int, threads: int, paused: bool
 ) -> None:
     monkeypatch.setattr("mmbeam.models.placement.cores", lambda: cores)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-    seen = []
+    paused_calls = []
     encode = ClipEncoder.encode_image
 
-    def watched(*args: Any) -> Encoded:
-        seen.append(not may_decode.is_set())
+    def recorded(*args: Any) -> Encoded:
+        paused_calls.append(not may_decode.is_set())
         return encode(*args)
 
-    monkeypatch.setattr(ClipEncoder, "encode_image", watched)
+    monkeypatch.setattr(ClipEncoder, "encode_image", recorded)
     Device("cpu").run(embed_stage(str(clip)), batch_of(2))
-    assert set(seen) == {paused}
+    assert set(paused_calls) == {paused}
     assert may_decode.is_set()
     monkeypatch.setattr(ClipEncoder, "encode_image", lambda *_: 1 / 0)
     with pytest.raises(DeviceError):

@@ -1,6 +1,6 @@
-"""The engine of vLLM: what it is given, what is read of what it gives back; and itself, where it is installed.
+"""The engine vLLM: its inputs and outputs, and, if it is installed, the engine itself.
 
-Where it is not, prompts are expanded here as vLLM expands them, and an engine of its shape runs a tiny model.
+Without vLLM, the tests expand placeholders as vLLM does, and an engine with the same interface runs a tiny model.
 """
 
 import importlib.util
@@ -12,9 +12,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_audio_models
 import tiny_chat_models
 import tiny_generators_hub as hub
-import tiny_hearing_models
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,8 +35,8 @@ from mmbeam.types import Batch, Sample, WorkUnit
 CPU = torch.device("cpu")
 GREEDY = Decoding(max_new_tokens=8)
 MODELS = {
-    **tiny_chat_models.SEEING,
-    **{name: save for name, save in tiny_hearing_models.HEARING_MODELS.items() if name != "voxtral"},
+    **tiny_chat_models.IMAGE_MODELS,
+    **{name: save for name, save in tiny_audio_models.AUDIO_MODELS.items() if name != "voxtral"},
     "qwen2": hub.save_qwen2,
 }
 IMAGES = [image.copy() for image in pictures(((48, 48), (97, 120)))]
@@ -46,7 +46,7 @@ TEXTS = ["a dog", "the quick brown fox", "x", "two cats in a garden, and a dog"]
 
 @dataclass
 class SamplingParams:
-    """The parameters of vLLM's that are set here, under their names: another name is a TypeError."""
+    """The parameters of vLLM's class that mmbeam sets; any other name is a TypeError."""
 
     max_tokens: int
     temperature: float
@@ -71,24 +71,24 @@ class RequestOutput:
 
 
 class Engine:
-    """vLLM's `LLM` as far as it is used, around a model of transformers: each prompt by itself, greedily."""
+    """The used part of vLLM's `LLM`, with a model of transformers: single prompts, greedy decoding."""
 
-    def __init__(self, directory: Path, refuses: Sequence[int] = (), breaks: bool = False) -> None:
+    def __init__(self, directory: Path, rejected: Sequence[int] = (), is_broken: bool = False) -> None:
         self.model: Any = AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32)
-        self.refuses = refuses  # lengths of prompts
-        self.breaks = breaks
+        self.rejected = rejected  # lengths of prompts
+        self.is_broken = is_broken
         self.windows: list[int] = []
         self._queue: list[tuple[list[int], SamplingParams]] = []
 
     def enqueue(self, prompts: Sequence[dict[str, Any]], params: Sequence[SamplingParams], *, use_tqdm: bool) -> None:
         ids = [prompt["prompt_token_ids"] for prompt in prompts]
-        if any(len(each) in self.refuses for each in ids):
+        if any(len(prompt) in self.rejected for prompt in ids):
             raise ValueError("The decoder prompt is longer than the maximum model length")
         self.windows.append(len(ids))
         self._queue += zip(ids, params, strict=True)
 
     def wait_for_completion(self, *, use_tqdm: bool) -> list[RequestOutput]:
-        if self.breaks:
+        if self.is_broken:
             raise RuntimeError("the engine core died")
         queue, self._queue = self._queue, []
         return [self._run(ids, params) for ids, params in queue]
@@ -108,42 +108,42 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: build(root / name) for name, build in MODELS.items()}
 
 
-def on_vllm(directory: Path, engine: Any = None) -> VllmGenerator:
+def vllm_generator(directory: Path, engine: Any = None) -> VllmGenerator:
     spec = describe(directory)
     family: Any = family_of(spec.family)
     return VllmGenerator(spec, family, CPU, torch.float32, engine, SamplingParams)
 
 
 def requests_for(spec: GeneratorSpec) -> list[Request]:
-    made = [Request(text=text) for text in TEXTS]
+    requests = [Request(text=text) for text in TEXTS]
     if "image" in spec.modalities:
-        made += [Request(image=image, text=text) for image, text in zip(IMAGES, TEXTS, strict=False)]
+        requests += [Request(image=image, text=text) for image, text in zip(IMAGES, TEXTS, strict=False)]
     if "audio" in spec.modalities:
-        made += [Request(audio=sound, text="a") for sound in SOUNDS] + [Request(audio=SOUNDS[0])]
-    return made
+        requests += [Request(audio=sound, text="a") for sound in SOUNDS] + [Request(audio=SOUNDS[0])]
+    return requests
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_a_prompt_is_the_familys_own_once_its_placeholders_are_expanded(saved: dict[str, Path], name: str) -> None:
-    """As vLLM does it: each placeholder, in order, becomes the tokens of its picture or sound.
+def test_a_prompt_with_expanded_placeholders_equals_the_familys(saved: dict[str, Path], name: str) -> None:
+    """Each placeholder, in order, becomes the tokens of its image or audio, as in vLLM.
 
-    Line feeds that meet there are one token to a Gemma 3, in vLLM as well; hence the comparison as text.
+    Gemma 3 has one token for adjacent line feeds, hence the comparison of texts.
     """
-    ours: Any = hub.load_tiny(saved[name])
-    model = on_vllm(saved[name])
+    family: Any = hub.load_tiny(saved[name])
+    model = vllm_generator(saved[name])
     spell = model.tokenizer._tokenizer.decode
     for request in requests_for(model.spec):
-        media = list(ours.media(request))
-        places = model.tokenizer.ids_of([medium.tokens for medium in model.media(request)])
+        media = list(family.media(request))
+        placeholders = model.tokenizer.ids_of([medium.tokens for medium in model.media(request)])
         prompt = model.vllm_prompt(request)["prompt_token_ids"]
-        expanded = [media.pop(0).tokens if token in places else spell([token]) for token in prompt]
+        expanded = [media.pop(0).tokens if token in placeholders else spell([token]) for token in prompt]
         assert not media
-        assert "".join(expanded) == spell(ours.inputs([request])["input_ids"][0])
+        assert "".join(expanded) == spell(family.inputs([request])["input_ids"][0])
 
 
 @pytest.mark.parametrize("name", MODELS)
-def test_pictures_and_sounds_lie_beside_the_prompt(saved: dict[str, Path], name: str) -> None:
-    model = on_vllm(saved[name])
+def test_media_are_passed_beside_the_prompt(saved: dict[str, Path], name: str) -> None:
+    model = vllm_generator(saved[name])
     for request in requests_for(model.spec):
         data = model.vllm_prompt(request).get("multi_modal_data", {})
         assert set(data) == {kind for kind in ("image", "audio") if getattr(request, kind) is not None}
@@ -155,44 +155,44 @@ def test_pictures_and_sounds_lie_beside_the_prompt(saved: dict[str, Path], name:
     assert "multi_modal_data" not in model.vllm_prompt(Request(text="a"))
 
 
-def test_a_sound_of_more_windows_than_there_is_room_for_is_refused(saved: dict[str, Path]) -> None:
+def test_audio_of_too_many_windows_raises(saved: dict[str, Path]) -> None:
     long = (np.zeros(2 * 16000 * vllm.MAX_WINDOWS + 1, np.float32), 16000)
     with pytest.raises(LimitError, match="17 windows"):
-        on_vllm(saved["qwen2_audio"]).vllm_prompt(Request(audio=long))
+        vllm_generator(saved["qwen2_audio"]).vllm_prompt(Request(audio=long))
 
 
-def test_decoding_in_vllms_words() -> None:
+def test_sampling_parameters() -> None:
     greedy = vllm.sampling(GREEDY, 5, 1.0)
     assert greedy == vars(SamplingParams(8, 0.0, 1.0, None, 1.0, 0, detokenize=False))
-    drawn = vllm.sampling(Decoding(temperature=0.7, top_p=0.9), 5, 1.3)
-    assert drawn == vars(SamplingParams(64, 0.7, 0.9, 5, 1.3, 0, detokenize=False))
+    sampled = vllm.sampling(Decoding(temperature=0.7, top_p=0.9), 5, 1.3)
+    assert sampled == vars(SamplingParams(64, 0.7, 0.9, 5, 1.3, 0, detokenize=False))
 
 
 @given(st.integers(0, 2**64 - 1))
-def test_a_samples_seed_is_one_that_vllm_takes(seed: int) -> None:
-    """Signed 64 bits; -1 would be no seed."""
+def test_seeds_are_in_vllms_range(seed: int) -> None:
+    """Signed 64 bits; -1 means no seed."""
     assert 0 <= vllm.sampling(Decoding(temperature=1.0), seed, 1.0)["seed"] < 2**63
 
 
-def test_what_a_checkpoint_asks_of_every_text(tmp_path: Path) -> None:
+def test_the_repetition_penalty_of_the_checkpoint(tmp_path: Path) -> None:
     assert vllm.repetition_penalty(tmp_path) == 1.0
     (tmp_path / "generation_config.json").write_text('{"repetition_penalty": 1.05, "temperature": 0.1}')
     assert vllm.repetition_penalty(tmp_path) == 1.05
 
 
-def test_a_text_is_read_from_what_comes_back(saved: dict[str, Path]) -> None:
-    model = on_vllm(saved["qwen2"])
+def test_outputs_become_texts(saved: dict[str, Path]) -> None:
+    model = vllm_generator(saved["qwen2"])
     ids = model.tokenizer.encode_words("a dog")
     end = model.tokenizer._tokenizer.eos_token_id
     ended = model.read(RequestOutput([1], [CompletionOutput([*ids, end], -2.5, "stop")]), GREEDY)
     assert (ended.text, ended.token_ids, ended.num_tokens, ended.logprob) == ("a dog", (*ids, end), len(ids), -2.5)
-    full = model.read(RequestOutput([1], [CompletionOutput(ids, -2.5, "length")]), Decoding(max_new_tokens=len(ids)))
-    assert (full.text, full.num_tokens) == ("a dog", len(ids))
+    cut = model.read(RequestOutput([1], [CompletionOutput(ids, -2.5, "length")]), Decoding(max_new_tokens=len(ids)))
+    assert (cut.text, cut.num_tokens) == ("a dog", len(ids))
     with pytest.raises(LimitError, match="a prompt of 1 tokens leaves room for 5 of 8 new ones"):
         model.read(RequestOutput([1], [CompletionOutput(ids, -2.5, "length")]), GREEDY)
 
 
-def test_what_the_engine_is_started_with(saved: dict[str, Path]) -> None:
+def test_engine_options(saved: dict[str, Path]) -> None:
     text = vllm.engine_options(describe(saved["qwen2"]), torch.device("cuda:1"), torch.bfloat16, 0.8)
     assert text == {
         "model": str(saved["qwen2"]),
@@ -202,12 +202,12 @@ def test_what_the_engine_is_started_with(saved: dict[str, Path]) -> None:
         "gpu_memory_utilization": 0.8,
         "max_model_len": -1,
     }
-    seen = vllm.engine_options(describe(saved["qwen3_vl"]), torch.device("cuda"), torch.float16, 0.8)
-    assert seen["device_ids"] == [0]
-    assert seen["limit_mm_per_prompt"] == {"image": 1, "audio": 0, "video": 0}
+    images = vllm.engine_options(describe(saved["qwen3_vl"]), torch.device("cuda"), torch.float16, 0.8)
+    assert images["device_ids"] == [0]
+    assert images["limit_mm_per_prompt"] == {"image": 1, "audio": 0, "video": 0}
 
 
-# Behind the same step
+# In the stage
 
 
 def samples_of(texts: Sequence[str]) -> Batch:
@@ -222,34 +222,36 @@ def stage_of(directory: Path) -> GenerateStage:
     return generate_stage(str(directory), decoding=GREEDY, task="caption", batch_size=2)
 
 
-def test_a_window_goes_to_the_engine_at_once_and_gives_the_same_texts(saved: dict[str, Path]) -> None:
+def test_a_whole_window_is_enqueued_and_gives_the_same_texts(saved: dict[str, Path]) -> None:
     stage, engine = stage_of(saved["qwen2"]), Engine(saved["qwen2"])
     batch = samples_of(TEXTS)
     expected = stage.run(stage.load(), batch)
-    found = stage.run(on_vllm(saved["qwen2"], engine), batch)
+    result = stage.run(vllm_generator(saved["qwen2"], engine), batch)
     assert engine.windows == [len(TEXTS)]
     for name in ("caption", "caption_num_tokens", "text_num_tokens"):
-        assert found.features[name].to_pylist() == expected.features[name].to_pylist()
-    logprobs = [each.features["caption_logprob"].to_pylist() for each in (found, expected)]
+        assert result.features[name].to_pylist() == expected.features[name].to_pylist()
+    logprobs = [batch.features["caption_logprob"].to_pylist() for batch in (result, expected)]
     assert logprobs[0] == pytest.approx(logprobs[1], abs=1e-3)
-    assert stage.run(on_vllm(saved["qwen2"], engine), samples_of([])).features["caption"].to_pylist() == []
+    assert stage.run(vllm_generator(saved["qwen2"], engine), samples_of([])).features["caption"].to_pylist() == []
 
 
-def test_a_prompt_that_it_refuses_is_one_failure(saved: dict[str, Path]) -> None:
-    model = on_vllm(saved["qwen2"])
-    refused = len(model.prompt(Request(text=TEXTS[1])))
-    engine = Engine(saved["qwen2"], refuses=[refused])
-    result = stage_of(saved["qwen2"]).run(on_vllm(saved["qwen2"], engine), samples_of(TEXTS))
+def test_a_prompt_that_vllm_rejects_is_one_failure(saved: dict[str, Path]) -> None:
+    model = vllm_generator(saved["qwen2"])
+    length = len(model.prompt(Request(text=TEXTS[1])))
+    engine = Engine(saved["qwen2"], rejected=[length])
+    result = stage_of(saved["qwen2"]).run(vllm_generator(saved["qwen2"], engine), samples_of(TEXTS))
     assert [(failure.key, failure.error) for failure in result.failures] == [("1", "ValueError")]
     assert [text is None for text in result.features["caption"].to_pylist()] == [False, True, False, False]
 
 
-def test_an_engine_that_breaks_is_no_samples_fault(saved: dict[str, Path]) -> None:
+def test_a_broken_engine_is_a_device_error(saved: dict[str, Path]) -> None:
     with pytest.raises(DeviceError, match="RuntimeError: the engine core died"):
-        stage_of(saved["qwen2"]).run(on_vllm(saved["qwen2"], Engine(saved["qwen2"], breaks=True)), samples_of(TEXTS))
+        stage_of(saved["qwen2"]).run(
+            vllm_generator(saved["qwen2"], Engine(saved["qwen2"], is_broken=True)), samples_of(TEXTS)
+        )
 
 
-# What it is not for, said before anything is done
+# What is refused
 
 
 @pytest.mark.parametrize(
@@ -262,7 +264,7 @@ def test_an_engine_that_breaks_is_no_samples_fault(saved: dict[str, Path]) -> No
         ("t5", "cuda", {}, False, "families gemma3, .*; found t5"),
     ],
 )
-def test_what_it_cannot_do(
+def test_unsupported_models_and_options(
     saved: dict[str, Path],
     tmp_path: Path,
     model: str,
@@ -277,34 +279,34 @@ def test_what_it_cannot_do(
 
 
 @pytest.mark.parametrize("name", ["qwen2", "gemma3", "qwen2_5_omni"])
-def test_what_it_can(saved: dict[str, Path], name: str) -> None:
+def test_supported_models(saved: dict[str, Path], name: str) -> None:
     check_engine("vllm", describe(saved[name]), GREEDY, "cuda", explain=False)
 
 
-def test_another_engine_is_another_model_to_the_device(saved: dict[str, Path]) -> None:
+def test_engines_do_not_share_a_loaded_model(saved: dict[str, Path]) -> None:
     stage = stage_of(saved["qwen2"])
     assert replace(stage, engine="vllm").key != stage.key
 
 
-def test_a_process_for_each_gpu() -> None:
+def test_one_process_per_gpu() -> None:
     vllm.check_processes(1, 1)
     vllm.check_processes(2, 3)
     with pytest.raises(UsageError, match="set workers to 4, or device to cuda:0"):
         vllm.check_processes(4, 1)
 
 
-def test_no_text_is_scored(saved: dict[str, Path]) -> None:
+def test_score_is_unsupported(saved: dict[str, Path]) -> None:
     with pytest.raises(ModelError, match="engine vllm"):
-        on_vllm(saved["qwen2"]).score([], [])
+        vllm_generator(saved["qwen2"]).score([], [])
 
 
-def test_what_to_install_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(JobError, match=r"vLLM is not installed here: pip install 'vllm>=0\.33'"):
         vllm.check_installed()
 
 
-def test_a_job_on_the_cpu_is_refused_before_anything_is_written(saved: dict[str, Path], tmp_path: Path) -> None:
+def test_a_job_on_the_cpu_fails_before_it_writes(saved: dict[str, Path], tmp_path: Path) -> None:
     options = CaptionOptions(
         input=(str(tmp_path),), output=str(tmp_path / "out"), model=str(saved["qwen2"]), device="cpu", engine="vllm"
     )
@@ -313,7 +315,7 @@ def test_a_job_on_the_cpu_is_refused_before_anything_is_written(saved: dict[str,
     assert not (tmp_path / "out").exists()
 
 
-def test_on_a_gpu_windows_are_larger_unless_they_are_chosen() -> None:
+def test_windows_are_larger_on_a_gpu_unless_set() -> None:
     options = CaptionOptions(input=("in",), output="out")
     chosen = replace(options, windows=Windows(samples=7))
     assert [_for_device(options, device).windows for device in ("cpu", "cuda")] == [options.windows, GPU_WINDOWS]
@@ -321,7 +323,7 @@ def test_on_a_gpu_windows_are_larger_unless_they_are_chosen() -> None:
     assert GPU_WINDOWS.decoded_bytes > options.windows.decoded_bytes
 
 
-# The engines themselves: vLLM where it is installed beside a GPU, transformers everywhere
+# The engines themselves: transformers, and vLLM if it is installed on a machine with a GPU
 
 ENGINES = ["transformers"]
 if torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
@@ -329,8 +331,8 @@ if torch.cuda.is_available() and importlib.util.find_spec("vllm") is not None:
 
 
 @pytest.fixture(scope="module")
-def of_usual_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2 with heads of 64, which vLLM's kernels take."""
+def heads_of_64(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Qwen2 with heads of 64, which vLLM's kernels support."""
     tokenizer = hub.chat_tokenizer()
     sizes = {"hidden_size": 128, "intermediate_size": 256, "num_hidden_layers": 2, "num_attention_heads": 2}
     config = Qwen2Config(**sizes, num_key_value_heads=1, **hub.ids_of(tokenizer))
@@ -338,19 +340,20 @@ def of_usual_heads(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_an_engine_writes_what_the_model_itself_does(of_usual_heads: Path, engine: Any) -> None:
+def test_an_engine_equals_the_model_itself(heads_of_64: Path, engine: Any) -> None:
     device = "cuda" if engine == "vllm" else "cpu"
-    stage = generate_stage(str(of_usual_heads), decoding=GREEDY, device=device, dtype="float32", engine=engine)
+    stage = generate_stage(str(heads_of_64), decoding=GREEDY, device=device, dtype="float32", engine=engine)
     model = stage.load()
-    found = model.generate([Request(text=text) for text in TEXTS], GREEDY)
-    reference = Engine(of_usual_heads)
-    for text, made in zip(TEXTS, found, strict=True):
-        ids = on_vllm(of_usual_heads).prompt(Request(text=text))
+    texts = model.generate([Request(text=text) for text in TEXTS], GREEDY)
+    reference = Engine(heads_of_64)
+    for words, text in zip(TEXTS, texts, strict=True):
+        ids = vllm_generator(heads_of_64).prompt(Request(text=words))
         [expected] = reference._run(ids, SamplingParams(8, 0.0, 1.0, None, 1.0, 0, detokenize=False)).outputs
-        assert list(made.token_ids) == expected.token_ids
-        assert made.logprob == pytest.approx(expected.cumulative_logprob, abs=1e-2)
-    drawing = Decoding(max_new_tokens=8, temperature=1.0)
+        assert list(text.token_ids) == expected.token_ids
+        assert text.logprob == pytest.approx(expected.cumulative_logprob, abs=1e-2)
+    sampling = Decoding(max_new_tokens=8, temperature=1.0)
     requests = [Request(text=text, seed=2**63 + number) for number, text in enumerate(TEXTS)]
-    drawn, alone = model.generate(requests, drawing), [model.generate([each], drawing)[0] for each in requests]
-    assert [each.token_ids for each in drawn] == [each.token_ids for each in alone]
-    assert all(math.isfinite(each.logprob) for each in drawn)
+    together = model.generate(requests, sampling)
+    alone = [model.generate([request], sampling)[0] for request in requests]
+    assert [text.token_ids for text in together] == [text.token_ids for text in alone]
+    assert all(math.isfinite(text.logprob) for text in together)

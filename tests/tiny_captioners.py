@@ -31,7 +31,7 @@ from transformers import (
 
 
 def save_vit_gpt2(directory: Path) -> Path:
-    """A ViT of 48 x 48 pixels with a GPT-2 of 64 positions that looks at it through a projection."""
+    """A ViT of 48 x 48 pixels with a GPT-2 of 64 positions behind a projection."""
     tokenizer = GPT2Tokenizer(vocab=byte_vocabulary("<|endoftext|>"), merges=[])
     ids = {"vocab_size": len(tokenizer), "bos_token_id": 256, "eos_token_id": 256}
     config = VisionEncoderDecoderConfig.from_encoder_decoder_configs(
@@ -43,7 +43,7 @@ def save_vit_gpt2(directory: Path) -> Path:
 
 
 def save_blip2(directory: Path, encoder_decoder: bool = False) -> Path:
-    """A BLIP-2 of 48 x 48 pixels and 4 tokens a picture, with an OPT or a T5 behind."""
+    """A BLIP-2 of 48 x 48 pixels and 4 tokens an image, with an OPT or a T5."""
     if encoder_decoder:
         tokenizer: Any = T5Tokenizer(vocab=unigrams(["<pad>", "</s>", "<unk>"]), extra_ids=4)
         sizes: dict[str, Any] = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4}
@@ -66,7 +66,7 @@ def save_blip2(directory: Path, encoder_decoder: bool = False) -> Path:
     return save(Blip2ForConditionalGeneration, config, directory, processor)
 
 
-PICTURES: dict[str, Callable[[Path], Path]] = {
+CAPTIONERS: dict[str, Callable[[Path], Path]] = {
     "vision-encoder-decoder": save_vit_gpt2,
     "blip": lambda directory: save_blip(directory, BlipForConditionalGeneration),
     "blip-2": save_blip2,

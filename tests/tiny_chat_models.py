@@ -1,4 +1,4 @@
-"""Tiny checkpoints of models that take pictures and sounds in a chat's prompt, with all their files."""
+"""Tiny checkpoints of models with images in a chat's prompt, with all their files."""
 
 from pathlib import Path
 from typing import Any
@@ -53,7 +53,7 @@ GEMMA3_TOKENS = {
 
 
 def save_florence2(directory: Path) -> Path:
-    """A Florence-2 of 64 x 64 pixels, which are 5 tokens."""
+    """A Florence-2 of 64 x 64 pixels, 5 tokens an image."""
     special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", "<image>"]
     vocabulary = {token: index for index, token in enumerate([*special, *byte_vocabulary()])}
     tokenizer = BartTokenizer(vocab=vocabulary, merges=[], extra_special_tokens={"image_token": "<image>"})
@@ -83,13 +83,13 @@ def save_florence2(directory: Path) -> Path:
     )
     config.decoder_start_token_id = tokenizer.eos_token_id
     side = {"height": 64, "width": 64}
-    pictures = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
-    pictures.image_seq_length = 5
-    return save(Florence2ForConditionalGeneration, config, directory, Florence2Processor(pictures, tokenizer))
+    images = CLIPImageProcessorPil(size=side, crop_size=side, do_center_crop=False)
+    images.image_seq_length = 5
+    return save(Florence2ForConditionalGeneration, config, directory, Florence2Processor(images, tokenizer))
 
 
 def save_smolvlm(directory: Path, idefics: bool = False) -> Path:
-    """A SmolVLM or Idefics3 with tiles of 32 x 32 pixels, 4 tokens each, of pictures of at most 96."""
+    """A SmolVLM or Idefics3 with tiles of 32 x 32 pixels, 4 tokens each, of images of at most 96."""
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
     named = {
         "image_token": "<image>",
@@ -110,19 +110,19 @@ def save_smolvlm(directory: Path, idefics: bool = False) -> Path:
     if idefics:
         processor: Any = Idefics3Processor(Idefics3ImageProcessorPil(**options), tokenizer, image_seq_len=4)
         return save(Idefics3ForConditionalGeneration, config, directory, processor)
-    pictures = SmolVLMImageProcessorPil(**options)
-    processor = SmolVLMProcessor(pictures, tokenizer, SmolVLMVideoProcessor(**options), image_seq_len=4)
+    images = SmolVLMImageProcessorPil(**options)
+    processor = SmolVLMProcessor(images, tokenizer, SmolVLMVideoProcessor(**options), image_seq_len=4)
     return save(SmolVLMForConditionalGeneration, config, directory, processor)
 
 
 def save_gemma3(directory: Path) -> Path:
-    """A Gemma 3 of 48 x 48 pixels, which are 9 tokens."""
+    """A Gemma 3 of 48 x 48 pixels, 9 tokens an image."""
     tokenizer = gemma_tokenizer(GEMMA3_TOKENS, GEMMA3_TOKENS["boi_token"])
     config = Gemma3Config(
         text_config=SMALL | {"head_dim": 8, "sliding_window": 16, "vocab_size": len(tokenizer)},
         vision_config=TOWER | {"image_size": 48, "patch_size": 8, "vision_use_head": False},
         mm_tokens_per_image=9,
-        tie_word_embeddings=False,  # with random weights a tied one says the prompt's last token again and again
+        tie_word_embeddings=False,  # random tied embeddings repeat the prompt's last token
         boi_token_index=tokenizer.boi_token_id,
         eoi_token_index=tokenizer.eoi_token_id,
         image_token_index=tokenizer.image_token_id,
@@ -140,8 +140,8 @@ def save_qwen2_5_vl(directory: Path) -> Path:
         vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
         **qwen_ids(tokenizer),
     )
-    pictures, videos = Qwen2VLImageProcessorPil(size=limits(28)), Qwen2VLVideoProcessor()
-    processor = Qwen2_5_VLProcessor(pictures, tokenizer, videos, chat_template=tokenizer.chat_template)
+    images, videos = Qwen2VLImageProcessorPil(size=limits(28)), Qwen2VLVideoProcessor()
+    processor = Qwen2_5_VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
     return save(Qwen2_5_VLForConditionalGeneration, config, directory, processor)
 
 
@@ -154,28 +154,28 @@ def save_qwen3_vl(directory: Path) -> Path:
         vision_config=vision | {"num_position_embeddings": 16, "deepstack_visual_indexes": [0, 1]},
         **qwen_ids(tokenizer),
     )
-    pictures, videos = Qwen2VLImageProcessorPil(patch_size=16, size=limits(32)), Qwen3VLVideoProcessor()
-    processor = Qwen3VLProcessor(pictures, tokenizer, videos, chat_template=tokenizer.chat_template)
+    images, videos = Qwen2VLImageProcessorPil(patch_size=16, size=limits(32)), Qwen3VLVideoProcessor()
+    processor = Qwen3VLProcessor(images, tokenizer, videos, chat_template=tokenizer.chat_template)
     return save(Qwen3VLForConditionalGeneration, config, directory, processor)
 
 
 def qwen_tokenizer(**named: str) -> Any:
-    """A tokenizer with the tokens of the Qwen models that see."""
-    picture = "<|vision_start|><|image_pad|><|vision_end|>"
+    """A tokenizer with the image tokens of Qwen-VL."""
+    image = "<|vision_start|><|image_pad|><|vision_end|>"
     return chat_tokenizer(
-        image=picture, audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **IMAGE_TOKENS, **VISION_TOKENS, **named
+        image=image, audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **IMAGE_TOKENS, **VISION_TOKENS, **named
     )
 
 
 def qwen_ids(tokenizer: Any) -> dict[str, int]:
-    """The ids of those tokens as configurations call them."""
+    """The ids of those tokens by their names in configurations."""
     ids = {f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in IMAGE_TOKENS.items()}
     start, end = tokenizer.convert_tokens_to_ids(list(VISION_TOKENS.values()))
     return ids | {"vision_start_token_id": start, "vision_end_token_id": end}
 
 
 def limits(side: int) -> dict[str, int]:
-    """Pictures of 2 to 16 groups of this many pixels a side."""
+    """Size limits of images: 2 to 16 groups of `side` x `side` pixels."""
     return {"shortest_edge": 2 * side * side, "longest_edge": 16 * side * side}
 
 
@@ -195,7 +195,7 @@ def gemma_tokenizer(named: dict[str, str], image: str, audio: str = "") -> Any:
     return tokenizer
 
 
-SEEING = {
+IMAGE_MODELS = {
     "gemma3": save_gemma3,
     "idefics3": lambda directory: save_smolvlm(directory, idefics=True),
     "qwen2_5_vl": save_qwen2_5_vl,

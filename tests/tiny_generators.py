@@ -15,7 +15,7 @@ TEXT = "a red circle and a low tone says yes no blue square high chirp left righ
 
 
 def save_fusion(directory: Path, sources: Mapping[str, Any] | None = None, **options: Any) -> Path:
-    """Write a fusion model whose captions are lively nonsense that depends on everything; its directory."""
+    """Save a fusion model whose random captions depend on every source, and return its directory."""
     sources = media(text="transformer") if sources is None else sources
     parsed = tiny_config(sources).parsed_sources()
     processor = FusionProcessor.fit(parsed, [TEXT] * 3, vocab_size=300)
@@ -25,7 +25,7 @@ def save_fusion(directory: Path, sources: Mapping[str, Any] | None = None, **opt
 
 
 def features(**columns: tuple[str, int, bool]) -> dict[str, Any]:
-    """The sources of a model that reads columns: modality, width, and whether there are tokens."""
+    """The sources of a model that reads columns, each with its modality, width, and whether it has tokens."""
     return {
         name: {"modality": modality, "kind": "features", "width": width, "tokens": tokens}
         for name, (modality, width, tokens) in columns.items()
@@ -33,7 +33,7 @@ def features(**columns: tuple[str, int, bool]) -> dict[str, Any]:
 
 
 def make_sample(index: int, without: str = "") -> Sample:
-    """A sample with a picture of one of three sizes, a sound and a text, but for what is named."""
+    """A sample with an image of one of three sizes, audio and text, except those named in `without`."""
     wave = shards.natural_sound(index, 0.25 * (1 + index % 3), 8000)
     made: dict[str, Any] = {
         "image": shards.natural_image(index, 40 + 8 * (index % 3), 48),

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of the families of generators that the hub holds, with random weights and all their files."""
+"""Tiny checkpoints of the generator families on the hub, with random weights and all their files; and their checks."""
 
 import json
 import math
@@ -65,7 +65,7 @@ HALVES: dict[str, Any] = {
 
 
 def chatml(image: str = "", audio: str = "") -> str:
-    """A chat template of Qwen's kind, with what it writes for a picture and for a sound."""
+    """A chat template like Qwen's, with its placeholders of an image and of audio."""
     return (
         "{% for message in messages %}<|im_start|>{{ message.role }}\n"
         "{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}"
@@ -79,47 +79,47 @@ def chatml(image: str = "", audio: str = "") -> str:
 
 
 def load_tiny(directory: Path) -> Generator:
-    """The generator of a checkpoint, as the stage loads it."""
+    """Load the generator of a checkpoint, as the stage does."""
     return load(describe(directory), CPU, torch.float32)
 
 
-def made(model: Generator, requests: Sequence[Request], **options: Any) -> list[Generated]:
-    """What a model makes of requests in one batch."""
+def generate(model: Generator, requests: Sequence[Request], **options: Any) -> list[Generated]:
+    """Generate the texts of requests in one batch."""
     return model.generate(requests, Decoding(max_new_tokens=NEW, **options))
 
 
 def check_batches(model: Generator, requests: Sequence[Request], **options: Any) -> list[Generated]:
-    """The texts of a batch, each of which its request gives alone as well, and in a batch of another order."""
-    together = made(model, requests, **options)
-    alone = [made(model, [request], **options)[0] for request in requests]
-    backwards = made(model, requests[::-1], **options)[::-1]
+    """Return the texts of a batch, which equal those of single requests and of another order."""
+    together = generate(model, requests, **options)
+    alone = [generate(model, [request], **options)[0] for request in requests]
+    backwards = generate(model, requests[::-1], **options)[::-1]
     for others in (alone, backwards):
-        assert [each.token_ids for each in others] == [each.token_ids for each in together]
-        assert [each.text for each in others] == [each.text for each in together]
-        assert [each.logprob for each in others] == pytest.approx([each.logprob for each in together], abs=1e-3)
-    least = 1 if "num_beams" in options else len(requests) // 2  # beams run into the same repetitions
-    assert len({each.token_ids for each in together}) > least  # it is lively, and hears what it is told
+        assert [text.token_ids for text in others] == [text.token_ids for text in together]
+        assert [text.text for text in others] == [text.text for text in together]
+        assert [text.logprob for text in others] == pytest.approx([text.logprob for text in together], abs=1e-3)
+    fewest = 1 if "num_beams" in options else len(requests) // 2  # beams often end in the same repetitions
+    assert len({text.token_ids for text in together}) > fewest  # the texts depend on the requests
     return together
 
 
 def check_scores(model: Generator, requests: Sequence[Request], texts: Sequence[Generated]) -> None:
-    """A text scores what it had when it came out."""
-    assert model.score(requests, texts) == pytest.approx([each.logprob for each in texts], abs=1e-3)
+    """Check that the scores equal the log-probabilities found while generating."""
+    assert model.score(requests, texts) == pytest.approx([text.logprob for text in texts], abs=1e-3)
 
 
 def check_bfloat16(directory: Path, requests: Sequence[Request]) -> None:
-    """The dtype of GPUs: nothing in the inputs is left in another one."""
-    made_so = made(load(describe(directory), CPU, torch.bfloat16), requests)
-    assert all(math.isfinite(each.logprob) for each in made_so)
+    """Check that the model runs in the dtype of GPUs: no input has another one."""
+    texts = generate(load(describe(directory), CPU, torch.bfloat16), requests)
+    assert all(math.isfinite(text.logprob) for text in texts)
 
 
 def byte_vocabulary(*special: str) -> dict[str, int]:
-    """Letters for the 256 bytes, and special tokens behind them."""
+    """A vocabulary of the 256 bytes and special tokens."""
     return {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
 
 
 def chat_tokenizer(*special: str, image: str = "", audio: str = "", **named: str) -> Any:
-    """A byte-level tokenizer of Qwen's kind with a chat template; `named` are special tokens with names."""
+    """A byte-level tokenizer like Qwen's with a chat template; `named` are named special tokens."""
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
     tokenizer = Qwen2Tokenizer(
         vocab=byte_vocabulary(*marks, *named.values()), merges=[], extra_special_tokens=named, eos_token="<|im_end|>"
@@ -130,7 +130,7 @@ def chat_tokenizer(*special: str, image: str = "", audio: str = "", **named: str
 
 
 def save(model: Any, config: Any, directory: Path, *files: Any, **generation: Any) -> Path:
-    """Write a lively model, its tokenizer and processors, and what its generation_config adds."""
+    """Save a model of varied texts, its tokenizer and processors; `generation` goes into generation_config.json."""
     save_random(model, config, directory)
     for file in files:
         file.save_pretrained(directory)
@@ -142,13 +142,13 @@ def save(model: Any, config: Any, directory: Path, *files: Any, **generation: An
 
 
 def ids_of(tokenizer: Any) -> dict[str, Any]:
-    """The special ids that configurations want."""
+    """The special ids and vocabulary size of a tokenizer, as configurations name them."""
     names = ("pad_token_id", "bos_token_id", "eos_token_id")
     return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
 
 
 def save_t5(directory: Path, **options: Any) -> Path:
-    """A T5: positions are relative, so only its tokenizer names a limit. `options` go into its config.json."""
+    """A T5. Positions are relative, so that only the tokenizer has a limit. `options` go into config.json."""
     tokenizer = T5Tokenizer(vocab=unigrams(["<pad>", "</s>", "<unk>"]), extra_ids=4, model_max_length=64)
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 64, "num_layers": 2, "num_heads": 4, "vocab_size": len(tokenizer)}
     save(T5ForConditionalGeneration, T5Config(decoder_start_token_id=0, **sizes), directory, tokenizer)
@@ -158,7 +158,7 @@ def save_t5(directory: Path, **options: Any) -> Path:
 
 
 def save_bart(directory: Path) -> Path:
-    """A BART of 64 positions, forced to begin with its begin token and to end at the limit."""
+    """A BART of 64 positions, which must begin with its begin token."""
     tokenizer = byte_tokenizer(model_max_length=64)
     config = BartConfig(
         d_model=32,
@@ -171,7 +171,7 @@ def save_bart(directory: Path) -> Path:
 
 
 def save_mbart(directory: Path) -> Path:
-    """An mBART that is told the language wanted by a token."""
+    """An mBART, whose target language is a token."""
     tokenizer = MBartTokenizer(vocab=unigrams(["<s>", "<pad>", "</s>", "<unk>"]), src_lang="en_XX", tgt_lang="de_DE")
     config = MBartConfig(
         d_model=32,
@@ -184,23 +184,23 @@ def save_mbart(directory: Path) -> Path:
 
 
 def save_m2m100(directory: Path) -> Path:
-    """An M2M100 of 64 positions, whose hundred languages stand behind its vocabulary."""
+    """An M2M100 of 64 positions, with the tokens of a hundred languages after its vocabulary."""
     directory.mkdir(parents=True, exist_ok=True)
     pieces = ["<s>", "<pad>", "</s>", "<unk>", *_sentencepiece(directory / "sentencepiece.bpe.model")]
     (directory / "vocab.json").write_text(json.dumps({piece: index for index, piece in enumerate(pieces)}))
     tokenizer = M2M100Tokenizer(str(directory / "vocab.json"), str(directory / "sentencepiece.bpe.model"))
     size = len(pieces) + len(tokenizer.lang_code_to_id) + 8
-    return _save_many_tongued(directory, tokenizer, size)
+    return _save_multilingual(directory, tokenizer, size)
 
 
 def save_nllb(directory: Path) -> Path:
-    """An NLLB: an M2M100 with two hundred languages, by other names."""
+    """An NLLB: an M2M100 with two hundred languages under other names."""
     vocabulary = {piece: index for index, (piece, _) in enumerate(unigrams(["<s>", "<pad>", "</s>", "<unk>"]))}
     tokenizer = NllbTokenizer(vocab=vocabulary, merges=[], src_lang="eng_Latn")
-    return _save_many_tongued(directory, tokenizer, len(tokenizer))
+    return _save_multilingual(directory, tokenizer, len(tokenizer))
 
 
-def _save_many_tongued(directory: Path, tokenizer: Any, size: int) -> Path:
+def _save_multilingual(directory: Path, tokenizer: Any, size: int) -> Path:
     config = M2M100Config(
         d_model=32,
         max_position_embeddings=64,
@@ -212,7 +212,7 @@ def _save_many_tongued(directory: Path, tokenizer: Any, size: int) -> Path:
 
 
 def save_marian(directory: Path, languages: Sequence[str] = ()) -> Path:
-    """A Marian with two sentencepiece models and a vocabulary beside them, which may hold `languages` to write."""
+    """A Marian with two sentencepiece models and a vocabulary; `languages` are its target languages."""
     directory.mkdir(parents=True, exist_ok=True)
     pieces = _sentencepiece(directory / "source.spm")
     _sentencepiece(directory / "target.spm")
@@ -269,7 +269,7 @@ def save_llama(directory: Path) -> Path:
 
 
 def save_qwen2(directory: Path) -> Path:
-    """A Qwen2 that chats."""
+    """A Qwen2 with a chat template."""
     tokenizer = chat_tokenizer()
     return save(
         Qwen2ForCausalLM, Qwen2Config(**TOWER, num_key_value_heads=2, **ids_of(tokenizer)), directory, tokenizer
@@ -288,7 +288,7 @@ CAUSAL = {"gpt2": save_gpt2, "llama": save_llama, "qwen2": save_qwen2}
 
 
 def _sentencepiece(path: Path) -> list[str]:
-    """Train a unigram model on a few sentences; its pieces."""
+    """Train a unigram model on a few sentences and return its pieces."""
     sentences = ["a photo of a cat and a dog", "the quick brown fox jumps over the lazy dog", "zwei Katzen im Garten"]
     with path.open("wb") as file:
         sentencepiece.SentencePieceTrainer.train(
@@ -307,9 +307,9 @@ def _sentencepiece(path: Path) -> list[str]:
 
 
 def save_whisper(directory: Path, multilingual: bool = True, trained: bool = False) -> Path:
-    """A Whisper of windows of 2 s; without `multilingual` it knows English alone.
+    """A Whisper with windows of 2 s, English-only unless `multilingual`.
 
-    A `trained` one writes no timestamps where it is told not to; random weights do not know that.
+    If `trained`, it writes no timestamps after <|notimestamps|>; random weights would.
     """
     stamps = [f"<|{index / 50:.2f}|>" for index in range(101)]
     special = ["<|endoftext|>", "<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>"]

@@ -1,4 +1,4 @@
-"""Tiny checkpoints of models that take sounds in a prompt, some of them pictures too, with all their files."""
+"""Tiny checkpoints of models with audio in a prompt, some with images too, with all their files."""
 
 import base64
 import json
@@ -29,7 +29,7 @@ from transformers import (
     WhisperFeatureExtractor,
 )
 
-SECONDS = 2  # of a window of sound
+SECONDS = 2  # of an audio window
 OMNI_TOKENS = {
     "image_token": "<|IMAGE|>",
     "audio_token": "<|AUDIO|>",
@@ -39,7 +39,7 @@ OMNI_TOKENS = {
     "audio_bos_token": "<|audio_bos|>",
     "audio_eos_token": "<|audio_eos|>",
 }
-HEARING: dict[str, Any] = {
+AUDIO_TOWER: dict[str, Any] = {
     "d_model": 32,
     "encoder_layers": 2,
     "encoder_attention_heads": 4,
@@ -50,7 +50,7 @@ HEARING: dict[str, Any] = {
 
 
 def extractor() -> WhisperFeatureExtractor:
-    """Of windows of 2 s and 16 mel bins."""
+    """A feature extractor with windows of 2 s and 16 mel bins."""
     return WhisperFeatureExtractor(feature_size=16, chunk_length=SECONDS)
 
 
@@ -59,7 +59,7 @@ def save_qwen2_audio(directory: Path) -> Path:
     named = {name: token for name, token in OMNI_TOKENS.items() if "audio" in name}
     tokenizer = chat_tokenizer(audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **named)
     config = Qwen2AudioConfig(
-        audio_config=HEARING | {"model_type": "qwen2_audio_encoder"},
+        audio_config=AUDIO_TOWER | {"model_type": "qwen2_audio_encoder"},
         text_config=SMALL | {"model_type": "qwen2"} | ids_of(tokenizer),
         audio_token_index=tokenizer.audio_token_id,
     )
@@ -68,7 +68,7 @@ def save_qwen2_audio(directory: Path) -> Path:
 
 
 def save_voxtral(directory: Path) -> Path:
-    """A Voxtral of 25 tokens for a window, with a tekken.json alone, as it is published."""
+    """A Voxtral with 25 tokens per window and no tokenizer but tekken.json, like the published one."""
     marks = ["<unk>", "<s>", "</s>", "[INST]", "[/INST]", "[BEGIN_AUDIO]", "[AUDIO]", "[TRANSCRIBE]", "<pad>"]
     _save_tekken(directory, marks)
     sizes = {"hidden_size": 32, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
@@ -83,7 +83,7 @@ def save_voxtral(directory: Path) -> Path:
 
 
 def save_gemma4(directory: Path, audio: bool = True) -> Path:
-    """A Gemma 4 of 70 tokens a picture; without `audio` it has no ear."""
+    """A Gemma 4 with 70 tokens per image, and an audio tower if `audio`."""
     tokenizer = gemma_tokenizer(GEMMA4_TOKENS, GEMMA4_TOKENS["image_token"], GEMMA4_TOKENS["audio_token"])
     sizes: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 32}
     text = sizes | {"intermediate_size": 64, "num_key_value_heads": 2, "head_dim": 8, "global_head_dim": 16}
@@ -101,25 +101,25 @@ def save_gemma4(directory: Path, audio: bool = True) -> Path:
         audio_config=sizes | {"output_proj_dims": 48} if audio else None,
         eoa_token_index=tokenizer.convert_tokens_to_ids(GEMMA4_TOKENS["eoa_token"]),
         video_token_id=tokenizer.convert_tokens_to_ids("<|video|>"),
-        tie_word_embeddings=False,  # with random weights a tied one says the prompt's last token again and again
+        tie_word_embeddings=False,  # random tied embeddings repeat the prompt's last token
         **{f"{name}_id": tokenizer.convert_tokens_to_ids(token) for name, token in GEMMA4_TOKENS.items()},
     )
-    pictures, videos = Gemma4ImageProcessor(max_soft_tokens=70), Gemma4VideoProcessor()
+    images, videos = Gemma4ImageProcessor(max_soft_tokens=70), Gemma4VideoProcessor()
     processor = Gemma4Processor(
-        Gemma4AudioFeatureExtractor(), pictures, tokenizer, videos, chat_template=tokenizer.chat_template
+        Gemma4AudioFeatureExtractor(), images, tokenizer, videos, chat_template=tokenizer.chat_template
     )
     return save(Gemma4ForConditionalGeneration, config, directory, processor)
 
 
 def save_qwen_omni(directory: Path, whole: bool = False) -> Path:
-    """The thinker of a Qwen2.5-Omni; or `whole`, as it is published: the thinker's weights among others."""
+    """The thinker of a Qwen2.5-Omni; or the `whole` checkpoint as published, of which the thinker is a part."""
     tokenizer = chat_tokenizer(
         image="<|vision_bos|><|IMAGE|><|vision_eos|>", audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **OMNI_TOKENS
     )
     ids = {name: tokenizer.convert_tokens_to_ids(token) for name, token in OMNI_TOKENS.items()}
     vision = {"depth": 2, "hidden_size": 32, "intermediate_size": 64, "num_heads": 4, "out_hidden_size": 32}
     config = Qwen2_5OmniThinkerConfig(
-        audio_config=HEARING | {"output_dim": 32, "n_window": 20},
+        audio_config=AUDIO_TOWER | {"output_dim": 32, "n_window": 20},
         vision_config=vision | {"fullatt_block_indexes": [1], "window_size": 56},
         text_config=SMALL | {"rope_parameters": ROPE} | ids_of(tokenizer),
         image_token_index=ids["image_token"],
@@ -130,9 +130,9 @@ def save_qwen_omni(directory: Path, whole: bool = False) -> Path:
         audio_start_token_id=ids["audio_bos_token"],
         audio_end_token_id=ids["audio_eos_token"],
     )
-    pictures, videos = Qwen2VLImageProcessorPil(size=limits(28)), Qwen2VLVideoProcessor()
-    processor = Qwen2_5OmniProcessor(pictures, videos, extractor(), tokenizer, chat_template=tokenizer.chat_template)
-    # A trained model never writes placeholders of media; what it wrote could not be scored.
+    images, videos = Qwen2VLImageProcessorPil(size=limits(28)), Qwen2VLVideoProcessor()
+    processor = Qwen2_5OmniProcessor(images, videos, extractor(), tokenizer, chat_template=tokenizer.chat_template)
+    # A trained model never writes placeholders of media; such a text could not be scored.
     never = [ids[f"{kind}_token"] for kind in ("image", "audio", "video")]
     save(Qwen2_5OmniThinkerForConditionalGeneration, config, directory, processor, suppress_tokens=never)
     if whole:
@@ -141,7 +141,7 @@ def save_qwen_omni(directory: Path, whole: bool = False) -> Path:
 
 
 def _wrap_thinker(directory: Path) -> None:
-    """Rename weights and configuration to how they stand in a checkpoint of the whole model."""
+    """Rename weights and configuration as in a checkpoint of the whole model."""
     weights = load_file(directory / "model.safetensors")
     save_file(
         {f"thinker.{name}": value for name, value in weights.items()},
@@ -154,7 +154,7 @@ def _wrap_thinker(directory: Path) -> None:
 
 
 def _save_tekken(directory: Path, marks: list[str]) -> None:
-    """A tokenizer of single bytes behind `marks`, in Mistral's format."""
+    """Save a tokenizer of `marks` and single bytes, in Mistral's format."""
     directory.mkdir(parents=True, exist_ok=True)
     config = {
         "pattern": r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s+",
@@ -173,7 +173,7 @@ def _save_tekken(directory: Path, marks: list[str]) -> None:
     )
 
 
-HEARING_MODELS = {
+AUDIO_MODELS = {
     "gemma4": save_gemma4,
     "qwen2_5_omni": lambda directory: save_qwen_omni(directory, whole=True),
     "qwen2_5_omni_thinker": save_qwen_omni,
