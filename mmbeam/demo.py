@@ -76,7 +76,7 @@ def _look(shard: Path, data: Path) -> Iterator[str]:
     dims = json.loads(table.schema.metadata[b"mmbeam.dims"])
     for column in table.schema:
         width = f", {dims[column.name]} each" if column.name in dims else ""
-        yield f"  {column.name:<22} {_type_name(column.type)}{width}"
+        yield f"  {column.name:<26} {_type_name(column.type)}{width}"
     by_key = {row["key"]: row for row in rows}
     letters = ", ".join(f"{name[0].upper()} {name}" for name in ("red", "green", "blue"))
     yield f"\nThe first {SHOWN}. Left the picture ({letters}, ...), right the sound, low notes below:"
@@ -106,8 +106,8 @@ def _side_by_side(sample: Sample, row: Row) -> Iterator[str]:
     for left, right in zip_longest(picture, sound, fillvalue=""):
         yield f"    {left}   |{right}|"
     yield f"    caption: {row['caption']}"
-    shares = ", ".join(f"{row[f'caption_{modality}_share']:.0%} on the {modality}" for modality in MODALITIES)
-    yield f"    it rests {shares}; log-probability {row['caption_logprob']:.3f}"
+    parts = ", ".join(f"{modality} {row[f'caption_{modality}_attribution']:.0%}" for modality in MODALITIES)
+    yield f"    attribution: {parts}; log-probability {row['caption_logprob']:.3f}"
 
 
 def _meaning(rows: Sequence[Row]) -> Iterator[str]:

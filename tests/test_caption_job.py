@@ -122,14 +122,14 @@ def test_every_sample_of_real_shards_gets_its_caption(tmp_path: Path, fusion: Pa
     assert len(set(captions(rows))) > 5
     for row, truth in zip(rows, made.truths, strict=True):
         kinds = {FieldMap().kind(name) for name in truth.members}
-        shares = {m: row[f"caption_{m}_share"] for m in ("image", "audio", "text")}
-        assert {m for m, share in shares.items() if share is not None} == kinds - {"metadata"}
-        assert sum(filter(None, shares.values())) == pytest.approx(float(bool(kinds - {"metadata"})))
+        attribution = {m: row[f"caption_{m}_attribution"] for m in ("image", "audio", "text")}
+        assert {m for m, part in attribution.items() if part is not None} == kinds - {"metadata"}
+        assert sum(filter(None, attribution.values())) == pytest.approx(float(bool(kinds - {"metadata"})))
         assert [row[name] is None for name in COLUMNS] == [row["caption"] is None] * 3
         assert (row["text_num_tokens"] is None) == ("txt" not in truth.members)
     schema = pq.read_schema(next((tmp_path / "out" / "data").glob("*.parquet")))
     types = [pa.string(), pa.int32(), pa.float32(), *[pa.float32()] * 3]
-    names = [*COLUMNS, *(f"caption_{modality}_share" for modality in ("image", "audio", "text"))]
+    names = [*COLUMNS, *(f"caption_{modality}_attribution" for modality in ("image", "audio", "text"))]
     assert [schema.field(name).type for name in names] == types
 
 
@@ -299,7 +299,7 @@ def test_features_give_the_captions_that_the_model_makes_of_them(
         [expected] = model.generate([Request(features=found)], GREEDY)
         assert row["caption"] == expected.text
         assert row["caption_logprob"] == pytest.approx(expected.logprob, abs=1e-3)
-        assert (row["caption_image_share"] is None) == ("image_embedding" not in found)
+        assert (row["caption_image_attribution"] is None) == ("image_embedding" not in found)
     [failure] = failures_of(tmp_path)
     assert (failure["key"], failure["modality"], failure["step"]) == ("000006", "image", "read")
     assert failure["message"] == "image_embedding was lost when the features were made"
@@ -391,7 +391,7 @@ def test_the_command_line_captions_shards_and_features(
     command += ["--max-new-tokens", "8"]
     status = main([*command, "--output", str(tmp_path / "out"), "--explain", "--with-embeddings", "--num-beams", "2"])
     assert (status, capsys.readouterr().out.splitlines()[2].split(": ")[1].split(", ")[-1]) == (0, "4 caption")
-    assert all(row["caption_text_share"] is not None for row in rows_of(tmp_path))
+    assert all(row["caption_text_attribution"] is not None for row in rows_of(tmp_path))
     sampling = ["--temperature", "1.0", "--top-p", "0.9", "--seed", "4"]
     assert main([*command, "--output", str(tmp_path / "sampled"), *sampling]) == 0
     expected = replace(GREEDY, temperature=1.0, top_p=0.9, seed=4)
@@ -405,7 +405,7 @@ def test_the_command_line_captions_shards_and_features(
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--num-beams", "2", "--temperature", "1"], "give one"),
+        (["--num-beams", "2", "--temperature", "1"], "--temperature and --num-beams are mutually exclusive"),
         (["--top-p", "0.5"], "--top-p goes with sampling"),
         (["--seed", "1"], "--seed goes with sampling"),
         (["--temperature", "-1"], "--temperature -1.0"),

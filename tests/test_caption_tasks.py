@@ -237,7 +237,7 @@ def test_the_command_line_asks(tmp_path: Path, chat: Path, capsys: pytest.Captur
     command = ["caption", "--model", str(chat), "--input", str(source), "--device", "cpu", "--max-new-tokens", "4"]
     command += ["--output", str(tmp_path / "out")]
     for arguments, status, words in (
-        (["--prompt", "{text"], 2, "prompt, column 1: unmatched brace"),
+        (["--prompt", "{text"], 2, "--prompt, column 1: unmatched brace"),
         (["--task", "draw"], 2, "invalid choice: 'draw'"),
         (["--task", "caption", "--prompt", "{metadata[x]}"], 2, "none of the first 1 samples has {metadata[x]}"),
         (["--task", "translate", "--language", "French", "--source-language", "German"], 0, ""),
@@ -259,5 +259,5 @@ def test_without_a_number_the_task_says_how_many_tokens(tmp_path: Path, chat: Pa
 
 def test_more_new_tokens_than_the_models_positions_are_refused_before_the_start(tmp_path: Path, chat: Path) -> None:
     source = write(tmp_path / "in", [{"txt": b"a b"}])
-    with pytest.raises(UsageError, match=r"max_new_tokens 100000: expected at most \d+"):
+    with pytest.raises(UsageError, match=r"`max_new_tokens` 100000: expected at most \d+"):
         run(tmp_path, chat, source, task="summarize", decoding=Decoding(max_new_tokens=100_000))

@@ -26,9 +26,9 @@ def test_the_demo_captions_rightly_and_runs_again(
     table = ds.dataset("demo/captions/data").to_table()
     assert table.num_rows == 48
     for modality in MODALITIES:
-        assert f"  {modality + '_embedding':<22} list of float, 64 each" in said
+        assert f"  {modality + '_embedding':<26} list of float, 64 each" in said
         assert table[f"{modality}_embedding"].null_count == 0
-        assert table[f"caption_{modality}_share"].null_count == 0
+        assert table[f"caption_{modality}_attribution"].null_count == 0
     assert "  11-000000  text '#Harbour #Noon'" in said
     check_the_proposed_command(said, capfd)
     assert main(["demo"]) == 0  # again: made anew

@@ -1,4 +1,4 @@
-"""The generate stage: on a tiny fusion model, and on a generator whose captions say what they rest on."""
+"""The generate stage: on a tiny fusion model, and on a generator whose captions name the modalities they depend on."""
 
 import json
 from collections.abc import Mapping, Sequence
@@ -15,15 +15,14 @@ from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.names import Modality
-from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
-from mmbeam.stages.explain import shares_of
-from mmbeam.stages.generate import GenerateStage, generate_stage, stream_seed
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request, make_request
+from mmbeam.stages.generate import GenerateStage, attribute, generate_stage, stream_seed
 from mmbeam.types import Audio, Batch, Failure, Sample, WorkUnit
 
 GREEDY = Decoding(max_new_tokens=12)
 SAMPLING = Decoding(max_new_tokens=12, temperature=1.0, seed=7)
 COLUMNS = ["caption", "caption_num_tokens", "caption_logprob"]
-SHARES = [f"caption_{modality}_share" for modality in ("image", "audio", "text")]
+ATTRIBUTIONS = [f"caption_{modality}_attribution" for modality in ("image", "audio", "text")]
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +35,9 @@ def batch_of(samples: Sequence[Sample], **changes: Any) -> Batch:
 
 
 def every_subset(count: int = 16) -> Batch:
-    """Samples that have all, each pair, each alone, and nothing, again and again."""
-    lacks = ["", "image", "audio", "text", "image audio", "image text", "audio text", "image audio text"]
-    return batch_of([make_sample(index, lacks[index % len(lacks)]) for index in range(count)])
+    """Samples with every combination of modalities, in turn."""
+    missing = ["", "image", "audio", "text", "image audio", "image text", "audio text", "image audio text"]
+    return batch_of([make_sample(index, missing[index % len(missing)]) for index in range(count)])
 
 
 def run(stage: GenerateStage, batch: Batch) -> Batch:
@@ -46,8 +45,8 @@ def run(stage: GenerateStage, batch: Batch) -> Batch:
 
 
 def column(batch: Batch, name: str) -> list[Any]:
-    found: list[Any] = batch.features[name].to_pylist()
-    return found
+    values: list[Any] = batch.features[name].to_pylist()
+    return values
 
 
 @pytest.mark.parametrize(
@@ -55,20 +54,20 @@ def column(batch: Batch, name: str) -> list[Any]:
     [GREEDY, replace(GREEDY, num_beams=3), SAMPLING, replace(SAMPLING, top_p=0.8)],
     ids=["greedy", "beams", "sampling", "top-p"],
 )
-def test_a_caption_is_the_samples_own_whatever_the_batches(fusion: Path, decoding: Decoding) -> None:
+def test_captions_do_not_depend_on_the_batches(fusion: Path, decoding: Decoding) -> None:
     batch = every_subset()
-    turned = replace(batch, samples=batch.samples[::-1])
+    reversed_batch = replace(batch, samples=batch.samples[::-1])
     together = run(generate_stage(str(fusion), decoding=decoding, explain=True), batch)
-    alone = run(generate_stage(str(fusion), decoding=decoding, explain=True, batch_size=1), turned)
+    alone = run(generate_stage(str(fusion), decoding=decoding, explain=True, batch_size=1), reversed_batch)
     for name in COLUMNS[:2]:
         assert column(together, name) == column(alone, name)[::-1]
-    for name in (COLUMNS[2], *SHARES):
-        values = [[-1.0 if value is None else value for value in column(each, name)] for each in (together, alone)]
+    for name in (COLUMNS[2], *ATTRIBUTIONS):
+        values = [[-1.0 if value is None else value for value in column(result, name)] for result in (together, alone)]
         np.testing.assert_allclose(values[0], values[1][::-1], atol=1e-3)
     assert len(set(column(together, "caption"))) > 8
 
 
-def test_nothing_to_go_by_gives_a_null_and_no_failure(fusion: Path) -> None:
+def test_a_sample_without_any_input_gets_null_and_no_failure(fusion: Path) -> None:
     result = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
     missing = [position for position, text in enumerate(column(result, "caption")) if text is None]
     assert missing == [7, 15]
@@ -79,8 +78,8 @@ def test_nothing_to_go_by_gives_a_null_and_no_failure(fusion: Path) -> None:
     assert column(run(generate_stage(str(fusion), decoding=GREEDY), nothing), "caption") == [None, None]
 
 
-def test_a_modality_that_could_not_be_read_costs_the_caption(fusion: Path) -> None:
-    """The failure is there already; the caption would say nothing of the picture, and nobody could tell."""
+def test_a_modality_that_could_not_be_decoded_costs_the_caption(fusion: Path) -> None:
+    """Its failure is already recorded; a caption without the image would be misleading."""
     broken = replace(make_sample(0), image=None)
     failure = Failure(
         key="0", shard="s.tar", offset=0, modality="image", step="decode", error="DecodeError", message="cut short"
@@ -93,7 +92,7 @@ def test_a_modality_that_could_not_be_read_costs_the_caption(fusion: Path) -> No
     assert result.failures == batch.failures
 
 
-def test_what_a_model_must_have_decides_what_is_due(fusion: Path) -> None:
+def test_required_modalities_decide_for_which_samples_a_text_is_due(fusion: Path) -> None:
     stage = generate_stage(str(fusion), decoding=GREEDY)
     stage = replace(stage, spec=replace(stage.spec, required=("audio",)))
     [output] = stage.outputs
@@ -103,7 +102,7 @@ def test_what_a_model_must_have_decides_what_is_due(fusion: Path) -> None:
     assert [text is None for text in column(result, "caption")] == [False, True, False]
 
 
-def test_another_seed_is_another_stream_and_only_the_sample_matters(fusion: Path) -> None:
+def test_random_streams_depend_on_seed_and_identity_only(fusion: Path) -> None:
     stage = generate_stage(str(fusion), decoding=SAMPLING)
     batch = batch_of([make_sample(0)] * 1)
     moved = batch_of([replace(make_sample(0), key="renamed")])
@@ -120,7 +119,7 @@ def test_another_seed_is_another_stream_and_only_the_sample_matters(fusion: Path
 
 
 def change(monkeypatch: pytest.MonkeyPatch, before: Any) -> None:
-    """Let `before` see what each batch holds, and raise."""
+    """Call `before`, which may raise, with the requests of each batch."""
     real = FusionGenerator.generate
 
     def changed(self: FusionGenerator, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
@@ -130,14 +129,14 @@ def change(monkeypatch: pytest.MonkeyPatch, before: Any) -> None:
     monkeypatch.setattr(FusionGenerator, "generate", changed)
 
 
-def test_too_little_memory_halves_the_batch_and_is_counted(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_out_of_memory_halves_the_batch_and_is_counted(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
 
-    def small(requests: Sequence[Request]) -> None:
+    def limited(requests: Sequence[Request]) -> None:
         if len(requests) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
-    change(monkeypatch, small)
+    change(monkeypatch, limited)
     halved = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
     assert column(halved, "caption") == column(whole, "caption")
     assert halved.tally.warnings["batches halved for lack of memory"] >= 3
@@ -147,11 +146,11 @@ def test_too_little_memory_halves_the_batch_and_is_counted(fusion: Path, monkeyp
 def test_one_bad_sample_is_one_failure(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
 
-    def picky(requests: Sequence[Request]) -> None:
+    def selective(requests: Sequence[Request]) -> None:
         if any(request.text == whole.samples[4].text for request in requests):
-            raise ValueError("I do not like this one")
+            raise ValueError("unusable")
 
-    change(monkeypatch, picky)
+    change(monkeypatch, selective)
     result = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
     [failure] = result.failures
     assert (failure.key, failure.step, failure.error, failure.outputs) == ("4", "generate", "ValueError", ("caption",))
@@ -159,23 +158,23 @@ def test_one_bad_sample_is_one_failure(fusion: Path, monkeypatch: pytest.MonkeyP
     assert column(result, "caption") == [None if index == 4 else text for index, text in enumerate(expected)]
 
 
-def test_a_sample_that_cannot_be_weighed_costs_the_others_nothing(
+def test_a_sample_that_cannot_be_weighed_does_not_affect_the_others(
     fusion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
     weigh = FusionGenerator.weigh
 
-    def picky(self: FusionGenerator, requests: Sequence[Request]) -> list[int]:
+    def selective(self: FusionGenerator, requests: Sequence[Request]) -> list[int]:
         if any(request.text == whole.samples[4].text for request in requests):
             raise ValueError("too heavy")
         return weigh(self, requests)
 
-    monkeypatch.setattr(FusionGenerator, "weigh", picky)
+    monkeypatch.setattr(FusionGenerator, "weigh", selective)
     result = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
     assert column(result, "caption") == column(whole, "caption")
 
 
-def test_a_model_that_always_fails_is_no_samples_fault(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_that_always_fails_is_a_device_error(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def never(requests: Sequence[Request]) -> None:
         raise ValueError("no")
 
@@ -184,27 +183,25 @@ def test_a_model_that_always_fails_is_no_samples_fault(fusion: Path, monkeypatch
         run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
 
 
-def test_log_probabilities_that_are_no_numbers_are_told_from_samples(
-    fusion: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_nan_log_probabilities_are_failures(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = FusionGenerator.generate
 
     def spoiled(self: FusionGenerator, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
-        made = real(self, requests, decoding)
+        texts = real(self, requests, decoding)
         return [
-            replace(each, logprob=float("nan")) if request.text == make_sample(3).text else each
-            for request, each in zip(requests, made, strict=True)
+            replace(text, logprob=float("nan")) if request.text == make_sample(3).text else text
+            for request, text in zip(requests, texts, strict=True)
         ]
 
     monkeypatch.setattr(FusionGenerator, "generate", spoiled)
     samples = [make_sample(index) for index in range(6)]
     result = run(generate_stage(str(fusion), decoding=GREEDY), batch_of(samples))
     assert [failure.key for failure in result.failures] == ["3"]
-    assert "not numbers" in result.failures[0].message
+    assert "are NaN" in result.failures[0].message
     assert [text is None for text in column(result, "caption")] == [index == 3 for index in range(6)]
 
 
-def test_texts_are_counted_and_cut_at_what_the_model_takes(fusion: Path) -> None:
+def test_texts_are_counted_whole_and_truncated_for_the_model(fusion: Path) -> None:
     stage = generate_stage(str(fusion), decoding=GREEDY)
     long = replace(make_sample(0), text="red " * 400)
     cut = replace(make_sample(0), text="red " * 16)
@@ -216,14 +213,14 @@ def test_texts_are_counted_and_cut_at_what_the_model_takes(fusion: Path) -> None
     assert "text_num_tokens" not in run(replace(stage, count_tokens=False), batch_of([long])).features
 
 
-def test_the_cleaned_text_is_what_the_model_reads(fusion: Path) -> None:
+def test_the_model_reads_the_cleaned_text(fusion: Path) -> None:
     stage = generate_stage(str(fusion), decoding=GREEDY)
     dirty = replace(make_sample(3), text="<b>RED</b> circle", text_clean="red circle")
     clean = replace(make_sample(3), text="red circle", offset=9)
     assert len(set(column(run(stage, batch_of([dirty, clean])), "caption"))) == 1
 
 
-def test_pictures_are_filtered_as_asked(fusion: Path) -> None:
+def test_images_are_filtered(fusion: Path) -> None:
     plain, blurred = (
         run(generate_stage(str(fusion), decoding=GREEDY, image_filter=f), every_subset(8))
         for f in (None, ("gaussian", 8.0))
@@ -234,20 +231,25 @@ def test_pictures_are_filtered_as_asked(fusion: Path) -> None:
     assert changed == ["image" in sample.present for sample in plain.samples]
 
 
-def test_a_sound_whose_length_alone_was_read_is_none(fusion: Path) -> None:
-    """As when only a `where` expression asked for it, or the rows of features hold no more."""
-    known = replace(make_sample(0), audio=Audio(waves={}, seconds=3.0))
+def test_audio_decoded_for_its_length_only_counts_as_missing(fusion: Path) -> None:
+    """Such as for a `where` expression, or in rows of features."""
+    duration_only = replace(make_sample(0), audio=Audio(waves={}, seconds=3.0))
     without = replace(make_sample(0, "audio"), offset=8)
     assert (
-        len(set(column(run(generate_stage(str(fusion), decoding=GREEDY), batch_of([known, without])), "caption"))) == 1
+        len(
+            set(
+                column(run(generate_stage(str(fusion), decoding=GREEDY), batch_of([duration_only, without])), "caption")
+            )
+        )
+        == 1
     )
 
 
-def test_features_take_the_place_of_media(tmp_path: Path) -> None:
+def test_features_replace_media(tmp_path: Path) -> None:
     model = save_fusion(tmp_path, features(image_embedding=("image", 5, False), text_tokens=("text", 3, True)))
     stage = generate_stage(str(model), decoding=GREEDY, explain=True)
     assert stage.needs.modalities == frozenset()
-    assert {(each.name, each.width, each.tokens) for each in stage.needs.columns} == {
+    assert {(column.name, column.width, column.tokens) for column in stage.needs.columns} == {
         ("image_embedding", 5, False),
         ("text_tokens", 3, True),
     }
@@ -269,18 +271,20 @@ def test_features_take_the_place_of_media(tmp_path: Path) -> None:
     result = run(stage, batch)
     assert [text is None for text in column(result, "caption")] == [False, False, False, True, True]
     assert [failure.key for failure in result.failures] == ["4"]
-    assert column(result, "caption_image_share")[1:3] == [1.0, None]
-    assert sum(column(result, name)[0] for name in ("caption_image_share", "caption_text_share")) == pytest.approx(1)
+    assert column(result, "caption_image_attribution")[1:3] == [1.0, None]
+    assert sum(
+        column(result, name)[0] for name in ("caption_image_attribution", "caption_text_attribution")
+    ) == pytest.approx(1)
 
 
-# What a caption rests on
+# Attribution
 
 
 class Clauses(Generator):
-    """Says a clause of each modality that is there. A clause is certain with its source, and unlikely without."""
+    """Writes one clause per modality present. A clause is certain with its modality, and unlikely without."""
 
     WITHOUT: Mapping[Modality, float] = {"image": -6.0, "audio": -3.0, "text": -1.0}
-    SAYS: Mapping[Modality, str] = {"image": "a red circle", "audio": "a low tone", "text": "says yes"}
+    CLAUSES: Mapping[Modality, str] = {"image": "a red circle", "audio": "a low tone", "text": "says yes"}
 
     def __init__(self, modalities: Sequence[Modality], ignores: Modality | None = None) -> None:
         spec = GeneratorSpec(family="clauses", directory="", modalities=tuple(modalities))
@@ -288,10 +292,12 @@ class Clauses(Generator):
         self.ignores = ignores
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
-        return [self._say(request) for request in requests]
+        return [self._write(request) for request in requests]
 
-    def _say(self, request: Request) -> Generated:
-        clauses = [self.SAYS[m] for m in self.spec.modalities if getattr(request, m) is not None and m != self.ignores]
+    def _write(self, request: Request) -> Generated:
+        clauses = [
+            self.CLAUSES[m] for m in self.spec.modalities if getattr(request, m) is not None and m != self.ignores
+        ]
         return Generated(text=", ".join(clauses), token_ids=(), num_tokens=len(clauses), logprob=0.0)
 
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
@@ -299,7 +305,7 @@ class Clauses(Generator):
             sum(
                 lost
                 for modality, lost in self.WITHOUT.items()
-                if self.SAYS[modality] in text.text and getattr(request, modality) is None
+                if self.CLAUSES[modality] in text.text and getattr(request, modality) is None
             )
             for request, text in zip(requests, texts, strict=True)
         ]
@@ -318,37 +324,37 @@ FULL = Request(image=np.zeros((1, 1, 3), np.uint8), audio=(np.zeros(1, np.float3
         (Request(), None, {}),
     ],
 )
-def test_a_caption_rests_on_the_sources_of_its_clauses(
+def test_a_clause_is_attributed_to_its_modality(
     request_: Request, ignores: Modality | None, expected: Mapping[Modality, float]
 ) -> None:
     model = Clauses(("image", "audio", "text"), ignores)
     requests = [FULL, request_, Request(text="yes")]
-    shares = shares_of(model, requests, model.generate(requests, GREEDY))[1]
-    assert shares == pytest.approx(expected)
+    attribution = attribute(model, requests, model.generate(requests, GREEDY))[1]
+    assert attribution == pytest.approx(expected)
 
 
-def test_a_caption_that_loses_nothing_rests_on_nothing() -> None:
+def test_a_caption_that_loses_nothing_has_no_attribution() -> None:
     model = Clauses(("audio", "text"), ignores="audio")
-    model.SAYS = {"audio": "", "text": "said", "image": "-"}
+    model.CLAUSES = {"audio": "", "text": "said", "image": "-"}
     model.score = lambda requests, texts: [0.5 for _ in requests]  # type: ignore[method-assign] # a gain
     requests = [replace(FULL, image=None)]
-    assert shares_of(model, requests, model.generate(requests, GREEDY)) == [{"audio": 0.0, "text": 0.0}]
+    assert attribute(model, requests, model.generate(requests, GREEDY)) == [{"audio": 0.0, "text": 0.0}]
 
 
-def test_shares_of_a_real_model_are_of_the_loss_under_its_own_score(fusion: Path) -> None:
+def test_attribution_of_a_real_model_follows_from_its_scores(fusion: Path) -> None:
     stage = generate_stage(str(fusion), decoding=GREEDY, explain=True)
     model = stage.load()
     batch = batch_of([make_sample(index) for index in range(4)])
     result = stage.run(model, batch)
-    requests = [stage._request(sample) for sample in batch.samples]
-    made = model.generate(requests, GREEDY)
-    for row, (request, text) in enumerate(zip(requests, made, strict=True)):
+    requests = [make_request(sample, stage.spec, stage.instruction, 0) for sample in batch.samples]
+    texts = model.generate(requests, GREEDY)
+    for row, (request, text) in enumerate(zip(requests, texts, strict=True)):
         lost = {
             m: max(0.0, text.logprob - model.score([replace(request, **{m: None})], [text])[0])
             for m in ("image", "audio", "text")
         }
-        shares = [column(result, f"caption_{m}_share")[row] for m in lost]
-        assert shares == pytest.approx([each / sum(lost.values()) for each in lost.values()], abs=1e-3)
+        attribution = [column(result, f"caption_{m}_attribution")[row] for m in lost]
+        assert attribution == pytest.approx([loss / sum(lost.values()) for loss in lost.values()], abs=1e-3)
 
 
 # What is refused
@@ -358,20 +364,20 @@ def test_shares_of_a_real_model_are_of_the_loss_under_its_own_score(fusion: Path
     ("decoding", "words"),
     [
         (Decoding(num_beams=2, temperature=1.0), "mutually exclusive"),
-        (Decoding(temperature=0.0), "temperature 0.0"),
-        (Decoding(temperature=float("nan")), "temperature nan"),
-        (Decoding(top_p=0.5), "top_p 0.5"),
-        (Decoding(temperature=1.0, top_p=0.0), "top_p 0.0"),
+        (Decoding(temperature=0.0), "`temperature` 0.0"),
+        (Decoding(temperature=float("nan")), "`temperature` nan"),
+        (Decoding(top_p=0.5), "`top_p` 0.5"),
+        (Decoding(temperature=1.0, top_p=0.0), "`top_p` 0.0"),
         (Decoding(max_new_tokens=0), "at least 1"),
         (Decoding(max_new_tokens=33), "at most 32"),
     ],
 )
-def test_decoding_that_makes_no_sense_is_refused(fusion: Path, decoding: Decoding, words: str) -> None:
+def test_invalid_or_contradictory_decoding_is_an_error(fusion: Path, decoding: Decoding, words: str) -> None:
     with pytest.raises(UsageError, match=words):
         generate_stage(str(fusion), decoding=decoding)
 
 
-def test_the_longest_text_it_can_write_is_written(fusion: Path) -> None:
+def test_the_models_longest_text_is_supported(fusion: Path) -> None:
     result = run(generate_stage(str(fusion), decoding=Decoding(max_new_tokens=32)), every_subset())
     assert max(filter(None, column(result, "caption_num_tokens"))) <= 32
     assert not result.failures
@@ -380,30 +386,30 @@ def test_the_longest_text_it_can_write_is_written(fusion: Path) -> None:
 def test_a_task_names_the_columns(fusion: Path) -> None:
     stage = replace(generate_stage(str(fusion), decoding=GREEDY), instruction=Instruction(task="summarize"))
     result = run(stage, every_subset(8))
-    assert [each.name for each in stage.outputs[0].columns] == ["summary", "summary_num_tokens", "summary_logprob"]
+    assert [column.name for column in stage.outputs[0].columns] == ["summary", "summary_num_tokens", "summary_logprob"]
     assert set(result.features) == {"summary", "summary_num_tokens", "summary_logprob", "text_num_tokens"}
 
 
-def test_what_nothing_can_be_masked_of_cannot_be_explained(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_with_a_required_modality_cannot_be_explained(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real = FusionGenerator.describe
     monkeypatch.setattr(
         FusionGenerator,
         "describe",
         classmethod(lambda cls, directory, config: replace(real(directory, config), required=("image",))),
     )
-    with pytest.raises(UsageError, match="cannot do without image"):
+    with pytest.raises(UsageError, match="requires image"):
         generate_stage(str(fusion), decoding=GREEDY, explain=True)
 
 
-def test_files_that_are_others_than_at_launch_are_not_loaded(tmp_path: Path) -> None:
+def test_files_that_changed_since_launch_are_not_loaded(tmp_path: Path) -> None:
     stage = generate_stage(str(save_fusion(tmp_path)), decoding=GREEDY)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="other files"):
+    with pytest.raises(ModelError, match="found other ones"):
         stage.load()
 
 
-def test_the_stage_of_embeddings_and_this_one_keep_their_models_apart(fusion: Path) -> None:
+def test_embed_and_generate_stages_do_not_share_a_loaded_model(fusion: Path) -> None:
     from mmbeam.stages.embed import embed_stage
 
     assert embed_stage(str(fusion)).key != generate_stage(str(fusion), decoding=GREEDY).key

@@ -16,7 +16,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.generators import describe
 from mmbeam.names import Task
 from mmbeam.prompts.ask import Request
-from mmbeam.stages.generate import weights_of
+from mmbeam.stages.generate import weigh_requests
 
 IMAGES = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41), (90, 30)))]
 REQUESTS = [  # images of four sizes with prompts of different lengths, an image alone, words alone
@@ -164,7 +164,7 @@ def test_an_image_that_the_processor_rejects_fails_when_generated(saved: dict[st
     """It does not fail while the window is packed."""
     model = hub.load_tiny(saved["qwen2_5_vl"])
     strip = Request(image=np.zeros((2, 900, 3), np.uint8), text="a")
-    assert weights_of(model, [strip, REQUESTS[0]])[0] == 1
+    assert weigh_requests(model, [strip, REQUESTS[0]])[0] == 1
     with pytest.raises(ValueError, match="aspect ratio"):
         hub.generate(model, [strip])
 

@@ -120,7 +120,7 @@ def test_the_target_language_is_a_token(saved: dict[str, Path]) -> None:
         inputs = tokenizer(request.text, return_tensors="pt")
         [ids] = reference.generate(**inputs, forced_bos_token_id=language, max_new_tokens=hub.NEW + 1).tolist()
         assert tuple(ids[2 : 2 + len(text.token_ids)]) == text.token_ids
-    with pytest.raises(UsageError, match="language xx: expected one of ar_AR"):
+    with pytest.raises(UsageError, match="`language` xx: expected one of ar_AR"):
         hub.generate(model, [Request(text="a", language="xx")])
 
 

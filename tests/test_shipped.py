@@ -81,10 +81,10 @@ def test_captions_of_shards_are_what_the_scenes_are(rows: list[dict[str, object]
     assert np.mean(right) >= 0.95, [(row["caption"], truths[str(row["key"])]) for row in rows]
 
 
-def test_a_caption_rests_on_every_modality_that_has_a_clause_in_it(rows: list[dict[str, object]]) -> None:
-    shares = np.array([[row[f"caption_{m}_share"] for m in MODALITIES] for row in rows], float)
-    assert np.allclose(shares.sum(1), 1)
-    assert (shares > 0.05).all()
+def test_a_caption_is_attributed_to_every_modality_of_its_clauses(rows: list[dict[str, object]]) -> None:
+    attributions = np.array([[row[f"caption_{m}_attribution"] for m in MODALITIES] for row in rows], float)
+    assert np.allclose(attributions.sum(1), 1)
+    assert (attributions > 0.05).all()
 
 
 def test_masking_a_modality_costs_its_own_clause_and_no_other() -> None:

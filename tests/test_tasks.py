@@ -22,7 +22,7 @@ from mmbeam.models.generators.prompts import find_language, language_code, langu
 from mmbeam.names import Task
 from mmbeam.prompts.ask import GeneratorSpec, Request, make_instruction
 from mmbeam.prompts.turns import Turn, one_speaker, until_next_turn
-from mmbeam.stages.generate import weights_of
+from mmbeam.stages.generate import weigh_requests
 
 IMAGE = next(iter(pictures(((60, 41),)))).copy()
 SOUND = (natural_sound(1, 0.7, 16000), 16000)
@@ -109,35 +109,35 @@ def test_the_first_task_of_a_model_is_its_default(models: Models, name: str, tas
         (
             "florence2",
             {"task": "summarize"},
-            "task summarize: expected one that florence2 supports: caption, transcribe",
+            "`task` summarize: expected one that florence2 supports: caption, transcribe",
         ),
         ("whisper-en", {"task": "translate"}, "expected one that whisper supports: transcribe"),
         ("pegasus", {"task": "dialogue"}, "expected one that pegasus supports: summarize"),
-        ("whisper", {"prompt": "{text}"}, "prompt: whisper takes no prompt"),
-        ("qwen2", {"task": "dialogue", "prompt": "{text}"}, "task dialogue takes its turns from {metadata[messages]}"),
+        ("whisper", {"prompt": "{text}"}, "`prompt`: whisper takes no prompt"),
+        ("qwen2", {"task": "dialogue", "prompt": "{text}"}, "a dialogue takes its turns from {metadata[messages]}"),
         ("t5", {"prompt": "tell me"}, "the same for every sample"),
         ("qwen2", {"prompt": "{x}"}, "column 1: expected {text}"),
-        ("florence2", {"language": "de"}, "language de: florence2 takes no language"),
-        ("marian", {"language": "de"}, "marian takes no language"),
-        ("t5", {"task": "translate"}, "language: required for translation"),
-        ("t5", {"task": "summarize", "language": "de"}, "t5 takes no language"),
+        ("florence2", {"language": "de"}, "`language` de: florence2 takes none"),
+        ("marian", {"language": "de"}, "marian takes none"),
+        ("t5", {"task": "translate"}, "`language`: required for translation"),
+        ("t5", {"task": "summarize", "language": "de"}, "t5 takes none"),
         ("nllb", {}, "m2m_100 needs one of ace_Arab, "),
-        ("nllb", {"language": "deu_latn"}, "language deu_latn: expected one of deu_Latn"),
+        ("nllb", {"language": "deu_latn"}, "`language` deu_latn: expected one of deu_Latn"),
         ("nllb", {"language": "zho"}, "expected one of "),
-        ("nllb", {"language": "fra_Latn", "source_language": "klingon"}, "source_language klingon"),
+        ("nllb", {"language": "fra_Latn", "source_language": "klingon"}, "`source_language` klingon"),
         ("marian-many", {}, "marian needs one of deu, fra"),
         ("marian-many", {"language": "a"}, "expected one of "),
         (
             "marian-many",
             {"language": "deu", "source_language": "fra"},
-            "marian takes no source_language",
+            "marian takes none",
         ),
         ("whisper", {"language": "fr"}, "one of en, de"),
-        ("whisper", {"language": "de", "source_language": "en"}, "and no source_language"),
-        ("whisper-en", {"language": "de"}, "whisper takes no language"),
-        ("qwen2", {"prompt": "{text}", "language": "de"}, "name the language there"),
-        ("qwen2", {"language": "de"}, "name the language there"),
-        ("qwen2_5_vl", {"source_language": "de"}, "only for task translate"),
+        ("whisper", {"language": "de", "source_language": "en"}, "and no `source_language`"),
+        ("whisper-en", {"language": "de"}, "whisper takes none"),
+        ("qwen2", {"prompt": "{text}", "language": "de"}, "name the language in the prompt"),
+        ("qwen2", {"language": "de"}, "name the language in the prompt"),
+        ("qwen2_5_vl", {"source_language": "de"}, "only for `task` translate"),
     ],
 )
 def test_an_unsupported_task_prompt_or_language_is_an_error_that_lists_the_supported_ones(
@@ -341,7 +341,7 @@ def test_a_dialogue_longer_than_the_encoder_raises(models: Models) -> None:
     """Truncation would drop the question."""
     long = (Turn("user", "a dog " * 40), *DIALOGUE[1:])
     model = models.load("bart")
-    assert weights_of(model, [Request(turns=long, task="dialogue")]) == [1]
+    assert weigh_requests(model, [Request(turns=long, task="dialogue")]) == [1]
     with pytest.raises(LimitError, match=r"a dialogue of .* tokens; expected at most 64"):
         hub.generate(model, [Request(turns=long, task="dialogue")])
 
@@ -360,7 +360,7 @@ def test_turns_that_the_template_rejects_fail_when_generated(tmp_path: Path) -> 
     (directory / "chat_template.jinja").write_text(template + hub.chatml())
     model = hub.load_tiny(directory)
     request = Request(turns=(Turn("system", "x"), *DIALOGUE), task="dialogue")
-    assert weights_of(model, [request, Request(text="a dog")])[0] == 1
+    assert weigh_requests(model, [request, Request(text="a dog")])[0] == 1
     with pytest.raises(Exception, match="no system turns"):
         hub.generate(model, [request])
 

@@ -257,10 +257,10 @@ def test_a_broken_engine_is_a_device_error(saved: dict[str, Path]) -> None:
 @pytest.mark.parametrize(
     ("model", "device", "options", "explain", "message"),
     [
-        ("qwen2", "cpu", {}, False, "expected device cuda, found cpu"),
-        ("qwen2", "cuda", {"num_beams": 2}, False, "num_beams 1"),
-        ("qwen2", "cuda", {"temperature": 2.5}, False, "a temperature of at most 2.0"),
-        ("qwen3_vl", "cuda:0", {}, True, "explain"),
+        ("qwen2", "cpu", {}, False, "expected `device` cuda, found cpu"),
+        ("qwen2", "cuda", {"num_beams": 2}, False, "`num_beams` 1"),
+        ("qwen2", "cuda", {"temperature": 2.5}, False, "a `temperature` of at most 2.0"),
+        ("qwen3_vl", "cuda:0", {}, True, "`explain`"),
         ("t5", "cuda", {}, False, "families gemma3, .*; found t5"),
     ],
 )
@@ -274,7 +274,7 @@ def test_unsupported_models_and_options(
     message: str,
 ) -> None:
     directory = hub.save_t5(tmp_path) if model == "t5" else saved[model]
-    with pytest.raises(UsageError, match=f"engine vllm: .*{message}"):
+    with pytest.raises(UsageError, match=f"`engine` vllm: .*{message}"):
         check_engine("vllm", describe(directory), replace(GREEDY, **options), device, explain)
 
 
@@ -291,12 +291,12 @@ def test_engines_do_not_share_a_loaded_model(saved: dict[str, Path]) -> None:
 def test_one_process_per_gpu() -> None:
     vllm.check_processes(1, 1)
     vllm.check_processes(2, 3)
-    with pytest.raises(UsageError, match="set workers to 4, or device to cuda:0"):
+    with pytest.raises(UsageError, match="set `workers` to 4, or `device` to cuda:0"):
         vllm.check_processes(4, 1)
 
 
 def test_score_is_unsupported(saved: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match="engine vllm"):
+    with pytest.raises(ModelError, match="`engine` vllm"):
         vllm_generator(saved["qwen2"]).score([], [])
 
 
@@ -310,7 +310,7 @@ def test_a_job_on_the_cpu_fails_before_it_writes(saved: dict[str, Path], tmp_pat
     options = CaptionOptions(
         input=(str(tmp_path),), output=str(tmp_path / "out"), model=str(saved["qwen2"]), device="cpu", engine="vllm"
     )
-    with pytest.raises(UsageError, match=r"engine vllm: .*expected device cuda"):
+    with pytest.raises(UsageError, match=r"`engine` vllm: .*expected `device` cuda"):
         prepare(options)
     assert not (tmp_path / "out").exists()
 

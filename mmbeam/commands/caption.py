@@ -40,7 +40,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--language", metavar="LANG", help="of the text that is wanted: German, de; to a Whisper the one that is spoken"
     )
     parser.add_argument("--source-language", metavar="LANG", help="of the text to translate, for models that want it")
-    parser.add_argument("--explain", action="store_true", help="say what each caption rests on: picture, sound, text")
+    parser.add_argument(
+        "--explain", action="store_true", help="add each caption's attribution to image, audio and text"
+    )
     parser.add_argument("--with-embeddings", action="store_true", help="write the model's vectors as well")
     decoding = parser.add_argument_group("decoding (default: the most likely token each time)")
     decoding.add_argument(

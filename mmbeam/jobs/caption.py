@@ -45,7 +45,7 @@ class CaptionOptions(JobOptions):
     language: str | None = None  # of the text that is wanted; to a Whisper the one that is spoken
     source_language: str | None = None
     decoding: Decoding = field(default_factory=Decoding)
-    explain: bool = False  # say what each caption rests on
+    explain: bool = False  # add the attribution of each caption to its modalities
     with_embeddings: bool = False  # the model's vectors as well
     engine: Engine = "transformers"
 

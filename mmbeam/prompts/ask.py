@@ -136,14 +136,16 @@ def make_instruction(
     template = None if prompt is None else parse_template(prompt)
     supported = [name for name in spec.tasks if template is None or name != "dialogue"]
     if template is not None and not (spec.takes_prompt and supported):
-        raise UsageError(f"prompt: {spec.family} takes no prompt; its tasks are {', '.join(spec.tasks)}")
+        raise UsageError(f"`prompt`: {spec.family} takes no prompt; its tasks are {', '.join(spec.tasks)}")
     task = supported[0] if task is None else task
     if task not in spec.tasks:
-        raise UsageError(f"task {task}: expected one that {spec.family} supports: {', '.join(spec.tasks)}")
+        raise UsageError(f"`task` {task}: expected one that {spec.family} supports: {', '.join(spec.tasks)}")
     if template is not None and task == "dialogue":
-        raise UsageError(f"prompt: task dialogue takes its turns from {{{MESSAGES}}}; give either prompt or task")
+        raise UsageError(
+            f"`prompt`: a dialogue takes its turns from {{{MESSAGES}}}; give either `prompt` or `task` dialogue"
+        )
     if template is not None and not template.fields and spec.modalities == ("text",):
-        raise UsageError("prompt: the same for every sample; put {text} or {metadata[name]} into it")
+        raise UsageError("`prompt`: the same for every sample; put {text} or {metadata[name]} into it")
     return Instruction(task=task, prompt=template, language=language, source_language=source_language)
 
 
@@ -153,21 +155,21 @@ def with_default_tokens(decoding: Decoding, spec: GeneratorSpec, instruction: In
     Raises UsageError for invalid or contradictory options, and for more tokens than the model writes.
     """
     if decoding.limit < 1 or decoding.num_beams < 1:
-        raise UsageError(f"max_new_tokens and num_beams: expected at least 1, found {decoding}")
+        raise UsageError(f"`max_new_tokens` and `num_beams`: expected at least 1, found {decoding}")
     if decoding.is_sampled and decoding.num_beams > 1:
-        raise UsageError("temperature and num_beams are mutually exclusive: give temperature for sampling only")
+        raise UsageError("`temperature` and `num_beams` are mutually exclusive: sampling, or beam search")
     if decoding.temperature is not None and not 0 < decoding.temperature < math.inf:
         raise UsageError(
-            f"temperature {decoding.temperature}: expected a number above 0; leave it out for greedy decoding"
+            f"`temperature` {decoding.temperature}: expected a number above 0; leave it out for greedy decoding"
         )
     if not 0 < decoding.top_p <= 1 or (decoding.top_p < 1 and not decoding.is_sampled):
-        raise UsageError(f"top_p {decoding.top_p}: expected a number above 0 and at most 1, with a temperature")
+        raise UsageError(f"`top_p` {decoding.top_p}: expected a number above 0 and at most 1, with `temperature`")
     longest = spec.max_new_tokens
     if decoding.max_new_tokens is None:
         default = NEW_TOKENS[instruction.task]
         return replace(decoding, max_new_tokens=default if longest is None else min(default, longest))
     if longest is not None and decoding.max_new_tokens > longest:
-        raise UsageError(f"max_new_tokens {decoding.max_new_tokens}: expected at most {longest}, the model's limit")
+        raise UsageError(f"`max_new_tokens` {decoding.max_new_tokens}: expected at most {longest}, the model's limit")
     return decoding
 
 

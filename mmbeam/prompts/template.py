@@ -74,7 +74,7 @@ class Template:
 def parse_template(source: str) -> Template:
     """Parse a prompt. Raises UsageError that points at the column."""
     if not source.strip():
-        raise UsageError("prompt: expected words, found a blank string")
+        raise UsageError("`prompt`: expected words, found a blank string")
     pieces: list[str | PromptField] = []
     position = 0
     while position < len(source):
@@ -103,7 +103,7 @@ def _parse_field(source: str, position: int, written: str) -> PromptField:
 
 def _syntax_error(source: str, position: int, problem: str) -> UsageError:
     line = source.replace("\n", " ")
-    return UsageError(f"prompt, column {position + 1}: {problem}\n  {line}\n  {' ' * position}^")
+    return UsageError(f"`prompt`, column {position + 1}: {problem}\n  {line}\n  {' ' * position}^")
 
 
 def encodable(text: str) -> str:

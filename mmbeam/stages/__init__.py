@@ -1,1 +1,1 @@
-"""Stages: a model on a window of samples. They know nothing of Beam."""
+"""Stages: a model applied to a window of samples, independent of Beam."""

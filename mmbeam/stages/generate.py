@@ -1,12 +1,12 @@
-"""The stage that adds text: each sample of a window through one generator, with all that the sample has.
+"""The stage that adds text: each sample of a window through one generator, with all modalities that it has.
 
-A modality that a sample lacks is masked. One that is there and could not be read costs the text: it would
-leave out what the sample shows, and nobody could tell.
+A modality that a sample lacks is masked. A modality that is present and could not be decoded costs the text, which
+would otherwise omit what the sample shows without a trace.
 """
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,9 +16,9 @@ import torch
 from mmbeam.errors import PromptError, UsageError
 from mmbeam.models.generators import check_engine, check_instruction, describe, load
 from mmbeam.models.generators.base import Generator
-from mmbeam.models.loading import digest, dtype_name, parse_dtype, resolve
+from mmbeam.models.loading import digest, dtype_name, resolve
 from mmbeam.models.placement import resolve_device
-from mmbeam.names import COLUMN_OF_TASK, Engine, Modality, Task
+from mmbeam.names import COLUMN_OF_TASK, MODALITIES, Engine, Modality, Task
 from mmbeam.ops.image import apply_filter
 from mmbeam.prompts.ask import (
     Decoding,
@@ -34,155 +34,123 @@ from mmbeam.prompts.ask import (
 )
 from mmbeam.prompts.turns import Turn
 from mmbeam.runs.rows import covers
-from mmbeam.stages.common import (
-    AUTO_BATCH_SIZE,
-    files_of,
-    good_picture,
-    good_sound,
-    spread,
-    tally_of,
-    text_tokens,
-)
-from mmbeam.stages.explain import Shares, shares_of
+from mmbeam.stages.base import ModelStage, good_audio, good_image, spread
 from mmbeam.stages.packing import pack, run_packed
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
-# A batch holds at most batch_size times so many padded tokens: of prompts with their media, and of the new ones, for
-# which the cache must have room as well. The cache of a 7 B model takes about 57 kB a token, 29 MB for so many.
+# Limits of a batch, per sample of the batch size: padded tokens, of prompts with their media and of new tokens, for
+# which the cache needs room (57 kB a token for a 7 B model, 29 MB a sample) ...
 TOKENS_PER_SAMPLE = 512
-# and so many pixels of pictures as they were decoded: 3 MB, four times that while they are resized
+# ... and pixels of decoded images: 3 MB, four times that while they are resized.
 PIXELS_PER_SAMPLE = 1 << 20
+
+Attribution = Mapping[Modality, float]
 
 
 @dataclass(frozen=True, kw_only=True)
-class GenerateStage:
+class GenerateStage(ModelStage):
     """One generator on a window of samples.
 
-    The task names the columns: the text, `<column>_num_tokens` and `<column>_logprob`. With `explain` there is
-    also `<column>_<modality>_share`: how much of the text rests on each modality. `count_tokens` fills
-    `text_num_tokens` (one stage of a job does).
+    The task names the columns: the text, `<column>_num_tokens` and `<column>_logprob`, and with `explain` also
+    `<column>_<modality>_attribution`.
     """
 
-    model: str  # where its files are, for whoever loads it: a directory, or a hub name with its @revision
     spec: GeneratorSpec
-    digest: str  # of those files: another model in the same directory is another model
     decoding: Decoding
     instruction: Instruction = field(default_factory=Instruction)
-    device: str = "cpu"
-    dtype: str | None = None
-    batch_size: int | None = None
     explain: bool = False
-    image_filter: tuple[str, float] | None = None
-    count_tokens: bool = False
     engine: Engine = "transformers"
 
     @property
     def key(self) -> str:
+        """The identity of the loaded model."""
         return f"generate:{self.engine}:{self.digest}:{dtype_name(self.dtype, self.device)}:{self.device}"
 
     @property
     def column(self) -> str:
-        """Where the text goes."""
+        """The column of the text."""
         return COLUMN_OF_TASK[self.instruction.task]
 
     @property
     def modalities(self) -> tuple[Modality, ...]:
-        """What it takes of a sample, beside the fields of a prompt."""
+        """The modalities of a request, besides the fields of a prompt."""
         return request_modalities(self.spec, self.instruction)
 
     @property
     def media(self) -> tuple[Modality, ...]:
-        """The modalities of which it takes what the sample holds, and no features made before."""
-        of_columns = {column.modality for column in self.spec.columns}
-        return tuple(modality for modality in self.modalities if modality not in of_columns)
+        """The modalities that are decoded, because no precomputed features replace them."""
+        replaced = {column.modality for column in self.spec.columns}
+        return tuple(modality for modality in self.modalities if modality not in replaced)
 
     @property
     def needs(self) -> Needs:
-        """On a CPU sounds are resampled while they are decoded; a GPU does it better itself."""
-        on_cpu = torch.device(self.device).type == "cpu"
-        rate = self.spec.sampling_rate if "audio" in self.media and on_cpu else None
-        return Needs(
-            modalities=frozenset(self.media),
-            sampling_rates=frozenset(() if rate is None else (rate,)),
-            image_side=self.spec.image_side if "image" in self.media else None,
-            columns=frozenset(self.spec.columns),
-        )
+        """What to decode of a sample, and the columns of features to read."""
+        return replace(self.needs_of(self.media), columns=frozenset(self.spec.columns))
 
     @property
     def outputs(self) -> Sequence[Output]:
-        """One output. Samples that hold nothing the model takes, or lack what it must have, have a null."""
+        """One output. It is null for samples without any input, or without a required one."""
         columns = (
             pa.field(self.column, pa.string()),
             pa.field(f"{self.column}_num_tokens", pa.int32()),
             pa.field(f"{self.column}_logprob", pa.float32()),
-            *(pa.field(self._share(modality), pa.float32()) for modality in self.modalities if self.explain),
+            *(
+                pa.field(self._attribution_column(modality), pa.float32())
+                for modality in self.modalities
+                if self.explain
+            ),
         )
         return [make_output(self.spec, self.instruction, columns)]
 
-    def _share(self, modality: Modality) -> str:
-        return f"{self.column}_{modality}_share"
+    def _attribution_column(self, modality: Modality) -> str:
+        return f"{self.column}_{modality}_attribution"
 
     def load(self) -> Generator:
-        """The generator on its device; on a worker the model's files are brought there first."""
-        spec = replace(self.spec, directory=str(files_of(self.model, self.digest)))
-        device, dtype = torch.device(resolve_device(self.device)), parse_dtype(self.dtype, self.device)
-        return load(spec, device, dtype, self.engine)
+        """Return the generator on its device."""
+        return load(*self.load_arguments(), self.engine)
 
     @torch.inference_mode()
     def run(self, model: Generator, batch: Batch) -> Batch:
-        """Add this stage's columns to `batch.features`, and a Failure for each text lost."""
-        asked, lost = self._asked(batch)
-        positions, requests = list(asked), list(asked.values())
-        size = self.batch_size or AUTO_BATCH_SIZE[torch.device(self.device).type]
+        """Return `batch` with this stage's columns, and a Failure for each lost text."""
+        requests, failures = self._requests(batch)
+        positions = list(requests)
         packed = run_packed(
-            requests,
-            plan_batches(model, requests, self.decoding, size),
+            list(requests.values()),
+            plan_batches(model, list(requests.values()), self.decoding, self.batch_limit),
             lambda some: self._generate(model, some),
             self._known_good,
         )
-        made: list[tuple[Generated, Shares] | None] = [None] * len(batch.samples)
-        for places, results in packed.done:
-            for place, result in zip(places, results, strict=True):
-                made[positions[place]] = result
-        features = {**batch.features, **self._columns(made)}
-        if self.count_tokens:
-            features["text_num_tokens"] = text_tokens(model.count_tokens, batch.samples)
-        lost += [self._failure(batch.samples[positions[place]], error) for place, error in packed.failed.items()]
-        tally = batch.tally + tally_of(packed.splits)
-        return replace(batch, features=features, failures=(*batch.failures, *lost), tally=tally)
+        texts: dict[int, tuple[Generated, Attribution]] = {}
+        for indices, results in packed.done:
+            texts.update(zip((positions[index] for index in indices), results, strict=True))
+        failures += [self._failure(batch.samples[positions[index]], error) for index, error in packed.failed.items()]
+        return self.finish(model, batch, self._columns(texts, len(batch.samples)), failures, packed.splits)
 
-    def _to_do(self, batch: Batch) -> list[int]:
-        """The samples for which a text is due and not lost already, by what could not be read of them."""
+    def _requests(self, batch: Batch) -> tuple[dict[int, Request], list[Failure]]:
+        """Return the requests by position, and the failures of samples that lack a field of the prompt.
+
+        Samples whose text is not due, or that have already failed to be decoded, have neither.
+        """
         [output] = self.outputs
         lost = {failure.id for failure in batch.failures if covers(failure, output)}
-        return [
-            position
-            for position, sample in enumerate(batch.samples)
-            if output.is_due(sample.present) and sample.id not in lost
-        ]
-
-    def _asked(self, batch: Batch) -> tuple[dict[int, Request], list[Failure]]:
-        """The requests, by position; and the failures of samples that lack what the prompt names."""
         requests: dict[int, Request] = {}
-        lost: list[Failure] = []
-        for position in self._to_do(batch):
-            sample = batch.samples[position]
+        failures: list[Failure] = []
+        for position, sample in enumerate(batch.samples):
+            if not output.is_due(sample.present) or sample.id in lost:
+                continue
+            seed = stream_seed(self.decoding.seed, sample.shard, sample.offset)
             try:
-                requests[position] = self._request(sample)
+                requests[position] = make_request(sample, self.spec, self.instruction, seed)
             except PromptError as error:
-                lost.append(self._failure(sample, error))
-        return requests, lost
-
-    def _request(self, sample: Sample) -> Request:
-        seed = stream_seed(self.decoding.seed, sample.shard, sample.offset)
-        return make_request(sample, self.spec, self.instruction, seed)
+                failures.append(self._failure(sample, error))
+        return requests, failures
 
     def _known_good(self) -> Request:
-        """What any sound model takes: a grey picture, a second of a soft tone, one letter, features of ones."""
+        """Return a request that every working model accepts."""
         shapes = {column.name: (1,) * column.tokens + (column.width,) for column in self.spec.columns}
         return Request(
-            image=good_picture() if "image" in self.media else None,
-            audio=good_sound() if "audio" in self.media else None,
+            image=good_image() if "image" in self.media else None,
+            audio=good_audio() if "audio" in self.media else None,
             text="a" if "text" in self.media else None,
             prompt=None if self.instruction.prompt is None else "a",
             turns=(Turn("user", "a"),) if self.instruction.task == "dialogue" else (),
@@ -192,61 +160,89 @@ class GenerateStage:
             source_language=self.instruction.source_language,
         )
 
-    def _generate(self, model: Generator, requests: Sequence[Request]) -> list[tuple[Generated, Shares]]:
-        requests = [self._filtered(request) for request in requests]
-        made = model.generate(requests, self.decoding)
-        if any(math.isnan(each.logprob) for each in made):
-            raise FloatingPointError("the model's log-probabilities are not numbers (a wider --dtype may help)")
-        shares: list[Shares] = shares_of(model, requests, made) if self.explain else [{} for _ in made]
-        return list(zip(made, shares, strict=True))
+    def _generate(self, model: Generator, requests: Sequence[Request]) -> list[tuple[Generated, Attribution]]:
+        if self.image_filter is not None:
+            requests = [self._filtered(request, *self.image_filter) for request in requests]
+        texts = model.generate(requests, self.decoding)
+        if any(math.isnan(text.logprob) for text in texts):
+            raise FloatingPointError("the model's log-probabilities are NaN; a wider `dtype` may help")
+        attributions: Sequence[Attribution] = attribute(model, requests, texts) if self.explain else [{}] * len(texts)
+        return list(zip(texts, attributions, strict=True))
 
-    def _filtered(self, request: Request) -> Request:
-        if self.image_filter is None or request.image is None:
+    def _filtered(self, request: Request, name: str, value: float) -> Request:
+        if request.image is None:
             return request
         pixels_CHW = torch.tensor(request.image, device=self.device).permute(2, 0, 1)
-        filtered_CHW = apply_filter(pixels_CHW[None], *self.image_filter)[0]
+        filtered_CHW = apply_filter(pixels_CHW[None], name, value)[0]
         return replace(request, image=np.ascontiguousarray(filtered_CHW.permute(1, 2, 0).cpu().numpy()))
 
-    def _columns(self, made: Sequence[tuple[Generated, Shares] | None]) -> dict[str, pa.Array]:
-        positions = [position for position, each in enumerate(made) if each is not None]
-        found = [each for each in made if each is not None]
+    def _columns(self, texts: Mapping[int, tuple[Generated, Attribution]], count: int) -> dict[str, pa.Array]:
+        positions = sorted(texts)
+        generated = [texts[position][0] for position in positions]
         values = {
-            self.column: pa.array([text.text for text, _ in found], pa.string()),
-            f"{self.column}_num_tokens": pa.array([text.num_tokens for text, _ in found], pa.int32()),
-            f"{self.column}_logprob": pa.array([text.logprob for text, _ in found], pa.float32()),
+            self.column: pa.array([text.text for text in generated], pa.string()),
+            f"{self.column}_num_tokens": pa.array([text.num_tokens for text in generated], pa.int32()),
+            f"{self.column}_logprob": pa.array([text.logprob for text in generated], pa.float32()),
         }
         for modality in self.modalities if self.explain else ():
-            values[self._share(modality)] = pa.array([shares.get(modality) for _, shares in found], pa.float32())
-        return {name: spread(array, positions, len(made)) for name, array in values.items()}
+            parts = [texts[position][1].get(modality) for position in positions]
+            values[self._attribution_column(modality)] = pa.array(parts, pa.float32())
+        return {name: spread(array, positions, count) for name, array in values.items()}
 
     def _failure(self, sample: Sample, error: Exception) -> Failure:
         return Failure.of(sample, "generate", error, outputs=(self.column,))
 
 
-def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decoding, size: int) -> list[list[int]]:
-    """Batches of at most `size` requests of like length, each with its cache within the limits above.
+def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Generated]) -> list[Attribution]:
+    """Return, for each text, the part of it that is attributed to each modality of its request.
 
-    How long a text will be nobody knows before; where it goes with the length of the prompt or of the sound, as a
-    translation's, a summary's and a transcript's does, texts of like length come together too. A generator that
-    schedules by itself is given all of them at once.
+    A modality's part is the log-probability that the text loses when the modality is masked (a gain counts as 0),
+    divided by the sum of these losses; all parts are 0 if the text loses nothing. A single modality has part 1.
+    """
+    columns = {column.name: column.modality for column in model.spec.columns}
+    losses: list[dict[Modality, float]] = []
+    for request in requests:
+        of_features = {columns[name] for name in request.features if name in columns}
+        present = [m for m in MODALITIES if m in of_features or getattr(request, m) is not None]
+        losses.append(dict.fromkeys(present, 1.0))
+    for modality in model.spec.modalities:
+        rows = [row for row, loss in enumerate(losses) if modality in loss and len(loss) > 1]
+        if rows:
+            masked = [requests[row].without(modality, columns) for row in rows]
+            for row, logprob in zip(rows, model.score(masked, [texts[row] for row in rows]), strict=True):
+                losses[row][modality] = max(0.0, texts[row].logprob - logprob)
+    attributions: list[Attribution] = []
+    for loss in losses:
+        total = sum(loss.values())
+        if not math.isfinite(total):
+            raise FloatingPointError(f"the text's log-probability without a modality is not finite: {loss}")
+        attributions.append({modality: value / total if total else 0.0 for modality, value in loss.items()})
+    return attributions
+
+
+def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decoding, size: int) -> list[list[int]]:
+    """Return batches of at most `size` requests of similar length, within the limits of tokens and pixels.
+
+    The length of a text is unknown in advance. For translations, summaries and transcripts it grows with the length
+    of the request, so that texts of similar length share a batch. A generator with its own scheduler gets one batch.
     """
     if model.has_scheduler:
         return [list(range(len(requests)))] if requests else []
-    weights = [(weight + decoding.limit) * decoding.num_beams for weight in weights_of(model, requests)]
+    weights = [(weight + decoding.limit) * decoding.num_beams for weight in weigh_requests(model, requests)]
     pixels = [0 if request.image is None else request.image.shape[0] * request.image.shape[1] for request in requests]
     return pack(weights, size, size * TOKENS_PER_SAMPLE, pixels, size * PIXELS_PER_SAMPLE)
 
 
-def weights_of(model: Generator, requests: Sequence[Request]) -> list[int]:
-    """The tokens of each; 1 of one that cannot even be weighed, which fails when its turn comes."""
+def weigh_requests(model: Generator, requests: Sequence[Request]) -> list[int]:
+    """Return the tokens of each request; 1 for a request that cannot be weighed, which fails when it is generated."""
     try:
         return model.weigh(requests)
     except Exception:
-        return [1] if len(requests) == 1 else [weights_of(model, [request])[0] for request in requests]
+        return [1] if len(requests) == 1 else [weigh_requests(model, [request])[0] for request in requests]
 
 
 def stream_seed(seed: int, shard: str, offset: int) -> int:
-    """The 64 bits that start a sample's random stream: of the run's seed and of what the sample is, no more."""
+    """Return the 64-bit seed of a sample's random stream, which depends on the run's seed and the sample's identity."""
     return int.from_bytes(hashlib.blake2b(f"{seed}\0{shard}\0{offset}".encode(), digest_size=8).digest())
 
 
@@ -266,30 +262,30 @@ def generate_stage(
     image_filter: tuple[str, float] | None = None,
     engine: Engine = "transformers",
 ) -> GenerateStage:
-    """The stage of a model: a hub name with optional @revision, or a directory. Reads no weights.
+    """Return the stage of a model, a hub name with optional @revision or a directory. Reads no weights.
 
-    `decoding` is greedy unless it says otherwise. Without a `task` it is what the model is for. `prompt` is a
-    template over the sample (clean/template.py) in the place of the task's own way to ask. `device` is the
-    workers': "cpu" or "cuda[:N]"; "auto" looks at this machine. For the others see GenerateStage, and Request.
+    `decoding` defaults to greedy, `task` to the model's first. `prompt` is a template over the sample
+    (prompts/template.py) that replaces the task's prompt. `device` is the workers': "cpu" or "cuda[:N]"; "auto"
+    chooses by this machine's. `explain` adds the attribution of the text to each modality. For the others see
+    ModelStage and Request.
 
-    Raises ModelError for a model that cannot be used, UsageError for options that contradict each other or
-    the model.
+    Raises ModelError for an unusable model, UsageError for options that contradict each other or the model.
     """
-    found = resolve(model)
-    spec = describe(found.directory)
+    resolved = resolve(model)
+    spec = describe(resolved.directory)
     instruction = make_instruction(spec, task, prompt, language, source_language)
     check_instruction(spec, instruction)
     decoding = with_default_tokens(decoding or Decoding(), spec, instruction)
     if explain and spec.required:
         raise UsageError(
-            f"--explain: {model} cannot do without {' and '.join(spec.required)}, so nothing can be masked"
+            f"`explain`: {model} requires {' and '.join(spec.required)}, so that no modality can be masked"
         )
     device = resolve_device(device) if device == "auto" else device
     check_engine(engine, spec, decoding, device, explain)
     return GenerateStage(
-        model=found.reference,
+        model=resolved.reference,
         spec=spec,
-        digest=digest(found.directory),
+        digest=digest(resolved.directory),
         decoding=decoding,
         instruction=instruction,
         device=device,

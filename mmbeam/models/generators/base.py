@@ -36,7 +36,7 @@ class Generator:
         """Raise UsageError for languages that the model does not support; the spec tells its tasks and prompts."""
         for name, language in (("language", instruction.language), ("source_language", instruction.source_language)):
             if language is not None:
-                raise UsageError(f"{name} {language}: {spec.family} takes no {name}; leave it out")
+                raise UsageError(f"`{name}` {language}: {spec.family} takes none; leave it out")
 
     @classmethod
     def load(cls, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> "Generator":

@@ -157,11 +157,11 @@ class ChatGenerator(PretrainedGenerator):
         """Raise UsageError for languages that the prompt does not tell the model."""
         source = instruction.source_language
         if source is not None and instruction.task != "translate":
-            raise UsageError(f"source_language {source}: only for task translate")
+            raise UsageError(f"`source_language` {source}: only for `task` translate")
         language = instruction.language or source
         if language is not None and (instruction.prompt is not None or instruction.task == "dialogue"):
             raise UsageError(
-                f"language {language}: {spec.family} learns the language from its prompt only; name the language there"
+                f"`language` {language}: {spec.family} has no language option; name the language in the prompt"
             )
 
     @classmethod

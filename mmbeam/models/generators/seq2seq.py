@@ -82,7 +82,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
             if instruction.source_language is not None:
                 _language_id(tokenizer, instruction.source_language, "source_language")
             if instruction.language is None and is_translation and not _has_target(directory, tokenizer):
-                raise UsageError(f"language: {spec.family} needs one of {_shortened(tokenizer.languages)}")
+                raise UsageError(f"`language`: {spec.family} needs one of {_shortened(tokenizer.languages)}")
         elif is_translation and instruction.prompt is None and prefixes.has_translation:
             prefixes.prefix(instruction.task, instruction.language, instruction.source_language)
         else:
@@ -155,7 +155,7 @@ class Prefixes:
             return ""
         if language is None:
             if len(self._translations) != 1:
-                raise UsageError("language: required for translation, such as German")
+                raise UsageError("`language`: required for translation, such as German")
             return self._translations[0]
         source = source or "English"
         words = f"translate {language_name(source)} to {language_name(language)}: "
@@ -174,7 +174,7 @@ def _language_id(tokenizer: PromptTokenizer, language: str, argument: str = "lan
     name = find_language(tokenizer.languages, language)
     if name is None:
         near = get_close_matches(language, tokenizer.languages, n=5, cutoff=0.3)
-        raise UsageError(f"{argument} {language}: expected one of {_shortened([*near, *tokenizer.languages])}")
+        raise UsageError(f"`{argument}` {language}: expected one of {_shortened([*near, *tokenizer.languages])}")
     return tokenizer.languages[name]
 
 

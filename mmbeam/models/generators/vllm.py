@@ -48,29 +48,29 @@ def check(family: type[Generator], spec: GeneratorSpec, decoding: Decoding, devi
     media = set(spec.modalities) - {"text"}
     if not issubclass(family, ChatGenerator) or not media <= {placeholder.kind for placeholder in family.placeholders}:
         raise UsageError(
-            f"engine vllm: expected a text-only decoder, or a chat model of the families gemma3, gemma4, idefics3, "
+            f"`engine` vllm: expected a text-only decoder, or a chat model of the families gemma3, gemma4, idefics3, "
             f"qwen2_5_omni, qwen2_audio, qwen*_vl or smolvlm; found {spec.family}"
         )
     if torch.device(device).type != "cuda":
-        raise UsageError(f"engine vllm: expected device cuda, found {device}")
+        raise UsageError(f"`engine` vllm: expected `device` cuda, found {device}")
     if decoding.num_beams > 1 or (decoding.temperature or 0) > MAX_TEMPERATURE:
-        raise UsageError(f"engine vllm: expected num_beams 1 and a temperature of at most {MAX_TEMPERATURE}")
+        raise UsageError(f"`engine` vllm: expected `num_beams` 1 and a `temperature` of at most {MAX_TEMPERATURE}")
     if explain:
-        raise UsageError("engine vllm: explain is supported by engine transformers only")
+        raise UsageError("`engine` vllm: `explain` needs `engine` transformers")
 
 
 def check_installed() -> None:
     """Raise JobError unless vLLM is installed on this machine."""
     if importlib.util.find_spec("vllm") is None:
-        raise JobError(f"engine vllm: vLLM is not installed here: {INSTALL}")
+        raise JobError(f"`engine` vllm: vLLM is not installed here: {INSTALL}")
 
 
 def check_processes(gpus: int, workers: int) -> None:
     """Raise UsageError for processes that would use several GPUs: vLLM uses one per process."""
     if gpus > workers:
         raise UsageError(
-            f"engine vllm: it uses one GPU per process, and there are {gpus} GPUs for {workers} processes: "
-            f"set workers to {gpus}, or device to cuda:0"
+            f"`engine` vllm: it uses one GPU per process, and there are {gpus} GPUs for {workers} processes: "
+            f"set `workers` to {gpus}, or `device` to cuda:0"
         )
 
 
@@ -118,13 +118,13 @@ class VllmGenerator(ChatGenerator):
 
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
         """Raise ModelError: not supported."""
-        raise ModelError("engine vllm: score is not supported")
+        raise ModelError("`engine` vllm: score is not supported")
 
     def vllm_prompt(self, request: Request) -> dict[str, Any]:
         """Return vLLM's form of a prompt: token ids, and the image and the audio at the model's sampling rate."""
         windows = self._window_count(request)
         if windows > MAX_WINDOWS:
-            raise LimitError(f"audio of {windows} windows; expected at most {MAX_WINDOWS} with engine vllm")
+            raise LimitError(f"audio of {windows} windows; expected at most {MAX_WINDOWS} with `engine` vllm")
         prompt: dict[str, Any] = {"prompt_token_ids": self.prompt(request)}
         data: dict[str, Any] = {}
         if request.image is not None and "image" in self.spec.modalities:
@@ -191,13 +191,13 @@ def load(family: type[Generator], spec: GeneratorSpec, device: torch.device, dty
     assert issubclass(family, ChatGenerator), "see check"
     check_installed()
     if not torch.cuda.is_available():
-        raise DeviceError(f"engine vllm: torch {torch.__version__} finds no GPU here; check nvidia-smi")
+        raise DeviceError(f"`engine` vllm: torch {torch.__version__} finds no GPU here; check nvidia-smi")
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     try:
         vllm = importlib.import_module("vllm")
     except ImportError as error:
-        raise JobError(f"engine vllm: vLLM cannot be imported ({error}): {INSTALL}") from error
+        raise JobError(f"`engine` vllm: vLLM cannot be imported ({error}): {INSTALL}") from error
     free, total = torch.cuda.mem_get_info(device)
     engine = vllm.LLM(**engine_options(spec, device, dtype, round(MEMORY * free / total, 3)))
     return VllmGenerator(spec, family, device, dtype, engine, vllm.SamplingParams)

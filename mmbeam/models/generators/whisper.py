@@ -93,8 +93,8 @@ class WhisperGenerator(PretrainedGenerator):
             super().check(spec, instruction)
         elif _language_token(instruction.language) not in tokens or instruction.source_language is not None:
             raise UsageError(
-                f"language {instruction.language}: expected the spoken language, one of "
-                f"{', '.join(token.strip('<|>') for token in tokens)}, and no source_language"
+                f"`language` {instruction.language}: expected the spoken language, one of "
+                f"{', '.join(token.strip('<|>') for token in tokens)}, and no `source_language`"
             )
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:

@@ -1,0 +1,110 @@
+"""What the stages of a model share: its files, its device, the size of its batches, and the batch that they return.
+
+A stage is a frozen value that pickles. `load` runs once per process, `run` once per window on the device's thread.
+Stages know nothing of Beam.
+"""
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from mmbeam.errors import ModelError
+from mmbeam.models.loading import digest, parse_dtype, resolve
+from mmbeam.models.placement import Fault, resolve_device
+from mmbeam.names import Modality
+from mmbeam.types import Batch, Failure, ImageHWC, Needs, Tally, Waveform
+
+# Default samples per batch: on a CPU larger batches gain nothing, on a GPU they fill it.
+AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
+SPLIT_WARNINGS: Mapping[Fault, str] = {
+    "memory": "batches halved for lack of memory",
+    "sample": "batches that failed on a sample",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelStage:
+    """A model on a window of samples."""
+
+    model: str  # where workers find its files: a directory, or a hub name with its @revision
+    spec: Any  # of encoders or generators
+    digest: str  # of the files: another model in the same directory is another model
+    device: str = "cpu"
+    dtype: str | None = None  # None: float32 on a CPU, bfloat16 on a GPU
+    batch_size: int | None = None  # None: see AUTO_BATCH_SIZE
+    image_filter: tuple[str, float] | None = None
+    count_tokens: bool = False  # whether to fill text_num_tokens; one stage of a job does
+
+    @property
+    def batch_limit(self) -> int:
+        """The maximum number of samples per batch."""
+        return self.batch_size or AUTO_BATCH_SIZE[torch.device(self.device).type]
+
+    def needs_of(self, modalities: Sequence[Modality]) -> Needs:
+        """Return what to decode for these modalities. A CPU resamples audio while decoding, a GPU does it itself."""
+        is_cpu = torch.device(self.device).type == "cpu"
+        rate = self.spec.sampling_rate if "audio" in modalities and is_cpu else None
+        return Needs(
+            modalities=frozenset(modalities),
+            sampling_rates=frozenset(() if rate is None else (rate,)),
+            image_side=self.spec.image_side if "image" in modalities else None,
+        )
+
+    def load_arguments(self) -> tuple[Any, torch.device, torch.dtype]:
+        """Return the spec of the model's files on this machine, the device and the dtype.
+
+        Downloads the files if need be. Raises ModelError unless they are those of the launch.
+        """
+        directory = resolve(self.model).directory
+        if digest(directory) != self.digest:
+            raise ModelError(f"{directory}: expected the files that {self.model} had at launch, found other ones")
+        spec = replace(self.spec, directory=str(directory))
+        return spec, torch.device(resolve_device(self.device)), parse_dtype(self.dtype, self.device)
+
+    def finish(
+        self,
+        model: Any,
+        batch: Batch,
+        features: Mapping[str, pa.Array],
+        failures: Sequence[Failure],
+        splits: Counter[Fault],
+    ) -> Batch:
+        """Return `batch` with the columns and failures of this stage, and a warning for each split batch."""
+        added = dict(features)
+        if self.count_tokens:
+            positions = [index for index, sample in enumerate(batch.samples) if sample.text is not None]
+            counts = model.count_tokens([batch.samples[index].model_text or "" for index in positions])
+            added["text_num_tokens"] = spread(pa.array(counts, pa.int32()), positions, len(batch.samples))
+        warnings = {SPLIT_WARNINGS[fault]: count for fault, count in splits.items()}
+        return replace(
+            batch,
+            features={**batch.features, **added},
+            failures=(*batch.failures, *failures),
+            tally=batch.tally + Tally(warnings=warnings),
+        )
+
+
+def good_image() -> ImageHWC:
+    """Return an image that every working model accepts: grey, 32 x 32."""
+    return np.full((32, 32, 3), 127, np.uint8)
+
+
+def good_audio() -> tuple[Waveform, int]:
+    """Return audio that every working model accepts, and its rate in Hz: a second of a soft tone."""
+    wave: Waveform = (0.1 * np.sin(np.arange(16000))).astype(np.float32)
+    return wave, 16000
+
+
+def spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
+    """Return an array of `count` values with those of `array` at `positions`, and null elsewhere."""
+    if len(positions) == count:
+        return array
+    sources: list[int | None] = [None] * count
+    for source, position in enumerate(positions):
+        sources[position] = source
+    return array.take(pa.array(sources, pa.int64()))
