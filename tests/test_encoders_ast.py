@@ -8,16 +8,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoder_checks import load_encoder
 from tiny_audio_text import WIDTH, noise, save_ast, tone
 from transformers import ASTFeatureExtractor, ASTModel
 
 from mmbeam.errors import DecodeError, ModelError
-from mmbeam.models.encoders import describe, load
-from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.encoders import describe
 from mmbeam.models.recipes import read_ast_recipe
 from mmbeam.ops.log_mel import ast_log_mel, ast_windows
 
-# Said by the reference extractor of its own published settings: the lowest filters lie between two bins.
+# The reference extractor warns about its own published options: its lowest filters lie between two bins.
 pytestmark = pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
 
 RATE = 16000
@@ -31,12 +31,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_ast(tmp_path_factory.mktemp("ast") / "ast")
 
 
-def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
-    return load(describe(directory), device, dtype)
-
-
 def sounds() -> list[np.ndarray]:
-    """No longer than a window: one frame, part of a frame more, full, silent, quiet, off centre."""
+    """Return sounds no longer than a window: one frame, a part of a frame more, full, silent, quiet, off centre."""
     seconds = (0.31, WINDOW / RATE, 0.5, 400 / RATE, 0.1, 719 / RATE)
     mixed = [tone(RATE, length) + noise(RATE, length, seed) for seed, length in enumerate(seconds)]
     return [*mixed, np.zeros(5000, np.float32), 1e-4 * noise(RATE, 0.5, 9) + np.float32(0.3), tone(RATE, 0.6)]
@@ -49,7 +45,7 @@ def reference_features(directory: Path, waves: Sequence[np.ndarray]) -> torch.Te
 
 
 @pytest.mark.parametrize("changes", [{}, {"do_normalize": False}, {"mean": 1.5, "std": 0.25}], ids=str)
-def test_features_are_the_extractors(
+def test_features_equal_the_feature_extractor(
     changes: dict[str, Any], directory: Path, tmp_path: Path, device: torch.device
 ) -> None:
     ASTFeatureExtractor(max_length=64, **changes).save_pretrained(tmp_path)
@@ -60,22 +56,22 @@ def test_features_are_the_extractors(
     assert (ours - theirs).abs().max() < 1e-5 / recipe.spread * max(1.0, recipe.spread)
 
 
-def test_vectors_and_tokens_are_the_references(directory: Path, device: torch.device) -> None:
+def test_vectors_and_tokens_equal_the_reference(directory: Path, device: torch.device) -> None:
     model = ASTModel.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
         theirs = model(reference_features(directory, sounds()))
-    encoded = loaded(directory, device).encode_audio(sounds(), [RATE] * len(sounds()), tokens=True)
+    encoded = load_encoder(directory, device).encode_audio(sounds(), [RATE] * len(sounds()), tokens=True)
     assert (encoded.pooled.cpu() - theirs.pooler_output).abs().max() < CLOSE
     assert encoded.tokens is not None
     assert (torch.stack(list(encoded.tokens)).cpu() - theirs.last_hidden_state).abs().max() < 10 * CLOSE
-    assert (encoded.pooled[0] - encoded.pooled[2]).abs().max() > 0.01  # the tiny model does tell sounds apart
+    assert (encoded.pooled[0] - encoded.pooled[2]).abs().max() > 0.01  # the tiny model distinguishes sounds
 
 
-def test_a_long_sound_is_the_mean_of_windows(directory: Path, device: torch.device) -> None:
-    """Twenty of them, more than run at once, the first at the start and the last at the end."""
+def test_the_vector_of_a_long_sound_is_the_mean_over_windows(directory: Path, device: torch.device) -> None:
+    """Twenty windows, more than one batch, the first at the start and the last at the end."""
     wave = noise(RATE, 20 * WINDOW / RATE - 0.1) * np.linspace(0, 1, 20 * WINDOW - 1600, dtype=np.float32)
     starts = [index * (len(wave) - WINDOW) // 19 for index in range(20)]
-    encoder = loaded(directory, device)
+    encoder = load_encoder(directory, device)
     pieces = encoder.encode_audio([wave[start : start + WINDOW] for start in starts], [RATE] * 20, tokens=True)
     whole = encoder.encode_audio([wave, sounds()[0]], [RATE] * 2, tokens=True)
     assert (whole.pooled[0] - pieces.pooled.mean(0)).abs().max() < CLOSE
@@ -84,8 +80,8 @@ def test_a_long_sound_is_the_mean_of_windows(directory: Path, device: torch.devi
     assert torch.allclose(whole.tokens[0], torch.cat(list(pieces.tokens)), atol=1e-4)
 
 
-def test_a_batch_of_mixed_sounds_is_each_of_them_alone(directory: Path, device: torch.device) -> None:
-    encoder = loaded(directory, device)
+def test_a_batch_of_mixed_sounds_equals_one_by_one(directory: Path, device: torch.device) -> None:
+    encoder = load_encoder(directory, device)
     waves = [*sounds(), tone(RATE, 10 / RATE), tone(44100, 0.4), noise(RATE, 3.3)]
     rates = [RATE] * (len(sounds()) + 1) + [44100, RATE]
     together = encoder.encode_audio(waves, rates, tokens=True)
@@ -99,25 +95,25 @@ def test_a_batch_of_mixed_sounds_is_each_of_them_alone(directory: Path, device: 
 
 
 @pytest.mark.parametrize("dtype", HALF)
-def test_half_precision_is_near(dtype: torch.dtype, directory: Path, device: torch.device) -> None:
+def test_half_precision_is_close_to_single(dtype: torch.dtype, directory: Path, device: torch.device) -> None:
     full, half = (
-        loaded(directory, device, one).encode_audio(sounds(), [RATE] * len(sounds())).pooled
-        for one in (torch.float32, dtype)
+        load_encoder(directory, device, precision).encode_audio(sounds(), [RATE] * len(sounds())).pooled
+        for precision in (torch.float32, dtype)
     )
     unit = torch.nn.functional.normalize
     assert (unit(full, dim=-1) - unit(half, dim=-1)).norm(dim=-1).max() < HALF[dtype]
 
 
-def test_the_description(directory: Path) -> None:
+def test_describe(directory: Path) -> None:
     spec = describe(directory)
     assert (spec.family, dict(spec.dims), dict(spec.token_dims), spec.sampling_rate) == (
         "audio-spectrogram-transformer", {"audio": WIDTH}, {"audio": WIDTH}, RATE,
     )  # fmt: skip
 
 
-def test_an_empty_sound_is_the_samples_fault(directory: Path, device: torch.device) -> None:
+def test_an_empty_sound_is_a_decode_error(directory: Path, device: torch.device) -> None:
     with pytest.raises(DecodeError, match="no samples"):
-        loaded(directory, device).encode_audio([np.zeros(0, np.float32)], [RATE])
+        load_encoder(directory, device).encode_audio([np.zeros(0, np.float32)], [RATE])
 
 
 @pytest.mark.parametrize(
@@ -129,7 +125,7 @@ def test_an_empty_sound_is_the_samples_fault(directory: Path, device: torch.devi
         ({"feature_extractor_type": "ClapFeatureExtractor"}, "is 'ClapFeatureExtractor'"),
     ],
 )
-def test_what_an_ast_extractor_may_not_say(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_options_of_an_ast_extractor(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     path = save_ast(tmp_path / "ast") / "preprocessor_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | changes))
     with pytest.raises(ModelError, match=message):

@@ -8,12 +8,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoder_checks import edit_json, load_encoder
 from tiny_audio_text import TEXTS, noise, save_clap, save_whisper, tone
 from transformers import AutoFeatureExtractor, AutoModel, AutoProcessor
 
 from mmbeam.errors import DecodeError, ModelError
-from mmbeam.models.encoders import describe, load
-from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.encoders import describe
 from mmbeam.models.recipes import read_clap_recipe
 
 CLOSE = 5e-6  # on unit vectors, float32
@@ -30,28 +30,24 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     }
 
 
-def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
-    return load(describe(directory), device, dtype)
-
-
 def unit(vectors: torch.Tensor) -> torch.Tensor:
     return torch.nn.functional.normalize(vectors.float().cpu(), dim=-1)
 
 
-def far(one: torch.Tensor, other: torch.Tensor) -> float:
-    """The largest distance between rows, as unit vectors."""
-    return float((unit(one) - unit(other)).norm(dim=-1).max())
+def far(left: torch.Tensor, right: torch.Tensor) -> float:
+    """Return the largest distance between rows, as unit vectors."""
+    return float((unit(left) - unit(right)).norm(dim=-1).max())
 
 
 def mixed_sounds(rate: int) -> list[np.ndarray]:
-    """Shorter than a window of 2 s, as long, longer, very short, silent, quiet and loud."""
+    """Return sounds shorter than a window of 2 s, as long, longer, very short, silent, quiet and loud."""
     seconds = (0.31, 2.0, 7.3, 10 / rate, 1.0, 2.001)
     sounds = [tone(rate, length) + noise(rate, length, seed) for seed, length in enumerate(seconds)]
     return [*sounds, np.zeros(rate, np.float32), 1e-4 * noise(rate, 3.0, 9)]
 
 
 def clap_reference(directory: Path, waves: Sequence[np.ndarray]) -> Any:
-    """The reference model on its own extractor's features; a sound beside a longer one is never marked at random."""
+    """Return the reference's output; with a longer sound in the batch, it marks no other sound at random."""
     longer = noise(48000, 3)
     inputs = AutoFeatureExtractor.from_pretrained(directory)([*waves, longer], sampling_rate=48000, return_tensors="pt")
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
@@ -59,7 +55,7 @@ def clap_reference(directory: Path, waves: Sequence[np.ndarray]) -> Any:
         return model.get_audio_features(**inputs)
 
 
-def test_descriptions_read_no_weights(directories: dict[str, Path], tmp_path: Path) -> None:
+def test_describe(directories: dict[str, Path], tmp_path: Path) -> None:
     clap, whisper = describe(directories["clap-fusion"]), describe(directories["whisper"])
     assert (clap.family, dict(clap.dims), dict(clap.token_dims)) == (
         "clap", {"audio": 24, "text": 24}, {"audio": 16, "text": 32},
@@ -69,43 +65,47 @@ def test_descriptions_read_no_weights(directories: dict[str, Path], tmp_path: Pa
 
 
 @pytest.mark.parametrize("name", ["clap", "clap-fusion"])
-def test_clap_of_short_sounds_is_the_references(name: str, directories: dict[str, Path], device: torch.device) -> None:
+def test_clap_of_short_sounds_equals_the_reference(
+    name: str, directories: dict[str, Path], device: torch.device
+) -> None:
     waves = [noise(48000, 2.0), tone(48000, 0.7), tone(48000, 10 / 48000), np.zeros(48000, np.float32)]
     reference = clap_reference(directories[name], waves)
-    encoded = loaded(directories[name], device).encode_audio(waves, [48000] * 4, tokens=True)
+    encoded = load_encoder(directories[name], device).encode_audio(waves, [48000] * 4, tokens=True)
     assert far(encoded.pooled, reference.pooler_output[:4]) < CLOSE
-    assert far(encoded.pooled[:1], encoded.pooled[1:2]) > 0.01  # the tiny model does tell sounds apart
+    assert far(encoded.pooled[:1], encoded.pooled[1:2]) > 0.01  # the tiny model distinguishes sounds
     assert encoded.tokens is not None
     cells = reference.last_hidden_state[:4].flatten(2).transpose(1, 2)
     assert torch.allclose(torch.stack(list(encoded.tokens)).cpu(), cells, atol=1e-3)
 
 
-def test_clap_of_a_long_sound_is_the_mean_of_windows(directories: dict[str, Path], device: torch.device) -> None:
+def test_the_clap_vector_of_a_long_sound_is_the_mean_over_windows(
+    directories: dict[str, Path], device: torch.device
+) -> None:
     wave = noise(48000, 5.0) * np.linspace(0, 1, 5 * 48000, dtype=np.float32)
     windows = [wave[start : start + 96000] for start in (0, 72000, 144000)]
     mean = unit(clap_reference(directories["clap"], windows).pooler_output[:3]).mean(0, keepdim=True)
-    encoded = loaded(directories["clap"], device).encode_audio([wave], [48000], tokens=True)
+    encoded = load_encoder(directories["clap"], device).encode_audio([wave], [48000], tokens=True)
     assert far(encoded.pooled, mean) < CLOSE
-    one = loaded(directories["clap"], device).encode_audio([wave[:96000]], [48000], tokens=True)
+    window = load_encoder(directories["clap"], device).encode_audio([wave[:96000]], [48000], tokens=True)
     assert encoded.tokens is not None
-    assert one.tokens is not None
-    assert torch.allclose(encoded.tokens[0][: len(one.tokens[0])], one.tokens[0], atol=1e-4)
-    assert len(encoded.tokens[0]) == 3 * len(one.tokens[0])
+    assert window.tokens is not None
+    assert torch.allclose(encoded.tokens[0][: len(window.tokens[0])], window.tokens[0], atol=1e-4)
+    assert len(encoded.tokens[0]) == 3 * len(window.tokens[0])
 
 
-def test_clap_fusion_of_a_long_sound_repeats_itself(directories: dict[str, Path], device: torch.device) -> None:
-    encoder = loaded(directories["clap-fusion"], device)
+def test_clap_fusion_of_a_long_sound_is_deterministic(directories: dict[str, Path], device: torch.device) -> None:
+    encoder = load_encoder(directories["clap-fusion"], device)
     wave = noise(48000, 5.0) * np.linspace(0, 1, 5 * 48000, dtype=np.float32)
-    one, two = (encoder.encode_audio([wave], [48000]).pooled for _ in range(2))
-    assert torch.equal(one, two)
-    assert far(one, encoder.encode_audio([wave[:96000]], [48000]).pooled) > 1e-3  # what came later was heard
+    first, second = (encoder.encode_audio([wave], [48000]).pooled for _ in range(2))
+    assert torch.equal(first, second)
+    assert far(first, encoder.encode_audio([wave[:96000]], [48000]).pooled) > 1e-3  # the rest of the sound matters
 
 
 @pytest.mark.parametrize("name", ["clap", "clap-fusion", "whisper"])
-def test_a_batch_of_mixed_sounds_is_each_of_them_alone(
+def test_a_batch_of_mixed_sounds_equals_one_by_one(
     name: str, directories: dict[str, Path], device: torch.device
 ) -> None:
-    encoder = loaded(directories[name], device)
+    encoder = load_encoder(directories[name], device)
     waves = [*mixed_sounds(48000), tone(44100, 1.0), tone(8000, 1.0)]
     rates = [48000] * (len(waves) - 2) + [44100, 8000]
     together = encoder.encode_audio(waves, rates, tokens=True)
@@ -120,25 +120,27 @@ def test_a_batch_of_mixed_sounds_is_each_of_them_alone(
 
 
 @pytest.mark.parametrize("name", ["clap", "whisper"])
-def test_another_sampling_rate_is_resampled(name: str, directories: dict[str, Path], device: torch.device) -> None:
-    encoder = loaded(directories[name], device)
+def test_other_sampling_rates_are_resampled(name: str, directories: dict[str, Path], device: torch.device) -> None:
+    encoder = load_encoder(directories[name], device)
     at_own = encoder.encode_audio([tone(encoder.spec.sampling_rate or 0, 1.5)], [encoder.spec.sampling_rate or 0])
     at_other = encoder.encode_audio([tone(44100, 1.5)], [44100])
-    assert far(at_own.pooled, at_other.pooled) < 0.02  # the two differ where the sound begins and ends
+    assert far(at_own.pooled, at_other.pooled) < 0.02  # they differ at both ends of the sound
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", ["clap", "clap-fusion", "whisper"])
-def test_half_precision_is_near(
+def test_half_precision_is_close_to_single(
     name: str, dtype: torch.dtype, directories: dict[str, Path], device: torch.device
 ) -> None:
     waves = mixed_sounds(48000)
-    full = loaded(directories[name], device).encode_audio(waves, [48000] * len(waves)).pooled
-    half = loaded(directories[name], device, dtype).encode_audio(waves, [48000] * len(waves)).pooled
+    full = load_encoder(directories[name], device).encode_audio(waves, [48000] * len(waves)).pooled
+    half = load_encoder(directories[name], device, dtype).encode_audio(waves, [48000] * len(waves)).pooled
     assert far(full, half) < HALF[dtype]
 
 
-def test_whisper_is_the_references_mean_over_true_frames(directories: dict[str, Path], device: torch.device) -> None:
+def test_whisper_equals_the_references_mean_over_frames_with_sound(
+    directories: dict[str, Path], device: torch.device
+) -> None:
     waves = [tone(16000, 2.0), noise(16000, 0.5), tone(16000, 10 / 16000), noise(16000, 0.02)]
     extractor = AutoFeatureExtractor.from_pretrained(directories["whisper"])
     inputs = extractor(waves, sampling_rate=16000, return_tensors="pt", return_attention_mask=True)
@@ -148,18 +150,18 @@ def test_whisper_is_the_references_mean_over_true_frames(directories: dict[str, 
     counts = model._get_feat_extract_output_lengths(inputs.attention_mask.sum(-1)).tolist()
     assert counts == [100, 25, 1, 1]
     means = torch.stack([frames[:count].mean(0) for frames, count in zip(hidden, counts, strict=True)])
-    encoded = loaded(directories["whisper"], device).encode_audio(waves, [16000] * 4, tokens=True)
+    encoded = load_encoder(directories["whisper"], device).encode_audio(waves, [16000] * 4, tokens=True)
     assert torch.allclose(encoded.pooled.cpu(), means, atol=1e-4)
     assert encoded.tokens is not None
-    for own, frames, count in zip(encoded.tokens, hidden, counts, strict=True):
-        assert torch.allclose(own.cpu(), frames[:count], atol=1e-4)
+    for tokens, frames, count in zip(encoded.tokens, hidden, counts, strict=True):
+        assert torch.allclose(tokens.cpu(), frames[:count], atol=1e-4)
 
 
-def test_whisper_of_a_long_sound_is_the_mean_over_all_frames(
+def test_the_whisper_vector_of_a_long_sound_is_the_mean_over_all_frames(
     directories: dict[str, Path], device: torch.device
 ) -> None:
-    encoder = loaded(directories["whisper"], device)
-    wave = noise(16000, 19.5)  # ten windows of 2 s, the last not full: more than run at once
+    encoder = load_encoder(directories["whisper"], device)
+    wave = noise(16000, 19.5)  # ten windows of 2 s, the last one partial: more than one batch
     pieces = [wave[start : start + 32000] for start in range(0, len(wave), 32000)]
     apart = encoder.encode_audio(pieces, [16000] * 10, tokens=True).tokens
     whole = encoder.encode_audio([wave], [16000], tokens=True)
@@ -169,37 +171,30 @@ def test_whisper_of_a_long_sound_is_the_mean_over_all_frames(
     assert torch.allclose(whole.pooled[0], torch.cat(list(apart)).mean(0), atol=1e-4)
 
 
-def test_clap_text_is_the_references(directories: dict[str, Path], device: torch.device) -> None:
+def test_clap_text_equals_the_reference(directories: dict[str, Path], device: torch.device) -> None:
     directory = directories["clap"]
     tokenizer = AutoProcessor.from_pretrained(directory).tokenizer
     inputs = tokenizer(TEXTS, padding=True, truncation=True, return_tensors="pt")
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
         reference = model.get_text_features(**inputs)
-    encoder = loaded(directory, device)
+    encoder = load_encoder(directory, device)
     ids = encoder.tokenize(TEXTS)
     encoded = encoder.encode_text(ids, tokens=True)
     assert far(encoded.pooled, reference.pooler_output) < CLOSE
-    assert [len(one) for one in ids] == inputs.attention_mask.sum(1).tolist()
+    assert [len(text_ids) for text_ids in ids] == inputs.attention_mask.sum(1).tolist()
     assert max(map(len, ids)) == 64 < max(encoder.count_tokens(TEXTS))
     assert encoder.count_tokens(["", "er"]) == [0, 1]
     assert encoded.tokens is not None
-    for one, tokens, hidden in zip(ids, encoded.tokens, reference.last_hidden_state, strict=True):
-        assert torch.allclose(tokens.cpu(), hidden[: len(one)], atol=1e-4)
-        assert far(encoder.encode_text([one]).pooled, encoded.pooled[[ids.index(one)]]) < CLOSE
+    for text_ids, tokens, hidden in zip(ids, encoded.tokens, reference.last_hidden_state, strict=True):
+        assert torch.allclose(tokens.cpu(), hidden[: len(text_ids)], atol=1e-4)
+        assert far(encoder.encode_text([text_ids]).pooled, encoded.pooled[[ids.index(text_ids)]]) < CLOSE
 
 
-def test_an_empty_sound_is_the_samples_fault(directories: dict[str, Path], device: torch.device) -> None:
+def test_an_empty_sound_is_a_decode_error(directories: dict[str, Path], device: torch.device) -> None:
     for name in ("clap", "whisper"):
         with pytest.raises(DecodeError, match="no samples"):
-            loaded(directories[name], device).encode_audio([np.zeros(0, np.float32)], [16000])
-
-
-def edit(directory: Path, name: str, **changes: Any) -> None:
-    path = directory / name
-    config = json.loads(path.read_text())
-    config.get("feature_extractor", config).update(changes)
-    path.write_text(json.dumps(config))
+            load_encoder(directories[name], device).encode_audio([np.zeros(0, np.float32)], [16000])
 
 
 @pytest.mark.parametrize(
@@ -215,9 +210,9 @@ def edit(directory: Path, name: str, **changes: Any) -> None:
         ({"feature_size": 32}, "64 mel bins, the feature extractor makes 32"),
     ],
 )
-def test_what_a_clap_extractor_may_not_say(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_options_of_a_clap_extractor(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     directory = save_clap(tmp_path / "clap")
-    edit(directory, "processor_config.json", **changes)
+    edit_json(directory, "processor_config.json", "feature_extractor", **changes)
     with pytest.raises(ModelError, match=message):
         describe(directory)
 
@@ -231,14 +226,14 @@ def test_what_a_clap_extractor_may_not_say(changes: dict[str, Any], message: str
         ({"feature_size": 128}, "makes 128 and 200"),
     ],
 )
-def test_what_a_whisper_extractor_may_not_say(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_unsupported_options_of_a_whisper_extractor(changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     directory = save_whisper(tmp_path / "whisper")
-    edit(directory, "preprocessor_config.json", **changes)
+    edit_json(directory, "preprocessor_config.json", **changes)
     with pytest.raises(ModelError, match=message):
         describe(directory)
 
 
-def test_the_older_file_of_a_feature_extractor_is_read(directories: dict[str, Path], tmp_path: Path) -> None:
+def test_the_older_file_name_of_a_feature_extractor_is_read(directories: dict[str, Path], tmp_path: Path) -> None:
     nested = json.loads((directories["clap"] / "processor_config.json").read_text())["feature_extractor"]
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(nested))
     assert read_clap_recipe(tmp_path) == read_clap_recipe(directories["clap"])

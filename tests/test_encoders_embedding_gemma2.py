@@ -1,6 +1,5 @@
 """EmbeddingGemma 2 against its own processor, its model, and sentence-transformers, from the same directory."""
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -9,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoder_checks import edit_json
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from pictures import pictures
@@ -33,13 +33,13 @@ from mmbeam.types import ImageHWC
 
 RATE = 16000
 CLOSE = 2e-5  # on unit vectors, float32
-SHAPES = pictures()[1:]  # the picture of one pixel is resized by both, but has no look to compare
+SHAPES = pictures()[1:]  # an image of one pixel has nothing to compare after resizing
 MODALITIES = pytest.mark.parametrize("modality", ["text", "image", "audio"])
 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As transformers saves it: no word of pooling."""
+    """As transformers saves it, without pooling."""
     return save_embedding_gemma2(tmp_path_factory.mktemp("gemma") / "plain")
 
 
@@ -59,7 +59,7 @@ def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.flo
 
 
 def sounds() -> list[np.ndarray]:
-    """No longer than 30 s: of one frame, of mixed lengths, silent, quiet."""
+    """Return sounds up to 30 s: of one frame, of mixed lengths, silent, quiet."""
     seconds = (0.31, 2.0, 161 / RATE, 1.0, 2.01)
     mixed = [tone(RATE, length) + noise(RATE, length, seed) for seed, length in enumerate(seconds)]
     return [*mixed, np.zeros(RATE, np.float32), 1e-3 * noise(RATE, 1.5, 9)]
@@ -83,11 +83,11 @@ def pil(image: ImageHWC) -> Image.Image:
     return Image.fromarray(image)
 
 
-def far(one: torch.Tensor, other: torch.Tensor) -> float:
-    return float((one.float().cpu() - other.float().cpu()).norm(dim=-1).max())
+def far(left: torch.Tensor, right: torch.Tensor) -> float:
+    return float((left.float().cpu() - right.float().cpu()).norm(dim=-1).max())
 
 
-def test_patches_are_the_processors(plain: Path, device: torch.device) -> None:
+def test_patches_equal_the_processor(plain: Path, device: torch.device) -> None:
     theirs = AutoProcessor.from_pretrained(plain).image_processor([pil(image) for image in SHAPES], return_tensors="pt")
     ours = preprocess_patches(SHAPES, read_image_recipe(plain), device, torch.float32)
     difference = (ours.pixels_BND.cpu() - theirs["pixel_values"]).abs()
@@ -98,22 +98,22 @@ def test_patches_are_the_processors(plain: Path, device: torch.device) -> None:
 
 @settings(max_examples=200, deadline=None)
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), tokens=st.sampled_from([70, 280, 1120]))
-def test_sizes_are_the_processors(height: int, width: int, tokens: int) -> None:
+def test_sizes_equal_the_processor(height: int, width: int, tokens: int) -> None:
     patching = PooledPatching(patch_size=16, max_patches=9 * tokens, pooling=3)
     assert pooled_size(height, width, patching) == get_aspect_ratio_preserving_size(height, width, 16, 9 * tokens, 3)
 
 
 @pytest.mark.parametrize("changes", [{}, {"input_scale_factor": 0.5, "fft_overdrive": True, "mel_floor": 0.1}], ids=str)
-def test_spectrograms_are_the_extractors(
+def test_spectrograms_equal_the_feature_extractor(
     changes: dict[str, Any], plain: Path, tmp_path: Path, device: torch.device
 ) -> None:
     shutil.copy(plain / "processor_config.json", tmp_path)
-    edit(tmp_path, "processor_config.json", "feature_extractor", **changes)
+    edit_json(tmp_path, "processor_config.json", "feature_extractor", **changes)
     extractor = AutoProcessor.from_pretrained(plain).feature_extractor
     theirs = type(extractor)(**(extractor.to_dict() | changes))(sounds(), return_tensors="pt")
     recipe = read_gemma_recipe(tmp_path)
     windows = [gemma_windows(torch.from_numpy(sound).to(device), recipe)[0] for sound in sounds()]
-    features, mask = (found.cpu() for found in gemma_log_mel(windows, recipe))
+    features, mask = (tensor.cpu() for tensor in gemma_log_mel(windows, recipe))
     frames = mask.shape[1]
     assert torch.equal(mask, theirs["input_features_mask"][:, :frames])
     assert not theirs["input_features_mask"][:, frames:].any()
@@ -122,18 +122,18 @@ def test_spectrograms_are_the_extractors(
 
 
 @MODALITIES
-def test_tokens_are_the_models_own(modality: str, plain: Path, device: torch.device) -> None:
-    """Of one input at a time, laid out by the checkpoint's own processor."""
+def test_tokens_equal_the_model(modality: str, plain: Path, device: torch.device) -> None:
+    """One input at a time, laid out by the checkpoint's own processor."""
     processor, model = (
         AutoProcessor.from_pretrained(plain),
         AutoModel.from_pretrained(plain, dtype=torch.float32).eval(),
     )
     encoded = encode(loaded(plain, device), modality, inputs_of(modality), tokens=True)
     assert encoded.tokens is not None
-    for one, tokens, pooled in zip(inputs_of(modality), encoded.tokens, encoded.pooled, strict=True):
-        given = {"images": [[pil(one)]]} if modality == "image" else {modality: [one]}
+    for value, tokens, pooled in zip(inputs_of(modality), encoded.tokens, encoded.pooled, strict=True):
+        inputs = {"images": [[pil(value)]]} if modality == "image" else {modality: [value]}
         with torch.inference_mode():
-            hidden = model(**processor(**given, return_tensors="pt")).last_hidden_state[0]
+            hidden = model(**processor(**inputs, return_tensors="pt")).last_hidden_state[0]
         assert tokens.shape == hidden.shape
         tolerance = 5e-3 if device.type == "cuda" and modality == "image" else 1e-3 if modality == "audio" else 1e-4
         assert (tokens.cpu() - hidden).abs().max() < tolerance
@@ -141,7 +141,7 @@ def test_tokens_are_the_models_own(modality: str, plain: Path, device: torch.dev
 
 
 @MODALITIES
-def test_vectors_are_sentence_transformers_own(modality: str, directory: Path, device: torch.device) -> None:
+def test_vectors_equal_sentence_transformers(modality: str, directory: Path, device: torch.device) -> None:
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     inputs = inputs_of(modality)
     if modality == "image":
@@ -153,12 +153,12 @@ def test_vectors_are_sentence_transformers_own(modality: str, directory: Path, d
         theirs = model.encode(inputs, batch_size=1, show_progress_bar=False)
     ours = encode(loaded(directory, device), modality, inputs).pooled
     assert far(ours, torch.from_numpy(theirs)) < (1e-3 if device.type == "cuda" else CLOSE)
-    assert far(ours[:1], ours[1:2]) > 0.01  # the tiny model does tell them apart
+    assert far(ours[:1], ours[1:2]) > 0.01  # the tiny model distinguishes them
 
 
 @MODALITIES
 def test_one_by_one_equals_together(modality: str, directory: Path, device: torch.device) -> None:
-    """More than run at once."""
+    """More inputs than one batch."""
     encoder, inputs = loaded(directory, device), [*inputs_of(modality), *inputs_of(modality)[::-1]]
     together = encode(encoder, modality, inputs, tokens=True)
     assert together.pooled.shape == (len(inputs), DIM)
@@ -170,7 +170,7 @@ def test_one_by_one_equals_together(modality: str, directory: Path, device: torc
         assert torch.allclose(alone.tokens[0], together.tokens[position], atol=1e-3)
 
 
-def test_a_long_sound_is_the_mean_of_windows_of_30_s(directory: Path, device: torch.device) -> None:
+def test_the_vector_of_a_long_sound_is_the_mean_over_windows_of_30_s(directory: Path, device: torch.device) -> None:
     encoder = loaded(directory, device)
     wave = noise(RATE, 35.0) * np.linspace(0, 1, 35 * RATE, dtype=np.float32)
     windows = [wave[start : start + 30 * RATE] for start in (0, 5 * RATE)]
@@ -183,7 +183,7 @@ def test_a_long_sound_is_the_mean_of_windows_of_30_s(directory: Path, device: to
 
 
 @MODALITIES
-def test_bfloat16_is_near(modality: str, directory: Path, device: torch.device) -> None:
+def test_bfloat16_is_close_to_single(modality: str, directory: Path, device: torch.device) -> None:
     full, half = (loaded(directory, device, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert (
         far(encode(full, modality, inputs_of(modality)).pooled, encode(half, modality, inputs_of(modality)).pooled)
@@ -191,10 +191,12 @@ def test_bfloat16_is_near(modality: str, directory: Path, device: torch.device) 
     )
 
 
-def test_a_prompt_is_put_before_texts_alone(directory: Path, plain: Path, tmp_path: Path) -> None:
+def test_a_prompt_is_put_before_texts_only(directory: Path, plain: Path, tmp_path: Path) -> None:
     target = tmp_path / "prompted"
     shutil.copytree(directory, target)
-    edit(target, "config_sentence_transformers.json", prompts={"document": "title. "}, default_prompt_name="document")
+    edit_json(
+        target, "config_sentence_transformers.json", prompts={"document": "title. "}, default_prompt_name="document"
+    )
     model = SentenceTransformer(str(target), device="cpu", local_files_only=True)
     prompted, bare = loaded(target, torch.device("cpu")), loaded(directory, torch.device("cpu"))
     theirs = torch.from_numpy(model.encode(TEXTS[:4], batch_size=1, show_progress_bar=False))
@@ -202,31 +204,25 @@ def test_a_prompt_is_put_before_texts_alone(directory: Path, plain: Path, tmp_pa
     assert torch.equal(encode(prompted, "image", SHAPES[:2]).pooled, encode(bare, "image", SHAPES[:2]).pooled)
 
 
-def test_a_placeholder_spelt_in_a_text_is_only_characters(directory: Path) -> None:
+def test_a_placeholder_in_a_text_is_tokenized_as_characters(directory: Path) -> None:
     encoder = loaded(directory, torch.device("cpu"))
     for ids in encoder.tokenize([f"a {token} dog" for token in [*SPECIAL.values(), "<bos>", "<eos>", "<|video|>"]]):
         assert [token for token in ids if token < 12] == [*encoder.begin, *encoder.end]
 
 
-def test_the_description(directory: Path, plain: Path, tmp_path: Path) -> None:
-    for found in (describe(directory), describe(plain)):
-        assert found.family == "embedding_gemma2"
-        assert dict(found.dims) == dict(found.token_dims) == {"text": DIM, "image": DIM, "audio": DIM}
-        assert (found.max_text_tokens, found.image_side, found.sampling_rate) == (8192, 25 * 16, RATE)
+def test_describe(directory: Path, plain: Path, tmp_path: Path) -> None:
+    for spec in (describe(directory), describe(plain)):
+        assert spec.family == "embedding_gemma2"
+        assert dict(spec.dims) == dict(spec.token_dims) == {"text": DIM, "image": DIM, "audio": DIM}
+        assert (spec.max_text_tokens, spec.image_side, spec.sampling_rate) == (8192, 25 * 16, RATE)
     texts = describe(save_embedding_gemma2(tmp_path / "texts", towers=False))
     assert (dict(texts.dims), texts.image_side, texts.sampling_rate) == ({"text": DIM}, None, None)
     assert loaded(tmp_path / "texts", torch.device("cpu")).encode_text([[2, 30, 1]]).pooled.shape == (1, DIM)
 
 
-def test_an_empty_sound_is_the_samples_fault(directory: Path, device: torch.device) -> None:
+def test_an_empty_sound_is_a_decode_error(directory: Path, device: torch.device) -> None:
     with pytest.raises(DecodeError, match="no samples"):
         encode(loaded(directory, device), "audio", [np.zeros(0, np.float32)])
-
-
-def edit(directory: Path, name: str, part: str | None = None, **changes: Any) -> None:
-    config = json.loads((directory / name).read_text())
-    (config if part is None else config[part]).update(changes)
-    (directory / name).write_text(json.dumps(config))
 
 
 @pytest.mark.parametrize(
@@ -251,11 +247,11 @@ def edit(directory: Path, name: str, part: str | None = None, **changes: Any) ->
         ),
     ],
 )
-def test_files_that_cannot_be_followed_are_an_error(
+def test_unsupported_files_are_an_error(
     name: str, part: str, changes: dict[str, Any], message: str, directory: Path, tmp_path: Path
 ) -> None:
     target = tmp_path / "model"
     shutil.copytree(directory, target)
-    edit(target, name, part, **changes)
+    edit_json(target, name, part, **changes)
     with pytest.raises(ModelError, match=message):
         describe(target)

@@ -1,4 +1,4 @@
-"""Joint spaces of pictures and texts against transformers' own models and processors, from the same directory."""
+"""Image and text encoders against transformers' own models and processors, from the same directories."""
 
 import json
 import shutil
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from encoder_checks import edit_json, load_encoder
 from pictures import pictures
 from PIL import Image
 from scipy import ndimage
@@ -40,7 +41,7 @@ TEXTS = (
     ),
     *("สวัสดีชาวโลก", "emoji 👩‍👩‍👧‍👦 🏳️‍🌈", "a\u0301 combining", "cat " * 500, "世界" * 300),
 )
-TOKENS = {"clip": 77, "metaclip_2": 77}  # that the model takes; 64 elsewhere
+TOKENS = {"clip": 77, "metaclip_2": 77}  # the model's limit; 64 for the others
 FAMILY = pytest.mark.parametrize("family", list(BUILDERS))
 
 
@@ -50,14 +51,14 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     return {family: build(root / family) for family, build in BUILDERS.items()}
 
 
-def encoder_of(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> ImageTextEncoder:
-    encoder = load(describe(directory), device, dtype)
+def load_joint(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> ImageTextEncoder:
+    encoder = load_encoder(directory, device, dtype)
     assert isinstance(encoder, ImageTextEncoder)
     return encoder
 
 
 def reference_model(directory: Path, device: torch.device) -> Any:
-    """The class that config.json names; AutoModel would make a BLIP for retrieval another one."""
+    """Return the model of the class in config.json; AutoModel would load a BLIP for retrieval as another class."""
     config = json.loads((directory / "config.json").read_text())
     cls = getattr(transformers, config["architectures"][0])
     return cls.from_pretrained(directory, dtype=torch.float32).eval().to(device)
@@ -65,7 +66,7 @@ def reference_model(directory: Path, device: torch.device) -> Any:
 
 @torch.inference_mode()
 def reference_features(model: Any, **inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Pooled vectors, projected, and last hidden states."""
+    """Return projected pooled vectors and last hidden states."""
     of_pictures = "pixel_values" in inputs
     if not isinstance(model, transformers.BlipForImageTextRetrieval):
         out = (model.get_image_features if of_pictures else model.get_text_features)(**inputs)
@@ -98,7 +99,7 @@ LEVEL = {
 
 
 @FAMILY
-def test_pixels_are_the_torchvision_processors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+def test_pixels_equal_the_torchvision_processor(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
     """Bit for bit on a CPU; elsewhere within a level, in less than 1 % of the values."""
     theirs = reference_pixels(checkpoints[family], pictures(), "torchvision")["pixel_values"]
     ours = our_pixels(read_image_recipe(checkpoints[family]), family, pictures(), device).cpu()
@@ -110,10 +111,10 @@ def test_pixels_are_the_torchvision_processors(family: str, checkpoints: Checkpo
         assert (difference > 1e-5).float().mean() < 0.01
 
 
-# Pillow's processor lays a too small picture on black one pixel lower; only CLIP crops, and never so here.
+# Pillow's processor pads an image smaller than the crop differently by a pixel; no image here is smaller.
 @FAMILY
-def test_pixels_are_the_pillow_processors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    """Within two levels of 256, and less than 1 % of the values differ at all."""
+def test_pixels_are_close_to_the_pillow_processor(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """Within two levels of 256; less than 1 % of the values differ."""
     theirs = reference_pixels(checkpoints[family], pictures(), "pil")["pixel_values"]
     ours = our_pixels(read_image_recipe(checkpoints[family]), family, pictures(), device).cpu()
     difference = (ours - theirs).abs()
@@ -121,7 +122,7 @@ def test_pixels_are_the_pillow_processors(family: str, checkpoints: Checkpoints,
     assert (difference > 1e-5).float().mean() < 0.01
 
 
-def test_patches_mask_and_shapes_are_the_processors(checkpoints: Checkpoints, device: torch.device) -> None:
+def test_patches_mask_and_shapes_equal_the_processor(checkpoints: Checkpoints, device: torch.device) -> None:
     theirs = reference_pixels(checkpoints["siglip2"], pictures(), "torchvision")
     recipe = read_image_recipe(checkpoints["siglip2"])
     ours = preprocess_patches(pictures(), recipe, device, torch.float32)
@@ -130,10 +131,10 @@ def test_patches_mask_and_shapes_are_the_processors(checkpoints: Checkpoints, de
 
 
 @FAMILY
-def test_picture_vectors_are_the_references(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    """On the torchvision processor's pixels to 1e-5, end to end from Pillow's processor to a cosine of 0.9999."""
+def test_image_vectors_equal_the_reference(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """Within 1e-5 on the torchvision processor's pixels; with a cosine of 0.9999 from Pillow's processor."""
     model = reference_model(checkpoints[family], device)
-    encoder = encoder_of(checkpoints[family], device)
+    encoder = load_joint(checkpoints[family], device)
     ours = encoder.encode_image(pictures(), tokens=True)
     for backend, cosine in (("torchvision", 1 - 1e-6 if device.type == "cpu" else 0.9999), ("pil", 0.9999)):
         inputs = {
@@ -149,8 +150,8 @@ def test_picture_vectors_are_the_references(family: str, checkpoints: Checkpoint
 
 
 @FAMILY
-def test_text_vectors_are_the_references(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    """In many scripts, empty, and longer than the model takes; to 1e-5, with the reference's own padding."""
+def test_text_vectors_equal_the_reference(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """In many scripts, empty, and too long; within 1e-5, with the reference's own padding."""
     directory = checkpoints[family]
     tokenizer = AutoTokenizer.from_pretrained(directory)
     padding = {
@@ -160,32 +161,32 @@ def test_text_vectors_are_the_references(family: str, checkpoints: Checkpoints, 
     inputs = tokenizer(list(TEXTS), truncation=True, return_tensors="pt", **padding).to(device)
     taken = {name: value for name, value in inputs.items() if name != "token_type_ids"}
     pooled, tokens = reference_features(reference_model(directory, device), **taken)
-    encoder = encoder_of(directory, device)
+    encoder = load_joint(directory, device)
     ids = encoder.tokenize(TEXTS)
     ours = encoder.encode_text(ids, tokens=True)
     assert torch.allclose(ours.pooled, pooled, atol=1e-5)
     assert ours.tokens is not None
-    for own, mine, hidden in zip(ids, ours.tokens, tokens, strict=True):
-        assert len(mine) == len(own)
-        assert torch.allclose(mine, hidden[: len(own)], atol=1e-5)
+    for text_ids, mine, hidden in zip(ids, ours.tokens, tokens, strict=True):
+        assert len(mine) == len(text_ids)
+        assert torch.allclose(mine, hidden[: len(text_ids)], atol=1e-5)
 
 
 @FAMILY
 def test_one_by_one_equals_together(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    encoder = encoder_of(checkpoints[family], device)
+    encoder = load_joint(checkpoints[family], device)
     together = encoder.encode_image(pictures()).pooled
     alone = torch.cat([encoder.encode_image([picture]).pooled for picture in pictures()])
     assert torch.allclose(together, alone, atol=1e-5)
     ids = encoder.tokenize(TEXTS)
     together = encoder.encode_text(ids).pooled
-    alone = torch.cat([encoder.encode_text([own]).pooled for own in ids])
+    alone = torch.cat([encoder.encode_text([text_ids]).pooled for text_ids in ids])
     assert torch.allclose(together, alone, atol=1e-5)
 
 
 @FAMILY
 def test_different_inputs_have_different_vectors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    """What makes the other tests here mean something."""
-    encoder = encoder_of(checkpoints[family], device)
+    """Without this the other tests would prove nothing."""
+    encoder = load_joint(checkpoints[family], device)
     vectors = encoder.encode_image(pictures()[5:]).pooled.cpu()
     similarity = cosine_similarity(vectors[:, None], vectors[None], dim=-1)
     assert similarity.fill_diagonal_(0).max() < 0.999
@@ -196,11 +197,11 @@ def test_different_inputs_have_different_vectors(family: str, checkpoints: Check
 
 @FAMILY
 @pytest.mark.parametrize(("dtype", "cosine"), [(torch.float16, 0.9999), (torch.bfloat16, 0.995)])
-def test_half_precision_is_near_single(
+def test_half_precision_is_close_to_single(
     family: str, dtype: torch.dtype, cosine: float, checkpoints: Checkpoints, device: torch.device
 ) -> None:
-    single = encoder_of(checkpoints[family], device)
-    half = encoder_of(checkpoints[family], device, dtype)
+    single = load_joint(checkpoints[family], device)
+    half = load_joint(checkpoints[family], device, dtype)
     vectors = half.encode_image(pictures()).pooled
     assert vectors.dtype == dtype
     assert_close_vectors(vectors, single.encode_image(pictures()).pooled, cosine)
@@ -210,7 +211,7 @@ def test_half_precision_is_near_single(
 
 @FAMILY
 def test_the_image_filter_is_applied_first(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    plain = encoder_of(checkpoints[family], device)
+    plain = load_joint(checkpoints[family], device)
     filtering = load(describe(checkpoints[family]), device, torch.float32, image_filter=("median", 5))
     filtered = [ndimage.median_filter(picture, size=(5, 5, 1), mode="nearest") for picture in pictures()]
     ours = filtering.encode_image(pictures()).pooled
@@ -219,8 +220,8 @@ def test_the_image_filter_is_applied_first(family: str, checkpoints: Checkpoints
 
 
 @FAMILY
-def test_a_special_token_spelt_in_a_text_is_only_characters(family: str, checkpoints: Checkpoints) -> None:
-    encoder = encoder_of(checkpoints[family], torch.device("cpu"))
+def test_a_special_token_in_a_text_is_tokenized_as_characters(family: str, checkpoints: Checkpoints) -> None:
+    encoder = load_joint(checkpoints[family], torch.device("cpu"))
     special = "[SEP]" if family == "blip" else encoder.tokenizer._tokenizer.eos_token
     end = encoder.tokenizer._tokenizer.convert_tokens_to_ids(special)
     (ids,) = encoder.tokenize([f"a cat {special} a dog"])
@@ -229,8 +230,8 @@ def test_a_special_token_spelt_in_a_text_is_only_characters(family: str, checkpo
 
 
 @FAMILY
-def test_counts_are_of_the_whole_text_without_special_tokens(family: str, checkpoints: Checkpoints) -> None:
-    encoder = encoder_of(checkpoints[family], torch.device("cpu"))
+def test_counts_include_the_whole_text_without_special_tokens(family: str, checkpoints: Checkpoints) -> None:
+    encoder = load_joint(checkpoints[family], torch.device("cpu"))
     short, long, empty = encoder.count_tokens(["a cat", "cat " * 500, ""])
     special = len(encoder.tokenize([""])[0])
     assert empty == 0
@@ -239,10 +240,10 @@ def test_counts_are_of_the_whole_text_without_special_tokens(family: str, checkp
     assert encoder.count_tokens([]) == encoder.tokenize([]) == []
 
 
-def test_specs_say_what_the_encoders_give(checkpoints: Checkpoints) -> None:
+def test_specs_match_the_encoders_output(checkpoints: Checkpoints) -> None:
     for family, directory in checkpoints.items():
         spec = describe(directory)
-        encoder = encoder_of(directory, torch.device("cpu"))
+        encoder = load_joint(directory, torch.device("cpu"))
         picture = encoder.encode_image([np.zeros((9, 9, 3), np.uint8)], tokens=True)
         text = encoder.encode_text(encoder.tokenize(["a"]), tokens=True)
         assert spec.family == family
@@ -254,23 +255,21 @@ def test_specs_say_what_the_encoders_give(checkpoints: Checkpoints) -> None:
         assert spec.image_side == (64 if family == "siglip2" else SIDE)
 
 
-def test_every_family_is_where_the_registry_says() -> None:
+def test_every_registered_family_exists() -> None:
     for model_type in FAMILIES:
         assert issubclass(family_of(model_type), Encoder)
 
 
-def test_an_unknown_family_is_an_error_that_names_the_known(tmp_path: Path) -> None:
+def test_an_unknown_family_is_an_error_that_lists_the_supported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "yolos"}')
     with pytest.raises(ModelError, match=r"no encoder for model_type 'yolos'; supported: .*bert, .*clap, clip"):
         describe(tmp_path)
 
 
 def changed(directory: Path, target: Path, name: str, changes: dict[str, Any]) -> Path:
-    """A copy of a checkpoint with some settings of one of its JSON files changed; None takes one out."""
+    """Copy a checkpoint with some options of one of its JSON files changed; None removes one."""
     shutil.copytree(directory, target)
-    settings = json.loads((target / name).read_text()) | changes
-    kept = {key: value for key, value in settings.items() if value is not None}
-    (target / name).write_text(json.dumps(kept))
+    edit_json(target, name, **changes)
     return target
 
 
@@ -291,7 +290,7 @@ BAD_PROCESSORS = {
 
 
 @pytest.mark.parametrize("case", BAD_PROCESSORS)
-def test_a_processor_that_cannot_be_followed_is_an_error(case: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_an_unsupported_processor_is_an_error(case: str, checkpoints: Checkpoints, tmp_path: Path) -> None:
     family, changes, message = BAD_PROCESSORS[case]
     directory = changed(checkpoints[family], tmp_path / "model", "preprocessor_config.json", changes)
     with pytest.raises(ModelError, match=message):
@@ -325,10 +324,10 @@ GOOD_PROCESSORS = {
 
 
 @pytest.mark.parametrize("case", GOOD_PROCESSORS)
-def test_a_processors_settings_are_followed(
+def test_a_processors_options_are_applied(
     case: str, checkpoints: Checkpoints, tmp_path: Path, device: torch.device
 ) -> None:
-    """To the torchvision processor's pixels: on a CPU to the last bit but one, elsewhere in 99 of 100 values."""
+    """The pixels equal the torchvision processor's within 1e-6 on a CPU, elsewhere in 99 % of the values."""
     family, changes = GOOD_PROCESSORS[case]
     directory = changed(checkpoints[family], tmp_path / "model", "preprocessor_config.json", changes)
     theirs = reference_pixels(directory, pictures(), "torchvision")["pixel_values"].float()
@@ -337,7 +336,7 @@ def test_a_processors_settings_are_followed(
     assert off.float().mean() <= (0 if device.type == "cpu" else 0.01)
 
 
-def test_the_nested_processor_file_is_read_too(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_the_nested_processor_file_is_read(checkpoints: Checkpoints, tmp_path: Path) -> None:
     directory = tmp_path / "model"
     shutil.copytree(checkpoints["clip"], directory)
     settings = json.loads((directory / "preprocessor_config.json").read_text())
@@ -373,8 +372,8 @@ def test_a_model_without_a_pooled_vector_is_an_error(family: str, checkpoints: C
         describe(directory)
 
 
-def test_blips_cosines_are_its_own_scores(checkpoints: Checkpoints) -> None:
-    """What it gives for matching without the matching head."""
+def test_blips_cosines_equal_its_own_scores(checkpoints: Checkpoints) -> None:
+    """Its forward computes them with use_itm_head=False."""
     directory, texts = checkpoints["blip"], ["a cat", "dog, dog", "photo of a dog"]
     inputs = AutoTokenizer.from_pretrained(directory)(texts, padding=True, return_tensors="pt")
     pixels = reference_pixels(directory, pictures()[4:8], "torchvision")["pixel_values"]
@@ -382,13 +381,13 @@ def test_blips_cosines_are_its_own_scores(checkpoints: Checkpoints) -> None:
         scores = reference_model(directory, torch.device("cpu"))(
             input_ids=inputs.input_ids, attention_mask=inputs.attention_mask, pixel_values=pixels, use_itm_head=False
         ).itm_score
-    encoder = encoder_of(directory, torch.device("cpu"))
+    encoder = load_joint(directory, torch.device("cpu"))
     image, text = encoder.encode_image(pictures()[4:8]).pooled, encoder.encode_text(encoder.tokenize(texts)).pooled
     assert torch.allclose(cosine_similarity(image[:, None], text[None], dim=-1), scores, atol=1e-5)
 
 
 @pytest.mark.parametrize("name", ["BlipForConditionalGeneration", "BlipForQuestionAnswering"])
-def test_a_blip_for_captions_or_answers_encodes_pictures_alone(name: str, tmp_path: Path, device: torch.device) -> None:
+def test_a_blip_for_captions_or_answers_encodes_images_only(name: str, tmp_path: Path, device: torch.device) -> None:
     directory = save_blip(tmp_path / "blip", getattr(transformers, name))
     spec = describe(directory)
     assert (dict(spec.dims), spec.max_text_tokens) == ({"image": 32}, None)

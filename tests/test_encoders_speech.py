@@ -1,6 +1,5 @@
 """wav2vec 2.0, HuBERT and WavLM against transformers' own models and feature extractor, from the same directories."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,12 +7,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoder_checks import edit_json, load_encoder
 from tiny_audio_text import SPEECH, WIDTH, noise, save_speech, tone
 from transformers import AutoFeatureExtractor, AutoModel
 
 from mmbeam.errors import DecodeError, ModelError
-from mmbeam.models.encoders import describe, load
-from mmbeam.models.encoders.base import Encoder
+from mmbeam.models.encoders import describe
 from mmbeam.ops.audio import standardize
 
 # transformers' WavLM gives torch a boolean mask beside a bias in floating point.
@@ -32,19 +31,15 @@ def directories(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {name: save_speech(root / name, name.removesuffix("-large"), name.endswith("-large")) for name in NAMES}
 
 
-def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
-    return load(describe(directory), device, dtype)
-
-
 def sounds() -> list[np.ndarray]:
-    """Of mixed lengths, two of one; silent, quiet, off centre, and as short as one frame."""
+    """Return sounds of mixed lengths, two of them equal; silent, quiet, off centre, and as short as one frame."""
     seconds = (0.31, 2.0, 3.3, 400 / RATE, 1.0, 2.0)
     mixed = [tone(RATE, length) + noise(RATE, length, seed) for seed, length in enumerate(seconds)]
     return [*mixed, np.zeros(RATE, np.float32), 1e-3 * noise(RATE, 1.5, 9) + np.float32(0.2)]
 
 
 def reference(directory: Path, waves: Sequence[np.ndarray]) -> list[torch.Tensor]:
-    """The model's last hidden states of each sound alone, as its extractor makes it."""
+    """Return the model's last hidden states for each sound alone, prepared by its own extractor."""
     extractor = AutoFeatureExtractor.from_pretrained(directory)
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
@@ -59,20 +54,20 @@ def test_a_vector_is_the_mean_over_the_references_frames(
     name: str, directories: dict[str, Path], device: torch.device
 ) -> None:
     theirs = reference(directories[name], sounds())
-    encoded = loaded(directories[name], device).encode_audio(sounds(), [RATE] * len(sounds()), tokens=True)
+    encoded = load_encoder(directories[name], device).encode_audio(sounds(), [RATE] * len(sounds()), tokens=True)
     assert encoded.tokens is not None
-    for own, pooled, frames in zip(encoded.tokens, encoded.pooled.cpu(), theirs, strict=True):
-        assert own.shape == frames.shape
-        assert (own.cpu() - frames).abs().max() < 10 * CLOSE
+    for tokens, pooled, frames in zip(encoded.tokens, encoded.pooled.cpu(), theirs, strict=True):
+        assert tokens.shape == frames.shape
+        assert (tokens.cpu() - frames).abs().max() < 10 * CLOSE
         assert (pooled - frames.mean(0)).abs().max() < CLOSE
-    assert (encoded.pooled[0] - encoded.pooled[1]).abs().max() > 0.01  # the tiny model does tell sounds apart
+    assert (encoded.pooled[0] - encoded.pooled[1]).abs().max() > 0.01  # the tiny model distinguishes sounds
 
 
 @pytest.mark.parametrize("family", SPEECH)
-def test_a_masked_batch_of_the_reference_gives_the_same(
+def test_vectors_equal_those_of_a_masked_batch_of_the_reference(
     family: str, directories: dict[str, Path], device: torch.device
 ) -> None:
-    """What the large models are documented to be run with."""
+    """Large models are documented to be run with a mask."""
     directory = directories[f"{family}-large"]
     inputs = AutoFeatureExtractor.from_pretrained(directory)(
         sounds(), sampling_rate=RATE, padding=True, return_tensors="pt"
@@ -80,17 +75,17 @@ def test_a_masked_batch_of_the_reference_gives_the_same(
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
     with torch.inference_mode():
         hidden = model(**inputs).last_hidden_state
-    encoded = loaded(directory, device).encode_audio(sounds(), [RATE] * len(sounds()), tokens=True)
+    encoded = load_encoder(directory, device).encode_audio(sounds(), [RATE] * len(sounds()), tokens=True)
     assert encoded.tokens is not None
-    for own, frames in zip(encoded.tokens, hidden, strict=True):
-        assert (own.cpu() - frames[: len(own)]).abs().max() < 10 * CLOSE
+    for tokens, frames in zip(encoded.tokens, hidden, strict=True):
+        assert (tokens.cpu() - frames[: len(tokens)]).abs().max() < 10 * CLOSE
 
 
 @MODEL
-def test_a_batch_of_mixed_sounds_is_each_of_them_alone(
+def test_a_batch_of_mixed_sounds_equals_one_by_one(
     name: str, directories: dict[str, Path], device: torch.device
 ) -> None:
-    encoder = loaded(directories[name], device)
+    encoder = load_encoder(directories[name], device)
     waves = [*sounds(), tone(RATE, 10 / RATE), tone(44100, 1.0)]
     rates = [RATE] * (len(waves) - 1) + [44100]
     together = encoder.encode_audio(waves, rates, tokens=True)
@@ -104,11 +99,11 @@ def test_a_batch_of_mixed_sounds_is_each_of_them_alone(
         assert torch.allclose(alone.tokens[0], together.tokens[position], atol=1e-4)
 
 
-def test_a_long_sound_is_the_mean_over_the_frames_of_its_pieces(
+def test_the_vector_of_a_long_sound_is_the_mean_over_the_frames_of_its_pieces(
     directories: dict[str, Path], device: torch.device
 ) -> None:
-    """75 s are three pieces of 25 s, standardised as one sound; more of them than run at once."""
-    encoder = loaded(directories["wavlm"], device)
+    """75 s are three pieces of 25 s, standardised as one sound; more pieces than one batch."""
+    encoder = load_encoder(directories["wavlm"], device)
     wave = noise(RATE, 75.0) * np.linspace(0, 1, 75 * RATE, dtype=np.float32)
     model = AutoModel.from_pretrained(directories["wavlm"], dtype=torch.float32).eval().to(device)
     pieces = standardize(torch.from_numpy(wave).to(device)).split(25 * RATE)
@@ -121,14 +116,14 @@ def test_a_long_sound_is_the_mean_over_the_frames_of_its_pieces(
         assert (encoded.pooled[position] - frames.mean(0)).abs().max() < CLOSE
 
 
-def test_without_normalisation_loudness_matters(directories: dict[str, Path], tmp_path: Path) -> None:
+def test_without_normalisation_the_level_matters(directories: dict[str, Path], tmp_path: Path) -> None:
     waves = [tone(RATE, 0.5), 0.1 * tone(RATE, 0.5)]
-    encoder = loaded(directories["hubert-large"], torch.device("cpu"))
+    encoder = load_encoder(directories["hubert-large"], torch.device("cpu"))
     loud, quiet = encoder.encode_audio(waves, [RATE, RATE]).pooled
     assert (loud - quiet).abs().max() < 1e-3
     directory = save_speech(tmp_path / "plain", "hubert", large=True)
-    edit(directory, "preprocessor_config.json", do_normalize=False)
-    vectors = loaded(directory, torch.device("cpu")).encode_audio(waves, [RATE, RATE]).pooled
+    edit_json(directory, "preprocessor_config.json", do_normalize=False)
+    vectors = load_encoder(directory, torch.device("cpu")).encode_audio(waves, [RATE, RATE]).pooled
     assert (vectors[0] - vectors[1]).abs().max() > 3e-3
     for vector, frames in zip(vectors, reference(directory, waves), strict=True):
         assert (vector - frames.mean(0)).abs().max() < CLOSE
@@ -136,33 +131,28 @@ def test_without_normalisation_loudness_matters(directories: dict[str, Path], tm
 
 @pytest.mark.parametrize("dtype", HALF)
 @MODEL
-def test_half_precision_is_near(
+def test_half_precision_is_close_to_single(
     name: str, dtype: torch.dtype, directories: dict[str, Path], device: torch.device
 ) -> None:
     full, half = (
-        loaded(directories[name], device, one).encode_audio(sounds(), [RATE] * len(sounds())).pooled
-        for one in (torch.float32, dtype)
+        load_encoder(directories[name], device, precision).encode_audio(sounds(), [RATE] * len(sounds())).pooled
+        for precision in (torch.float32, dtype)
     )
     unit = torch.nn.functional.normalize
     assert (unit(full, dim=-1) - unit(half.float(), dim=-1)).norm(dim=-1).max() < HALF[dtype]
 
 
 @MODEL
-def test_the_description(name: str, directories: dict[str, Path]) -> None:
+def test_describe(name: str, directories: dict[str, Path]) -> None:
     spec = describe(directories[name])
     assert (spec.family, dict(spec.dims), dict(spec.token_dims), spec.sampling_rate) == (
         name.removesuffix("-large"), {"audio": WIDTH}, {"audio": WIDTH}, RATE,
     )  # fmt: skip
 
 
-def test_an_empty_sound_is_the_samples_fault(directories: dict[str, Path], device: torch.device) -> None:
+def test_an_empty_sound_is_a_decode_error(directories: dict[str, Path], device: torch.device) -> None:
     with pytest.raises(DecodeError, match="no samples"):
-        loaded(directories["wav2vec2"], device).encode_audio([np.zeros(0, np.float32)], [RATE])
-
-
-def edit(directory: Path, name: str, **changes: Any) -> None:
-    path = directory / name
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+        load_encoder(directories["wav2vec2"], device).encode_audio([np.zeros(0, np.float32)], [RATE])
 
 
 @pytest.mark.parametrize(
@@ -174,11 +164,9 @@ def edit(directory: Path, name: str, **changes: Any) -> None:
         ("preprocessor_config.json", {"feature_extractor_type": "ASTFeatureExtractor"}, "is 'ASTFeatureExtractor'"),
     ],
 )
-def test_files_that_cannot_be_followed_are_an_error(
-    name: str, changes: dict[str, Any], message: str, tmp_path: Path
-) -> None:
+def test_unsupported_files_are_an_error(name: str, changes: dict[str, Any], message: str, tmp_path: Path) -> None:
     directory = save_speech(tmp_path / "model", "wav2vec2")
-    edit(directory, name, **changes)
+    edit_json(directory, name, **changes)
     with pytest.raises(ModelError, match=message):
         describe(directory)
 

@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from encoder_checks import edit_json, load_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sentence_transformers import SentenceTransformer
@@ -18,7 +19,7 @@ from tiny_audio_text import TEXTS, WIDTH, save_bert, save_modernbert, save_mpnet
 from transformers import AutoModel, AutoTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models.encoders import describe, load
+from mmbeam.models.encoders import describe
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.encoders.sentence import LEGACY_MODES, pool
 from mmbeam.models.encoders.text import TextEncoder
@@ -42,16 +43,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
-    return load(describe(directory), device, dtype)
-
-
 def encode(encoder: Encoder, texts: list[str]) -> np.ndarray:
     return encoder.encode_text(encoder.tokenize(texts)).pooled.cpu().numpy()
 
 
 def sentence(root: Path, target: Path, *after: Any, base: str = "bert", lower: bool = False, **options: Any) -> Path:
-    """A directory that sentence-transformers itself saved: a transformer and the modules after it."""
+    """Save a transformer and the modules after it with sentence-transformers; return the directory."""
     torch.manual_seed(1)
     transformer = Transformer(str(root / base), max_seq_length=options.pop("max_seq_length", 20), do_lower_case=lower)
     SentenceTransformer(modules=[transformer, *after], device="cpu", **options).save(str(target))
@@ -59,17 +56,17 @@ def sentence(root: Path, target: Path, *after: Any, base: str = "bert", lower: b
 
 
 def reference(directory: Path) -> np.ndarray:
-    """sentence-transformers' own vectors of TEXTS, each encoded alone."""
+    """Return sentence-transformers' vectors of TEXTS, each encoded alone."""
     model = SentenceTransformer(str(directory), device="cpu", local_files_only=True)
     return model.encode(TEXTS, batch_size=1, show_progress_bar=False)
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_a_plain_model_is_the_mean_of_its_tokens(name: str, root: Path, device: torch.device) -> None:
+def test_a_vector_without_modules_json_is_the_mean_over_tokens(name: str, root: Path, device: torch.device) -> None:
     directory = root / name
     model = AutoModel.from_pretrained(directory, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(directory)
-    encoder = loaded(directory, device)
+    encoder = load_encoder(directory, device)
     assert (encoder.spec.family, encoder.spec.max_text_tokens) == (name, 64)
     vectors = encode(encoder, TEXTS)
     for text, vector in zip(TEXTS, vectors, strict=True):
@@ -77,34 +74,36 @@ def test_a_plain_model_is_the_mean_of_its_tokens(name: str, root: Path, device: 
         with torch.inference_mode():
             hidden = model(**inputs).last_hidden_state[0]
         assert np.abs(hidden.mean(0).numpy() - vector).max() < CLOSE
-    assert np.abs(vectors[0] - vectors[2]).max() > 0.1  # the tiny model does tell texts apart
+    assert np.abs(vectors[0] - vectors[2]).max() > 0.1  # the tiny model distinguishes texts
 
 
 @pytest.mark.parametrize("name", ["bert", "roberta"])
-def test_a_plain_model_is_what_sentence_transformers_makes_of_it(name: str, root: Path, device: torch.device) -> None:
+def test_a_vector_without_modules_json_equals_sentence_transformers(
+    name: str, root: Path, device: torch.device
+) -> None:
     model = SentenceTransformer(str(root / name), device="cpu", local_files_only=True)
-    short = TEXTS[:-2]  # of RoBERTa's positions sentence-transformers counts two too many, and fails
-    assert np.abs(model.encode(short, batch_size=1) - encode(loaded(root / name, device), short)).max() < CLOSE
+    short = TEXTS[:-2]  # sentence-transformers counts two positions too many for RoBERTa, and fails
+    assert np.abs(model.encode(short, batch_size=1) - encode(load_encoder(root / name, device), short)).max() < CLOSE
 
 
 @pytest.mark.parametrize("name", PLAIN)
-def test_padding_changes_nothing(name: str, root: Path, device: torch.device) -> None:
-    encoder = loaded(root / name, device)
+def test_padding_does_not_change_vectors(name: str, root: Path, device: torch.device) -> None:
+    encoder = load_encoder(root / name, device)
     ids = encoder.tokenize(TEXTS)
     together = encoder.encode_text(ids, tokens=True)
     assert together.tokens is not None
-    for position, own in enumerate(ids):
-        alone = encoder.encode_text([own], tokens=True)
+    for position, text_ids in enumerate(ids):
+        alone = encoder.encode_text([text_ids], tokens=True)
         assert torch.allclose(alone.pooled[0], together.pooled[position], atol=CLOSE)
         assert alone.tokens is not None
-        assert alone.tokens[0].shape == (len(own), WIDTH)
+        assert alone.tokens[0].shape == (len(text_ids), WIDTH)
         assert torch.allclose(alone.tokens[0], together.tokens[position], atol=1e-4)
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @pytest.mark.parametrize("name", PLAIN)
-def test_half_precision_is_near(name: str, dtype: torch.dtype, root: Path, device: torch.device) -> None:
-    full, half = (encode(loaded(root / name, device, one), TEXTS) for one in (torch.float32, dtype))
+def test_half_precision_is_close_to_single(name: str, dtype: torch.dtype, root: Path, device: torch.device) -> None:
+    full, half = (encode(load_encoder(root / name, device, precision), TEXTS) for precision in (torch.float32, dtype))
     assert half.dtype == np.float32
     distances = full / np.linalg.norm(full, axis=1, keepdims=True) - half / np.linalg.norm(half, axis=1, keepdims=True)
     assert np.linalg.norm(distances, axis=1).max() < HALF[dtype]
@@ -115,12 +114,12 @@ MODES = [*LEGACY_MODES.values(), ("mean", "cls"), tuple(LEGACY_MODES.values())]
 
 @pytest.mark.parametrize("mode", MODES, ids=str)
 @pytest.mark.parametrize("prompted", [False, True])
-def test_every_pooling_is_sentence_transformers_own(
+def test_every_pooling_equals_sentence_transformers(
     mode: Any, prompted: bool, root: Path, tmp_path: Path, device: torch.device
 ) -> None:
     options: dict[str, Any] = {"prompts": {"q": "about rain. "}, "default_prompt_name": "q"} if prompted else {}
     directory = sentence(root, tmp_path, Pooling(WIDTH, mode, include_prompt=not prompted), **options)
-    encoder = loaded(directory, device)
+    encoder = load_encoder(directory, device)
     vectors = encode(encoder, TEXTS)
     assert vectors.shape == (len(TEXTS), encoder.spec.dims["text"])
     assert encoder.spec.max_text_tokens == 20
@@ -128,7 +127,7 @@ def test_every_pooling_is_sentence_transformers_own(
 
 
 @pytest.mark.parametrize("base", ["roberta", "modernbert", "mpnet", "t5"])
-def test_a_chain_of_modules_is_sentence_transformers_own(
+def test_a_chain_of_modules_equals_sentence_transformers(
     base: str, root: Path, tmp_path: Path, device: torch.device
 ) -> None:
     chain = [
@@ -140,7 +139,7 @@ def test_a_chain_of_modules_is_sentence_transformers_own(
         Normalize(),
     ]
     directory = sentence(root, tmp_path, *chain, base=base, prompts={"query": "ask: "}, default_prompt_name="query")
-    encoder = loaded(directory, device)
+    encoder = load_encoder(directory, device)
     assert dict(encoder.spec.dims) == {"text": 16}
     assert dict(encoder.spec.token_dims) == {"text": WIDTH}
     assert np.abs(reference(directory) - encode(encoder, TEXTS)).max() < CLOSE
@@ -149,20 +148,20 @@ def test_a_chain_of_modules_is_sentence_transformers_own(
 
 def test_a_truncated_dimension(root: Path, tmp_path: Path, device: torch.device) -> None:
     directory = sentence(root, tmp_path, Pooling(WIDTH), truncate_dim=10)
-    encoder = loaded(directory, device)
+    encoder = load_encoder(directory, device)
     assert dict(encoder.spec.dims) == {"text": 10}
     assert np.abs(reference(directory) - encode(encoder, TEXTS)).max() < CLOSE
 
 
-def test_a_prompt_without_a_default_name_is_not_used(root: Path, tmp_path: Path, device: torch.device) -> None:
+def test_a_prompt_that_is_not_the_default_is_not_used(root: Path, tmp_path: Path, device: torch.device) -> None:
     directory = sentence(root, tmp_path, Pooling(WIDTH), prompts={"query": "ask: "})
-    encoder = loaded(directory, device)
-    assert encoder.tokenize(["a dog"]) == loaded(root / "bert", device).tokenize(["a dog"])
+    encoder = load_encoder(directory, device)
+    assert encoder.tokenize(["a dog"]) == load_encoder(root / "bert", device).tokenize(["a dog"])
     assert np.abs(reference(directory) - encode(encoder, TEXTS)).max() < CLOSE
 
 
 def test_the_files_of_version_2(root: Path, tmp_path: Path, device: torch.device) -> None:
-    """Old class paths, one flag for each pooling, and limits in sentence_bert_config.json, in folders of their own."""
+    """Old class paths, a flag per pooling mode, limits in sentence_bert_config.json, and a folder per module."""
     modern = sentence(root, tmp_path / "modern", Pooling(WIDTH, ("cls", "max")), Normalize(), lower=True)
     old = tmp_path / "old"
     (old / "0_Transformer").mkdir(parents=True)
@@ -178,16 +177,16 @@ def test_the_files_of_version_2(root: Path, tmp_path: Path, device: torch.device
         old / "modules.json",
         [{"path": f"{at}_{kind}", "type": f"sentence_transformers.models.{kind}"} for at, kind in enumerate(kinds)],
     )
-    encoder, texts = loaded(old, device), [*TEXTS, "UPPER ΌΔΌΣ Case"]
+    encoder, texts = load_encoder(old, device), [*TEXTS, "UPPER ΌΔΌΣ Case"]
     assert encoder.spec.max_text_tokens == 20
-    assert np.abs(encode(loaded(modern, device), texts) - encode(encoder, texts)).max() < CLOSE
+    assert np.abs(encode(load_encoder(modern, device), texts) - encode(encoder, texts)).max() < CLOSE
     assert np.abs(reference(modern) - encode(encoder, TEXTS)).max() < CLOSE
     assert encoder.tokenize(["UPPER"]) == encoder.tokenize(["upper"])
 
 
 @settings(max_examples=100, deadline=None)
 @given(lengths=st.lists(st.integers(1, 9), min_size=1, max_size=5), skip=st.integers(0, 3), seed=st.integers(0, 99))
-def test_pooling_of_any_shape_is_sentence_transformers_own(lengths: list[int], skip: int, seed: int) -> None:
+def test_pooling_of_any_shape_equals_sentence_transformers(lengths: list[int], skip: int, seed: int) -> None:
     hidden = torch.randn(len(lengths), max(lengths), 6, generator=torch.Generator().manual_seed(seed))
     mask = torch.tensor([[at < length + skip for at in range(max(lengths))] for length in lengths]).long()
     modes = tuple(mode for mode in LEGACY_MODES.values() if skip < max(lengths) or mode not in ("max", "lasttoken"))
@@ -198,13 +197,13 @@ def test_pooling_of_any_shape_is_sentence_transformers_own(lengths: list[int], s
 
 def test_counting_tokens(root: Path, tmp_path: Path, device: torch.device) -> None:
     options: dict[str, Any] = {"prompts": {"q": "about rain. "}, "default_prompt_name": "q"}
-    encoder = loaded(sentence(root, tmp_path, Pooling(WIDTH), **options), device)
+    encoder = load_encoder(sentence(root, tmp_path, Pooling(WIDTH), **options), device)
     assert encoder.count_tokens(["", "a dog", "dog " * 100]) == [0, 4, 300]
     assert len(encoder.tokenize(["dog " * 100])[0]) == 20
 
 
-def test_nothing_to_encode_is_no_error(root: Path, device: torch.device) -> None:
-    encoder = loaded(root / "bert", device)
+def test_texts_without_tokens_are_encoded(root: Path, device: torch.device) -> None:
+    encoder = load_encoder(root / "bert", device)
     assert encoder.tokenize([]) == []
     assert encoder.count_tokens([]) == []
     assert torch.isfinite(encoder.encode_text([[], [7, 8]]).pooled).all()  # a tokenizer without special tokens
@@ -213,10 +212,6 @@ def test_nothing_to_encode_is_no_error(root: Path, device: torch.device) -> None
 def write(path: Path, value: Any) -> None:
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps(value))
-
-
-def edit(directory: Path, name: str, **changes: Any) -> None:
-    write(directory / name, json.loads((directory / name).read_text()) | changes)
 
 
 @pytest.mark.parametrize(
@@ -234,13 +229,13 @@ def edit(directory: Path, name: str, **changes: Any) -> None:
         ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config"),
     ],
 )
-def test_what_a_sentence_encoder_may_not_say(
+def test_unsupported_options_of_a_sentence_encoder(
     name: str, changes: dict[str, Any], message: str, root: Path, tmp_path: Path
 ) -> None:
     directory = sentence(root, tmp_path, Pooling(WIDTH), Dense(WIDTH, 8))
-    edit(directory, name, **changes)
+    edit_json(directory, name, **changes)
     with pytest.raises(ModelError, match=message):
-        loaded(directory, torch.device("cpu"))
+        load_encoder(directory, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -253,7 +248,7 @@ def test_what_a_sentence_encoder_may_not_say(
         ({}, "expected a list of modules"),
     ],
 )
-def test_what_modules_json_may_not_say(modules: Any, message: str, root: Path, tmp_path: Path) -> None:
+def test_unsupported_contents_of_modules_json(modules: Any, message: str, root: Path, tmp_path: Path) -> None:
     directory = sentence(root, tmp_path, Pooling(WIDTH))
     write(directory / "modules.json", modules)
     with pytest.raises(ModelError, match=message):

@@ -5,12 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from encoder_checks import load_encoder
 from tiny_audio_text import TEXTS, WIDTH
 from tiny_text import TEXT_FAMILIES
 from transformers import AutoTokenizer
 
-from mmbeam.models.encoders import describe, load
-from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.encoders.text import ENCODER_HALVES
 
 CLOSE = 2e-5  # on vectors of length 1 to 10, float32
@@ -26,16 +25,12 @@ def root(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return root
 
 
-def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
-    return load(describe(directory), device, dtype)
-
-
 @FAMILY
-def test_a_vector_is_the_mean_of_the_references_tokens(family: str, root: Path, device: torch.device) -> None:
+def test_a_vector_is_the_mean_over_the_references_tokens(family: str, root: Path, device: torch.device) -> None:
     cls = getattr(transformers, ENCODER_HALVES.get(family, "AutoModel"))
     model = cls.from_pretrained(root / family, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(root / family)
-    encoder = loaded(root / family, device)
+    encoder = load_encoder(root / family, device)
     assert (encoder.spec.family, dict(encoder.spec.dims), encoder.spec.max_text_tokens) == (family, {"text": WIDTH}, 64)
     encoded = encoder.encode_text(encoder.tokenize(TEXTS), tokens=True)
     assert encoded.tokens is not None
@@ -45,22 +40,22 @@ def test_a_vector_is_the_mean_of_the_references_tokens(family: str, root: Path, 
             hidden = model(**inputs).last_hidden_state[0]
         assert (hidden.mean(0) - vector).abs().max() < CLOSE
         assert torch.allclose(tokens.cpu(), hidden, atol=2e-4)
-    assert (encoded.pooled[0] - encoded.pooled[2]).abs().max() > 0.05  # the tiny model does tell texts apart
+    assert (encoded.pooled[0] - encoded.pooled[2]).abs().max() > 0.05  # the tiny model distinguishes texts
 
 
 @FAMILY
-def test_padding_changes_nothing(family: str, root: Path, device: torch.device) -> None:
-    encoder = loaded(root / family, device)
+def test_padding_does_not_change_vectors(family: str, root: Path, device: torch.device) -> None:
+    encoder = load_encoder(root / family, device)
     ids = encoder.tokenize(TEXTS)
     together = encoder.encode_text(ids).pooled
-    for own, vector in zip(ids, together, strict=True):
-        assert (encoder.encode_text([own]).pooled[0] - vector).abs().max() < CLOSE
+    for text_ids, vector in zip(ids, together, strict=True):
+        assert (encoder.encode_text([text_ids]).pooled[0] - vector).abs().max() < CLOSE
 
 
 @pytest.mark.parametrize("dtype", HALF)
 @FAMILY
-def test_half_precision_is_near(family: str, dtype: torch.dtype, root: Path, device: torch.device) -> None:
-    full, half = (loaded(root / family, device, one) for one in (torch.float32, dtype))
+def test_half_precision_is_close_to_single(family: str, dtype: torch.dtype, root: Path, device: torch.device) -> None:
+    full, half = (load_encoder(root / family, device, precision) for precision in (torch.float32, dtype))
     ids = full.tokenize(TEXTS)
     unit = torch.nn.functional.normalize
     distances = unit(full.encode_text(ids).pooled, dim=-1) - unit(half.encode_text(ids).pooled, dim=-1)
@@ -68,14 +63,14 @@ def test_half_precision_is_near(family: str, dtype: torch.dtype, root: Path, dev
 
 
 @FAMILY
-def test_a_special_token_spelt_in_a_text_is_no_special_token(family: str, root: Path) -> None:
-    """Nor where a normalizer makes one of full-width letters."""
-    encoder = loaded(root / family, torch.device("cpu"))
+def test_a_special_token_in_a_text_is_not_a_special_token(family: str, root: Path) -> None:
+    """Even if a normalizer produces it from full-width letters."""
+    encoder = load_encoder(root / family, torch.device("cpu"))
     tokenizer = AutoTokenizer.from_pretrained(root / family)
     special = [token for token in tokenizer.all_special_tokens if token != tokenizer.unk_token]
     (empty,) = encoder.tokenize([""])
     for token in special:
         wide = "".join(chr(ord(letter) + 0xFEE0) for letter in token)
         for ids in encoder.tokenize([f"a dog {token} er", f"a dog {wide} er"]):
-            own = [each for each in ids if each in tokenizer.all_special_ids and each != tokenizer.unk_token_id]
-            assert own == empty
+            added = [i for i in ids if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id]
+            assert added == empty

@@ -1,12 +1,12 @@
 """Vision backbones against transformers' own models and processors, from the same directories."""
 
-import json
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from encoder_checks import edit_json, load_encoder
 from pictures import pictures
 from PIL import Image
 from tiny_clip import SIDE
@@ -16,14 +16,13 @@ from transformers import AutoImageProcessor, AutoModel, ConvNextImageProcessorPi
 
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders import describe, load
-from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.recipes import read_image_recipe
 from mmbeam.ops.image import preprocess
 from mmbeam.types import ImageHWC
 
 Checkpoints = dict[str, Path]
 FAMILY = pytest.mark.parametrize("family", list(BACKBONES))
-UNROUNDED = ("dinov3_vit", "dinov3_convnext")  # resized in float: there is no Pillow processor to compare with
+UNROUNDED = ("dinov3_vit", "dinov3_convnext")  # resized in float; there is no Pillow processor to compare with
 LEVEL = 1 / 255 / 0.224  # of 256, divided by the smallest standard deviation of any processor here
 
 
@@ -31,10 +30,6 @@ LEVEL = 1 / 255 / 0.224  # of 256, divided by the smallest standard deviation of
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     root = tmp_path_factory.mktemp("backbones")
     return {family: build(root / family) for family, build in BACKBONES.items()}
-
-
-def encoder_of(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
-    return load(describe(directory), device, dtype)
 
 
 def reference_pixels(directory: Path, images: list[ImageHWC], backend: str) -> torch.Tensor:
@@ -45,7 +40,7 @@ def reference_pixels(directory: Path, images: list[ImageHWC], backend: str) -> t
 
 
 @FAMILY
-def test_pixels_are_the_torchvision_processors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+def test_pixels_equal_the_torchvision_processor(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
     """Bit for bit on a CPU (DINOv3: to 1e-5); elsewhere within a level, in less than 1 % of the values."""
     theirs = reference_pixels(checkpoints[family], pictures(), "torchvision")
     ours = preprocess(pictures(), read_image_recipe(checkpoints[family]), device, torch.float32).cpu()
@@ -60,8 +55,8 @@ def test_pixels_are_the_torchvision_processors(family: str, checkpoints: Checkpo
 
 
 @pytest.mark.parametrize("family", [family for family in BACKBONES if family not in UNROUNDED])
-def test_pixels_are_the_pillow_processors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    """Within two levels of 256, and less than 2 % of the values differ at all."""
+def test_pixels_are_close_to_the_pillow_processor(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """Within two levels of 256; less than 2 % of the values differ."""
     theirs = reference_pixels(checkpoints[family], pictures(), "pil")
     ours = preprocess(pictures(), read_image_recipe(checkpoints[family]), device, torch.float32).cpu()
     difference = (ours - theirs).abs()
@@ -70,8 +65,8 @@ def test_pixels_are_the_pillow_processors(family: str, checkpoints: Checkpoints,
 
 
 @FAMILY
-def test_vectors_are_the_references(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    """To 1e-4 of their length: the class token, or the model's own average."""
+def test_vectors_equal_the_reference(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """Within 1e-4 of their length: the class token, or the model's own average."""
     model = AutoModel.from_pretrained(checkpoints[family], dtype=torch.float32).eval().to(device)
     with torch.inference_mode():
         theirs = model(reference_pixels(checkpoints[family], pictures(), "torchvision").to(device))
@@ -79,7 +74,7 @@ def test_vectors_are_the_references(family: str, checkpoints: Checkpoints, devic
     pooled = tokens[:, 0] if family == "vit" else theirs.pooler_output.flatten(1)
     if tokens.dim() == 4:
         tokens = tokens.permute(0, 2, 3, 1).flatten(1, 2)
-    ours = encoder_of(checkpoints[family], device).encode_image(pictures(), tokens=True)
+    ours = load_encoder(checkpoints[family], device).encode_image(pictures(), tokens=True)
     assert ours.pooled.shape == pooled.shape
     assert ours.tokens is not None
     if device.type == "cpu":
@@ -90,7 +85,7 @@ def test_vectors_are_the_references(family: str, checkpoints: Checkpoints, devic
 
 @FAMILY
 def test_one_by_one_equals_together(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    encoder = encoder_of(checkpoints[family], device)
+    encoder = load_encoder(checkpoints[family], device)
     together = encoder.encode_image(pictures(), tokens=True)
     assert together.tokens is not None
     for position, picture in enumerate(pictures()):
@@ -101,31 +96,31 @@ def test_one_by_one_equals_together(family: str, checkpoints: Checkpoints, devic
 
 
 @FAMILY
-def test_different_pictures_have_different_vectors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
-    """What makes the other tests here mean something."""
-    vectors = encoder_of(checkpoints[family], device).encode_image(pictures()[5:]).pooled
+def test_different_images_have_different_vectors(family: str, checkpoints: Checkpoints, device: torch.device) -> None:
+    """Without this the other tests would prove nothing."""
+    vectors = load_encoder(checkpoints[family], device).encode_image(pictures()[5:]).pooled
     similarity = cosine_similarity(vectors[:, None], vectors[None], dim=-1)
     assert similarity.fill_diagonal_(0).max() < 0.9999
 
 
 @FAMILY
 @pytest.mark.parametrize(("dtype", "cosine"), [(torch.float16, 0.9999), (torch.bfloat16, 0.995)])
-def test_half_precision_is_near_single(
+def test_half_precision_is_close_to_single(
     family: str, dtype: torch.dtype, cosine: float, checkpoints: Checkpoints, device: torch.device
 ) -> None:
-    half = encoder_of(checkpoints[family], device, dtype).encode_image(pictures()).pooled
-    single = encoder_of(checkpoints[family], device).encode_image(pictures()).pooled
+    half = load_encoder(checkpoints[family], device, dtype).encode_image(pictures()).pooled
+    single = load_encoder(checkpoints[family], device).encode_image(pictures()).pooled
     assert half.dtype == dtype
     assert cosine_similarity(half.float(), single).min() > cosine
 
 
 @FAMILY
-def test_the_spec_says_what_the_encoder_gives(family: str, checkpoints: Checkpoints) -> None:
+def test_the_spec_matches_the_encoders_output(family: str, checkpoints: Checkpoints) -> None:
     spec = describe(checkpoints[family])
-    found = encoder_of(checkpoints[family], torch.device("cpu")).encode_image([np.zeros((9, 9, 3), np.uint8)], True)
-    assert found.tokens is not None
-    assert (spec.family, dict(spec.dims)) == (family, {"image": found.pooled.shape[1]})
-    assert dict(spec.token_dims) == {"image": found.tokens[0].shape[1]}
+    encoded = load_encoder(checkpoints[family], torch.device("cpu")).encode_image([np.zeros((9, 9, 3), np.uint8)], True)
+    assert encoded.tokens is not None
+    assert (spec.family, dict(spec.dims)) == (family, {"image": encoded.pooled.shape[1]})
+    assert dict(spec.token_dims) == {"image": encoded.tokens[0].shape[1]}
     sides = {"dinov2": 55, "resnet": 54, "convnext": 50, "convnextv2": 384}  # 48 / 0.875, 48 / 0.95
     assert spec.image_side == sides.get(family, SIDE)
 
@@ -136,14 +131,8 @@ def test_the_image_filter_is_applied(checkpoints: Checkpoints, device: torch.dev
             load(describe(checkpoints[family]), device, torch.float32, image_filter=image_filter)
             for image_filter in (None, ("median", 5.0))
         )
-        one, other = (encoder.encode_image(pictures()[4:]).pooled for encoder in (plain, filtering))
-        assert not torch.allclose(one, other, atol=1e-3)
-
-
-def edit(directory: Path, name: str, **changes: Any) -> None:
-    path = directory / name
-    settings = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps({key: value for key, value in settings.items() if value is not None}))
+        left, right = (encoder.encode_image(pictures()[4:]).pooled for encoder in (plain, filtering))
+        assert not torch.allclose(left, right, atol=1e-3)
 
 
 @pytest.mark.parametrize(
@@ -157,26 +146,26 @@ def edit(directory: Path, name: str, **changes: Any) -> None:
         ("dinov2", "preprocessor_config.json", {"image_processor_type": "DPTImageProcessor"}, "is DPTImageProcessor"),
     ],
 )
-def test_files_that_cannot_be_followed_are_an_error(
+def test_unsupported_files_are_an_error(
     family: str, name: str, changes: dict[str, Any], message: str, tmp_path: Path
 ) -> None:
     directory = BACKBONES[family](tmp_path / family)
-    edit(directory, name, **changes)
+    edit_json(directory, name, **changes)
     with pytest.raises(ModelError, match=message):
         describe(directory)
 
 
-def test_a_dinov3_processor_is_read_as_the_hub_has_it(checkpoints: Checkpoints, tmp_path: Path) -> None:
-    """With the class's old name, nulls for what is not set, and without what is a default."""
+def test_a_dinov3_processor_file_of_the_hub_is_read(checkpoints: Checkpoints, tmp_path: Path) -> None:
+    """With the old class name, nulls for unset options, and without options at their defaults."""
     directory = BACKBONES["dinov3_vit"](tmp_path / "old")
     nulls = dict.fromkeys(("image_mean", "image_std", "rescale_factor", "resample"))
-    edit(directory, "preprocessor_config.json", image_processor_type="DINOv3ViTImageProcessorFast", **nulls)
+    edit_json(directory, "preprocessor_config.json", image_processor_type="DINOv3ViTImageProcessorFast", **nulls)
     assert read_image_recipe(directory) == read_image_recipe(checkpoints["dinov3_vit"])
 
 
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, None])
-def test_convnexts_crop_is_the_processors(crop_pct: float | None, tmp_path: Path) -> None:
+def test_convnexts_crop_equals_the_processor(crop_pct: float | None, tmp_path: Path) -> None:
     ConvNextImageProcessorPil(size={"shortest_edge": 96}).save_pretrained(tmp_path)
-    edit(tmp_path, "preprocessor_config.json", crop_pct=crop_pct)
+    edit_json(tmp_path, "preprocessor_config.json", crop_pct=crop_pct)
     theirs = reference_pixels(tmp_path, pictures(), "torchvision")
     assert torch.equal(preprocess(pictures(), read_image_recipe(tmp_path), torch.device("cpu"), torch.float32), theirs)

@@ -1,4 +1,4 @@
-"""Averages of word vectors against sentence-transformers, and the files that hold them against arbitrary bytes."""
+"""Averages of word vectors against sentence-transformers, and their files with arbitrary bytes."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from encoder_checks import load_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
@@ -14,8 +15,6 @@ from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbe
 from sentence_transformers.sentence_transformer.modules.tokenizer import WhitespaceTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models.encoders import describe, load
-from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.encoders.word_vectors import read_word_vectors, word_vector_width
 from mmbeam.models.loading import digest
 
@@ -49,7 +48,7 @@ def save_glove(directory: Path) -> Path:
 
 
 def save_fasttext(directory: Path) -> Path:
-    """With its header, a space at each line's end, and other line ends than ours."""
+    """With the header, a space at the end of each line, and CRLF line ends."""
     lines = f"{len(WORDS)} {WIDTH}\n{text_lines()}".replace("\n", " \r\n")
     (directory / "wiki.simple.vec").write_bytes(lines.encode())
     return directory
@@ -64,12 +63,8 @@ def save_safetensors(directory: Path) -> Path:
 FORMATS = {"glove": save_glove, "fasttext": save_fasttext, "safetensors": save_safetensors}
 
 
-def loaded(directory: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> Encoder:
-    return load(describe(directory), device, dtype)
-
-
 def reference(directory: Path) -> np.ndarray:
-    """sentence-transformers' mean of the same file, without stop words."""
+    """Return sentence-transformers' mean for the same file, without stop words."""
     path = save_glove(directory) / "glove.6B.5d.txt"
     words = WordEmbeddings.from_text_file(str(path), tokenizer=WhitespaceTokenizer(stop_words=()))
     model = SentenceTransformer(modules=[words, Pooling(WIDTH, "mean")], device="cpu")
@@ -77,32 +72,32 @@ def reference(directory: Path) -> np.ndarray:
 
 
 @pytest.mark.parametrize("name", FORMATS)
-def test_a_vector_is_sentence_transformers_mean(name: str, tmp_path: Path, device: torch.device) -> None:
-    (tmp_path / "own").mkdir()
-    encoder = loaded(FORMATS[name](tmp_path / "own"), device, torch.bfloat16)
+def test_a_vector_equals_sentence_transformers(name: str, tmp_path: Path, device: torch.device) -> None:
+    (tmp_path / "model").mkdir()
+    encoder = load_encoder(FORMATS[name](tmp_path / "model"), device, torch.bfloat16)
     assert (encoder.spec.family, dict(encoder.spec.dims)) == ("word-vectors", {"text": WIDTH})
     ids = encoder.tokenize(TEXTS)
     together = encoder.encode_text(ids, tokens=True)
     assert np.abs(together.pooled.cpu().numpy() - reference(tmp_path)).max() < 1e-5
     assert not together.pooled[2:4].any()  # no known word
     assert together.tokens is not None
-    for own, vector, tokens in zip(ids, together.pooled, together.tokens, strict=True):
-        assert torch.equal(tokens.cpu(), torch.from_numpy(table())[own])
-        assert torch.allclose(encoder.encode_text([own]).pooled[0], vector, atol=1e-6)
+    for text_ids, vector, tokens in zip(ids, together.pooled, together.tokens, strict=True):
+        assert torch.equal(tokens.cpu(), torch.from_numpy(table())[text_ids])
+        assert torch.allclose(encoder.encode_text([text_ids]).pooled[0], vector, atol=1e-6)
 
 
-def test_words_are_counted_known_or_not(tmp_path: Path) -> None:
-    encoder = loaded(save_glove(tmp_path), torch.device("cpu"))
+def test_unknown_words_are_counted_too(tmp_path: Path) -> None:
+    encoder = load_encoder(save_glove(tmp_path), torch.device("cpu"))
     assert encoder.count_tokens(TEXTS[:4]) == [3, 6, 0, 3]
     assert encoder.tokenize([]) == encoder.count_tokens([]) == []
     assert encoder.encode_text([[], []], tokens=True).pooled.shape == (2, WIDTH)
 
 
-def test_a_word_may_hold_spaces_and_the_first_of_two_counts(tmp_path: Path) -> None:
+def test_a_word_may_contain_spaces_and_the_first_of_a_repeated_word_is_used(tmp_path: Path) -> None:
     (tmp_path / "vectors.txt").write_bytes(b"a 1 2\n. . . 3 4\n\na 5 6\nb\xff 7 8\nlast 9 1e-1")
-    found = read_word_vectors(tmp_path)
-    assert found.rows == {"a": 0, ". . .": 1, "b\ufffd": 3, "last": 4}
-    assert found.table.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [9, np.float32(0.1)]]
+    vectors = read_word_vectors(tmp_path)
+    assert vectors.rows == {"a": 0, ". . .": 1, "b\ufffd": 3, "last": 4}
+    assert vectors.table.tolist() == [[1, 2], [3, 4], [5, 6], [7, 8], [9, np.float32(0.1)]]
 
 
 def test_a_file_of_vectors_is_part_of_the_models_digest(tmp_path: Path) -> None:
@@ -127,13 +122,11 @@ def test_a_file_of_vectors_is_part_of_the_models_digest(tmp_path: Path) -> None:
         ({"vocab.txt": b"a\n"}, "has no config.json"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_an_error_that_names_the_line(
-    files: dict[str, bytes], message: str, tmp_path: Path
-) -> None:
+def test_an_invalid_file_is_an_error_that_names_the_line(files: dict[str, bytes], message: str, tmp_path: Path) -> None:
     for name, content in files.items():
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ModelError, match=message):
-        loaded(tmp_path, torch.device("cpu"))
+        load_encoder(tmp_path, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -149,20 +142,20 @@ def test_a_table_that_does_not_fit_its_words_is_an_error(
 ) -> None:
     save_file(tensors, save_safetensors(tmp_path) / "model.safetensors")
     with pytest.raises(ModelError, match=message):
-        loaded(tmp_path, torch.device("cpu"))
+        load_encoder(tmp_path, torch.device("cpu"))
 
 
 @settings(max_examples=300, deadline=None)
 @given(content=st.binary(max_size=200) | st.text("a1 .-e\n\r\t", max_size=200).map(str.encode))
-def test_any_bytes_are_vectors_or_an_error(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
+def test_any_bytes_are_vectors_or_a_model_error(content: bytes, tmp_path_factory: pytest.TempPathFactory) -> None:
     directory = tmp_path_factory.getbasetemp() / "any"
     directory.mkdir(exist_ok=True)
     (directory / "vectors.txt").write_bytes(content)
     try:
-        found = read_word_vectors(directory)
+        vectors = read_word_vectors(directory)
     except ModelError:
         return
-    assert found.rows
-    assert max(found.rows.values()) < len(found.table)
-    assert np.isfinite(found.table).all()
-    assert found.table.shape[1] == word_vector_width(directory)
+    assert vectors.rows
+    assert max(vectors.rows.values()) < len(vectors.table)
+    assert np.isfinite(vectors.table).all()
+    assert vectors.table.shape[1] == word_vector_width(directory)

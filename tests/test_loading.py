@@ -48,33 +48,33 @@ def copy(clip: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(clip, tmp_path / "model"))
 
 
-def test_a_directory_is_itself(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_directory_resolves_to_itself(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert resolve(str(clip)).directory == clip
     monkeypatch.chdir(clip.parent)
-    found = resolve(clip.name)
-    assert found.directory == clip
-    assert found.revision is None
-    assert found.name == clip.name
+    resolved = resolve(clip.name)
+    assert resolved.directory == clip
+    assert resolved.revision is None
+    assert resolved.name == clip.name
 
 
 @pytest.mark.parametrize("model", ["/no/such/dir", "./nowhere", "~/nowhere_at_all", "a/b/c"])
-def test_a_directory_that_is_not_there(model: str) -> None:
+def test_a_missing_directory_is_an_error(model: str) -> None:
     with pytest.raises(ModelError, match="no such directory; give an existing directory, or a hub name"):
         resolve(model)
 
 
-def test_a_file_is_no_model(clip: Path) -> None:
+def test_a_file_is_not_a_model(clip: Path) -> None:
     with pytest.raises(ModelError, match=r"expected a directory with config.json and model.safetensors, found a file"):
         resolve(str(clip / "config.json"))
 
 
-def test_offline_the_hub_says_what_to_do() -> None:
+def test_a_hub_name_offline_is_an_error_that_says_what_to_do() -> None:
     with pytest.raises(ModelError, match="not in the local hub cache, and the hub cannot be reached or HF_HUB_OFFLINE"):
         resolve("nobody/nothing-of-this-name")
 
 
-def test_offline_the_revisions_that_are_there_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """An image may have a model by its commit alone, and nothing that says which of them is the newest."""
+def test_the_error_offline_lists_the_cached_revisions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container image may have only a commit of a model in its cache, and no reference to it."""
     (tmp_path / "models--some--model" / "snapshots" / COMMIT).mkdir(parents=True)
     (tmp_path / "models--some--model" / "refs").mkdir()
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
@@ -82,7 +82,7 @@ def test_offline_the_revisions_that_are_there_are_named(tmp_path: Path, monkeypa
         resolve("some/model")
 
 
-def test_a_name_the_hub_cannot_have() -> None:
+def test_an_invalid_hub_name_is_an_error() -> None:
     with pytest.raises(ModelError, match="neither an existing directory nor a hub name"):
         resolve("two words")
 
@@ -91,7 +91,7 @@ COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 
 class Hub(BaseHTTPRequestHandler):
-    """As much of the hub's HTTP interface as a download takes, for one model in one directory."""
+    """The part of the hub's HTTP interface that a download needs, for one model in one directory."""
 
     def __init__(self, directory: Path, *args: Any) -> None:
         self.directory = directory
@@ -152,17 +152,17 @@ from mmbeam.errors import ModelError
 from mmbeam.models.loading import resolve
 for model in sys.argv[1:]:
     try:
-        found = resolve(model)
-        print(found.directory, found.revision, found.name)
+        resolved = resolve(model)
+        print(resolved.directory, resolved.revision, resolved.name)
     except ModelError as error:
         print("ModelError", error)
 """
 
 
 def resolve_elsewhere(models: list[str], home: Path, endpoint: str | None) -> list[str]:
-    """`resolve` in a process whose hub is `endpoint`, or that is offline: what it returned or raised."""
-    there = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
-    environment = os.environ | there | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
+    """Return the output of `resolve` in a process whose hub is `endpoint`, or that is offline."""
+    hub = {"HF_ENDPOINT": endpoint, "HF_HUB_OFFLINE": "0"} if endpoint else {"HF_HUB_OFFLINE": "1"}
+    environment = os.environ | hub | {"HF_HOME": str(home), "HF_HUB_DISABLE_XET": "1"}
     done = subprocess.run(
         [sys.executable, "-c", ELSEWHERE, *models],
         env=environment,
@@ -174,17 +174,17 @@ def resolve_elsewhere(models: list[str], home: Path, endpoint: str | None) -> li
     return done.stdout.splitlines()
 
 
-def test_a_hub_name_is_pinned_to_a_commit_and_pickles_stay_there(hub: str, copy: Path, tmp_path: Path) -> None:
-    (found,) = resolve_elsewhere(["org/clip@v1"], tmp_path / "hf", hub)
-    directory, revision, name = found.split()
+def test_a_hub_name_is_resolved_to_a_commit_without_pickles(hub: str, copy: Path, tmp_path: Path) -> None:
+    (line,) = resolve_elsewhere(["org/clip@v1"], tmp_path / "hf", hub)
+    directory, revision, name = line.split()
     assert (revision, name) == (COMMIT, "org/clip")
     files = {file.name for file in Path(directory).iterdir()}
     assert files == {file.name for file in copy.iterdir()} - {"pytorch_model.bin", "README.md"}
     assert digest(Path(directory)) == digest(copy)
-    assert resolve_elsewhere(["org/clip@v1"], tmp_path / "hf", None) == [found]  # from the cache, offline
+    assert resolve_elsewhere(["org/clip@v1"], tmp_path / "hf", None) == [line]  # from the cache, offline
 
 
-def test_what_the_hub_does_not_have(hub: str, tmp_path: Path) -> None:
+def test_a_missing_revision_and_a_missing_model_are_errors(hub: str, tmp_path: Path) -> None:
     revision, model = resolve_elsewhere(["org/clip@v9", "org/other"], tmp_path / "hf", hub)
     assert revision.startswith("ModelError org/clip: the hub has no revision 'v9' of it; leave out @v9")
     assert model.startswith("ModelError org/other: no such directory and no such model on the hub")
@@ -202,11 +202,11 @@ def remote(clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Itera
 
 def test_a_remote_directory_is_copied_once(remote: str, clip: Path) -> None:
     with ThreadPoolExecutor(4) as pool:
-        found = set(pool.map(resolve, [remote, remote + "/"] * 4))
-    (directory,) = {one.directory for one in found}
+        resolved = set(pool.map(resolve, [remote, remote + "/"] * 4))
+    (directory,) = {model.directory for model in resolved}
     assert digest(directory) == digest(clip)
     assert not (directory / "pytorch_model.bin").exists()
-    assert {one.revision for one in found} == {None}
+    assert {model.revision for model in resolved} == {None}
 
 
 def test_a_remote_directory_that_changed_is_copied_again(remote: str) -> None:
@@ -218,7 +218,7 @@ def test_a_remote_directory_that_changed_is_copied_again(remote: str) -> None:
     assert read_json(second, "config.json") == {"model_type": "other"}
 
 
-def test_a_copy_that_broke_off_leaves_nothing(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_incomplete_copy_leaves_nothing(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(fs: Any, sources: list[str], targets: list[str]) -> None:
         for target in targets:
             Path(target).write_bytes(b"torn")
@@ -232,27 +232,27 @@ def test_a_copy_that_broke_off_leaves_nothing(remote: str, tmp_path: Path, monke
     assert resolve(remote).directory.is_dir()
 
 
-def test_a_remote_directory_without_a_model() -> None:
+def test_a_remote_directory_without_a_model_is_an_error() -> None:
     with pytest.raises(ModelError, match=r"memory://nothing/here: no model files"):
         resolve("memory://nothing/here")
     with pytest.raises(ModelError, match="nosuch://bucket/x: cannot be listed"):
         resolve("nosuch://user:secret@bucket/x?token=secret")
 
 
-def test_no_credential_reaches_a_name_or_an_error() -> None:
+def test_credentials_appear_in_neither_names_nor_errors() -> None:
     with pytest.raises(ModelError) as caught:
         resolve("memory://user:secret@nothing/here?token=secret")
     assert "secret" not in str(caught.value)
 
 
-def test_what_is_part_of_a_model() -> None:
+def test_which_files_are_part_of_a_model() -> None:
     parts = ["config.json", "model-00001-of-00002.safetensors", "vocab.txt", "spiece.model", "1_Pooling/config.json"]
     others = ["README.md", "pytorch_model.bin", "onnx/config.json", ".gitattributes", ".cache/x.json", "tf_model.h5"]
     assert all(map(is_model_file, parts))
     assert not any(map(is_model_file, others))
 
 
-def test_the_digest_is_of_names_and_contents(copy: Path, clip: Path) -> None:
+def test_the_digest_covers_names_and_contents(copy: Path, clip: Path) -> None:
     assert digest(copy) == digest(clip)
     (copy / "README.md").write_text("does not count")
     assert digest(copy) == digest(clip)
@@ -303,7 +303,9 @@ def test_weights_in_several_files(copy: Path) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_loading_gives_the_dtype_asked_for_in_eval_mode(clip: Path, dtype: torch.dtype, device: torch.device) -> None:
+def test_a_loaded_model_has_the_given_dtype_and_is_in_eval_mode(
+    clip: Path, dtype: torch.dtype, device: torch.device
+) -> None:
     model = load_pretrained(CLIPModel, clip, device, dtype)
     assert not model.training
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
@@ -318,7 +320,7 @@ def rewrite_weights(directory: Path, change: dict[str, torch.Tensor | None]) -> 
     save_file(kept, directory / "model.safetensors", metadata={"format": "pt"})
 
 
-def test_a_weight_that_is_missing_is_an_error_that_names_it(copy: Path) -> None:
+def test_a_missing_weight_is_an_error_that_names_it(copy: Path) -> None:
     rewrite_weights(copy, {"visual_projection.weight": None})
     with pytest.raises(
         ModelError, match=r"of CLIPModel are missing or of another shape, and would be random: visual_projection.weight"
@@ -342,15 +344,13 @@ def test_weights_of_another_model_are_an_error(clip: Path, tmp_path: Path) -> No
         load_pretrained(SiglipModel, other, CPU, torch.float32)
 
 
-def test_a_torn_weight_file_is_an_error(copy: Path) -> None:
+def test_a_truncated_weight_file_is_an_error(copy: Path) -> None:
     (copy / "model.safetensors").write_bytes((copy / "model.safetensors").read_bytes()[:1000])
     with pytest.raises(ModelError, match="CLIPModel cannot be loaded"):
         load_pretrained(CLIPModel, copy, CPU, torch.float32)
 
 
-def test_buffers_that_old_checkpoints_hold_and_other_towers_do_no_harm(
-    copy: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_computed_buffers_and_other_towers_are_ignored(copy: Path, caplog: pytest.LogCaptureFixture) -> None:
     rewrite_weights(copy, {"vision_model.embeddings.position_ids": torch.arange(10)[None]})
     load_pretrained(CLIPModel, copy, CPU, torch.float32)
     with caplog.at_level(logging.INFO, logger="mmbeam"):
@@ -358,8 +358,8 @@ def test_buffers_that_old_checkpoints_hold_and_other_towers_do_no_harm(
     assert "weights are not used by CLIPVisionModel" in caplog.text
 
 
-def test_devices_that_load_at_once_leave_transformers_as_it_was(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("tie_weights", "init_weights"):  # put back, should it fail
+def test_concurrent_loads_leave_transformers_unchanged(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("tie_weights", "init_weights"):  # restored if the test fails
         monkeypatch.setattr(PreTrainedModel, name, getattr(PreTrainedModel, name))
     monkeypatch.setattr(torch.nn.init, "normal_", torch.nn.init.normal_)
     before = (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_)
@@ -368,7 +368,7 @@ def test_devices_that_load_at_once_leave_transformers_as_it_was(clip: Path, monk
     assert (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_) == before
 
 
-def test_loading_writes_nothing(clip: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_loading_prints_nothing(clip: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_pretrained(CLIPModel, clip, CPU, torch.float32)
     out, err = capfd.readouterr()
     assert out == err == ""
@@ -384,7 +384,7 @@ def test_dtypes() -> None:
 
 
 def test_tokenizing_from_many_threads(clip: Path) -> None:
-    """Truncating and counting at once is what fast tokenizers answer with "Already borrowed"."""
+    """Fast tokenizers raise "Already borrowed" if one thread truncates while another counts."""
     tokenizer = TextTokenizer(clip)
     texts = [f"a cat number {number} " * 30 for number in range(20)]
     expected = AutoTokenizer.from_pretrained(clip)(texts, truncation=True, max_length=16)["input_ids"]

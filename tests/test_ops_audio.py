@@ -1,4 +1,4 @@
-"""The sound kernels against scipy, soxr and the feature extractors of transformers."""
+"""The audio kernels against scipy, soxr and the feature extractors of transformers."""
 
 from collections.abc import Callable
 
@@ -45,9 +45,9 @@ def clap_recipe_of(extractor: ClapFeatureExtractor) -> ClapRecipe:
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_resampled_tones_are_the_tones(source: int, target: int, device: torch.device) -> None:
+def test_resampled_tones_equal_generated_tones(source: int, target: int, device: torch.device) -> None:
     made = audio.resample(torch.from_numpy(tone(source, 0.5)).to(device)[None], source, target)[0].cpu().numpy()
-    middle = slice(target // 10, -target // 10)  # away from the ends, where there is silence outside
+    middle = slice(target // 10, -target // 10)  # not the ends, beyond which there is silence
     assert np.abs(made - tone(target, 0.5))[middle].max() < 2e-6
     by_soxr = soxr.resample(tone(source, 0.5), source, target)
     assert made.shape == by_soxr.shape
@@ -55,7 +55,7 @@ def test_resampled_tones_are_the_tones(source: int, target: int, device: torch.d
 
 
 @pytest.mark.parametrize(("source", "target"), PAIRS)
-def test_resampled_noise_is_soxrs_up_to_the_transition_band(source: int, target: int, device: torch.device) -> None:
+def test_resampled_noise_equals_soxr_up_to_the_transition_band(source: int, target: int, device: torch.device) -> None:
     wave = noise(source, 0.5)
     band = scipy.signal.butter(12, 0.4 * min(source, target), fs=source, output="sos")  # 80 % of the lower Nyquist
     wave = scipy.signal.sosfilt(band, wave).astype(np.float32)
@@ -77,35 +77,35 @@ def test_both_ways_of_resampling_agree(device: torch.device) -> None:
     length=st.integers(1, 3000), source=st.sampled_from([8000, 11025, 16000, 44100, 48000, 96000]),
     target=st.sampled_from([16000, 24000, 48000]),
 )  # fmt: skip
-def test_resampling_is_linear_and_as_long_as_it_should_be(length: int, source: int, target: int) -> None:
+def test_resampling_is_linear_and_has_the_expected_length(length: int, source: int, target: int) -> None:
     waves = torch.from_numpy(np.random.default_rng(length).standard_normal((2, length)).astype(np.float32))
     both = audio.resample(waves, source, target)
     assert both.shape == (2, max(1, int(length * target / source + 0.5)))
     total = audio.resample(waves.sum(0, keepdim=True), source, target)[0]
     assert torch.allclose(both.sum(0), total, atol=1e-5)
-    longer = audio.resample(torch.nn.functional.pad(waves, (0, 500)), source, target)  # silence outside is silence
+    longer = audio.resample(torch.nn.functional.pad(waves, (0, 500)), source, target)  # samples outside count as zero
     assert torch.allclose(longer[:, : both.shape[1]], both, atol=1e-5)
 
 
-def test_rates_no_sound_has_are_refused() -> None:
+def test_rates_out_of_range_are_an_error() -> None:
     for rate in (0, -1, 4_000_000_000):
         with pytest.raises(LimitError, match=str(rate)):
             audio.resample(torch.zeros(1, 100), rate, 16000)
 
 
-def test_to_rate_groups_and_keeps_the_order(device: torch.device) -> None:
+def test_to_rate_keeps_the_order(device: torch.device) -> None:
     waves = [noise(48000, 0.1), noise(16000, 0.1, 1), noise(48000, 0.1, 2), noise(8000, 0.05, 3)]
-    waves[0].flags.writeable = False  # as np.frombuffer gives it
+    waves[0].flags.writeable = False  # like an array of np.frombuffer
     rates = [48000, 16000, 48000, 8000]
     made = audio.to_rate(waves, rates, 16000, device)
-    for one, wave, rate in zip(made, waves, rates, strict=True):
+    for resampled, wave, rate in zip(made, waves, rates, strict=True):
         alone = audio.resample(torch.tensor(wave, device=device)[None], rate, 16000)[0]
-        assert torch.allclose(one, alone, atol=1e-6)
+        assert torch.allclose(resampled, alone, atol=1e-6)
     with pytest.raises(DecodeError, match="no samples"):
         audio.to_rate([np.zeros(0, np.float32)], [16000], 16000, device)
 
 
-def test_constants_made_in_inference_mode_serve_autograd() -> None:
+def test_constants_cached_in_inference_mode_work_with_autograd() -> None:
     audio._resampling_kernel.cache_clear()
     with torch.inference_mode():
         audio.resample(torch.zeros(1, 100), 44100, 16000)
@@ -116,13 +116,13 @@ def test_constants_made_in_inference_mode_serve_autograd() -> None:
 
 @pytest.mark.parametrize("scale", ["htk", "slaney"])
 @pytest.mark.parametrize("norm", [None, "slaney"])
-def test_mel_filters_are_the_references(scale: audio.MelScale, norm: str | None) -> None:
+def test_mel_filters_equal_the_reference(scale: audio.MelScale, norm: str | None) -> None:
     for bins, mels, low, high, rate in [(201, 80, 0.0, 8000.0, 16000), (513, 64, 50.0, 14000.0, 48000)]:
         ours = audio.mel_filter_bank(bins, mels, low, high, rate, scale, slaney_norm=norm is not None)
         assert np.abs(ours - reference_bank(bins, mels, low, high, rate, norm, scale)).max() < 1e-12
 
 
-def test_power_spectrogram_is_scipys(device: torch.device) -> None:
+def test_power_spectrogram_equals_scipy(device: torch.device) -> None:
     wave = noise(16000, 0.5)
     ours = audio.power_spectrogram(torch.from_numpy(wave).to(device)[None].double(), 400, 160)[0].cpu().numpy()
     padded = np.pad(wave.astype(np.float64), 200, mode="reflect")
@@ -132,7 +132,7 @@ def test_power_spectrogram_is_scipys(device: torch.device) -> None:
 
 
 @given(length=st.integers(1, 5000), window=st.integers(1, 700))
-def test_even_starts_cover_everything(length: int, window: int) -> None:
+def test_even_starts_cover_all_samples(length: int, window: int) -> None:
     starts = audio.even_starts(length, window)
     heard = {sample for start in starts for sample in range(start, start + window)}
     assert set(range(length)) <= heard
@@ -149,7 +149,7 @@ WHISPER_SOUNDS: dict[str, Callable[[], np.ndarray]] = {
 
 
 @pytest.mark.parametrize("sound", WHISPER_SOUNDS)
-def test_whisper_features_are_the_references_bit_by_bit(sound: str, device: torch.device) -> None:
+def test_whisper_features_equal_the_reference_bit_for_bit(sound: str, device: torch.device) -> None:
     wave = WHISPER_SOUNDS[sound]()
     reference = WhisperFeatureExtractor()(wave, sampling_rate=16000, return_tensors="pt").input_features
     windows = whisper_windows(torch.from_numpy(wave).to(device), WHISPER)
@@ -161,7 +161,7 @@ def test_whisper_features_are_the_references_bit_by_bit(sound: str, device: torc
         assert torch.allclose(ours, reference, atol=2e-4)
 
 
-def test_whisper_hears_a_long_sound_in_windows(device: torch.device) -> None:
+def test_whisper_features_of_a_long_sound_are_those_of_its_windows(device: torch.device) -> None:
     wave = noise(16000, 65) * np.linspace(0.1, 1, 65 * 16000, dtype=np.float32)
     pieces = [wave[start : start + 480000] for start in range(0, len(wave), 480000)]
     reference = WhisperFeatureExtractor()(pieces, sampling_rate=16000, return_tensors="pt").input_features
@@ -172,7 +172,7 @@ def test_whisper_hears_a_long_sound_in_windows(device: torch.device) -> None:
 @pytest.mark.parametrize("padding", ["repeatpad", "repeat", "pad"])
 @pytest.mark.parametrize("fusion", [False, True])
 @pytest.mark.parametrize("seconds", [10 / 48000, 1.7, 5.0, 9.99, 10.0])
-def test_clap_features_are_the_references(seconds: float, fusion: bool, padding: str, device: torch.device) -> None:
+def test_clap_features_equal_the_reference(seconds: float, fusion: bool, padding: str, device: torch.device) -> None:
     extractor = clap_extractor(fusion, padding=padding)
     wave = 0.9 * tone(48000, seconds) + noise(48000, seconds)
     reference = extractor(wave, sampling_rate=48000, return_tensors="pt").input_features
@@ -184,7 +184,7 @@ def test_clap_features_are_the_references(seconds: float, fusion: bool, padding:
 
 @pytest.mark.parametrize("hertz", [(440.0,), (50.0, 12000.0)])
 def test_clap_features_of_loud_pure_tones_and_of_silence(hertz: tuple[float, ...], device: torch.device) -> None:
-    """In float32 the tones would be off by up to 0.08 dB near the floor."""
+    """In float32, errors would reach 0.08 dB near the floor."""
     extractor = clap_extractor(False)
     waves = np.stack([tone(48000, 10, hertz), np.zeros(480000, np.float32)])
     reference = extractor(list(waves), sampling_rate=48000, return_tensors="pt").input_features
@@ -192,7 +192,7 @@ def test_clap_features_of_loud_pure_tones_and_of_silence(hertz: tuple[float, ...
     assert torch.allclose(ours, reference, atol=1e-4)
 
 
-def test_clap_fusion_of_a_long_sound_is_one_of_the_references_draws(
+def test_clap_fusion_of_a_long_sound_is_a_possible_draw_of_the_reference(
     monkeypatch: pytest.MonkeyPatch, device: torch.device
 ) -> None:
     extractor = clap_extractor(True)
@@ -206,7 +206,7 @@ def test_clap_fusion_of_a_long_sound_is_one_of_the_references_draws(
     assert torch.allclose(ours.cpu(), reference.input_features, atol=1e-4)
 
 
-def test_clap_fusion_of_a_sound_barely_too_long_is_a_short_one(device: torch.device) -> None:
+def test_clap_fusion_of_a_sound_barely_longer_than_a_window_is_short(device: torch.device) -> None:
     extractor = clap_extractor(True)
     wave = noise(48000, 10.005)  # longer than the window by less than a hop: the same number of frames
     reference = extractor([wave, noise(48000, 12)], sampling_rate=48000, return_tensors="pt")
@@ -216,7 +216,7 @@ def test_clap_fusion_of_a_sound_barely_too_long_is_a_short_one(device: torch.dev
     assert torch.allclose(ours[0].cpu(), reference.input_features[0], atol=2e-5)
 
 
-def test_clap_windows_of_a_long_sound_are_possible_draws(device: torch.device) -> None:
+def test_clap_windows_of_a_long_sound_are_possible_draws_of_the_reference(device: torch.device) -> None:
     recipe = clap_recipe_of(clap_extractor(False))
     wave = torch.arange(25 * 48000, device=device)
     windows = clap_windows(wave, recipe)
@@ -224,7 +224,9 @@ def test_clap_windows_of_a_long_sound_are_possible_draws(device: torch.device) -
     assert all(len(window) == 480000 for window in windows)
 
 
-def test_a_spectrogram_in_blocks_is_the_whole_one(monkeypatch: pytest.MonkeyPatch, device: torch.device) -> None:
+def test_a_spectrogram_computed_in_blocks_equals_the_whole(
+    monkeypatch: pytest.MonkeyPatch, device: torch.device
+) -> None:
     recipe = clap_recipe_of(clap_extractor(True))
     waves = torch.from_numpy(np.stack([noise(48000, 12), tone(48000, 12)])).to(device)
     whole = clap_log_mel(waves, recipe)

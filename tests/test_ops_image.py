@@ -1,4 +1,4 @@
-"""The picture kernels against Pillow, torchvision, scipy and transformers, on every device there is."""
+"""The image kernels against Pillow, torchvision, scipy and transformers, on every available device."""
 
 from collections.abc import Callable
 
@@ -44,7 +44,7 @@ def level_difference(a: ImageHWC, b: ImageHWC) -> np.ndarray:
 @pytest.mark.parametrize("resize", [image.resize, image.resize_in_two_passes])
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
 def test_resize_is_within_a_level_of_pillow(resize: Resize, interpolation: Interpolation, device: torch.device) -> None:
-    """Of all values at most 1 % differ; by one level, or by two in 1 of 50,000 where a picture is enlarged."""
+    """At most 1 % of the values differ: by one level, or by two in 1 of 50,000 where an image is enlarged."""
     levels = {True: np.zeros(3, int), False: np.zeros(3, int)}
     for picture in pictures():
         for height, width in TARGETS:
@@ -60,20 +60,20 @@ def test_resize_is_within_a_level_of_pillow(resize: Resize, interpolation: Inter
 
 
 @pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
-def test_resize_on_a_cpu_is_torchvisions(interpolation: Interpolation) -> None:
+def test_resize_on_a_cpu_equals_torchvision(interpolation: Interpolation) -> None:
     for picture in pictures():
         pixels = batch(picture, torch.device("cpu"))
         theirs = tv.resize(pixels, [48, 64], tv.InterpolationMode(interpolation), antialias=True)
         assert torch.equal(image.resize(pixels, (48, 64), interpolation), theirs)
 
 
-def test_a_picture_too_narrow_to_resize_is_refused(device: torch.device) -> None:
+def test_an_image_too_narrow_to_resize_is_an_error(device: torch.device) -> None:
     strip = torch.zeros(1, 3, 1, 20_000, dtype=torch.uint8, device=device)
     with pytest.raises(LimitError, match=r"20000 x 1 pixels would be resized to 4480000 x 224; expected at most"):
         image.resize(strip, image.shortest_edge(1, 20_000, 224), "bicubic")
 
 
-def test_resize_beyond_the_kernels_scale(device: torch.device) -> None:
+def test_resize_beyond_the_kernels_largest_scale(device: torch.device) -> None:
     picture = pictures(((3, 9000),))[0]
     ours = unbatch(image.resize(batch(picture, device), (3, 20), "bicubic"))
     theirs = np.asarray(Image.fromarray(picture).resize((20, 3), Image.Resampling.BICUBIC))
@@ -81,28 +81,28 @@ def test_resize_beyond_the_kernels_scale(device: torch.device) -> None:
 
 
 @given(SIDES, SIDES, st.integers(1, 600))
-def test_shortest_edge_is_transformers(height: int, width: int, size: int) -> None:
+def test_shortest_edge_equals_transformers(height: int, width: int, size: int) -> None:
     blank = np.broadcast_to(np.uint8(0), (3, height, width))
     theirs = get_resize_output_image_size(blank, size, default_to_square=False, input_data_format="channels_first")
     assert image.shortest_edge(height, width, size) == theirs
 
 
 @given(SIDES, SIDES, st.sampled_from([14, 16, 32]), st.integers(1, 1024))
-def test_naflex_size_is_transformers(height: int, width: int, patch: int, most: int) -> None:
+def test_naflex_size_equals_transformers(height: int, width: int, patch: int, most: int) -> None:
     ours = image.naflex_size(height, width, patch, most)
     assert ours == get_image_size_for_max_num_patches(height, width, patch, most)
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 40), st.integers(1, 40))
 @settings(deadline=None)
-def test_center_crop_is_torchvisions(height: int, width: int, crop_height: int, crop_width: int) -> None:
+def test_center_crop_equals_torchvision(height: int, width: int, crop_height: int, crop_width: int) -> None:
     pixels = torch.arange(height * width, dtype=torch.int32).reshape(1, 1, height, width).to(torch.uint8)
     ours = image.center_crop(pixels, (crop_height, crop_width))
     assert torch.equal(ours, reference_center_crop(pixels, crop_height, crop_width))
 
 
 def reference_center_crop(pixels: torch.Tensor, crop_height: int, crop_width: int) -> torch.Tensor:
-    """transformers' torchvision backend, which pads before it crops."""
+    """Crop with transformers' torchvision backend, which pads first."""
     from transformers import CLIPImageProcessor
     from transformers.image_utils import SizeDict
 
@@ -110,13 +110,13 @@ def reference_center_crop(pixels: torch.Tensor, crop_height: int, crop_width: in
 
 
 @pytest.mark.parametrize("side", [1, 4, 16])
-def test_patchify_is_transformers(side: int, device: torch.device) -> None:
+def test_patchify_equals_transformers(side: int, device: torch.device) -> None:
     pixels = torch.randint(0, 256, (2, 3, 32, 48), dtype=torch.uint8)
     ours = image.patchify(pixels.to(device), side).cpu().numpy()
-    assert np.array_equal(ours, np.stack([convert_image_to_patches(one.numpy(), side) for one in pixels]))
+    assert np.array_equal(ours, np.stack([convert_image_to_patches(picture.numpy(), side) for picture in pixels]))
 
 
-def test_normalize_leaves_its_input_alone(device: torch.device) -> None:
+def test_normalize_does_not_change_its_input(device: torch.device) -> None:
     levels = torch.tensor([0.0, 127.5, 255.0], device=device).view(1, 1, 3, 1).expand(1, 3, 3, 1)
     out = image.normalize(levels, (0.5, 0.5, 0.0), (0.5, 0.25, 1.0), 1 / 255)
     expected = torch.tensor([[-1.0, 0.0, 1.0], [-2.0, 0.0, 2.0], [0.0, 0.5, 1.0]])
@@ -130,25 +130,25 @@ RECIPE = ImageRecipe(size=48, crop=(48, 48), scale=1 / 255, mean=(0.5, 0.4, 0.3)
 def test_a_batch_of_mixed_sizes_equals_one_by_one(device: torch.device) -> None:
     some = pictures()
     together = image.preprocess(some, RECIPE, device, torch.float32)
-    alone = [image.preprocess([one], RECIPE, device, torch.float32)[0] for one in some]
+    alone = [image.preprocess([picture], RECIPE, device, torch.float32)[0] for picture in some]
     assert together.shape == (len(SIZES), 3, 48, 48)
     assert torch.equal(together, torch.stack(alone))
 
 
-def test_packing_groups_pictures_of_one_size(device: torch.device) -> None:
-    """What a GPU gets, checked on every device: each picture once, whole, with its index."""
+def test_images_are_transferred_in_groups_of_one_size(device: torch.device) -> None:
+    """As for a GPU, on every device: each image once, complete, with its index."""
     some = pictures()
-    found = {}
+    transferred = {}
     for indices, pixels in image.transfer_by_size(some, device):
-        for index, one in zip(indices, pixels, strict=True):
-            found[index] = one.permute(1, 2, 0).cpu().numpy()
-    assert sorted(found) == list(range(len(some)))
-    assert all(np.array_equal(found[index], some[index]) for index in found)
+        for index, transferred_CHW in zip(indices, pixels, strict=True):
+            transferred[index] = transferred_CHW.permute(1, 2, 0).cpu().numpy()
+    assert sorted(transferred) == list(range(len(some)))
+    assert all(np.array_equal(transferred[index], some[index]) for index in transferred)
     assert len(list(image.transfer_by_size(some, device))) == len(set(SIZES))
 
 
 @pytest.mark.parametrize("writeable", [True, False])
-def test_preprocessing_leaves_the_pictures_alone(writeable: bool, device: torch.device) -> None:
+def test_preprocessing_does_not_change_the_images(writeable: bool, device: torch.device) -> None:
     picture = pictures(((48, 48),))[0].copy()
     before = picture.copy()
     picture.flags.writeable = writeable
@@ -160,8 +160,8 @@ def test_patches_of_mixed_sizes_equal_one_by_one(device: torch.device) -> None:
     recipe = ImageRecipe(size=Patching(patch_size=16, max_patches=20), mean=(0.5,) * 3, std=(0.5,) * 3)
     some = pictures()
     together = image.preprocess_patches(some, recipe, device, torch.float32)
-    for row, one in enumerate(some):
-        alone = image.preprocess_patches([one], recipe, device, torch.float32)
+    for row, picture in enumerate(some):
+        alone = image.preprocess_patches([picture], recipe, device, torch.float32)
         assert torch.equal(together.pixels_BND[row], alone.pixels_BND[0])
         assert torch.equal(together.mask_BN[row], alone.mask_BN[0])
         assert [together.shapes[row]] == alone.shapes
@@ -174,15 +174,15 @@ def test_preprocess_in_half_precision_is_rounded_float32(dtype: torch.dtype, dev
     assert torch.equal(image.preprocess(pictures(), RECIPE, device, dtype), full.to(dtype))
 
 
-def test_a_pixel_filter_comes_before_the_resize(device: torch.device) -> None:
+def test_a_pixel_filter_is_applied_before_resizing(device: torch.device) -> None:
     some = pictures(((97, 401), (48, 48)))
-    filtered = [ndimage.median_filter(one, size=(3, 3, 1), mode="nearest") for one in some]
+    filtered = [ndimage.median_filter(picture, size=(3, 3, 1), mode="nearest") for picture in some]
     ours = image.preprocess(some, RECIPE, device, torch.float32, lambda pixels: image.median_filter(pixels, 3))
     assert torch.equal(ours, image.preprocess(filtered, RECIPE, device, torch.float32))
 
 
 @pytest.mark.parametrize("size", [1, 3, 5, 7])
-def test_median_is_scipys_and_pillows(size: int, device: torch.device) -> None:
+def test_median_equals_scipy_and_pillow(size: int, device: torch.device) -> None:
     for picture in pictures(((1, 1), (2, 50), (47, 33), (97, 401))):
         ours = unbatch(image.median_filter(batch(picture, device), size))
         assert np.array_equal(ours, ndimage.median_filter(picture, size=(size, size, 1), mode="nearest"))
@@ -191,15 +191,15 @@ def test_median_is_scipys_and_pillows(size: int, device: torch.device) -> None:
 
 
 @pytest.mark.parametrize("sigma", [0.4, 1.5, 4.0])
-def test_gaussian_is_scipys(sigma: float, device: torch.device) -> None:
+def test_gaussian_equals_scipy(sigma: float, device: torch.device) -> None:
     for picture in pictures(((1, 1), (2, 50), (47, 33), (97, 401))):
         ours = unbatch(image.gaussian_blur(batch(picture, device), sigma))
         exact = ndimage.gaussian_filter(picture.astype(np.float64), (sigma, sigma, 0), mode="nearest", truncate=4.0)
-        assert np.abs(ours - exact).max() <= 0.5 + 1e-3  # half a level is the rounding itself
+        assert np.abs(ours - exact).max() <= 0.5 + 1e-3  # half a level is rounding
 
 
 @pytest.mark.parametrize(("name", "value"), [("median", 5), ("gaussian", 1.5)])
-def test_strips_make_no_difference(
+def test_filtering_in_strips_equals_the_whole(
     name: str, value: float, device: torch.device, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pixels = batch(pictures(((97, 401),))[0], device)
@@ -211,7 +211,7 @@ def test_strips_make_no_difference(
 @pytest.mark.parametrize(
     ("name", "value"), [("median", 4), ("median", 0), ("gaussian", 0), ("gaussian", np.nan), ("x", 1)]
 )
-def test_senseless_filters_are_refused(name: str, value: float) -> None:
+def test_invalid_filters_are_an_error(name: str, value: float) -> None:
     with pytest.raises(UsageError, match="expected"):
         image.apply_filter(torch.zeros(1, 3, 4, 4, dtype=torch.uint8), name, value)
 
@@ -222,9 +222,9 @@ def test_pad_and_unpad_are_inverse(ids: list[list[int]], side: str) -> None:
     tokens, mask = pad(ids, 99, torch.device("cpu"), length=8, side=side)
     assert tokens.shape == mask.shape == (len(ids), 8)
     assert torch.equal(tokens == 99, mask == 0)
-    assert [own.tolist() for own in unpad(tokens, [len(own) for own in ids], side)] == ids
+    assert [sequence.tolist() for sequence in unpad(tokens, [len(sequence) for sequence in ids], side)] == ids
 
 
-def test_pad_refuses_what_does_not_fit() -> None:
+def test_pad_raises_for_a_sequence_that_is_too_long() -> None:
     with pytest.raises(ValueError, match="expected at most 2 tokens, found 3"):
         pad([[1, 2, 3]], 0, torch.device("cpu"), length=2)

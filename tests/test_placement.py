@@ -1,4 +1,4 @@
-"""Units placed on several devices of one process, and one device for each of several processes.
+"""Units on several devices of one process, and one device for each of several processes.
 
 A CPU counts as several devices here, cpu:0, cpu:1 and cpu:2, each with a thread and models of its own; where there
 are GPUs the same tests run on them.
@@ -47,7 +47,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 
 class Seen:
-    """What devices a job used. The first window on each waits until every device has one."""
+    """Record the devices that a job uses. The first window on each waits until every device has one."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, devices: int) -> None:
         self.loads: Counter[str] = Counter()
@@ -76,7 +76,7 @@ def test_units_are_spread_over_all_devices_and_the_model_is_loaded_once_on_each(
     report = embed(options(known.root, tmp_path, device=device.type, dtype="float32"))
     assert seen.loads == dict.fromkeys(names, 1)
     assert len(seen.devices) == 5
-    assert all(len(used) == 1 for used in seen.devices.values())  # a unit stays where it began
+    assert all(len(used) == 1 for used in seen.devices.values())  # a unit stays on its device
     assert not placement._leases
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
@@ -84,14 +84,14 @@ def test_units_are_spread_over_all_devices_and_the_model_is_loaded_once_on_each(
     assert report.model_utilisation == pytest.approx(computed / (report.wall_seconds * len(names)))
 
 
-def test_two_units_at_once_for_each_device_unless_beam_is_told_otherwise() -> None:
+def test_each_device_has_two_concurrent_units_unless_a_beam_option_says_otherwise() -> None:
     def threads(*args: str) -> int:
         return int(pipeline_options(args, devices=3).view_as(DirectOptions).direct_num_workers)
 
     assert (threads(), threads("--direct_num_workers=4")) == (6, 4)
 
 
-def test_a_job_names_the_kind_of_several_devices_and_a_single_one_itself(known: Known, tmp_path: Path) -> None:
+def test_a_job_records_the_kind_of_several_devices_and_the_name_of_one(known: Known, tmp_path: Path) -> None:
     job = options(known.root, tmp_path)
     assert device_of(job) == "cpu"
     placement.use_devices(("cpu:2",))
@@ -101,7 +101,7 @@ def test_a_job_names_the_kind_of_several_devices_and_a_single_one_itself(known: 
     assert placement.devices_of("cpu:1") == ("cpu:1",)
 
 
-def test_a_device_that_is_not_there_has_no_units() -> None:
+def test_an_absent_device_cannot_be_leased() -> None:
     with pytest.raises(DeviceError, match="this machine has"):
         placement.lease_device("cuda:99", "unit")
     with pytest.raises(UsageError, match="expected auto, cpu, cuda"):
@@ -109,8 +109,8 @@ def test_a_device_that_is_not_there_has_no_units() -> None:
 
 
 @given(st.lists(st.integers(0, 9)), st.integers(1, 4))
-def test_a_unit_gets_the_least_busy_device_and_keeps_it(events: list[int], number: int) -> None:
-    """Each event is a unit that begins, or ends if it is at work."""
+def test_a_unit_leases_the_least_busy_device_and_keeps_it(events: list[int], number: int) -> None:
+    """Each event is a unit that begins, or that ends if it has begun."""
     placement.use_devices(tuple(f"cpu:{i}" for i in range(number)))
     held: dict[str, str] = {}
     for event in events:
@@ -129,8 +129,8 @@ def test_a_unit_gets_the_least_busy_device_and_keeps_it(events: list[int], numbe
     assert not placement._leases
 
 
-def test_a_unit_that_is_given_up_leaves_its_device(known: Known, tmp_path: Path) -> None:
-    """A later step fails, so that the runner drops the bundle in the middle of a unit."""
+def test_an_abandoned_unit_releases_its_device(known: Known, tmp_path: Path) -> None:
+    """A later step fails, and the runner drops the bundle in the middle of a unit."""
     placement.use_devices(("cpu:0", "cpu:1"))
     job = prepare(options(known.root, tmp_path))
     read, model = job.steps()[:2]
@@ -155,7 +155,7 @@ with FileLock(sys.argv[1]):
 """
 
 
-def test_a_process_takes_a_device_that_no_other_has_and_leaves_it_however_it_ends(tmp_path: Path) -> None:
+def test_a_process_claims_an_unclaimed_device_until_it_ends(tmp_path: Path) -> None:
     command = [sys.executable, "-c", HOLDER, str(tmp_path / "gpu-a.0")]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as other:
         assert other.stdout is not None
@@ -166,7 +166,7 @@ def test_a_process_takes_a_device_that_no_other_has_and_leaves_it_however_it_end
     assert placement.claim_least_used(["gpu-a", "gpu-b"], tmp_path) == 0
 
 
-def test_more_processes_than_devices_share_them_evenly_and_say_so(
+def test_more_processes_than_devices_share_them_evenly_with_a_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     taken = [placement.claim_least_used(["gpu-a", "gpu-b"], tmp_path) for _ in range(5)]
@@ -177,8 +177,8 @@ def test_more_processes_than_devices_share_them_evenly_and_say_so(
     ]
 
 
-def test_a_directory_of_locks_that_is_not_ours_is_refused(tmp_path: Path) -> None:
-    """Anyone may make one in /tmp, with links in it to files of ours."""
+def test_a_directory_of_locks_of_another_user_is_an_error(tmp_path: Path) -> None:
+    """Any user can create it in /tmp, with links in it to our files."""
     (tmp_path / "elsewhere").mkdir()
     (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DeviceError, match="locks: expected a directory of this user"):
@@ -204,14 +204,12 @@ sys.stdin.read()
 """
 
 
-def test_each_worker_process_of_a_runner_keeps_to_a_device_of_its_own(
-    known: Known, device: torch.device, tmp_path: Path
-) -> None:
-    """The step takes it when it is set up, in whatever process; the launcher's own process keeps them all."""
+def test_each_worker_process_of_a_runner_claims_one_device(known: Known, device: torch.device, tmp_path: Path) -> None:
+    """The step claims it in its setup; the launcher's own process keeps all devices."""
     number = len(SEVERAL[device.type]) if device.type == "cuda" else 2
     environment = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     with ExitStack() as started:
-        found = []
+        devices_of_process = []
         for index, role in enumerate([*["worker"] * number, "launcher"]):
             where = tmp_path / f"{index}"
             command = [sys.executable, "-W", "ignore", "-c", WORKER, str(known.root / "clip"), str(where)]
@@ -223,6 +221,6 @@ def test_each_worker_process_of_a_runner_keeps_to_a_device_of_its_own(
             started.callback(process.kill)
             assert process.stderr is not None
             assert any(b"set up" in line for line in process.stderr)
-            found.append(where.read_text().split())
-    assert [len(devices) for devices in found] == [*[1] * number, number]
-    assert len({devices[0] for devices in found[:-1]}) == number
+            devices_of_process.append(where.read_text().split())
+    assert [len(devices) for devices in devices_of_process] == [*[1] * number, number]
+    assert len({devices[0] for devices in devices_of_process[:-1]}) == number

@@ -61,13 +61,13 @@ SPEECH: dict[str, tuple[Any, Any]] = {
 
 
 def clap_extractor(fusion: bool, seconds: int = 10, **options: Any) -> ClapFeatureExtractor:
-    """As the published checkpoints have it: from 50 Hz, by truncation fused or not."""
+    """An extractor like those of published checkpoints: from 50 Hz, with feature fusion or without."""
     truncation = "fusion" if fusion else "rand_trunc"
     return ClapFeatureExtractor(truncation=truncation, max_length_s=seconds, frequency_min=50, **options)
 
 
 def save_clap(directory: Path, fusion: bool = False, seconds: int = 2) -> Path:
-    """A CLAP of 24 dimensions with a window of 2 s of 48 kHz, and the real front end of 64 mel bins."""
+    """A CLAP of 24 dimensions with a window of 2 s at 48 kHz and 64 mel bins, as published."""
     tokenizer = byte_tokenizer(model_max_length=64)
     audio = {
         "enable_fusion": fusion,
@@ -85,7 +85,7 @@ def save_clap(directory: Path, fusion: bool = False, seconds: int = 2) -> Path:
 
 
 def save_whisper(directory: Path, seconds: int = 2) -> Path:
-    """A Whisper of 32 dimensions with a window of 2 s of 16 kHz."""
+    """A Whisper of 32 dimensions with a window of 2 s at 16 kHz."""
     config = WhisperConfig(
         vocab_size=40,
         d_model=WIDTH,
@@ -106,7 +106,7 @@ def save_whisper(directory: Path, seconds: int = 2) -> Path:
 
 CONVOLUTIONS: dict[
     str, Any
-] = {  # the published front end with fewer channels: 400 samples to the first frame, 320 to each
+] = {  # the published front end with fewer channels: 400 samples for the first frame, 320 for each further one
     "conv_dim": (16,) * 7,
     "num_conv_pos_embeddings": 16,
     "num_conv_pos_embedding_groups": 4,
@@ -114,7 +114,7 @@ CONVOLUTIONS: dict[
 
 
 def save_speech(directory: Path, family: str, large: bool = False) -> Path:
-    """A "wav2vec2", "hubert" or "wavlm" for transcription; `large`: normalised per frame, with a mask, as those are."""
+    """A "wav2vec2", "hubert" or "wavlm" for transcription; `large` models normalise per frame and use a mask."""
     config, model = SPEECH[family]
     large_options = {"feat_extract_norm": "layer", "do_stable_layer_norm": True, "conv_bias": True} if large else {}
     save_random(model, config(vocab_size=12, **TOWER, **CONVOLUTIONS, **large_options), directory)
@@ -130,12 +130,12 @@ def save_ast(directory: Path, frames: int = 64) -> Path:
 
 
 def save_bert(directory: Path, **tokenizer: Any) -> Path:
-    """A BERT of 64 positions; characters of a few scripts, everything else unknown."""
+    """A BERT of 64 positions; it knows characters of a few scripts."""
     return _save_text(BertModel, BertConfig, word_tokenizer(**tokenizer), directory)
 
 
 def save_roberta(directory: Path) -> Path:
-    """A RoBERTa of 64 positions in a table of 66 rows, with a byte-level tokenizer that names no limit."""
+    """A RoBERTa of 64 positions in a table of 66 rows, with a byte-level tokenizer without a limit."""
     return _save_text(RobertaModel, RobertaConfig, byte_tokenizer(), directory, max_position_embeddings=66)
 
 
@@ -154,7 +154,7 @@ def save_mpnet(directory: Path) -> Path:
 
 
 def save_t5(directory: Path) -> Path:
-    """The encoder half of a T5: relative positions, so only the tokenizer names a limit."""
+    """The encoder half of a T5: relative positions, so only the tokenizer sets a limit."""
     tokenizer = word_tokenizer(model_max_length=48)
     config = T5Config(vocab_size=len(tokenizer), d_model=WIDTH, d_kv=8, d_ff=64, num_layers=2, num_heads=4)
     save_random(T5EncoderModel, config, directory)
@@ -169,7 +169,7 @@ def word_tokenizer(**options: Any) -> BertTokenizer:
 
 
 def byte_tokenizer(**options: Any) -> RobertaTokenizer:
-    """Byte-level BPE with a few merges: no text is unknown to it. Padding is 1, as RoBERTa has it."""
+    """Byte-level BPE with a few merges: it can encode any text. Padding is 1, like RoBERTa's."""
     tokens = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *sorted(pre_tokenizers.ByteLevel.alphabet()), "er", "Ġa"]
     vocab = {token: index for index, token in enumerate(tokens)}
     return RobertaTokenizer(vocab=vocab, merges=[("e", "r"), ("Ġ", "a")], **options)
@@ -178,7 +178,7 @@ def byte_tokenizer(**options: Any) -> RobertaTokenizer:
 def tone(rate: int, seconds: float, hertz: Sequence[float] = (440.0, 1000.0, 3000.0)) -> np.ndarray:
     """A chord, float32 [frames]."""
     time = np.arange(round(rate * seconds)) / rate
-    return np.mean([np.sin(2 * np.pi * one * time) for one in hertz], axis=0).astype(np.float32)
+    return np.mean([np.sin(2 * np.pi * frequency * time) for frequency in hertz], axis=0).astype(np.float32)
 
 
 def noise(rate: int, seconds: float, seed: int = 0) -> np.ndarray:

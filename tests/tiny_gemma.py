@@ -27,7 +27,7 @@ SIZES: dict[str, Any] = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidd
 
 
 def save_embedding_gemma2(directory: Path, towers: bool = True) -> Path:
-    """One of 24 dimensions and 70 tokens a picture; without `towers` it knows texts alone."""
+    """Write one of 24 dimensions and 70 tokens per image; without `towers` it encodes texts only."""
     tokenizer = gemma_tokenizer()
     config = EmbeddingGemma2Config(
         text_config=_text(len(tokenizer)),
@@ -49,7 +49,7 @@ def save_embedding_gemma2(directory: Path, towers: bool = True) -> Path:
 
 
 def gemma_tokenizer() -> GemmaTokenizer:
-    """Letters, bytes for everything else, and a begin and an end around each text."""
+    """Letters, bytes for everything else, and begin and end tokens around each text."""
     tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *SPECIAL.values(), "<|video|>"]
     tokens += [f"<0x{byte:02X}>" for byte in range(256)] + [*"▁abcdefghijklmnopqrstuvwxyz.,<>|", "do", "dog"]
     vocabulary = {token: index for index, token in enumerate(tokens)}

@@ -1,4 +1,4 @@
-"""Tiny checkpoints with random weights: joint spaces beside the CLIP that the package itself has, vision backbones."""
+"""Tiny checkpoints with random weights: image and text encoders other than CLIP, and vision backbones."""
 
 import io
 from collections.abc import Callable
@@ -88,7 +88,7 @@ def save_siglip2(directory: Path) -> Path:
 
 
 def save_metaclip2(directory: Path) -> Path:
-    """A MetaCLIP 2 of 48 x 48 pixels and 77 tokens, with a tokenizer of XLM-RoBERTa's kind: `</s>` is 2 and pools."""
+    """A MetaCLIP 2 of 48 x 48 pixels and 77 tokens, with a tokenizer like XLM-RoBERTa's, whose `</s>` is 2."""
     pieces = [("<s>", 0.0), ("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     pieces += [(letter, -5.0) for letter in "▁abcdefghijklmnopqrstuvwxyz.,!</>äöüжд世界"] + [("▁cat", -3.0)]
     tokenizer = XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)], model_max_length=77)
@@ -103,7 +103,7 @@ def save_metaclip2(directory: Path) -> Path:
 
 
 def save_blip(directory: Path, model: Any = BlipForImageTextRetrieval) -> Path:
-    """A BLIP of 48 x 48 pixels and 64 tokens: for retrieval, or any other class of it."""
+    """A BLIP of 48 x 48 pixels and 64 tokens, for retrieval or of another class."""
     letters = [*"abcdefghijklmnopqrstuvwxyz.,!?", "cat", "dog", "photo"]
     tokens = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *(f"##{letter}" for letter in letters)]
     tokenizer = BertTokenizer(vocab={token: index for index, token in enumerate(tokens)}, model_max_length=64)
@@ -128,14 +128,14 @@ STAGES: dict[str, Any] = {"hidden_sizes": [16, 32], "depths": [1, 1], "num_stage
 
 
 def save_vit(directory: Path) -> Path:
-    """A ViT of 48 x 48 pixels as most are published: a classifier, without a pooler."""
+    """A ViT of 48 x 48 pixels: a classifier without a pooler, like most published ones."""
     save_random(ViTForImageClassification, ViTConfig(**TOWER, image_size=SIDE, patch_size=PATCH), directory)
     ViTImageProcessorPil(size=SQUARE).save_pretrained(directory)
     return directory
 
 
 def save_dinov2(directory: Path) -> Path:
-    """A DINOv2 whose positions are of larger pictures (80 x 80) than its processor makes."""
+    """A DINOv2 with positions for larger images (80 x 80) than its processor makes."""
     config = Dinov2Config(**_without_intermediate(), image_size=80, patch_size=PATCH)
     save_random(Dinov2Model, config, directory)
     BitImageProcessorPil(size={"shortest_edge": 55}, crop_size=SQUARE).save_pretrained(directory)
@@ -167,7 +167,7 @@ def save_dinov3_convnext(directory: Path) -> Path:
 
 
 def save_resnet(directory: Path) -> Path:
-    """A ResNet as published: a classifier, whose processor resizes to 54 and crops to 48."""
+    """A ResNet classifier whose processor resizes to 54 pixels and crops to 48."""
     torch.manual_seed(0)
     config = ResNetConfig(embedding_size=16, hidden_sizes=[16, 32], depths=[2, 1], layer_type="bottleneck")
     ResNetForImageClassification(config).save_pretrained(directory)
@@ -183,7 +183,7 @@ def save_convnext(directory: Path) -> Path:
 
 
 def save_convnextv2(directory: Path) -> Path:
-    """A ConvNeXt V2 of 384 pixels, to which pictures are warped, not cropped."""
+    """A ConvNeXt V2 of 384 pixels, to which images are warped, not cropped."""
     save_random(ConvNextV2Model, ConvNextV2Config(**STAGES, patch_size=PATCH), directory)
     ConvNextImageProcessorPil(size={"shortest_edge": 384}).save_pretrained(directory)
     return directory
@@ -202,7 +202,7 @@ BACKBONES: dict[str, Callable[[Path], Path]] = {
 
 
 def _without_intermediate() -> dict[str, Any]:
-    """DINOv2 names a ratio instead."""
+    """DINOv2 has a ratio in its place."""
     return {key: value for key, value in TOWER.items() if key != "intermediate_size"}
 
 
@@ -214,7 +214,7 @@ def _byte_fallback_vocabulary() -> dict[str, int]:
 
 
 def _sentencepiece_model() -> bytes:
-    """A unigram model trained on a few sentences, as SigLIP's is on C4: `</s>` is 1 and pads."""
+    """A unigram model trained on a few sentences, like SigLIP's on C4: `</s>` is 1 and is the padding token."""
     sentences = ["a photo of a cat and a dog", "the quick brown fox jumps over the lazy dog", "zwei Katzen im Garten"]
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(

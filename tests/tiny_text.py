@@ -1,6 +1,6 @@
 """Tiny checkpoints of the text families beside BERT's: ALBERT, DeBERTa, DistilBERT, ELECTRA, T5, XLM-RoBERTa.
 
-Each as it is published: with the head it was trained with, and a tokenizer of its own class.
+Each has the head that it was trained with, and a tokenizer of its own class, like the published checkpoints.
 """
 
 from collections.abc import Callable, Sequence
@@ -41,7 +41,7 @@ def save_albert(directory: Path) -> Path:
 
 
 def save_deberta(directory: Path) -> Path:
-    """A DeBERTa v3 (of type deberta-v2): positions relative alone, in buckets."""
+    """A DeBERTa v3 (of type deberta-v2): relative positions only, in buckets."""
     tokenizer = DebertaV2Tokenizer(vocab=unigrams(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]))
     relative = {"relative_attention": True, "position_biased_input": False, "pos_att_type": ["p2c", "c2p"]}
     buckets = {"position_buckets": 8, "share_att_key": True, "norm_rel_ebd": "layer_norm", "type_vocab_size": 0}
@@ -66,7 +66,7 @@ def save_electra(directory: Path) -> Path:
 
 
 def save_xlm_roberta(directory: Path) -> Path:
-    """An XLM-RoBERTa of 64 positions in a table of 66 rows, to whose tokenizer `</s>` is a piece like any other."""
+    """An XLM-RoBERTa of 64 positions in a table of 66 rows, whose tokenizer treats `</s>` as an ordinary piece."""
     tokenizer = XLMRobertaTokenizer(vocab=unigrams(["<s>", "<pad>", "</s>", "<unk>"], after=["<mask>"]))
     config = XLMRobertaConfig(vocab_size=len(tokenizer), pad_token_id=1, max_position_embeddings=66, **TOWER)
     return _save(XLMRobertaForMaskedLM, config, tokenizer, directory)
@@ -92,7 +92,7 @@ TEXT_FAMILIES: dict[str, Callable[[Path], Path]] = {
 
 
 def unigrams(special: Sequence[str], after: Sequence[str] = ()) -> list[tuple[str, float]]:
-    """A unigram vocabulary of letters of some scripts and a few longer pieces."""
+    """Return a unigram vocabulary of letters of some scripts and a few longer pieces."""
     letters = "▁abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.,!</>[]äöüжд市場人"
     pieces = [*((letter, -5.0) for letter in letters), ("▁dog", -3.0), ("er", -3.5)]
     return [*((token, 0.0) for token in special), *pieces, *((token, 0.0) for token in after)]
