@@ -214,7 +214,7 @@ JOBS = {
 def table() -> str:
     """JOBS as docs/scale.md shows them: hours on paper, and simulated in brackets."""
     lines = [
-        "| job | ideal | a unit | taken when free | dealt out | all restart | commits/s | requests |",
+        "| job | ideal | unit | pulled | dealt | full restart | commits/s | requests |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, job in JOBS.items():

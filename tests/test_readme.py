@@ -58,7 +58,7 @@ def test_every_command_runs_and_the_rows_are_read_as_it_says(here: Path) -> None
             exec(block, found)
     assert found["vectors"].shape == (SAMPLES, 24)
     assert found["images"].shape[1] == 24
-    assert found["there"].all()
+    assert found["present"].all()
 
 
 def test_the_models_it_names_in_one_pass_run(here: Path) -> None:
