@@ -33,7 +33,7 @@ class TestSteps:
         assert TEXT_STEPS[name](once) == once
 
     @given(UNICODE)
-    def test_markup_is_idempotent_where_no_escaped_markup_is_shown(self, text: str) -> None:
+    def test_markup_is_idempotent_without_escaped_markup(self, text: str) -> None:
         once = TEXT_STEPS["markup"](text)
         if not set("<&") & set(once):
             assert TEXT_STEPS["markup"](once) == once
@@ -240,7 +240,7 @@ class TestWhere:
             compile_where(expression)
 
     @pytest.mark.parametrize("expression", ["not " * 149 + "text", "metadata" + ".a" * 140, "1+" * 70 + "1 > 0"])
-    def test_the_deepest_that_is_allowed_runs(self, expression: str) -> None:
+    def test_deepest_allowed_expression_runs(self, expression: str) -> None:
         assert compile_where(expression)(values(text="", metadata={})) in (True, False)
 
     @given(st.text(alphabet="abmetadata.'[]()<>=!+-*/ 01andornotis\n\\\"", max_size=40))

@@ -79,7 +79,7 @@ def test_a_scene_is_a_function_of_seed_and_index() -> None:
     )
 
 
-def test_seeds_next_to_each_other_differ_however_large() -> None:
+def test_adjacent_seeds_differ() -> None:
     large = 2**64 - 1
     drawn = [Scene.draw(large, 0), Scene.draw(large - 1, 0), Scene.draw(0, large), Scene.draw(0, large - 1)]
     assert len({scene.caption() for scene in drawn}) == 4
@@ -87,13 +87,13 @@ def test_seeds_next_to_each_other_differ_however_large() -> None:
         Scene.draw(0, 2**64)
 
 
-def test_samples_start_where_they_are_told() -> None:
+def test_generate_scenes_starts_at_start() -> None:
     assert list(generate_scenes(3, start=5, count=2)) == [Scene.draw(3, 5), Scene.draw(3, 6)]
     assert len({scene.caption() for scene in generate_scenes(3, count=200)}) == 200
 
 
 @pytest.mark.parametrize("subset", SUBSETS)
-def test_the_caption_of_a_subset_holds_its_clauses_and_no_other(subset: tuple[Modality, ...]) -> None:
+def test_caption_of_a_subset_of_modalities(subset: tuple[Modality, ...]) -> None:
     for scene in generate_scenes(11, count=50):
         caption = scene.caption(subset)
         assert caption == ", ".join(scene.clauses()[modality] for modality in subset) + "."
@@ -101,7 +101,7 @@ def test_the_caption_of_a_subset_holds_its_clauses_and_no_other(subset: tuple[Mo
             assert scene.clauses()[modality] not in caption
 
 
-def test_the_vocabulary_is_what_captions_use() -> None:
+def test_vocabulary_equals_the_words_of_captions() -> None:
     used = Counter(word for scene in generate_scenes(1, count=3000) for word in words(scene.caption()))
     assert set(used) == set(VOCABULARY)
     assert min(used.values()) > 30
@@ -109,7 +109,7 @@ def test_the_vocabulary_is_what_captions_use() -> None:
 
 
 @given(KEYS)
-def test_shapes_come_in_reading_order_and_the_tag_says_the_text_clause(key: tuple[int, int]) -> None:
+def test_shapes_are_in_reading_order_and_tag_matches_the_text_clause(key: tuple[int, int]) -> None:
     scene = Scene.draw(*key)
     places = [POSITIONS.index(shape.position) for shape in scene.shapes]
     assert places == sorted(set(places))
@@ -118,7 +118,7 @@ def test_shapes_come_in_reading_order_and_the_tag_says_the_text_clause(key: tupl
     )
 
 
-def test_both_counts_of_shapes_and_every_attribute_are_drawn_evenly() -> None:
+def test_attributes_are_uniform() -> None:
     scenes = list(generate_scenes(5, count=4000))
     assert 0.45 < sum(len(scene.shapes) == 2 for scene in scenes) / len(scenes) < 0.55
     for values, options in (
@@ -145,7 +145,7 @@ def test_golden_pixels() -> None:
     np.testing.assert_allclose(means, GOLDEN_PIXELS, atol=0.6)
 
 
-def test_a_picture_is_the_same_at_every_side_but_for_its_grain() -> None:
+def test_image_does_not_depend_on_resolution() -> None:
     for scene in generate_scenes(4, count=20):
         small = render_image(scene, 64).astype(float)
         large = render_image(scene, 256).reshape(64, 4, 64, 4, 3).mean(axis=(1, 3))
@@ -165,7 +165,7 @@ def test_two_shapes_never_touch() -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 @pytest.mark.parametrize("form", FORMS)
-def test_a_shape_fills_its_size_where_its_position_says(form: str, size: str) -> None:
+def test_shape_has_its_size_and_position(form: str, size: str) -> None:
     reach = {"small": (7.0, 10.5), "large": (10.0, 15.5)}[size]
     for cell, position in enumerate(POSITIONS):
         scene = one_shape(form, "white", size, position)
@@ -184,7 +184,7 @@ def test_forms_and_colours_look_different() -> None:
     assert min(np.linalg.norm(a - b) for a, b in combinations(colours, 2)) >= 60
 
 
-def test_shapes_stand_out_from_the_ground() -> None:
+def test_shapes_contrast_with_the_background() -> None:
     for scene in generate_scenes(8, count=200):
         image = render_image(scene).astype(float)
         ground = render_image(replace(scene, shapes=())).astype(float)
@@ -195,19 +195,19 @@ def test_shapes_stand_out_from_the_ground() -> None:
 # --- sound
 
 
-def test_golden_sound() -> None:
+def test_golden_audio() -> None:
     wave = render_audio(GOLDEN)
     assert wave.shape == (8000,)
     assert wave.dtype == np.float32
     np.testing.assert_allclose(wave[400:8000:800], GOLDEN_WAVE, atol=1e-4)
 
 
-def test_a_sound_is_the_same_at_every_rate_but_for_its_floor() -> None:
+def test_audio_does_not_depend_on_the_rate() -> None:
     for scene in generate_scenes(4, count=20):
         assert np.abs(render_audio(scene, 16000)[::2] - render_audio(scene, 8000)).max() < 0.005
 
 
-def test_sounds_never_clip_and_the_quiet_ones_are_quiet() -> None:
+def test_audio_never_clips_and_loudness_is_right() -> None:
     levels: dict[str, list[float]] = {name: [] for name in LOUDNESSES}
     for scene in generate_scenes(9, count=1000):
         wave = render_audio(scene)
@@ -240,7 +240,7 @@ def test_chirps_rise_and_fall() -> None:
 
 @pytest.mark.parametrize(("tempo", "pulses"), [("steady", {0, 1}), ("slow", {2, 3}), ("fast", {6, 7, 8, 9})])
 @pytest.mark.parametrize("kind", KINDS)
-def test_pulses_can_be_counted(kind: str, tempo: str, pulses: set[int]) -> None:
+def test_tempo_is_the_number_of_pulses(kind: str, tempo: str, pulses: set[int]) -> None:
     for index in range(20):
         power = np.square(render_audio(one_sound(kind, "medium", tempo, index=index)))
         level = power.reshape(50, 160).mean(axis=1)  # every 20 ms
@@ -248,7 +248,7 @@ def test_pulses_can_be_counted(kind: str, tempo: str, pulses: set[int]) -> None:
         assert (np.diff(open_now.astype(int)) == 1).sum() in pulses
 
 
-def test_too_small_a_picture_and_too_low_a_rate_are_refused() -> None:
+def test_small_images_and_low_rates_are_refused() -> None:
     with pytest.raises(UsageError, match="expected at least 32"):
         render_image(Scene.draw(0, 0), 16)
     with pytest.raises(UsageError, match="expected at least 8000"):

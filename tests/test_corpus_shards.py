@@ -24,7 +24,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> list[Path]:
     return write_corpus(tmp_path_factory.mktemp("100% corpus"), samples=13, shards=4, seed=3, image_side=96)
 
 
-def test_shards_are_full_tars_of_whole_samples(corpus: list[Path]) -> None:
+def test_shards_are_complete_tars(corpus: list[Path]) -> None:
     assert [path.name for path in corpus] == [f"corpus-{shard:05d}.tar" for shard in range(4)]
     counts = []
     for path in corpus:
@@ -50,7 +50,7 @@ def test_webdataset_reads_what_was_written(corpus: list[Path]) -> None:
         assert truth["license"] == "CC0-1.0"
 
 
-def test_codecs_keep_the_picture_and_the_sound(corpus: list[Path]) -> None:
+def test_codecs_keep_image_and_audio(corpus: list[Path]) -> None:
     seen = set()
     for path in corpus:
         with tarfile.open(path) as tar:
@@ -75,7 +75,7 @@ def _check_media(scene: Scene, codec: str, data: bytes) -> None:
         assert np.sqrt(np.square(wave).mean()) == pytest.approx(np.sqrt(np.square(truth).mean()), rel=0.1)
 
 
-def test_parts_of_a_corpus_join(tmp_path: Path) -> None:
+def test_ranges_of_a_corpus_can_be_joined(tmp_path: Path) -> None:
     (path,) = write_corpus(tmp_path, samples=2, shards=1, seed=3, start=12, image_side=32)
     with tarfile.open(path) as tar:
         assert {name.split(".")[0] for name in tar.getnames()} == {"3-000012", "3-000013"}

@@ -67,7 +67,7 @@ def model(request: pytest.FixtureRequest) -> FusionModel:
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("generator", GENERATORS)
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_each_make_trains_whole_and_comes_back_from_its_files_the_same(
+def test_every_configuration_trains_all_parameters_and_reloads_unchanged(
     fusion: str, generator: str, kind: str, tmp_path: Path
 ) -> None:
     model = tiny_model(media(kind), fusion=fusion, generator_kind=generator)
@@ -90,7 +90,7 @@ def test_each_make_trains_whole_and_comes_back_from_its_files_the_same(
     assert all(value.grad is not None and value.grad.isfinite().all() for value in model.parameters())
 
 
-def test_features_train_whole_too() -> None:
+def test_feature_sources_train_all_parameters() -> None:
     model = tiny_model(
         features_of(), pairs=[["clip_image_embedding", "bert_text_embedding"], ["fused", "t5_text_tokens"]]
     )
@@ -99,7 +99,7 @@ def test_features_train_whole_too() -> None:
 
 
 @pytest.mark.parametrize("order", list(itertools.permutations(MODALITIES))[1:])
-def test_sources_may_stand_in_any_order(order: Sequence[str], tmp_path: Path) -> None:
+def test_order_of_sources_does_not_matter(order: Sequence[str], tmp_path: Path) -> None:
     model = tiny_model(fusion="concat")
     inputs, labels = tiny_inputs(model), tiny_labels()
     model.save_pretrained(tmp_path)
@@ -116,7 +116,7 @@ def test_sources_may_stand_in_any_order(order: Sequence[str], tmp_path: Path) ->
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
 @pytest.mark.parametrize("fusion", FUSIONS)
-def test_a_source_missing_in_the_batch_is_as_if_it_were_left_out(fusion: str, training: bool) -> None:
+def test_masked_source_equals_omitted_source(fusion: str, training: bool) -> None:
     model = tiny_model(fusion=fusion, loss_weights=EVERY_LOSS).train(training)
     for present in SUBSETS:
         absent = [name for name in MODALITIES if name not in present]
@@ -131,7 +131,7 @@ def test_a_source_missing_in_the_batch_is_as_if_it_were_left_out(fusion: str, tr
             torch.testing.assert_close(_outcome(model, left_out), first, rtol=0, atol=0)
 
 
-def test_a_gate_lets_nothing_through_of_what_is_missing() -> None:
+def test_gated_fusion_ignores_missing_sources() -> None:
     model = tiny_model(fusion="gated")
     inputs = tiny_inputs(model)
     model(labels=tiny_labels(), text=inputs["text"], text_mask=inputs["text" + MASK]).loss.backward()
@@ -139,7 +139,7 @@ def test_a_gate_lets_nothing_through_of_what_is_missing() -> None:
     assert learned == [False, False, True]  # image, audio, text: not even a constant of theirs
 
 
-def test_none_is_the_same_as_nothing() -> None:
+def test_none_equals_omitted_input() -> None:
     model = tiny_model(loss_weights=EVERY_LOSS)
     text = {name: value for name, value in tiny_inputs(model).items() if name.startswith("text")}
     none = {"image": None, "audio": None, "audio_mask": None}
@@ -157,7 +157,7 @@ def _outcome(model: FusionModel, inputs: Any) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
-def test_what_stands_in_a_masked_place_changes_nothing(model: FusionModel, training: bool) -> None:
+def test_masked_values_do_not_matter(model: FusionModel, training: bool) -> None:
     model.train(training)
     names = list(model.sources)
     rows = torch.arange(BATCH)
@@ -171,7 +171,7 @@ def test_what_stands_in_a_masked_place_changes_nothing(model: FusionModel, train
     assert all(value.isfinite().all() for value in first.values())
 
 
-def test_padding_of_a_sequence_changes_nothing(model: FusionModel) -> None:
+def test_padding_does_not_matter(model: FusionModel) -> None:
     inputs = tiny_inputs(model)
     clean = _outcome(model.eval(), inputs)
     for name, source in model.sources.items():
@@ -183,7 +183,7 @@ def test_padding_of_a_sequence_changes_nothing(model: FusionModel) -> None:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_token_hidden_inside_a_text_is_not_read_and_those_behind_it_are(kind: str) -> None:
+def test_mask_inside_a_text_hides_that_token_only(kind: str) -> None:
     model = tiny_model(media("conv", text=kind))
     mask = torch.tensor([[True, True, False, True]])
     words = torch.tensor([[5, 6, 7, 8]])
@@ -209,7 +209,7 @@ def _mixed(model: FusionModel) -> tuple[dict[str, torch.Tensor], list[list[str]]
 
 
 @torch.inference_mode()
-def test_a_sample_gives_in_a_batch_what_it_gives_alone_with_what_it_has(model: FusionModel) -> None:
+def test_sample_in_a_batch_equals_sample_alone(model: FusionModel) -> None:
     model.eval()
     inputs, kept = _mixed(model)
     labels = tiny_labels(len(kept))
@@ -238,12 +238,12 @@ def _writes_alone(model: FusionModel, **how: Any) -> None:
     assert len({tuple(row) for row in together.tolist()}) > 1
 
 
-def test_a_batch_writes_what_each_sample_writes_alone(model: FusionModel) -> None:
+def test_batched_generation_equals_single_generation(model: FusionModel) -> None:
     _writes_alone(model.eval())
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_a_batch_writes_by_beams_what_each_sample_writes_alone(generator: str) -> None:
+def test_batched_beam_search_equals_single_beam_search(generator: str) -> None:
     _writes_alone(tiny_model(generator_kind=generator, fusion="gated"), num_beams=3)
 
 
@@ -251,7 +251,7 @@ def test_a_batch_writes_by_beams_what_each_sample_writes_alone(generator: str) -
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_generate_is_the_models_own_most_likely_next_word(generator: str) -> None:
+def test_greedy_generation_takes_the_most_likely_token(generator: str) -> None:
     model = tiny_model(generator_kind=generator)
     inputs = tiny_inputs(model)
     written = model.generate(**inputs, max_new_tokens=8)
@@ -262,7 +262,7 @@ def test_generate_is_the_models_own_most_likely_next_word(generator: str) -> Non
         assert logits.argmax(-1).tolist() == words[1 : end + 1]
 
 
-def test_beams_find_what_is_at_least_as_likely() -> None:
+def test_beam_search_scores_at_least_as_high_as_greedy() -> None:
     model = tiny_model()
     inputs = tiny_inputs(model, batch=8)
 
@@ -280,7 +280,7 @@ def test_beams_find_what_is_at_least_as_likely() -> None:
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_sampling_draws_by_chance(generator: str) -> None:
+def test_sampling_depends_on_the_seed(generator: str) -> None:
     model = tiny_model(generator_kind=generator)
     inputs = only(tiny_inputs(model), 0)
     torch.manual_seed(0)
@@ -291,7 +291,7 @@ def test_sampling_draws_by_chance(generator: str) -> None:
     assert len(set(drawn.tolist())) > 5
 
 
-def test_a_cache_of_fixed_size_writes_the_same() -> None:
+def test_static_cache_generates_the_same() -> None:
     model = tiny_model()
     inputs, _ = _mixed(model)
     dynamic = model.generate(**inputs, max_new_tokens=8)
@@ -301,7 +301,7 @@ def test_a_cache_of_fixed_size_writes_the_same() -> None:
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_a_memory_made_before_writes_and_scores_the_same(generator: str, how: dict[str, Any]) -> None:
+def test_precomputed_memory_generates_and_scores_the_same(generator: str, how: dict[str, Any]) -> None:
     model = tiny_model(generator_kind=generator)
     inputs, _ = _mixed(model)
     with torch.no_grad():
@@ -317,7 +317,7 @@ def test_a_memory_made_before_writes_and_scores_the_same(generator: str, how: di
 # What it is made of
 
 
-def test_two_encoders_of_the_same_text_are_both_read() -> None:
+def test_two_text_sources_are_both_used() -> None:
     texts = {
         name: {"modality": "text", "kind": kind, "layers": 1} for name, kind in (("text", "lstm"), ("text2", "conv"))
     }
@@ -331,7 +331,7 @@ def test_two_encoders_of_the_same_text_are_both_read() -> None:
     assert ("text", "text2") in model.pairs
 
 
-def test_each_column_of_features_is_read() -> None:
+def test_every_feature_column_is_used() -> None:
     model = tiny_model(features_of())
     inputs, labels = tiny_inputs(model), tiny_labels()
     with torch.no_grad():
@@ -346,7 +346,7 @@ def test_each_column_of_features_is_read() -> None:
                 assert (first - second).abs().max() > 0.001
 
 
-def test_halves_of_bytes_in_the_file_and_float32_in_the_computer(tmp_path: Path) -> None:
+def test_bfloat16_checkpoint_loads_as_float32(tmp_path: Path) -> None:
     model = tiny_model()
     rounded = {
         name: value.to(torch.bfloat16).float()
@@ -366,7 +366,7 @@ def test_halves_of_bytes_in_the_file_and_float32_in_the_computer(tmp_path: Path)
     assert low.loss.isfinite()
 
 
-def test_the_configuration_comes_back_from_json(tmp_path: Path) -> None:
+def test_configuration_survives_json(tmp_path: Path) -> None:
     config = tiny_config(
         {**media("lstm"), **features_of()},
         fusion="bilinear",
@@ -387,7 +387,7 @@ def test_the_configuration_comes_back_from_json(tmp_path: Path) -> None:
     assert type(AutoModel.from_config(config)) is FusionModel
 
 
-def test_a_head_that_the_checkpoint_was_trained_without_is_made_anew(tmp_path: Path) -> None:
+def test_missing_loss_head_is_initialised(tmp_path: Path) -> None:
     tiny_model(loss_weights={"reconstruct": 0.0}).save_pretrained(tmp_path)
     config = tiny_config(loss_weights={"reconstruct": 0.1, "generator_adversary": 0.1, "modality_adversary": 0.1})
     heads = ("reconstruction", "generator_adversary", "modality_adversary")
@@ -401,7 +401,7 @@ def test_a_head_that_the_checkpoint_was_trained_without_is_made_anew(tmp_path: P
         assert 0 < value.abs().max() < 1, name
 
 
-def test_features_of_another_width_are_an_error_that_names_both() -> None:
+def test_wrong_feature_width_error_names_both_widths() -> None:
     model = tiny_model(features_of("clip_image_embedding", "t5_text_tokens"))
     with pytest.raises(ModelError, match=r"features clip_image_embedding: expected vectors of width 12, found 16"):
         model.encode(clip_image_embedding=torch.zeros(2, 16))
@@ -409,7 +409,7 @@ def test_features_of_another_width_are_an_error_that_names_both() -> None:
         model.encode(t5_text_tokens=torch.zeros(2, 65, 6))
 
 
-def test_inputs_that_are_no_batch_of_the_models_are_an_error() -> None:
+def test_invalid_inputs_are_refused() -> None:
     model = tiny_model()
     with pytest.raises(ModelError, match="input video: the model's sources are image, audio, text"):
         model(labels=tiny_labels(), video=torch.zeros(2, 3))
@@ -476,13 +476,13 @@ WRONG: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_configuration_is_an_error_that_names_what_and_what_would_be_right(case: str) -> None:
+def test_configuration_error_names_field_and_expected_values(case: str) -> None:
     sources, options, message = WRONG[case]
     with pytest.raises(ModelError, match=message):
         tiny_config(sources, **options)
 
 
-def test_an_unknown_name_in_a_pair_is_an_error() -> None:
+def test_unknown_name_in_a_pair_is_refused() -> None:
     with pytest.raises(ModelError, match="pairs: unknown film; expected some of image, audio, text, fused, caption"):
         tiny_config(pairs=[["image", "film"]]).aligned_pairs()
 
@@ -491,7 +491,7 @@ def test_an_unknown_name_in_a_pair_is_an_error() -> None:
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_it_learns_to_say_what_it_is_shown(generator: str) -> None:
+def test_model_overfits_a_small_corpus(generator: str) -> None:
     """Each caption is two words by the picture's source, two by the sound's and two by the text's."""
     torch.manual_seed(0)
     model = FusionModel(tiny_config(generator_kind=generator, dropout=0.0, loss_weights={"align": 0.05}))

@@ -41,7 +41,7 @@ def plain_info_nce(logits: Any, positives: Any, skip: Any = None) -> float:
 
 @settings(deadline=None, max_examples=60)
 @given(seed=st.integers(0, 2**16), size=st.integers(1, 6), share=st.floats(0, 1), skipping=st.booleans())
-def test_info_nce_is_what_the_definition_says(seed: int, size: int, share: float, skipping: bool) -> None:
+def test_info_nce_equals_its_definition(seed: int, size: int, share: float, skipping: bool) -> None:
     generator = torch.Generator().manual_seed(seed)
     logits = 3 * torch.randn(size, size, generator=generator, dtype=torch.float64)
     positives = torch.rand(size, size, generator=generator) < share
@@ -55,7 +55,7 @@ def test_info_nce_is_what_the_definition_says(seed: int, size: int, share: float
         assert logits.grad.isfinite().all()
 
 
-def test_two_samples_that_are_alike_do_not_push_each_other_away() -> None:
+def test_positives_are_not_negatives() -> None:
     logits = torch.zeros(3, 3, requires_grad=True)
     alike = torch.tensor([[1, 1, 0], [1, 1, 0], [0, 0, 1]]).bool()
     info_nce(logits, alike).backward()
@@ -67,7 +67,7 @@ def test_two_samples_that_are_alike_do_not_push_each_other_away() -> None:
 # The shared space
 
 
-def test_similarities_are_the_three_products() -> None:
+def test_similarity_functions() -> None:
     model = tiny_model(similarities=SIMILARITIES)
     pair = ("image", "text")
     a, b = torch.randn(3, 16), torch.randn(5, 16)
@@ -88,7 +88,7 @@ def test_similarities_are_the_three_products() -> None:
     assert model.space.similarity("cosine", pair, a, a).max() <= 100.001
 
 
-def test_the_alignment_is_the_mean_over_pairs_and_similarities_of_those_who_have_both() -> None:
+def test_alignment_is_the_mean_over_pairs_and_similarities() -> None:
     pairs = [["image", "text"], ["audio", "caption"]]
     model = tiny_model(similarities=SIMILARITIES, pairs=pairs, loss_weights={"align": 0.5})
     inputs, labels = tiny_inputs(model), tiny_labels()
@@ -109,7 +109,7 @@ def test_the_alignment_is_the_mean_over_pairs_and_similarities_of_those_who_have
 
 
 @pytest.mark.parametrize("name", ["image", "text"])
-def test_a_source_with_itself_is_compared_to_its_other_view(name: str) -> None:
+def test_self_pair_aligns_two_views(name: str) -> None:
     model = tiny_model(pairs=[[name, name]])
     inputs, labels = tiny_inputs(model), tiny_labels()
     views = {name: tiny_inputs(model, seed=9)[name], name + MASK: inputs[name + MASK]}
@@ -120,7 +120,7 @@ def test_a_source_with_itself_is_compared_to_its_other_view(name: str) -> None:
     assert loss == pytest.approx(plain_info_nce(logits.numpy(), torch.eye(BATCH).bool().numpy()), rel=1e-4)
 
 
-def test_a_source_with_itself_without_views_is_compared_to_its_group() -> None:
+def test_self_pair_without_views_aligns_the_group() -> None:
     model = tiny_model(pairs=[["image", "image"]])
     inputs, labels = tiny_inputs(model), tiny_labels()
     groups = torch.tensor([3, 5, 3, -1])
@@ -137,7 +137,7 @@ def test_a_source_with_itself_without_views_is_compared_to_its_group() -> None:
     assert alone == 0  # nobody is like anybody else
 
 
-def test_aligned_sources_find_each_other() -> None:
+def test_aligned_sources_retrieve_each_other() -> None:
     torch.manual_seed(0)
     model = FusionModel(tiny_config(dropout=0.0, loss_weights={"caption": 0.0, "reconstruct": 0.0, "align": 1.0}))
     inputs = tiny_inputs(model, batch=12)
@@ -185,7 +185,7 @@ def _target(name: str, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor
 
 
 @pytest.mark.parametrize("name", _features())
-def test_each_source_is_found_again_in_its_embedding(name: str) -> None:
+def test_reconstruction_learns_every_source(name: str) -> None:
     model = tiny_model(_features())
     inputs = tiny_inputs(model)
     values, mask = inputs[name], inputs[name + MASK]
@@ -207,7 +207,7 @@ def test_each_source_is_found_again_in_its_embedding(name: str) -> None:
 # Adversaries
 
 
-def test_the_gradient_is_reversed_and_nothing_else() -> None:
+def test_scale_gradient_changes_only_the_gradient() -> None:
     values = torch.randn(3, requires_grad=True)
     weights = torch.tensor([1.0, -2.0, 3.0])
     out = scale_gradient(values, -1.0)
@@ -231,7 +231,7 @@ def _fitted(embeddings: Mapping[str, torch.Tensor]) -> float:
     return loss.item()
 
 
-def test_an_adversary_wins_where_modalities_differ_and_not_where_they_are_alike() -> None:
+def test_modality_adversary_wins_only_if_modalities_differ() -> None:
     torch.manual_seed(0)
     cloud = torch.randn(400, 16)
     apart = {"image": cloud + torch.eye(16)[0] * 4, "text": cloud - torch.eye(16)[0] * 4}
@@ -239,7 +239,7 @@ def test_an_adversary_wins_where_modalities_differ_and_not_where_they_are_alike(
     assert _fitted({"image": cloud, "text": cloud.clone()}) == pytest.approx(math.log(2), abs=0.01)
 
 
-def test_embeddings_give_up_what_tells_them_apart() -> None:
+def test_reversed_gradient_removes_the_modality_from_embeddings() -> None:
     torch.manual_seed(0)
     model = FusionModel(
         tiny_config(dropout=0.0, loss_weights={"align": 0.0, "reconstruct": 0.0, "modality_adversary": 1.0})
@@ -261,7 +261,7 @@ def test_embeddings_give_up_what_tells_them_apart() -> None:
     assert losses[-1] > 1.5 * losses[20]
 
 
-def test_rows_without_the_source_are_no_evidence() -> None:
+def test_adversary_ignores_rows_without_the_source() -> None:
     adversary = ModalityAdversary(["image", "text"], tiny_config(IMAGES))
     embeddings = {"image": torch.randn(4, 16), "text": torch.randn(4, 16)}
     rows = torch.tensor([True, False, True, False])
@@ -274,7 +274,7 @@ def test_rows_without_the_source_are_no_evidence() -> None:
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_professor_forcing_reaches_the_generator_and_leaves_modes_as_they_are(generator: str) -> None:
+def test_professor_forcing_trains_the_decoder_and_keeps_module_modes(generator: str) -> None:
     model = tiny_model(generator_kind=generator, loss_weights={"generator_adversary": 0.1}).train()
     frozen: Any = model.encoders["image"].eval()
     loss = model(labels=tiny_labels(), **tiny_inputs(model)).losses["generator_adversary"]
@@ -288,7 +288,7 @@ def test_professor_forcing_reaches_the_generator_and_leaves_modes_as_they_are(ge
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_the_generators_own_words_are_drawn_as_sampling_draws_them(generator: str) -> None:
+def test_professor_forcing_samples_as_generate_does(generator: str) -> None:
     model = tiny_model(IMAGES, generator_kind=generator, loss_weights={"generator_adversary": 0.1})
     image = tiny_inputs(model)["image"][:1]
     with torch.no_grad():
@@ -300,7 +300,7 @@ def test_the_generators_own_words_are_drawn_as_sampling_draws_them(generator: st
     torch.testing.assert_close(own[:, 1].bincount(minlength=40) / 1500, truth, rtol=0, atol=0.05)
 
 
-def test_the_generators_judge_wins_where_states_differ_and_not_where_they_are_alike() -> None:
+def test_generator_adversary_wins_only_if_states_differ() -> None:
     def fitted(shift: float) -> float:
         torch.manual_seed(0)
         judge = GeneratorAdversary(tiny_config(IMAGES))
@@ -322,7 +322,7 @@ def test_the_generators_judge_wins_where_states_differ_and_not_where_they_are_al
 # The sum
 
 
-def test_the_loss_is_the_weighted_sum_of_the_parts_that_weigh() -> None:
+def test_loss_is_the_weighted_sum() -> None:
     weights = {"caption": 0.7, "align": 0.2, "reconstruct": 0.0, "modality_adversary": 0.3}
     model = tiny_model(loss_weights=weights)
     out = model(labels=tiny_labels(), **tiny_inputs(model))
@@ -333,7 +333,7 @@ def test_the_loss_is_the_weighted_sum_of_the_parts_that_weigh() -> None:
 
 
 @pytest.mark.parametrize("smoothing", [0.0, 0.2])
-def test_labels_are_smoothed_in_training_alone(smoothing: float) -> None:
+def test_label_smoothing_is_off_in_eval_mode(smoothing: float) -> None:
     model = tiny_model(media("mlp"), dropout=0.0, label_smoothing=smoothing)
     inputs, labels = tiny_inputs(model), tiny_labels()
     for training in (False, True):

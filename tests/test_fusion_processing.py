@@ -64,7 +64,7 @@ def request(row: int = 0, **changed: Any) -> Request:
 
 @settings(deadline=None)
 @given(texts=st.lists(st.text(st.characters(exclude_categories=["Cs"]), max_size=30), min_size=1, max_size=4))
-def test_any_text_comes_back_from_its_labels(processor: FusionProcessor, texts: list[str]) -> None:
+def test_labels_decode_to_the_text(processor: FusionProcessor, texts: list[str]) -> None:
     labels = processor.labels(texts, CPU)
     assert labels.dtype == torch.int64
     for row, text in zip(labels.tolist(), texts, strict=True):
@@ -75,14 +75,14 @@ def test_any_text_comes_back_from_its_labels(processor: FusionProcessor, texts: 
 
 
 @pytest.mark.parametrize("text", ["</s>", "a </s> b", "<s><pad>", "</s", "<pad></s>"])
-def test_a_text_that_spells_a_special_token_is_only_a_text(processor: FusionProcessor, text: str) -> None:
+def test_special_tokens_in_a_text_are_ordinary_text(processor: FusionProcessor, text: str) -> None:
     labels = processor.labels([text], CPU)[0].tolist()
     assert (labels.count(2), labels[-1]) == (1, 2)
     assert processor.decode([labels]) == [text]
     assert min(processor([request(text=text)], CPU)["text"][0].tolist()) > 2
 
 
-def test_captions_that_are_cut_still_end(processor: FusionProcessor) -> None:
+def test_truncated_captions_keep_the_end_token(processor: FusionProcessor) -> None:
     labels = processor.labels(["a small red ring " * 9, "a", ""], CPU, max_length=4)
     whole = processor.labels(["a small red ring " * 9], CPU)[0]
     assert labels[0].tolist() == [*whole[:3].tolist(), 2]
@@ -90,19 +90,19 @@ def test_captions_that_are_cut_still_end(processor: FusionProcessor) -> None:
     assert labels[2].tolist() == [2, -100, -100, -100]
 
 
-def test_decoding_stops_at_the_first_end(processor: FusionProcessor) -> None:
+def test_decoding_stops_at_the_first_end_token(processor: FusionProcessor) -> None:
     ids = processor.token_ids(["a ring"])[0]
     assert processor.decode([[1, *ids, 2, *ids, 0, 0], [2], []]) == ["a ring", "", ""]
 
 
-def test_the_vocabulary_is_as_large_as_asked_for_and_holds_words_of_the_texts() -> None:
+def test_vocabulary_has_the_requested_size() -> None:
     small, large = fitted(ALL, 260), fitted(ALL, 300)
     assert small.vocab_size == 260
     assert 260 < large.vocab_size <= 300
     assert len(large.token_ids([TEXTS[0]])[0]) < len(small.token_ids([TEXTS[0]])[0])
 
 
-def test_texts_become_ids_and_a_mask(processor: FusionProcessor) -> None:
+def test_texts_become_ids_and_mask(processor: FusionProcessor) -> None:
     inputs = processor([request(text="a ring"), request(text=""), request(text=None), request(text="ring " * 40)], CPU)
     ids, mask = inputs["text"], inputs["text" + MASK]
     own = processor.token_ids(["a ring"])[0]
@@ -115,7 +115,7 @@ def test_texts_become_ids_and_a_mask(processor: FusionProcessor) -> None:
 # Pictures, sounds, features
 
 
-def test_pictures_are_resized_whole_to_the_range_of_one() -> None:
+def test_images_are_resized_and_normalised() -> None:
     processor = fitted(media())
     white, split = np.full((10, 70, 3), 255, np.uint8), np.zeros((64, 64, 3), np.uint8)
     split[:, 32:, 0] = 255
@@ -135,14 +135,14 @@ def spectrogram(wave: np.ndarray, recipe: MelRecipe = RECIPE) -> torch.Tensor:
     return log_mel(torch.from_numpy(wave)[None], recipe)[0, 0]
 
 
-def test_a_louder_sound_has_larger_values_by_as_much() -> None:
+def test_log_mel_keeps_loudness() -> None:
     wave = noise(8000, 1.0)
     quiet, loud = spectrogram(wave), spectrogram(10 * wave)
     torch.testing.assert_close(loud - quiet, torch.full_like(quiet, 2 / 3), rtol=0, atol=0.01)  # 2 of log10, of 3
     assert spectrogram(np.zeros(8000, np.float32)).unique().tolist() == [-1.0]
 
 
-def test_a_tone_stands_in_the_bin_of_its_pitch() -> None:
+def test_log_mel_bin_of_a_tone() -> None:
     def mel(hertz: float) -> float:
         return 2595 * math.log10(1 + hertz / 700)
 
@@ -152,7 +152,7 @@ def test_a_tone_stands_in_the_bin_of_its_pitch() -> None:
         assert abs(found - expected) <= 1
 
 
-def test_longer_sounds_are_cut_and_shorter_ones_end_in_silence() -> None:
+def test_audio_is_cut_or_padded_with_silence() -> None:
     processor = fitted(media())
     recipe = processor.sounds["audio"]
     assert recipe.n_samples == 8000
@@ -167,7 +167,7 @@ def test_longer_sounds_are_cut_and_shorter_ones_end_in_silence() -> None:
 
 
 @pytest.mark.parametrize("rate", [4000, 11025, 22050, 44100, 48000])
-def test_a_sound_of_any_sampling_rate_is_resampled(rate: int) -> None:
+def test_audio_is_resampled(rate: int) -> None:
     processor = fitted(media())
     tones = (300.0, 900.0)
     sounds = [(tone(8000, 1.0, tones), 8000), (tone(rate, 1.0, tones), rate)]
@@ -179,7 +179,7 @@ def test_a_sound_of_any_sampling_rate_is_resampled(rate: int) -> None:
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.05, 1.0, 2.5, 30.0])
-def test_a_window_of_any_length_has_the_shape_of_the_source(seconds: float) -> None:
+def test_mel_recipe_has_the_shape_of_the_source(seconds: float) -> None:
     processor = fitted(media(), audio_seconds=seconds)
     values = processor([request()], CPU)["audio"]
     assert values.shape == (1, 1, 32, 32)
@@ -203,7 +203,7 @@ def test_features_are_padded_cut_and_masked(processor: FusionProcessor) -> None:
     assert processor.columns == {"clip_image_embedding": "image", "t5_text_tokens": "text"}
 
 
-def test_what_is_cut_is_said_once_of_each_source(caplog: pytest.LogCaptureFixture) -> None:
+def test_truncation_is_logged_once_per_source(caplog: pytest.LogCaptureFixture) -> None:
     processor = fitted(ALL)
     long = {"t5_text_tokens": np.ones((6, 6), np.float32)}
     rows = [request(text="ring " * 30, audio=(tone(8000, 1.5), 8000), features=long)]
@@ -220,7 +220,7 @@ def test_what_is_cut_is_said_once_of_each_source(caplog: pytest.LogCaptureFixtur
     assert not caplog.messages
 
 
-def test_features_of_another_width_are_an_error_that_names_both(processor: FusionProcessor) -> None:
+def test_wrong_feature_width_error_names_both_widths(processor: FusionProcessor) -> None:
     for shape, found in (((16,), r"\[16\]"), ((2, 12), r"\[2, 12\]")):
         with pytest.raises(ModelError, match=rf"features clip_image_embedding: expected shape \[12\], found {found}"):
             processor([Request(features={"clip_image_embedding": np.zeros(shape, np.float32)})], CPU)
@@ -228,7 +228,7 @@ def test_features_of_another_width_are_an_error_that_names_both(processor: Fusio
         processor([Request(features={"t5_text_tokens": np.zeros(6, np.float32)})], CPU)
 
 
-def test_floats_are_of_the_dtype_asked_for_and_ids_are_not(processor: FusionProcessor) -> None:
+def test_dtype_applies_to_floats_only(processor: FusionProcessor) -> None:
     inputs = processor([request()], CPU, torch.bfloat16)
     assert {name: value.dtype for name, value in inputs.items() if not name.endswith(MASK)} == {
         **dict.fromkeys(("image", "audio", *FEATURES), torch.bfloat16),
@@ -239,7 +239,7 @@ def test_floats_are_of_the_dtype_asked_for_and_ids_are_not(processor: FusionProc
 # Files
 
 
-def test_what_is_saved_prepares_the_same(processor: FusionProcessor, tmp_path: Path) -> None:
+def test_saved_processor_prepares_the_same_inputs(processor: FusionProcessor, tmp_path: Path) -> None:
     tiny_config(ALL).save_pretrained(tmp_path)
     processor.save(tmp_path)
     again = FusionProcessor.from_directory(tmp_path)
@@ -308,7 +308,7 @@ DECODINGS = {
 }
 
 
-def test_the_generator_says_what_it_takes(generator: FusionGenerator) -> None:
+def test_generator_spec(generator: FusionGenerator) -> None:
     spec = generator.spec
     assert (spec.modalities, spec.required, spec.sampling_rate, spec.image_side) == (MODALITIES, (), 8000, 32)
     assert (spec.max_text_tokens, spec.max_new_tokens, spec.embedding_dim) == (16, 32, 16)
@@ -319,7 +319,7 @@ def test_the_generator_says_what_it_takes(generator: FusionGenerator) -> None:
 
 
 @pytest.mark.parametrize("how", DECODINGS)
-def test_requests_of_any_subset_give_in_a_batch_what_each_gives_alone(generator: FusionGenerator, how: str) -> None:
+def test_batch_of_mixed_requests_equals_single_requests(generator: FusionGenerator, how: str) -> None:
     together = generator.generate(MIXED, DECODINGS[how])
     for one, text in zip(MIXED, together, strict=True):
         alone = generator.generate([one], DECODINGS[how])[0]
@@ -331,12 +331,12 @@ def test_requests_of_any_subset_give_in_a_batch_what_each_gives_alone(generator:
 
 
 @pytest.mark.parametrize("how", DECODINGS)
-def test_the_score_of_what_was_written_is_its_log_probability(generator: FusionGenerator, how: str) -> None:
+def test_score_is_the_log_probability_of_the_text(generator: FusionGenerator, how: str) -> None:
     texts = generator.generate(MIXED, DECODINGS[how])
     assert generator.score(MIXED, texts) == pytest.approx([text.logprob for text in texts], abs=1e-3)
 
 
-def test_a_modality_that_is_masked_takes_its_features_along(generator: FusionGenerator) -> None:
+def test_masking_a_modality_masks_its_features(generator: FusionGenerator) -> None:
     texts = generator.generate(MIXED[:1], DECODINGS["greedy"])
     columns = generator.processor.columns
     whole = generator.score(MIXED[:1], texts)
@@ -348,14 +348,14 @@ def test_a_modality_that_is_masked_takes_its_features_along(generator: FusionGen
         assert abs(generator.score([without], texts)[0] - whole[0]) > 1e-3
 
 
-def test_texts_of_no_token_have_a_score_too(generator: FusionGenerator) -> None:
+def test_empty_text_has_a_score(generator: FusionGenerator) -> None:
     empty = Generated(text="", token_ids=(2,), num_tokens=0, logprob=0.0)
     long = generator.generate(MIXED[:1], DECODINGS["greedy"])[0]
     scores = generator.score([MIXED[0], MIXED[0]], [empty, long])
     assert scores == pytest.approx([generator.score([MIXED[0]], [text])[0] for text in (empty, long)], abs=1e-4)
 
 
-def test_the_generator_counts_and_weighs_tokens(generator: FusionGenerator) -> None:
+def test_generator_counts_tokens_and_weights(generator: FusionGenerator) -> None:
     texts = ["a ring", "", "ring " * 50]
     counts = generator.count_tokens(texts)
     assert counts == [len(generator.processor.token_ids([text])[0]) for text in texts]
@@ -365,7 +365,7 @@ def test_the_generator_counts_and_weighs_tokens(generator: FusionGenerator) -> N
     assert generator.weigh(rows) == [counts[0], own + 2, 0]
 
 
-def test_the_encoder_gives_the_embeddings_of_the_model(directory: Path) -> None:
+def test_encoder_equals_the_model(directory: Path) -> None:
     spec = FusionEncoder.describe(directory, read_json(directory, "config.json"))
     assert spec.dims == dict.fromkeys(MODALITIES, 16)
     assert spec.token_dims == dict.fromkeys(MODALITIES, 32)
@@ -391,7 +391,7 @@ def test_the_encoder_gives_the_embeddings_of_the_model(directory: Path) -> None:
     assert encoder.encode_text([[]]).pooled.isfinite().all()
 
 
-def test_a_model_of_features_alone_is_no_encoder(tmp_path: Path) -> None:
+def test_feature_only_model_is_not_an_encoder(tmp_path: Path) -> None:
     tiny_config(FEATURES).save_pretrained(tmp_path)
     fitted(FEATURES).save(tmp_path)
     with pytest.raises(ModelError, match="reads features that another model made, and no media itself"):

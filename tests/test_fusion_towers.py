@@ -104,7 +104,7 @@ def reference(name: str, directory: Path, values: torch.Tensor, mask: torch.Tens
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
 @pytest.mark.parametrize("name", CHECKPOINTS)
-def test_the_encoder_gives_what_the_checkpoint_gives(name: str, tmp_path: Path) -> None:
+def test_encoder_equals_the_checkpoint(name: str, tmp_path: Path) -> None:
     model, processor = make(name, tmp_path / "own", frozen=True)
     inputs = processor(REQUESTS, CPU)
     values, mask = inputs["tower"], inputs["tower" + MASK]
@@ -122,7 +122,7 @@ def test_the_encoder_gives_what_the_checkpoint_gives(name: str, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("name", SPEECH)
-def test_a_waveform_gives_in_a_batch_what_the_checkpoint_gives_alone(name: str, tmp_path: Path) -> None:
+def test_batched_waveforms_equal_the_checkpoint(name: str, tmp_path: Path) -> None:
     model, processor = make(name, tmp_path, frozen=True)
     requests = [*REQUESTS, Request(text="silent"), Request(audio=(sounds.tone(16000, 0.01), 16000))]
     inputs = processor(requests, CPU)
@@ -147,7 +147,7 @@ def test_a_waveform_gives_in_a_batch_what_the_checkpoint_gives_alone(name: str, 
     torch.testing.assert_close(FusionProcessor.from_directory(tmp_path)(requests, CPU), inputs, rtol=0, atol=0)
 
 
-def test_a_waveform_is_what_the_checkpoints_extractor_makes_cut_to_half_a_minute(tmp_path: Path) -> None:
+def test_waveforms_equal_the_checkpoints_feature_extractor(tmp_path: Path) -> None:
     _, processor = make("wav2vec2", tmp_path, frozen=True)
     extractor = AutoFeatureExtractor.from_pretrained(tmp_path)
     long, short = sounds.tone(16000, 31.0), sounds.tone(16000, 0.5)
@@ -158,7 +158,7 @@ def test_a_waveform_is_what_the_checkpoints_extractor_makes_cut_to_half_a_minute
         torch.testing.assert_close(row[: len(expected)], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_text_for_a_model_without_a_mask_is_padded_as_it_was_trained(tmp_path: Path) -> None:
+def test_text_for_a_model_without_a_mask_is_padded(tmp_path: Path) -> None:
     directory = pictures.save_siglip2(tmp_path)
     source = SourceConfig.parse("tower", read_source(directory, "text"))
     tokenizer = read_preprocessing(directory, source)
@@ -172,7 +172,7 @@ def test_a_text_for_a_model_without_a_mask_is_padded_as_it_was_trained(tmp_path:
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
 @pytest.mark.parametrize("name", TRAINED)
-def test_frozen_stays_and_unfrozen_learns_and_both_need_the_checkpoint_no_more(
+def test_frozen_and_unfrozen_encoders_train_and_reload_without_the_checkpoint(
     name: str, frozen: bool, tmp_path: Path
 ) -> None:
     model, processor = make(name, tmp_path / "own", frozen)
@@ -198,7 +198,7 @@ def test_frozen_stays_and_unfrozen_learns_and_both_need_the_checkpoint_no_more(
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])
-def test_what_an_encoder_made_is_found_again_in_its_embedding(frozen: bool, tmp_path: Path) -> None:
+def test_reconstruction_learns_pretrained_states(frozen: bool, tmp_path: Path) -> None:
     model, processor = make("bert", tmp_path, frozen)
     model.eval()
     inputs = processor([*REQUESTS, Request()], CPU)
@@ -214,14 +214,14 @@ def test_what_an_encoder_made_is_found_again_in_its_embedding(frozen: bool, tmp_
     assert any(gradient is not None and gradient.any() for gradient in target)
 
 
-def test_a_sample_without_the_encoders_input_is_masked(tmp_path: Path) -> None:
+def test_sample_without_the_source_is_masked(tmp_path: Path) -> None:
     _, processor = make("bert", tmp_path, frozen=True)
     inputs = processor([REQUESTS[0], Request(), Request(text="")], CPU)
     assert inputs["tower" + MASK].any(1).tolist() == [True, False, False]
     assert not processor([Request(), Request()], CPU)["tower" + MASK].any()
 
 
-def test_a_text_that_is_cut_keeps_its_last_special_token_and_spells_none(tmp_path: Path) -> None:
+def test_truncated_text_keeps_its_last_special_token(tmp_path: Path) -> None:
     _, processor = make("bert", tmp_path, frozen=True)
     cls, sep = 2, 3
     short, long = processor.input_ids(["a [SEP] dog", "dog " * 50], "tower")
@@ -229,7 +229,7 @@ def test_a_text_that_is_cut_keeps_its_last_special_token_and_spells_none(tmp_pat
     assert (len(long), long[0], long[-1]) == (20, cls, sep)
 
 
-def test_two_checkpoints_read_the_same_text(tmp_path: Path) -> None:
+def test_two_checkpoints_encode_the_same_text(tmp_path: Path) -> None:
     bert, clip = sounds.save_bert(tmp_path / "bert"), save_clip(tmp_path / "clip")
     sources = {
         "bert": read_source(bert, "text"),
@@ -258,27 +258,27 @@ REFUSED: dict[str, tuple[Save, Modality, str]] = {
 
 @pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
 @pytest.mark.parametrize("case", REFUSED)
-def test_what_no_source_can_be_is_refused_with_the_way_round(case: str, tmp_path: Path) -> None:
+def test_unsupported_encoder_error_says_what_to_do(case: str, tmp_path: Path) -> None:
     save, modality, message = REFUSED[case]
     with pytest.raises(ModelError, match=message):
         read_source(save(tmp_path), modality)
 
 
-def test_a_tokenizer_of_another_library_is_refused(tmp_path: Path) -> None:
+def test_slow_tokenizer_is_refused(tmp_path: Path) -> None:
     directory = pictures.save_siglip(tmp_path)
     source = SourceConfig.parse("tower", read_source(directory, "text"))
     with pytest.raises(ModelError, match=r"SiglipTokenizer has no tokenizer\.json to save"):
         read_preprocessing(directory, source)
 
 
-def test_patches_of_any_shape_are_refused(tmp_path: Path) -> None:
+def test_images_of_varying_shape_are_refused(tmp_path: Path) -> None:
     directory = pictures.save_siglip2(tmp_path)
     source = SourceConfig.parse("tower", read_source(directory, "image"))
     with pytest.raises(ModelError, match=r"differ in shape.*mmbeam embed"):
         read_preprocessing(directory, source)
 
 
-def test_pictures_that_the_encoder_does_not_take_are_refused(tmp_path: Path) -> None:
+def test_preprocessing_must_fit_the_encoder(tmp_path: Path) -> None:
     directory = pictures.save_vit(tmp_path)
     source = read_source(directory, "image")
     source["model"] = {**source["model"], "image_size": 64}
@@ -294,7 +294,7 @@ def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
         load_weights(model.encoders["tower"], "image", tmp_path / "vit")
 
 
-def test_the_texts_of_a_blip_that_writes_captions_have_no_encoder(tmp_path: Path) -> None:
+def test_blip_for_captioning_has_no_text_encoder(tmp_path: Path) -> None:
     directory = pictures.save_blip(tmp_path, BlipForConditionalGeneration)
     model = FusionModel(tiny_config({"tower": read_source(directory, "text")}))
     with pytest.raises(ModelError, match=r"text_encoder\."):

@@ -37,7 +37,7 @@ def ranks_one_by_one(queries: Array, candidates: Array) -> list[float]:
 
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**32 - 1))
 @settings(max_examples=80, deadline=None)
-def test_ranks_are_those_of_the_definition_whatever_the_block(rows: int, width: int, block: int, seed: int) -> None:
+def test_ranks_equal_their_definition_for_any_block_size(rows: int, width: int, block: int, seed: int) -> None:
     """Small whole numbers, so that many similarities are equal."""
     random = np.random.default_rng(seed)
     left, right = (random.integers(1, 4, (rows, width)).astype(np.float32) for _ in "ab")
@@ -46,7 +46,7 @@ def test_ranks_are_those_of_the_definition_whatever_the_block(rows: int, width: 
     assert backward.tolist() == ranks_one_by_one(right, left)
 
 
-def test_ranks_of_real_numbers_are_those_of_a_sort() -> None:
+def test_ranks_without_ties_equal_a_sort() -> None:
     random = np.random.default_rng(1)
     left = random.normal(size=(500, 32)).astype(np.float32)
     right = (left + 2 * random.normal(size=left.shape)).astype(np.float32)
@@ -61,21 +61,21 @@ def test_ranks_of_real_numbers_are_those_of_a_sort() -> None:
     assert scores["median_rank"] == np.median(expected)
 
 
-def test_vectors_that_are_all_the_same_are_no_better_than_chance() -> None:
+def test_identical_vectors_score_at_chance() -> None:
     same = np.ones((101, 8), np.float32)
     for ranks in match_ranks(same, same, block=16):
         assert set(ranks) == {51.0}
         assert retrieval_scores(ranks)["recall@10"] == 0
 
 
-def test_the_length_of_a_vector_does_not_matter_and_zeros_are_allowed() -> None:
+def test_ranks_ignore_vector_length() -> None:
     left = np.eye(4, dtype=np.float32) * np.array([[1], [1e-20], [1e20], [0]], np.float32)
     forward, backward = match_ranks(left, np.eye(4, dtype=np.float32))
     assert forward.tolist() == [1, 1, 1, 2.5]
     assert backward.tolist() == [1, 1, 1, 2.5]
 
 
-def test_a_perfect_match_has_every_recall() -> None:
+def test_perfect_match() -> None:
     vectors = np.random.default_rng(0).normal(size=(20, 8)).astype(np.float16)
     forward, _ = match_ranks(vectors, vectors)
     expected = {"recall@1": 1.0, "recall@5": 1.0, "recall@10": 1.0, "median_rank": 1.0, "mrr": 1.0}
@@ -83,7 +83,7 @@ def test_a_perfect_match_has_every_recall() -> None:
 
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf])
-def test_a_vector_that_is_not_finite_is_refused(bad: float) -> None:
+def test_non_finite_vectors_are_refused(bad: float) -> None:
     left, right = np.ones((2, 3), np.float32), np.full((2, 3), bad, np.float32)
     with pytest.raises(ValueError, match="finite"):
         match_ranks(left, right)
@@ -105,7 +105,7 @@ def peak_of_ranks(rows: int) -> int:
         tracemalloc.stop()
 
 
-def test_memory_beside_the_vectors_does_not_grow_with_their_number() -> None:
+def test_memory_is_bounded() -> None:
     """But for three numbers per row (the ranks both ways, a similarity) and a copy of them."""
     small, large = peak_of_ranks(2 * BLOCK), peak_of_ranks(8 * BLOCK)
     assert large - small <= 6 * 8 * 6 * BLOCK
@@ -124,7 +124,7 @@ def clusters(rows: int, classes: int, seed: int = 0, width: int = 16) -> tuple[A
 
 
 @pytest.mark.parametrize("classes", [2, 5])
-def test_a_probe_is_scikit_learns_on_the_samples_held_out(classes: int) -> None:
+def test_probe_equals_scikit_learn(classes: int) -> None:
     vectors, labels, keys = clusters(800, classes)
     test, target = held_out(keys), np.array(labels)
     scaler = StandardScaler().fit(vectors[~test])
@@ -145,14 +145,14 @@ def test_a_probe_is_scikit_learns_on_the_samples_held_out(classes: int) -> None:
     assert (found["train_rows"], found["test_rows"]) == ((~test).sum(), test.sum())
 
 
-def test_noise_tells_nothing() -> None:
+def test_probe_of_noise_scores_at_chance() -> None:
     _, labels, keys = clusters(2000, 4)
     found = linear_probe(np.random.default_rng(1).normal(size=(2000, 8)), labels, keys)
     assert found["accuracy"] == pytest.approx(0.25, abs=0.08)
     assert found["auc"] == pytest.approx(0.5, abs=0.06)
 
 
-def test_the_split_is_a_fifth_and_depends_on_the_key_alone() -> None:
+def test_held_out_split_depends_on_the_key_only() -> None:
     keys = [f"sample {n}" for n in range(5000)]
     whole = held_out(keys)
     assert whole.mean() == pytest.approx(0.2, abs=0.02)
@@ -160,7 +160,7 @@ def test_the_split_is_a_fifth_and_depends_on_the_key_alone() -> None:
     assert held_out(["00000", "lone \udce4"]).tolist() == held_out(["lone \udce4", "00000"]).tolist()[::-1]
 
 
-def test_a_class_that_was_never_fitted_counts_as_wrong() -> None:
+def test_class_without_training_samples_counts_as_wrong() -> None:
     vectors, labels, keys = clusters(300, 3)
     rare = int(np.flatnonzero(held_out(keys))[0])
     found = linear_probe(vectors, [*labels[:rare], "never seen", *labels[rare + 1 :]], keys)
@@ -168,7 +168,7 @@ def test_a_class_that_was_never_fitted_counts_as_wrong() -> None:
     assert found["auc"] is not None
 
 
-def test_what_cannot_be_a_label_is_refused() -> None:
+def test_unsuitable_labels_are_refused() -> None:
     vectors, _, keys = clusters(50, 2)
     with pytest.raises(UsageError, match="found 50 different labels in 50 rows"):
         linear_probe(vectors, keys, keys)

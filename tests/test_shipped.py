@@ -30,7 +30,7 @@ def figures() -> dict[str, object]:
     return evaluate(DIRECTORY, torch.device("cpu"), 150, seed=SEED)
 
 
-def test_its_captions_are_right_from_every_subset_of_the_modalities(figures: dict[str, object]) -> None:
+def test_shipped_captions_are_exact_for_every_subset_of_modalities(figures: dict[str, object]) -> None:
     subsets = figures["subsets"]
     assert isinstance(subsets, dict)
     assert len(subsets) == 7
@@ -39,14 +39,14 @@ def test_its_captions_are_right_from_every_subset_of_the_modalities(figures: dic
     assert float(str(figures["words_right"])) >= 0.99
 
 
-def test_its_embeddings_find_the_right_caption(figures: dict[str, object]) -> None:
+def test_shipped_embeddings_retrieve_the_caption(figures: dict[str, object]) -> None:
     recall = figures["recall"]
     assert isinstance(recall, dict)
     assert recall["fused->caption cosine"] >= 0.9
     assert recall["image->caption cosine"] >= 0.5
 
 
-def test_the_card_is_of_these_weights_and_says_what_was_promised() -> None:
+def test_shipped_model_card_matches_the_weights() -> None:
     weights = (DIRECTORY / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() in (DIRECTORY / "README.md").read_text()
     assert sum(path.stat().st_size for path in DIRECTORY.iterdir()) <= 10_000_000
@@ -75,19 +75,19 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
     return found
 
 
-def test_captions_of_shards_are_what_the_scenes_are(rows: list[dict[str, object]]) -> None:
+def test_caption_job_with_the_shipped_model(rows: list[dict[str, object]]) -> None:
     truths = {scene.key: scene.caption() for scene in generate_scenes(SEED, count=60)}
     right = [row["caption"] == truths[str(row["key"])] for row in rows]
     assert np.mean(right) >= 0.95, [(row["caption"], truths[str(row["key"])]) for row in rows]
 
 
-def test_a_caption_is_attributed_to_every_modality_of_its_clauses(rows: list[dict[str, object]]) -> None:
+def test_attribution_covers_every_modality(rows: list[dict[str, object]]) -> None:
     attributions = np.array([[row[f"caption_{m}_attribution"] for m in MODALITIES] for row in rows], float)
     assert np.allclose(attributions.sum(1), 1)
     assert (attributions > 0.05).all()
 
 
-def test_masking_a_modality_costs_its_own_clause_and_no_other() -> None:
+def test_masking_a_modality_removes_its_clause_only() -> None:
     """The clauses come in the order of the modalities, and each has a known source."""
     model = load(describe(DIRECTORY), torch.device("cpu"), torch.float32)
     scene = Scene.draw(SEED, 3)
