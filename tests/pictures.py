@@ -1,4 +1,4 @@
-"""Pictures for the tests: natural-like content, encoded as JPEG or PNG and decoded again."""
+"""Images for the tests, similar to photographs, encoded as JPEG or PNG and decoded again."""
 
 import functools
 import io
@@ -16,7 +16,7 @@ SIZES = (
 
 
 def encoded(height: int, width: int, seed: int, kind: str) -> bytes:
-    """A picture of smooth noise, a gradient and hard edges, as the bytes of a file."""
+    """Return a file with smooth noise, a gradient and hard edges."""
     rng = np.random.default_rng(seed)
     coarse = rng.integers(0, 256, (max(2, height // 24), max(2, width // 24), 3), dtype=np.uint8)
     smooth = np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC), np.float32)
@@ -32,7 +32,7 @@ def encoded(height: int, width: int, seed: int, kind: str) -> bytes:
 
 @functools.cache
 def pictures(sizes: tuple[tuple[int, int], ...] = SIZES) -> list[ImageHWC]:
-    """Decoded pictures, uint8 [H, W, 3], JPEG and PNG by turns."""
+    """Return decoded images, uint8 [H, W, 3], alternately from JPEG and PNG."""
     kinds = ("JPEG", "PNG")
     files = [encoded(height, width, seed, kinds[seed % 2]) for seed, (height, width) in enumerate(sizes)]
     return [np.asarray(Image.open(io.BytesIO(file)).convert("RGB")) for file in files]

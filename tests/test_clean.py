@@ -106,7 +106,7 @@ HTML = st.lists(st.recursive(LEAVES, element, max_leaves=8), min_size=1, max_siz
 
 
 def text_content(markup: str) -> str:
-    """The reference: what lxml's HTML parser gives, without scripts and styles."""
+    """Return the text that lxml's HTML parser extracts, without scripts and styles."""
     tree = lxml.html.fromstring(f"<div>{markup}</div>")
     for node in list(tree.iter("script", "style", lxml.etree.Comment)):
         node.drop_tree()
@@ -325,8 +325,8 @@ class TestSelect:
     def test_equals_duckdb(self, condition: tuple[str, str], rows: list[Mapping[str, Any]]) -> None:
         python, sql = condition
         with duckdb.connect() as connection:
-            connection.execute("SET ieee_floating_point_ops = false")  # 1 / 0 is null, as in ours,
-            connection.execute("SET error_on_division_by_zero = false")  # and no error
+            connection.execute("SET ieee_floating_point_ops = false")  # 1 / 0 is null, as in mmbeam,
+            connection.execute("SET error_on_division_by_zero = false")  # and not an error
             connection.execute(
                 "CREATE TABLE samples (i INT, image_width INT, image_height INT, audio_seconds DOUBLE, text VARCHAR, "
                 "metadata STRUCT(n DOUBLE, s VARCHAR))"
@@ -336,20 +336,20 @@ class TestSelect:
                 metadata = {"n": row["n"], "s": row["s"]}
                 line = [i, *sizes, row["audio_seconds"], row["text"], metadata]
                 connection.execute("INSERT INTO samples VALUES (?, ?, ?, ?, ?, ?)", line)
-            found = connection.execute(f"SELECT i FROM samples WHERE {sql} ORDER BY i").fetchall()
+            expected = connection.execute(f"SELECT i FROM samples WHERE {sql} ORDER BY i").fetchall()
         where = [(python, compile_where(python))]
-        assert [(i,) for i, row in enumerate(rows) if rejecting_expression(sample(row), where) is None] == found
+        assert [(i,) for i, row in enumerate(rows) if rejecting_expression(sample(row), where) is None] == expected
 
     def test_names_the_first_condition_that_is_not_true(self) -> None:
         wheres = [(text, compile_where(text)) for text in ("image_width > 1", "text_words > 2", "image_height > 9")]
-        one = Sample(key="k", shard="s.tar", offset=0, image_size=(5, 5), text="a b", text_clean="a b c")
-        assert rejecting_expression(one, wheres) == "image_height > 9"  # it is the cleaned text that is looked at
-        assert rejecting_expression(one, wheres[:2]) is None
-        assert rejecting_expression(one, []) is None
+        a_sample = Sample(key="k", shard="s.tar", offset=0, image_size=(5, 5), text="a b", text_clean="a b c")
+        assert rejecting_expression(a_sample, wheres) == "image_height > 9"  # the cleaned text counts
+        assert rejecting_expression(a_sample, wheres[:2]) is None
+        assert rejecting_expression(a_sample, []) is None
         assert rejecting_expression(Sample(key="k", shard="s.tar", offset=0), wheres) == "image_width > 1"
 
     def test_every_name_has_a_value(self) -> None:
-        one = Sample(
+        a_sample = Sample(
             key="k",
             shard="s.tar",
             offset=0,
@@ -371,9 +371,9 @@ class TestSelect:
         }
         for name, value in expected.items():
             order = ">" if name == "metadata.b" else "=="
-            assert rejecting_expression(one, [("", compile_where(f"{name} {order} {value}"))]) is None, name
+            assert rejecting_expression(a_sample, [("", compile_where(f"{name} {order} {value}"))]) is None, name
         assert {name.partition(".")[0] for name in expected} == set(KIND_OF_NAME)
-        assert rejecting_expression(one, [("", compile_where("metadata.a is None"))]) is None  # NaN is a missing value
+        assert rejecting_expression(a_sample, [("", compile_where("metadata.a is None"))]) is None  # NaN: missing
         empty = Sample(key="k", shard="s.tar", offset=0)
         for name in set(KIND_OF_NAME) - {"key"}:
             assert rejecting_expression(empty, [("", compile_where(f"{name} is None"))]) is None, name

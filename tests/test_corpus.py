@@ -1,4 +1,4 @@
-"""The procedural corpus: the same everywhere, and true to its captions in what is seen and heard."""
+"""The procedural corpus: it is reproducible, and images and audio match the captions."""
 
 from collections import Counter
 from dataclasses import replace
@@ -67,7 +67,7 @@ def words(caption: str) -> list[str]:
     return caption.replace(",", " ,").replace(".", " .").split()
 
 
-# --- the truth
+# --- scenes
 
 
 def test_a_scene_is_a_function_of_seed_and_index() -> None:
@@ -137,7 +137,7 @@ def test_attributes_are_uniform() -> None:
 
 
 def test_golden_pixels() -> None:
-    """Eight by eight means of one picture, which rounding in a library's sine does not move."""
+    """Means over 8 x 8 cells of one image, which do not depend on the rounding of sines."""
     image = render_image(GOLDEN)
     assert image.shape == (64, 64, 3)
     assert image.dtype == np.uint8
@@ -153,7 +153,7 @@ def test_image_does_not_depend_on_resolution() -> None:
 
 
 def test_two_shapes_never_touch() -> None:
-    """Painted alone, each of the two changes pixels that the other leaves as they are."""
+    """Each shape, painted alone, changes pixels that the other does not change."""
     pairs = [scene for scene in generate_scenes(6, count=300) if len(scene.shapes) == 2]
     for scene in pairs:
         ground = render_image(replace(scene, shapes=())).astype(int)
@@ -177,7 +177,7 @@ def test_shape_has_its_size_and_position(form: str, size: str) -> None:
 
 
 def test_forms_and_colours_look_different() -> None:
-    """At 64 pixels the closest two small forms differ in 40 pixels and more, the closest colours by 60 levels."""
+    """At 64 pixels, small forms differ in at least 40 pixels, and colours by at least 60 levels."""
     forms = [render_image(one_shape(form, "white", "small")).mean(axis=2) > 150 for form in FORMS]
     assert min((a != b).sum() for a, b in combinations(forms, 2)) >= 40
     colours = [render_image(one_shape(colour=colour))[32, 32].astype(float) for colour in COLOURS]
@@ -192,7 +192,7 @@ def test_shapes_contrast_with_the_background() -> None:
         assert (changed > 60).sum() >= 60 * len(scene.shapes), scene.caption()
 
 
-# --- sound
+# --- audio
 
 
 def test_golden_audio() -> None:
@@ -218,14 +218,14 @@ def test_audio_never_clips_and_loudness_is_right() -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_pitches_do_not_overlap(kind: str) -> None:
-    """The mean frequency in the middle of the sound, where a chirp crosses its pitch."""
+    """Check the mean frequency in the middle, where a chirp crosses its pitch."""
     spans = {}
     for pitch in PITCHES:
-        found = []
+        centroids = []
         for index in range(20):
             power = np.abs(np.fft.rfft(render_audio(one_sound(kind, pitch, index=index))[3000:5000])) ** 2
-            found.append((power * np.arange(len(power)) * 4).sum() / power.sum())
-        spans[pitch] = min(found), max(found)
+            centroids.append((power * np.arange(len(power)) * 4).sum() / power.sum())
+        spans[pitch] = min(centroids), max(centroids)
     assert spans["low"][1] * 1.4 < spans["medium"][0]
     assert spans["medium"][1] * 1.4 < spans["high"][0]
 

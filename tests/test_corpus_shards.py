@@ -36,12 +36,12 @@ def test_shards_are_complete_tars(corpus: list[Path]) -> None:
 
 
 def test_webdataset_reads_what_was_written(corpus: list[Path]) -> None:
-    found = []
+    samples = []
     for path in corpus:
         with path.open("rb") as stream:
-            found += group_by_keys(tar_file_expander([{"url": path.name, "stream": stream}]))
-    assert [sample["__key__"] for sample in found] == [f"3-{index:06d}" for index in range(13)]
-    for scene, sample in zip(generate_scenes(3), found, strict=False):
+            samples += group_by_keys(tar_file_expander([{"url": path.name, "stream": stream}]))
+    assert [sample["__key__"] for sample in samples] == [f"3-{index:06d}" for index in range(13)]
+    for scene, sample in zip(generate_scenes(3), samples, strict=False):
         assert sample["txt"].decode() == tag(scene)
         truth = json.loads(sample["json"])
         assert truth["caption"] == scene.caption()

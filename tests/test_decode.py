@@ -1,4 +1,4 @@
-"""Decoding: every format against a reference, and whatever strangers may send."""
+"""Decoding: every format against a reference, and untrusted input."""
 
 import io
 import json
@@ -32,7 +32,7 @@ RATE = 16_000
 
 
 def photo(width: int = 96, height: int = 64, mode: str = "RGB") -> Image.Image:
-    """Smooth noise, which all codecs can hold."""
+    """Return smooth noise, which all codecs preserve well."""
     channels = len(Image.new(mode, (1, 1)).getbands())
     noise = np.random.default_rng(width * height).integers(0, 256, (8, 8, channels), dtype=np.uint8)
     bands = [Image.fromarray(noise[:, :, band]).resize((width, height)) for band in range(channels)]
@@ -59,7 +59,7 @@ def png_header(width: int, height: int) -> bytes:
 
 
 def png_of(values: np.ndarray, bits: int, *chunks: bytes) -> bytes:
-    """A grey [H, W] or RGB [H, W, 3] PNG of any bit depth, with `chunks` between the header and the pixels."""
+    """Return a grey [H, W] or RGB [H, W, 3] PNG of any bit depth, with `chunks` between the header and the pixels."""
     rows = []
     for row in values:
         if bits == 16:
@@ -74,7 +74,7 @@ def png_of(values: np.ndarray, bits: int, *chunks: bytes) -> bytes:
 
 
 def with_chunks(png: bytes, *chunks: bytes, at_end: bool = False) -> bytes:
-    """The PNG with more chunks, behind its header or behind its pixels."""
+    """Return the PNG with more chunks, after its header or after its pixels."""
     at = len(png) - 12 if at_end else 33
     return png[:at] + b"".join(chunks) + png[at:]
 
@@ -98,10 +98,10 @@ def sound(
 
 
 def id3v2(size: int = 300, *, version: int = 4, footer: bool = False, plain_size: bool = False) -> bytes:
-    """An ID3v2 tag with `size` bytes behind its header; the size is syncsafe, as it should be, or plain."""
+    """Return an ID3v2 tag with `size` bytes after its header; the size is syncsafe, as specified, or plain."""
     size_bytes = size.to_bytes(4, "big") if plain_size else bytes(size >> shift & 127 for shift in (21, 14, 7, 0))
     header = bytes([version, 0, 0x10 if footer else 0]) + size_bytes
-    body = b"APIC\0\0\x10\0\0\0" + b"\xff\xfb\x90\x64" * size  # frame headers inside a cover are no sound
+    body = b"APIC\0\0\x10\0\0\0" + b"\xff\xfb\x90\x64" * size  # frame headers inside a cover are not audio
     return b"ID3" + header + body[:size] + (b"3DI" + header if footer else b"")
 
 
@@ -156,7 +156,7 @@ class TestImage:
         pixels, size = decode_image(IMAGES[name], LIMITS)
         assert pixels.dtype == np.uint8
         assert pixels.flags.c_contiguous
-        assert pixels.flags.writeable  # or torch.from_numpy warns
+        assert pixels.flags.writeable  # otherwise torch.from_numpy warns
         assert size == image_size(IMAGES[name], LIMITS) == (96, 64)
         np.testing.assert_array_equal(pixels, np.asarray(opened(IMAGES[name]).convert("RGB")))
 
@@ -213,7 +213,7 @@ class TestImage:
     @pytest.mark.parametrize("bits", [8, 16])
     def test_one_colour_is_transparent(self, bits: int) -> None:
         colour = np.random.default_rng(bits).integers(0, 2**bits, (20, 30, 3))
-        colour[3, 4], colour[5, 6] = colour[0, 0], colour[0, 0] ^ (0, 0, 1)  # one bit beside it is opaque
+        colour[3, 4], colour[5, 6] = colour[0, 0], colour[0, 0] ^ (0, 0, 1)  # differs by one bit: opaque
         data = png_of(colour, bits, png_chunk(b"tRNS", colour[0, 0].astype(">u2").tobytes()))
         expected = colour >> (bits - 8)
         expected[(colour == colour[0, 0]).all(axis=2)] = (1, 2, 3)
@@ -360,7 +360,7 @@ class TestImage:
         for side in (16, 40, 150, 400, None):
             pixels, full = decode_image(data, LIMITS, side=side, draft=True)
             assert full == size
-            factor = next((one for one in (8, 4, 2) if side and min(size) // one >= 2 * side), 1)
+            factor = next((factor for factor in (8, 4, 2) if side and min(size) // factor >= 2 * side), 1)
             reference = opened(data)
             reference.draft("RGB", (size[0] // factor, size[1] // factor))
             np.testing.assert_array_equal(pixels, np.asarray(reference))
@@ -408,7 +408,7 @@ class TestImage:
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             opened(bytes(tiff))
-            assert seen  # the file is one that Pillow warns of
+            assert seen  # Pillow does warn about this file
             seen.clear()
             decode_image(bytes(tiff), LIMITS)
             assert not seen
@@ -485,7 +485,7 @@ class TestAudio:
         assert b"Xing" not in bare
         assert soundfile.info(io.BytesIO(bare)).duration < 3 or soundfile.info(io.BytesIO(bare)).duration > 5  # guessed
         audio = decode_audio(bare, LIMITS, frozenset())
-        assert 4.0 <= audio.seconds < 4.3  # without the header, the encoder's padding cannot be cut off
+        assert 4.0 <= audio.seconds < 4.3  # without the header, the encoder's padding is unknown
         assert audio.seconds == audio_seconds(bare, LIMITS)
 
     TAGS: Mapping[str, tuple[bytes, bytes]] = {
@@ -497,7 +497,7 @@ class TestAudio:
         "with a footer": (id3v2(footer=True), b""),
         "two": (id3v2() + id3v2(20_000), b""),
         "two with footers": (id3v2(footer=True) + id3v2(500, footer=True), b""),
-        "zeros behind it": (id3v2() + bytes(3000), b""),
+        "zeros after it": (id3v2() + bytes(3000), b""),
         "size that is not syncsafe": (id3v2(5000, plain_size=True), b""),
         "small size that is not syncsafe": (id3v2(0x150, plain_size=True), b""),
         "size with a high bit that is not syncsafe": (id3v2(0x90, plain_size=True), b""),
@@ -517,7 +517,7 @@ class TestAudio:
         np.testing.assert_array_equal(audio.waves[RATE], expected.waves[RATE])
         assert audio.seconds == expected.seconds == audio_seconds(data, LIMITS)
 
-    def test_mp3_without_xing_header_behind_a_tag(self) -> None:
+    def test_mp3_without_xing_header_after_a_tag(self) -> None:
         bare = SOUNDS["mp3"][SOUNDS["mp3"].index(SOUNDS["mp3"][:2], 2) :]
         expected = decode_audio(bare, LIMITS, frozenset())
         audio = decode_audio(id3v2() + bare + ID3V1, LIMITS, frozenset())
@@ -598,13 +598,13 @@ class TestAudio:
         assert audio.seconds == audio_seconds(data, LIMITS)
 
     @pytest.mark.parametrize("behind", [bytes(9000), b"x" * 9000, b"\xff\xfb" * 4500, ID3V1 * 3])
-    def test_junk_behind_an_mp3_is_ignored(self, behind: bytes) -> None:
+    def test_junk_after_an_mp3_is_ignored(self, behind: bytes) -> None:
         expected = decode_audio(SOUNDS["mp3"], LIMITS, frozenset())
         audio = decode_audio(SOUNDS["mp3"] + behind, LIMITS, frozenset())
         np.testing.assert_array_equal(audio.waves[RATE], expected.waves[RATE])
 
     def test_libsndfile_still_guesses_the_length_of_an_mp3_without_xing_header(self) -> None:
-        """If this fails, libsndfile counts the frames, and `_HiddenLength` can go."""
+        """If this fails, libsndfile counts the frames, and `_HiddenLength` is no longer needed."""
         quiet_at_first = tone(4.0) * (np.arange(4 * RATE) > RATE)[:, None]
         buffer = io.BytesIO()
         soundfile.write(buffer, quiet_at_first, RATE, format="MP3", bitrate_mode="VARIABLE")
@@ -612,7 +612,7 @@ class TestAudio:
         assert abs(soundfile.info(io.BytesIO(data[data.index(data[:2], 2) :])).duration - 4) > 1
 
     def test_soundfile_still_seeks_after_each_read(self) -> None:
-        """If this fails, blocks of an MP3 equal the whole, and `_Stream` can be a plain SoundFile."""
+        """If this fails, blocks of an MP3 equal the whole, and `_Stream.seekable` is no longer needed."""
         with soundfile.SoundFile(io.BytesIO(SOUNDS["mp3"])) as file:
             whole = file.read(dtype="float32")
         with soundfile.SoundFile(io.BytesIO(SOUNDS["mp3"])) as file:
@@ -789,11 +789,11 @@ class TestSample:
         members = {name: data for name, data in self.FIELDS.items() if name != "jpg"}
         damages = (
             Damage(field="jpg", offset=1024, error="LimitError", message="300 MB\n" + "x" * 1000),
-            Damage(field="cls", offset=4096, error="DecodeError", message="nobody asked for it"),
+            Damage(field="cls", offset=4096, error="DecodeError", message="not a needed field"),
         )
         raw = raw_sample(members, fields=tuple(self.FIELDS), damages=damages)
         sample, failures = decode_sample(raw, Reading(), self.ALL)
-        assert [(one.modality, one.step, one.error) for one in failures] == [("image", "read", "LimitError")]
+        assert [(f.modality, f.step, f.error) for f in failures] == [("image", "read", "LimitError")]
         assert failures[0].message.startswith("at byte 1,024: 300 MB\N{REPLACEMENT CHARACTER}xxx")
         assert len(failures[0].message) == 300
         assert sample.has("audio")
@@ -805,7 +805,7 @@ class TestSample:
     )
     def test_damaged_sample_is_not_decoded(self, lost: dict[str, object]) -> None:
         sample, failures = decode_sample(raw_sample(self.FIELDS, **lost), Reading(), self.ALL)
-        assert [(one.modality, one.step, one.error) for one in failures] == [("", "read", "DecodeError")]
+        assert [(f.modality, f.step, f.error) for f in failures] == [("", "read", "DecodeError")]
         assert sample.present == {"image", "audio", "text"}
         assert (sample.image, sample.audio, sample.text, sample.metadata) == (None, None, None, None)
 
@@ -826,7 +826,7 @@ SMALL = Limits(pixels=1_000_000, seconds=60.0, text_chars=100_000)
 
 
 def everything(data: bytes) -> None:
-    """Run each decoder on the bytes; only SampleError may come out."""
+    """Run all decoders on the bytes; only SampleError may be raised."""
     calls: tuple[Callable[[], object], ...] = (
         lambda: decode_image(data, SMALL, side=8, draft=True),
         lambda: image_size(data, SMALL),
@@ -849,7 +849,7 @@ FILES = {**IMAGES, **SOUNDS, "json": json.dumps({"a": [1, {"b": "ü"}]}).encode(
 
 
 class TestFuzz:
-    """Bounded time and memory, and nothing but SampleError, for bytes made of every format."""
+    """Time and memory are bounded, and only SampleError is raised, for damaged files of every format."""
 
     @pytest.mark.parametrize("name", FILES)
     def test_damaged_files(self, name: str, capfd: pytest.CaptureFixture[str]) -> None:
@@ -859,7 +859,7 @@ class TestFuzz:
         for turn in range(60):
             bytes_ = np.frombuffer(data, dtype=np.uint8).copy()
             end = len(data) if turn % 3 else int(rng.integers(len(data)))
-            head = 200 if turn % 2 else len(data)  # headers are where it hurts
+            head = 200 if turn % 2 else len(data)  # damage to headers has the largest effect
             where = rng.integers(0, min(head, len(data)), size=int(rng.integers(1, 6)))
             bytes_[where] ^= rng.integers(1, 256, size=len(where), dtype=np.uint8)
             everything(bytes_[:end].tobytes())

@@ -1,4 +1,4 @@
-"""The fusion model of every make: it learns, is saved and read again, and never sees what is masked."""
+"""The fusion model in every configuration: training, saving and loading, masking, generation."""
 
 import itertools
 import json
@@ -82,7 +82,7 @@ def test_every_configuration_trains_all_parameters_and_reloads_unchanged(
         with torch.no_grad():
             after = again(labels=labels, **inputs)
         torch.testing.assert_close(dict(again.state_dict()), dict(model.state_dict()), rtol=0, atol=0)
-        torch.testing.assert_close(after.logits, before.logits, rtol=1e-5, atol=1e-5)  # memory is aligned otherwise
+        torch.testing.assert_close(after.logits, before.logits, rtol=1e-5, atol=1e-5)  # the alignment in memory differs
         torch.testing.assert_close(after.losses, before.losses, rtol=1e-5, atol=1e-5)
     model.train()(labels=labels, **inputs).loss.backward()
     still = {name for name, value in model.named_parameters() if value.grad is None or not value.grad.any()}
@@ -111,7 +111,7 @@ def test_order_of_sources_does_not_matter(order: Sequence[str], tmp_path: Path) 
     torch.testing.assert_close(again(labels=labels, **turned).loss, model(labels=labels, **inputs).loss, rtol=0, atol=0)
 
 
-# What is missing is masked
+# Masking
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["eval", "train"])
@@ -125,8 +125,8 @@ def test_masked_source_equals_omitted_source(fusion: str, training: bool) -> Non
         assert first["loss"].isfinite()
         assert set(model.encode(**masked).embeddings) == {*present, "fused"}
         grew = {name.split(".")[1] for name in first if name.startswith("encoders")}
-        assert grew == ({*present, "text"} if present else set())  # the encoder of texts reads the captions
-        if present:  # with nothing at all the model would not know how many samples there are
+        assert grew == ({*present, "text"} if present else set())  # the text encoder also encodes captions
+        if present:  # without inputs the batch size is unknown
             left_out = {name: value for name, value in masked.items() if name.removesuffix(MASK) in present}
             torch.testing.assert_close(_outcome(model, left_out), first, rtol=0, atol=0)
 
@@ -136,7 +136,7 @@ def test_gated_fusion_ignores_missing_sources() -> None:
     inputs = tiny_inputs(model)
     model(labels=tiny_labels(), text=inputs["text"], text_mask=inputs["text" + MASK]).loss.backward()
     learned = [any(value.grad.any() for value in part.parameters()) for part in model.fuser.values]
-    assert learned == [False, False, True]  # image, audio, text: not even a constant of theirs
+    assert learned == [False, False, True]  # image, audio, text: not even their biases
 
 
 def test_none_equals_omitted_input() -> None:
@@ -147,7 +147,7 @@ def test_none_equals_omitted_input() -> None:
 
 
 def _outcome(model: FusionModel, inputs: Any) -> dict[str, torch.Tensor]:
-    """What a call gives, random as it is in training, and the gradients that it leaves."""
+    """Return the output of a call in training mode, with a fixed seed, and the gradients."""
     torch.manual_seed(5)
     model.zero_grad()
     out = model(labels=tiny_labels(len(next(iter(inputs.values())))), **inputs)
@@ -200,11 +200,11 @@ def test_mask_inside_a_text_hides_that_token_only(kind: str) -> None:
 
 
 def _mixed(model: FusionModel) -> tuple[dict[str, torch.Tensor], list[list[str]]]:
-    """A batch of which each sample has other sources, and which; nothing at all among them."""
+    """Return a batch whose samples have different sources, including none, and these sources."""
     names = list(model.sources)
     inputs = tiny_inputs(model, batch=6)
     kept = [names, names[:1], names[1:], names[-1:], names[::2], []]
-    absent = {name: torch.tensor([name not in each for each in kept]) for name in names}
+    absent = {name: torch.tensor([name not in names for names in kept]) for name in names}
     return spoiled(inputs, absent), kept
 
 
@@ -217,13 +217,13 @@ def test_sample_in_a_batch_equals_sample_alone(model: FusionModel) -> None:
     encoding = model.encode(**inputs)
     for row, names in enumerate(kept):
         alone = only(inputs, row, names or list(model.sources))
-        own = (labels[row] != -100).sum()
-        logits = model(labels=labels[row : row + 1, :own], **alone).logits
-        torch.testing.assert_close(together[row, :own], logits[0], rtol=1e-4, atol=1e-4)
+        length = (labels[row] != -100).sum()
+        logits = model(labels=labels[row : row + 1, :length], **alone).logits
+        torch.testing.assert_close(together[row, :length], logits[0], rtol=1e-4, atol=1e-4)
         for name, embedding in model.encode(**alone).embeddings.items():
             torch.testing.assert_close(encoding.embeddings[name][row], embedding[0], rtol=1e-4, atol=1e-4)
         assert {name for name, rows in encoding.present.items() if rows[row]} == {*names, *(["fused"] if names else [])}
-    assert (together[0] - together[-1]).abs().max() > 0.01  # what is there does matter
+    assert (together[0] - together[-1]).abs().max() > 0.01  # the sources matter
 
 
 @torch.inference_mode()
@@ -314,7 +314,7 @@ def test_precomputed_memory_generates_and_scores_the_same(generator: str, how: d
     assert torch.equal(model.generate(**made, max_new_tokens=8, **how), expected)
 
 
-# What it is made of
+# Configuration
 
 
 def test_two_text_sources_are_both_used() -> None:
@@ -342,7 +342,7 @@ def test_every_feature_column_is_used() -> None:
             if FEATURES[name][2]:  # tokens have an order
                 turned = {name: inputs[name][:, :2].flip(1), name + MASK: inputs[name + MASK][:, :2]}
                 straight = {name: inputs[name][:, :2], name + MASK: inputs[name + MASK][:, :2]}
-                first, second = (model(labels=labels, **each).logits for each in (turned, straight))
+                first, second = (model(labels=labels, **inputs).logits for inputs in (turned, straight))
                 assert (first - second).abs().max() > 0.001
 
 
@@ -487,12 +487,12 @@ def test_unknown_name_in_a_pair_is_refused() -> None:
         tiny_config(pairs=[["image", "film"]]).aligned_pairs()
 
 
-# It learns
+# Training
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
 def test_model_overfits_a_small_corpus(generator: str) -> None:
-    """Each caption is two words by the picture's source, two by the sound's and two by the text's."""
+    """Return samples whose captions have two words from the image, two from the audio and two from the text."""
     torch.manual_seed(0)
     model = FusionModel(tiny_config(generator_kind=generator, dropout=0.0, loss_weights={"align": 0.05}))
     inputs = tiny_inputs(model, batch=16)

@@ -1,4 +1,4 @@
-"""The parts of the fusion model's training loss, each against a plain calculation of what it is to be."""
+"""The training losses of the fusion model against direct calculations."""
 
 import math
 from collections.abc import Mapping
@@ -20,20 +20,20 @@ IMAGES = {"image": media()["image"]}
 
 
 def plain_info_nce(logits: Any, positives: Any, skip: Any = None) -> float:
-    """-log of the positives' share of the probability, by the definition: of each row, then of each column."""
+    """Return -log of the probability of the positives, by definition: over rows, then over columns."""
     size, directions = len(logits), []
     for turned in (False, True):
         losses = []
         for row in range(size):
-            every = positive = 0.0
+            total = positive = 0.0
             for column in range(size):
                 at = (column, row) if turned else (row, column)
                 if skip is not None and skip[at]:
                     continue
-                every += math.exp(logits[at])
+                total += math.exp(logits[at])
                 positive += math.exp(logits[at]) if positives[at] else 0.0
             if positive:
-                losses.append(math.log(every) - math.log(positive))
+                losses.append(math.log(total) - math.log(positive))
         if losses:
             directions.append(sum(losses) / len(losses))
     return sum(directions) / len(directions) if directions else 0.0
@@ -72,16 +72,16 @@ def test_similarity_functions() -> None:
     pair = ("image", "text")
     a, b = torch.randn(3, 16), torch.randn(5, 16)
     scale = model.space.scale.exp()
-    found = {kind: model.space.similarity(kind, pair, a, b) for kind in SIMILARITIES}
-    torch.testing.assert_close(found["cosine"], scale * F.cosine_similarity(a[:, None], b[None], dim=-1))
-    torch.testing.assert_close(found["dot"], (a[:, None] * b[None]).sum(-1) / 4)
-    torch.testing.assert_close(found["bilinear"], found["dot"])  # it begins as the dot product
+    logits = {kind: model.space.similarity(kind, pair, a, b) for kind in SIMILARITIES}
+    torch.testing.assert_close(logits["cosine"], scale * F.cosine_similarity(a[:, None], b[None], dim=-1))
+    torch.testing.assert_close(logits["dot"], (a[:, None] * b[None]).sum(-1) / 4)
+    torch.testing.assert_close(logits["bilinear"], logits["dot"])  # W is initialised as the identity
     weight = torch.randn(16, 16)
     model.space.bilinear["image|text"].data = weight
     expected = torch.einsum("ad,de,be->ab", a, weight, b) / 4
     expected_in_float32 = model.space.similarity("bilinear", pair, a, b)
     torch.testing.assert_close(expected_in_float32, expected)
-    with torch.autocast("cpu", torch.bfloat16):  # in mixed precision too
+    with torch.autocast("cpu", torch.bfloat16):  # also in mixed precision
         assert torch.equal(model.space.similarity("bilinear", pair, a, b), expected_in_float32)
     with torch.no_grad():
         model.space.scale.fill_(10.0)
@@ -92,7 +92,7 @@ def test_alignment_is_the_mean_over_pairs_and_similarities() -> None:
     pairs = [["image", "text"], ["audio", "caption"]]
     model = tiny_model(similarities=SIMILARITIES, pairs=pairs, loss_weights={"align": 0.5})
     inputs, labels = tiny_inputs(model), tiny_labels()
-    labels[2] = labels[0]  # the same caption: alike
+    labels[2] = labels[0]  # the same caption: positives
     inputs["image" + MASK] = torch.tensor([True, True, True, False])
     inputs["text" + MASK][1] = False
     with torch.no_grad():
@@ -115,7 +115,7 @@ def test_self_pair_aligns_two_views(name: str) -> None:
     views = {name: tiny_inputs(model, seed=9)[name], name + MASK: inputs[name + MASK]}
     with torch.no_grad():
         loss = model(labels=labels, views=views, **inputs).losses["align"].item()
-        first, second = (model.encode(**each).embeddings[name] for each in (inputs, views))
+        first, second = (model.encode(**batch).embeddings[name] for batch in (inputs, views))
         logits = model.space.similarity("cosine", (name, name), first, second)
     assert loss == pytest.approx(plain_info_nce(logits.numpy(), torch.eye(BATCH).bool().numpy()), rel=1e-4)
 
@@ -134,7 +134,7 @@ def test_self_pair_without_views_aligns_the_group() -> None:
     assert loss == pytest.approx(
         plain_info_nce(logits.numpy(), alike.numpy(), torch.eye(BATCH).bool().numpy()), rel=1e-4
     )
-    assert alone == 0  # nobody is like anybody else
+    assert alone == 0  # no positives
 
 
 def test_aligned_sources_retrieve_each_other() -> None:
@@ -172,7 +172,7 @@ def _features() -> dict[str, Any]:
 
 
 def _target(name: str, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """What is to be found of one sample's source, calculated the slow way."""
+    """Return the reconstruction target of one sample, calculated directly."""
     if name in ("image", "audio"):
         return torch.stack(
             [c[4 * y : 4 * y + 4, 4 * x : 4 * x + 4].mean() for c in values for y in range(8) for x in range(8)]
@@ -190,10 +190,10 @@ def test_reconstruction_learns_every_source(name: str) -> None:
     inputs = tiny_inputs(model)
     values, mask = inputs[name], inputs[name + MASK]
     mask[1] = False
-    given = {name: values, name + MASK: mask}
+    inputs = {name: values, name + MASK: mask}
     with torch.no_grad():
-        loss = model(labels=tiny_labels(), **given).losses["reconstruct"].item()
-        embedding = model.encode(**given).embeddings[name]
+        loss = model(labels=tiny_labels(), **inputs).losses["reconstruct"].item()
+        embedding = model.encode(**inputs).embeddings[name]
         guess = model.reconstruction.heads[name](F.normalize(embedding, dim=-1))
     rows = [0, 2, 3]
     target = torch.stack([_target(name, values[row], mask[row]) for row in rows])
@@ -218,11 +218,11 @@ def test_scale_gradient_changes_only_the_gradient() -> None:
 
 
 def _fitted(embeddings: Mapping[str, torch.Tensor]) -> float:
-    """The loss of an adversary that has had time to learn these embeddings."""
+    """Return the loss of an adversary trained on these embeddings."""
     torch.manual_seed(0)
     adversary = ModalityAdversary(list(embeddings), tiny_config(IMAGES))
     optimizer = torch.optim.Adam(adversary.parameters(), lr=1e-2)
-    present = {name: torch.ones(len(each), dtype=torch.bool) for name, each in embeddings.items()}
+    present = {name: torch.ones(len(rows), dtype=torch.bool) for name, rows in embeddings.items()}
     for _ in range(150):
         optimizer.zero_grad()
         loss = adversary.loss(embeddings, present)
@@ -246,14 +246,14 @@ def test_reversed_gradient_removes_the_modality_from_embeddings() -> None:
     )
     inputs, labels = tiny_inputs(model, batch=16), tiny_labels(16)
     space = [value for name, value in model.named_parameters() if "modality_adversary" not in name]
-    own = list(model.modality_adversary.parameters())
-    optimizer = torch.optim.Adam([{"params": own, "lr": 1e-2}, {"params": space, "lr": 1e-3}])
+    adversary = list(model.modality_adversary.parameters())
+    optimizer = torch.optim.Adam([{"params": adversary, "lr": 1e-2}, {"params": space, "lr": 1e-3}])
     losses = []
     for step in range(40):
         optimizer.zero_grad()
         out = model(labels=labels, **inputs)
         out.losses["modality_adversary"].backward()
-        for value in space if step < 20 else ():  # at first the adversary learns alone
+        for value in space if step < 20 else ():  # first train the adversary alone
             value.grad = None
         optimizer.step()
         losses.append(out.losses["modality_adversary"].item())
@@ -265,12 +265,12 @@ def test_adversary_ignores_rows_without_the_source() -> None:
     adversary = ModalityAdversary(["image", "text"], tiny_config(IMAGES))
     embeddings = {"image": torch.randn(4, 16), "text": torch.randn(4, 16)}
     rows = torch.tensor([True, False, True, False])
-    some = adversary.loss(embeddings, {"image": rows, "text": ~rows})
+    loss = adversary.loss(embeddings, {"image": rows, "text": ~rows})
     expected = adversary.loss(
         {"image": embeddings["image"][rows], "text": embeddings["text"][~rows]},
         {"image": rows[rows], "text": rows[rows]},
     )
-    torch.testing.assert_close(some, expected)
+    torch.testing.assert_close(loss, expected)
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
@@ -293,11 +293,11 @@ def test_professor_forcing_samples_as_generate_does(generator: str) -> None:
     image = tiny_inputs(model)["image"][:1]
     with torch.no_grad():
         encoding = model.encode(image=image.repeat(1500, 1, 1, 1))
-        own = model._sample_tokens(encoding, 2)
+        sampled = model._sample_tokens(encoding, 2)
         truth = model(decoder_input_ids=torch.tensor([[1]]), image=image).logits[0, -1].softmax(-1)
-    assert own.shape == (1500, 2)
-    assert set(own[:, 0].tolist()) == {1}
-    torch.testing.assert_close(own[:, 1].bincount(minlength=40) / 1500, truth, rtol=0, atol=0.05)
+    assert sampled.shape == (1500, 2)
+    assert set(sampled[:, 0].tolist()) == {1}
+    torch.testing.assert_close(sampled[:, 1].bincount(minlength=40) / 1500, truth, rtol=0, atol=0.05)
 
 
 def test_generator_adversary_wins_only_if_states_differ() -> None:
@@ -307,10 +307,10 @@ def test_generator_adversary_wins_only_if_states_differ() -> None:
         optimizer = torch.optim.Adam(judge.parameters(), lr=1e-2)
         real = torch.randn(64, TOKENS, 32)
         mask = torch.arange(TOKENS) < torch.arange(64)[:, None] % TOKENS + 1
-        own = real + shift + 100.0 * ~mask[..., None]  # of what is behind the end nobody knows
+        sampled = real + shift + 100.0 * ~mask[..., None]  # padding must not matter
         for _ in range(40):
             optimizer.zero_grad()
-            loss = judge.loss(real, mask, own, mask)
+            loss = judge.loss(real, mask, sampled, mask)
             loss.backward()
             optimizer.step()
         return loss.item()
@@ -319,7 +319,7 @@ def test_generator_adversary_wins_only_if_states_differ() -> None:
     assert fitted(0.0) == pytest.approx(math.log(2), abs=0.02)
 
 
-# The sum
+# The total
 
 
 def test_loss_is_the_weighted_sum() -> None:

@@ -1,4 +1,4 @@
-"""What the fusion model is given: texts, pictures, sounds and features as tensors; and the families that use it."""
+"""The fusion processor for texts, images, audio and features, and the families that use it."""
 
 import json
 import math
@@ -44,7 +44,7 @@ def processor() -> FusionProcessor:
 
 
 def request(row: int = 0, **changed: Any) -> Request:
-    """A sample that has everything, each another, but for what is changed."""
+    """Return a request with every modality, except for the changes."""
     rng = np.random.default_rng(row)
     everything: dict[str, Any] = {
         "image": rng.integers(0, 256, (20 + row, 50 - row, 3), dtype=np.uint8),
@@ -105,14 +105,14 @@ def test_vocabulary_has_the_requested_size() -> None:
 def test_texts_become_ids_and_mask(processor: FusionProcessor) -> None:
     inputs = processor([request(text="a ring"), request(text=""), request(text=None), request(text="ring " * 40)], CPU)
     ids, mask = inputs["text"], inputs["text" + MASK]
-    own = processor.token_ids(["a ring"])[0]
-    assert ids[0, : len(own)].tolist() == own
-    assert mask.sum(1).tolist() == [len(own), 0, 0, 16]
+    ring_ids = processor.token_ids(["a ring"])[0]
+    assert ids[0, : len(ring_ids)].tolist() == ring_ids
+    assert mask.sum(1).tolist() == [len(ring_ids), 0, 0, 16]
     assert ids.shape == (4, 16)
     assert not processor([request(text=None)], CPU)["text" + MASK].any()
 
 
-# Pictures, sounds, features
+# Images, audio, features
 
 
 def test_images_are_resized_and_normalised() -> None:
@@ -138,7 +138,9 @@ def spectrogram(wave: np.ndarray, recipe: MelRecipe = RECIPE) -> torch.Tensor:
 def test_log_mel_keeps_loudness() -> None:
     wave = noise(8000, 1.0)
     quiet, loud = spectrogram(wave), spectrogram(10 * wave)
-    torch.testing.assert_close(loud - quiet, torch.full_like(quiet, 2 / 3), rtol=0, atol=0.01)  # 2 of log10, of 3
+    torch.testing.assert_close(
+        loud - quiet, torch.full_like(quiet, 2 / 3), rtol=0, atol=0.01
+    )  # log10(100) / 3
     assert spectrogram(np.zeros(8000, np.float32)).unique().tolist() == [-1.0]
 
 
@@ -147,9 +149,9 @@ def test_log_mel_bin_of_a_tone() -> None:
         return 2595 * math.log10(1 + hertz / 700)
 
     for hertz in (300.0, 1000.0, 3000.0):
-        found = spectrogram(tone(8000, 1.0, (hertz,)))[4:-4].mean(0).argmax().item()
+        peak = spectrogram(tone(8000, 1.0, (hertz,)))[4:-4].mean(0).argmax().item()
         expected = (mel(hertz) - mel(40)) / (mel(4000) - mel(40)) * 65 - 1
-        assert abs(found - expected) <= 1
+        assert abs(peak - expected) <= 1
 
 
 def test_audio_is_cut_or_padded_with_silence() -> None:
@@ -158,8 +160,8 @@ def test_audio_is_cut_or_padded_with_silence() -> None:
     assert recipe.n_samples == 8000
     window, short = noise(8000, 1.0), noise(8000, 0.5)
     waves = [window, np.concatenate([window, noise(8000, 3.0, seed=1)]), short]
-    one, longer, shorter = processor.audio_values("audio", [(wave, 8000) for wave in waves], CPU)[0]
-    torch.testing.assert_close(longer, one, rtol=0, atol=0)
+    exact, longer, shorter = processor.audio_values("audio", [(wave, 8000) for wave in waves], CPU)[0]
+    torch.testing.assert_close(longer, exact, rtol=0, atol=0)
     assert (shorter[0, 18:] == -1).all()
     assert (shorter[0, :14].amax(1) > 0).all()
     with pytest.raises(DecodeError):
@@ -171,11 +173,11 @@ def test_audio_is_resampled(rate: int) -> None:
     processor = fitted(media())
     tones = (300.0, 900.0)
     sounds = [(tone(8000, 1.0, tones), 8000), (tone(rate, 1.0, tones), rate)]
-    expected, found = processor.audio_values("audio", sounds, CPU)[0]
-    inner = slice(4, -4)  # frames; at a sound's ends resamplers differ
+    expected, actual = processor.audio_values("audio", sounds, CPU)[0]
+    inner = slice(4, -4)  # frames; at the ends, resamplers differ
     loud = expected[0, inner] > 0.3
     assert loud.any()
-    torch.testing.assert_close(found[0, inner][loud], expected[0, inner][loud], rtol=0, atol=0.05)
+    torch.testing.assert_close(actual[0, inner][loud], expected[0, inner][loud], rtol=0, atol=0.05)
 
 
 @pytest.mark.parametrize("seconds", [0.001, 0.05, 1.0, 2.5, 30.0])
@@ -321,8 +323,8 @@ def test_generator_spec(generator: FusionGenerator) -> None:
 @pytest.mark.parametrize("how", DECODINGS)
 def test_batch_of_mixed_requests_equals_single_requests(generator: FusionGenerator, how: str) -> None:
     together = generator.generate(MIXED, DECODINGS[how])
-    for one, text in zip(MIXED, together, strict=True):
-        alone = generator.generate([one], DECODINGS[how])[0]
+    for sample_request, text in zip(MIXED, together, strict=True):
+        alone = generator.generate([sample_request], DECODINGS[how])[0]
         assert alone.token_ids == text.token_ids
         assert alone.logprob == pytest.approx(text.logprob, abs=1e-3)
         assert text.text == generator.processor.decode([text.token_ids])[0]
@@ -361,8 +363,8 @@ def test_generator_counts_tokens_and_weights(generator: FusionGenerator) -> None
     assert counts == [len(generator.processor.token_ids([text])[0]) for text in texts]
     assert counts[2] > 50
     rows = [Request(text="a ring"), request(1), Request()]
-    own = generator.count_tokens([TEXTS[1]])[0]
-    assert generator.weigh(rows) == [counts[0], own + 2, 0]
+    text_tokens = generator.count_tokens([TEXTS[1]])[0]
+    assert generator.weigh(rows) == [counts[0], text_tokens + 2, 0]
 
 
 def test_encoder_equals_the_model(directory: Path) -> None:
@@ -376,16 +378,16 @@ def test_encoder_equals_the_model(directory: Path) -> None:
         expected = encoder.model.encode(**inputs).embeddings
         states = {name: encoder.model.embed(name, inputs[name], inputs[name + MASK])[0] for name in MODALITIES}
     sounds = [row.audio for row in rows if row.audio is not None]
-    found: dict[Modality, Encoded] = {
+    encodings: dict[Modality, Encoded] = {
         "image": encoder.encode_image([row.image for row in rows if row.image is not None], tokens=True),
         "audio": encoder.encode_audio([wave for wave, _ in sounds], [rate for _, rate in sounds], tokens=True),
         "text": encoder.encode_text(encoder.tokenize([row.text or "" for row in rows]), tokens=True),
     }
-    for name, encoded in found.items():
+    for name, encoded in encodings.items():
         torch.testing.assert_close(encoded.pooled, expected[name], rtol=1e-4, atol=1e-5)
         assert encoded.tokens is not None
-        for own, tokens, real in zip(encoded.tokens, *states[name], strict=True):
-            torch.testing.assert_close(own, tokens[real], rtol=1e-4, atol=1e-4)
+        for vectors, tokens, real in zip(encoded.tokens, *states[name], strict=True):
+            torch.testing.assert_close(vectors, tokens[real], rtol=1e-4, atol=1e-4)
     assert [len(ids) for ids in encoder.tokenize(["ring " * 40, ""])] == [16, 0]
     assert encoder.count_tokens(["ring " * 40])[0] >= 40
     assert encoder.encode_text([[]]).pooled.isfinite().all()

@@ -1,4 +1,4 @@
-"""Checkpoints of transformers as encoders of a fusion model, frozen or not, against the checkpoints themselves."""
+"""Pretrained encoders of a fusion model, frozen and trained, against their checkpoints."""
 
 import shutil
 from collections.abc import Callable
@@ -31,7 +31,7 @@ from mmbeam.names import Modality
 from mmbeam.prompts.ask import Request
 from mmbeam.training.views import make_views
 
-# WavLM of transformers 5 hands PyTorch a mask and a bias of different types; PyTorch adds them up all the same.
+# WavLM of transformers 5 passes PyTorch a mask and a bias of different types, which PyTorch adds with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")
 CPU = torch.device("cpu")
 Save = Callable[[Path], Path]
@@ -86,7 +86,7 @@ def make(name: str, directory: Path, frozen: bool) -> tuple[FusionModel, FusionP
 
 
 def reference(name: str, directory: Path, values: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """The checkpoint's own last hidden states."""
+    """Return the last hidden states of the checkpoint."""
     if name == "blip-text":
         whole = BlipForImageTextRetrieval.from_pretrained(directory).eval()
         with torch.no_grad():
@@ -111,11 +111,11 @@ def test_encoder_equals_the_checkpoint(name: str, tmp_path: Path) -> None:
     expected = reference(name, tmp_path / "own", values, mask)
     if expected.dim() == 4:
         expected = expected.flatten(2).transpose(1, 2)
-    found: list[torch.Tensor] = []
+    inputs: list[torch.Tensor] = []
     encoder: Any = model.eval().encoders["tower"]
-    encoder.project.register_forward_hook(lambda module, args, out: found.append(args[0]))
+    encoder.project.register_forward_hook(lambda module, args, out: inputs.append(args[0]))
     tokens, _ = model.embed("tower", values, mask)
-    torch.testing.assert_close(found[0], expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(inputs[0], expected, rtol=1e-4, atol=1e-4)
     if mask.dim() > 1:
         assert mask.sum(1).max() <= 20
         assert torch.equal(tokens[1], mask)
@@ -129,13 +129,13 @@ def test_batched_waveforms_equal_the_checkpoint(name: str, tmp_path: Path) -> No
     encoder: Any = model.eval().encoders["tower"]
     values, mask = inputs["tower"], inputs["tower" + MASK]
     assert mask.any(1).tolist() == [True, True, True, False, True]
-    there = mask.any(1)
-    states, real = encoder.read(values[there], mask[there])
+    present = mask.any(1)
+    states, real = encoder.read(values[present], mask[present])
     whole = AutoModel.from_pretrained(tmp_path).eval()
-    for row, own, wave, heard in zip(states, real, values[there], mask[there], strict=True):
+    for row, is_real, wave, is_sample in zip(states, real, values[present], mask[present], strict=True):
         with torch.no_grad():
-            expected = whole(wave[None, heard]).last_hidden_state[0]
-        torch.testing.assert_close(row[own], expected, rtol=1e-4, atol=1e-4)
+            expected = whole(wave[None, is_sample]).last_hidden_state[0]
+        torch.testing.assert_close(row[is_real], expected, rtol=1e-4, atol=1e-4)
     view = make_views(model.sources, ["tower"], inputs)
     assert torch.equal(view["tower" + MASK], mask)
     assert not torch.equal(view["tower"], values)
@@ -163,11 +163,12 @@ def test_text_for_a_model_without_a_mask_is_padded(tmp_path: Path) -> None:
     source = SourceConfig.parse("tower", read_source(directory, "text"))
     tokenizer = read_preprocessing(directory, source)
     processor = FusionProcessor.fit({"tower": source}, ["a dog"], 260, pretrained={"tower": tokenizer})
-    own = AutoTokenizer.from_pretrained(directory)
+    reference_tokenizer = AutoTokenizer.from_pretrained(directory)
     for text in ("a dog", "dog " * 50):
-        expected = own(text, padding="max_length", max_length=64, truncation=True).input_ids
+        expected = reference_tokenizer(text, padding="max_length", max_length=64, truncation=True).input_ids
         assert processor.input_ids([text], "tower") == [expected]
-    assert len(processor.token_ids(["a dog"], "tower")[0]) == len(own("a dog", add_special_tokens=False).input_ids)
+    expected = reference_tokenizer("a dog", add_special_tokens=False).input_ids
+    assert len(processor.token_ids(["a dog"], "tower")[0]) == len(expected)
 
 
 @pytest.mark.parametrize("frozen", [True, False], ids=["frozen", "trained"])

@@ -36,46 +36,46 @@ CASES: list[Case] = [
 
 VOCABULARY = ("a", "an", "the", "dog", "cat", "runs", "sits", "on", "grass", "red", ".", ",", "'s", "don't")
 words = st.lists(st.sampled_from(VOCABULARY), max_size=9).map(" ".join)
-cases = st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=4)), min_size=1, max_size=12)
+case_lists = st.lists(st.tuples(words, st.lists(words, min_size=1, max_size=4)), min_size=1, max_size=12)
 
 
-def corpus_scores(found: Sequence[Case], names: Sequence[str]) -> dict[str, float]:
-    """The scores of the sum of the samples' counts."""
-    metrics = text_metrics(names, document_frequencies(references for _, references in found))
+def corpus_scores(cases: Sequence[Case], names: Sequence[str]) -> dict[str, float]:
+    """Return the scores of the sum of the counts of the samples."""
+    metrics = text_metrics(names, document_frequencies(references for _, references in cases))
     scores: dict[str, float] = {}
     for metric in metrics.values():
-        scores |= metric.corpus_scores(reduce(add, (metric.measure(*case) for case in found)))
+        scores |= metric.corpus_scores(reduce(add, (metric.measure(*case) for case in cases)))
     return scores
 
 
-def streams(found: Sequence[Case]) -> tuple[list[str], Any]:
-    """Hypotheses, and references as sacrebleu takes them: by number, None where a sample has fewer."""
-    most = max(len(references) for _, references in found)
-    return [text for text, _ in found], [[dict(enumerate(r)).get(n) for _, r in found] for n in range(most)]
+def streams(cases: Sequence[Case]) -> tuple[list[str], Any]:
+    """Return hypotheses and references in sacrebleu's form: by number, None where a sample has fewer."""
+    most = max(len(references) for _, references in cases)
+    return [text for text, _ in cases], [[dict(enumerate(r)).get(n) for _, r in cases] for n in range(most)]
 
 
-# Against the libraries: the sum of the counts is the library's score of the whole list, to the last bit
+# The score of summed counts equals the library's corpus score to the last bit
 
 
-@given(cases)
+@given(case_lists)
 @settings(max_examples=60, deadline=None)
-def test_corpus_bleu_and_chrf_equal_sacrebleu(found: list[Case]) -> None:
-    found = [*found, *CASES]
-    scores = corpus_scores(found, ("bleu", "chrf"))
-    assert scores["bleu"] == sacrebleu.BLEU().corpus_score(*streams(found)).score
-    assert scores["chrf"] == sacrebleu.CHRF().corpus_score(*streams(found)).score
+def test_corpus_bleu_and_chrf_equal_sacrebleu(cases: list[Case]) -> None:
+    cases = [*cases, *CASES]
+    scores = corpus_scores(cases, ("bleu", "chrf"))
+    assert scores["bleu"] == sacrebleu.BLEU().corpus_score(*streams(cases)).score
+    assert scores["chrf"] == sacrebleu.CHRF().corpus_score(*streams(cases)).score
 
 
-@given(cases)
+@given(case_lists)
 @settings(max_examples=60, deadline=None)
-def test_corpus_rouge_is_the_mean_of_rouge_score(found: list[Case]) -> None:
-    found = [*found, *CASES]
+def test_corpus_rouge_is_the_mean_of_rouge_score(cases: list[Case]) -> None:
+    cases = [*cases, *CASES]
     names = ("rouge1", "rouge2", "rougeL")
     scorer = RougeScorer(names)
-    single = [scorer.score_multi(references, text) for text, references in found]
-    scores = corpus_scores(found, ("rouge",))
+    single = [scorer.score_multi(references, text) for text, references in cases]
+    scores = corpus_scores(cases, ("rouge",))
     for name in names:
-        assert scores[name] == float(sum(Fraction(score[name].fmeasure) for score in single) / len(found))
+        assert scores[name] == float(sum(Fraction(score[name].fmeasure) for score in single) / len(cases))
 
 
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=12))
@@ -90,9 +90,9 @@ def test_corpus_error_rates_equal_jiwer(pairs: list[tuple[str, str]]) -> None:
 def test_sample_bleu_and_chrf_equal_sacrebleu(case: Case) -> None:
     text, references = case
     metrics = text_metrics(("bleu", "chrf"))
-    found = {name: metric.sample_scores(metric.measure(text, references))[name] for name, metric in metrics.items()}
-    assert found["bleu"] == sacrebleu.sentence_bleu(text, references).score
-    assert found["chrf"] == sacrebleu.sentence_chrf(text, references).score
+    cases = {name: metric.sample_scores(metric.measure(text, references))[name] for name, metric in metrics.items()}
+    assert cases["bleu"] == sacrebleu.sentence_bleu(text, references).score
+    assert cases["chrf"] == sacrebleu.sentence_chrf(text, references).score
 
 
 def test_error_rate_uses_the_nearest_reference() -> None:
@@ -106,27 +106,27 @@ def test_error_rate_of_silence() -> None:
 
 
 def test_exact_match_with_any_reference() -> None:
-    found = [("a dog", ["a cat", "a dog\n"]), ("A dog", ["a dog"]), ("", ["x"]), ("x", ["x"])]
-    assert corpus_scores(found, ("exact_match",)) == {"exact_match": 0.5}
+    cases = [("a dog", ["a cat", "a dog\n"]), ("A dog", ["a dog"]), ("", ["x"]), ("x", ["x"])]
+    assert corpus_scores(cases, ("exact_match",)) == {"exact_match": 0.5}
 
 
 # CIDEr-D
 
 
-def reference_cider(found: Sequence[tuple[list[str], list[list[str]]]]) -> list[float]:
-    """CIDEr-D as the paper and its authors' code have it, on tokens: plain, and slow."""
+def reference_cider(cases: Sequence[tuple[list[str], list[list[str]]]]) -> list[float]:
+    """Return CIDEr-D of tokens by a direct, slow implementation of the paper and its authors' code."""
 
     def grams(tokens: list[str], n: int) -> Counter[tuple[str, ...]]:
         return Counter(tuple(tokens[i : i + n]) for i in range(len(tokens) - n + 1))
 
     document_frequency: dict[tuple[str, ...], int] = defaultdict(int)
-    for _, references in found:
+    for _, references in cases:
         for gram in {gram for tokens in references for n in (1, 2, 3, 4) for gram in grams(tokens, n)}:
             document_frequency[gram] += 1
 
     def weights(tokens: list[str], n: int) -> dict[tuple[str, ...], float]:
         of = grams(tokens, n)
-        return {g: of[g] * (math.log(len(found)) - math.log(max(1, document_frequency[g]))) for g in of}
+        return {g: of[g] * (math.log(len(cases)) - math.log(max(1, document_frequency[g]))) for g in of}
 
     def similarity(candidate: list[str], reference: list[str], n: int) -> float:
         g, h = weights(candidate, n), weights(reference, n)
@@ -136,24 +136,24 @@ def reference_cider(found: Sequence[tuple[list[str], list[list[str]]]]) -> list[
         return (product / norm if norm else 0.0) * math.exp(-((lengths[0] - lengths[1]) ** 2) / (2 * 6.0**2))
 
     return [
-        10 * sum(similarity(text, each, n) for n in (1, 2, 3, 4) for each in references) / 4 / len(references)
-        for text, references in found
+        10 * sum(similarity(text, reference, n) for n in (1, 2, 3, 4) for reference in references) / 4 / len(references)
+        for text, references in cases
     ]
 
 
-@given(cases)
+@given(case_lists)
 @settings(max_examples=60, deadline=None)
-def test_cider_equals_its_definition(found: list[Case]) -> None:
-    found = [*found, *CASES]
-    tokens = [(tokenize(text), [tokenize(reference) for reference in references]) for text, references in found]
-    cider = CiderD(document_frequencies(references for _, references in found))
+def test_cider_equals_its_definition(cases: list[Case]) -> None:
+    cases = [*cases, *CASES]
+    tokens = [(tokenize(text), [tokenize(reference) for reference in references]) for text, references in cases]
+    cider = CiderD(document_frequencies(references for _, references in cases))
     expected = reference_cider(tokens)
-    assert [cider.score(*case) for case in found] == pytest.approx(expected, abs=1e-9)
-    assert corpus_scores(found, ("cider",))["cider"] == pytest.approx(sum(expected) / len(found), abs=1e-9)
+    assert [cider.score(*case) for case in cases] == pytest.approx(expected, abs=1e-9)
+    assert corpus_scores(cases, ("cider",))["cider"] == pytest.approx(sum(expected) / len(cases), abs=1e-9)
 
 
 def test_cider_equals_the_reference_implementation() -> None:
-    """What CiderScorer of pycocoevalcap 1.2, by the metric's authors, says of these (tokenised) captions."""
+    """The expected scores are those of CiderScorer in pycocoevalcap 1.2, by the authors of the metric."""
     golden = [
         (
             "a man rides a wave on a surfboard",
@@ -168,29 +168,29 @@ def test_cider_equals_the_reference_implementation() -> None:
         ),
         ("two zebras", "a herd of zebras grazing|two zebras"),
     ]
-    found = [(text, references.split("|")) for text, references in golden]
-    cider = CiderD(document_frequencies(references for _, references in found))
+    cases = [(text, references.split("|")) for text, references in golden]
+    cider = CiderD(document_frequencies(references for _, references in cases))
     expected = [2.7544966363579793, 2.38800817759137, 10.0, 0.0, 1.672732861986619, 2.9465521821715623]
-    assert [cider.score(*case) for case in found] == pytest.approx(expected, abs=1e-12)
+    assert [cider.score(*case) for case in cases] == pytest.approx(expected, abs=1e-12)
 
 
 def test_ngrams_of_one_sample_may_be_dropped() -> None:
     whole = document_frequencies(references for _, references in CASES)
-    some = CiderD({gram: count for gram, count in whole.items() if count > 1})
-    assert [some.score(*case) for case in CASES] == [CiderD(whole).score(*case) for case in CASES]
+    without_rare = CiderD({gram: count for gram, count in whole.items() if count > 1})
+    assert [without_rare.score(*case) for case in CASES] == [CiderD(whole).score(*case) for case in CASES]
 
 
-@given(cases, st.integers(0, 12))
-def test_document_frequencies_add_up(found: list[Case], cut: int) -> None:
-    references = [each for _, each in found]
+@given(case_lists, st.integers(0, 12))
+def test_document_frequencies_add_up(cases: list[Case], cut: int) -> None:
+    references = [texts for _, texts in cases]
     joined = document_frequencies(references[:cut]) + document_frequencies(references[cut:])
     assert joined == document_frequencies(references)
-    assert joined[""] == len(found)
+    assert joined[""] == len(cases)
 
 
 @pytest.mark.parametrize(
     ("text", "tokens"),
-    [  # as edu.stanford.nlp.process.PTBTokenizer 3.4.1 has them, lower case, without pycocoevalcap's punctuation
+    [  # from edu.stanford.nlp.process.PTBTokenizer 3.4.1, in lower case, without pycocoevalcap's punctuation
         ("A man riding a wave on top of a surfboard.", "a man riding a wave on top of a surfboard"),
         ("A black-and-white dog doesn't like the cat's food, it's cold!",
          "a black-and-white dog does n't like the cat 's food it 's cold"),
@@ -227,9 +227,9 @@ def test_counts_of_different_metrics_do_not_add_up() -> None:
         Counts((1, 2)) + Counts((1,))
 
 
-def totals_of(found: Sequence[Case]) -> list[TextTotals]:
-    """The totals of one row each; some rows lack what is compared."""
-    metrics = text_metrics(METRICS, document_frequencies(references for _, references in found))
+def totals_of(cases: Sequence[Case]) -> list[TextTotals]:
+    """Return the totals of single rows, some without hypothesis or references."""
+    metrics = text_metrics(METRICS, document_frequencies(references for _, references in cases))
     pairs = [
         Pair(
             key=f"{n:03}",
@@ -238,15 +238,15 @@ def totals_of(found: Sequence[Case]) -> list[TextTotals]:
             hypothesis=None if n % 7 == 5 else text,
             references=() if n % 5 == 4 else tuple(references),
         )
-        for n, (text, references) in enumerate(found)
+        for n, (text, references) in enumerate(cases)
     ]
     return [score_pair(pair, metrics)[0] for pair in pairs]
 
 
-@given(cases, st.randoms())
+@given(case_lists, st.randoms())
 @settings(max_examples=30, deadline=None)
-def test_totals_do_not_depend_on_partition_or_order(found: list[Case], random: Any) -> None:
-    single = totals_of([*found, *CASES])
+def test_totals_do_not_depend_on_partition_or_order(cases: list[Case], random: Any) -> None:
+    single = totals_of([*cases, *CASES])
     whole = reduce(add, single, TextTotals())
     cuts = sorted(random.sample(range(len(single)), 2))
     shuffled = random.sample(single, len(single))

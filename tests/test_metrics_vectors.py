@@ -1,4 +1,4 @@
-"""Retrieval and linear probes: against their definitions written plainly, and against scikit-learn."""
+"""Retrieval and linear probes against direct implementations of their definitions, and scikit-learn."""
 
 import tracemalloc
 from typing import Any
@@ -22,7 +22,7 @@ Array = npt.NDArray[np.float32]
 
 
 def ranks_one_by_one(queries: Array, candidates: Array) -> list[float]:
-    """The definition: the mean of the best and the worst place among equals."""
+    """Return the rank by definition: the mean of the best and the worst among ties."""
     unit = [
         side / np.linalg.norm(side, axis=1, keepdims=True) for side in (queries.astype(float), candidates.astype(float))
     ]
@@ -38,7 +38,7 @@ def ranks_one_by_one(queries: Array, candidates: Array) -> list[float]:
 @given(st.integers(1, 30), st.integers(1, 6), st.integers(1, 40), st.integers(0, 2**32 - 1))
 @settings(max_examples=80, deadline=None)
 def test_ranks_equal_their_definition_for_any_block_size(rows: int, width: int, block: int, seed: int) -> None:
-    """Small whole numbers, so that many similarities are equal."""
+    """Small integers make many ties."""
     random = np.random.default_rng(seed)
     left, right = (random.integers(1, 4, (rows, width)).astype(np.float32) for _ in "ab")
     forward, backward = match_ranks(left, right, block)
@@ -95,7 +95,7 @@ def test_arrays_of_different_shapes_are_refused() -> None:
 
 
 def peak_of_ranks(rows: int) -> int:
-    """Bytes that are allocated at once, beside the vectors."""
+    """Return the peak of allocated bytes, without the vectors."""
     vectors = np.random.default_rng(0).normal(size=(rows, 16))
     tracemalloc.start()
     try:
@@ -106,7 +106,7 @@ def peak_of_ranks(rows: int) -> int:
 
 
 def test_memory_is_bounded() -> None:
-    """But for three numbers per row (the ranks both ways, a similarity) and a copy of them."""
+    """Apart from three numbers per row (two ranks, a similarity) and a copy of them."""
     small, large = peak_of_ranks(2 * BLOCK), peak_of_ranks(8 * BLOCK)
     assert large - small <= 6 * 8 * 6 * BLOCK
     assert small <= 4 * BLOCK * BLOCK * 8
@@ -116,7 +116,7 @@ def test_memory_is_bounded() -> None:
 
 
 def clusters(rows: int, classes: int, seed: int = 0, width: int = 16) -> tuple[Array, list[str], list[str]]:
-    """Vectors, labels and keys; a cluster for each class."""
+    """Return vectors, labels and keys, with one cluster per class."""
     random = np.random.default_rng(seed)
     labels = random.integers(0, classes, rows)
     vectors = random.normal(size=(classes, width))[labels] + 1.5 * random.normal(size=(rows, width))
@@ -138,18 +138,18 @@ def test_probe_equals_scikit_learn(classes: int) -> None:
         "f1": f1_score(truth, predicted, average="macro"),
         "auc": roc_auc_score(truth, probabilities if classes > 2 else probabilities[:, 1], multi_class="ovr"),
     }
-    found = linear_probe(vectors, labels, keys)
-    assert {name: found[name] for name in expected} == pytest.approx(expected, abs=1e-7)
-    assert found["accuracy"] > found["majority"] + 0.2
-    assert found["converged"]
-    assert (found["train_rows"], found["test_rows"]) == ((~test).sum(), test.sum())
+    scores = linear_probe(vectors, labels, keys)
+    assert {name: scores[name] for name in expected} == pytest.approx(expected, abs=1e-7)
+    assert scores["accuracy"] > scores["majority"] + 0.2
+    assert scores["converged"]
+    assert (scores["train_rows"], scores["test_rows"]) == ((~test).sum(), test.sum())
 
 
 def test_probe_of_noise_scores_at_chance() -> None:
     _, labels, keys = clusters(2000, 4)
-    found = linear_probe(np.random.default_rng(1).normal(size=(2000, 8)), labels, keys)
-    assert found["accuracy"] == pytest.approx(0.25, abs=0.08)
-    assert found["auc"] == pytest.approx(0.5, abs=0.06)
+    scores = linear_probe(np.random.default_rng(1).normal(size=(2000, 8)), labels, keys)
+    assert scores["accuracy"] == pytest.approx(0.25, abs=0.08)
+    assert scores["auc"] == pytest.approx(0.5, abs=0.06)
 
 
 def test_held_out_split_depends_on_the_key_only() -> None:
@@ -163,9 +163,9 @@ def test_held_out_split_depends_on_the_key_only() -> None:
 def test_class_without_training_samples_counts_as_wrong() -> None:
     vectors, labels, keys = clusters(300, 3)
     rare = int(np.flatnonzero(held_out(keys))[0])
-    found = linear_probe(vectors, [*labels[:rare], "never seen", *labels[rare + 1 :]], keys)
-    assert found["classes"] == 3
-    assert found["auc"] is not None
+    scores = linear_probe(vectors, [*labels[:rare], "never seen", *labels[rare + 1 :]], keys)
+    assert scores["classes"] == 3
+    assert scores["auc"] is not None
 
 
 def test_unsuitable_labels_are_refused() -> None:

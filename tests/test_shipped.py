@@ -1,4 +1,4 @@
-"""The model that ships with the package, against the truth of scenes it has never seen."""
+"""The model that ships with the package, on scenes it was not trained on."""
 
 import hashlib
 import json
@@ -21,12 +21,12 @@ from mmbeam.training.shipped import EVALUATION_SEED, evaluate
 from mmbeam.training.sources import scene_example
 
 DIRECTORY = resolve(SHIPPED_MODEL).directory
-SEED = 77  # neither of training, nor of selection, nor of the card's figures
+SEED = 77  # not used for training, selection or the figures of the card
 
 
 @pytest.fixture(scope="module")
 def figures() -> dict[str, object]:
-    """Measured here, on fewer scenes than the card's: one wrong caption of 150 is 0.7 %."""
+    """Exact match on fewer scenes than the card: one wrong caption of 150 is 0.7 %."""
     return evaluate(DIRECTORY, torch.device("cpu"), 150, seed=SEED)
 
 
@@ -50,16 +50,16 @@ def test_shipped_model_card_matches_the_weights() -> None:
     weights = (DIRECTORY / "model.safetensors").read_bytes()
     assert hashlib.sha256(weights).hexdigest() in (DIRECTORY / "README.md").read_text()
     assert sum(path.stat().st_size for path in DIRECTORY.iterdir()) <= 10_000_000
-    found = json.loads((DIRECTORY / "figures.json").read_text())["evaluation"]
-    assert (found["samples"], found["seed"]) == (2000, EVALUATION_SEED)
-    assert found["exact_match"] >= 0.97
-    assert found["words_right"] >= 0.99
-    assert min(found["subsets"].values()) >= 0.97
+    figures = json.loads((DIRECTORY / "figures.json").read_text())["evaluation"]
+    assert (figures["samples"], figures["seed"]) == (2000, EVALUATION_SEED)
+    assert figures["exact_match"] >= 0.97
+    assert figures["words_right"] >= 0.99
+    assert min(figures["subsets"].values()) >= 0.97
 
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
-    """Captions of shards with real codecs, at another size and rate than those of the training."""
+    """Rows of a caption job on shards with real codecs, at another size and rate than in training."""
     directory = tmp_path_factory.mktemp("shipped")
     write_corpus(directory / "shards", samples=60, shards=2, seed=SEED)
     options = CaptionOptions(
@@ -71,8 +71,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, object]]:
         with_embeddings=True,
     )
     assert caption(options).tally.rows == 60
-    found: list[dict[str, object]] = ds.dataset(directory / "out" / "data").to_table().sort_by("key").to_pylist()
-    return found
+    table: list[dict[str, object]] = ds.dataset(directory / "out" / "data").to_table().sort_by("key").to_pylist()
+    return table
 
 
 def test_caption_job_with_the_shipped_model(rows: list[dict[str, object]]) -> None:
@@ -88,7 +88,7 @@ def test_attribution_covers_every_modality(rows: list[dict[str, object]]) -> Non
 
 
 def test_masking_a_modality_removes_its_clause_only() -> None:
-    """The clauses come in the order of the modalities, and each has a known source."""
+    """Clauses are in the order of the modalities."""
     model = load(describe(DIRECTORY), torch.device("cpu"), torch.float32)
     scene = Scene.draw(SEED, 3)
     request = scene_example(scene).make()
@@ -99,13 +99,13 @@ def test_masking_a_modality_removes_its_clause_only() -> None:
         before = prefix(model, ", ".join(clauses[:number]), made)
         until = prefix(model, ", ".join(clauses[: number + 1]), made)
         whole, masked = (
-            model.score([each, each], [before, until]) for each in (request, request.without(modality, {}))
+            model.score([variant, variant], [before, until]) for variant in (request, request.without(modality, {}))
         )
-        assert whole[0] - masked[0] < 0.5, modality  # what comes before its clause loses nothing
-        assert (whole[1] - masked[1]) - (whole[0] - masked[0]) > 3, modality  # its clause does
+        assert whole[0] - masked[0] < 0.5, modality  # the text before its clause is unaffected
+        assert (whole[1] - masked[1]) - (whole[0] - masked[0]) > 3, modality  # its clause loses
 
 
 def prefix(model: Generator, text: str, made: Generated) -> Generated:
-    """The first tokens of what was made, those that spell `text`."""
+    """Return the first generated tokens, those of `text`."""
     count = model.count_tokens([text])[0]
     return replace(made, token_ids=made.token_ids[:count])

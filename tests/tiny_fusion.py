@@ -13,7 +13,7 @@ from mmbeam.names import MODALITIES
 compute_on_one_thread()
 FUSIONS: tuple[str, ...] = get_args(Fusion)
 GENERATORS: tuple[str, ...] = get_args(GeneratorKind)
-KINDS = ("conv", "mlp", "lstm", "transformer")  # of encoders of this model's own
+KINDS = ("conv", "mlp", "lstm", "transformer")  # of the model's own encoders
 VOCABULARY, BATCH, TOKENS, SIDE = 40, 4, 6, 32
 SIZES: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {
 
 
 def media(kind: str = "conv", text: str | None = None) -> dict[str, Any]:
-    """A picture, a sound and a text, each with an encoder of this kind; `text` is another one for the text."""
+    """Return image, audio and text sources with encoders of this kind, or `text` for the text."""
     grid = {"kind": kind, "channels": [4, 8, 8], "layers": 1}
     return {
         "image": {"modality": "image", "shape": [3, SIDE, SIDE], "patch": [8, 8], **grid},
@@ -44,19 +44,19 @@ def tiny_config(sources: Mapping[str, Any] | None = None, **options: Any) -> Fus
 
 
 def tiny_model(sources: Mapping[str, Any] | None = None, **options: Any) -> FusionModel:
-    """In eval mode; its weights are random but large, so that inputs matter and texts are lively."""
+    """Return a model in eval mode with large random weights, so that inputs matter and texts vary."""
     torch.manual_seed(1)
     model: FusionModel = FusionModel(tiny_config(sources, **options)).eval()
     for name, value in model.named_parameters():
         if value.dim() > 1 and "space" not in name:
             torch.nn.init.normal_(value.data, std=1.5 * value[0].numel() ** -0.5)
-        elif value.dim() == 1:  # biases that are zero would hide what should not be added
+        elif value.dim() == 1:  # zero biases would hide errors
             value.data += 0.2 * torch.randn_like(value)
     return model
 
 
 def tiny_inputs(model: FusionModel, batch: int = BATCH, seed: int = 0) -> dict[str, torch.Tensor]:
-    """Every source for every sample; of sequences each sample has another length."""
+    """Return inputs with every source for every sample; sequences have different lengths."""
     torch.manual_seed(seed)
     lengths = torch.arange(batch) % (TOKENS - 1) + 2
     sequence = torch.arange(TOKENS) < lengths[:, None]
@@ -75,7 +75,7 @@ def tiny_inputs(model: FusionModel, batch: int = BATCH, seed: int = 0) -> dict[s
 
 
 def tiny_labels(batch: int = BATCH, seed: int = 0) -> torch.Tensor:
-    """Captions of different lengths, each ended, padded with -100."""
+    """Return captions of different lengths with end tokens, padded with -100."""
     torch.manual_seed(seed)
     labels = torch.randint(3, VOCABULARY, (batch, TOKENS))
     for row, label in enumerate(labels):
@@ -86,7 +86,7 @@ def tiny_labels(batch: int = BATCH, seed: int = 0) -> torch.Tensor:
 
 
 def spoiled(inputs: Mapping[str, torch.Tensor], missing: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The inputs with sources masked in the rows that `missing` [B] names, and nonsense in their place."""
+    """Return the inputs with sources masked in the `missing` rows [B], whose values become random."""
     out = dict(inputs)
     for name, rows in missing.items():
         values, mask = inputs[name].clone(), inputs[name + MASK].clone()
@@ -98,11 +98,11 @@ def spoiled(inputs: Mapping[str, torch.Tensor], missing: Mapping[str, torch.Tens
 
 
 def only(inputs: Mapping[str, torch.Tensor], row: int, names: Any = MODALITIES) -> dict[str, torch.Tensor]:
-    """One row as a batch of its own, with these sources alone, and of a sequence no more than is there."""
-    one: dict[str, torch.Tensor] = {}
+    """Return one row as a batch with these sources only, without the padding of sequences."""
+    single: dict[str, torch.Tensor] = {}
     for name in names:
         values, mask = inputs[name][row : row + 1], inputs[name + MASK][row : row + 1]
         if mask.dim() > 1:
             values, mask = values[:, : int(mask.sum())], mask[:, : int(mask.sum())]
-        one |= {name: values, name + MASK: mask}
-    return one
+        single |= {name: values, name + MASK: mask}
+    return single
