@@ -138,9 +138,7 @@ def spectrogram(wave: np.ndarray, recipe: MelRecipe = RECIPE) -> torch.Tensor:
 def test_log_mel_keeps_loudness() -> None:
     wave = noise(8000, 1.0)
     quiet, loud = spectrogram(wave), spectrogram(10 * wave)
-    torch.testing.assert_close(
-        loud - quiet, torch.full_like(quiet, 2 / 3), rtol=0, atol=0.01
-    )  # log10(100) / 3
+    torch.testing.assert_close(loud - quiet, torch.full_like(quiet, 2 / 3), rtol=0, atol=0.01)  # log10(100) / 3
     assert spectrogram(np.zeros(8000, np.float32)).unique().tolist() == [-1.0]
 
 
@@ -396,5 +394,5 @@ def test_encoder_equals_the_model(directory: Path) -> None:
 def test_feature_only_model_is_not_an_encoder(tmp_path: Path) -> None:
     tiny_config(FEATURES).save_pretrained(tmp_path)
     fitted(FEATURES).save(tmp_path)
-    with pytest.raises(ModelError, match="reads features that another model made, and no media itself"):
+    with pytest.raises(ModelError, match="all its sources are features"):
         FusionEncoder.describe(tmp_path, json.loads((tmp_path / "config.json").read_text()))
