@@ -6,6 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from encoder_checks import edit_json, load_encoder
 from pictures import pictures
 from PIL import Image
@@ -161,6 +162,11 @@ def test_a_dinov3_processor_file_of_the_hub_is_read(checkpoints: Checkpoints, tm
     nulls = dict.fromkeys(("image_mean", "image_std", "rescale_factor", "resample"))
     edit_json(directory, "preprocessor_config.json", image_processor_type="DINOv3ViTImageProcessorFast", **nulls)
     assert read_image_recipe(directory) == read_image_recipe(checkpoints["dinov3_vit"])
+
+
+def test_transformers_still_has_no_dinov3_processor_without_torchvision() -> None:
+    """If this fails, recipes.py can read DINOv3's processor like the others."""
+    assert not hasattr(transformers, "DINOv3ViTImageProcessorPil")
 
 
 @pytest.mark.parametrize("crop_pct", [0.875, 0.9, None])

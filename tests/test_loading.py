@@ -368,6 +368,21 @@ def test_concurrent_loads_leave_transformers_unchanged(clip: Path, monkeypatch: 
     assert (PreTrainedModel.tie_weights, PreTrainedModel.init_weights, torch.nn.init.normal_) == before
 
 
+def test_transformers_still_replaces_its_functions_while_it_loads(clip: Path) -> None:
+    """If this fails, load_pretrained needs no lock any more."""
+    seen = []
+
+    class RecordingModel(CLIPModel):
+        def __init__(self, config: Any) -> None:
+            seen.append(PreTrainedModel.tie_weights)
+            super().__init__(config)
+
+    before = PreTrainedModel.tie_weights
+    load_pretrained(RecordingModel, clip, CPU, torch.float32)
+    assert seen
+    assert before not in seen
+
+
 def test_loading_prints_nothing(clip: Path, capfd: pytest.CaptureFixture[str]) -> None:
     load_pretrained(CLIPModel, clip, CPU, torch.float32)
     out, err = capfd.readouterr()
@@ -379,7 +394,7 @@ def test_dtypes() -> None:
     assert parse_dtype(None, "cuda:1") is torch.bfloat16
     assert parse_dtype("fp16", "cpu") is parse_dtype("float16", "cuda") is torch.float16
     assert dtype_name("bf16", "cpu") == dtype_name(None, "cuda") == "bfloat16"
-    with pytest.raises(UsageError, match="--dtype int8: expected one of float32, fp32"):
+    with pytest.raises(UsageError, match="`dtype` int8: expected one of float32, fp32"):
         parse_dtype("int8", "cpu")
 
 

@@ -1,1 +1,1 @@
-"""Models: where their files are, how they load, where they run, and one module per family."""
+"""Models: their files, their devices, and the families of encoders, generators and fusion models."""

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja", "*.vec")
 NOT_MODEL_FILES = ("onnx/*", "openvino/*", ".*", "*/.*")
 
-DTYPES: Mapping[str, torch.dtype] = {
+_DTYPES: Mapping[str, torch.dtype] = {
     "float32": torch.float32,
     "fp32": torch.float32,
     "float16": torch.float16,
@@ -52,8 +52,9 @@ _SHIPPED_DIRECTORY = Path(__file__).parent / "fusion" / SHIPPED_MODEL
 # Buffers that some checkpoints have and others lack; they are computed from the configuration alone.
 _COMPUTED_KEYS = re.compile(r"(^|\.)(position_ids|token_type_ids)$")
 
-# While it loads, transformers (5.20) replaces functions of its own and of torch for all threads, and restores them
-# afterwards. Two concurrent loads would leave them replaced, and no later model of the process would tie its weights.
+# While it loads, transformers (5.20) replaces PreTrainedModel.tie_weights, for all threads, and restores it afterwards.
+# Two concurrent loads could leave it replaced, and no later model of the process would tie its weights.
+# A test in tests/test_loading.py fails when the lock is no longer needed.
 _load_lock = threading.Lock()
 
 
@@ -268,9 +269,9 @@ def parse_dtype(name: str | None, device: str) -> torch.dtype:
     """Return the dtype called `name`; by default float32 on the CPU and bfloat16 elsewhere."""
     if name is None:
         return torch.float32 if torch.device(device).type == "cpu" else torch.bfloat16
-    if name not in DTYPES:
-        raise UsageError(f"--dtype {name}: expected one of {', '.join(DTYPES)}")
-    return DTYPES[name]
+    if name not in _DTYPES:
+        raise UsageError(f"`dtype` {name}: expected one of {', '.join(_DTYPES)}")
+    return _DTYPES[name]
 
 
 def dtype_name(name: str | None, device: str) -> str:

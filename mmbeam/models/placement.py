@@ -65,12 +65,12 @@ def resolve_device(name: str) -> str:
     if name == "auto":
         return "cuda:0" if torch.cuda.is_available() else "cpu"
     if not re.fullmatch(r"(cpu|cuda)(:\d+)?", name):
-        raise UsageError(f"--device {name}: expected auto, cpu, cuda or cuda:N")
+        raise UsageError(f"`device` {name}: expected auto, cpu, cuda or cuda:N")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise DeviceError(
-            f"--device {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
-            f"{torch.__version__} can use. Check nvidia-smi and the torch build, or run with --device cpu"
+            f"`device` {name}: this machine has {torch.cuda.device_count()} CUDA devices that torch "
+            f"{torch.__version__} can use. Check nvidia-smi and the torch build, or run with `device` cpu"
         )
     return "cuda:0" if name == "cuda" else name
 

@@ -36,8 +36,8 @@ _HARMLESS_OPTIONS = {
     *("do_convert_rgb", "default_to_square", "input_data_format", "data_format", "return_tensors", "device"),
     "image_seq_length",
 }
-# transformers reads DINOv3's processor only if torchvision is installed. Its options are those of ViT's, with other
-# defaults.
+# transformers (5.20) reads DINOv3's processor only if torchvision is installed. Its options are those of ViT's, with
+# other defaults. A test in tests/test_encoders_vision.py fails when transformers reads it without torchvision.
 _DINOV3 = "DINOv3ViTImageProcessor"
 _DINOV3_DEFAULTS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
