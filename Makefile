@@ -1,4 +1,4 @@
-# Two commands on a fresh machine: `make demo` and `make test`. Both set themselves up in .venv.
+# Two commands on a fresh machine: `make demo` and `make test`. Both install into .venv first.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -13,7 +13,7 @@ demo: $(VENV)/.ready
 test: lint
 	$(BIN)/pytest --numprocesses 2
 
-# On a real Flink 1.19, which Maven and PyPI bring: minutes, and a JDK.
+# On a real Flink 1.19, downloaded from Maven and PyPI. Needs a JDK; takes 16 minutes.
 test-flink: $(VENV)/.ready-test
 	$(BIN)/pytest tests/flink
 
@@ -25,16 +25,14 @@ lint: $(VENV)/.ready-test
 bench: $(VENV)/.ready-test
 	$(BIN)/python bench/run.py
 
-# The model that ships with the package, trained anew; then compare model/figures.json, and put it in its place, with
-# what its card says of its parts.
+# Retrain the model that ships with the package. Then compare model/figures.json, and copy the model with its card.
 model: $(VENV)/.ready
 	$(BIN)/python pipelines/train_fusion.py --output model
 
 ablations: $(VENV)/.ready-test
 	$(BIN)/python bench/ablations.py
 
-# uv installs torch's 5 GB in a third of the time that pip takes; bytecode is compiled here so that the
-# first start does not have to.
+# uv installs torch's 5 GB in a third of pip's time. Compiling bytecode here makes the first start fast.
 $(VENV)/.ready: pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check --constraint constraints.txt uv

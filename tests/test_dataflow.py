@@ -305,7 +305,7 @@ def test_what_the_launcher_adds_that_beam_does_not_know_is_left_out(capsys: pyte
     """A user's parameters Dataflow checks by the metadata; what it adds of its own must not end each launch."""
     given = ["--input=a", "--some_new_option=1", "--output=b", "--num_workers=2"]
     assert launcher().command_line(given) == ["embed", "--input=a", "--output=b", "--num_workers=2"]
-    assert capsys.readouterr().err == "left out, since Beam does not know it: --some_new_option\n"
+    assert capsys.readouterr().err == "dropped --some_new_option: not an option of Beam\n"
 
 
 def test_several_models_are_for_embedding_alone() -> None:

@@ -1,10 +1,10 @@
-"""What Dataflow's template launcher runs in the image: the template's parameters as a command of mmbeam.
+"""Run by Dataflow's template launcher in the image: turns the template's parameters into an mmbeam command.
 
-The launcher gives every parameter as --NAME=VALUE, and options of Beam's own beside them; others are left out. One,
---template_location, tells mmbeam that the job is only to be described, and not waited for: Dataflow starts it.
+The launcher passes every parameter as --NAME=VALUE, with options of Beam. Other options are dropped. The option
+--template_location makes mmbeam describe the job without waiting for it; Dataflow then starts it.
 
-The parameters are those of metadata.json in this file's directory: those of its group "Apache Beam" are Beam's options,
-those of type BOOLEAN are flags, `command` is mmbeam's command, and the others are options of mmbeam, with - for _.
+metadata.json in this directory lists the parameters. Those of its group "Apache Beam" are Beam's options, those of type
+BOOLEAN are flags, `command` is the mmbeam command, and the others are options of mmbeam, with - for _.
 """
 
 import json
@@ -20,27 +20,28 @@ METADATA = Path(__file__).with_name("metadata.json")
 BEAM = "Apache Beam"
 
 
-def command_line(given: Sequence[str]) -> list[str]:
-    """The arguments of `mmbeam` for those of the launcher."""
-    parameters = {each["name"]: each for each in json.loads(METADATA.read_text())["parameters"]}
-    command = next((each.partition("=")[2] for each in given if each.startswith("--command=")), "embed")
-    own: list[str] = []
+def command_line(launcher_args: Sequence[str]) -> list[str]:
+    """Return the arguments of `mmbeam` for those of the launcher."""
+    parameters = {entry["name"]: entry for entry in json.loads(METADATA.read_text())["parameters"]}
+    commands = (argument.partition("=")[2] for argument in launcher_args if argument.startswith("--command="))
+    command = next(commands, "embed")
+    options: list[str] = []
     beam: list[str] = []
-    for argument in given:
+    for argument in launcher_args:
         name, _, value = argument.removeprefix("--").partition("=")
         parameter = parameters.get(name, {"groupName": BEAM})
-        if name not in parameters and not _beam_knows(argument):  # a user's parameters Dataflow has checked
-            sys.stderr.write(f"left out, since Beam does not know it: --{name}\n")
+        if name not in parameters and not _is_beam_option(argument):  # Dataflow has checked the user's parameters
+            sys.stderr.write(f"dropped --{name}: not an option of Beam\n")
         elif parameter.get("groupName") == BEAM:
             beam.append(argument)
         elif name == "model" and command == "embed":
-            own += [f"--model={each}" for each in value.split(",")]
+            options += [f"--model={model}" for model in value.split(",")]
         elif name != "command":
-            own += _option(name, value, flag=parameter.get("paramType") == "BOOLEAN")
-    return [command, *own, *beam]
+            options += _option(name, value, flag=parameter.get("paramType") == "BOOLEAN")
+    return [command, *options, *beam]
 
 
-def _beam_knows(argument: str) -> bool:
+def _is_beam_option(argument: str) -> bool:
     try:
         pipeline_options([argument])
     except UsageError:

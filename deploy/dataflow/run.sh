@@ -1,21 +1,21 @@
 #!/usr/bin/env bash
-# Step 3: start a job from the template. It returns when Dataflow has taken the job, and not at the job's end.
+# Step 3: start a job from the template. Returns when Dataflow has accepted the job, not at the end of the job.
 #
 #   PROJECT=... REGION=... BUCKET=... IMAGE=... deploy/dataflow/run.sh input='gs://BUCKET/shards/*.tar' \
 #       output=gs://BUCKET/out model=openai/clip-vit-base-patch32
 #
 # NAME=VALUE  the parameters of metadata.json; `command=caption` captions
 # PROJECT     the project that is billed
-# REGION      where the workers are: that of the buckets, or every byte that is read costs transfer
-# BUCKET      a bucket, without gs://, for what the job stages
-# IMAGE       what build.sh pushed and template.sh was given
-# TEMPLATE    what template.sh wrote (default: gs://$BUCKET/templates/mmbeam.json)
-# WORKERS     as many machines at most, and from the start (default: 2)
+# REGION      region of the workers; use that of the buckets, or reading is billed as transfer
+# BUCKET      a bucket, without gs://, for the files that the job stages
+# IMAGE       the image of build.sh and template.sh
+# TEMPLATE    the file that template.sh wrote (default: gs://$BUCKET/templates/mmbeam.json)
+# WORKERS     number of machines, from the start (default: 2)
 # GPU         of each machine (default: nvidia-l4); "" for none, with DEVICE=cpu in build.sh
-# DRIVER      which of Dataflow's NVIDIA drivers (default: its own choice), for example 5xx, its newest. The image's
-#             torch is built for CUDA 13 and wants 580 or later
-# MACHINE     their type (default: g2-standard-8, which has one L4; without GPU n2-standard-8)
-# DISK        of each in GB (default: 100)
+# DRIVER      NVIDIA driver that Dataflow installs (default: its own choice), for example 5xx, its newest. The image's
+#             torch is built for CUDA 13 and needs 580 or later
+# MACHINE     machine type (default: g2-standard-8, which has one L4; without GPU n2-standard-8)
+# DISK        per machine, in GB (default: 100)
 # SERVICE_ACCOUNT, SUBNETWORK  the workers' (default: the project's own); a subnetwork is used without public addresses
 set -euo pipefail
 : "${PROJECT:?set PROJECT (see the head of $0)}" "${REGION:?set REGION}" "${BUCKET:?set BUCKET}" "${IMAGE:?set IMAGE}"
@@ -24,21 +24,21 @@ WORKERS="${WORKERS:-2}"
 
 parameters=("$@")
 
-# A parameter that this script sets, unless it was given.
+# Set a parameter, unless the user has set it.
 default() {
-    local given
-    for given in "${parameters[@]}"; do
-        if [[ "$given" == "$1="* ]]; then return; fi
+    local parameter
+    for parameter in "${parameters[@]}"; do
+        if [[ "$parameter" == "$1="* ]]; then return; fi
     done
     parameters+=("$1=$2")
 }
 
 default sdk_container_image "$IMAGE"
 default disk_size_gb "${DISK:-100}"
-# A worker in which one unit takes two hours hangs: it is ended, and the unit is done again elsewhere.
+# A worker in which one unit takes two hours hangs: Dataflow ends it and repeats the unit elsewhere.
 default element_processing_timeout_minutes 120
 if [[ -n "$GPU" ]]; then
-    # One GPU for each machine, since one process of each holds the model. Dataflow installs the driver.
+    # One GPU per machine, since one process per machine holds the model. Dataflow installs the driver.
     default device cuda
     driver="install-nvidia-driver${DRIVER:+:$DRIVER}"
     default dataflow_service_options "worker_accelerator=type:$GPU;count:1;$driver"
@@ -52,13 +52,13 @@ flags=(
     --project "$PROJECT"
     --region "$REGION"
     --template-file-gcs-location "${TEMPLATE:-gs://$BUCKET/templates/mmbeam.json}"
-    # The job's description and its package list; a few MB, to be deleted whenever no job runs.
+    # The job description and its package list: a few MB, which may be deleted while no job runs.
     --staging-location "gs://$BUCKET/staging"
     --temp-location "gs://$BUCKET/temp"
-    # Lists the shards, hashes the model and plans: 1 GB of memory for 100,000 shards, beside torch.
+    # Lists the shards, hashes the model and plans: 1 GB of memory for 100,000 shards, in addition to torch.
     --launcher-machine-type n2-standard-4
     --worker-machine-type "$MACHINE"
-    # All from the start: autoscaling begins with one, and learns late how long a unit takes.
+    # All from the start: autoscaling begins with one worker and learns late how long a unit takes.
     --num-workers "$WORKERS"
     --max-workers "$WORKERS"
 )
@@ -66,11 +66,11 @@ if [[ -n "${SERVICE_ACCOUNT:-}" ]]; then
     flags+=(--service-account-email "$SERVICE_ACCOUNT")
 fi
 if [[ -n "${SUBNETWORK:-}" ]]; then
-    # Needs Private Google Access there; models must be in the image or in a bucket, since the hub is out of reach.
+    # Needs Private Google Access there. Models must be in the image or in a bucket, since the hub cannot be reached.
     flags+=(--subnetwork "$SUBNETWORK" --disable-public-ips)
 fi
 for parameter in "${parameters[@]}"; do
-    # One parameter for each flag, and in the place of the comma a separator that no value holds (a control character).
+    # One parameter per flag. The separator is a control character instead of a comma, since values may hold commas.
     flags+=(--parameters "^"$'\x1f'"^$parameter")
 done
 gcloud dataflow flex-template run "mmbeam-$(date +%Y%m%d-%H%M%S)" "${flags[@]}"

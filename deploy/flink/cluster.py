@@ -1,11 +1,11 @@
-"""A Flink cluster on loopback, as on Kubernetes: a JobManager, two TaskManagers, Beam's worker pool beside each.
+"""A Flink cluster on loopback, as on Kubernetes: a JobManager and two TaskManagers, each with Beam's worker pool.
 
-    python deploy/flink/cluster.py fetch    get Beam's and Flink's jars into .cache/flink, once (390 MB)
-    python deploy/flink/cluster.py start    start the cluster, and print the Beam options that send a job there
-    python deploy/flink/cluster.py stop     end every process of it
+    python deploy/flink/cluster.py fetch    download Beam's and Flink's jars into .cache/flink, once (390 MB)
+    python deploy/flink/cluster.py start    start the cluster and print the Beam options that submit a job to it
+    python deploy/flink/cluster.py stop     stop all its processes
 
-For trying and for tests. Needs a JDK, Maven and pip. What belongs to a running cluster is in one directory:
-its configuration, its logs, and `cluster.json` with its ports and processes.
+For experiments and tests. Needs a JDK, Maven and pip. One directory holds the files of a cluster: configuration,
+logs, and `cluster.json` with its ports and processes.
 """
 
 import argparse
@@ -25,11 +25,11 @@ from typing import Any
 
 HERE = Path(__file__).resolve().parent
 CACHE = HERE.parents[1] / ".cache" / "flink"
-FLINK_VERSION = "1.19"  # as Beam's --flink_version wants it
-POOL_HOST = "worker-pool"  # a TaskManager's own, as `localhost` is on Kubernetes
+FLINK_VERSION = "1.19"  # as for Beam's --flink_version
+POOL_HOST = "worker-pool"  # resolves to the pool of each TaskManager, as `localhost` does on Kubernetes
 START_SECONDS = 90
 STOP_SECONDS = 10
-OPENED = [  # what Flink's own scripts open of the JDK
+OPENED = [  # packages of the JDK that Flink's own scripts open
     f"--add-opens=java.base/java.{package}=ALL-UNNAMED"
     for package in ("lang", "net", "io", "nio", "time", "util", "util.concurrent", "util.concurrent.atomic")
 ]
@@ -38,14 +38,14 @@ JAVA = ["java", *OPENED, *MEMORY, "-XX:TieredStopAtLevel=1"]
 
 
 class ClusterError(Exception):
-    """The cluster cannot start; the message says which process of it, and why."""
+    """The cluster cannot start; the message names the process and the reason."""
 
 
 # Jars
 
 
 def fetch(cache: Path = CACHE) -> None:
-    """Get Beam's job server for Flink by Maven and Flink by pip, at the versions of pom.xml and requirements.txt."""
+    """Download Beam's job server with Maven and Flink with pip, at the versions of pom.xml and requirements.txt."""
     if not job_server_jar(cache).exists():
         maven = ["mvn", "--batch-mode", "--quiet", "-f", str(HERE / "pom.xml"), "package"]
         subprocess.run([*maven, f"-DbuildDirectory={cache / 'build'}", f"-Djar.directory={cache}"], check=True)
@@ -58,12 +58,12 @@ def fetch(cache: Path = CACHE) -> None:
 
 
 def job_server_jar(cache: Path = CACHE) -> Path:
-    """What Beam takes as --flink_job_server_jar."""
+    """Return the jar for Beam's --flink_job_server_jar."""
     return cache / f"beam-flink-{FLINK_VERSION}-job-server.jar"
 
 
 def _unpack_flink(archive: Path, lib: Path) -> None:
-    """Flink without what is only for SQL."""
+    """Extract Flink, without the jars that only SQL needs."""
     whole = lib.with_suffix(".tmp")
     whole.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
@@ -79,25 +79,25 @@ def _unpack_flink(archive: Path, lib: Path) -> None:
 
 
 class Cluster:
-    """One cluster and its directory. A process that is missing is started, one that runs is left alone."""
+    """One cluster and its directory. `start` starts the processes that do not run."""
 
     def __init__(self, directory: Path, task_managers: int = 2, cache: Path = CACHE) -> None:
         self.directory = directory
         self.cache = cache
-        self.pods = range(1, task_managers + 1)  # a TaskManager and its worker pool each
-        self.children: list[subprocess.Popen[bytes]] = []  # those that this object has started
+        self.pods = range(1, task_managers + 1)  # each with a TaskManager and its worker pool
+        self.children: list[subprocess.Popen[bytes]] = []  # started by this object
         self.state: dict[str, Any] = {"rest": 0, "pool": 0, "processes": {}}
         if (directory / "cluster.json").exists():
             self.state = json.loads((directory / "cluster.json").read_text())
 
     @property
     def address(self) -> str:
-        """Of Flink's REST interface."""
+        """HOST:PORT of Flink's REST interface."""
         return f"127.0.0.1:{self.state['rest']}"
 
     @property
     def beam_options(self) -> list[str]:
-        """What sends a job here."""
+        """Beam options that submit a job to this cluster."""
         return [
             "--runner=FlinkRunner",
             f"--flink_master={self.address}",
@@ -109,7 +109,7 @@ class Cluster:
         ]
 
     def start(self) -> None:
-        """Start what does not run, and wait until it answers. Raises ClusterError, and leaves nothing running."""
+        """Start what does not run, and wait until it answers. On ClusterError, nothing is left running."""
         fetch(self.cache)
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self.state["rest"]:
@@ -118,7 +118,7 @@ class Cluster:
             self._start_java("jobmanager", "entrypoint.StandaloneSessionClusterEntrypoint")
             for pod in self.pods:
                 self.start_pool(pod)
-                # For this TaskManager the pool's name means the one beside it.
+                # For this TaskManager, the name of the pool resolves to its own.
                 hosts = f"-Djdk.net.hosts.file={self.directory / 'conf' / f'hosts{pod}'}"
                 name = f"taskmanager{pod}"
                 self._start_java(
@@ -130,7 +130,7 @@ class Cluster:
             raise
 
     def start_pool(self, pod: int) -> None:
-        """Start the worker pool beside a TaskManager, unless it runs."""
+        """Start the worker pool of a TaskManager, unless it runs."""
         address = f"{_pool_address(pod)}:{self.state['pool']}"
         self._start(f"pool{pod}", [sys.executable, str(HERE / "worker_pool.py"), address])
 
@@ -138,16 +138,16 @@ class Cluster:
         return all(listens(_pool_address(pod), self.state["pool"]) for pod in self.pods)
 
     def overview(self) -> dict[str, Any]:
-        """What Flink says of itself."""
+        """Return Flink's overview of the cluster."""
         return dict(self.get("overview"))
 
     def get(self, path: str) -> Any:
-        """An answer of Flink's REST interface."""
+        """Return the JSON that Flink's REST interface serves at `path`."""
         with urllib.request.urlopen(f"http://{self.address}/{path}", timeout=10) as answer:
             return json.load(answer)
 
     def kill(self, name: str) -> None:
-        """SIGKILL to one process and to all that it started. Raises ClusterError if it does not run."""
+        """Send SIGKILL to a process and its children. Raise ClusterError if it does not run."""
         process = self.state["processes"][name]
         if not runs(process):
             raise ClusterError(f"{name} does not run")
@@ -155,15 +155,15 @@ class Cluster:
         _wait_until(lambda: not runs(process), STOP_SECONDS)
 
     def stop(self) -> None:
-        """End every process, with the workers that the pool started."""
+        """Stop every process, and the workers that the pools started."""
         processes = list(self.state["processes"].values())
         for kind in (signal.SIGTERM, signal.SIGKILL):
             for process in filter(runs, processes):
                 os.killpg(process[0], kind)
             _wait_until(lambda: not any(map(runs, processes)), STOP_SECONDS)
-        for child in self.children:  # whose last threads may still be ending
+        for child in self.children:  # their last threads may still be ending
             child.wait(STOP_SECONDS)
-        shutil.rmtree(self.directory / "tmp", ignore_errors=True)  # jars of jobs, and their copies
+        shutil.rmtree(self.directory / "tmp", ignore_errors=True)  # jars of jobs
         self.state["processes"] = {}
         self._save()
 
@@ -202,7 +202,7 @@ class Cluster:
         self._save()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Until `ready`. Raises ClusterError when a process ended or the time is up."""
+        """Wait until `ready()`. Raise ClusterError if a process ends or the time is up."""
         if _wait_until(lambda: bool(self._ended()) or ready(), START_SECONDS) and not self._ended():
             return
         name = (self._ended() or ["jobmanager"])[0]
@@ -218,12 +218,12 @@ class Cluster:
 
 
 def runs(process: list[int] | None) -> bool:
-    """Whether this process runs, and no other one that got its number."""
+    """Return whether this very process runs, and not a later one with the same pid."""
     return process is not None and _started(process[0]) == process[1] != 0
 
 
 def _started(pid: int) -> int:
-    """When the process was started, in ticks since the machine was; 0 if it is not there or has ended."""
+    """Return the start time of a process in ticks since boot; 0 if it does not exist or has ended."""
     try:
         fields = (Path("/proc") / str(pid) / "stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -248,13 +248,13 @@ def _pool_address(pod: int) -> str:
 
 
 def listens(host: str, port: int) -> bool:
-    """Whether somebody listens there."""
+    """Return whether a server listens at this address."""
     with socket.socket() as client:
         return client.connect_ex((host, port)) == 0
 
 
 def free_ports(count: int) -> list[int]:
-    """So many ports of loopback that nobody listens at."""
+    """Return `count` free ports of loopback."""
     listeners = [socket.socket() for _ in range(count)]
     try:
         for listener in listeners:

@@ -1,8 +1,8 @@
-"""Beam's worker pool on one address; the pool that Beam starts by itself listens on all.
+"""Beam's worker pool on a single address. The pool that Beam itself starts listens on all addresses.
 
     python deploy/flink/worker_pool.py HOST:PORT
 
-Whoever can connect to it can start processes. The image has a pool of its own: deploy/docker.
+Anyone who can connect to it can start processes. The image contains Beam's own pool: deploy/docker.
 """
 
 import os
@@ -19,34 +19,34 @@ import grpc  # type: ignore[import-untyped]
 from apache_beam.portability.api import beam_fn_api_pb2_grpc
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 
-START_SECONDS = 60  # a worker that ends within so long of its start is taken for one that had not begun,
-TRIES = 3  # and is started so often
+START_SECONDS = 60  # a worker that ends earlier counts as not started
+ATTEMPTS = 3  # to start a worker
 
 
 class WorkerPool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
-    """Beam's pool, which starts a worker again that ends while it starts: Flink would wait for it for ever."""
+    """Beam's pool, but a worker that ends during its start is restarted: Flink would wait for it forever."""
 
     def StartWorker(self, request: Any, context: Any) -> Any:  # noqa: N802
-        return self._start(request, TRIES)
+        return self._start(request, ATTEMPTS)
 
-    def _start(self, request: Any, tries: int) -> Any:
+    def _start(self, request: Any, attempts: int) -> Any:
         answer = super().StartWorker(request, None)
         process = self._worker_processes.get(request.worker_id)
-        if process is not None and tries > 1:
-            Thread(target=self._watch, args=(request, process, tries - 1), daemon=True).start()
+        if process is not None and attempts > 1:
+            Thread(target=self._watch, args=(request, process, attempts - 1), daemon=True).start()
         return answer
 
-    def _watch(self, request: Any, process: subprocess.Popen[bytes], tries: int) -> None:
+    def _watch(self, request: Any, process: subprocess.Popen[bytes], attempts: int) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(START_SECONDS)
-            time.sleep(1)  # whoever stops it may be about to forget it
+            time.sleep(1)  # a thread that stops it may be about to remove it
             if self._worker_processes.get(request.worker_id) is process:
-                self._start(request, tries)
+                self._start(request, attempts)
 
 
 def serve(address: str) -> None:
-    """Start workers for whoever asks, for ever."""
-    # A worker is started by the bare command `python`: it must be this one.
+    """Start workers on request, forever."""
+    # A worker is started with the bare command `python`, which must be this one.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     server = grpc.server(ThreadPoolExecutor())
     servicer = WorkerPool(use_process=True, data_buffer_time_limit_ms=-1)
