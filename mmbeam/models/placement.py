@@ -45,7 +45,7 @@ _MEMORY_WORDS = ("out of memory", "can't allocate memory", "cublas_status_alloc_
 
 
 def classify(error: BaseException) -> Fault:
-    """Return what a model's exception is the fault of: the device's memory, the device, the host, or the sample."""
+    """Return the cause of a model's exception: the device's memory, the device, the environment, or the sample."""
     message = str(error).lower()
     if isinstance(error, torch.OutOfMemoryError):
         return "memory"

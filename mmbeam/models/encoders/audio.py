@@ -30,7 +30,7 @@ from mmbeam.ops.log_mel import (
 from mmbeam.types import Waveform
 
 AST_WINDOWS_PER_BATCH = 16  # of 10 s: computing their spectrograms takes 300 MB
-WHISPER_WINDOWS_PER_BATCH = 8  # for a batch of fewer sounds; one of more sounds runs as many windows as it has sounds
+WHISPER_WINDOWS_PER_BATCH = 8  # at least; a batch of more sounds encodes as many windows at a time as it has sounds
 WHISPER_STRIDE = 2  # mel frames per frame of Whisper's encoder: the stride of its second convolution
 
 SPEECH_PIECE_SECONDS = 30  # the longest piece that wav2vec 2.0 encodes: attention costs the square of the length

@@ -77,7 +77,7 @@ class EmbeddingGemma2Encoder(TextEncoder):
 
     @torch.inference_mode()
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
-        """Encode images of any sizes, uint8 [H, W, 3]; tokens include its marks, and the begin and end."""
+        """Encode images of any sizes, uint8 [H, W, 3]; tokens include the marks and the begin and end tokens."""
         recipe, config = self.image_recipe, self.model.config
         assert recipe is not None
         assert isinstance(recipe.size, PooledPatching)
@@ -94,7 +94,7 @@ class EmbeddingGemma2Encoder(TextEncoder):
 
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode sounds; tokens are as of images, 40 ms each, window after window."""
+        """Encode sounds, window after window; tokens of 40 ms, the marks, and the begin and end tokens."""
         recipe, config = self.audio_recipe, self.model.config
         assert recipe is not None
 
@@ -108,5 +108,5 @@ class EmbeddingGemma2Encoder(TextEncoder):
         return encode_windows([gemma_windows(sound, recipe) for sound in sounds], BATCH_SIZE, encode)
 
     def _layout(self, first: int, placeholder: int, last: int, counts: Sequence[int]) -> list[list[int]]:
-        """Return, for each count, that many placeholders between their marks, between the ends of a text."""
+        """Return a sequence per count: begin token, first mark, `count` placeholders, last mark, end token."""
         return [[*self.begin, first, *[placeholder] * count, last, *self.end] for count in counts]

@@ -29,7 +29,7 @@ from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
 from mmbeam.ops.log_mel import ClapRecipe, clap_features, clap_windows
 from mmbeam.types import ImageHWC, Waveform
 
-CLAP_WINDOWS_PER_BATCH = 8  # for a batch of fewer sounds; one of more sounds encodes as many windows as it has sounds
+CLAP_WINDOWS_PER_BATCH = 8  # at least; a batch of more sounds encodes as many windows at a time as it has sounds
 BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
 BLIP_IMAGES_ONLY = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
 
