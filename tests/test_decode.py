@@ -845,7 +845,19 @@ def everything(data: bytes) -> None:
         assert " at 0x" not in message  # the same bytes give the same message
 
 
-FILES = {**IMAGES, **SOUNDS, "json": json.dumps({"a": [1, {"b": "ü"}]}).encode()}
+FILES = {
+    **IMAGES,
+    **SOUNDS,
+    "png with metadata": with_chunks(
+        IMAGES["png"], png_chunk(b"iTXt", b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(b"x"))
+    ),
+    "png with a transparent colour": png_of(np.zeros((9, 9, 3)), 16, png_chunk(b"tRNS", bytes(6))),
+    "mp3 with tags": id3v2() + SOUNDS["mp3"] + apev2() + ID3V1,
+    "flac with tags": id3v2(footer=True) + SOUNDS["flac"] + apev2() + ID3V1,
+    "mp3 joined": SOUNDS["mp3"] + ID3V1 + id3v2() + SOUNDS["mp3"],
+    "ogg chained": SOUNDS["ogg vorbis"] + SOUNDS["opus"],
+    "json": json.dumps({"a": [1, {"b": "ü"}]}).encode(),
+}
 
 
 class TestFuzz:

@@ -50,14 +50,24 @@ def linear_probe(vectors: Vectors, labels: Sequence[str], keys: Sequence[str]) -
     truth, probabilities = target[test], model.predict_proba(vectors[test])
     names = model[-1].classes_
     classes, counts = np.unique(target[~test], return_counts=True)
+    predicted = names[probabilities.argmax(axis=1)]
+    metrics = library("sklearn.metrics")
+    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
+        truth, predicted, average="macro", zero_division=0.0
+    )
+    tested = [(column, truth == name) for column, name in enumerate(names) if (truth == name).any()]
+    areas = [metrics.roc_auc_score(of, probabilities[:, column]) for column, of in tested if not of.all()]
     return {
         "train_rows": int((~test).sum()),
         "test_rows": int(test.sum()),
         "classes": len(names),
         "converged": bool(model[-1].n_iter_.max() < MAX_ITERATIONS),
         "majority": float((truth == classes[counts.argmax()]).mean()),
-        **_scores(truth, names[probabilities.argmax(axis=1)]),
-        "auc": _auc(truth, probabilities, names),
+        "accuracy": float(metrics.accuracy_score(truth, predicted)),
+        "precision": float(precision),
+        "recall": float(recall),
+        "f1": float(f1),
+        "auc": float(np.mean(areas)) if areas else None,  # None if the test split has a single class
     }
 
 
@@ -69,20 +79,3 @@ def _fit(vectors: Vectors, target: npt.NDArray[Any]) -> Any:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", library("sklearn.exceptions").ConvergenceWarning)  # reported as `converged`
         return model.fit(vectors, target)
-
-
-def _scores(truth: npt.NDArray[Any], predicted: npt.NDArray[Any]) -> dict[str, float]:
-    metrics = library("sklearn.metrics")
-    precision, recall, f1, _ = metrics.precision_recall_fscore_support(
-        truth, predicted, average="macro", zero_division=0.0
-    )
-    accuracy = metrics.accuracy_score(truth, predicted)
-    return {"accuracy": float(accuracy), "precision": float(precision), "recall": float(recall), "f1": float(f1)}
-
-
-def _auc(truth: npt.NDArray[Any], probabilities: npt.NDArray[Any], names: Sequence[str]) -> float | None:
-    """Return the mean one-against-rest AUC; None if the test split has a single class."""
-    score = library("sklearn.metrics").roc_auc_score
-    present = [(column, truth == name) for column, name in enumerate(names) if (truth == name).any()]
-    areas = [score(of_class, probabilities[:, column]) for column, of_class in present if not of_class.all()]
-    return float(np.mean(areas)) if areas else None

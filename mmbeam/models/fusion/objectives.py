@@ -139,7 +139,18 @@ class SharedSpace(nn.Module):
         processes; all of them must call this.
         """
         if not global_batch.is_single_process:
-            embeddings, present, views, keys = self._gathered(pairs, embeddings, present, views, keys, global_batch)
+            # All processes exchange tensors of one shape, whatever names they have.
+            names = list(dict.fromkeys(name for pair in pairs for name in pair))
+            same = [a for a, b in pairs if a == b]
+            blocks = [self._block(name, embeddings, present, keys) for name in names]
+            blocks += [self._block(name, views, present, keys) for name in same]
+            packed = global_batch.gather(torch.stack(blocks, 1))
+            vectors, masks, end = packed[..., :-1].unbind(1), (packed[..., -1] > 0).unbind(1), len(names)
+            embeddings = {name: rows for name, rows, mask in zip(names, vectors, masks, strict=False) if mask.any()}
+            present = dict(zip(names, masks, strict=False))
+            view_blocks = zip(same, vectors[end:], masks[end:], strict=True)
+            views = {name: rows for name, rows, mask in view_blocks if mask.any()}
+            keys = global_batch.gather(F.pad(keys, (0, 1 + global_batch.longest - keys.shape[1]), value=IGNORED))
         groups, captions = keys[:, 0], keys[:, 1:]
         same_group = (groups[:, None] == groups[None]) & (groups >= 0)[:, None]
         all_positives = (captions[:, None] == captions[None]).all(-1) | same_group
@@ -159,30 +170,6 @@ class SharedSpace(nn.Module):
                 logits = self.similarity(kind, pair, embeddings[a][rows], other[rows])
                 losses.append(info_nce(logits, positives, skip))
         return torch.stack(losses).mean() if losses else self.scale.new_zeros(())
-
-    def _gathered(
-        self,
-        pairs: Sequence[tuple[str, str]],
-        embeddings: Embeddings,
-        present: Present,
-        views: Embeddings,
-        keys: torch.Tensor,
-        global_batch: GlobalBatch,
-    ) -> tuple[Embeddings, Present, Embeddings, torch.Tensor]:
-        """Return the arguments of all processes. The exchanged tensors have one shape, whatever names are present."""
-        names = list(dict.fromkeys(name for pair in pairs for name in pair))
-        same = [a for a, b in pairs if a == b]
-        blocks = [self._block(name, embeddings, present, keys) for name in names]
-        blocks += [self._block(name, views, present, keys) for name in same]
-        packed = global_batch.gather(torch.stack(blocks, 1))
-        vectors, masks = packed[..., :-1].unbind(1), (packed[..., -1] > 0).unbind(1)
-        end = len(names)
-        return (
-            {name: rows for name, rows, mask in zip(names, vectors, masks, strict=False) if mask.any()},
-            dict(zip(names, masks, strict=False)),
-            {name: rows for name, rows, mask in zip(same, vectors[end:], masks[end:], strict=True) if mask.any()},
-            global_batch.gather(F.pad(keys, (0, 1 + global_batch.longest - keys.shape[1]), value=IGNORED)),
-        )
 
     def _block(self, name: str, embeddings: Embeddings, present: Present, keys: torch.Tensor) -> torch.Tensor:
         """Return the vectors of a name, each followed by 1 if it is present: [B, E + 1]."""
