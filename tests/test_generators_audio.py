@@ -13,7 +13,6 @@ from pictures import pictures
 from shards import natural_sound
 from transformers import (
     AutoModelForMultimodalLM,
-    AutoProcessor,
     Gemma4ForConditionalGeneration,
     Qwen2_5OmniThinkerForConditionalGeneration,
     VoxtralForConditionalGeneration,
@@ -81,28 +80,11 @@ CLASSES: dict[str, Any] = {
 }
 
 
-@torch.inference_mode()
 @pytest.mark.parametrize("name", sorted(CLASSES), indirect=True)
 def test_tokens_equal_those_of_the_models_own_processor_and_generate(
     model: Any, name: str, saved: dict[str, Path]
 ) -> None:
-    reference, processor = CLASSES[name].from_pretrained(saved[name]), AutoProcessor.from_pretrained(saved[name])
-    for request, text in zip(requests_of(name), hub.generate(model, requests_of(name)), strict=True):
-        parts: list[Any] = [] if request.image is None else [{"type": "image", "image": request.image}]
-        if request.audio is not None:
-            parts.append({"type": "audio", "audio": request.audio[0]})
-        subject = "the image and the sound" if request.image is not None else "the sound"
-        words = request.text or f"Describe {subject} in one sentence."
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        assert inputs["input_ids"][0].tolist() == model.prompt(request)
-        ids = reference.generate(**inputs, do_sample=False, max_new_tokens=hub.NEW)[0]
-        assert tuple(ids[inputs["input_ids"].shape[1] :].tolist()[: len(text.token_ids)]) == text.token_ids
+    hub.check_chats(model, CLASSES[name].from_pretrained(saved[name]), requests_of(name))
 
 
 def test_a_whole_omni_checkpoint_equals_its_thinker(saved: dict[str, Path]) -> None:

@@ -51,27 +51,10 @@ def test_a_batch_equals_single_requests(model: Any, options: dict[str, Any]) -> 
     hub.check_scores(model, REQUESTS, texts)
 
 
-@torch.inference_mode()
 def test_tokens_equal_those_of_the_models_own_processor_and_generate(
     model: Any, name: str, saved: dict[str, Path]
 ) -> None:
-    reference, processor = (
-        AutoModelForImageTextToText.from_pretrained(saved[name]),
-        AutoProcessor.from_pretrained(saved[name]),
-    )
-    for request, text in zip(REQUESTS, hub.generate(model, REQUESTS), strict=True):
-        parts: list[Any] = [] if request.image is None else [{"type": "image", "image": request.image}]
-        words = request.text or "Describe the image in one sentence."
-        inputs = processor.apply_chat_template(
-            [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}],
-            add_generation_prompt=True,
-            tokenize=True,
-            return_dict=True,
-            return_tensors="pt",
-        )
-        assert inputs["input_ids"][0].tolist() == model.prompt(request)
-        ids = reference.generate(**inputs, do_sample=False, max_new_tokens=hub.NEW)[0]
-        assert tuple(ids[inputs["input_ids"].shape[1] :].tolist()[: len(text.token_ids)]) == text.token_ids
+    hub.check_chats(model, AutoModelForImageTextToText.from_pretrained(saved[name]), REQUESTS)
 
 
 def test_the_number_of_image_tokens_follows_from_the_size(model: Any, name: str) -> None:

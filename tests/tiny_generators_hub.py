@@ -15,6 +15,7 @@ from tiny_text import unigrams
 from tokenizers import AddedToken
 from tokenizers.pre_tokenizers import ByteLevel
 from transformers import (
+    AutoProcessor,
     BartConfig,
     BartForConditionalGeneration,
     BertConfig,
@@ -105,6 +106,27 @@ def check_batches(model: Generator, requests: Sequence[Request], **options: Any)
 def check_scores(model: Generator, requests: Sequence[Request], texts: Sequence[Generated]) -> None:
     """Check that the scores equal the log-probabilities found while generating."""
     assert model.score(requests, texts) == pytest.approx([text.logprob for text in texts], abs=1e-3)
+
+
+@torch.inference_mode()
+def check_chats(model: Any, reference: Any, requests: Sequence[Request]) -> None:
+    """Check that prompts and texts equal those of the checkpoint's own processor and of `reference.generate`."""
+    processor: Any = AutoProcessor.from_pretrained(model.spec.directory)
+    for request, text in zip(requests, generate(model, requests), strict=True):
+        media = {"image": request.image, "audio": request.audio and request.audio[0]}
+        parts: list[Any] = [{"type": kind, kind: value} for kind, value in media.items() if value is not None]
+        subject = " and ".join({"image": "the image", "audio": "the sound"}[part["type"]] for part in parts)
+        words = request.text or f"Describe {subject} in one sentence."
+        inputs = processor.apply_chat_template(
+            [{"role": "user", "content": [*parts, {"type": "text", "text": words}]}],
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+        assert inputs["input_ids"][0].tolist() == model.prompt(request)
+        ids = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0]
+        assert tuple(ids[inputs["input_ids"].shape[1] :].tolist()[: len(text.token_ids)]) == text.token_ids
 
 
 def check_bfloat16(directory: Path, requests: Sequence[Request]) -> None:

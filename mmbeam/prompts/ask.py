@@ -1,6 +1,6 @@
 """What a job asks of a generator, and the request that is made of each sample.
 
-A prompt or a dialogue is sent with every image and sound that the model takes. A task without a prompt is about
+A prompt or a dialogue is sent with all images and audio that the model takes. A task without a prompt is about
 what the sample holds: a caption is about all of its media, any other task about the first modality present.
 """
 

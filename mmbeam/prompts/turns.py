@@ -49,10 +49,10 @@ def parse_turns(messages: Any, media: Collection[str]) -> tuple[Turn, ...]:
                 f"{MESSAGES}: {declared.count(kind)} parts of type {kind!r}; the model receives "
                 f"{' and '.join(sorted(media)) or 'no media'} of this sample, one of each"
             )
-    asked = turns[: users[-1]]
-    if not asked[-1].text.strip() and not media:
+    dialogue = turns[: users[-1]]
+    if not dialogue[-1].text.strip() and not media:
         raise PromptError(f"{MESSAGES}: the user's last turn is empty")
-    return tuple(asked)
+    return tuple(dialogue)
 
 
 def _parse_turn(number: int, message: Any, declared: list[str]) -> Turn:

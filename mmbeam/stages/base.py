@@ -1,7 +1,7 @@
 """What the stages of a model share: its files, its device, the size of its batches, and the batch that they return.
 
 A stage is a frozen value that pickles. `load` runs once per process, `run` once per window on the device's thread.
-Stages know nothing of Beam.
+Stages do not depend on Beam.
 """
 
 from collections import Counter

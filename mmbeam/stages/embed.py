@@ -142,7 +142,9 @@ class EmbedStage(ModelStage):
         is_missing = np.zeros(count, bool)
         is_missing[list(errors)] = True
         pooled[is_missing] = 0  # becomes null; the value may not fit
-        columns = {self._column(modality, "embedding"): _vectors(pooled.astype(self.vector_type), is_missing)}
+        flat = pa.array(pooled.astype(self.vector_type).reshape(-1))
+        embeddings = pa.FixedSizeListArray.from_arrays(flat, pooled.shape[1], mask=pa.array(is_missing))
+        columns = {self._column(modality, "embedding"): embeddings}
         if self.tokens:
             columns[self._column(modality, "tokens")] = _sequences(
                 sequences, is_missing, empty.astype(self.vector_type)
@@ -162,11 +164,6 @@ def _known_good(model: Encoder, modality: Modality) -> Any:
     if modality == "image":
         return good_image()
     return good_audio() if modality == "audio" else model.tokenize(["a"])[0]
-
-
-def _vectors(values: np.ndarray[Any, Any], is_missing: np.ndarray[Any, Any]) -> pa.Array:
-    flat = pa.array(np.ascontiguousarray(values).reshape(-1))
-    return pa.FixedSizeListArray.from_arrays(flat, values.shape[1], mask=pa.array(is_missing))
 
 
 def _sequences(sequences: Sequence[FloatTD], is_missing: np.ndarray[Any, Any], empty: np.ndarray[Any, Any]) -> pa.Array:

@@ -38,10 +38,10 @@ from mmbeam.stages.base import ModelStage, good_audio, good_image, spread
 from mmbeam.stages.packing import pack, run_packed
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
-# Limits of a batch, per sample of the batch size: padded tokens, of prompts with their media and of new tokens, for
-# which the cache needs room (57 kB a token for a 7 B model, 29 MB a sample) ...
+# A batch holds at most batch_size times as many padded tokens, those to generate included: the key-value cache of a 7 B
+# model takes about 57 kB per token, 29 MB per sample.
 TOKENS_PER_SAMPLE = 512
-# ... and pixels of decoded images: 3 MB, four times that while they are resized.
+# A batch holds at most batch_size times as many pixels of decoded images: 3 MB per sample, 12 MB while resizing.
 PIXELS_PER_SAMPLE = 1 << 20
 
 Attribution = Mapping[Modality, float]

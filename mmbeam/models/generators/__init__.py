@@ -55,7 +55,7 @@ _NOT_TEXT = (
 
 
 def family_of(model_type: str | None, architecture: str | None = None) -> type[Generator]:
-    """Return the class for a model_type and an architecture, if known. Raises ModelError if there is none."""
+    """Return the class for a model_type and an architecture, if known. Raises ModelError for an unsupported one."""
     model_type = model_type or ""
     path = FAMILIES.get(model_type) or _own_module(model_type) or _text_family(model_type, architecture)
     if path is None:

@@ -12,7 +12,7 @@ import torch
 from transformers import Gemma3ForConditionalGeneration, Gemma4ForConditionalGeneration
 
 from mmbeam.errors import ModelError
-from mmbeam.models.generators.media import AS_DECODED, SoundWindow, images_of, read_image_processor
+from mmbeam.models.generators.media import AS_DECODED, AudioWindow, images_of, read_image_processor
 from mmbeam.models.generators.pretrained import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, Placeholder
 from mmbeam.models.loading import read_config
@@ -84,7 +84,7 @@ class Gemma4Generator(ChatGenerator):
         self.image_recipe = read_pooled_recipe(directory, model.config.vision_config)
         has_audio = "audio" in spec.modalities
         self.audio_recipe = read_gemma_recipe(directory) if has_audio else None
-        self.window = self.sound_window(directory) if has_audio else None
+        self.window = self.audio_window(directory) if has_audio else None
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
@@ -96,10 +96,10 @@ class Gemma4Generator(ChatGenerator):
         return cls.make_spec(directory, image_side=side, sampling_rate=read_gemma_recipe(directory).sampling_rate)
 
     @classmethod
-    def sound_window(cls, directory: Path) -> SoundWindow:
+    def audio_window(cls, directory: Path) -> AudioWindow:
         """Return windows of 30 s, the last one of at least one frame."""
         recipe = read_gemma_recipe(directory)
-        return SoundWindow(recipe.sampling_rate, GEMMA_SECONDS * recipe.sampling_rate, recipe.frame_length // 2 + 1)
+        return AudioWindow(recipe.sampling_rate, GEMMA_SECONDS * recipe.sampling_rate, recipe.frame_length // 2 + 1)
 
     def kinds(self) -> dict[int, int]:
         """Return the kinds of image and audio tokens."""

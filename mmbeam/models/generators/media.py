@@ -68,7 +68,7 @@ class PixelReader:
         return pixels.to(device, dtype)
 
 
-class SoundWindow(NamedTuple):
+class AudioWindow(NamedTuple):
     """The windows that audio is cut into, one after the other, so that nothing is truncated."""
 
     rate: int  # Hz
@@ -98,7 +98,7 @@ class MelReader:
         """Raises ModelError if the extractor's file is missing or of another kind."""
         self.recipe = read_whisper_recipe(directory)
         shortest = MIN_FRAMES * self.recipe.hop_length
-        self.window = SoundWindow(self.recipe.sampling_rate, self.recipe.n_samples, shortest)
+        self.window = AudioWindow(self.recipe.sampling_rate, self.recipe.n_samples, shortest)
 
     def frames(self, request: Request) -> list[int]:
         """Return the mel frames of each of a request's windows."""

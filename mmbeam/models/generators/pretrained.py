@@ -1,4 +1,4 @@
-"""What a family of transformers' models starts from: any model, one with an image, or a chat of several modalities.
+"""Base classes of families of transformers' models: any model, one with an image, a chat, a text-only decoder.
 
 A family supplies its model's inputs; the choice of tokens is decoding.py's.
 """
@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 from mmbeam.errors import LimitError, UsageError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
-from mmbeam.models.generators.media import PixelReader, SoundWindow, images_of
+from mmbeam.models.generators.media import AudioWindow, PixelReader, images_of
 from mmbeam.models.generators.prompts import Medium, Placeholder, PromptTokenizer
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.tokenizing import pad
@@ -165,7 +165,7 @@ class ChatGenerator(PretrainedGenerator):
             )
 
     @classmethod
-    def sound_window(cls, directory: Path) -> SoundWindow | None:
+    def audio_window(cls, directory: Path) -> AudioWindow | None:
         """Return the windows that audio is cut into; None for a model without audio."""
         return None
 

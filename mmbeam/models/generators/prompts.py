@@ -164,9 +164,15 @@ class PromptTokenizer(TextTokenizer):
 
     def prompt(self, media: Sequence[Medium], request: Request) -> list[int]:
         """Return the ids of a dialogue, or of a request's single turn, up to the beginning of the model's answer."""
-        turns = request.turns or (Turn("user", self._words(request)),)
-        if request.turns and self.template is None:
-            turns = tuple(Turn(role, one_speaker(text)) for role, text in turns)
+        if request.turns:
+            turns = request.turns
+            if self.template is None:
+                turns = tuple(Turn(role, one_speaker(text)) for role, text in turns)
+        elif self.template is not None or self._reserved or request.prompt is not None:
+            turns = (Turn("user", task_prompt(request)),)
+        else:
+            language = language_name(request.language or "English")
+            turns = (Turn("user", _CONTINUED.get(request.task, "{}").format(request.text or "", language)),)
         if all(self._is_plain(turn.text) for turn in turns):
             ids = self._encode_rendered(self._render(media, turns, request), is_start=True)
         else:
@@ -181,12 +187,6 @@ class PromptTokenizer(TextTokenizer):
             return ids
         begin, end = self._tokenizer.bos_token_id, self._tokenizer.eos_token_id
         return [int(end if begin is None else begin)]
-
-    def _words(self, request: Request) -> str:
-        if self.template is not None or self._reserved or request.prompt is not None:
-            return task_prompt(request)
-        language = language_name(request.language or "English")
-        return _CONTINUED.get(request.task, "{}").format(request.text or "", language)
 
     def _is_plain(self, text: str) -> bool:
         """Whether the reference processor, too, reads nothing but words in the text."""

@@ -17,7 +17,7 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
 )
 
-from mmbeam.models.generators.media import AS_DECODED, MelReader, SoundWindow, images_of, read_image_processor
+from mmbeam.models.generators.media import AS_DECODED, AudioWindow, MelReader, images_of, read_image_processor
 from mmbeam.models.generators.pretrained import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, Placeholder
 from mmbeam.prompts.ask import GeneratorSpec, Request
@@ -43,11 +43,11 @@ class QwenGenerator(ChatGenerator):
         """Read configuration and processor files."""
         if "image" in cls.modalities:
             read_image_processor(directory)
-        window = cls.sound_window(directory)
+        window = cls.audio_window(directory)
         return cls.make_spec(directory, sampling_rate=None if window is None else window.rate)
 
     @classmethod
-    def sound_window(cls, directory: Path) -> SoundWindow | None:
+    def audio_window(cls, directory: Path) -> AudioWindow | None:
         """Return the feature extractor's windows; None for a model without audio."""
         return MelReader(directory).window if "audio" in cls.modalities else None
 

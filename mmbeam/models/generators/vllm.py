@@ -92,7 +92,7 @@ class VllmGenerator(ChatGenerator):
         directory = Path(spec.directory)
         self.family = family
         self.tokenizer = family.read_tokenizer(directory)
-        self.window = family.sound_window(directory) if "audio" in spec.modalities else None
+        self.window = family.audio_window(directory) if "audio" in spec.modalities else None
         self.engine = engine
         self._sampling_params = sampling_params
         self._penalty = repetition_penalty(directory)

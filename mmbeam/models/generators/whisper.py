@@ -196,19 +196,18 @@ class WhisperGenerator(PretrainedGenerator):
             languages = self.model.detect_language(encoder_outputs=memory).tolist()
         starts = []
         for row, request in enumerate(requests):
-            language = languages[row] if request.language is None else self._language_id(request.language)
+            if request.language is None:
+                language = languages[row]
+            elif (token := _language_token(request.language)) in config.lang_to_id:
+                language = config.lang_to_id[token]
+            else:
+                raise ModelError(
+                    f"{self.spec.directory}: unsupported language {request.language!r}; expected one of "
+                    f"{', '.join(config.lang_to_id)}"
+                )
             task = config.task_to_id["translate" if request.task == "translate" else "transcribe"]
             starts.append([config.decoder_start_token_id, language, task])
         return starts
-
-    def _language_id(self, language: str) -> int:
-        ids: Mapping[str, int] = self.model.generation_config.lang_to_id
-        token = _language_token(language)
-        if token not in ids:
-            raise ModelError(
-                f"{self.spec.directory}: unsupported language {language!r}; expected one of {', '.join(ids)}"
-            )
-        return ids[token]
 
 
 def _language_token(language: str) -> str:
