@@ -135,7 +135,7 @@ def measure_plan(directory: Path) -> dict[str, float]:
 def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> dict[str, float]:
     from mmbeam.config import ModelRef
     from mmbeam.jobs.embed import EmbedOptions, prepare
-    from mmbeam.jobs.launch import execute
+    from mmbeam.jobs.execute import execute_pipeline
     from mmbeam.models import placement
     from mmbeam.readers.windows import read_batches
 
@@ -156,7 +156,7 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
         placement.get_device(DEVICE).run(stage, warm)
         del warm
         begin = time.perf_counter()
-        report = execute(job.run, job.units, (), job.build, job.check)
+        report = execute_pipeline(job.run, job.units, (), job.build, job.check)
         seconds = time.perf_counter() - begin
     return {"samples": report.tally.rows, "seconds": seconds, "light": report.model_utilisation}
 
@@ -193,7 +193,7 @@ def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
 
 def time_of_first_batch(job: "EmbedJob") -> float:
     """Seconds from the start of the process until the model is called for the first time."""
-    from mmbeam.jobs.launch import execute
+    from mmbeam.jobs.execute import execute_pipeline
     from mmbeam.models.encoders.joint import ClipEncoder
 
     called: list[float] = []
@@ -204,7 +204,7 @@ def time_of_first_batch(job: "EmbedJob") -> float:
 
     ClipEncoder.encode_image = encode_image
     with contextlib.suppress(Exception):
-        execute(job.run, job.units, (), job.build, job.check)
+        execute_pipeline(job.run, job.units, (), job.build, job.check)
     return called[0] - BEGIN
 
 

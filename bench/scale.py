@@ -29,7 +29,8 @@ import pyarrow as pa
 
 from mmbeam import runs
 from mmbeam.config import MIB, Reading, Windows
-from mmbeam.jobs.launch import execute, pipeline_options
+from mmbeam.jobs.execute import execute_pipeline
+from mmbeam.jobs.options import pipeline_options
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import MOST_UNITS, UNIT_BYTES
 from mmbeam.runs import Run
@@ -129,7 +130,9 @@ def step_write(directory: Path, lives: int | None = None) -> dict[str, float]:
     with timed() as looking:
         assert all(batch.report for unit in some for batch in reader.process(unit))
     with timed() as writing:
-        report = execute(run, units, (), lambda pipeline: build(pipeline, run, units, lives), lambda report: None)
+        report = execute_pipeline(
+            run, units, (), lambda pipeline: build(pipeline, run, units, lives), lambda report: None
+        )
     assert report.tally.rows == ROWS * len(units)
     return {
         "plan": planning[0],

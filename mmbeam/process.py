@@ -1,18 +1,29 @@
-"""The cores of this process: how many it may use, the threads that decode on them, and when they stand back."""
+"""Process-wide state: cores, decoding threads and progress counters. `reset` returns it to its beginning.
+
+State whose types this module cannot import (torch devices, runs, file systems) is kept where those types are, and
+registered by `on_reset`.
+"""
 
 import os
 import threading
+import time
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
+
+from mmbeam.types import Tally, UnitReport
+
+CLEAR_LINE = "\r\x1b[K"  # removes the progress line from a terminal
+RATE_SECONDS = 30.0  # the throughput shown is that of the last RATE_SECONDS
 
 _lock = threading.Lock()
 _reset_callbacks: list[Callable[[], None]] = []
 
 
 def on_reset(callback: Callable[[], None]) -> Callable[[], None]:
-    """Register a function that `reset` calls, for process-wide state whose types this module cannot import (torch)."""
+    """Register a function that `reset` calls. A decorator."""
     _reset_callbacks.append(callback)
     return callback
 
@@ -21,13 +32,18 @@ def reset() -> None:
     """Return all process-wide state to what it is after the first import. Not while a unit is being processed."""
     use_cores(0)
     _make_pool.cache_clear()
+    progress.relay = None
+    progress.start(0)
     for callback in _reset_callbacks:
         callback()
 
 
+# Cores and decoding
+
+
 def decode_pool() -> ThreadPoolExecutor:
-    """The process's decoding threads, one per core this process may use."""
-    with _lock:  # two units that start at once must not make two
+    """Return the process's decoding threads, one per core this process may use."""
+    with _lock:  # two units that start simultaneously must not make two pools
         return _make_pool()
 
 
@@ -36,51 +52,107 @@ def _make_pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max_workers=cores(), thread_name_prefix="mmbeam-decode")
 
 
-_share = 0  # of the cores; 0: all
+_core_limit = 0  # 0: all
 
 
 def use_cores(count: int) -> None:
-    """Decode on so many cores, where several processes share the machine; called before anything is read."""
-    global _share
-    _share = count
+    """Limit this process to `count` cores; 0 is no limit. To be called before anything is read."""
+    global _core_limit
+    _core_limit = count
 
 
 def cores() -> int:
-    """The cores that this process may use, or those that it is told to."""
-    return _share or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
+    """Return the number of cores that this process may use."""
+    return _core_limit or (len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
 
 
-class _Pauses:
-    """How many hold decoding up, and whether none does."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._count = 0
-        self.none = threading.Event()
-        self.none.set()
-
-    def add(self, change: int) -> None:
-        with self._lock:
-            self._count += change
-            if self._count:
-                self.none.clear()
-            else:
-                self.none.set()
-
-
-_pauses = _Pauses()
-may_decode = _pauses.none  # to be waited for before a sample is given to the pool
+may_decode = threading.Event()  # to be waited for before a sample is submitted to the pool
+may_decode.set()
+_pauses = 0
 
 
 @contextmanager
 def decoding_paused() -> Iterator[None]:
-    """While this lasts no unit of this process decodes a further sample; they go on reading, a little ahead.
+    """Submit no further samples of any unit to the decoding threads meanwhile; units still read a little ahead.
 
-    For a model that computes on all cores: its threads wait for each other many times a second, so that one core
-    lost to decoding costs it all of them.
+    For a model that computes on all cores: its threads synchronise many times a second, so that one core
+    taken by decoding delays all of them.
     """
-    _pauses.add(1)
+    _add_pause(1)
     try:
         yield
     finally:
-        _pauses.add(-1)
+        _add_pause(-1)
+
+
+def _add_pause(change: int) -> None:
+    global _pauses
+    with _lock:
+        _pauses += change
+        if _pauses:
+            may_decode.clear()
+        else:
+            may_decode.set()
+
+
+# Progress
+
+
+class Progress:
+    """Counters of one run. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self.relay: Callable[[Tally], None] | None = None  # in a worker process: sends its launcher what is added
+        self.start(0)
+
+    def start(self, units: int) -> None:
+        """Reset the counters for a run of `units` units."""
+        with self._lock:
+            self.units = units
+            self.units_done = 0
+            self.units_failed = 0  # of those done
+            self.tally = Tally()  # of this launch
+            self.kept = Tally()  # of units that an earlier launch committed
+            self.finished = Tally()  # of all units that are done and have not failed
+            self._history = deque([(time.monotonic(), 0)])  # samples of this launch, by time
+
+    def add(self, tally: Tally) -> None:
+        """Add a window's counts."""
+        with self._lock:
+            self.tally += tally
+        if self.relay is not None:
+            self.relay(tally)
+
+    def unit_done(self, report: UnitReport) -> None:
+        """Count a unit that is committed, now or before, or that failed."""
+        with self._lock:
+            self.units_done += 1
+            if report.status == "failed":
+                self.units_failed += 1
+                return
+            self.finished += report.tally
+            if report.status == "kept":
+                self.kept += report.tally
+
+    def rate(self) -> float:
+        """Return the samples per second of the last RATE_SECONDS."""
+        with self._lock:
+            now = time.monotonic()
+            self._history.append((now, self.tally.samples))
+            while len(self._history) > 2 and self._history[1][0] <= now - RATE_SECONDS:
+                self._history.popleft()
+            then, samples = self._history[0]
+            return (self.tally.samples - samples) / max(now - then, 1e-9)
+
+    def seconds_left(self, rate: float) -> float | None:
+        """Return the seconds left, assuming that units to come hold as many samples as finished ones. None: unknown."""
+        with self._lock:
+            finished = self.units_done - self.units_failed
+            if not rate or not finished or self.units_done >= self.units:
+                return None
+            expected = self.finished.samples / finished * (self.units - self.units_failed)
+            return max(expected - self.kept.samples - self.tally.samples, 0) / rate
+
+
+progress = Progress()  # of this process

@@ -24,7 +24,7 @@ from mmbeam.config import Cleaning, FieldMap, ModelRef, Reading, Windows
 from mmbeam.errors import MissingModalityError, RunMismatchError, UsageError
 from mmbeam.jobs.caption import CaptionOptions, caption, caption_run
 from mmbeam.jobs.embed import EmbedOptions, embed
-from mmbeam.jobs.launch import pipeline_options
+from mmbeam.jobs.options import pipeline_options
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.prompts.ask import Decoding, Generated, Request
 from mmbeam.stages.generate import generate_stage
@@ -345,7 +345,7 @@ def test_features_that_do_not_fit_the_model_are_refused_before_the_start(
         run(tmp_path, wide, embedded)
     with pytest.raises(MissingModalityError, match=r"dino_embedding, which the model takes; .*image_embedding"):
         run(tmp_path, absent, embedded)
-    with pytest.raises(UsageError, match="takes image and audio as such"):
+    with pytest.raises(UsageError, match="takes raw image and audio, not features"):
         run(tmp_path, fusion, embedded)
     with pytest.raises(UsageError, match=r"takes features \(image_embedding, text_tokens\)"):
         run(tmp_path, of_features, tmp_path / "in")
@@ -353,7 +353,7 @@ def test_features_that_do_not_fit_the_model_are_refused_before_the_start(
         run(tmp_path, of_features, embedded, with_embeddings=True)
     with pytest.raises(UsageError, match="the features are there"):
         run(tmp_path, of_features, embedded, output=str(embedded), overwrite=True)
-    with pytest.raises(UsageError, match="--image-field"):
+    with pytest.raises(UsageError, match="`image_field`"):
         run(tmp_path, of_features, embedded, reading=Reading(fields=FieldMap(image="png")))
     assert not (tmp_path / "out").exists()
 

@@ -116,11 +116,11 @@ def test_such_samples_can_be_left_out_as_the_message_says(tmp_path: Path, chat: 
     [
         (
             {"prompt": "{metadata[titel]} {metadata[title]}"},
-            "--prompt: none of the first 3 samples has {metadata[titel]}; they have "
+            "`prompt`: none of the first 3 samples has {metadata[titel]}; they have "
             "{key}, {text}, {metadata[title]}, {metadata[a][b]}",
         ),
         ({"prompt": "{metadata[a][c]}"}, "has {metadata[a][c]}; they have"),
-        ({"task": "dialogue"}, "--task dialogue: none of the first 3 samples has {metadata[messages]}; they have"),
+        ({"task": "dialogue"}, "`task` dialogue: none of the first 3 samples has {metadata[messages]}; they have"),
     ],
 )
 def test_a_field_that_no_sample_has_is_an_error_before_the_start(

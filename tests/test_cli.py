@@ -22,7 +22,7 @@ from tiny_clip import save_clip
 
 from mmbeam import __version__
 from mmbeam.cli import main
-from mmbeam.report.progress import progress
+from mmbeam.process import progress
 
 
 @pytest.fixture(scope="module")

@@ -37,9 +37,9 @@ from mmbeam.config import ModelRef
 from mmbeam.errors import UsageError
 from mmbeam.jobs import caption, embed
 from mmbeam.jobs.caption import CaptionOptions
-from mmbeam.jobs.common import Job
 from mmbeam.jobs.embed import EmbedOptions
-from mmbeam.jobs.launch import is_waited_for, pipeline_options, submit
+from mmbeam.jobs.execute import Job, submit
+from mmbeam.jobs.options import is_waited_for, pipeline_options
 from mmbeam.prompts.ask import Decoding
 from mmbeam.types import Input, Shard, WorkUnit
 
@@ -191,7 +191,7 @@ def test_such_a_launch_gives_no_report(home: Path, tmp_path: Path, option: str) 
     assert not is_waited_for([*ON_DATAFLOW, option])
     assert is_waited_for(ON_DATAFLOW)
     job = embed_job(home, tmp_path, beam_args=(*ON_DATAFLOW, option))
-    with pytest.raises(UsageError, match="nobody waits"):
+    with pytest.raises(UsageError, match="no report to wait for"):
         job.execute()
 
 
@@ -199,13 +199,13 @@ def test_it_hands_the_job_over_and_says_so(home: Path, tmp_path: Path, capsys: p
     arguments = ["embed", "--input", str(home / "in"), "--output", str(tmp_path), "--model", str(home / "clip")]
     assert main([*arguments, "--device=cuda", "--shared-output", *DRY]) == 0
     assert "not waited for" in capsys.readouterr().out
-    assert embed_job(home, tmp_path).launch() is None
+    assert embed_job(home, tmp_path).start() is None
     assert len(runs.load_plan(embed_job(home, tmp_path).run)) == 3
 
 
 def test_it_cannot_hold_the_lock_of_retry_failures(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="--retry-failures holds a lock"):
-        embed_job(home, tmp_path, retry_failures=True).launch()
+    with pytest.raises(UsageError, match="`retry_failures` holds a lock"):
+        embed_job(home, tmp_path, retry_failures=True).start()
 
 
 # The template

@@ -10,7 +10,7 @@ from apache_beam.options.pipeline_options import FlinkRunnerOptions, PipelineOpt
 
 from mmbeam.commands import parse
 from mmbeam.jobs.cluster import check_input, check_output, runner_of, workers_are_here
-from mmbeam.jobs.launch import pipeline_options
+from mmbeam.jobs.options import pipeline_options
 
 MANIFESTS = Path(__file__).parents[1] / "deploy" / "flink" / "kubernetes"
 

@@ -24,7 +24,7 @@ from known import Known, assert_same, counts, make_known, options, read_parts
 from mmbeam import process
 from mmbeam.errors import DeviceError, UsageError
 from mmbeam.jobs.embed import embed, prepare
-from mmbeam.jobs.launch import device_of, pipeline_options
+from mmbeam.jobs.options import device_of, pipeline_options
 from mmbeam.models import placement
 from mmbeam.stages.embed import EmbedStage
 from mmbeam.transforms.run_stage import RunStage

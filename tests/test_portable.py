@@ -19,7 +19,7 @@ from servers import STORES, fresh_output
 from mmbeam.errors import JobError
 from mmbeam.jobs.cluster import check_cluster
 from mmbeam.jobs.embed import embed, prepare
-from mmbeam.jobs.launch import execute
+from mmbeam.jobs.execute import execute_pipeline
 from mmbeam.stages.embed import EmbedStage
 from mmbeam.types import Batch
 
@@ -76,7 +76,7 @@ def test_a_job_service_with_an_external_worker_pool_gives_the_same_rows(
     job = prepare(options(known.root, tmp_path, *there, shared_output=True))
     stage = LoudStage(**{each.name: getattr(job.stages[0], each.name) for each in fields(EmbedStage)})
     job = replace(job, stages=(stage,))
-    report = execute(job.run, job.units, there, job.build, job.check)
+    report = execute_pipeline(job.run, job.units, there, job.build, job.check)
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
 

@@ -20,9 +20,10 @@ from servers import STORES, fresh_output
 from mmbeam import runs
 from mmbeam.config import FieldMap
 from mmbeam.errors import JobError
+from mmbeam.process import Progress, progress
 from mmbeam.report import progress as module
 from mmbeam.report.inspect import inspect_text
-from mmbeam.report.progress import Committed, Progress, ProgressLine, clock, progress
+from mmbeam.report.progress import Committed, ProgressLine, clock, progress_line
 from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
 from mmbeam.runs import Run
@@ -60,30 +61,30 @@ def test_the_rate_is_that_of_the_last_half_minute(ticking: Clock) -> None:
     for _ in range(60):  # a minute at 100 per second, then a minute at 10
         ticking.now += 1
         seen.add(Tally(samples=100))
-        seen.line()
-    assert "6,000 samples  100/s" in seen.line()
+        progress_line(seen)
+    assert "6,000 samples  100/s" in progress_line(seen)
     for _ in range(60):
         ticking.now += 1
         seen.add(Tally(samples=10))
-        seen.line()
-    assert "6,600 samples  10/s" in seen.line()
+        progress_line(seen)
+    assert "6,600 samples  10/s" in progress_line(seen)
 
 
 def test_the_time_left_is_that_of_units_like_those_that_are_done(ticking: Clock) -> None:
     seen = Progress()
     seen.start(5)
-    assert "left" not in seen.line()
+    assert "left" not in progress_line(seen)
     seen.unit_done(unit(50, "kept"))  # costs no time
     ticking.now += 10
     seen.add(Tally(samples=100))
     seen.unit_done(unit(50))
-    assert seen.line() == "2/5 units  150 samples  10/s  10s left"  # 5 x 50, less 150, at 10 per second
+    assert progress_line(seen) == "2/5 units  150 samples  10/s  10s left"  # 5 x 50, less 150, at 10 per second
     seen.unit_done(unit(0, "failed"))
-    assert seen.line() == "3/5 units  150 samples  10/s  1 units FAILED  5s left"
+    assert progress_line(seen) == "3/5 units  150 samples  10/s  1 units FAILED  5s left"
     seen.add(Tally(samples=100, failed=3))
     for _ in range(2):
         seen.unit_done(unit(50))
-    assert seen.line() == "5/5 units  250 samples  20/s  3 samples failed  1 units FAILED"
+    assert progress_line(seen) == "5/5 units  250 samples  20/s  3 samples failed  1 units FAILED"
 
 
 @pytest.mark.parametrize(("seconds", "said"), [(0.4, "0s"), (59.4, "59s"), (200, "3m20s"), (7530, "2h05m")])
@@ -102,7 +103,7 @@ def test_what_workers_elsewhere_commit_is_seen(tmp_path: Path) -> None:
     seen.look()
     seen.look()
     assert (seen.progress.units_done, seen.progress.kept.samples, seen.progress.tally.samples) == (2, 10, 10)
-    assert seen.progress.line().startswith("2/3 units  20 samples")
+    assert progress_line(seen.progress).startswith("2/3 units  20 samples")
 
 
 # The line

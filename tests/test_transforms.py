@@ -24,7 +24,7 @@ from mmbeam import runs
 from mmbeam.config import Cleaning, ModelRef, Reading, Windows
 from mmbeam.errors import ModelError, NoShardsError, RunMismatchError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
-from mmbeam.jobs.launch import pipeline_options
+from mmbeam.jobs.options import pipeline_options
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.transforms import BatchCoder, Embed, Plan, ReadShards, Rows, Summarize, WriteParquet
 from mmbeam.types import Batch, Needs, Sample, Tally, UnitReport

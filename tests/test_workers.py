@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,45 +85,59 @@ def _refuse() -> object:
     raise ImportError("no module named so")
 
 
+def children() -> set[int]:
+    """The processes that this process started and that are alive."""
+    pids = {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
+    return {pid for pid in pids if exists(pid)}
+
+
+@contextmanager
+def started(workers: Workers) -> Iterator[tuple[Workers, set[int]]]:
+    """The workers, and their process ids."""
+    before = children()
+    with workers:
+        yield workers, children() - before
+
+
 @pytest.fixture(scope="module")
-def counting() -> Iterator[Workers]:
-    with Workers([count, count], threads=[3, 1], at_once=2) as workers:
+def counting() -> Iterator[tuple[Workers, set[int]]]:
+    with started(Workers([count, count], threads=[3, 1], units_per_process=2)) as workers:
         yield workers
 
 
 def test_every_unit_is_done_once_and_all_processes_do_some(
-    counting: Workers, capfd: pytest.CaptureFixture[str]
+    counting: tuple[Workers, set[int]], capfd: pytest.CaptureFixture[str]
 ) -> None:
     told: list[Tally] = []
-    reports = list(counting.do([unit(f"u{number}") for number in range(20)], told.append))
+    reports = list(counting[0].do([unit(f"u{number}") for number in range(20)], told.append))
     assert sorted(report.unit for report in reports) == sorted(f"u{number}" for number in range(20))
     assert sum(told, Tally()).samples == 20
-    assert {report.batch_plan["pid"] for report in reports} == set(counting.pids)
+    assert {report.batch_plan["pid"] for report in reports} == counting[1]
     said = capfd.readouterr()
     assert said.out == ""  # which may be this command's output, piped to another
 
 
-def test_the_libraries_of_each_process_are_told_its_share_of_the_cores(counting: Workers) -> None:
-    reports = list(counting.do(map(unit, "ab"), lambda _: None))  # everyone has one before anyone has two
+def test_the_libraries_of_each_process_are_told_its_share_of_the_cores(counting: tuple[Workers, set[int]]) -> None:
+    reports = list(counting[0].do(map(unit, "ab"), lambda _: None))  # everyone has one before anyone has two
     threads = {(report.batch_plan["OMP_NUM_THREADS"], report.batch_plan["MKL_NUM_THREADS"]) for report in reports}
     assert threads == {("3", "3"), ("1", "1")}
 
 
-def test_a_process_that_is_interrupted_goes_on(counting: Workers) -> None:
+def test_a_process_that_is_interrupted_goes_on(counting: tuple[Workers, set[int]]) -> None:
     """Ctrl-C reaches every process of a terminal's job; the launcher decides."""
-    for pid in counting.pids:
+    for pid in counting[1]:
         os.kill(pid, signal.SIGINT)
-    assert len(list(counting.do(map(unit, "abcd"), lambda _: None))) == 4
+    assert len(list(counting[0].do(map(unit, "abcd"), lambda _: None))) == 4
 
 
-def test_no_units_are_no_work(counting: Workers) -> None:
-    assert list(counting.do([], lambda _: None)) == []
+def test_no_units_are_no_work(counting: tuple[Workers, set[int]]) -> None:
+    assert list(counting[0].do([], lambda _: None)) == []
 
 
 def test_a_slow_unit_holds_up_nobody(tmp_path: Path) -> None:
     """Nine units wait for nobody but the other process, so that none may be promised to the slow one's."""
     work = Slow(tmp_path, others=9)
-    with Workers([work, work], threads=[1, 1], at_once=1) as workers:
+    with Workers([work, work], threads=[1, 1], units_per_process=1) as workers:
         reports = list(workers.do([unit("slow"), *map(unit, "abcdefghi")], lambda _: None))
     slow = next(report for report in reports if report.unit == "slow")
     pids = [report.batch_plan["pid"] for report in reports]
@@ -135,16 +150,17 @@ def test_a_slow_unit_holds_up_nobody(tmp_path: Path) -> None:
         ("device", DeviceError, "^cuda:1: lost"),
         ("odd", JobError, "^OddError: it: is odd"),
         ("quit", JobError, "^SystemExit: a library gives up"),
-        ("die", JobError, r"worker process \d+ was killed by SIGKILL, .* fewer --workers. The same command again"),
+        ("die", JobError, r"worker process \d+ was killed by SIGKILL, .* reduce `workers`. The same command again"),
         ("exit", JobError, r"worker process \d+ ended with status 7. The same command again"),
     ],
 )
 def test_what_one_raises_or_its_death_ends_all_at_once(first: str, error: type[Exception], message: str) -> None:
     begin = time.monotonic()
-    with Workers([fail, fail], threads=[1, 1], at_once=1) as workers:
-        pids = workers.pids
-        with pytest.raises(error, match=message) as raised:
-            list(workers.do([unit(first), unit("sleep")], lambda _: None))
+    with (
+        started(Workers([fail, fail], threads=[1, 1], units_per_process=1)) as (workers, pids),
+        pytest.raises(error, match=message) as raised,
+    ):
+        list(workers.do([unit(first), unit("sleep")], lambda _: None))
     assert time.monotonic() - begin < 30
     assert not any(map(exists, pids))
     if first in ("device", "odd", "quit"):
@@ -153,15 +169,15 @@ def test_what_one_raises_or_its_death_ends_all_at_once(first: str, error: type[E
 
 def test_work_that_cannot_be_unpickled_says_why() -> None:
     with (
-        Workers([Unloadable()], threads=[1], at_once=1) as workers,
+        Workers([Unloadable()], threads=[1], units_per_process=1) as workers,
         pytest.raises(ImportError, match="no module named so"),
     ):
         list(workers.do([unit("a")], lambda _: None))
 
 
 def test_what_a_process_said_before_it_ended_is_not_lost() -> None:
-    with Workers([Unloadable()], threads=[1], at_once=1) as workers:
-        while any(map(exists, workers.pids)):
+    with started(Workers([Unloadable()], threads=[1], units_per_process=1)) as (workers, pids):
+        while any(map(exists, pids)):
             time.sleep(0.01)
         with pytest.raises(ImportError, match="no module named so"):
             list(workers.do([unit("a")], lambda _: None))
@@ -169,9 +185,9 @@ def test_what_a_process_said_before_it_ended_is_not_lost() -> None:
 
 LAUNCHER = """
 import sys
-from test_workers import Workers, fail, unit
-with Workers([fail, fail], threads=[1, 1], at_once=1) as workers:
-    print(*workers.pids, flush=True)
+from test_workers import Workers, fail, started, unit
+with started(Workers([fail, fail], threads=[1, 1], units_per_process=1)) as (workers, pids):
+    print(*pids, flush=True)
     list(workers.do([unit("a"), unit("b")], lambda _: None))
 """
 

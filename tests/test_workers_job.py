@@ -15,7 +15,7 @@ import shards
 from hypothesis import given
 from hypothesis import strategies as st
 from known import Known, assert_same, counts, make_known, options, read_parts
-from test_workers import exists
+from test_workers import children
 
 from mmbeam import process, runs
 from mmbeam.cli import main
@@ -23,9 +23,9 @@ from mmbeam.errors import JobError, UsageError
 from mmbeam.jobs.caption import CaptionOptions
 from mmbeam.jobs.caption import prepare as prepare_caption
 from mmbeam.jobs.embed import EmbedOptions, embed, prepare
-from mmbeam.jobs.local import UnitWork, check_workers, share_cores, share_devices
-from mmbeam.process import cores
-from mmbeam.report.progress import progress
+from mmbeam.jobs.options import check_workers
+from mmbeam.jobs.workers import UnitWork, share_cores, share_devices
+from mmbeam.process import cores, progress
 from mmbeam.stages.embed import EmbedStage
 from mmbeam.types import Batch, Tally
 
@@ -35,30 +35,24 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return make_known(tmp_path_factory.mktemp("known"))
 
 
-def children() -> list[int]:
-    """The processes that this one has started and that are alive."""
-    found = [int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()]
-    return [pid for pid in found if exists(pid)]
-
-
 def kill_one(started_before: set[int], data: Path) -> None:
     """Kill a worker process once the first units are committed."""
     while len(list(data.glob("*.parquet"))) < 2:
         time.sleep(0.002)
-    os.kill(min(set(children()) - started_before), signal.SIGKILL)
+    os.kill(min(children() - started_before), signal.SIGKILL)
 
 
 def test_one_that_is_killed_ends_the_job_and_the_same_command_does_the_rest(known: Known, tmp_path: Path) -> None:
     """By any number of processes: most of the rest is done in this one, which starts none, and the last unit in one."""
     shards.make_webdataset(tmp_path / "in", shards.make_truths(60), shards=30)
     job = options(known.root, tmp_path / "out", input=(str(tmp_path / "in"),), workers=2)
-    data, before = tmp_path / "out" / "data", set(children())
+    data, before = tmp_path / "out" / "data", children()
     killer = threading.Thread(target=kill_one, args=(before, data))
     killer.start()
     with pytest.raises(JobError, match=r"killed by SIGKILL.*The same command again does the rest"):
         embed(job)
     killer.join()
-    assert set(children()) == before
+    assert children() == before
     assert 2 <= len(list(data.glob("*.parquet"))) < 29
     alone = prepare(replace(job, workers=1))
     replace(alone, units=alone.units[:-1]).execute()
@@ -89,7 +83,6 @@ def in_this_process(job: EmbedOptions | CaptionOptions) -> list[Tally]:
         for unit in prepared.units:
             assert work(unit, told.append).status == "written"
     finally:
-        progress.relay = None
         process.reset()
     return told
 
@@ -116,7 +109,6 @@ def test_a_worker_process_keeps_to_its_share_of_devices_and_cores(
     try:
         UnitWork(replace(job, units=()).steps, ("cpu:1",), 3)(job.units[0], lambda _: None)
     finally:
-        progress.relay = None
         process.reset()
     assert set(used) == {("cpu:1", 3)}
 
@@ -141,16 +133,16 @@ def captions_of(path: Path) -> list[str]:
 @pytest.mark.parametrize(
     ("beam_args", "message"),
     [
-        (["--runner=FlinkRunner", "--flink_master=[local]"], r"--runner=flink take --parallelism .* --sdk_worker_para"),
-        (["--runner=DataflowRunner"], "--runner=dataflow take --num_workers and --max_num_workers"),
+        (["--runner=FlinkRunner", "--flink_master=[local]"], r"--runner=flink use --parallelism .* --sdk_worker_para"),
+        (["--runner=DataflowRunner"], "--runner=dataflow use --num_workers and --max_num_workers"),
         (["--runner=FnApiRunner"], "--direct_num_workers with --direct_running_mode"),
-        (["--runner=PrismRunner"], "--runner=prism take its own options, or leave --runner out"),
-        (["--direct_num_workers=3"], "leave one out"),
+        (["--runner=PrismRunner"], "--runner=prism use its own options, or leave --runner out"),
+        (["--direct_num_workers=3"], "mutually exclusive"),
         (["--no_wait_until_finish"], "must wait"),
     ],
 )
 def test_workers_are_of_this_machine_alone(beam_args: list[str], message: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match=f"--workers.*{message}"):
+    with pytest.raises(UsageError, match=f"`workers`.*{message}"):
         check_workers(options(tmp_path, tmp_path, *beam_args, workers=2))
     check_workers(options(tmp_path, tmp_path, *beam_args, workers=1))
 
@@ -162,7 +154,7 @@ def test_a_store_that_one_process_alone_sees_is_refused(tmp_path: Path) -> None:
 
 def test_more_workers_than_cores_are_allowed_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     check_workers(options(tmp_path, tmp_path, workers=1000))
-    assert "--workers 1000: more than the" in caplog.text
+    assert "1000 workers: more than the" in caplog.text
 
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])

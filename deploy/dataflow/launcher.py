@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmbeam.cli import entry
 from mmbeam.errors import UsageError
-from mmbeam.jobs.launch import pipeline_options
+from mmbeam.jobs.options import pipeline_options
 
 METADATA = Path(__file__).with_name("metadata.json")
 BEAM = "Apache Beam"

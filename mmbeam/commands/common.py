@@ -223,7 +223,7 @@ def check_url(name: str, url: str) -> None:
 
 def _check_beam(args: Sequence[str]) -> None:
     """Raise UsageError for an argument that Apache Beam refuses; argparse, which Beam asks, would end the process."""
-    from mmbeam.jobs.launch import pipeline_options
+    from mmbeam.jobs.options import pipeline_options
 
     said = io.StringIO()
     try:

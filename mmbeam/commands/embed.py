@@ -40,7 +40,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
     from mmbeam.report.progress import ProgressLine
 
     with ProgressLine(options.output, sys.stderr), libraries_quiet(args.verbose):
-        report = prepare(options).launch()
+        report = prepare(options).start()
     return (yield from outcome(report, options.output))
 
 

@@ -1,52 +1,50 @@
-"""The caption job: shards or features in, one row with the text that a model makes of each sample out."""
+"""The caption job: shards or features in, one row with the generated text of each sample out."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from typing import Any
 
+from mmbeam.clean.where import SampleValues
 from mmbeam.config import MIB, FieldMap, Reading, Windows
-from mmbeam.errors import UsageError
-from mmbeam.features.files import check_columns, feature_patterns
+from mmbeam.errors import ShardError, UsageError
+from mmbeam.features.files import FACTS, IDENTITY, check_columns, feature_patterns, opened
 from mmbeam.jobs.cluster import workers_are_here
-from mmbeam.jobs.common import (
-    OUTPUT_VERSION,
-    Job,
-    check_options,
-    image_filter_of,
-    must_find,
-    plan,
-    recorded_of,
-)
-from mmbeam.jobs.fields import check_fields, probe_rows
-from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
+from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_found, plan, versions
+from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.models.placement import devices_of
 from mmbeam.names import MODALITIES, SHIPPED_MODEL, UNNAMED_MODEL, Engine, Modality, Task
-from mmbeam.prompts.ask import Decoding, prompt_fields
+from mmbeam.prompts.ask import Decoding, Instruction, prompt_fields
+from mmbeam.prompts.template import entry_paths
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import public_path
 from mmbeam.readers.units import GENERATE_BYTES
-from mmbeam.report.inspect import probe
-from mmbeam.runs import Run
+from mmbeam.report.inspect import PROBED_SAMPLES, PROBED_SHARDS, Probe, probe
+from mmbeam.runs.run import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.stages.generate import GenerateStage, generate_stage
-from mmbeam.types import RunReport, Shard
+from mmbeam.types import RunReport, Sample, Shard
 
-GPU_WINDOWS = Windows(decoded_bytes=256 * MIB)  # 340 pictures of 512 x 512, where the default is 42: a batch is 256
+log = logging.getLogger(__name__)
+
+GPU_WINDOWS = Windows(decoded_bytes=256 * MIB)  # 340 pictures of 512 x 512 (default: 42); a batch is 256 samples
+FIELDS_SHOWN = 20  # in an error
 
 
 @dataclass(frozen=True, kw_only=True)
 class CaptionOptions(JobOptions):
-    """The caption job, as the command line or a program asks for it. `input` is shards, or features of embed's."""
+    """The options of the caption job. `input` is shards, or features that the embed job wrote."""
 
     model: str = SHIPPED_MODEL
-    task: Task | None = None  # None: what the model is for
-    prompt: str | None = None  # a template over the sample, in the place of the task's own way to ask
-    language: str | None = None  # of the text that is wanted; to a Whisper the one that is spoken
+    task: Task | None = None  # None: the model's main task
+    prompt: str | None = None  # a template over the sample; None: the task's own prompt
+    language: str | None = None  # of the generated text; for Whisper, of the speech
     source_language: str | None = None
     decoding: Decoding = field(default_factory=Decoding)
-    explain: bool = False  # add the attribution of each caption to its modalities
-    with_embeddings: bool = False  # the model's vectors as well
+    explain: bool = False  # add the attribution of each caption to the modalities
+    with_embeddings: bool = False  # add the model's vectors
     engine: Engine = "transformers"
 
 
@@ -70,16 +68,30 @@ def caption(options: CaptionOptions) -> RunReport:
 def prepare(options: CaptionOptions) -> CaptionJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
     check_options(options)
-    shared = _shared_by_stages(options)
+    shared: dict[str, Any] = {
+        "device": device_of(options),
+        "dtype": options.dtype,
+        "batch_size": options.batch_size,
+        "image_filter": options.image_filter,
+    }
     names = ("task", "prompt", "language", "source_language", "decoding", "explain", "engine")
     generate = generate_stage(options.model, **{name: getattr(options, name) for name in names}, **shared)
-    options = _for_device(options, generate.device)
+    if options.engine == "vllm" and workers_are_here(options.beam_args):
+        from mmbeam.models.generators import vllm  # imports the families, which takes seconds
+
+        vllm.check_installed()
+        vllm.check_processes(len(devices_of(options.device)), options.workers)
+    if generate.device != "cpu" and options.windows == Windows():
+        options = replace(options, windows=GPU_WINDOWS)
+    [output] = generate.outputs
+    modalities = tuple(modality for modality in MODALITIES if modality in output.modalities)
+    required = tuple(modality for modality in MODALITIES if modality in output.required)
     files = feature_patterns(options.input)
     shards = list_shards(files or options.input)
     if files:
         _check_features(generate, shards, options)
     else:
-        _check_shards(generate, shards, options)
+        _check_shards(generate, shards, options, modalities, required)
     embed = [embed_stage(generate.model, count_tokens=False, **shared)] if options.with_embeddings else []
     run = caption_run(
         options.output,
@@ -89,74 +101,96 @@ def prepare(options: CaptionOptions) -> CaptionJob:
         reading=options.reading,
         limit=options.limit,
         max_failure_rate=options.max_failure_rate,
-        recorded=recorded_of(options),
+        recorded=options.recorded,
     )
     return CaptionJob(
         run=run,
         stages=(*embed, generate),
         units=plan(run, shards, options, unit_bytes=None if files else GENERATE_BYTES),
         options=options,
-        check=must_find(*_due(generate)),
+        check=partial(check_found, modalities=modalities, required=required),
         features=bool(files),
     )
 
 
-def _for_device(options: CaptionOptions, device: str) -> CaptionOptions:
-    """The options, with windows that fill a GPU. Raises UsageError or JobError if the workers here cannot use vLLM."""
-    if options.engine == "vllm" and workers_are_here(options.beam_args):
-        from mmbeam.models.generators import vllm  # with the families, which take a while
-
-        vllm.check_installed()
-        vllm.check_processes(len(devices_of(options.device)), options.workers)
-    if device == "cpu" or options.windows != Windows():
-        return options
-    return replace(options, windows=GPU_WINDOWS)
-
-
-def _shared_by_stages(options: CaptionOptions) -> dict[str, Any]:
-    return {
-        "device": device_of(options),
-        "dtype": options.dtype,
-        "batch_size": options.batch_size,
-        "image_filter": image_filter_of(options),
-    }
-
-
-def _check_shards(stage: GenerateStage, shards: Sequence[Shard], options: CaptionOptions) -> None:
+def _check_shards(
+    stage: GenerateStage,
+    shards: Sequence[Shard],
+    options: CaptionOptions,
+    modalities: Sequence[Modality],
+    required: Sequence[Modality],
+) -> None:
     if stage.spec.columns:
         names = ", ".join(column.name for column in stage.spec.columns)
-        raise UsageError(f"--input: {stage.model} takes features ({names}); give the output of `mmbeam embed`")
+        raise UsageError(f"`input`: {stage.model} takes features ({names}); use the output of `mmbeam embed`")
     fields, limits = options.reading.fields, options.reading.limits
-    found = probe(shards, fields, limits, metadata=bool(prompt_fields(stage.instruction)))
-    able, required = _due(stage)
-    check_modalities(found, able, asked=False)
-    check_modalities(found, required, asked=True)
-    check_fields(found, stage.instruction, bool(options.reading.cleaning.where))
-
-
-def _due(stage: GenerateStage) -> tuple[tuple[Modality, ...], tuple[Modality, ...]]:
-    """The modalities of which a sample must have one, and those that it must have, for its text to be due."""
-    [output] = stage.outputs
-    able = tuple(modality for modality in MODALITIES if modality in output.modalities)
-    return able, tuple(modality for modality in MODALITIES if modality in output.required)
+    first = probe(shards, fields, limits, metadata=bool(prompt_fields(stage.instruction)))
+    check_modalities(first, modalities, required=False)
+    check_modalities(first, required, required=True)
+    check_fields(first, stage.instruction, bool(options.reading.cleaning.where))
 
 
 def _check_features(stage: GenerateStage, files: Sequence[Shard], options: CaptionOptions) -> None:
     raw = [modality for modality in stage.media if modality != "text"]
     if raw:
-        raise UsageError(f"--input: {stage.model} takes {' and '.join(raw)} as such, and no features; give shards")
+        raise UsageError(f"`input`: {stage.model} takes raw {' and '.join(raw)}, not features; use shards")
     if options.with_embeddings:
-        raise UsageError("--with-embeddings: the input is embeddings already")
+        raise UsageError("`with_embeddings`: the input is embeddings already")
     if any(file.path.startswith(f"{public_path(options.output)}/") for file in files):
-        raise UsageError(f"--output {public_path(options.output)}: the features are there; choose another place")
+        raise UsageError(f"`output` {public_path(options.output)}: the features are there; choose another place")
     reading = options.reading
     if reading.fields != FieldMap() or reading.draft or reading.cleaning.image_filter is not None:
         raise UsageError(
-            "features hold no fields and no pictures: leave out --image-field and its like, --image-filter"
+            "features hold no fields and no pictures: leave out `image_field` and the other fields, `draft` and "
+            "`image_filter`"
         )
     check_columns(files, stage.spec.columns)
     if prompt_fields(stage.instruction):
-        check_fields(probe_rows(files), stage.instruction, bool(reading.cleaning.where))
+        check_fields(_probe_rows(files), stage.instruction, bool(reading.cleaning.where))
+
+
+def _probe_rows(files: Sequence[Shard]) -> Probe:
+    """What the first rows of the first files of features hold of what a prompt can name.
+
+    A file that cannot be read is skipped: it will be reported as its unit's failure.
+    """
+    probe = Probe(whole=len(files) <= PROBED_SHARDS)
+    wanted = {**IDENTITY, "text": FACTS["text"], "metadata": FACTS["metadata"]}
+    for file in files[:PROBED_SHARDS]:
+        try:
+            with opened(file) as (parquet, _):
+                schema = parquet.schema_arrow
+                names = [name for name in wanted if name in schema.names and wanted[name](schema.field(name).type)]
+                rows = next(parquet.iter_batches(batch_size=PROBED_SAMPLES, columns=names), None)
+                probe.whole = probe.whole and parquet.metadata.num_rows <= PROBED_SAMPLES
+        except ShardError:
+            continue
+        probe.first += [Sample(**row) for row in ([] if rows is None else rows.to_pylist())]
+    return probe
+
+
+def check_fields(probe: Probe, instruction: Instruction, filtered: bool) -> None:
+    """Raise UsageError for a field of the prompt that none of the first samples has; each such sample would fail.
+
+    Log a warning instead if the probe did not see the whole input and samples are `filtered` before the model.
+    """
+    samples = [SampleValues(sample) for sample in probe.first]
+    missing = [
+        field for field in prompt_fields(instruction) if all(field.value_in(values) is None for values in samples)
+    ]
+    if not samples or not missing:
+        return
+    argument = "`task` dialogue" if instruction.task == "dialogue" else "`prompt`"
+    names = {f"{{metadata{path}}}": None for values in samples for path in entry_paths(values["metadata"])}
+    present = ["{key}", *(["{text}"] if any(values["text"] is not None for values in samples) else []), *names]
+    more = f" and {len(present) - FIELDS_SHOWN} more" if len(present) > FIELDS_SHOWN else ""
+    message = (
+        f"{argument}: none of the first {len(samples)} samples has {' or '.join(f'{{{field}}}' for field in missing)}; "
+        f"they have {', '.join(present[:FIELDS_SHOWN])}{more}"
+    )
+    if probe.whole or not filtered:
+        raise UsageError(message)
+    log.warning("%s; continuing, since `where` selects among the samples", message)
 
 
 def caption_run(
@@ -170,14 +204,13 @@ def caption_run(
     max_failure_rate: float = 0.05,
     recorded: Mapping[str, Any] | None = None,
 ) -> Run:
-    """The run that writes what `stage`, after the stages of `embed`, makes of an input; nothing is touched yet.
+    """Return the run that writes the outputs of `embed` and `stage` to `output`; nothing is written yet.
 
-    The input is shards read by `reading`, or with `features` what `mmbeam embed` wrote. It is the same run,
-    with the same fingerprint, as the command line's for the same options, so that either goes on where the
-    other stopped. `recorded` is kept in run.json beside what is known here.
+    The input is shards read by `reading`, or with `features` what `mmbeam embed` wrote. The fingerprint is the command
+    line's for the same options, so that either resumes the other. `recorded` is added to what run.json records.
     """
     reading, instruction = reading or Reading(), stage.instruction
-    outputs = [output for each in embed for output in each.outputs] + list(stage.outputs)
+    outputs = [output for encoder in embed for output in encoder.outputs] + list(stage.outputs)
     configuration = {
         "task": instruction.task,
         "prompt": None if instruction.prompt is None else instruction.prompt.source,

@@ -2,37 +2,30 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from mmbeam.clean import parse_image_filter
 from mmbeam.config import ModelRef, Reading
 from mmbeam.errors import UsageError
-from mmbeam.jobs.common import (
-    OUTPUT_VERSION,
-    Job,
-    check_options,
-    image_filter_of,
-    must_find,
-    plan,
-    recorded_of,
-)
-from mmbeam.jobs.launch import JobOptions, check_modalities, device_of, versions
+from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_found, plan, versions
+from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.names import UNNAMED_MODEL, Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.report.inspect import probe
-from mmbeam.runs import Run
+from mmbeam.runs.run import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.types import RunReport
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions(JobOptions):
-    """The embed job, as the command line or a program asks for it."""
+    """The options of the embed job."""
 
     models: tuple[ModelRef, ...]
     modalities: tuple[Modality, ...] | None = None  # None: all that the models encode
-    tokens: bool = False  # keep the sequence of token or patch features too
+    tokens: bool = False  # also keep the sequence of token or patch features
     vector_type: str = "float32"  # of a stored number; "float16" halves the files
 
 
@@ -58,21 +51,23 @@ def prepare(options: EmbedOptions) -> EmbedJob:
     check_options(options)
     stages = _stages(options)
     shards = list_shards(options.input)
-    able = list(dict.fromkeys(m for stage in stages for m in stage.modalities))
-    found = probe(shards, options.reading.fields, options.reading.limits)
-    asked = options.modalities is not None
-    check_modalities(found, able, asked=asked)
+    modalities = tuple(dict.fromkeys(modality for stage in stages for modality in stage.modalities))
+    required = options.modalities is not None
+    check_modalities(probe(shards, options.reading.fields, options.reading.limits), modalities, required)
     run = embed_run(
         options.output,
         stages,
         reading=options.reading,
         limit=options.limit,
         max_failure_rate=options.max_failure_rate,
-        recorded=recorded_of(options),
+        recorded=options.recorded,
     )
-    units = plan(run, shards, options)
     return EmbedJob(
-        run=run, stages=stages, units=units, options=options, check=must_find(able, required=able if asked else ())
+        run=run,
+        stages=stages,
+        units=plan(run, shards, options),
+        options=options,
+        check=partial(check_found, modalities=modalities, required=modalities if required else ()),
     )
 
 
@@ -91,19 +86,15 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
             batch_size=options.batch_size,
             tokens=options.tokens,
             vector_type=options.vector_type,
-            image_filter=image_filter_of(options),
+            image_filter=options.image_filter,
             count_tokens=not any(stage.count_tokens for stage in stages),
         )
         stages.append(stage)
-    _check_all_served(options, stages)
-    return tuple(stages)
-
-
-def _check_all_served(options: EmbedOptions, stages: Sequence[EmbedStage]) -> None:
     served = {modality for stage in stages for modality in stage.modalities}
     unserved = [modality for modality in options.modalities or () if modality not in served]
     if unserved:
-        raise UsageError(f"--modalities: no model here encodes {', '.join(unserved)}")
+        raise UsageError(f"`modalities`: none of the models encodes {', '.join(unserved)}")
+    return tuple(stages)
 
 
 def embed_run(
@@ -115,14 +106,22 @@ def embed_run(
     max_failure_rate: float = 0.05,
     recorded: Mapping[str, Any] | None = None,
 ) -> Run:
-    """The run that writes what `stages` make of shards read by `reading` into `output`; nothing is touched yet.
+    """Return the run that writes the outputs of `stages`, over shards read by `reading`, to `output`.
 
-    It is the same run, with the same fingerprint, as the command line's for the same options, so that
-    either goes on where the other stopped. `recorded` is kept in run.json beside what is known here.
-    Raises UsageError if the stages do not agree with each other or with `reading`.
+    Nothing is written yet. The fingerprint is the command line's for the same options, so that either resumes the
+    other. `recorded` is added to what run.json records. Raises UsageError if the stages contradict each other or
+    `reading`.
     """
     reading = reading or Reading()
-    _check_alike(stages, reading)
+    # The fingerprint has one place for these, so all stages must agree on them.
+    kinds = {(dtype_name(s.dtype, s.device), s.tokens, s.vector_type, s.device, s.batch_size) for s in stages}
+    if len(kinds) != 1:
+        raise UsageError(f"expected stages of one dtype, device, batch size, tokens and vector type, found {kinds}")
+    name = reading.cleaning.image_filter
+    expected = None if name is None else parse_image_filter(name)
+    for stage in stages:
+        if stage.image_filter != expected:
+            raise UsageError(f"image_filter of {stage.model}: {stage.image_filter}, but the reading's is {expected}")
     configuration = {
         "task": "embed",
         "output_version": OUTPUT_VERSION,
@@ -149,18 +148,6 @@ def embed_run(
         cleaning=bool(reading.cleaning.text),
         max_failure_rate=max_failure_rate,
     )
-
-
-def _check_alike(stages: Sequence[EmbedStage], reading: Reading) -> None:
-    """What is said once for all models must hold for each: the fingerprint has one place for it."""
-    named = reading.cleaning.image_filter
-    expected = None if named is None else parse_image_filter(named)
-    kinds = {(dtype_name(s.dtype, s.device), s.tokens, s.vector_type, s.device, s.batch_size) for s in stages}
-    if len(kinds) != 1:
-        raise UsageError(f"expected stages of one dtype, device, batch size, tokens and vector type, found {kinds}")
-    for stage in stages:
-        if stage.image_filter != expected:
-            raise UsageError(f"image_filter of {stage.model}: {stage.image_filter}, but the reading's is {expected}")
 
 
 def _label(stage: EmbedStage) -> str:

@@ -13,7 +13,7 @@ from mmbeam.errors import UsageError
 from mmbeam.features.columns import WrittenRows
 from mmbeam.jobs.evaluate_texts import Place, TextJob
 from mmbeam.jobs.evaluate_vectors import check_pairs, evaluate_probe, evaluate_retrieval, label_text, related_pairs
-from mmbeam.jobs.launch import pipeline_options
+from mmbeam.jobs.options import pipeline_options
 from mmbeam.metrics.pairs import KEY, Field, PairSource, ReferenceFile, json_object, texts_of
 from mmbeam.metrics.text import ERROR_RATES, text_metrics
 from mmbeam.runs.store import Store

@@ -9,7 +9,8 @@ from apache_beam.runners.runner import PipelineState
 
 from mmbeam.errors import FlowError, JobError
 from mmbeam.features.columns import WrittenRows
-from mmbeam.jobs.launch import pipeline_options, plain_error
+from mmbeam.jobs.execute import plain_error
+from mmbeam.jobs.options import pipeline_options
 from mmbeam.metrics.pairs import KEY, PairSource
 from mmbeam.metrics.text import TextTotals, text_metrics
 from mmbeam.runs.run import PART

@@ -8,96 +8,31 @@ import logging
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Callable
 from dataclasses import replace
 from typing import TextIO
 
 from mmbeam import runs
+from mmbeam.process import CLEAR_LINE, Progress, progress
 from mmbeam.runs import Run
-from mmbeam.types import Tally, UnitReport
 
 log = logging.getLogger(__name__)
 
-RATE_SECONDS = 30.0  # the rate is that of so long a time
 POLL_SECONDS = 5.0  # between two looks at what is committed, or
 POLL_SHARE = 0.01  # of the time at most, where many pages are to be listed: a store bills each
 TERMINAL_SECONDS = 0.5  # between two lines on a terminal, which is rewritten in place,
 LOG_SECONDS = 10.0  # and elsewhere
-CLEAR_LINE = "\r\x1b[K"
 
 
-class Progress:
-    """Counters of one run. Thread-safe. In a worker process `relay` tells its launcher what is added."""
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self.relay: Callable[[Tally], None] | None = None
-        self.start(0)
-
-    def start(self, units: int) -> None:
-        """A run of so many units begins."""
-        with self._lock:
-            self.units = units
-            self.units_done = 0
-            self.units_failed = 0  # of those done
-            self.tally = Tally()  # of this launch
-            self.kept = Tally()  # of units that an earlier launch committed
-            self.finished = Tally()  # of all units that are done and have not failed
-            self._history = deque([(time.monotonic(), 0)])  # samples of this launch, by time
-
-    @property
-    def counted(self) -> bool:
-        """Whether anything has been done at all."""
-        return bool(self.units_done or self.tally.samples)
-
-    def add(self, tally: Tally) -> None:
-        """Put a window's counts on the sum."""
-        with self._lock:
-            self.tally += tally
-        if self.relay is not None:
-            self.relay(tally)
-
-    def unit_done(self, report: UnitReport) -> None:
-        """A unit came to its end: committed now or before, or failed."""
-        with self._lock:
-            self.units_done += 1
-            if report.status == "failed":
-                self.units_failed += 1
-                return
-            self.finished += report.tally
-            if report.status == "kept":
-                self.kept += report.tally
-
-    def line(self) -> str:
-        """One line: units, samples, the rate of the last half minute, failures, time left."""
-        with self._lock:
-            rate = self._rate()
-            left = self._left(rate)
-            text = f"{self.units_done:,}/{self.units:,} units  {self.tally.samples + self.kept.samples:,} samples"
-            text += f"  {rate:,.0f}/s" if rate >= 10 else f"  {rate:.1f}/s"
-            text += f"  {self.tally.failed:,} samples failed" if self.tally.failed else ""
-            text += f"  {self.units_failed:,} units FAILED" if self.units_failed else ""
-        return text if left is None else f"{text}  {clock(left)} left"
-
-    def _rate(self) -> float:
-        now = time.monotonic()
-        self._history.append((now, self.tally.samples))
-        while len(self._history) > 2 and self._history[1][0] <= now - RATE_SECONDS:
-            self._history.popleft()
-        then, samples = self._history[0]
-        return (self.tally.samples - samples) / max(now - then, 1e-9)
-
-    def _left(self, rate: float) -> float | None:
-        """Seconds, if the units to come hold as many samples as those that are finished."""
-        finished = self.units_done - self.units_failed
-        if not rate or not finished or self.units_done >= self.units:
-            return None
-        expected = self.finished.samples / finished * (self.units - self.units_failed)
-        return max(expected - self.kept.samples - self.tally.samples, 0) / rate
-
-
-progress = Progress()  # of this process
+def progress_line(progress: Progress) -> str:
+    """Return one line: units, samples, the rate of the last half minute, failures, time left."""
+    rate = progress.rate()
+    left = progress.seconds_left(rate)
+    text = f"{progress.units_done:,}/{progress.units:,} units"
+    text += f"  {progress.tally.samples + progress.kept.samples:,} samples"
+    text += f"  {rate:,.0f}/s" if rate >= 10 else f"  {rate:.1f}/s"
+    text += f"  {progress.tally.failed:,} samples failed" if progress.tally.failed else ""
+    text += f"  {progress.units_failed:,} units FAILED" if progress.units_failed else ""
+    return text if left is None else f"{text}  {clock(left)} left"
 
 
 def clock(seconds: float) -> str:
@@ -162,12 +97,12 @@ class ProgressLine:
             if not progress.units:
                 self._write(f"{CLEAR_LINE}starting" if self._terminal else "")
                 continue
-            line = self._progress().line()
+            line = progress_line(self._progress())
             self._write(f"{CLEAR_LINE}{line[: self._columns() - 1]}" if self._terminal else f"{line}\n")
 
     def _progress(self) -> Progress:
         """What this process has counted; if that is nothing, what is committed."""
-        if progress.counted:
+        if progress.units_done or progress.tally.samples:
             return progress
         if time.monotonic() >= self._next_look:
             began = time.monotonic()

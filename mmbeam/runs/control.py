@@ -14,8 +14,9 @@ from dataclasses import replace
 from typing import Any
 
 from mmbeam.errors import FailureRateError, JobError
+from mmbeam.process import on_reset
 from mmbeam.runs.run import LOCK, STOP, Run
-from mmbeam.runs.store import process_exists
+from mmbeam.runs.store import forget_file_systems, process_exists
 from mmbeam.types import Failure, Tally
 
 logger = logging.getLogger(__name__)
@@ -26,6 +27,13 @@ _errors: dict[str, list[Exception]] = {}  # by launch, of those that this proces
 _at_work = threading.local()  # the launch whose unit a thread is at
 _seen: dict[str, Tally] = {}  # by launch: what this process has settled
 _seen_lock = threading.Lock()
+
+
+@on_reset
+def _reset() -> None:
+    _errors.clear()
+    _seen.clear()
+    forget_file_systems()
 
 
 def check_rate(run: Run, tally: Tally) -> None:

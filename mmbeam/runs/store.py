@@ -161,6 +161,11 @@ def _file_system(url: str, _pid: int) -> tuple[Any, str]:
     return fs, root.rstrip("/")
 
 
+def forget_file_systems() -> None:
+    """Open every store anew from now on."""
+    _file_system.cache_clear()
+
+
 def _list_local(path: str) -> dict[str, int]:
     sizes: dict[str, int] = {}
     try:

@@ -4,7 +4,8 @@ import time
 from collections import deque
 from typing import TextIO
 
-from mmbeam.report.progress import CLEAR_LINE, LOG_SECONDS, RATE_SECONDS, TERMINAL_SECONDS, clock
+from mmbeam.process import CLEAR_LINE, RATE_SECONDS
+from mmbeam.report.progress import LOG_SECONDS, TERMINAL_SECONDS, clock
 
 
 class TrainingLine:

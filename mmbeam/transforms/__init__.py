@@ -1,13 +1,10 @@
 """The steps of a job as Beam transforms, each usable alone: Plan, ReadShards or ReadFeatures, Embed, Generate,
 WriteParquet or Rows, Summarize."""
 
-from mmbeam.transforms.coder import BatchCoder
-from mmbeam.transforms.features import ReadFeatures
-from mmbeam.transforms.generate import Generate
 from mmbeam.transforms.plan import Plan
-from mmbeam.transforms.read import ReadShards
-from mmbeam.transforms.run_stage import Embed
-from mmbeam.transforms.write import Rows, Summarize, WriteParquet
+from mmbeam.transforms.read import ReadFeatures, ReadShards
+from mmbeam.transforms.run_stage import Embed, Generate
+from mmbeam.transforms.write import BatchCoder, Rows, Summarize, WriteParquet
 
 __all__ = [
     "BatchCoder",

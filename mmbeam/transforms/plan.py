@@ -7,11 +7,12 @@ from dataclasses import replace
 
 import apache_beam as beam
 
-from mmbeam import runs
 from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
-from mmbeam.runs import Run
+from mmbeam.runs.control import clear_stop
+from mmbeam.runs.extend import extend_plan
+from mmbeam.runs.run import Run, open_run
 from mmbeam.types import Shard, WorkUnit
 
 
@@ -71,7 +72,7 @@ def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) ->
 
 
 def _planned(run: Run, shards: Sequence[Shard]) -> list[WorkUnit]:
-    runs.open_run(run)
-    runs.clear_stop(run)
+    open_run(run)
+    clear_stop(run)
     generates = run.configuration.get("task") in TASKS
-    return runs.extend_plan(run, shards, unit_bytes=GENERATE_BYTES if generates else UNIT_BYTES)
+    return extend_plan(run, shards, unit_bytes=GENERATE_BYTES if generates else UNIT_BYTES)

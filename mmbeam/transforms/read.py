@@ -1,76 +1,90 @@
-"""ReadShards: work units to batches of decoded samples, read ahead in the background."""
+"""ReadShards and ReadFeatures: work units to batches of samples, read ahead in the background."""
 
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict
+from functools import partial
 
 import apache_beam as beam
 
-from mmbeam import runs
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import FailureRateError, UsageError
-from mmbeam.readers.windows import read_batches
-from mmbeam.runs import Run
+from mmbeam.features.read import read_features
+from mmbeam.readers.windows import prefetch, read_batches
+from mmbeam.runs.commits import report_of
+from mmbeam.runs.control import go_on, note, stopped
+from mmbeam.runs.run import Run
 from mmbeam.types import Batch, Needs, WorkUnit
+
+Read = Callable[[WorkUnit, Reading, Needs, Windows], Generator[Batch]]
 
 
 class ReadShards(beam.PTransform):
-    """PCollection[WorkUnit] -> PCollection[Batch]: opens, groups and decodes what `needs` says.
+    """PCollection[WorkUnit] -> PCollection[Batch]: open shards, group members into samples and decode what is needed.
 
-    With a `run`, a unit whose Parquet is there already is not read again: it flows on as one empty
-    batch that holds its report. Batches of a unit come in order and stay in one fused stage.
+    With a `run`, a committed unit is not read again: it passes as one empty batch that holds its report.
+    The batches of a unit come in order and stay in one fused stage.
     """
+
+    read: Read = staticmethod(read_batches)
 
     def __init__(
         self, needs: Needs, reading: Reading | None = None, run: Run | None = None, windows: Windows | None = None
     ) -> None:
         super().__init__()
-        self.dofn = ReadUnits(read_batches, needs, reading, run, windows)
+        self.dofn = ReadUnits(self.read, needs, reading, run, windows)
 
     def expand(self, units: beam.PCollection[WorkUnit]) -> beam.PCollection[Batch]:
+        """Apply the step."""
         return units | "Read" >> beam.ParDo(self.dofn)
 
 
+def _read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
+    return prefetch(partial(read_features, unit, reading, needs, windows), f"mmbeam-read-{unit.id}")
+
+
+class ReadFeatures(ReadShards):
+    """PCollection[WorkUnit] -> PCollection[Batch]: read Parquet files that `mmbeam embed` wrote, instead of shards.
+
+    Reads the columns that `needs` names. Of `reading` only the cleaning applies. With a `run`, committed units are not
+    read again.
+    """
+
+    read: Read = staticmethod(_read_features)
+
+
 class ReadUnits(beam.DoFn):
-    """Units to batches by `read`, but for units that are committed."""
+    """Reads units to batches by `read`; passes committed units on as their reports."""
 
     def __init__(
-        self,
-        read: Callable[[WorkUnit, Reading, Needs, Windows], Generator[Batch]],
-        needs: Needs,
-        reading: Reading | None,
-        run: Run | None,
-        windows: Windows | None,
+        self, read: Read, needs: Needs, reading: Reading | None, run: Run | None, windows: Windows | None
     ) -> None:
         self.read = read
         self.needs = needs
         self.reading = reading or Reading()
         self.run = run
         self.windows = windows or Windows()
-        made_for = asdict(self.reading) if run is None else run.configuration.get("reading", asdict(self.reading))
-        if made_for != asdict(self.reading):
-            raise UsageError("the run was made for another `reading`; give both the same")
+        if run is not None and run.configuration.get("reading", asdict(self.reading)) != asdict(self.reading):
+            raise UsageError("the run was made for another `reading`; use the same for both")
 
     def process(self, unit: WorkUnit) -> Iterator[Batch]:
+        """Yield the unit's batches."""
         try:
-            yield from self._batches(unit)
+            if self.run is not None:
+                go_on(self.run)
+                reason = stopped(self.run)
+                if reason is not None:
+                    raise FailureRateError(reason)
+                report = None if unit.replace else report_of(self.run, unit.id)
+                if report is not None:
+                    yield Batch(unit=unit, index=0, last=True, report=report)
+                    return
+            with closing(self.read(unit, self.reading, self.needs, self.windows)) as batches:
+                for batch in batches:
+                    if self.run is not None:
+                        go_on(self.run)
+                    yield batch
+                    del batch  # a window is large: do not hold it while waiting for the next
         except Exception as error:
-            runs.note(error)
+            note(error)
             raise
-
-    def _batches(self, unit: WorkUnit) -> Iterator[Batch]:
-        if self.run is not None:
-            runs.go_on(self.run)
-            reason = runs.stopped(self.run)
-            if reason is not None:
-                raise FailureRateError(reason)
-            report = None if unit.replace else runs.report_of(self.run, unit.id)
-            if report is not None:
-                yield Batch(unit=unit, index=0, last=True, report=report)
-                return
-        with closing(self.read(unit, self.reading, self.needs, self.windows)) as batches:
-            for batch in batches:
-                if self.run is not None:
-                    runs.go_on(self.run)
-                yield batch
-                del batch  # a window is large: do not hold it while waiting for the next

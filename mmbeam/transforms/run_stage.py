@@ -1,4 +1,4 @@
-"""Embed: runs a stage on every batch, on the thread that owns the stage's device."""
+"""Embed and Generate: run a stage on every batch, on the thread that owns the stage's device."""
 
 import logging
 import os
@@ -7,21 +7,20 @@ from collections.abc import Iterator
 
 import apache_beam as beam
 
-from mmbeam import runs
 from mmbeam.errors import DeviceError
 from mmbeam.models import placement
+from mmbeam.runs.control import note
 from mmbeam.types import Batch, Stage
 
 log = logging.getLogger(__name__)
 
 
 class Embed(beam.PTransform):
-    """PCollection[Batch] -> PCollection[Batch]: adds the stage's outputs to each batch.
+    """PCollection[Batch] -> PCollection[Batch]: add the stage's vectors to each batch.
 
-    Several models in one pass over the shards are several Embed steps in a row. The model is loaded
+    To run several models in one pass over the shards, put several Embed steps in a row. The model is loaded
     once per process and device; a unit stays on the device on which it began. A DeviceError fails the
-    bundle; in a worker process it ends the process too, because nothing a broken device says afterwards
-    can be trusted.
+    bundle. In a worker process it also ends the process, because later results of a broken device are unreliable.
     """
 
     def __init__(self, stage: Stage) -> None:
@@ -29,42 +28,52 @@ class Embed(beam.PTransform):
         self.dofn = RunStage(stage)
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[Batch]:
+        """Apply the step."""
         return batches | "Run" >> beam.ParDo(self.dofn)
 
 
+class Generate(Embed):
+    """PCollection[Batch] -> PCollection[Batch]: add the text that the stage's model generates for each sample.
+
+    It may follow Embed steps, which do not affect it. Models and devices are handled as in Embed.
+    """
+
+
 class RunStage(beam.DoFn):
-    """A stage on each batch that holds samples."""
+    """Runs a stage on each batch that holds samples."""
 
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
-        self.launcher = _process()
+        self.launcher = socket.gethostname(), os.getpid()  # the process that builds the pipeline
 
     def setup(self) -> None:
-        if _process() != self.launcher:
-            os.dup2(2, 1)  # nobody reads a worker's stdout: after 64 KB a library that prints would block
+        """In a worker process, claim one device and send what libraries print to stderr."""
+        if self._in_worker():
+            os.dup2(2, 1)  # a worker's stdout is not read: after 64 KB a library that prints would block
             placement.claim_one_device(self.stage.device)
 
     def process(self, batch: Batch) -> Iterator[Batch]:
-        ended = True
+        """Yield the batch with the stage's outputs."""
+        unit_ended = True
         try:
-            yield self._run(batch)
-            ended = batch.last
+            if batch.samples and not batch.unit_error:
+                yield self._run(batch)
+            else:
+                yield batch
+            unit_ended = batch.last
         finally:
-            if ended:  # its unit has, or this attempt at it, here or in a later step
+            if unit_ended:  # or this attempt at it has failed, here or in a later step
                 placement.release_device(self.stage.device, batch.unit.id)
 
     def _run(self, batch: Batch) -> Batch:
-        if not batch.samples or batch.unit_error:
-            return batch
         try:
             return placement.lease_device(self.stage.device, batch.unit.id).run(self.stage, batch)
         except Exception as error:
-            if isinstance(error, DeviceError) and _process() != self.launcher:
-                log.critical("this worker ends, so that a fresh one can go on: %s", error)
+            if isinstance(error, DeviceError) and self._in_worker():
+                log.critical("this worker process ends, so that a fresh one can continue: %s", error)
                 os._exit(1)
-            runs.note(error)
+            note(error)
             raise
 
-
-def _process() -> tuple[str, int]:
-    return socket.gethostname(), os.getpid()
+    def _in_worker(self) -> bool:
+        return (socket.gethostname(), os.getpid()) != self.launcher

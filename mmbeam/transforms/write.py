@@ -1,26 +1,64 @@
 """WriteParquet, Summarize and Rows: batches to one Parquet per unit, reports to a summary, or plain rows."""
 
 import logging
+import pickle
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
 import pyarrow as pa
+from apache_beam import coders
 
-from mmbeam import runs
 from mmbeam.errors import FlowError, ShardError
-from mmbeam.report.progress import progress
-from mmbeam.runs import Run
+from mmbeam.process import progress
+from mmbeam.runs.control import check_rate, judge, note
+from mmbeam.runs.failed import report_failed_unit
 from mmbeam.runs.rows import build_schema, settle
+from mmbeam.runs.run import Run
+from mmbeam.runs.summary import write_summary
 from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Output, RunReport, Stage, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)
 
 
+class BatchCoder(coders.Coder):
+    """Beam's view of a Batch: its size in bytes, computed without touching pixels. Registered on import.
+
+    Beam samples the sizes of all elements, fused or not. With its own coder a size is the length of the pickle: a copy
+    of the first windows and then of one in many, pixels included, for a counter. A Batch is pickled only where a
+    shuffle was put between the steps.
+    """
+
+    def encode(self, batch: Batch) -> bytes:
+        """Return the batch as a pickle."""
+        return pickle.dumps(batch, protocol=5)
+
+    def decode(self, encoded: bytes) -> Batch:
+        """Return the batch of a pickle."""
+        batch: Batch = pickle.loads(encoded)
+        return batch
+
+    def estimate_size(self, batch: Batch) -> int:
+        """Return the bytes of the decoded samples and of their features."""
+        features: int = sum(feature.nbytes for feature in batch.features.values())
+        return features + sum(sample.nbytes for sample in batch.samples)
+
+    def is_deterministic(self) -> bool:
+        """Return False: equal batches may pickle differently."""
+        return False
+
+    def to_type_hint(self) -> type[Batch]:
+        """Return Batch."""
+        return Batch
+
+
+coders.registry.register_coder(Batch, BatchCoder)
+
+
 class WriteParquet(beam.PTransform):
-    """PCollection[Batch] -> PCollection[UnitReport]: one Parquet per unit, published whole."""
+    """PCollection[Batch] -> PCollection[UnitReport]: write one Parquet per unit, published whole."""
 
     def __init__(self, run: Run) -> None:
         super().__init__()
@@ -31,36 +69,36 @@ class WriteParquet(beam.PTransform):
 
 
 class _Write(beam.DoFn):
-    """Batches of one unit come in order within one bundle; a unit that never ends broke the fusion."""
+    """Writes units. The batches of one come in order within one bundle, unless something broke the fusion."""
 
     def __init__(self, run: Run) -> None:
         self.run = run
         self.writers: dict[str, UnitWriter] = {}
 
     def start_bundle(self) -> None:
-        self.teardown()  # what a bundle that failed has left
+        self.teardown()  # units left by a bundle that failed
 
     def process(self, batch: Batch) -> Iterator[UnitReport]:
         try:
             report = batch.report or self._write(batch)
         except Exception as error:
-            runs.note(error)
+            note(error)
             raise
         if report is not None:
             progress.unit_done(report)
             yield report
 
     def _write(self, batch: Batch) -> UnitReport | None:
-        """The unit's report if this was its last window."""
+        """The unit's report, after its last window."""
         unit = batch.unit
         if batch.unit_error is not None:
             self._abort(unit.id)
-            return runs.report_failed_unit(self.run, unit, batch.unit_error, batch.inputs_read)
+            return report_failed_unit(self.run, unit, batch.unit_error, batch.inputs_read)
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
         progress.add(tally)
         if not unit.replace and not _may_be_misread(unit):  # nor one done again: it holds what failed, beyond its share
-            runs.judge(self.run, tally, batch.failures)
+            judge(self.run, tally, batch.failures)
         if not batch.last:
             return None
         report = writer.commit()
@@ -120,9 +158,9 @@ def summarize(
     devices: int | None = 1,
 ) -> RunReport:
     """What Summarize does with the reports of all units of a launch that began at `started`, in Unix time."""
-    report = runs.write_summary(run, reports, time.time() - started, devices)
+    report = write_summary(run, reports, time.time() - started, devices)
     if report.units_written:
-        runs.check_rate(run, report.tally)
+        check_rate(run, report.tally)
     if check is not None:
         check(report)
     return report

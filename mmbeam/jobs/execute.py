@@ -1,0 +1,235 @@
+"""A job from its pipe expression to its report: by a Beam runner, or by worker processes of this machine."""
+
+import logging
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from functools import reduce
+from importlib import metadata
+from operator import or_
+
+import apache_beam as beam
+from apache_beam.runners.runner import PipelineResult, PipelineState
+
+from mmbeam import errors
+from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
+from mmbeam.jobs.cluster import runner_error, workers_are_here
+from mmbeam.jobs.options import UNITS_PER_DEVICE, JobOptions, is_waited_for, pipeline_options
+from mmbeam.jobs.workers import start_workers
+from mmbeam.models.placement import devices_of
+from mmbeam.names import Modality
+from mmbeam.process import progress
+from mmbeam.readers.units import UNIT_BYTES
+from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.control import clear_stop, lock, running_here, stopped
+from mmbeam.runs.extend import extend_plan
+from mmbeam.runs.run import Run, open_run
+from mmbeam.runs.summary import confirm_summary, read_summary
+from mmbeam.stages.generate import GenerateStage
+from mmbeam.transforms import Embed, Generate, Plan, ReadFeatures, ReadShards, Summarize, WriteParquet
+from mmbeam.transforms.write import summarize
+from mmbeam.types import Needs, RunReport, Shard, Stage, WorkUnit
+
+log = logging.getLogger(__name__)
+
+OUTPUT_VERSION = 1  # of the meaning of a row. A change of it changes every fingerprint
+PACKAGES = (  # whose version may change a value
+    "mmbeam",
+    "apache-beam",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "numpy",
+    "pyarrow",
+    "pillow",
+    "simplejpeg",
+    "soundfile",
+    "soxr",
+    "vllm",
+)
+
+# The last line of a traceback as Beam's harness decorates it.
+_RAISED = re.compile(r"^([\w.]+): (.*?) \[while running '([^']*)'\]", re.MULTILINE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A job that is ready to run: everything that is decided before the pipeline."""
+
+    run: Run
+    stages: tuple[Stage, ...]
+    units: tuple[WorkUnit, ...]
+    options: JobOptions
+    check: Callable[[RunReport], None]  # of the finished run: raises what makes the job fail
+    features: bool = False  # the units are rows of features, not shards
+
+    def build(self, pipeline: beam.Pipeline) -> beam.PCollection[RunReport]:
+        """Apply the job's transforms to `pipeline`."""
+        batches = pipeline | Plan(self.units) | self._read()  # WorkUnit, Batch
+        for number, stage in enumerate(self.stages):
+            step = Generate(stage) if isinstance(stage, GenerateStage) else Embed(stage)
+            batches = batches | f"{type(step).__name__}{getattr(stage, 'name', None) or number}" >> step  # Batch
+        here = workers_are_here(self.options.beam_args)
+        summarize = Summarize(self.run, self.check, len(self._devices()) if here else None)
+        return batches | WriteParquet(self.run) | summarize  # UnitReport, RunReport
+
+    def steps(self) -> list[beam.DoFn]:
+        """Return the DoFns of the fused stage, from reading to writing, for running without a runner."""
+        return [self._read().dofn, *(Embed(stage).dofn for stage in self.stages), WriteParquet(self.run).dofn]
+
+    def start(self) -> RunReport | None:
+        """Run the job to its end; or submit it and return None, if Beam's options say not to wait.
+
+        Raises UsageError for `retry_failures` without waiting: its lock is held by the launching process.
+        """
+        if is_waited_for(self.options.beam_args):
+            return self.execute()
+        if self.options.retry_failures:
+            raise UsageError("`retry_failures` holds a lock while the job runs: wait for the job's end")
+        submit(self.run, self.options.beam_args, self.build)
+        return None
+
+    def execute(self) -> RunReport:
+        """Run the job to its end."""
+        devices = self._devices()
+        with lock(self.run) if self.options.retry_failures else nullcontext():
+            if self.options.workers > 1:
+                return self._execute_in_processes(devices)
+            return execute_pipeline(self.run, self.units, self.options.beam_args, self.build, self.check, len(devices))
+
+    def _execute_in_processes(self, devices: Sequence[str]) -> RunReport:
+        """Run the job in worker processes of this machine, at most one per unit that is left to do.
+
+        Raises what a worker process raised, and JobError if one was killed; the others are ended then.
+        """
+        progress.start(len(self.units))
+        left = _to_do(self.run, self.units)
+        if not left:
+            return _confirm(self.run, self.units, self.check)
+        clear_stop(self.run)
+        started, ids = time.time(), {unit.id for unit in left}
+        reports = list(load_reports(self.run, [unit.id for unit in self.units if unit.id not in ids]))
+        for report in reports:
+            progress.unit_done(report)
+        count = min(self.options.workers, len(left))
+        steps = replace(self, units=()).steps  # the units are sent one by one
+        with start_workers(steps, devices, count, UNITS_PER_DEVICE) as workers:
+            for report in workers.do(left, progress.add):
+                progress.unit_done(report)
+                reports.append(report)
+        return summarize(reports, self.run, started, self.check, devices=max(count, len(devices)))
+
+    def _read(self) -> ReadShards | ReadFeatures:
+        needs = reduce(or_, (stage.needs for stage in self.stages), Needs())
+        read = ReadFeatures if self.features else ReadShards
+        return read(needs, self.options.reading, self.run, self.options.windows)
+
+    def _devices(self) -> tuple[str, ...]:
+        """The devices that compute; if the workers are on other machines, the one of each worker."""
+        device = self.stages[0].device
+        return devices_of(device) if workers_are_here(self.options.beam_args) else (device,)
+
+
+def plan(
+    run: Run, shards: Sequence[Shard], options: JobOptions, unit_bytes: int | None = UNIT_BYTES
+) -> tuple[WorkUnit, ...]:
+    """Open the run and plan it, in units of about `unit_bytes` of a shard, or None for one unit per shard.
+
+    With `retry_failures` committed units that hold failures are marked, to be done again and replaced.
+    """
+    open_run(run, overwrite=options.overwrite)
+    units = extend_plan(run, shards, unit_bytes=unit_bytes)
+    if not options.retry_failures:
+        return tuple(units)
+    done = committed(run)
+    reports = load_reports(run, [unit.id for unit in units if unit.id in done])
+    failed = {report.unit for report in reports if report.tally.failures}
+    return tuple(replace(unit, replace=unit.id in failed) for unit in units)
+
+
+def check_found(report: RunReport, modalities: Sequence[Modality], required: Sequence[Modality]) -> None:
+    """Raise MissingModalityError if no sample of the run has any of `modalities`, or none has one of `required`."""
+    missing = [modality for modality in modalities if not report.tally.present.get(modality)]
+    none = modalities and len(missing) == len(modalities)
+    if report.tally.samples and (none or set(missing) & set(required)):
+        raise MissingModalityError(
+            f"none of the {report.tally.samples:,} samples has {' or '.join(missing)}; the rows have nulls there"
+        )
+
+
+def versions() -> dict[str, str]:
+    """Return the installed versions of the packages whose version may change a value."""
+    installed = {}
+    for name in PACKAGES:
+        try:
+            installed[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return installed
+
+
+def execute_pipeline(
+    run: Run,
+    units: Sequence[WorkUnit],
+    args: Sequence[str],
+    build: Callable[[beam.Pipeline], object],
+    check: Callable[[RunReport], None],
+    devices: int = 1,
+) -> RunReport:
+    """Run the pipeline that `build` makes, unless every unit is committed, and return the run's report.
+
+    Raises UsageError if Beam's options say not to wait for its end: `submit` does that.
+    """
+    if not is_waited_for(args):
+        raise UsageError(
+            "--template_location, --dry_run, --no_wait_until_finish: there is no report to wait for; use Job.start()"
+        )
+    progress.start(len(units))
+    if not _to_do(run, units):
+        return _confirm(run, units, check)
+    with running_here(run) as raised:
+        try:
+            state = submit(run, args, build, devices).wait_until_finish()
+        except Exception as error:
+            reason = stopped(run)
+            plain = FailureRateError(reason) if reason is not None else plain_error(error, args)
+            raise (raised[0] if raised else plain) from error
+    if state != PipelineState.DONE:
+        raise JobError(f"the pipeline ended as {state}; the runner's log says why")
+    return read_summary(run)
+
+
+def submit(run: Run, args: Sequence[str], build: Callable[[beam.Pipeline], object], devices: int = 1) -> PipelineResult:
+    """Submit the pipeline that `build` makes to its runner, even if every unit is committed, without waiting."""
+    clear_stop(run)
+    pipeline = beam.Pipeline(options=pipeline_options(args, devices))
+    build(pipeline)
+    return pipeline.run()
+
+
+def _to_do(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
+    """The units that are not committed, or are to be replaced."""
+    done = committed(run)
+    return [unit for unit in units if unit.replace or unit.id not in done]
+
+
+def _confirm(run: Run, units: Sequence[WorkUnit], check: Callable[[RunReport], None]) -> RunReport:
+    """The report of a run in which every unit is committed."""
+    log.info("every unit is committed already")
+    report = confirm_summary(run, list(load_reports(run, [unit.id for unit in units])))
+    check(report)
+    return report
+
+
+def plain_error(error: Exception, args: Sequence[str] = ()) -> Exception:
+    """Return the error that a step raised in another process, parsed from the traceback in a runner's message."""
+    raised = _RAISED.findall(str(error))
+    if not raised:
+        return runner_error(error, args) or error
+    name, message, step = raised[-1]
+    kind = getattr(errors, name.rpartition(".")[2], None)
+    if isinstance(kind, type) and issubclass(kind, JobError):
+        return kind(message)
+    return JobError(f"step {step}: {name}: {message} (the same command again continues from what is committed)")

@@ -1,0 +1,193 @@
+"""The options of all jobs, and every check of them that needs no model."""
+
+import argparse
+import logging
+import re
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from apache_beam.options.pipeline_options import (
+    DebugOptions,
+    GoogleCloudOptions,
+    PipelineOptions,
+    StandardOptions,
+    TestOptions,
+)
+
+from mmbeam.clean import parse_image_filter
+from mmbeam.clean.text import check_steps
+from mmbeam.clean.where import compile_where
+from mmbeam.config import Reading, Windows
+from mmbeam.errors import MissingModalityError, UsageError
+from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
+from mmbeam.models.placement import devices_of
+from mmbeam.names import Modality
+from mmbeam.process import cores
+from mmbeam.readers.paths import public_text
+from mmbeam.report.inspect import Probe
+
+log = logging.getLogger(__name__)
+
+DIRECT = ("direct", "switchingdirect")  # in Beam this is Prism, a program to be downloaded, or FnApiRunner
+IN_PROCESS = ("", *DIRECT)  # the names, as of runner_of, that stand for a runner in this process
+RUNNER = "mmbeam.jobs.runner.InProcessRunner"
+UNITS_PER_DEVICE = 2  # in flight: one computes while the other opens, decodes or writes
+
+# The options of other runners that correspond to `workers`.
+_INSTEAD = {
+    "flink": "--parallelism (units in flight) and --sdk_worker_parallelism (processes of a TaskManager)",
+    "dataflow": "--num_workers and --max_num_workers (machines)",
+    "fnapi": "--direct_num_workers with --direct_running_mode",
+    "portable": "the job service's own options, and --sdk_worker_parallelism",
+}
+
+# Options whose value is kept out of every file: --s3_secret_access_key, --azure_connection_string, ...
+_SECRET = re.compile("secret|token|password|credential|key|connection_string", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class JobOptions:
+    """The options that all jobs share."""
+
+    input: tuple[str, ...]
+    output: str
+    device: str = "auto"
+    dtype: str | None = None
+    batch_size: int | None = None  # None: by the device
+    limit: int | None = None  # the first N samples, as one unit
+    max_failure_rate: float = 0.05
+    overwrite: bool = False
+    retry_failures: bool = False
+    shared_output: bool = False  # a local output is the same directory on every worker
+    workers: int = 1  # processes of this machine that share the work; 1: this process does it
+    reading: Reading = field(default_factory=Reading)
+    windows: Windows = field(default_factory=Windows)
+    beam_args: tuple[str, ...] = ()  # Beam's own options, as Beam spells them
+
+    @property
+    def image_filter(self) -> tuple[str, float] | None:
+        """The filter of `reading`, parsed. Raises UsageError."""
+        name = self.reading.cleaning.image_filter
+        return None if name is None else parse_image_filter(name)
+
+    @property
+    def recorded(self) -> dict[str, Any]:
+        """The options that run.json records although they change no row."""
+        beam_args = public_args(self.beam_args)
+        return {"windows": asdict(self.windows), "workers": self.workers, "beam_args": beam_args}
+
+
+def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOptions:
+    """Return Beam's options. With no runner named it is InProcessRunner, with two units in flight per device.
+
+    `devices` is the number of devices that compute. Raises UsageError for an argument that Beam does not know: Beam
+    itself only logs and drops it.
+    """
+    parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
+    classes = [PipelineOptions]
+    for options in classes:
+        options._add_argparse_args(parser)
+        classes += options.__subclasses__()
+    _, unknown = parser.parse_known_args(list(args))
+    if unknown:
+        raise UsageError(f"unknown argument {unknown[0]}: neither mmbeam nor Apache Beam has it (see mmbeam --help)")
+    runner = runner_of(args)
+    if runner in IN_PROCESS:
+        threads = ["--direct_running_mode=multi_threading", f"--direct_num_workers={UNITS_PER_DEVICE * devices}"]
+        args = [*threads, *args, f"--runner={RUNNER}"]
+    elif runner == "fnapi":
+        args = [*args, f"--runner={RUNNER}"]
+    elif runner == "dataflow":
+        # Dataflow would start a process per core, with a model in each, and pickle all of __main__. One process of a
+        # machine holds the model instead, with two units in flight, and the image holds the package.
+        one_model = ["--no_save_main_session", f"--number_of_worker_harness_threads={UNITS_PER_DEVICE}"]
+        if not PipelineOptions(list(args)).view_as(DebugOptions).lookup_experiment("use_multiple_sdk_containers"):
+            one_model.append("--experiments=no_use_multiple_sdk_containers")
+        args = [*one_model, *args]
+    return PipelineOptions(list(args))
+
+
+def is_waited_for(args: Sequence[str]) -> bool:
+    """Return whether the launching process waits for the job's end: not for a template, a dry run, or if told so."""
+    options = PipelineOptions(list(args))
+    template = options.view_as(GoogleCloudOptions).template_location
+    dry_run = options.view_as(TestOptions).dry_run
+    return not (template or dry_run or options.view_as(StandardOptions).no_wait_until_finish)
+
+
+def device_of(options: JobOptions) -> str:
+    """Return the workers' device; of several GPUs, their kind. Only devices of this machine can be looked for."""
+    if workers_are_here(options.beam_args):
+        devices = devices_of(options.device)
+        return devices[0] if len(devices) == 1 else devices[0].partition(":")[0]
+    if options.device == "auto":
+        raise UsageError("`device` auto: the workers are on other machines; choose cuda or cpu")
+    return options.device
+
+
+def check_options(options: JobOptions) -> None:
+    """Raise UsageError for invalid or contradictory options, JobError for a cluster that does not answer."""
+    pipeline_options(options.beam_args)
+    if runner_of(options.beam_args) in DIRECT:
+        log.warning(
+            "--runner=DirectRunner: the job runs in this process (Beam's FnApiRunner); --runner=PrismRunner is Prism"
+        )
+    check_steps(options.reading.cleaning.text)
+    for where in options.reading.cleaning.where:
+        compile_where(where)
+    check_workers(options)
+    check_output(options.output, options.beam_args, options.shared_output)
+    check_input(options.input, options.beam_args, options.shared_output)
+    check_ended(options.beam_args, is_waited_for(options.beam_args))
+    check_cluster(options.beam_args)
+
+
+def check_workers(options: JobOptions) -> None:
+    """Raise UsageError for invalid `workers`; warn if there are more than cores."""
+    if options.workers < 1:
+        raise UsageError(f"`workers` {options.workers}: expected at least 1")
+    if options.workers == 1:
+        return
+    runner = runner_of(options.beam_args)
+    if runner not in IN_PROCESS:
+        raise UsageError(
+            f"`workers` {options.workers}: these are processes of this machine, without a runner; with "
+            f"--runner={runner} use {_INSTEAD.get(runner, 'its own options')}, or leave --runner out"
+        )
+    if any(arg.startswith("--direct_") for arg in options.beam_args):
+        raise UsageError("`workers` and --direct_... (of Beam's in-process runner) are mutually exclusive")
+    if not is_waited_for(options.beam_args):
+        raise UsageError("`workers`: the processes end with this command, which must wait for them")
+    if any(path.startswith("memory:") for path in (options.output, *options.input)):
+        raise UsageError("`workers`: memory:// exists in one process only; the others would not see it")
+    if options.workers > cores():
+        log.warning("%d workers: more than the %d cores here", options.workers, cores())
+
+
+def check_modalities(probe: Probe, modalities: Sequence[Modality], required: bool) -> None:
+    """Raise MissingModalityError if the input has none of `modalities`, or with `required` not all of them.
+
+    Log a warning instead if the probe did not see the whole input.
+    """
+    missing = [modality for modality in modalities if modality not in probe.modalities]
+    if not probe.samples or not missing or (not required and len(missing) < len(modalities)):
+        return
+    present = ", ".join(sorted(probe.modalities)) or "no image, audio or text"
+    message = f"no {' and no '.join(missing)} in the first samples of the input, which hold {present}"
+    if probe.whole:
+        raise MissingModalityError(f"{message}; see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`")
+    log.warning("%s; continuing, since there are more samples", message)
+
+
+def public_args(args: Sequence[str]) -> list[str]:
+    """Return Beam's options as run.json may hold them: no secret's value, no user part or query string of a URL."""
+    shown, secret = [], False
+    for arg in args:
+        name, equals, _ = arg.partition("=")
+        if name.startswith("--"):
+            secret = _SECRET.search(name) is not None
+            shown.append(f"{name}=..." if secret and equals else public_text(arg))
+        else:
+            shown.append("..." if secret else public_text(arg))
+    return shown
