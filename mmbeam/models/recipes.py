@@ -239,6 +239,9 @@ def read_gemma_recipe(directory: Path) -> GemmaRecipe:
     )
 
 
+SPEECH_UNSUPPORTED = ("add_adapter", "conv_pos_batch_norm")  # options that add unused layers, or let padding through
+
+
 def read_wave_recipe(directory: Path) -> WaveRecipe:
     """Return the recipe of a wav2vec2, HuBERT or WavLM checkpoint, with the defaults of Wav2Vec2FeatureExtractor."""
     options = _AudioOptions(directory, "Wav2Vec2FeatureExtractor")
@@ -247,6 +250,21 @@ def read_wave_recipe(directory: Path) -> WaveRecipe:
         sampling_rate=options.count("sampling_rate", 16000),
         normalize=options.flag("do_normalize", True),
     )
+
+
+def check_layers(directory: Path, config: Any) -> None:
+    """Raise ModelError for a wav2vec 2.0 kind of model with layers that are unused or that let padding through."""
+    for option in SPEECH_UNSUPPORTED:
+        if getattr(config, option, False):
+            raise ModelError(f"{directory}/config.json: {option} is true; expected a model without that layer")
+
+
+def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
+    """Return how many samples the convolutions need for their first frame."""
+    samples = 1
+    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
+        samples = (samples - 1) * stride + kernel
+    return samples
 
 
 class _AudioOptions:

@@ -16,7 +16,13 @@ from transformers import AutoModel
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec, TransformersEncoder, encode_windows
 from mmbeam.models.loading import load_pretrained, read_config
-from mmbeam.models.recipes import read_ast_recipe, read_wave_recipe, read_whisper_recipe
+from mmbeam.models.recipes import (
+    check_layers,
+    read_ast_recipe,
+    read_wave_recipe,
+    read_whisper_recipe,
+    receptive_field,
+)
 from mmbeam.ops.audio import WaveRecipe, standardize, to_rate
 from mmbeam.ops.log_mel import (
     AST_RATE,
@@ -36,7 +42,6 @@ WHISPER_STRIDE = 2  # mel frames per frame of Whisper's encoder: the stride of i
 SPEECH_PIECE_SECONDS = 30  # the longest piece that wav2vec 2.0 encodes: attention costs the square of the length
 SPEECH_SAMPLES_PER_BATCH = 1 << 20  # through the convolutions: a minute at 16 kHz, 430 MB after the first in float32
 SPEECH_FRAMES_PER_BATCH = 12_000  # through the transformer, padding included: four minutes
-SPEECH_UNSUPPORTED = ("add_adapter", "conv_pos_batch_norm")  # options that add unused layers, or let padding through
 
 
 def _spec(directory: Path, config: Any, width: int, sampling_rate: int) -> EncoderSpec:
@@ -212,18 +217,3 @@ class SpeechEncoder(TransformersEncoder):
             hidden_BTD = self.model.encoder(batch_BTD, attention_mask=mask_BT).last_hidden_state
             hidden.update((place, row[: len(features[place])]) for place, row in zip(batch, hidden_BTD, strict=True))
         return [hidden[position] for position in range(len(features))]
-
-
-def check_layers(directory: Path, config: Any) -> None:
-    """Raise ModelError for a wav2vec 2.0 kind of model with layers that are unused or that let padding through."""
-    for option in SPEECH_UNSUPPORTED:
-        if getattr(config, option, False):
-            raise ModelError(f"{directory}/config.json: {option} is true; expected a model without that layer")
-
-
-def receptive_field(kernels: Sequence[int], strides: Sequence[int]) -> int:
-    """Return how many samples the convolutions need for their first frame."""
-    samples = 1
-    for kernel, stride in zip(reversed(kernels), reversed(strides), strict=True):
-        samples = (samples - 1) * stride + kernel
-    return samples

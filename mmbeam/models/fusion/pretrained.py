@@ -17,17 +17,18 @@ from torch import nn
 from transformers import AutoModel, AutoTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models.encoders.audio import check_layers, receptive_field
 from mmbeam.models.fusion.audio import AST, MAX_WAVEFORM, AudioRecipe, Preparation, WaveformRecipe, audio_inputs
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
 from mmbeam.models.fusion.encoders import HALVES, PretrainedEncoder, encoder_of, output_width
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.recipes import (
+    check_layers,
     read_ast_recipe,
     read_clap_recipe,
     read_image_recipe,
     read_wave_recipe,
     read_whisper_recipe,
+    receptive_field,
 )
 from mmbeam.models.tokenizing import check_vocabulary, text_limit
 from mmbeam.names import Modality
