@@ -43,16 +43,7 @@ class TextTokenizer:
     """
 
     def __init__(self, directory: Path) -> None:
-        check_vocabulary(directory)
-        # For Mistral's format, use transformers' class even if mistral_common is installed: that one cannot split
-        # special tokens.
-        options = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
-        try:
-            self._tokenizer: Any = AutoTokenizer.from_pretrained(
-                directory, local_files_only=True, trust_remote_code=False, **options
-            )
-        except Exception as error:  # the tokenizers library raises bare Exceptions
-            raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+        self._tokenizer = load_tokenizer(directory)
         # Truncation is a state of the tokenizer: setting it while another thread encodes raises "Already borrowed".
         self._lock = Lock()
         self._spellable: frozenset[int] = frozenset()
@@ -115,6 +106,18 @@ def check_vocabulary(directory: Path) -> None:
     if not any(all((directory / name).is_file() for name in names) for names in _VOCABULARIES):
         expected = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
         raise ModelError(f"{directory}: has no tokenizer; expected {expected}")
+
+
+def load_tokenizer(directory: Path) -> Any:
+    """Return a checkpoint's tokenizer. Raises ModelError if its files are missing or cannot be loaded."""
+    check_vocabulary(directory)
+    # For Mistral's format, use transformers' class even if mistral_common is installed: that one cannot split
+    # special tokens.
+    options = {"mistral_format": False} if (directory / "tekken.json").is_file() else {}
+    try:
+        return AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False, **options)
+    except Exception as error:  # the tokenizers library raises bare Exceptions
+        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
 
 
 def text_limit(directory: Path, config: Any, max_tokens: int | None = None) -> int:

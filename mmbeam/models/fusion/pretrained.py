@@ -14,7 +14,7 @@ import torch
 import transformers
 from tokenizers import Tokenizer
 from torch import nn
-from transformers import AutoModel, AutoTokenizer
+from transformers import AutoModel
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion.audio import AST, MAX_WAVEFORM, AudioRecipe, Preparation, WaveformRecipe, audio_inputs
@@ -30,7 +30,7 @@ from mmbeam.models.recipes import (
     read_whisper_recipe,
     receptive_field,
 )
-from mmbeam.models.tokenizing import check_vocabulary, text_limit
+from mmbeam.models.tokenizing import load_tokenizer, text_limit
 from mmbeam.names import Modality
 from mmbeam.ops.image import Patching
 
@@ -124,11 +124,7 @@ def _try(directory: Path, source: SourceConfig, values: torch.Tensor) -> None:
 
 def _read_tokenizer(directory: Path, max_tokens: int) -> Tokenizer:
     """Return the tokenizer. For a model trained without attention masks, such as SigLIP, it pads to `max_tokens`."""
-    check_vocabulary(directory)
-    try:
-        loaded: Any = AutoTokenizer.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # the tokenizers library raises bare Exceptions
-        raise ModelError(f"{directory}: its tokenizer cannot be loaded: {type(error).__name__}: {error}") from error
+    loaded = load_tokenizer(directory)
     if not loaded.is_fast:
         raise ModelError(f"{directory}: {type(loaded).__name__} has no tokenizer.json to save; {ADVICE}")
     tokenizer: Tokenizer = loaded.backend_tokenizer
