@@ -278,13 +278,14 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureColumn:
-    """A column of pre-computed features that a model takes instead of a modality's media."""
+    """A column of pre-computed features: as files store it, or as a model takes it instead of a modality's media."""
 
     name: str
-    modality: Modality
     width: int  # of one vector
+    modality: Modality | None = None  # None if the name does not state it
     tokens: bool = False  # True: [tokens, width] per sample; False: [width]
-    origin: Origin | None = None  # of the features the model was trained on; None if unknown
+    dtype: "np.dtype[Any] | None" = None  # as stored; None if a model takes any
+    origin: Origin | None = None  # the model that made the features, or whose features a model takes; None if unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

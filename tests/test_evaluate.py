@@ -271,7 +271,7 @@ def test_the_portable_runner_finds_the_same(captions: Path) -> None:
 def test_a_field_that_is_nowhere_is_an_error_that_lists_those_there_are(captions: Path) -> None:
     with pytest.raises(UsageError, match=r"no row has title; columns: key, .*caption.*; metadata: truth, width"):
         evaluate(EvaluateOptions(run=str(captions), reference="title"))
-    with pytest.raises(UsageError, match="found no text in width, but int"):
+    with pytest.raises(UsageError, match="expected text in width, found int"):
         evaluate(EvaluateOptions(run=str(captions), reference="width"))
 
 
@@ -289,11 +289,11 @@ def test_the_column_must_be_known(tmp_path: Path, captions: Path) -> None:
     embedded = write_run(tmp_path / "embedded", [[{"image_embedding": [1.0] * WIDTH}]], vector_output("image"))
     with pytest.raises(UsageError, match="expected a column of generated text, found key"):
         evaluate(EvaluateOptions(run=str(embedded), reference="truth"))
-    with pytest.raises(UsageError, match="--column title: expected a column of text; there are key, shard"):
+    with pytest.raises(UsageError, match="`column` title: expected a column of text; the rows have key, shard"):
         evaluate(EvaluateOptions(run=str(captions), reference="truth", column="title"))
     summary = Output(modalities=frozenset({"image"}), columns=(pa.field("summary", pa.string()),))
     two = write_run(tmp_path / "two", [[{"caption": "a", "summary": "b", "text": "a"}]], CAPTION, summary)
-    with pytest.raises(UsageError, match="caption, summary were generated; say which is measured: --column caption"):
+    with pytest.raises(UsageError, match="caption, summary were generated; name the one to measure: `column` caption"):
         evaluate(EvaluateOptions(run=str(two), reference="text"))
     text = evaluate(EvaluateOptions(run=str(two), reference="text", column="caption", metrics=("exact_match",)))["text"]
     assert text["scores"] == {"exact_match": 1}
@@ -304,7 +304,7 @@ def test_the_column_must_be_known(tmp_path: Path, captions: Path) -> None:
     [
         ("r.txt", b"a", "expected a file whose name ends in"),
         ("r.csv", b"id,text\n1,a\n", "expected rows with 'key' and 'reference', found id, text"),
-        ("r.jsonl", b"[1]\n\xff", "decode"),
+        ("r.jsonl", b"[1]\n\xff", "UTF-8"),
         ("r.parquet", b"PAR1", "Parquet"),
         ("r.csv", b"", "found no rows"),
     ],
@@ -376,14 +376,14 @@ def test_pairs_are_of_one_model_and_width_unless_they_are_named(tmp_path: Path) 
     named = ("clip_image_embedding:clap_text_embedding",)
     assert len(evaluate(EvaluateOptions(run=str(out), retrieval=named))["retrieval"]) == 1
     assert len(evaluate(EvaluateOptions(run=str(out), retrieval=("all", *named)))["retrieval"]) == 3
-    with pytest.raises(UsageError, match=r"two columns of one width; there are .*clap_image_embedding \(4 numbers\)"):
+    with pytest.raises(UsageError, match=r"two columns of one width, among .*clap_image_embedding \(4 numbers\)"):
         evaluate(EvaluateOptions(run=str(out), retrieval=("clip_image_embedding:clap_image_embedding",)))
 
 
 def test_nothing_to_measure_is_an_error(captions: Path) -> None:
-    with pytest.raises(UsageError, match="--reference to measure texts by"):
+    with pytest.raises(UsageError, match="or a `reference` to measure texts"):
         evaluate(EvaluateOptions(run=str(captions)))
-    with pytest.raises(UsageError, match="--label: expected vectors to read it off"):
+    with pytest.raises(UsageError, match="`label`: expected vectors to predict it from"):
         evaluate(EvaluateOptions(run=str(captions), label="truth"))
 
 
@@ -408,7 +408,7 @@ def test_a_probe_of_each_column(tmp_path: Path) -> None:
     assert image["train_rows"] + image["test_rows"] == 360
     assert image["accuracy"] > 0.9 > text["accuracy"]
     assert image["auc"] > 0.97
-    with pytest.raises(UsageError, match="found no text in name, but list"):
+    with pytest.raises(UsageError, match="expected text in name, found list"):
         evaluate(EvaluateOptions(run=str(out), label="name"))
 
 

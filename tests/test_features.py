@@ -18,11 +18,12 @@ from outputs import make_run, make_unit, write_unit
 
 from mmbeam.config import Cleaning, Reading, Windows
 from mmbeam.errors import MissingModalityError, NoShardsError, ShardError, UsageError
-from mmbeam.features.files import check_columns, feature_patterns, origin_of
+from mmbeam.features.files import check_columns, feature_files
 from mmbeam.features.read import column_values, read_features
+from mmbeam.features.schema import origin_of, parse_name
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import limited_unit, plan_units
-from mmbeam.runs import Run
+from mmbeam.runs import Run, open_run
 from mmbeam.types import Batch, FeatureColumn, Needs, Origin, Sample, WorkUnit
 
 IMAGE = FeatureColumn(name="image_embedding", modality="image", width=4)
@@ -91,29 +92,65 @@ def samples_of(batches: Sequence[Batch]) -> list[Sample]:
 # Found
 
 
-def test_an_output_of_embed_and_parquet_files_are_features_and_tars_are_not(tmp_path: Path) -> None:
-    run = make_run(str(tmp_path / "out"))
-    from mmbeam.runs import open_run
+def names(inputs: Sequence[str]) -> list[str]:
+    return [Path(shard.path).name for shard in feature_files(inputs)]
 
+
+def test_outputs_folders_and_parquet_files_are_features_and_tars_are_not(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
     open_run(run)
     with write_unit(run, make_unit()) as writer:
         writer.commit()
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a.tar").write_bytes(bytes(1024))
     out = str(tmp_path / "out")
-    assert feature_patterns([out]) == [f"{out}/data/*.parquet"]
-    assert [Path(shard.path).name for shard in list_shards(feature_patterns([out + "/"]))] == ["part-a-1.parquet"]
-    assert feature_patterns([f"{out}/data/*.parquet", "b{0..1}.parquet"]) == [
+    for place in (
+        out,
+        out + "/",
+        f"{out}/data",
+        f"{out}/data/",
         f"{out}/data/*.parquet",
-        "b0.parquet",
-        "b1.parquet",
-    ]
-    for shards in ([str(tmp_path / "shards")], [f"{tmp_path}/shards/*.tar"], ["https://example.org/a/"]):
-        assert feature_patterns(shards) == []
-    with pytest.raises(UsageError, match="some of it is features"):
-        feature_patterns([out, str(tmp_path / "shards")])
+        f"{out}/data/part-a-1.parquet",
+    ):
+        assert names([place]) == ["part-a-1.parquet"]
+    (tmp_path / "spark [1].parquet").mkdir()
+    for name in "ab":
+        write(tmp_path / "spark [1].parquet" / f"{name}.parquet", [])
+    assert names([f"{tmp_path}/spark [1].parquet"]) == names([f"{tmp_path}/spark [1].parquet/{{a,b}}.parquet"])
+    for shards in ([str(tmp_path / "shards")], [f"{tmp_path}/shards/*.tar"], ["https://example.org/a/"], ["nothing"]):
+        assert feature_files(shards) == []
+    with pytest.raises(UsageError, match="found both"):
+        feature_files([out, str(tmp_path / "shards")])
     with pytest.raises(NoShardsError, match="nothing"):
-        list_shards(feature_patterns([f"{tmp_path}/nothing/*.parquet"]))
+        feature_files([f"{tmp_path}/nothing/*.parquet"])
+
+
+def test_a_run_without_rows_yet_is_features_without_a_file(tmp_path: Path) -> None:
+    open_run(make_run(str(tmp_path / "out")))
+    with pytest.raises(NoShardsError, match="data"):
+        feature_files([str(tmp_path / "out")])
+
+
+def test_a_folder_with_shards_beside_parquet_files_is_shards(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", [])
+    (tmp_path / "a.tar").write_bytes(bytes(1024))
+    assert feature_files([str(tmp_path)]) == []
+
+
+@pytest.mark.parametrize(
+    ("column", "parsed"),
+    [
+        ("image_embedding", ("model", "image", False)),
+        ("clip_text_tokens", ("clip", "text", True)),
+        ("my_text_image_embedding", ("my_text", "image", False)),
+        ("clipimage_embedding", None),
+        ("_image_embedding", None),
+        ("image_embeddings", None),
+        ("text", None),
+    ],
+)
+def test_a_column_name_states_model_modality_and_shape(column: str, parsed: tuple[str, str, bool] | None) -> None:
+    assert parse_name(column) == parsed
 
 
 def test_a_unit_is_named_after_its_file(tmp_path: Path) -> None:
@@ -200,7 +237,7 @@ def test_features_of_nobody_knows_whom_are_taken_and_that_is_said_once(
     assert not caplog.messages
     check_columns(files(*paths), [replace(IMAGE, origin=Origin("org/clip", "a" * 64))])
     [said] = caplog.messages
-    assert "does not say what made image_embedding; the model takes what org/clip (digest" in said
+    assert "the model that made image_embedding is unknown; expected features of org/clip (digest" in said
 
 
 @pytest.mark.parametrize(

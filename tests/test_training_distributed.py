@@ -23,7 +23,7 @@ from mmbeam.cli import main
 from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import RunMismatchError, UsageError
 from mmbeam.features.captions import Captions
-from mmbeam.features.order import rank_of, units_of_rank
+from mmbeam.features.dataset import rank_of, units_of_rank
 from mmbeam.names import Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.training.distributed import ALONE, local_device, process_count

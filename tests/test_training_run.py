@@ -280,7 +280,7 @@ def test_features_of_another_width_than_the_models_are_an_error_that_names_both(
     first, wide = write_features(tmp_path / "a.parquet"), write_features(tmp_path / "b.parquet", width=12)
     train(feature_options(first, tmp_path / "model", steps=2))
     other = feature_options(wide, tmp_path / "other", model={}, init=str(tmp_path / "model"))
-    with pytest.raises(ModelError, match=r"\[12\].*\[8\]"):
+    with pytest.raises(ModelError, match=r"\[8\].*\[12\]"):
         train(other)
 
 
@@ -324,8 +324,8 @@ def test_a_model_knows_which_encoder_made_its_features_and_takes_no_others(
     assert main([*argv, str(other)]) == 2
     assert re.search(both, capsys.readouterr().err)
     train(feature_options(unknown, tmp_path / "further", **further))
-    assert [message.partition(";")[0] for message in caplog.messages if "which model" in message] == [
-        f"the files do not say which model made {name}" for name in ("image_embedding", "text_embedding")
+    assert [message.partition(";")[0] for message in caplog.messages if "is unknown" in message] == [
+        f"`input`: the model that made {name} is unknown" for name in ("image_embedding", "text_embedding")
     ]
 
 

@@ -1,1 +1,6 @@
-"""Vectors on disk: their schema, their files, their rows as samples, and the torch loader."""
+"""Pre-computed features on disk: their columns, their files, their rows as samples, and the data loader."""
+
+from mmbeam.features.captions import Captions
+from mmbeam.features.dataset import FeatureBatch, FeatureCounts, FeatureDataset, split_of
+
+__all__ = ["Captions", "FeatureBatch", "FeatureCounts", "FeatureDataset", "split_of"]

@@ -1,10 +1,13 @@
-"""Where the captions of pre-computed features come from: a column, the metadata, or another file joined by key."""
+"""Texts by key: captions of pre-computed features, and files of texts joined by key."""
 
 import csv
+import gzip
 import json
 import logging
-from collections.abc import Callable, Collection, Iterator, Mapping
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import fsspec
@@ -16,29 +19,31 @@ from mmbeam.readers.paths import public_path, without_query
 
 log = logging.getLogger(__name__)
 
+KEYED_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")  # all but Parquet also with .gz
+
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """Where captions are: exactly one of `column`, `metadata` and `file` is given.
+    """Where captions are: exactly one of `column`, `metadata` and `file` is set.
 
-    A caption is a string that says something, or a number; anything else is none.
+    A caption is a number or a string that is not blank; any other value counts as missing.
     """
 
     column: str | None = None  # a column of the features' own rows: "text", or what `mmbeam caption` wrote
     metadata: str | None = None  # a field of the JSON object in the column `metadata`
-    file: str | None = None  # a path or URL of .parquet, .jsonl, .csv or .tsv, with a row for each key; held in memory
-    file_key: str = "key"  # what `file` calls the key,
-    file_caption: str = "caption"  # and the caption
+    file: str | None = None  # path or URL of a file with one row per key (see read_keyed); held in memory
+    file_key: str = "key"  # name of the key in `file`
+    file_caption: str = "caption"  # name of the caption in `file`
 
     def __post_init__(self) -> None:
-        given = [name for name in ("column", "metadata", "file") if getattr(self, name) is not None]
-        if len(given) != 1:
+        places = [name for name in ("column", "metadata", "file") if getattr(self, name) is not None]
+        if len(places) != 1:
             raise UsageError(
-                f"captions come from a column, the metadata or a file: expected one, found {given or 'none'}"
+                f"captions come from a column, the metadata or a file: expected one, found {places or 'none'}"
             )
 
     def __str__(self) -> str:
-        """What is looked for, and where, as an error says it."""
+        """Describe the place, for an error message."""
         if self.column is not None:
             return f"the column {self.column!r}"
         if self.metadata is not None:
@@ -47,25 +52,34 @@ class Captions:
 
 
 class CaptionReader:
-    """The captions of rows. A file is read when this is made, and held: some 200 bytes for each of its rows.
+    """Looks up the captions of rows. A file is read once, and held: about 200 bytes per row.
 
-    Of several captions of one key in a file the first counts. Raises UsageError for a file that cannot be
-    read as what its name says, or lacks one of the fields.
+    Of several captions of one key in a file the first counts. Raises what `read_keyed` raises.
     """
 
     def __init__(self, captions: Captions) -> None:
         self._captions = captions
-        self._by_key = {} if captions.file is None else _read_file(captions, captions.file)
+        self._by_key: dict[str, str] = {}
+        if captions.file is None:
+            return
+        repeated = 0
+        for key, value in read_keyed(captions.file, captions.file_key, captions.file_caption):
+            caption = text_of(value)
+            if caption is not None:
+                repeated += key in self._by_key
+                self._by_key.setdefault(key, caption)
+        if repeated:
+            log.warning("%s: ignored %d captions of repeated keys", public_path(captions.file), repeated)
 
     @property
     def column(self) -> str:
-        """The column of the rows that is looked at."""
+        """The column of the rows that the captions are read from, or joined by."""
         if self._captions.file is not None:
             return "key"
         return self._captions.column or "metadata"
 
     def of(self, rows: pa.RecordBatch) -> list[str | None]:
-        """The caption of each row, None for a row without."""
+        """Return the caption of each row; None for a row without one."""
         values = rows[self.column].to_pylist()
         if self._captions.file is not None:
             return [self._by_key.get(key) for key in values]
@@ -74,86 +88,103 @@ class CaptionReader:
         return [text_of(value) for value in values]
 
 
-def _read_file(captions: Captions, url: str) -> dict[str, str]:
-    suffix = without_query(url).lower().rpartition(".")[2]
-    if suffix not in _READERS:
-        expected = ", ".join(f".{name}" for name in _READERS)
-        raise UsageError(f"{public_path(url)}: expected a file of captions by its name ({expected}), found .{suffix}")
-    found: dict[str, str] = {}
-    repeated = 0
-    for key, value in _READERS[suffix](url, captions.file_key, captions.file_caption):
-        caption = text_of(value)
-        if key is not None and caption is not None:
-            repeated += str(key) in found
-            found.setdefault(str(key), caption)
-    if repeated:
-        log.warning("%s: %d captions left out, whose keys have one already", public_path(url), repeated)
-    return found
+def read_keyed(url: str, key: str, field: str) -> Iterator[tuple[str, Any]]:
+    """Yield the key and the value of `field` of each row of a Parquet, JSON lines, CSV or TSV file, by its suffix.
+
+    Text files are UTF-8, with or without a byte order mark, and may be compressed by gzip. The value of a row without
+    the field is None; a row whose key is null is left out. Raises UsageError, which names the file and the line, if
+    the file is not what its suffix states or has a broken line, and if no row has both fields.
+    """
+    path, name = public_path(url), without_query(url).lower()
+    suffix = "." + name.removesuffix(".gz").rpartition(".")[2]
+    if suffix not in KEYED_SUFFIXES or name.endswith(".parquet.gz"):
+        raise UsageError(f"{path}: expected a file whose name ends in {', '.join(KEYED_SUFFIXES)}")
+    options: dict[str, Any] = {"mode": "rb"}
+    if suffix != ".parquet":
+        newline = "" if suffix in (".csv", ".tsv") else None  # the csv module splits lines itself
+        options = {"mode": "rt", "encoding": "utf-8-sig", "newline": newline}
+    fields: Iterable[Any] = ()
+    has_field = False
+    try:
+        with fsspec.open(url, **options, compression="gzip" if name.endswith(".gz") else None, expand=False) as file:
+            for where, row in _READERS[suffix](file, path, key, field):
+                fields = fields or row
+                if key not in row:
+                    raise _missing(where, key, field, row)
+                has_field = has_field or field in row
+                if row[key] is not None:
+                    yield str(row[key]), row.get(field)
+    except (UnicodeDecodeError, gzip.BadGzipFile, zlib.error, EOFError) as error:
+        raise UsageError(f"{path}: expected text in UTF-8 ({error})") from None
+    if not has_field:
+        raise _missing(path, key, field, fields)
 
 
-def _read_parquet(url: str, key: str, caption: str) -> Iterator[tuple[object, object]]:
-    with fsspec.open(url) as data:
+def _missing(where: str, key: str, field: str, fields: Iterable[Any]) -> UsageError:
+    names = ", ".join(map(str, fields)) or "no rows"
+    return UsageError(f"{where}: expected rows with {key!r} and {field!r}, found {names}")
+
+
+def _parquet_rows(file: Any, path: str, key: str, field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    try:
+        parquet = pq.ParquetFile(file)
+        names = parquet.schema_arrow.names
+        if not names.count(key) == names.count(field) == 1:
+            raise _missing(path, key, field, names)
+        for rows in parquet.iter_batches(columns=[key, field]):
+            yield from ((path, row) for row in rows.to_pylist())
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path}: cannot be read as Parquet ({error})") from None
+
+
+def _json_rows(file: Any, path: str, key: str, field: str) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    for number, line in enumerate(file, 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
         try:
-            file = pq.ParquetFile(data)
-        except pa.ArrowInvalid as error:
-            raise UsageError(f"{public_path(url)}: expected a Parquet file ({error})") from None
-        _check_fields(file.schema_arrow.names, key, caption, public_path(url))
-        for rows in file.iter_batches(columns=[key, caption]):
-            yield from zip(rows[key].to_pylist(), rows[caption].to_pylist(), strict=True)
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{where}: expected a JSON object ({error})") from None
+        if not isinstance(row, dict):
+            raise UsageError(f"{where}: expected a JSON object, found {line[:40]!r}")
+        yield where, row
 
 
-def _read_jsonl(url: str, key: str, caption: str) -> Iterator[tuple[object, object]]:
-    with fsspec.open(url, "rt", encoding="utf-8-sig") as lines:
-        for number, line in enumerate(lines, 1):
-            if not line.strip():
-                continue
-            try:
-                value = json.loads(line)
-            except ValueError as error:
-                raise UsageError(f"{public_path(url)}, line {number}: expected a JSON object ({error})") from None
-            if not isinstance(value, dict):
-                raise UsageError(f"{public_path(url)}, line {number}: expected a JSON object, found {line[:40]!r}")
-            _check_fields(value, key, caption, f"{public_path(url)}, line {number}")
-            yield value[key], value[caption]
-
-
-def _read_csv(url: str, key: str, caption: str) -> Iterator[tuple[object, object]]:
-    tabs = without_query(url).lower().endswith(".tsv")
-    with fsspec.open(url, "rt", encoding="utf-8-sig", newline="") as lines:
-        rows = csv.DictReader(lines, delimiter="\t" if tabs else ",")
-        _check_fields(rows.fieldnames or (), key, caption, public_path(url))
+def _csv_rows(
+    file: Any, path: str, key: str, field: str, delimiter: str = ","
+) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    rows = csv.DictReader(file, delimiter=delimiter)
+    try:
         for row in rows:
-            yield row[key], row[caption]
+            yield f"{path}, line {rows.line_num}", row
+    except csv.Error as error:
+        raise UsageError(f"{path}, line {rows.line_num + 1}: {error}") from None
 
 
-def _check_fields(fields: Collection[str], key: str, caption: str, where: str) -> None:
-    missing = [name for name in (key, caption) if name not in fields]
-    if missing:
-        raise UsageError(f"{where}: expected the fields {key!r} and {caption!r}, found {', '.join(fields) or 'none'}")
-
-
-_READERS: Mapping[str, Callable[[str, str, str], Iterator[tuple[object, object]]]] = {
-    "parquet": _read_parquet,
-    "jsonl": _read_jsonl,
-    "ndjson": _read_jsonl,
-    "csv": _read_csv,
-    "tsv": _read_csv,
+_READERS: Mapping[str, Callable[[Any, str, str, str], Iterator[tuple[str, Mapping[str, Any]]]]] = {
+    ".parquet": _parquet_rows,
+    ".jsonl": _json_rows,
+    ".ndjson": _json_rows,
+    ".csv": _csv_rows,
+    ".tsv": partial(_csv_rows, delimiter="\t"),
 }
 
 
-def json_object(text: str | None) -> Mapping[str, Any]:
-    """A sample's JSON as a mapping; empty if it has none or it is something else."""
-    if text is None:
-        return {}
+def json_object(text: str | bytes | None) -> Mapping[str, Any]:
+    """Parse a JSON object; an empty one if there is no text or it is anything else."""
     try:
-        value = json.loads(text)
-    except ValueError:
+        value = json.loads(text or "{}")
+    except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
 
 
 def text_of(value: object) -> str | None:
-    """A caption, or what names a group: a string that says something, or a number; None for anything else."""
+    """Return a caption or the name of a group: a number, or a string that is not blank; None for anything else.
+
+    A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
+    """
     if isinstance(value, int | float) and not isinstance(value, bool):
         return str(value)
-    return value.strip() or None if isinstance(value, str) else None
+    return value.encode("utf-8", "replace").decode().strip() or None if isinstance(value, str) else None

@@ -1,41 +1,61 @@
-"""The loader of pre-computed features: batches of tensors from the Parquet that `mmbeam embed` wrote.
+"""The data loader of pre-computed features: batches of tensors from the Parquet files that `mmbeam embed` wrote.
 
-The order of an epoch: the row groups are permuted; the rows, so ordered, are dealt out to ranks and workers
-in ranges of equal size; each takes its row groups in windows, and permutes the rows of a window. So a batch
-is known by its window and its first row there, and going on from it needs no more than that window.
+The order of an epoch: the row groups are permuted; their rows, in that order, are divided among ranks and workers in
+ranges of equal size; each worker reads its row groups into a buffer and permutes the rows in it. The position of a
+batch is therefore the number of its buffer and its first row there, and resuming reads no more than that buffer.
 """
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
 from pathlib import PurePosixPath
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import torch
 from torch import distributed
+from torch.nn.functional import pad
 from torch.utils.data import IterableDataset, get_worker_info
 
 from mmbeam.config import MIB
 from mmbeam.errors import UsageError
-from mmbeam.features.captions import Captions
-from mmbeam.features.dataset_files import FeatureFiles, StoredFeature
-from mmbeam.features.dataset_rows import FeatureCounts, FeatureRows, SplitSelection
-from mmbeam.features.order import Piece, pieces_of, windows_of
-from mmbeam.features.split import SHARES, Shares
-from mmbeam.features.window import FeatureBatch, Order, Window, join
-from mmbeam.names import Split
+from mmbeam.features.captions import CaptionReader, Captions
+from mmbeam.features.files import FeatureFiles, RowGroup
+from mmbeam.names import SPLITS, Split
+from mmbeam.types import FeatureColumn
+
+CAPTION = "caption"  # key of the captions in a batch
+
+FeatureBatch = dict[str, Any]  # by column: float tensors, and their masks under column + "_mask"; else lists
+Order = npt.NDArray[np.int64]  # [rows]
+Shares = tuple[float, float, float]  # of train, validation and test; their sum is 1
+
+SHARES: Shares = (0.9, 0.05, 0.05)
+_HASH_BYTES = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureCounts:
+    """The contents of a data set, over all ranks and workers."""
+
+    rows: int  # in an epoch
+    without_caption: int  # rows of the split that are left out
 
 
 class FeatureDataset(IterableDataset[FeatureBatch]):
     """Batches of pre-computed embeddings, with captions and other columns beside them.
 
-    A batch is a dict: for each feature `name` a float tensor [B, width] and `name_mask`, bool [B]; for one
-    of tokens [B, T, width] and [B, T], T being the longest of the batch. What is missing is zeros under a
-    mask of False. Other columns, and "caption", are lists of B values.
+    A batch is a dict. A feature `name` is a float tensor [B, width] with `name_mask`, bool [B]; a sequence of tokens
+    is [B, T, width] with [B, T], where T is the longest of the batch. Missing values are zeros under a mask of False.
+    Other columns, and "caption", are lists of B values.
 
     >>> from torch.utils.data import DataLoader
-    >>> from mmbeam.training import FeatureDataset
+    >>> from mmbeam.features import FeatureDataset
     >>> dataset = FeatureDataset("out", batch_size=4, columns=["key"], seed=7)
     >>> loader = DataLoader(dataset, batch_size=None, num_workers=1)
     >>> for epoch in range(2):
@@ -45,15 +65,15 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
     >>> image.shape[1] == dataset.features["image_embedding"].width
     True
 
-    Every row comes once per epoch over all ranks and DataLoader workers. Ranks get the same number of rows
-    give or take one, before `split` and `captions` leave some out: a loop with collective operations must
-    expect that one rank has a batch more than another.
+    Every row occurs once per epoch over all ranks and DataLoader workers. The numbers of rows of two ranks differ by
+    at most one, before `split` and `captions` leave some out: a loop with collective operations must expect that one
+    rank has a batch more than another.
 
-    To resume, take `state_dict()` after any batch, and `load_state_dict()` on a data set made with the same
-    arguments: the batches that follow are those that would have come. With DataLoader workers the state is
-    theirs; torchdata's StatefulDataLoader asks them for it.
+    To resume, take `state_dict()` after any batch, and call `load_state_dict()` on a data set made with the same
+    arguments: it continues with the next batch. With DataLoader workers each has its own state, for which
+    torchdata's StatefulDataLoader asks.
 
-    Memory, in each worker: `buffer_bytes`, a row group, and the captions' file.
+    Memory per worker: `buffer_bytes`, a row group, and the captions' file.
     """
 
     def __init__(
@@ -75,35 +95,40 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        """Read the footers of all files, and with `captions` look for the first one.
+        """Read the footers of all files and, with `captions`, look for the first one.
 
         Args:
             paths: outputs of `mmbeam embed`, folders, globs or Parquet files; local or any URL fsspec opens.
             batch_size: rows of a batch; the last of each worker is smaller, or left out with `drop_last`.
             features: columns of vectors or tokens; None for every column of pooled vectors.
-            columns: others, given as lists.
-            captions: where captions come from; a row without one is left out (`count` says how many).
-            split, shares, split_seed: the part of the data to give, by a hash of the key (see split_of).
+            columns: other columns, returned as lists.
+            captions: where captions come from; rows without one are left out (`count` returns their number).
+            split, shares, split_seed: the split to read, by a hash of the key (see split_of).
             shuffle, seed: a new order in each epoch, or the files' own.
-            buffer_bytes: what is shuffled together, decompressed; more mixes better.
-            dtype: of the values; None for the one in which they are stored.
-            rank, world_size: those of torch.distributed if it is initialised by now, else 0 of 1.
+            buffer_bytes: decompressed size of the rows that are shuffled together; more mixes better.
+            dtype: of the values; None for the dtype in which they are stored.
+            rank, world_size: None for those of torch.distributed if it is initialised, else 0 of 1.
 
-        Raises NoShardsError if there is no file; UsageError for files or columns that cannot be read like
-        this, arguments that contradict each other, and captions of which there is not a single one.
+        Raises NoShardsError if there is no file, and UsageError for files or columns that cannot be read as features,
+        contradictory arguments, and captions that no row has.
         """
         if batch_size < 1 or buffer_bytes < 1 or seed < 0:
-            raise UsageError("expected batch_size and buffer_bytes of at least 1, and a seed that is not negative")
+            raise UsageError(
+                "expected `batch_size` and `buffer_bytes` of at least 1, and a `seed` of at least 0, found "
+                f"{batch_size}, {buffer_bytes} and {seed}"
+            )
         self._rank, self._world_size = _place(rank, world_size)
         self._batch_size, self._drop_last, self._dtype = batch_size, drop_last, dtype
         self._seed = seed if shuffle else None
         self._buffer_bytes = buffer_bytes if shuffle else 1
-        self._rows = FeatureRows(
+        if split is not None:
+            check_shares(shares)
+        self._rows = _SelectedRows(
             [paths] if isinstance(paths, str) else paths,
             features,
             columns,
             captions,
-            None if split is None else SplitSelection(part=split, shares=shares, seed=split_seed),
+            None if split is None else (split, split_seed, shares),
         )
         self._about = {
             "files": _digest(self._rows.files),
@@ -117,55 +142,56 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             "buffer_bytes": self._buffer_bytes,
         }
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # seen by workers that live on
-        self._position = (0, 0)  # the window, and the row in it, with which the next batch begins
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
+        self._position = (0, 0)  # the buffer, and the row in it, with which the next batch begins
         self._resume: tuple[int, int] | None = None  # a position that was loaded
 
     @property
-    def features(self) -> Mapping[str, StoredFeature]:
+    def features(self) -> Mapping[str, FeatureColumn]:
         """The columns of vectors and tokens, by name."""
         return {feature.name: feature for feature in self._rows.files.features}
 
     @property
     def epoch(self) -> int:
-        """The epoch that the next iteration gives."""
+        """The epoch of the next iteration."""
         return int(self._epoch)
 
     def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch that the next iteration gives. Without it every one gives the same order."""
+        """Set the epoch of the next iteration. Unless it is changed, every iteration has the same order."""
         if epoch != self.epoch:
             self._position, self._resume = (0, 0), None
         self._epoch.fill_(epoch)
 
     def count(self) -> FeatureCounts:
-        """Count the rows of an epoch, over all ranks. Reads all keys and captions, if they decide."""
+        """Count the rows of an epoch, over all ranks. It reads all keys and captions, if rows are selected by them."""
         return self._rows.count()
 
     def state_dict(self) -> dict[str, Any]:
-        """Where the next batch begins, as JSON values."""
-        window, row = self._resume or self._position
-        return {"epoch": self.epoch, "window": window, "row": row, "dataset": self._identity()}
+        """Return where the next batch begins, as JSON values."""
+        buffer, row = self._resume or self._position
+        return {"epoch": self.epoch, "buffer": buffer, "row": row, "dataset": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
-        """Let the next iteration go on from there.
+        """Continue from `state` in the next iteration.
 
         Raises UsageError if the state is of other files, arguments, ranks or workers than this data set.
         """
         for name, expected in self._identity().items():
-            found = state["dataset"].get(name)
-            if found != expected:
-                raise UsageError(f"the state is of a data set with {name} {found}, this one has {expected}")
+            value = state["dataset"].get(name)
+            if value != expected:
+                raise UsageError(f"the state is of a data set with {name} {value}, this one has {expected}")
         self.set_epoch(state["epoch"])
-        self._resume = state["window"], state["row"]
+        buffer = state["buffer"] if "buffer" in state else state["window"]  # as mmbeam 0.1 called it
+        self._resume = buffer, state["row"]
 
     def __iter__(self) -> Iterator[FeatureBatch]:
         self._position, self._resume = self._resume or (0, 0), None
         parts: list[FeatureBatch] = []
         missing = self._batch_size
-        for number, window, begin in self._windows(*self._position):
-            while begin < window.rows:
-                end = min(begin + missing, window.rows)
-                parts.append(window.take(begin, end))
+        for number, buffer, begin in self._buffers(*self._position):
+            while begin < buffer.rows:
+                end = min(begin + missing, buffer.rows)
+                parts.append(buffer.take(begin, end))
                 missing, begin = missing - (end - begin), end
                 if not missing:
                     self._position = number, begin
@@ -175,27 +201,31 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             self._position = number + 1, 0
             yield self._finish(parts)
 
-    def _windows(self, start: int, row: int) -> Iterator[tuple[int, Window, int]]:
-        """The windows from `start` on, each with its number and the row to begin with; one object, filled anew."""
+    def _buffers(self, start: int, row: int) -> Iterator[tuple[int, "RowBuffer", int]]:
+        """Yield the buffers from `start` on: number, the one buffer object, filled anew, and the row to begin with."""
         epoch, (share, shares) = self.epoch, self._share()
         files, groups = self._rows.files, self._rows.files.groups
         order = self._order(epoch)(len(groups)).tolist()
         pieces = pieces_of([group.rows for group in groups], order, share, shares)
-        windows = list(windows_of(pieces, [group.nbytes for group in groups], self._buffer_bytes))[start:]
-        window = Window(files.features, _capacities(files, windows), self._rows.columns)
-        for number, inside in enumerate(windows, start):
-            rows = (batch for piece in inside for batch in self._rows.read(piece))
-            window.fill(rows, self._order(epoch, share, number))
-            yield number, window, row if number == start else 0
+        fills = list(fills_of(pieces, [group.nbytes for group in groups], self._buffer_bytes))[start:]
+        capacities = [
+            max((sum(groups[piece.group].vectors[i] for piece in fill) for fill in fills), default=0)
+            for i in range(len(files.features))
+        ]
+        buffer = RowBuffer(files.features, capacities, self._rows.columns)
+        for number, fill in enumerate(fills, start):
+            rows = (batch for piece in fill for batch in self._rows.read(piece))
+            buffer.fill(rows, self._order(epoch, share, number))
+            yield number, buffer, row if number == start else 0
 
     def _order(self, *which: int) -> Callable[[int], Order]:
-        """Draws the order of so many things, the same for the same `which`; as they are if nothing is shuffled."""
+        """Return a function from a count to an order, the same for the same `which`; the identity without shuffling."""
         if self._seed is None:
             return np.arange
         return np.random.default_rng((len(which), self._seed, *which)).permutation
 
     def _share(self) -> tuple[int, int]:
-        """Which share of the rows this process takes, and of how many."""
+        """Return the number of this process's share of the rows, and the number of shares."""
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         return self._rank * workers + number, self._world_size * workers
@@ -204,7 +234,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         return {**self._about, "share": list(self._share())}
 
     def _finish(self, parts: Sequence[FeatureBatch]) -> FeatureBatch:
-        batch = join(parts)
+        batch = parts[0] if len(parts) == 1 else {name: _join([part[name] for part in parts]) for name in parts[0]}
         if self._dtype is not None:
             batch |= {name: batch[name].to(self._dtype) for name in self.features}
         return batch
@@ -215,20 +245,268 @@ def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
         ready = distributed.is_available() and distributed.is_initialized()
         return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
     if rank is None or world_size is None or not 0 <= rank < world_size:
-        raise UsageError(f"expected a rank below the world size, both or neither, found {rank} of {world_size}")
+        raise UsageError(
+            f"expected both or neither of `rank` and `world_size`, and a rank below the world size, found {rank} of "
+            f"{world_size}"
+        )
     return rank, world_size
 
 
 def _digest(files: FeatureFiles) -> str:
-    """Tells apart sets of files by their names and row groups, wherever they lie."""
+    """Identify a set of files by their names and row groups, independently of their folder."""
     groups = [[PurePosixPath(group.url).name, group.index, group.rows, group.nbytes] for group in files.groups]
     return hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
 
 
-def _capacities(files: FeatureFiles, windows: Sequence[Sequence[Piece]]) -> list[int]:
-    """How many vectors of each feature the largest window can hold."""
-    sums = [
-        [sum(files.groups[piece.group].vectors[i] for piece in window) for window in windows]
-        for i in range(len(files.features))
-    ]
-    return [max(each, default=0) for each in sums]
+def _join(values: Sequence[Any]) -> Any:
+    """Concatenate the rows of one column, with token sequences padded to the longest."""
+    if isinstance(values[0], list):
+        return [item for value in values for item in value]
+    if len({value.shape[1:] for value in values}) == 1:
+        return torch.cat(list(values))
+    longest = max(value.shape[1] for value in values)  # [B, T, width] or a mask [B, T]
+    return torch.cat([pad(value, (0, 0) * (value.ndim - 2) + (0, longest - value.shape[1])) for value in values])
+
+
+# Which rows
+
+
+def split_of(key: str, seed: int, shares: Shares) -> Split:
+    """Return the split of a key: stable over machines, runs and order, and the same for samples of the same key.
+
+    The first 8 bytes of the BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), are a fraction of 1, and the
+    splits lie side by side in proportion to `shares`. Raises UsageError for invalid shares.
+    """
+    check_shares(shares)
+    return next(splits_of((key,), seed, shares))
+
+
+def splits_of(keys: Iterable[str], seed: int, shares: Shares) -> Iterator[Split]:
+    """Yield `split_of` for many keys, at a microsecond per key. The shares are not checked."""
+    salt = seed.to_bytes(_HASH_BYTES, "big")
+    train = shares[0] * 2.0 ** (8 * _HASH_BYTES)
+    validation = (1 - shares[2]) * 2.0 ** (8 * _HASH_BYTES)
+    for key in keys:
+        data = key.encode("utf-8", "backslashreplace")  # as runs/rows.py stores a key with lone surrogates
+        place = int.from_bytes(blake2b(data, digest_size=_HASH_BYTES, salt=salt).digest(), "big")
+        yield SPLITS[(place >= train) + (place >= validation)]
+
+
+def check_shares(shares: Shares) -> None:
+    """Raise UsageError unless these are three shares of a whole."""
+    if len(shares) != len(SPLITS) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-9):
+        raise UsageError(f"expected shares of {', '.join(SPLITS)} that are not negative and sum to 1, found {shares}")
+
+
+class Piece(NamedTuple):
+    """Rows [begin, end) of the row group `group`."""
+
+    group: int
+    begin: int
+    end: int
+
+
+def pieces_of(rows: Sequence[int], order: Sequence[int], share: int, shares: int) -> list[Piece]:
+    """Return the pieces of one of `shares` readers, when row groups of `rows` are laid end to end in `order`.
+
+    Every row is in exactly one share, and shares differ by at most one row. A row group on the border of two shares is
+    decoded by both readers; there are fewer of those than readers.
+    """
+    total = sum(rows)
+    first, last = total * share // shares, total * (share + 1) // shares
+    pieces, start = [], 0
+    for group in order:
+        begin, end = max(first - start, 0), min(last - start, rows[group])
+        if begin < end:
+            pieces.append(Piece(group, begin, end))
+        start += rows[group]
+    return pieces
+
+
+def fills_of(pieces: Sequence[Piece], sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:
+    """Yield the pieces of each filling of the buffer, which ends once its row groups' `sizes` add up to `limit`."""
+    fill: list[Piece] = []
+    size = 0
+    for piece in pieces:
+        fill.append(piece)
+        size += sizes[piece.group]
+        if size >= limit:
+            yield fill
+            fill, size = [], 0
+    if fill:
+        yield fill
+
+
+def units_of_rank(order: Sequence[int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
+    """Return the units, in `order`, that a rank reads alone, and those that all ranks read for their own samples.
+
+    Every rank has the same number of the former. The latter are the remainder, fewer than there are ranks.
+    """
+    whole = len(order) - len(order) % world_size
+    return list(order[rank:whole:world_size]), list(order[whole:])
+
+
+def rank_of(key: str, world_size: int) -> int:
+    """Return the rank that reads a sample of a unit read by all: by a hash of its key, independent of `split_of`."""
+    digest = blake2b(key.encode("utf-8", "backslashreplace"), digest_size=8, person=b"rank").digest()
+    return int.from_bytes(digest, "big") % world_size
+
+
+class _SelectedRows:
+    """The rows to read: those of a split, and with captions those that have one."""
+
+    def __init__(
+        self,
+        paths: Sequence[str],
+        features: Sequence[str] | None,
+        columns: Sequence[str],
+        captions: Captions | None,
+        split: tuple[Split, int, Shares] | None,  # with the seed and the shares
+    ) -> None:
+        if captions is not None and CAPTION in columns:
+            raise UsageError(f"`columns` names {CAPTION!r}, which is where `captions` go; leave out one of the two")
+        self._captions = None if captions is None else CaptionReader(captions)
+        self._split = split
+        self._deciding = {*(["key"] if split else []), *([self._captions.column] if self._captions else [])}
+        self.files = FeatureFiles.open(paths, features, sorted({*columns, *self._deciding}))
+        self.columns = (*columns, *([CAPTION] if captions else []))
+        if captions is not None and not any(self._has_caption(group) for group in self.files.groups):
+            rows = sum(group.rows for group in self.files.groups)
+            raise UsageError(f"none of the {rows:,} rows has a caption; looked for {captions}")
+
+    def read(self, piece: Piece) -> Iterator[pa.RecordBatch]:
+        """Yield the selected rows of a piece, in order, with the columns of features and `columns`."""
+        start = 0
+        for batch in self.files.read(self.files.groups[piece.group]):
+            begin, end = max(piece.begin - start, 0), min(piece.end - start, batch.num_rows)
+            start += batch.num_rows
+            if begin >= end:
+                continue
+            rows = self._of_split(batch.slice(begin, end - begin))
+            if self._captions is not None:
+                captions = self._captions.of(rows)
+                values = {name: rows[name] for name in rows.schema.names} | {CAPTION: pa.array(captions, pa.string())}
+                rows = _keep(pa.RecordBatch.from_pydict(values), [caption is not None for caption in captions])
+            yield rows
+
+    def count(self) -> FeatureCounts:
+        """Count the selected rows. Reads keys and captions, if rows are selected by them."""
+        if not self._deciding:
+            return FeatureCounts(rows=sum(group.rows for group in self.files.groups), without_caption=0)
+        rows = without = 0
+        for group in self.files.groups:
+            for batch in map(self._of_split, self.files.read(group, sorted(self._deciding))):
+                rows += batch.num_rows
+                without += 0 if self._captions is None else self._captions.of(batch).count(None)
+        return FeatureCounts(rows=rows - without, without_caption=without)
+
+    def _has_caption(self, group: RowGroup) -> bool:
+        assert self._captions is not None
+        batches = self.files.read(group, [self._captions.column])
+        return any(caption is not None for batch in batches for caption in self._captions.of(batch))
+
+    def _of_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
+        if self._split is None:
+            return batch
+        split, seed, shares = self._split
+        return _keep(batch, [other == split for other in splits_of(batch["key"].to_pylist(), seed, shares)])
+
+
+def _keep(batch: pa.RecordBatch, which: Sequence[bool]) -> pa.RecordBatch:
+    return batch if all(which) else batch.filter(pa.array(which, pa.bool_()))
+
+
+# Rows in memory
+
+
+class RowBuffer:
+    """The rows of a few row groups, read as batches of tensors in any order.
+
+    It is filled repeatedly; its memory is that of the largest filling. `capacities` are upper bounds on the vectors of
+    each feature in one filling.
+    """
+
+    def __init__(self, features: Sequence[FeatureColumn], capacities: Sequence[int], columns: Sequence[str]) -> None:
+        self._features = [_Vectors(feature, size) for feature, size in zip(features, capacities, strict=True)]
+        self._columns: dict[str, pa.ChunkedArray] = dict.fromkeys(columns)
+        self.rows = 0
+
+    def fill(self, batches: Iterable[pa.RecordBatch], order: Callable[[int], Order]) -> None:
+        """Replace the rows by those of `batches`, in the order that `order` returns for their number."""
+        chunks: dict[str, list[pa.Array]] = {name: [] for name in self._columns}
+        self.rows = 0
+        for vectors in self._features:
+            vectors.clear()
+        for batch in batches:
+            self.rows += batch.num_rows
+            for vectors in self._features:
+                vectors.append(batch[vectors.feature.name])
+            for name, arrays in chunks.items():
+                arrays.append(batch[name])
+        places = order(self.rows)
+        for vectors in self._features:
+            vectors.arrange(places)
+        if self.rows:
+            self._columns = {name: pa.chunked_array(arrays).take(places) for name, arrays in chunks.items()}
+
+    def take(self, begin: int, end: int) -> FeatureBatch:
+        """Return a copy of the rows at [begin, end) of the order."""
+        batch: FeatureBatch = {}
+        for vectors in self._features:
+            name = vectors.feature.name
+            batch[name], batch[f"{name}_mask"] = vectors.gather(begin, end)
+        return batch | {name: column[begin:end].to_pylist() for name, column in self._columns.items()}
+
+
+class _Vectors:
+    """One feature of the buffer's rows. The vector at index 0 is zeros and stands for missing values."""
+
+    def __init__(self, feature: FeatureColumn, capacity: int) -> None:
+        self.feature = feature
+        self._values = np.empty((1 + capacity, feature.width), feature.dtype)
+        self._values[0] = 0
+        self._tensor = torch.from_numpy(self._values)
+        self.clear()
+
+    def clear(self) -> None:
+        self._end = 1
+        self._places: list[Order] = []
+        self._counts: list[Order] = []
+
+    def append(self, rows: pa.ListArray) -> None:
+        """Copy the rows' vectors to the end, and record where each row's vectors are."""
+        feature = self.feature
+        ends = rows.offsets.to_numpy().astype(np.int64)
+        valid = rows.is_valid().to_numpy(zero_copy_only=False)
+        lengths, unit = np.diff(ends), 1 if feature.tokens else feature.width
+        wrong = lengths[valid & (lengths != feature.width)]
+        if not feature.tokens and len(wrong):
+            raise UsageError(
+                f"column {feature.name}: expected vectors of {feature.width} numbers, found one of {wrong[0]}"
+            )
+        if rows.values.null_count or (feature.tokens and rows.values.values.null_count):
+            raise UsageError(f"column {feature.name}: a number of a vector is null; expected null vectors only")
+        counts = np.where(valid, lengths // unit, 0)
+        values = rows.values.slice(ends[0], ends[-1] - ends[0])
+        numbers = values.flatten() if feature.tokens else values
+        vectors = numbers.to_numpy().reshape(-1, feature.width)
+        self._values[self._end : self._end + len(vectors)] = vectors
+        self._places.append(np.where(counts > 0, (ends[:-1] - ends[0]) // unit + self._end, 0))
+        self._counts.append(counts)
+        self._end += len(vectors)
+
+    def arrange(self, order: Order) -> None:
+        """Put the rows into the order in which `gather` counts them."""
+        none = np.empty(0, np.int64)
+        self._place = torch.from_numpy(np.concatenate([none, *self._places])[order])
+        self._count = torch.from_numpy(np.concatenate([none, *self._counts])[order])
+
+    def gather(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return values [B, width] and mask [B] of these rows; of tokens [B, T, width] and [B, T], T at least 1."""
+        places, counts = self._place[begin:end], self._count[begin:end]
+        if not self.feature.tokens:
+            return self._tensor.index_select(0, places), counts > 0
+        steps = torch.arange(max(1, int(counts.max())))
+        mask = steps < counts[:, None]
+        places = torch.where(mask, places[:, None] + steps, 0)
+        return self._tensor.index_select(0, places.reshape(-1)).view(*mask.shape, self.feature.width), mask

@@ -1,164 +1,114 @@
-"""Features that were computed before as input: the Parquet files that `mmbeam embed` wrote, found, checked, opened.
+"""The Parquet files that an input of features names: listed, checked against a model, and opened.
 
-Not here: their rows as samples (feature_rows.py), and loading them for training.
+Two ways to open a file: `opened`, through the job's own stream, which counts bytes and reports damage as a ShardError;
+and `FeatureFiles` for the data loader, which reads single row groups as fast as pyarrow can.
 """
 
-import json
-import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from fsspec.core import url_to_fs
+from fsspec.implementations.local import LocalFileSystem
 
+from mmbeam.config import MIB
 from mmbeam.errors import MissingModalityError, ShardError, UsageError
-from mmbeam.names import SHARD_SUFFIXES, UNNAMED_MODEL
-from mmbeam.readers.listing import expand
-from mmbeam.readers.paths import without_query
+from mmbeam.features.schema import check_schema, feature_columns, origin_of, warn_of_unknown_origin
+from mmbeam.names import FEATURE_SUFFIX, SHARD_SUFFIXES
+from mmbeam.readers.listing import MAX_REQUESTS, exists_literally, expand, list_shards
+from mmbeam.readers.paths import public_path, without_query
 from mmbeam.readers.stream import ShardStream, open_shard
 from mmbeam.runs.run import DATA, MANIFEST
-from mmbeam.runs.store import Store
 from mmbeam.types import FeatureColumn, Origin, Shard
 
-log = logging.getLogger(__name__)
-
-SUFFIX = ".parquet"
-
-_is_text: Callable[[pa.DataType], bool] = pa.types.is_string
-_is_count: Callable[[pa.DataType], bool] = pa.types.is_integer
-_COLUMN = re.compile(r"(?:(.+)_)?(?:image|audio|text)_(?:embedding|tokens)")  # a named model's begin with its name
-IDENTITY = {"key": _is_text, "shard": _is_text, "offset": _is_count}  # without these a row is no sample
-FACTS = {  # read where a file has them, of this type
-    "text": _is_text,
-    "metadata": _is_text,
-    "image_width": _is_count,
-    "image_height": _is_count,
-    "audio_seconds": pa.types.is_floating,
-    "errors": pa.types.is_list,
-}
+STEP_BYTES = 2 * MIB  # decoded per record batch: small enough to be in the processor's cache when it is copied
 
 
-def feature_patterns(patterns: Sequence[str]) -> list[str]:
-    """For an input of features, the patterns of its Parquet files, as `list_shards` takes them; [] for shards.
+def feature_files(inputs: Sequence[str]) -> list[Shard]:
+    """Return the Parquet files of an input of features, or [] if the input is shards.
 
-    Features are outputs of `mmbeam embed` (directories) and what ends in .parquet, globs too.
-    Raises UsageError if some of the input is features and some is shards.
+    Features are paths and globs that end in .parquet, outputs of a job, and folders with Parquet files and without
+    shards, such as OUT/data. Raises NoShardsError if no file exists, and UsageError if the input mixes features and
+    shards.
     """
-    entries = expand(patterns)
-    files = [found for entry in entries if (found := _files_of(entry)) is not None]
-    if files and len(files) < len(entries):
-        raise UsageError("--input: some of it is features (Parquet) and some is shards; give one kind")
-    return files
+    places = [_parquets_at(entry) for entry in expand(inputs)]
+    files = [path for paths in places for path in paths or ()]
+    if files and None in places:
+        raise UsageError("`input`: expected either features (Parquet) or shards, found both")
+    return list_shards(files) if files else []
 
 
-def _files_of(entry: str) -> str | None:
+def _parquets_at(entry: str) -> list[str] | None:
+    """Return the Parquet files that an entry names, a glob as it is; None if it names shards, or does not exist."""
     plain = without_query(entry).lower()
-    if plain.endswith(SUFFIX):
-        return entry
-    if plain.endswith(SHARD_SUFFIXES) or re.search("[*?[]", entry) or plain.startswith(("http://", "https://")):
+    is_glob = re.search("[*?[]", entry) is not None and not exists_literally(entry)
+    if plain.startswith(("http://", "https://")) or is_glob or plain.endswith(SHARD_SUFFIXES):
+        return [entry] if plain.endswith(FEATURE_SUFFIX) else None  # a web server cannot list a folder
+    try:
+        fs, path = url_to_fs(entry)
+        if plain.endswith(FEATURE_SUFFIX) and not (isinstance(fs, LocalFileSystem) and fs.isdir(path)):
+            return [entry]
+        fs.invalidate_cache(path)
+        names = [name.rstrip("/").rpartition("/")[2] for name in fs.ls(path, detail=False)]
+        is_run = fs.exists(f"{path.rstrip('/')}/{MANIFEST}")
+        if not is_run and any(name.lower().endswith(SHARD_SUFFIXES) for name in names):
+            return None
+        folder, files = entry.rstrip("/"), _parquets(names)
+        if is_run or (not files and DATA in names):
+            folder = f"{folder}/{DATA}"
+            inner = fs.ls(f"{path.rstrip('/')}/{DATA}", detail=False) if DATA in names else []
+            files = _parquets([name.rpartition("/")[2] for name in inner]) or (["*" + FEATURE_SUFFIX] if is_run else [])
+        return [f"{folder}/{name}" for name in files] or None
+    except (OSError, ValueError, ImportError):  # list_shards reports what is wrong with the entry
         return None
-    return f"{entry.rstrip('/')}/{DATA}/*{SUFFIX}" if Store(entry).exists(MANIFEST) else None
+
+
+def _parquets(names: Iterable[str]) -> list[str]:
+    return sorted(name for name in names if name.lower().endswith(FEATURE_SUFFIX))
 
 
 def check_columns(files: Sequence[Shard], columns: Iterable[FeatureColumn]) -> None:
-    """Find each column in some file, as the model takes it. A file that cannot be read is its unit's affair.
+    """Check that each column is in some file, as the model takes it. A damaged file is left to the unit that reads it.
 
-    Raises MissingModalityError naming the columns found if one of `columns` is in no file; UsageError naming
-    both widths, or both encoders, if they differ, or if a row is no sample; ShardError if none can be read.
+    Raises MissingModalityError if a column is in no file, UsageError if its width or its model differs or if rows are
+    not samples, ShardError if no file can be read.
     """
     wanted = {column.name: column for column in columns}
-    found: dict[str, None] = {}
-    broken: list[ShardError] = []
+    known: dict[str, None] = {}
+    errors: list[ShardError] = []
     for file in files:
         try:
             with opened(file) as (parquet, _):
                 schema = parquet.schema_arrow
         except ShardError as error:
-            broken.append(error)
+            errors.append(error)
             continue
-        check_schema(file, schema, wanted)
-        if not found:
-            _say_unknown(file, schema, wanted)
-        found |= dict.fromkeys(schema.names)
-        if wanted.keys() <= found.keys():
+        check_schema(file.path, schema, wanted)
+        if not known:
+            for name in wanted.keys() & set(schema.names):
+                warn_of_unknown_origin(file.path, name, wanted[name].origin, origin_of(schema, name))
+        known |= dict.fromkeys(schema.names)
+        if wanted.keys() <= known.keys():
             return
-    if len(broken) == len(files):
-        raise broken[0]
-    missing = [name for name in wanted if name not in found]
+    if len(errors) == len(files):
+        raise errors[0]
+    missing = [name for name in wanted if name not in known]
     raise MissingModalityError(
-        f"no file of the input has {' or '.join(missing)}, which the model takes; the columns are {', '.join(found)}"
+        f"no file of the input has {' or '.join(missing)}, which the model takes; the columns are {', '.join(known)}"
     )
-
-
-def check_schema(file: Shard, schema: pa.Schema, wanted: Mapping[str, FeatureColumn]) -> None:
-    """Raise UsageError if rows of this schema are no samples, or their features do not fit the model."""
-    if not all(name in schema.names and is_right(schema.field(name).type) for name, is_right in IDENTITY.items()):
-        raise UsageError(
-            f"{file.path}: expected the columns {', '.join(IDENTITY)} that mmbeam embed writes, found "
-            f"{', '.join(schema.names)}"
-        )
-    for name in sorted(wanted.keys() & set(schema.names)):
-        _check_column(file, schema, wanted[name])
-
-
-def _check_column(file: Shard, schema: pa.Schema, column: FeatureColumn) -> None:
-    kind = vector = schema.field(column.name).type
-    if column.tokens and _is_list(kind):
-        vector = kind.value_type
-    if not _is_list(vector) or not pa.types.is_floating(vector.value_type):
-        shape = f"[tokens, {column.width}]" if column.tokens else f"[{column.width}]"
-        raise UsageError(f"{file.path}: {column.name}: the model takes numbers of shape {shape}, the file has {kind}")
-    dims: Mapping[str, int] = json.loads((schema.metadata or {}).get(b"mmbeam.dims", b"{}"))
-    width = vector.list_size if pa.types.is_fixed_size_list(vector) else dims.get(column.name)
-    if width not in (None, column.width):
-        raise UsageError(
-            f"{file.path}: {column.name} is {width} wide, and the model takes {column.width}; give the features "
-            "that it was trained on, or the model that was trained on these"
-        )
-    origin = origin_of(schema, column.name)
-    if column.origin is not None and origin is not None and origin.digest != column.origin.digest:
-        raise UsageError(
-            f"{file.path}: {column.name} was made by {origin}, and the model takes what {column.origin} makes; give "
-            "the features that it was trained on, or the model that was trained on these"
-        )
-
-
-def origin_of(schema: pa.Schema, column: str) -> Origin | None:
-    """The model that made a column of features; None if the file, which may be a stranger's, does not say so."""
-    named = _COLUMN.fullmatch(column)
-    models, digests = _names(schema, b"mmbeam.models"), _names(schema, b"mmbeam.digests")
-    prefix = (named and named[1]) or UNNAMED_MODEL
-    model, digest = models.get(prefix), digests.get(prefix)
-    return Origin(model, digest) if named and isinstance(model, str) and isinstance(digest, str) else None
-
-
-def _names(schema: pa.Schema, key: bytes) -> Mapping[str, Any]:
-    try:
-        value = json.loads((schema.metadata or {}).get(key, b"{}"))
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
-
-
-def _say_unknown(file: Shard, schema: pa.Schema, wanted: Mapping[str, FeatureColumn]) -> None:
-    known = {name: column.origin for name, column in wanted.items() if column.origin and name in schema.names}
-    for name, origin in known.items():
-        if origin_of(schema, name) is None:
-            log.warning("%s does not say what made %s; the model takes what %s makes", file.path, name, origin)
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind))
 
 
 @contextmanager
 def opened(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
-    """The Parquet, and the stream it is read from. What is wrong with it, here or in the body, is a ShardError."""
+    """Open a Parquet file, and return the stream it is read from too. Damage, here or in the body, is a ShardError."""
     with open_shard(file) as stream:
         if not stream.seekable():
-            raise ShardError(f"{file.path}: a Parquet cannot be read from a server that sends whole files only")
+            raise ShardError(f"{file.path}: a Parquet file cannot be read from a server that ignores range requests")
         try:
             with pq.ParquetFile(stream) as parquet:
                 yield parquet, stream
@@ -166,3 +116,109 @@ def opened(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
             raise
         except (pa.ArrowException, OSError) as error:
             raise ShardError(f"{file.path}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RowGroup:
+    """A row group of a file, which is decoded as a whole."""
+
+    url: str = field(repr=False)
+    index: int  # in its file
+    rows: int
+    nbytes: int  # of the columns that are read, decompressed
+    vectors: tuple[int, ...]  # an upper bound on the vectors of each feature
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FeatureFiles:
+    """Parquet files of one schema, seen from their footers, and the columns to read."""
+
+    features: tuple[FeatureColumn, ...]
+    columns: tuple[str, ...]  # other columns to read
+    groups: tuple[RowGroup, ...]  # in order; none is empty
+
+    @classmethod
+    def open(cls, paths: Sequence[str], features: Sequence[str] | None, columns: Sequence[str]) -> Self:
+        """List the files and read their footers.
+
+        `paths` are outputs of a job, folders, globs and files. `features` are the columns of vectors to read; None
+        for every column of pooled vectors. Raises NoShardsError if there is no file, and UsageError if a file is not
+        Parquet, lacks a column, or has vectors of another width, type or model than the first file.
+        """
+        urls = [
+            file.url
+            for file in list_shards([path for entry in expand(paths) for path in _parquets_at(entry) or [entry]])
+        ]
+        with ThreadPoolExecutor(MAX_REQUESTS) as pool:
+            footers = list(pool.map(lambda url: _read_footer(url, features, columns), urls))
+        expected = [replace(feature, origin=None) for feature in footers[0][0]]
+        origins: dict[str, Origin] = {}
+        for url, (features_of_file, _) in zip(urls, footers, strict=True):
+            if [replace(feature, origin=None) for feature in features_of_file] != expected:
+                raise UsageError(
+                    f"{public_path(url)}: has {_names(features_of_file)}, but {public_path(urls[0])} has "
+                    f"{_names(expected)}; give features of one run, or name the columns that all files have"
+                )
+            for feature in features_of_file:
+                if feature.origin is None:
+                    continue
+                known = origins.setdefault(feature.name, feature.origin)
+                if feature.origin.digest != known.digest:
+                    raise UsageError(
+                        f"{public_path(url)}: {feature.name} was made by {feature.origin}, but in another file by "
+                        f"{known}; give features of one model"
+                    )
+        return cls(
+            features=tuple(replace(feature, origin=origins.get(feature.name)) for feature in expected),
+            columns=tuple(columns),
+            groups=tuple(group for _, groups in footers for group in groups),
+        )
+
+    def read(self, group: RowGroup, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
+        """Read the rows of a group, about 2 MiB at a time: the given columns, or all that were asked for."""
+        names = [*(feature.name for feature in self.features), *self.columns] if columns is None else list(columns)
+        step = max(64, STEP_BYTES * group.rows // max(group.nbytes, 1))
+        with open_parquet(group.url) as file:
+            yield from file.iter_batches(step, row_groups=[group.index], columns=names, use_threads=False)
+
+
+def open_parquet(url: str) -> pq.ParquetFile:
+    """Open a file as pyarrow reads it fastest: memory and threads for prefetching only where requests are slow."""
+    fs, path = url_to_fs(url)
+    local = isinstance(fs, LocalFileSystem)
+    try:
+        return pq.ParquetFile(path, filesystem=None if local else fs, pre_buffer=not local)
+    except pa.ArrowInvalid as error:
+        raise UsageError(f"{public_path(url)}: expected a Parquet file ({error})") from None
+
+
+def _read_footer(
+    url: str, names: Sequence[str] | None, columns: Sequence[str]
+) -> tuple[tuple[FeatureColumn, ...], list[RowGroup]]:
+    with open_parquet(url) as file:
+        schema, metadata = file.schema_arrow, file.metadata
+        missing = [name for name in (*(names or ()), *columns) if name not in schema.names]
+        if missing:
+            raise UsageError(f"{public_path(url)}: has no column {', '.join(missing)}; found {', '.join(schema.names)}")
+        features = feature_columns(schema, names, public_path(url))
+        read = {*(feature.name for feature in features), *columns}
+        leaves = [file.schema.column(i).path.partition(".")[0] for i in range(len(file.schema))]
+        groups = []
+        for index in range(metadata.num_row_groups):
+            group = metadata.row_group(index)
+            chunks = {name: group.column(i) for i, name in enumerate(leaves) if name in read}
+            if group.num_rows:
+                groups.append(
+                    RowGroup(
+                        url=url,
+                        index=index,
+                        rows=group.num_rows,
+                        nbytes=sum(chunk.total_uncompressed_size for chunk in chunks.values()),
+                        vectors=tuple(chunks[feature.name].num_values // feature.width for feature in features),
+                    )
+                )
+    return features, groups
+
+
+def _names(features: Sequence[FeatureColumn]) -> str:
+    return ", ".join(f"{feature.name} [{feature.width}] {feature.dtype}" for feature in features)

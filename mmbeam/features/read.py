@@ -1,9 +1,10 @@
-"""The rows of feature files as windows of samples. Finding and opening the files is features.py's."""
+"""The rows of feature files: as windows of samples for a job, and column by column for an evaluation."""
 
 import time
 from collections import Counter
-from collections.abc import Generator, Iterator, Mapping
-from typing import Any
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Self
 
 import numpy as np
 import numpy.typing as npt
@@ -14,161 +15,147 @@ import pyarrow.parquet as pq
 from mmbeam.clean.text import clean_text
 from mmbeam.clean.where import compile_where, rejecting_expression
 from mmbeam.config import Reading, Windows
-from mmbeam.errors import ShardError, UsageError
-from mmbeam.features.files import FACTS, IDENTITY, check_schema, opened
-from mmbeam.readers.stream import ShardStream
-from mmbeam.types import Audio, Batch, Failure, Feature, FeatureColumn, Needs, Sample, Shard, Tally, WorkUnit
+from mmbeam.errors import JobError, ShardError, UsageError
+from mmbeam.features.files import opened
+from mmbeam.features.schema import FACTS, IDENTITY, check_schema, widths_of
+from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.run import find_run, part_name
+from mmbeam.runs.store import Store
+from mmbeam.types import Audio, Batch, Failure, Feature, FeatureColumn, Needs, Sample, Tally, WorkUnit
 
-Value = Feature | str | None  # of one sample: the feature, or why there is none, or that none was to be
+BATCH_ROWS = 4096  # 32 MiB of vectors of 2,048 numbers
+
+Vectors = npt.NDArray[np.float32]  # [rows, width]
 
 
 def read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
-    """The unit's rows as windows of samples; an empty last one ends it, `broken` if a file cannot be read.
+    """Yield the unit's rows as windows of samples, then an empty last one, with a `unit_error` if a file is damaged.
 
-    A modality is present where one of its columns in `needs` has a value; text also where there is a text,
-    if `needs` names it. A feature that was lost when the file was written, is of another width than the
-    model's or is not finite is a Failure of its modality. Where windows close depends on the file alone.
+    A modality is present where one of its columns in `needs` has a value; text also where there is a text, if `needs`
+    names it. A feature becomes a Failure of its modality if it was lost when the file was written, has another width
+    than the model's, or is not finite. Where windows close depends on the file alone.
     """
-    source = _Source(unit, windows, {column.name: column for column in needs.columns})
-    to_sample = _ToSample(reading, needs)
-    index, broken = 0, None
+    columns = sorted(needs.columns, key=lambda column: column.name)
+    wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
+    index, unit_error, cost = 0, None, _Cost()
     try:
-        for table in source.tables():
-            yield _window(unit, index, table, to_sample, source.take())
+        for table in _tables(unit, windows, columns, cost):
+            begin = time.perf_counter()
+            samples: list[Sample] = []
+            failures: list[Failure] = []
+            skipped, present = Counter[str](), Counter[str]()
+            for sample, lost in _samples(table, columns, reading, "text" in needs.modalities):
+                present.update(sample.present)
+                expression = rejecting_expression(sample, wheres)
+                if expression is None:
+                    samples.append(sample)
+                    failures += lost
+                else:
+                    skipped[expression] += 1
+            seconds = {"decode": time.perf_counter() - begin}
+            yield Batch(
+                unit=unit,
+                index=index,
+                last=False,
+                samples=tuple(samples),
+                failures=tuple(failures),
+                tally=cost.take()
+                + Tally(samples=table.num_rows, skipped=dict(skipped), present=dict(present), seconds=seconds),
+            )
             index += 1
     except ShardError as error:
-        broken = str(error)
-    yield Batch(unit=unit, index=index, last=True, unit_error=broken, tally=source.take())
+        unit_error = str(error)
+    yield Batch(unit=unit, index=index, last=True, unit_error=unit_error, tally=cost.take())
 
 
-class _Source:
-    """The rows of a unit's files, and what reading them has cost since it was last asked."""
+@dataclass
+class _Cost:
+    """Seconds and stored bytes that reading took since they were last taken."""
 
-    def __init__(self, unit: WorkUnit, windows: Windows, columns: Mapping[str, FeatureColumn]) -> None:
-        self._unit = unit
-        self._windows = windows
-        self._columns = columns
-        self._seconds = 0.0
-        self._bytes = 0
+    seconds: float = 0.0
+    nbytes: int = 0
 
     def take(self) -> Tally:
-        tally = Tally(seconds={"read": self._seconds}, bytes_read=self._bytes)
-        self._seconds, self._bytes = 0.0, 0
+        """Return the cost so far, and begin again at zero."""
+        tally = Tally(seconds={"read": self.seconds}, bytes_read=self.nbytes)
+        self.seconds, self.nbytes = 0.0, 0
         return tally
 
-    def tables(self) -> Iterator[pa.RecordBatch]:
-        """The rows that make a window each, no more than the unit's limit in all."""
-        left = self._unit.limit
-        for source in self._unit.inputs:
-            with opened(source.shard) as (parquet, stream):
-                for table in self._timed(self._parts(source.shard, parquet), stream):
-                    yield table if left is None else table.slice(0, left)
-                    left = None if left is None else left - table.num_rows
-                    if left is not None and left <= 0:
+
+def _tables(
+    unit: WorkUnit, windows: Windows, columns: Sequence[FeatureColumn], cost: _Cost
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of each window, up to the unit's limit."""
+    left = unit.limit
+    for source in unit.inputs:
+        with opened(source.shard) as (parquet, stream):
+            schema, footer = parquet.schema_arrow, parquet.metadata
+            try:
+                check_schema(source.shard.path, schema, {column.name: column for column in columns})
+            except UsageError as error:  # the launch accepted the input, so this file differs from the others
+                raise ShardError(str(error)) from None
+            names = [name for name, is_right in (IDENTITY | FACTS).items() if _has(schema, name, is_right)]
+            names += [column.name for column in columns if column.name in schema.names]
+            stored = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
+            row_bytes = max(1, stored // max(1, footer.num_rows))
+            rows = max(1, min(windows.samples, windows.decoded_bytes // row_bytes))
+            tables = parquet.iter_batches(batch_size=rows, columns=names)
+            bytes_before = 0
+            while True:
+                begin = time.perf_counter()
+                table = next(tables, None)
+                cost.seconds += time.perf_counter() - begin
+                cost.nbytes, bytes_before = cost.nbytes + stream.bytes_read - bytes_before, stream.bytes_read
+                if table is None:
+                    break
+                yield table if left is None else table.slice(0, left)
+                if left is not None:
+                    left -= table.num_rows
+                    if left <= 0:
                         return
 
-    def _parts(self, file: Shard, parquet: pq.ParquetFile) -> Iterator[pa.RecordBatch]:
-        schema = parquet.schema_arrow
-        try:
-            check_schema(file, schema, self._columns)
-        except UsageError as error:  # after the launch it is this file that is wrong
-            raise ShardError(str(error)) from None
-        facts = {**IDENTITY, **FACTS}.items()
-        names = [name for name, is_right in facts if name in schema.names and is_right(schema.field(name).type)]
-        names += [name for name in self._columns if name in schema.names]
-        yield from parquet.iter_batches(batch_size=self._rows(parquet.metadata), columns=names)
 
-    def _rows(self, footer: pq.FileMetaData) -> int:
-        """How many rows make a window."""
-        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
-        row_bytes = max(1, sum(int(group.total_byte_size) for group in groups) // max(1, int(footer.num_rows)))
-        return max(1, min(self._windows.samples, self._windows.decoded_bytes // row_bytes))
-
-    def _timed(self, tables: Iterator[pa.RecordBatch], stream: ShardStream) -> Iterator[pa.RecordBatch]:
-        """Each table, with the seconds spent and the stored bytes read put on the tally."""
-        before = 0
-        while True:
-            begin = time.perf_counter()
-            table = next(tables, None)
-            self._seconds += time.perf_counter() - begin
-            self._bytes, before = self._bytes + stream.bytes_read - before, stream.bytes_read
-            if table is None:
-                return
-            yield table
+def _has(schema: pa.Schema, name: str, is_right: Any) -> bool:
+    return name in schema.names and is_right(schema.field(name).type)
 
 
-def _window(unit: WorkUnit, index: int, table: pa.RecordBatch, to_sample: "_ToSample", cost: Tally) -> Batch:
-    begin = time.perf_counter()
-    samples: list[Sample] = []
-    failures: list[Failure] = []
-    skipped, present = Counter[str](), Counter[str]()
-    for sample, lost in to_sample.rows(table):
-        present.update(sample.present)
-        skip = rejecting_expression(sample, to_sample.wheres)
-        if skip is None:
-            samples.append(sample)
-            failures += lost
-        else:
-            skipped[skip] += 1
-    seconds = {"decode": time.perf_counter() - begin}
-    tally = Tally(samples=table.num_rows, skipped=dict(skipped), present=dict(present), seconds=seconds)
-    return Batch(
-        unit=unit, index=index, last=False, samples=tuple(samples), failures=tuple(failures), tally=tally + cost
-    )
-
-
-class _ToSample:
-    """What is made of a row, for one model and one way to clean texts."""
-
-    def __init__(self, reading: Reading, needs: Needs) -> None:
-        self.wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
-        self._steps = reading.cleaning.text
-        self._reads_text = "text" in needs.modalities
-        self._columns = sorted(needs.columns, key=lambda column: column.name)
-
-    def rows(self, table: pa.RecordBatch) -> Iterator[tuple[Sample, list[Failure]]]:
-        columns = [column for column in self._columns if column.name in table.schema.names]
-        facts = table.select([name for name in table.schema.names if name in IDENTITY or name in FACTS])
-        values = [column_values(table.column(column.name), column) for column in columns]
-        for fact, *row in zip(facts.to_pylist(), *values, strict=True):
-            yield self._row(fact, dict(zip(columns, row, strict=True)))
-
-    def _row(self, fact: Mapping[str, Any], values: Mapping[FeatureColumn, Value]) -> tuple[Sample, list[Failure]]:
-        lost = dict.fromkeys(self._lost(fact, values), "was lost when the features were made")
-        found = {**values, **lost}
-        present = {column.modality for column, value in found.items() if value is not None}
-        if self._reads_text and fact.get("text") is not None:
-            present.add("text")
+def _samples(
+    table: pa.RecordBatch, columns: Sequence[FeatureColumn], reading: Reading, reads_text: bool
+) -> Iterator[tuple[Sample, list[Failure]]]:
+    columns = [column for column in columns if column.name in table.schema.names]
+    facts = table.select([name for name in table.schema.names if name in IDENTITY or name in FACTS])
+    values_of = [column_values(table.column(column.name), column) for column in columns]
+    steps = reading.cleaning.text
+    for fact, *row in zip(facts.to_pylist(), *values_of, strict=True):
+        values: dict[FeatureColumn, Feature | str | None] = dict(zip(columns, row, strict=True))
+        for column in columns:
+            if values[column] is None and column.name in (fact.get("errors") or ()):
+                values[column] = "was lost when the features were made"
+        text, seconds = fact.get("text"), fact.get("audio_seconds")
+        size = fact.get("image_width"), fact.get("image_height")
+        present = {column.modality for column, value in values.items() if value is not None and column.modality}
         sample = Sample(
-            present=frozenset(present),
-            features={column.name: value for column, value in found.items() if isinstance(value, np.ndarray)},
-            **self._facts(fact),
-        )
-        return sample, [
-            Failure.of(sample, "read", "DecodeError", f"{column.name} {why}", modality=column.modality)
-            for column, why in found.items()
-            if isinstance(why, str)
-        ]
-
-    def _lost(self, fact: Mapping[str, Any], values: Mapping[FeatureColumn, Value]) -> list[FeatureColumn]:
-        errors = fact.get("errors") or ()
-        return [column for column, value in values.items() if value is None and column.name in errors]
-
-    def _facts(self, fact: Mapping[str, Any]) -> dict[str, Any]:
-        size = (fact.get("image_width"), fact.get("image_height"))
-        seconds, text = fact.get("audio_seconds"), fact.get("text")
-        return {
             **{name: fact[name] for name in IDENTITY},
-            "image_size": None if None in size else size,
-            "audio": None if seconds is None else Audio(waves={}, seconds=seconds),
-            "text": text,
-            "text_clean": clean_text(text, self._steps) if self._steps and text is not None else None,
-            "metadata": fact.get("metadata"),
-        }
+            present=frozenset(present | {"text"} if reads_text and text is not None else present),
+            features={column.name: value for column, value in values.items() if isinstance(value, np.ndarray)},
+            image_size=None if None in size else size,
+            audio=None if seconds is None else Audio(waves={}, seconds=seconds),
+            text=text,
+            text_clean=clean_text(text, steps) if steps and text is not None else None,
+            metadata=fact.get("metadata"),
+        )
+        yield (
+            sample,
+            [
+                Failure.of(sample, "read", "DecodeError", f"{column.name} {why}", modality=column.modality or "")
+                for column, why in values.items()
+                if isinstance(why, str)
+            ],
+        )
 
 
-def column_values(array: pa.Array, column: FeatureColumn) -> list[Value]:
-    """Of each row its feature, [width] or [tokens, width]; why it cannot be used; or None where there is none."""
+def column_values(array: pa.Array, column: FeatureColumn) -> list[Feature | str | None]:
+    """Return each row's feature, [width] or [tokens, width]; the reason it cannot be used; or None if it has none."""
     valid = array.is_valid()
     vectors = array.flatten() if column.tokens else array.filter(valid)
     counts = pc.fill_null(pc.list_value_length(array), 0) if column.tokens else valid.cast(pa.int32())
@@ -179,7 +166,7 @@ def column_values(array: pa.Array, column: FeatureColumn) -> list[Value]:
     matrix[right] = numbers.reshape(-1, column.width)
     finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(matrix).all(axis=1))
     ends = np.cumsum(np.asarray(counts))
-    values: list[Value] = []
+    values: list[Feature | str | None] = []
     for begin, end in zip([0, *ends[:-1].tolist()], ends.tolist(), strict=True):
         if begin == end:
             values.append(None)
@@ -189,3 +176,68 @@ def column_values(array: pa.Array, column: FeatureColumn) -> list[Value]:
             wrong = widths[begin:end][~right[begin:end]].tolist()
             values.append(f"is {wrong[0]} wide, not {column.width}" if wrong else "is not finite")
     return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class WrittenRows:
+    """The committed rows of a run, read part by part. Picklable; nothing is written."""
+
+    store: Store
+    fingerprint: str  # of the run's configuration
+    failed: int  # samples without a row
+    parts: tuple[str, ...]  # names of the Parquet files
+    schema: pa.Schema
+
+    @classmethod
+    def of(cls, output: str) -> Self:
+        """Return the rows in the output of a job. Raises JobError if it holds no run or no committed unit."""
+        run = find_run(output)
+        units = sorted(committed(run))
+        if not units:
+            raise JobError(f"{run.store}: no unit is committed, so there are no rows; run the job to its end first")
+        parts = tuple(part_name(unit) for unit in units)
+        with run.store.open(parts[0]) as file:
+            schema = pq.read_schema(file)
+        failed = sum(report.tally.failed for report in load_reports(run, units))
+        return cls(store=run.store, fingerprint=run.fingerprint, failed=failed, parts=parts, schema=schema)
+
+    @property
+    def widths(self) -> dict[str, int]:
+        """The columns of pooled vectors, with their widths."""
+        return widths_of(self.schema)
+
+    def count(self) -> int:
+        """Return the number of rows, from the footers."""
+        total = 0
+        for part in self.parts:
+            with self.store.open(part) as file:
+                total += pq.read_metadata(file).num_rows
+        return total
+
+    def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """Yield all rows with these columns, part by part."""
+        for part in self.parts:
+            yield from read_columns(self.store, part, columns)
+
+
+def read_columns(store: Store, part: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of a part, in order, with these columns."""
+    with store.open(part) as file, pq.ParquetFile(file) as parquet:
+        yield from parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(columns))
+
+
+def to_vectors(column: pa.ListArray, width: int) -> Vectors:
+    """Return a column of vectors without nulls as an array. [rows, width]"""
+    flat = column.flatten().to_numpy(zero_copy_only=False)
+    return np.asarray(flat, dtype=np.float32).reshape(len(column), width)
+
+
+def with_all(batch: pa.RecordBatch, widths: Mapping[str, int]) -> pa.RecordBatch:
+    """Return the rows that have a finite vector in each of these columns."""
+    keep = np.ones(batch.num_rows, dtype=np.bool_)
+    for name, width in widths.items():
+        column = batch.column(name)
+        valid = np.array(column.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
+        valid[valid] = np.isfinite(to_vectors(column.drop_null(), width)).all(axis=1)
+        keep &= valid
+    return batch.filter(pa.array(keep))

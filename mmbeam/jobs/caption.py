@@ -9,7 +9,8 @@ from typing import Any
 from mmbeam.clean.where import SampleValues
 from mmbeam.config import MIB, FieldMap, Reading, Windows
 from mmbeam.errors import ShardError, UsageError
-from mmbeam.features.files import FACTS, IDENTITY, check_columns, feature_patterns, opened
+from mmbeam.features.files import check_columns, feature_files, opened
+from mmbeam.features.schema import FACTS, IDENTITY
 from mmbeam.jobs.cluster import workers_are_here
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_found, plan, versions
 from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of
@@ -86,8 +87,8 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     [output] = generate.outputs
     modalities = tuple(modality for modality in MODALITIES if modality in output.modalities)
     required = tuple(modality for modality in MODALITIES if modality in output.required)
-    files = feature_patterns(options.input)
-    shards = list_shards(files or options.input)
+    files = feature_files(options.input)
+    shards = files or list_shards(options.input)
     if files:
         _check_features(generate, shards, options)
     else:

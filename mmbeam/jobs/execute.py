@@ -159,10 +159,10 @@ def check_found(report: RunReport, modalities: Sequence[Modality], required: Seq
         )
 
 
-def versions() -> dict[str, str]:
-    """Return the installed versions of the packages whose version may change a value."""
+def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return the versions of those of `packages` that are installed; by default of those that may change a value."""
     installed = {}
-    for name in PACKAGES:
+    for name in packages:
         try:
             installed[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -1,29 +1,24 @@
-"""From rows to pairs: the text that came out, and the references that it is measured against.
+"""Pairs of a generated text and the references it is measured against.
 
-A reference is in a column of the rows, in their metadata, or in a file of its own, joined by key.
+References are in a column of the rows, in their metadata, or in a separate file, joined by key.
 """
 
-import csv
-import io
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
-from mmbeam.errors import UsageError
+from mmbeam.features.captions import json_object, read_keyed
 
-KEY = "key"  # of the file that holds references, too
+KEY = "key"  # in a file of references, too
 IDENTITY = (KEY, "shard", "offset")
 References = Mapping[str, tuple[str, ...]]  # by key
 
 
 @dataclass(frozen=True, kw_only=True)
-class Field:
+class RowField:
     """A column of the rows, or an entry of their metadata."""
 
     name: str
@@ -31,27 +26,19 @@ class Field:
 
     @property
     def column(self) -> str:
+        """The column to read."""
         return "metadata" if self.in_metadata else self.name
 
     def values(self, batch: pa.RecordBatch) -> list[Any]:
-        """Its value in each row; None where there is none."""
+        """Return the value in each row; None where it is missing."""
         values: list[Any] = batch.column(self.column).to_pylist()
         return [json_object(value).get(self.name) for value in values] if self.in_metadata else values
 
 
-def json_object(text: str | None) -> Mapping[str, Any]:
-    """The JSON object that `text` is; empty if it is none."""
-    try:
-        found = json.loads(text or "{}")
-    except (ValueError, RecursionError):
-        return {}
-    return found if isinstance(found, dict) else {}
-
-
 def texts_of(value: Any) -> tuple[str, ...]:
-    """The texts that a string, or a list of them, is; none for anything else.
+    """Return the texts in a string or a list of strings; none for anything else.
 
-    A lone surrogate, which JSON can hold and no file of text, becomes a question mark.
+    A lone surrogate, which JSON can hold and UTF-8 cannot, becomes a question mark.
     """
     values = value if isinstance(value, list) else [value]
     return tuple(text.encode("utf-8", "replace").decode() for text in values if isinstance(text, str))
@@ -59,82 +46,58 @@ def texts_of(value: Any) -> tuple[str, ...]:
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A row that has what is compared, as far as it has it."""
+    """The hypothesis and the references of a row."""
 
     key: str
     shard: str
     offset: int
-    hypothesis: str | None  # None: nothing was made, of a sample that failed or had nothing to make it from
+    hypothesis: str | None  # None: the sample failed, or nothing was due
     references: tuple[str, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceFile:
-    """A Parquet, JSON lines or CSV file that has the references, in `field`, by the entry `key`."""
+    """A file with the references of each `key` in `field` (see features.captions.read_keyed)."""
 
     url: str
     field: str
 
     def load(self) -> References:
-        """The references by key; all of it is held in memory.
+        """Return the references by key, all in memory. A repeated key adds references, as does a list of strings.
 
-        A key that comes again adds references, as does a list of strings. Raises UsageError if the file is
-        of no such kind, or no row has both `key` and the field.
+        Raises what `read_keyed` raises.
         """
-        fs, path = url_to_fs(self.url)
-        content = fs.cat_file(path)
-        try:
-            rows = _parse(path.rpartition(".")[2].lower(), content)
-        except (ValueError, csv.Error) as error:
-            raise UsageError(f"--references: {error}") from error
         references: dict[str, tuple[str, ...]] = defaultdict(tuple)
-        for row in rows:
-            if KEY in row and self.field in row:
-                references[str(row[KEY])] += texts_of(row[self.field])
-        if not references:
-            found = ", ".join(sorted(map(str, rows[0]))) if rows else "no rows"
-            raise UsageError(f"--references: expected rows with {KEY!r} and {self.field!r}, found {found}")
+        for key, value in read_keyed(self.url, KEY, self.field):
+            references[key] += texts_of(value)
         return dict(references)
 
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
-    """Where the pairs are: the column of the hypotheses, and what has the references."""
+    """Where pairs come from: the column of the hypotheses, and the place of the references."""
 
     hypothesis: str
-    reference: Field | ReferenceFile
-    blank: bool = False  # whether an empty reference is one (silence, to an error rate)
+    reference: RowField | ReferenceFile
+    blank: bool = False  # whether a blank reference counts (it is silence, to an error rate)
 
     @property
     def columns(self) -> tuple[str, ...]:
-        """What must be read of a row."""
-        of_reference = (self.reference.column,) if isinstance(self.reference, Field) else ()
+        """The columns of the rows to read."""
+        of_reference = (self.reference.column,) if isinstance(self.reference, RowField) else ()
         return tuple(dict.fromkeys((*IDENTITY, self.hypothesis, *of_reference)))
 
     def load(self) -> References:
-        """The references that are in no row."""
-        return {} if isinstance(self.reference, Field) else self.reference.load()
+        """Return the references that are in a separate file."""
+        return {} if isinstance(self.reference, RowField) else self.reference.load()
 
     def pairs(self, batch: pa.RecordBatch, loaded: References) -> Iterator[Pair]:
-        """The rows of the batch, in order; `loaded` is what `load` returned."""
+        """Yield a pair for each row of the batch, in order; `loaded` is the result of `load`."""
         keys, shards, offsets, hypotheses = (batch.column(name).to_pylist() for name in (*IDENTITY, self.hypothesis))
-        if isinstance(self.reference, Field):
-            found = [texts_of(value) for value in self.reference.values(batch)]
+        if isinstance(self.reference, RowField):
+            references = [texts_of(value) for value in self.reference.values(batch)]
         else:
-            found = [loaded.get(key, ()) for key in keys]
-        for key, shard, offset, hypothesis, texts in zip(keys, shards, offsets, hypotheses, found, strict=True):
-            references = tuple(text for text in texts if self.blank or text.strip())
-            yield Pair(key=key, shard=shard, offset=offset, hypothesis=hypothesis, references=references)
-
-
-def _parse(kind: str, content: bytes) -> Sequence[Mapping[str, Any]]:
-    """The rows; ValueError if the content is not of that kind."""
-    match kind:
-        case "parquet":
-            rows: list[dict[str, Any]] = pq.read_table(pa.BufferReader(content)).to_pylist()
-            return rows
-        case "jsonl" | "ndjson":
-            return [json_object(line) for line in content.decode().split("\n") if line.strip()]
-        case "csv":
-            return list(csv.DictReader(io.StringIO(content.decode("utf-8-sig"), newline="")))
-    raise ValueError("expected a file whose name ends in .parquet, .jsonl, .ndjson or .csv")
+            references = [loaded.get(key, ()) for key in keys]
+        for key, shard, offset, hypothesis, texts in zip(keys, shards, offsets, hypotheses, references, strict=True):
+            kept = tuple(text for text in texts if self.blank or text.strip())
+            yield Pair(key=key, shard=shard, offset=offset, hypothesis=hypothesis, references=kept)

@@ -199,7 +199,7 @@ def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Gen
     A modality's part is the log-probability that the text loses when the modality is masked (a gain counts as 0),
     divided by the sum of these losses; all parts are 0 if the text loses nothing. A single modality has part 1.
     """
-    columns = {column.name: column.modality for column in model.spec.columns}
+    columns = {column.name: column.modality for column in model.spec.columns if column.modality}
     losses: list[dict[Modality, float]] = []
     for request in requests:
         of_features = {columns[name] for name in request.features if name in columns}

@@ -5,7 +5,7 @@ from collections.abc import Collection
 from itertools import islice
 from typing import Any
 
-from mmbeam.errors import UsageError
+from mmbeam.features.schema import check_origin, warn_of_unknown_origin
 from mmbeam.models.fusion.configuration import feature_source
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.names import Modality
@@ -18,15 +18,20 @@ MAX_TOKENS = 1500  # of a sequence that is read: as many as Whisper makes of 30 
 
 
 def column_sources(source: FeatureSource, modalities: Collection[Modality]) -> dict[str, dict[str, Any]]:
-    """A source for each column of these modalities. It is said which of them nobody knows who made."""
-    found = {name: of for name, of in source.features().items() if of[0] in modalities}
-    unknown = [name for name, (_, stored) in found.items() if stored.origin is None]
+    """Return a source for each column of these modalities. Those whose model is unknown are named in a warning."""
+    columns = [column for column in source.features().values() if column.modality in modalities]
+    unknown = [column.name for column in columns if column.origin is None]
     if unknown:
         log.warning(
-            "the files do not say which model made %s: nobody can check what it is given later", ", ".join(unknown)
+            "the files do not name the model that made %s: features of another model will not be recognised",
+            ", ".join(unknown),
         )
-    sources = {name: feature_source(of, each.width, each.tokens, each.origin) for name, (of, each) in found.items()}
-    for name, length in _longest(source, [name for name, (_, each) in found.items() if each.tokens]).items():
+    sources = {
+        column.name: feature_source(column.modality, column.width, column.tokens, column.origin)
+        for column in columns
+        if column.modality
+    }
+    for name, length in _longest(source, [column.name for column in columns if column.tokens]).items():
         sources[name]["max_tokens"] = length
     return sources
 
@@ -45,12 +50,6 @@ def _longest(source: FeatureSource, names: Collection[str]) -> dict[str, int]:
 
 def check_origins(processor: FusionProcessor, source: FeatureSource) -> None:
     """Raise UsageError if another model made the features than those that the model was trained on."""
-    for name, (_, stored) in source.features().items():
-        expected, origin = processor.sources[name].origin, stored.origin
-        if expected is not None and origin is None:
-            log.warning("the files do not say which model made %s; the model takes what %s makes", name, expected)
-        if expected is not None and origin is not None and origin.digest != expected.digest:
-            raise UsageError(
-                f"--input: {name} was made by {origin}, and the model takes what {expected} makes; give the "
-                "features that it was trained on, or train a model of their own on these"
-            )
+    for name, column in source.features().items():
+        check_origin(f"`input`: {name}", processor.sources[name].origin, column.origin)
+        warn_of_unknown_origin("`input`", name, processor.sources[name].origin, column.origin)

@@ -12,40 +12,28 @@ from itertools import islice
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 
 from mmbeam.errors import UsageError
 from mmbeam.features.captions import Captions, json_object, text_of
-from mmbeam.features.dataset import FeatureDataset
-from mmbeam.features.dataset_files import StoredFeature, list_files
-from mmbeam.features.dataset_rows import CAPTION
+from mmbeam.features.dataset import CAPTION, FeatureDataset
+from mmbeam.features.files import feature_files, open_parquet
 from mmbeam.names import MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example, clauses_of
 from mmbeam.training.sources import SPLIT_SEED, SURVEYED, Labelling, Survey
-from mmbeam.types import Feature
+from mmbeam.types import Feature, FeatureColumn
 
 log = logging.getLogger(__name__)
 
 ROWS = 1024  # taken from the files at once
-SUFFIXES = ("embedding", "tokens")  # a column is called [NAME_]<modality>_embedding or ..._tokens
 
 
-def modality_of(column: str) -> Modality:
-    """The modality that a column of features is of, by its name. Raises UsageError if the name does not say."""
-    for modality in MODALITIES:
-        if any(column == each or column.endswith(f"_{each}") for each in (f"{modality}_{end}" for end in SUFFIXES)):
-            return modality
-    raise UsageError(f"column {column}: its name does not end in <modality>_embedding or _tokens; write {column}=image")
-
-
-def parse_column(text: str) -> tuple[str, Modality | None]:
-    """NAME or NAME=MODALITY. Raises UsageError."""
-    name, equals, given = text.partition("=")
-    modality = next((modality for modality in MODALITIES if modality == given), None)
+def column_modality(text: str) -> tuple[str, Modality | None]:
+    """Parse NAME or NAME=MODALITY. Raises UsageError."""
+    name, equals, value = text.partition("=")
+    modality = next((modality for modality in MODALITIES if modality == value), None)
     if equals and modality is None:
-        raise UsageError(f"--column {text}: expected one of {', '.join(MODALITIES)} after the =")
+        raise UsageError(f"`columns` {text}: expected one of {', '.join(MODALITIES)} after the =")
     return name, modality
 
 
@@ -53,9 +41,8 @@ def captions_of(paths: Sequence[str], name: str, file: str | None) -> Captions:
     """Where the captions called `name` are: in `file`, a column of the rows, or a field of their JSON."""
     if file is not None:
         return Captions(file=file, file_caption=name)
-    fs, path = url_to_fs(list_files(paths)[0])
-    with fs.open(path) as data:
-        names = pq.read_schema(data).names
+    with open_parquet(feature_files(paths)[0].url) as parquet:
+        names = parquet.schema_arrow.names
     return Captions(column=name) if name in names else Captions(metadata=name)
 
 
@@ -73,11 +60,18 @@ class FeatureSource:
     world_size: int = 1
     _warned: set[str] = field(default_factory=set, repr=False, compare=False)  # columns that were complained about
 
-    def features(self) -> dict[str, tuple[Modality, StoredFeature]]:
-        """The columns of features, each with its modality."""
-        stored = self._dataset("train").features
-        named = self.columns or {}
-        return {name: (named.get(name) or modality_of(name), feature) for name, feature in stored.items()}
+    def features(self) -> dict[str, FeatureColumn]:
+        """The columns of features, by name, each with its modality. Raises UsageError if that is unknown."""
+        columns = {}
+        for name, column in self._dataset("train").features.items():
+            modality = (self.columns or {}).get(name) or column.modality
+            if modality is None:
+                raise UsageError(
+                    f"column {name}: its name is not [NAME_]<modality>_embedding or _tokens; name its modality: "
+                    f"{name}=image in `columns`"
+                )
+            columns[name] = replace(column, modality=modality)
+        return columns
 
     def survey(self, limit: int | None = None) -> Survey:
         """Count the rows of each part; look at the first rows of the training part, no more than `limit`."""
@@ -103,7 +97,7 @@ class FeatureSource:
         """The part's rows that have a caption and at least one feature."""
         dataset = self._dataset(part)
         dataset.set_epoch(epoch)
-        modalities = {name: modality for name, (modality, _) in self.features().items()}
+        modalities = {name: column.modality for name, column in self.features().items() if column.modality}
         for batch in dataset:
             columns = {name: self._values(batch, name) for name in modalities}
             for row in range(len(batch["key"])):

@@ -14,22 +14,22 @@ from typing import Any
 import torch
 
 from mmbeam.config import FieldMap
-from mmbeam.errors import MissingModalityError, ModelError, NoShardsError, TrainingError, UsageError
-from mmbeam.features.dataset_files import list_files
+from mmbeam.errors import MissingModalityError, ModelError, TrainingError, UsageError
+from mmbeam.features.files import feature_files
 from mmbeam.models.fusion.configuration import FusionConfig
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained, read_json, resolve
 from mmbeam.names import MODALITIES, Modality, Split
-from mmbeam.readers.listing import expand, list_shards
+from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.columns import check_origins, column_sources
 from mmbeam.training.encoders import Encoders, load_encoders, read_encoders, unfreeze
 from mmbeam.training.examples import Source
 from mmbeam.training.options import TrainOptions
-from mmbeam.training.rows import FeatureSource, captions_of, parse_column
+from mmbeam.training.rows import FeatureSource, captions_of, column_modality
 from mmbeam.training.sources import CAPTION_IS_TEXT, SURVEYED, Labelling, ShardSource, Survey
 from mmbeam.types import Needs
 
@@ -58,7 +58,7 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
     Raises NoShardsError, TrainingError, MissingModalityError, ModelError, UsageError.
     """
     start = directory / START
-    features = are_features(options.input)
+    features = bool(feature_files(options.input))
     begun = (start / FACTS).exists()
     facts = json.loads((start / FACTS).read_text()) if begun else _begin(options, features, start)
     config = FusionConfig.from_pretrained(start)
@@ -76,20 +76,6 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
     if not begun:
         write_text(start / FACTS, json.dumps(facts, indent=2) + "\n")
     return Setup(config=config, processor=processor, source=source, facts=facts)
-
-
-def are_features(paths: Sequence[str]) -> bool:
-    """Whether the input is Parquet, and not shards. Raises NoShardsError if it is neither."""
-    if all(path.lower().endswith(".parquet") for path in expand(paths)):
-        return True
-    try:
-        list_shards(paths)
-    except NoShardsError as error:
-        try:
-            return bool(list_files(paths))
-        except NoShardsError:
-            raise error from None
-    return False
 
 
 def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]:
@@ -232,7 +218,7 @@ def row_source(
     """The rows of the Parquet files, with the columns that the processor takes, or those of the options."""
     columns: Mapping[str, Modality | None] | None = processor.columns if processor else None
     if processor is None and options.columns is not None:
-        columns = dict(parse_column(each) for each in options.columns)
+        columns = dict(map(column_modality, options.columns))
     return FeatureSource(
         paths=options.input,
         captions=captions_of(options.input, options.captions, options.captions_from),

@@ -20,8 +20,7 @@ from mmbeam.corpus.render import render_audio, render_image
 from mmbeam.corpus.scene import Scene, generate_scenes, tag
 from mmbeam.errors import ShardError, TrainingError
 from mmbeam.features.captions import json_object, text_of
-from mmbeam.features.order import rank_of, units_of_rank
-from mmbeam.features.split import split_of
+from mmbeam.features.dataset import rank_of, split_of, units_of_rank
 from mmbeam.names import MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.readers.windows import read_batches

@@ -10,7 +10,7 @@ import apache_beam as beam
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.features.columns import read_columns
+from mmbeam.features.read import read_columns
 from mmbeam.metrics.cider import document_frequencies
 from mmbeam.metrics.pairs import Pair, PairSource, References
 from mmbeam.metrics.text import CIDER, TextTotals, score_pair, text_metrics
