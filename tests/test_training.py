@@ -17,7 +17,6 @@ from torch import nn
 
 from mmbeam.corpus.scene import VOCABULARY, generate_scenes
 from mmbeam.errors import TrainingError, UsageError
-from mmbeam.features.captions import json_object, text_of
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.prompts.ask import Request
@@ -109,15 +108,6 @@ def test_a_caption_whose_parts_are_all_dropped_stays_whole() -> None:
         clauses={"image": "a cat"},
     )
     assert partly.keeping(("audio",)).caption == "a cat."
-
-
-@pytest.mark.parametrize("text", [None, "", "[1]", "{", "null", '"caption"'])
-def test_what_is_no_json_object_holds_no_fields(text: str | None) -> None:
-    assert json_object(text) == {}
-
-
-def test_captions_and_groups_are_texts_or_numbers() -> None:
-    assert [text_of(value) for value in (" a ", 3, 0.5, "", " ", None, True, ["a"])] == ["a", "3", "0.5", *[None] * 5]
 
 
 def test_clauses_are_strings_by_modality() -> None:
