@@ -1,9 +1,9 @@
-"""The loader of pre-computed features against pyarrow alone: `python bench/loader.py`, or as a section of run.py.
+"""The data loader of pre-computed features against pyarrow alone: `python bench/loader.py`, or as a section of run.py.
 
-Three columns of 512 float16 numbers, one vector in ten missing, in files as `mmbeam embed` writes them, in
-the page cache. Every figure is of a process of its own on one core, and of processor time: nothing waits
-here, so on a quiet machine the clock says the same. pyarrow decodes the same columns to Arrow and does
-nothing else, in the quicker of two ways.
+The data set has three columns of 512 float16 numbers, a tenth of the vectors missing, in files as `mmbeam embed` writes
+them, and is in the page cache. Each figure is measured in a separate process on one core, in processor time: nothing
+waits, so on an idle machine wall time is the same. pyarrow only decodes the same columns to Arrow, in the faster of two
+ways.
 """
 
 import json
@@ -29,12 +29,12 @@ WIDTH = 512
 COLUMNS = [f"{modality}_embedding" for modality in MODALITIES]
 UNITS, ROWS = 16, 10_000  # 480 MB: two windows
 BATCH = 1024
-EPOCHS = 3  # in one process; the first fills buffers that the others find
+EPOCHS = 3  # in one process; only the first allocates the buffers
 PAIRS = 5
 
 
 def build() -> Path:
-    """The data set, made unless it is there."""
+    """Return the data set, built unless it exists."""
     output = CACHE / f"features-{UNITS}x{ROWS}"
     if not (output / "done").exists():
         rng = np.random.default_rng(0)
@@ -56,7 +56,7 @@ def _output(modality: Modality) -> Output:
 
 
 def _window(rng: np.random.Generator, unit: WorkUnit) -> Batch:
-    there = rng.random((ROWS, len(MODALITIES))) < 0.9
+    present = rng.random((ROWS, len(MODALITIES))) < 0.9
     samples = [
         Sample(
             key=f"{unit.id}-{number:08}",
@@ -64,9 +64,9 @@ def _window(rng: np.random.Generator, unit: WorkUnit) -> Batch:
             offset=number * 1024,
             present=frozenset(modality for modality, has in zip(MODALITIES, row, strict=True) if has),
         )
-        for number, row in enumerate(there)
+        for number, row in enumerate(present)
     ]
-    features = {column: _vectors(rng, ~there[:, i]) for i, column in enumerate(COLUMNS)}
+    features = {column: _vectors(rng, ~present[:, i]) for i, column in enumerate(COLUMNS)}
     return Batch(unit=unit, index=0, last=True, samples=tuple(samples), features=features, tally=Tally(samples=ROWS))
 
 
@@ -97,7 +97,7 @@ def by_step(output: Path) -> int:
 def loader(output: Path) -> Callable[[], int]:
     import torch
 
-    from mmbeam.training import FeatureDataset
+    from mmbeam.features import FeatureDataset
 
     torch.set_num_threads(1)
     dataset = FeatureDataset(str(output), batch_size=BATCH)
@@ -111,7 +111,7 @@ def loader(output: Path) -> Callable[[], int]:
 
 
 def run_one(mode: str, output: Path) -> float:
-    """Rows per second of processor time, of the quickest of a few epochs."""
+    """Return rows per second of processor time in the fastest epoch."""
     modes = {"row groups": lambda: by_row_group(output), "steps": lambda: by_step(output)}
     epoch = loader(output) if mode == "mmbeam" else modes[mode]
     best = 0.0
@@ -130,15 +130,15 @@ def measure(mode: str) -> float:
 
 
 def section() -> None:
-    """Print the table."""
+    """Print the figures."""
     build()
-    print("\nthe loader of features on one core, shuffled: three 512-wide float16 vectors, thousands of rows/s")
+    print("\nthe data loader of features on one core, shuffled: three 512-wide float16 vectors, thousands of rows/s")
     alone = {mode: measure(mode) for mode in ("row groups", "steps")}
-    quicker = max(alone, key=lambda mode: alone[mode])
+    faster = max(alone, key=lambda mode: alone[mode])
     print("pyarrow alone, by " + ", by ".join(f"{mode}: {rate / 1000:,.0f}" for mode, rate in alone.items()))
-    pairs = [(measure(quicker), measure("mmbeam")) for _ in range(PAIRS)]
+    pairs = [(measure(faster), measure("mmbeam")) for _ in range(PAIRS)]
     pyarrow, mmbeam = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
-    ratios = sorted(mine / bare for bare, mine in pairs)
+    ratios = sorted(mmbeam_rate / pyarrow_rate for pyarrow_rate, mmbeam_rate in pairs)
     print(
         f"pyarrow {pyarrow / 1000:,.0f}  mmbeam {mmbeam / 1000:,.0f}  mmbeam / pyarrow "
         f"{statistics.median(ratios):.2f} ({ratios[0]:.2f}-{ratios[-1]:.2f}, {PAIRS} alternating pairs)"

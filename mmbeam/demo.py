@@ -21,6 +21,7 @@ from mmbeam.config import Reading, Windows
 from mmbeam.corpus.scene import COLOURS
 from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import UsageError
+from mmbeam.features.schema import widths_of
 from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.placement import compute_on_one_thread
 from mmbeam.names import MODALITIES, SHIPPED_MODEL
@@ -73,9 +74,9 @@ def _look(shard: Path, data: Path) -> Iterator[str]:
     table = ds.dataset(data).to_table().sort_by("key")
     rows: list[Row] = table.to_pylist()
     yield f"\n{len(rows)} rows in {len(list(data.glob('*.parquet')))} Parquet files. Their columns:"
-    dims = json.loads(table.schema.metadata[b"mmbeam.dims"])
+    widths = widths_of(table.schema)
     for column in table.schema:
-        width = f", {dims[column.name]} each" if column.name in dims else ""
+        width = f", {widths[column.name]} each" if column.name in widths else ""
         yield f"  {column.name:<26} {_type_name(column.type)}{width}"
     by_key = {row["key"]: row for row in rows}
     letters = ", ".join(f"{name[0].upper()} {name}" for name in ("red", "green", "blue"))

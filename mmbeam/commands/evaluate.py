@@ -25,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--references",
         metavar="FILE",
-        help="take references from a Parquet, JSON lines or CSV file with `key` and FIELD (default: reference)",
+        help="take references from a Parquet, JSON lines, CSV or TSV file with `key` and FIELD (default: reference)",
     )
     parser.add_argument("--column", metavar="NAME", help="the text to measure (default: the one that was generated)")
     parser.add_argument(

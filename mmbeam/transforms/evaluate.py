@@ -1,4 +1,4 @@
-"""ScoreTexts: the rows of a run to sums over the corpus, and to a Parquet of scores per sample."""
+"""ScoreTexts: from the rows of a run to sums over the corpus, and to Parquet files of scores per sample."""
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +27,7 @@ COLUMNS = (
 
 @dataclass(frozen=True)
 class Scoring:
-    """What is scored and where the scores of the samples go. Picklable."""
+    """What to score, and where the scores of the samples are written. Picklable."""
 
     rows: Store
     source: PairSource
@@ -39,9 +39,9 @@ class Scoring:
 class ScoreTexts(beam.PTransform):
     """PCollection[str] of parts' names -> PCollection[TextTotals] of one element.
 
-    A part's samples are written to a Parquet of the same name in the folder of scores, whole and over what
-    an earlier attempt left. CIDEr-D reads the references twice: their document frequencies go to every
-    worker as a dictionary of the n-grams that two samples or more have.
+    The scores of a part's samples are written to a Parquet file of the same name in the folder of scores, which
+    replaces that of an earlier attempt. CIDEr-D reads the references twice: every worker receives their document
+    frequencies, as a dictionary of the n-grams that two or more samples have.
     """
 
     def __init__(self, scoring: Scoring) -> None:
@@ -49,6 +49,7 @@ class ScoreTexts(beam.PTransform):
         self.scoring = scoring
 
     def expand(self, parts: beam.PCollection[str]) -> beam.PCollection[TextTotals]:
+        """Apply the transforms."""
         side = () if CIDER not in self.scoring.metrics else (beam.pvalue.AsDict(self._frequencies(parts)),)
         return (
             parts
@@ -61,7 +62,7 @@ class ScoreTexts(beam.PTransform):
             parts
             | "Count" >> beam.ParDo(_CountDocuments(self.scoring))  # (n-gram, samples)
             | "Frequencies" >> beam.CombinePerKey(sum)  # (n-gram, samples)
-            | "Recurring" >> beam.Filter(_recurs)  # (n-gram, samples)
+            | "Recurring" >> beam.Filter(lambda frequency: frequency[1] > 1)  # (n-gram, samples)
         )
 
 
@@ -69,12 +70,8 @@ def _sum(totals: Sequence[TextTotals]) -> TextTotals:
     return reduce(add, totals, TextTotals())
 
 
-def _recurs(frequency: tuple[str, int]) -> bool:
-    return frequency[1] > 1
-
-
 class _ReadPairs(beam.DoFn):
-    """What both passes share: the file of references, loaded once per worker, and the pairs of a part."""
+    """Reads the pairs of a part; the file of references is loaded once per worker."""
 
     def __init__(self, scoring: Scoring) -> None:
         self.scoring = scoring
@@ -107,7 +104,7 @@ class _Score(_ReadPairs):
             with pq.ParquetWriter(scratch, schema, compression="zstd") as writer:
                 for pairs in self.pairs(part):
                     scored = [(pair, *score_pair(pair, metrics)) for pair in pairs]
-                    totals = reduce(add, (each for _, each, _ in scored), totals)
+                    totals = reduce(add, (counts for _, counts, _ in scored), totals)
                     rows = [_row(pair, scores) for pair, _, scores in scored if scores]
                     writer.write_table(pa.Table.from_pylist(rows, schema))
             self.scoring.scores.replace(f"{self.scoring.folder}/{part.rpartition('/')[2]}", scratch)
