@@ -1,8 +1,8 @@
-"""Caption every sample of a bucket of shards, or of computed features: what one submits to a runner.
+"""Caption every sample of a bucket of shards, or of computed features: a file to submit to a runner.
 
     python pipelines/caption.py --input 'shards/*.tar' --output out --model MODEL_DIR
 
-runs in this process; so does a run on what `mmbeam embed` wrote, for a model that was trained on such features:
+runs in this process. For a model that was trained on features, the input is the output of `mmbeam embed`:
 
     python pipelines/caption.py --input FEATURES_DIR --output out --model MODEL_DIR
 
@@ -13,8 +13,8 @@ Beam spells it:
         --device cuda --runner=FlinkRunner --flink_master=HOST:8081 \\
         --environment_type=EXTERNAL --environment_config=localhost:50000
 
-Where the workers are elsewhere, `--device` must say what they have, and `--output` and the model must be
-where they can reach them. The same command again does only what is not committed yet.
+If the workers are on other machines, `--device` names their device, and `--output` and the model must be
+reachable from there. The same command again does only what is not committed yet.
 Exit status: 0 done, 1 failed, 2 bad arguments, 3 done but some units could not be read (run again).
 """
 

@@ -1,4 +1,4 @@
-"""Embed every sample of a bucket of shards: what one submits to a runner.
+"""Embed every sample of a bucket of shards: a file to submit to a runner.
 
     python pipelines/embed.py --input 'shards/*.tar' --output out --model openai/clip-vit-base-patch32
 
@@ -9,8 +9,8 @@ option is taken as Beam spells it:
         --device cuda --runner=FlinkRunner --flink_master=HOST:8081 \\
         --environment_type=EXTERNAL --environment_config=localhost:50000
 
-Where the workers are elsewhere, `--device` must say what they have, and `--output` and the model must be
-where they can reach them. The same command again does only what is not committed yet.
+If the workers are on other machines, `--device` names their device, and `--output` and the model must be
+reachable from there. The same command again does only what is not committed yet.
 Exit status: 0 done, 1 failed, 2 bad arguments, 3 done but some shards could not be read (run again).
 """
 

@@ -282,7 +282,7 @@ def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
         (["--model", "no-name!=x"], ["--model no-name!=x: 'no-name!' cannot prefix a column"]),
         (
             ["--runner=DataflowRunner", "--shared-output", "--device", "auto"],
-            ["--device auto", "the workers are elsewhere"],
+            ["--device auto", "the workers are on other machines"],
         ),
     ],
 )

@@ -1,6 +1,6 @@
-"""What is checked of a cluster before a job is sent there, and how what a runner says is made plain.
+"""The checks of a cluster before a job is submitted to it, and the one-line errors of runners.
 
-Without a server but for what does not answer; with servers: tests/test_portable.py and tests/flink.
+No server runs here; tests with servers are in tests/test_portable.py and tests/flink.
 """
 
 import re
@@ -30,7 +30,7 @@ ELSEWHERE = [
     ["--runner=PrismRunner", "--environment_type=EXTERNAL"],
     ["--runner=PrismRunner", "--environment_type=DOCKER"],
     ["--runner=FlinkRunner", "--flink_master=[local]", "--environment_type=DOCKER"],
-    ["--runner=PortableRunner", "--job_endpoint=embed"],  # in a container, if nothing else is said
+    ["--runner=PortableRunner", "--job_endpoint=embed"],  # in a container, by default
 ]
 
 
@@ -60,15 +60,15 @@ HERE = [
         ),
     ],
 )
-def test_an_address_that_is_none_is_named_as_it_was_given_but_for_secrets(args: list[str], message: str) -> None:
+def test_the_error_for_an_invalid_address_shows_it_without_secrets(args: list[str], message: str) -> None:
     with pytest.raises(UsageError, match=f"^{re.escape(message)}$"):
         check_cluster(args)
 
 
 @pytest.mark.parametrize("pattern", ["shards/*.tar", "/data/*.tar", "file:///data/a.tar", "gs://b/a.tar::more.tar"])
-def test_local_shards_are_refused_where_the_workers_are_elsewhere(pattern: str, tmp_path: Path) -> None:
-    """They would find none of them, and so every unit would fail."""
-    with pytest.raises(UsageError, match=r"--input .*: the workers are elsewhere and cannot read there"):
+def test_local_shards_are_refused_if_the_workers_are_on_other_machines(pattern: str, tmp_path: Path) -> None:
+    """The workers would find none of them, so that every unit would fail."""
+    with pytest.raises(UsageError, match=r"`input` .*: the workers are on other machines and cannot read there"):
         check_input([pattern], ELSEWHERE[0], shared=False)
     check_input([pattern], ELSEWHERE[0], shared=True)
     check_input([pattern], HERE[0], shared=False)
@@ -86,18 +86,18 @@ def test_local_shards_are_refused_where_the_workers_are_elsewhere(pattern: str, 
         ("java.lang.Odd: s3://u:hush@b/x\n\tat java\n\tat java", r"^OSError: java.lang.Odd: s3://b/x; --verbose shows"),
     ],
 )
-def test_what_a_runner_says_in_many_lines_is_said_in_one(text: str, message: str) -> None:
+def test_a_runners_error_of_many_lines_becomes_one_line(text: str, message: str) -> None:
     args = ["--runner=PortableRunner", "--job_endpoint=host:2", "--environment_type=EXTERNAL"]
-    found = runner_error(OSError(text), [*args, "--environment_config=pool:1"])
-    assert found is not None
-    assert re.search(message, str(found))
-    assert "\n" not in str(found)
+    error = runner_error(OSError(text), [*args, "--environment_config=pool:1"])
+    assert error is not None
+    assert re.search(message, str(error))
+    assert "\n" not in str(error)
     assert runner_error(OSError("one line"), args) is None
     gone = runner_error(grpc.RpcError("UNAVAILABLE: Socket closed"), args)
-    assert str(gone).startswith("the job service no longer answers; the same command again goes on")
+    assert str(gone).startswith("the job service no longer answers; the same command again continues")
 
 
-def test_a_worker_pool_named_by_an_environment_option_is_looked_for_too(tmp_path: Path) -> None:
+def test_a_worker_pool_given_by_an_environment_option_is_checked(tmp_path: Path) -> None:
     port = free_port()
     args = ["--environment_type=EXTERNAL", f"--environment_options=external_service_address=localhost:{port}"]
     with pytest.raises(JobError, match=f"no worker pool answers at localhost:{port}"):
@@ -120,9 +120,9 @@ def test_a_worker_pool_named_by_an_environment_option_is_looked_for_too(tmp_path
         ["--runner=FlinkRunner", "--flink_submit_uber_jar"],  # whose master is [auto]: a job server of its own
     ],
 )
-def test_a_job_that_would_end_with_its_launch_is_waited_for(known: Known, args: list[str], tmp_path: Path) -> None:
+def test_a_job_that_ends_with_its_launcher_must_be_waited_for(known: Known, args: list[str], tmp_path: Path) -> None:
     job = options(known.root, tmp_path / "out", *args, "--no_wait_until_finish", shared_output=True)
-    with pytest.raises(UsageError, match="--no_wait_until_finish: what runs the job here ends with this command"):
+    with pytest.raises(UsageError, match="--no_wait_until_finish: the runner ends with this command"):
         prepare(job)
     assert not (tmp_path / "out").exists()
 
@@ -135,13 +135,13 @@ def test_a_job_that_would_end_with_its_launch_is_waited_for(known: Known, args: 
         ["--runner=DataflowRunner"],
     ],
 )
-def test_a_job_that_stays_needs_nobody_who_waits(args: list[str]) -> None:
+def test_a_job_of_a_permanent_service_need_not_be_waited_for(args: list[str]) -> None:
     check_ended([*args, "--no_wait_until_finish"], waited_for=False)
 
 
 @pytest.mark.parametrize("option", ["--dry_run=True", "--template_location=gs://b/t"])
-def test_what_only_dataflow_can_try_is_not_run_elsewhere(known: Known, option: str, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="these are Dataflow's"):
+def test_dry_runs_and_templates_are_refused_on_other_runners(known: Known, option: str, tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match="only Dataflow has these"):
         prepare(options(known.root, tmp_path / "out", option))
     assert not (tmp_path / "out").exists()
 
@@ -153,7 +153,7 @@ def test_what_only_dataflow_can_try_is_not_run_elsewhere(known: Known, option: s
         "--experiments=worker_accelerator=type:nvidia-tesla-t4;count:16",
     ],
 )
-def test_several_gpus_of_a_machine_are_refused_where_one_process_has_them(option: str) -> None:
+def test_several_gpus_per_dataflow_machine_are_refused(option: str) -> None:
     with pytest.raises(UsageError, match=r"expected count:1, and (2|16) times as many machines"):
         check_cluster(["--runner=DataflowRunner", option])
     check_cluster(["--runner=DataflowRunner", "--experiments=worker_accelerator=type:nvidia-l4;count:1"])
@@ -161,13 +161,13 @@ def test_several_gpus_of_a_machine_are_refused_where_one_process_has_them(option
 
 @pytest.mark.parametrize("args", ELSEWHERE)
 @pytest.mark.parametrize("output", ["out", "/data/out", "file:///data/out", "memory://out"])
-def test_a_local_output_is_refused_where_the_workers_are_elsewhere(args: list[str], output: str) -> None:
-    with pytest.raises(UsageError, match=r"--output .*out: the workers are elsewhere.*--shared-output"):
+def test_a_local_output_is_refused_if_the_workers_are_on_other_machines(args: list[str], output: str) -> None:
+    with pytest.raises(UsageError, match=r"`output` .*out: the workers are on other machines.*`shared_output`"):
         check_output(output, args, shared=False)
     check_output(output, args, shared=True)
     check_output("gs://bucket/out", args, shared=False)
 
 
 @pytest.mark.parametrize("args", HERE)
-def test_a_local_output_is_taken_where_the_workers_are_here(args: list[str]) -> None:
+def test_a_local_output_is_accepted_if_the_workers_are_here(args: list[str]) -> None:
     check_output("out", args, shared=False)

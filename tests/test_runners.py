@@ -1,6 +1,6 @@
-"""The same rows on every runner, one fused stage, and what happens when the fusion is broken or a bundle comes twice.
+"""The same rows on every runner, one fused stage, broken fusion, and bundles that are retried.
 
-Runners in processes of their own: tests/test_portable.py, and Flink in tests/flink.
+Runners in other processes: tests/test_portable.py, and Flink in tests/flink.
 """
 
 import subprocess
@@ -46,7 +46,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return make_known(tmp_path_factory.mktemp("known"))
 
 
-def test_the_corpus_has_what_could_differ(known: Known) -> None:
+def test_the_corpus_has_missing_modalities_and_failures(known: Known) -> None:
     rows = [row for part in known.parts.values() for row in part]
     assert len(known.parts) == 5
     assert len(rows) == 34
@@ -59,53 +59,53 @@ def test_the_corpus_has_what_could_differ(known: Known) -> None:
 
 
 @pytest.mark.parametrize("beam_args", IN_PROCESS.values(), ids=IN_PROCESS.keys())
-def test_every_runner_in_this_process_gives_the_same_rows(known: Known, beam_args: list[str], tmp_path: Path) -> None:
+def test_every_runner_in_this_process_writes_the_same_rows(known: Known, beam_args: list[str], tmp_path: Path) -> None:
     report = embed(options(known.root, tmp_path, *beam_args))
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
 
 
-def test_the_direct_runner_says_where_it_runs(known: Known, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_the_direct_runner_warns_where_it_runs(known: Known, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     where = ["--input", str(known.root / "in"), "--output", str(tmp_path), "--model", str(known.root / "clip")]
     assert main(["embed", *where, "--device=cpu", "--max-failure-rate=1", "--runner=DirectRunner"]) == 0
-    said = [
+    warnings = [
         record for record in caplog.records if "--runner=DirectRunner: the job runs in this process" in record.message
     ]
-    assert [record.levelname for record in said] == ["WARNING"]  # and so it is shown without --verbose
+    assert [record.levelname for record in warnings] == ["WARNING"]  # which is shown without --verbose
 
 
 @pytest.mark.parametrize("spelled", [["--runner=DirectRunner"], ["--runner", "direct"], []])
-def test_the_direct_runner_is_beams_in_process_runner_and_never_a_download(spelled: list[str]) -> None:
+def test_the_direct_runner_is_the_in_process_runner_and_never_a_download(spelled: list[str]) -> None:
     """Beam's own DirectRunner would first fetch a Go binary, Prism."""
     assert type(beam.Pipeline(options=pipeline_options(spelled)).runner) is InProcessRunner
 
 
 class _Numbers(beam.DoFn):
-    """Numbers for so many seconds, in small pieces, and last how many there were."""
+    """Emits small elements for `seconds`, then their count."""
 
     def process(self, seconds: float) -> Iterator[tuple[str, int]]:
         end, count = time.monotonic() + seconds, 0
         while time.monotonic() < end:
             count += 1
-            yield "found", 1
+            yield "received", 1
         yield "sent", count
 
 
-def _note(count: tuple[str, int], directory: Path) -> None:
+def _write_count(count: tuple[str, int], directory: Path) -> None:
     (directory / count[0]).write_text(str(count[1]))
 
 
-def test_no_element_is_lost_on_its_way_between_two_stages(tmp_path: Path) -> None:
+def test_no_element_is_lost_between_two_stages(tmp_path: Path) -> None:
     """FnApiRunner loses some of what it sends by the clock: see mmbeam.jobs.runner."""
     with beam.Pipeline(options=pipeline_options(())) as pipeline:
         sums = pipeline | beam.Create([2.5, 2.5]) | beam.ParDo(_Numbers()) | beam.Reshuffle() | beam.CombinePerKey(sum)
-        sums | beam.Map(_note, tmp_path)
-    found, sent = (int((tmp_path / name).read_text()) for name in ("found", "sent"))
-    assert found == sent > 1000
+        sums | beam.Map(_write_count, tmp_path)
+    received, sent = (int((tmp_path / name).read_text()) for name in ("received", "sent"))
+    assert received == sent > 1000
 
 
 class _EndsLater(beam.DoFn):
-    """One element fails at once; the other notes when it is done, and whether it was torn down before."""
+    """Fails for one element; for the other, leaves a file when it is done, and one if it was torn down before that."""
 
     def setup(self) -> None:
         self._begun = Path()
@@ -153,17 +153,17 @@ def test_beams_own_runner_still_needs_the_shim(tmp_path: Path) -> None:
     assert not ended_before_the_job
 
 
-def test_options_that_nobody_knows_and_devices_that_nobody_can_see_are_refused(tmp_path: Path) -> None:
+def test_unknown_options_and_invisible_devices_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="--no_such_option"):
         pipeline_options(["--no_such_option=1"])
     elsewhere = options(tmp_path, tmp_path, "--runner=FlinkRunner", "--flink_master=host:8081", device="auto")
-    with pytest.raises(UsageError, match="the workers are elsewhere"):
+    with pytest.raises(UsageError, match="the workers are on other machines"):
         device_of(elsewhere)
     here = replace(elsewhere, beam_args=("--runner=PortableRunner", "--environment_type", "LOOPBACK"), device="cpu")
     assert device_of(here) == "cpu"
 
 
-def test_options_are_recorded_without_their_secrets() -> None:
+def test_options_are_recorded_without_secrets() -> None:
     args = ["--s3_secret_access_key=s3cr3t", "--azure_connection_string", "s3cr3t", "--temp_location=gs://b/t"]
     args += ["--s3_endpoint_url=https://me:s3cr3t@host/?sig=s3cr3t", "--streaming"]
     assert public_args(args) == [
@@ -176,7 +176,7 @@ def test_options_are_recorded_without_their_secrets() -> None:
     ]
 
 
-def test_the_pipeline_file_runs_by_itself_from_anywhere(known: Known, tmp_path: Path) -> None:
+def test_the_pipeline_file_runs_from_any_directory(known: Known, tmp_path: Path) -> None:
     file = Path(__file__).parents[1] / "pipelines" / "embed.py"
     arguments = ["--input", str(known.root / "in"), "--output", "out", "--model", str(known.root / "clip")]
     arguments += ["--device=cpu", "--batch-size=3", "--max-failure-rate=1", "--runner=DirectRunner"]
@@ -192,7 +192,7 @@ def test_the_pipeline_file_runs_by_itself_from_anywhere(known: Known, tmp_path: 
 
 
 def test_from_reading_to_writing_is_one_fused_stage(known: Known, tmp_path: Path) -> None:
-    """Asked of Beam's own optimizer, over the job's real pipeline."""
+    """As Beam's own optimizer divides the job's real pipeline."""
     pipeline = beam.Pipeline(options=pipeline_options())
     prepare(options(known.root, tmp_path)).build(pipeline)
     _, stages = FnApiRunner().create_stages(pipeline.to_runner_api())
@@ -208,7 +208,7 @@ def test_no_batch_is_ever_pickled(
 ) -> None:
     pickled = count_pickled(monkeypatch)
     embed(options(known.root, tmp_path, *beam_args))
-    assert pickled["UnitReport"] >= 5  # the counting works: reports do cross to Summarize
+    assert pickled["UnitReport"] >= 5  # the counter works: reports are pickled on their way to Summarize
     assert pickled["Batch"] == 0
 
 
@@ -245,7 +245,7 @@ def run_with_a_shuffle(job: EmbedJob) -> None:
 def test_a_broken_fusion_is_named_and_writes_no_wrong_row(
     known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A shuffle keeps no order: a unit of several windows either comes whole and in order, or is refused."""
+    """A shuffle does not keep the order: a unit of several windows arrives whole and in order, or is an error."""
     pickled = count_pickled(monkeypatch)
     job = prepare(options(known.root, tmp_path, windows=Windows(samples=1)))
     with pytest.raises(FlowError, match=r"fus.*Reshuffle"):
@@ -254,7 +254,7 @@ def test_a_broken_fusion_is_named_and_writes_no_wrong_row(
     found = read_parts(tmp_path)
     assert_same(found, {name: rows for name, rows in known.parts.items() if name in found})
     assert not list((tmp_path / "_mmbeam" / "tmp").glob("*"))
-    report = embed(options(known.root, tmp_path))  # and the job as it should be goes on from there
+    report = embed(options(known.root, tmp_path))  # the correct job resumes from there
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
 
@@ -267,10 +267,8 @@ def test_units_of_one_window_survive_a_shuffle(known: Known, tmp_path: Path) -> 
 # Retries and races
 
 
-def test_a_bundle_that_comes_twice_calls_the_model_once(
-    known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The steps' functions called over the same units again, as a runner does that lost a bundle's result."""
+def test_a_repeated_bundle_calls_the_model_once(known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The DoFns run over the same units again, as by a runner that lost a bundle's result."""
     job = prepare(options(known.root, tmp_path))
     first = run_bundle(job)
     written = read_parts(tmp_path)
@@ -300,7 +298,7 @@ def run_bundle(job: EmbedJob) -> list[UnitReport]:
 
 
 def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
-    """How often the model is called from here on."""
+    """Count the calls of the model from now on."""
     calls: Counter[str] = Counter()
     for name in ("encode_image", "encode_text"):
         real = getattr(ClipEncoder, name)
@@ -313,7 +311,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     return calls
 
 
-def test_a_bundle_that_dies_inside_a_unit_publishes_nothing_and_the_next_attempt_does_it_all(
+def test_a_bundle_that_dies_inside_a_unit_publishes_nothing_and_the_next_attempt_does_all_of_it(
     known: Known, tmp_path: Path
 ) -> None:
     job = prepare(options(known.root, tmp_path))
@@ -345,7 +343,7 @@ sys.exit(main(sys.argv[3:]))
 
 
 def test_two_processes_with_the_same_command_at_the_same_time(known: Known, tmp_path: Path) -> None:
-    """Every unit once, whoever was first; both end well."""
+    """Each unit is committed once, and both processes succeed."""
     output, meeting = tmp_path / "out", tmp_path / "meeting"
     meeting.mkdir()
     arguments = ["embed", "--input", str(known.root / "in"), "--output", str(output), "--device=cpu"]
@@ -359,9 +357,9 @@ def test_two_processes_with_the_same_command_at_the_same_time(known: Known, tmp_
         )
         for name in "ab"
     ]
-    said = [process.communicate(timeout=120) for process in pair]
-    assert [process.returncode for process in pair] == [0, 0], said
-    for text, _ in said:
+    outputs = [process.communicate(timeout=120) for process in pair]
+    assert [process.returncode for process in pair] == [0, 0], outputs
+    for text, _ in outputs:
         assert "samples: 35 = 34 rows + 1 failed" in text
     assert_same(read_parts(output), known.parts)
     assert not list((output / "_mmbeam" / "tmp").glob("*"))

@@ -318,7 +318,7 @@ def test_rows_of_a_run_that_is_committed_are_refused(here: Path) -> None:
     exec(WHOLE_JOB, {})
     stage = embed_stage(MODEL)
     run = embed_run("out", [stage])
-    with pytest.raises(RuntimeError, match="give ReadShards no run"):
+    with pytest.raises(RuntimeError, match="omit `run` in ReadShards"):
         collect(Plan("shards/*.tar", run), ReadShards(stage.needs, run=run), Embed(stage), Rows(stage))
 
 

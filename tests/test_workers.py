@@ -1,6 +1,6 @@
-"""Worker processes and what they and their launcher say to each other, on light work; real jobs: test_workers_job.py.
+"""Worker processes and the messages between them and their launcher, on light work; real jobs: test_workers_job.py.
 
-What a worker process unpickles is of this file, so nothing slow may be imported here.
+Worker processes unpickle objects of this file, so nothing slow may be imported here.
 """
 
 import os
@@ -27,15 +27,15 @@ def unit(name: str) -> WorkUnit:
 
 
 def count(unit: WorkUnit, tell: Tell) -> UnitReport:
-    """Tells of one sample; the report says which process it was, and with how many threads."""
-    os.write(1, b"what a library prints")
+    """Count one sample; report the process id and its number of threads."""
+    os.write(1, b"printed by a library")
     tell(Tally(samples=1))
     threads = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "MKL_NUM_THREADS")}
     return UnitReport(unit=unit.id, status="written", batch_plan={"pid": os.getpid(), **threads})
 
 
 class OddError(Exception):
-    """One that cannot be made again out of its arguments."""
+    """An error that cannot be pickled."""
 
     def __init__(self, what: str, why: str) -> None:
         super().__init__(f"{what}: {why}")
@@ -53,12 +53,12 @@ def fail(unit: WorkUnit, tell: Tell) -> UnitReport:
     if unit.id == "exit":
         os._exit(7)
     time.sleep(60)
-    raise AssertionError("it was not ended")
+    raise AssertionError("the process was not ended")
 
 
 @dataclass(frozen=True)
 class Slow:
-    """A unit called "slow" waits until another process has done the others."""
+    """The unit "slow" waits until the other process has done all other units."""
 
     done: Path
     others: int
@@ -72,7 +72,7 @@ class Slow:
 
 
 class Unloadable:
-    """Work that the other side cannot unpickle."""
+    """Work that the worker process cannot unpickle."""
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return _refuse, ()
@@ -82,7 +82,7 @@ class Unloadable:
 
 
 def _refuse() -> object:
-    raise ImportError("no module named so")
+    raise ImportError("no such module")
 
 
 def children() -> set[int]:
@@ -108,34 +108,33 @@ def counting() -> Iterator[tuple[Workers, set[int]]]:
 def test_every_unit_is_done_once_and_all_processes_do_some(
     counting: tuple[Workers, set[int]], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    told: list[Tally] = []
-    reports = list(counting[0].do([unit(f"u{number}") for number in range(20)], told.append))
+    counts: list[Tally] = []
+    reports = list(counting[0].do([unit(f"u{number}") for number in range(20)], counts.append))
     assert sorted(report.unit for report in reports) == sorted(f"u{number}" for number in range(20))
-    assert sum(told, Tally()).samples == 20
+    assert sum(counts, Tally()).samples == 20
     assert {report.batch_plan["pid"] for report in reports} == counting[1]
-    said = capfd.readouterr()
-    assert said.out == ""  # which may be this command's output, piped to another
+    assert capfd.readouterr().out == ""  # stdout is the command's output, and may be a pipe
 
 
-def test_the_libraries_of_each_process_are_told_its_share_of_the_cores(counting: tuple[Workers, set[int]]) -> None:
-    reports = list(counting[0].do(map(unit, "ab"), lambda _: None))  # everyone has one before anyone has two
+def test_each_process_has_the_thread_count_of_its_cores_in_the_environment(counting: tuple[Workers, set[int]]) -> None:
+    reports = list(counting[0].do(map(unit, "ab"), lambda _: None))  # each process has one before any has two
     threads = {(report.batch_plan["OMP_NUM_THREADS"], report.batch_plan["MKL_NUM_THREADS"]) for report in reports}
     assert threads == {("3", "3"), ("1", "1")}
 
 
-def test_a_process_that_is_interrupted_goes_on(counting: tuple[Workers, set[int]]) -> None:
-    """Ctrl-C reaches every process of a terminal's job; the launcher decides."""
+def test_a_worker_process_ignores_sigint(counting: tuple[Workers, set[int]]) -> None:
+    """Ctrl-C reaches every process of the terminal; only the launcher acts on it."""
     for pid in counting[1]:
         os.kill(pid, signal.SIGINT)
     assert len(list(counting[0].do(map(unit, "abcd"), lambda _: None))) == 4
 
 
-def test_no_units_are_no_work(counting: tuple[Workers, set[int]]) -> None:
+def test_no_units_yield_no_reports(counting: tuple[Workers, set[int]]) -> None:
     assert list(counting[0].do([], lambda _: None)) == []
 
 
-def test_a_slow_unit_holds_up_nobody(tmp_path: Path) -> None:
-    """Nine units wait for nobody but the other process, so that none may be promised to the slow one's."""
+def test_a_slow_unit_delays_no_other(tmp_path: Path) -> None:
+    """The other process does all nine other units: none may be assigned to the slow one's beforehand."""
     work = Slow(tmp_path, others=9)
     with Workers([work, work], threads=[1, 1], units_per_process=1) as workers:
         reports = list(workers.do([unit("slow"), *map(unit, "abcdefghi")], lambda _: None))
@@ -154,7 +153,7 @@ def test_a_slow_unit_holds_up_nobody(tmp_path: Path) -> None:
         ("exit", JobError, r"worker process \d+ ended with status 7. The same command again"),
     ],
 )
-def test_what_one_raises_or_its_death_ends_all_at_once(first: str, error: type[Exception], message: str) -> None:
+def test_an_error_or_the_death_of_one_process_ends_all(first: str, error: type[Exception], message: str) -> None:
     begin = time.monotonic()
     with (
         started(Workers([fail, fail], threads=[1, 1], units_per_process=1)) as (workers, pids),
@@ -164,22 +163,22 @@ def test_what_one_raises_or_its_death_ends_all_at_once(first: str, error: type[E
     assert time.monotonic() - begin < 30
     assert not any(map(exists, pids))
     if first in ("device", "odd", "quit"):
-        assert "in fail" in raised.value.__notes__[0]  # the traceback there, for --verbose
+        assert "in fail" in raised.value.__notes__[0]  # the worker's traceback, for --verbose
 
 
-def test_work_that_cannot_be_unpickled_says_why() -> None:
+def test_the_error_of_unpickling_the_work_is_raised() -> None:
     with (
         Workers([Unloadable()], threads=[1], units_per_process=1) as workers,
-        pytest.raises(ImportError, match="no module named so"),
+        pytest.raises(ImportError, match="no such module"),
     ):
         list(workers.do([unit("a")], lambda _: None))
 
 
-def test_what_a_process_said_before_it_ended_is_not_lost() -> None:
+def test_the_error_of_a_process_that_has_ended_is_not_lost() -> None:
     with started(Workers([Unloadable()], threads=[1], units_per_process=1)) as (workers, pids):
         while any(map(exists, pids)):
             time.sleep(0.01)
-        with pytest.raises(ImportError, match="no module named so"):
+        with pytest.raises(ImportError, match="no such module"):
             list(workers.do([unit("a")], lambda _: None))
 
 
@@ -208,7 +207,7 @@ def test_the_processes_end_when_their_launcher_is_killed() -> None:
 
 
 def exists(pid: int) -> bool:
-    """Whether there is such a process, dead ones that nobody has waited for left out."""
+    """Whether the process exists and is not a zombie."""
     try:
         state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
     except FileNotFoundError:

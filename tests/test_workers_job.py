@@ -1,4 +1,4 @@
-"""Jobs that worker processes of this machine share (`--workers`); how the processes are run: test_workers.py."""
+"""Jobs in worker processes of this machine (`workers`); the processes themselves: test_workers.py."""
 
 import os
 import pickle
@@ -42,8 +42,8 @@ def kill_one(started_before: set[int], data: Path) -> None:
     os.kill(min(children() - started_before), signal.SIGKILL)
 
 
-def test_one_that_is_killed_ends_the_job_and_the_same_command_does_the_rest(known: Known, tmp_path: Path) -> None:
-    """By any number of processes: most of the rest is done in this one, which starts none, and the last unit in one."""
+def test_a_killed_process_ends_the_job_and_the_same_command_does_the_rest(known: Known, tmp_path: Path) -> None:
+    """With any number of processes: most of the rest is done in this process, and the last unit in a worker process."""
     shards.make_webdataset(tmp_path / "in", shards.make_truths(60), shards=30)
     job = options(known.root, tmp_path / "out", input=(str(tmp_path / "in"),), workers=2)
     data, before = tmp_path / "out" / "data", children()
@@ -67,7 +67,7 @@ def test_one_that_is_killed_ends_the_job_and_the_same_command_does_the_rest(know
     assert_same(read_parts(tmp_path / "out"), read_parts(tmp_path / "alone"))
 
 
-def test_what_is_committed_needs_no_process(known: Known, tmp_path: Path) -> None:
+def test_a_committed_run_starts_no_process(known: Known, tmp_path: Path) -> None:
     job = options(known.root, tmp_path)
     embed(job)
     report = embed(replace(job, workers=2))
@@ -75,26 +75,26 @@ def test_what_is_committed_needs_no_process(known: Known, tmp_path: Path) -> Non
 
 
 def in_this_process(job: EmbedOptions | CaptionOptions) -> list[Tally]:
-    """What a worker process would do with every unit of a job, pickled on its way; what it tells on the way."""
+    """Do in this process what a worker process does with every unit of a job; return the counts that it sends."""
     prepared = prepare_caption(job) if isinstance(job, CaptionOptions) else prepare(job)
     work = pickle.loads(pickle.dumps(UnitWork(replace(prepared, units=()).steps, ("cpu",), 1)))
-    told: list[Tally] = []
+    sent: list[Tally] = []
     try:
         for unit in prepared.units:
-            assert work(unit, told.append).status == "written"
+            assert work(unit, sent.append).status == "written"
     finally:
         process.reset()
-    return told
+    return sent
 
 
-def test_a_worker_process_makes_the_same_rows_and_tells_every_window(known: Known, tmp_path: Path) -> None:
-    told = in_this_process(options(known.root, tmp_path))
+def test_a_worker_process_writes_the_same_rows_and_sends_every_count(known: Known, tmp_path: Path) -> None:
+    sent = in_this_process(options(known.root, tmp_path))
     assert_same(read_parts(tmp_path), known.parts)
-    assert sum(told, Tally()).samples == known.report.tally.samples
-    assert len(told) > 5
+    assert sum(sent, Tally()).samples == known.report.tally.samples
+    assert len(sent) > 5
 
 
-def test_a_worker_process_keeps_to_its_share_of_devices_and_cores(
+def test_a_worker_process_uses_its_devices_and_cores_only(
     known: Known, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     used: list[tuple[str, int]] = []
@@ -113,7 +113,7 @@ def test_a_worker_process_keeps_to_its_share_of_devices_and_cores(
     assert set(used) == {("cpu:1", 3)}
 
 
-def test_captions_are_made_in_worker_processes_too(tmp_path: Path) -> None:
+def test_worker_processes_caption_too(tmp_path: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=2)
     job = CaptionOptions(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), device="cpu")
     assert sum(tally.samples for tally in in_this_process(job)) == 4
@@ -141,13 +141,13 @@ def captions_of(path: Path) -> list[str]:
         (["--no_wait_until_finish"], "must wait"),
     ],
 )
-def test_workers_are_of_this_machine_alone(beam_args: list[str], message: str, tmp_path: Path) -> None:
+def test_workers_exclude_other_runners(beam_args: list[str], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=f"`workers`.*{message}"):
         check_workers(options(tmp_path, tmp_path, *beam_args, workers=2))
     check_workers(options(tmp_path, tmp_path, *beam_args, workers=1))
 
 
-def test_a_store_that_one_process_alone_sees_is_refused(tmp_path: Path) -> None:
+def test_a_store_in_memory_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="memory://"):
         check_workers(replace(options(tmp_path, tmp_path), output="memory://out", workers=2))
 
@@ -159,7 +159,7 @@ def test_more_workers_than_cores_are_allowed_with_a_warning(tmp_path: Path, capl
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])
 @pytest.mark.parametrize("command", ["embed", "caption"])
-def test_the_command_line_refuses_what_is_no_number_of_processes(
+def test_the_command_line_refuses_an_invalid_number_of_processes(
     command: str, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "--input", "x", "--output", "y", "--workers", workers]) == 2
@@ -172,7 +172,7 @@ def test_the_command_line_refuses_what_is_no_number_of_processes(
 
 
 @given(st.integers(1, 300), st.integers(1, 100))
-def test_cores_are_shared_out_evenly_and_nobody_has_none(count: int, workers: int) -> None:
+def test_cores_are_divided_evenly_and_each_process_has_one(count: int, workers: int) -> None:
     shares = share_cores(count, workers)
     assert len(shares) == workers
     assert max(shares) - min(shares) <= 1
@@ -181,7 +181,7 @@ def test_cores_are_shared_out_evenly_and_nobody_has_none(count: int, workers: in
 
 
 @given(st.integers(1, 16), st.integers(1, 40))
-def test_every_device_is_used_and_no_process_is_without_one(count: int, workers: int) -> None:
+def test_every_device_is_used_and_each_process_has_one(count: int, workers: int) -> None:
     devices = [f"cuda:{number}" for number in range(count)]
     shares = share_devices(devices, workers)
     assert len(shares) == workers

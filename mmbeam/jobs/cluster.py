@@ -1,4 +1,4 @@
-"""Where a job's workers are, and what is checked of a cluster before a job is sent there."""
+"""Where a job's workers are, and the checks of a cluster before a job is submitted to it."""
 
 import http.client
 import json
@@ -30,29 +30,29 @@ SECONDS = 10.0  # within which a cluster must answer
 LOCAL_RUNNERS = ("", "direct", "fnapi", "switchingdirect", "prism")
 EMBEDDED_FLINK = ("[local]", "[auto]")  # of the job server that Beam starts
 
-# What a runner says that cannot reach the worker pool, or lost it: gRPC's status, or the socket's error below gRPC.
+# The error of a runner that cannot reach the worker pool, or lost it: gRPC's status, or the socket's error below gRPC.
 _NO_POOL = re.compile(r"UNAVAILABLE|UnknownHostException|(?s:grpc.*Connection refused|Connection refused.*grpc)")
-_WORKER_ENDED = re.compile("CANCELLED: client cancelled")  # its connection to the runner closed, and not in good order
+_WORKER_ENDED = re.compile("CANCELLED: client cancelled")  # its connection to the runner broke
 _SEVERAL_GPUS = re.compile(r"worker_accelerator=.*\bcount:(?!1\b)(\d+)")
 _JAR_VERSION = re.compile(r"flink-(\d+\.\d+)-job-server")
 
 
 def runner_of(args: Sequence[str]) -> str:
-    """The runner that is named, in lower case and without "runner", as Beam takes it; "" if none is."""
+    """Return the name of the runner in `args`, in lower case and without "runner"; "" if there is none."""
     name = PipelineOptions(list(args)).view_as(StandardOptions).runner or ""
     return str(name).rpartition(".")[2].lower().removesuffix("runner")
 
 
 def workers_are_here(args: Sequence[str]) -> bool:
-    """Whether the workers run on this machine, so that its devices and files are theirs."""
+    """Return whether the workers run on this machine, so that its devices and files are theirs."""
     options = PipelineOptions(list(args)).view_as(PortableOptions)
-    # Beam's own choice for a job service is a container, which has files of its own.
+    # For a job service Beam's default is a container, which does not see this machine's files.
     environment = options.environment_type or ("DOCKER" if runner_of(args) == "portable" else "")
     return environment == "LOOPBACK" or (_runs_here(args) and environment not in ("EXTERNAL", "DOCKER"))
 
 
 def _runs_here(args: Sequence[str]) -> bool:
-    """Whether the runner itself is of this machine: a process that the job starts, or this one."""
+    """Whether the runner itself is on this machine: a process that the job starts, or this one."""
     options = PipelineOptions(list(args))
     endpoint = options.view_as(PortableOptions).job_endpoint
     match runner_of(args):
@@ -65,35 +65,44 @@ def _runs_here(args: Sequence[str]) -> bool:
 
 
 def check_output(output: str, args: Sequence[str], shared: bool) -> None:
-    """Raise UsageError if the workers cannot reach `output`; `shared` is the user's word that they can."""
-    if not shared and not workers_are_here(args) and _is_of_this_machine(output):
+    """Raise UsageError if the workers cannot reach `output`; with `shared` the user asserts that they can."""
+    if not shared and not workers_are_here(args) and _is_local(output):
         raise UsageError(
-            f"--output {public_path(output)}: the workers are elsewhere and cannot write there; "
-            "give a URL (gs://, s3://), or --shared-output if it is the same directory on every worker"
+            f"`output` {public_path(output)}: the workers are on other machines and cannot write there; "
+            "use a URL (gs://, s3://), or `shared_output` if it is the same directory on every worker"
         )
 
 
 def check_input(patterns: Sequence[str], args: Sequence[str], shared: bool) -> None:
-    """The same of the shards, of which the workers would find none; a list of them is read here."""
+    """Raise UsageError if the workers cannot read the shards of `patterns`. List files are read by this process."""
     if shared or workers_are_here(args):
         return
     for pattern in expand(patterns):
-        if _is_of_this_machine(pattern):
+        if _is_local(pattern):
             raise UsageError(
-                f"--input {public_path(pattern)}: the workers are elsewhere and cannot read there; "
-                "give a URL (gs://, s3://, https://), or --shared-output if they have the same directories"
+                f"`input` {public_path(pattern)}: the workers are on other machines and cannot read there; "
+                "use a URL (gs://, s3://, https://), or `shared_output` if they have the same directories"
             )
 
 
-def _is_of_this_machine(path: str) -> bool:
+def _is_local(path: str) -> bool:
     return "://" not in path or path.startswith(("file:", "local:", "memory:"))
 
 
 def check_cluster(args: Sequence[str]) -> None:
-    """Raise JobError if what would take the job does not answer, or is of another version than its client."""
+    """Raise JobError if the service that runs the job does not answer or has another version than its client.
+
+    Raises UsageError for an invalid address, and for several GPUs per Dataflow machine.
+    """
     options = PipelineOptions(list(args))
     if runner_of(args) == "dataflow":
-        _check_accelerator(options)
+        services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
+        for option in [*services, *(options.view_as(DebugOptions).experiments or [])]:
+            several = _SEVERAL_GPUS.search(option)
+            if several:  # one process of each machine holds the model, and uses one GPU
+                raise UsageError(
+                    f"{option}: expected count:1, and {several[1]} times as many machines: each uses one GPU"
+                )
     portable = options.view_as(PortableOptions)
     if portable.job_endpoint not in (None, "embed"):
         _must_listen(_host_and_port(portable.job_endpoint, "--job_endpoint"), "job service", "--job_endpoint")
@@ -105,53 +114,46 @@ def check_cluster(args: Sequence[str]) -> None:
             _must_listen(pool, "worker pool", "--environment_config")
 
 
-def _check_accelerator(options: PipelineOptions) -> None:
-    """Raise UsageError for machines with several GPUs: one process of each holds the model, and uses one."""
-    services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
-    for option in [*services, *(options.view_as(DebugOptions).experiments or [])]:
-        found = _SEVERAL_GPUS.search(option)
-        if found:
-            raise UsageError(f"{option}: expected count:1, and {found[1]} times as many machines: each uses one GPU")
-
-
 def check_ended(args: Sequence[str], waited_for: bool) -> None:
-    """Raise UsageError if a job that is not `waited_for` would end with the launch, or not be what it is called."""
+    """Raise UsageError if a job that is not `waited_for` would end with this process, or needs Dataflow."""
     options = PipelineOptions(list(args))
     if waited_for or runner_of(args) == "dataflow":
         return
     if options.view_as(TestOptions).dry_run or options.view_as(GoogleCloudOptions).template_location:
-        raise UsageError("--dry_run, --template_location: these are Dataflow's; --limit 100 tries a job elsewhere")
+        raise UsageError(
+            "--dry_run, --template_location: only Dataflow has these; on other runners try a job with `limit` 100"
+        )
     flink, portable = options.view_as(FlinkRunnerOptions), options.view_as(PortableOptions)
     uber_jar = runner_of(args) == "flink" and flink.flink_submit_uber_jar and not flink.flink_master.startswith("[")
     stays = (uber_jar or portable.job_endpoint) and not workers_are_here(args)
     if not stays or _runs_here(args):
         raise UsageError(
-            "--no_wait_until_finish: what runs the job here ends with this command, and the job with it; leave it out, "
-            "or send the job to a job service that stays (--job_endpoint; with Flink also --flink_submit_uber_jar)"
+            "--no_wait_until_finish: the runner ends with this command, and the job with it; leave the option out, or "
+            "submit the job to a permanent job service (--job_endpoint; with Flink also --flink_submit_uber_jar)"
         )
 
 
 def runner_error(error: Exception, args: Sequence[str]) -> JobError | None:
-    """The plain error of a runner that found no worker pool, lost a worker, or shows traces of its own; else None.
+    """Return a one-line error if the runner found no worker pool, lost a worker, or shows a stack trace; else None.
 
-    Only the runner can tell: `localhost` is the pool beside each of its own machines.
+    Only the runner can tell whether a pool answers: `localhost` is the pool beside each of its own machines.
     """
     portable, text = PipelineOptions(list(args)).view_as(PortableOptions), str(error)
-    reason = f"the same command again goes on from what is committed ({_first_line(text)})"
-    if isinstance(error, grpc.RpcError):  # of the launcher's own connection
+    reason = f"the same command again continues from what is committed ({_first_line(text)})"
+    if isinstance(error, grpc.RpcError):  # of the connection from this process
         return JobError(f"the job service no longer answers; {reason}")
     if portable.environment_type == "EXTERNAL" and _NO_POOL.search(text):
         return JobError(
-            f"no worker pool answers at {_address(_pool(portable))} (--environment_config), as the runner's machines "
-            f"see it, or it ended: start it there, and {reason}"
+            f"no worker pool answers at {_address(_pool(portable))} (--environment_config), as seen from the runner's "
+            f"machines, or it ended: start it there, and {reason}"
         )
     if _WORKER_ENDED.search(text):
         return JobError(
-            f"a worker process ended, for want of memory or its GPU perhaps; its own log says why; {reason}"
+            f"a worker process ended, perhaps because memory or its GPU failed; its own log says why; {reason}"
         )
     if portable.job_endpoint and "Connection refused" in text:
         return JobError(f"the job service at {_address(portable.job_endpoint)} cannot reach its cluster; {reason}")
-    if "\n" in text and not isinstance(error, MmbeamError):  # the traces of a runner's own code
+    if "\n" in text and not isinstance(error, MmbeamError):  # a stack trace of the runner
         return JobError(f"{type(error).__name__}: {_first_line(text)}; --verbose shows all of it")
     return None
 
@@ -166,50 +168,53 @@ def _pool(options: PortableOptions) -> str:
 
 
 def _address(text: str) -> str:
-    """The address without a user part and a query string, which may be secret."""
+    """The address without user part and query string, which may be secret."""
     scheme, separator, rest = text.rpartition("://")
     return f"{scheme}{separator}{re.split('[/?#]', rest)[0].rpartition('@')[2]}"
 
 
 def _host_and_port(address: str, option: str) -> tuple[str, int]:
-    """Raises UsageError if these are not in it."""
+    """The host and port of `address`, the value of `option`. Raises UsageError if it has none."""
     host, _, port = address.removeprefix("dns:///").rpartition(":")
     if not host or not port.isdecimal() or int(port) > 65535 or re.search(r"[@/?#\s]", host):
         raise UsageError(f"{option} {_address(address) or 'is missing'}: expected HOST:PORT")
     return host.strip("[]"), int(port)
 
 
-def _must_listen(address: tuple[str, int], what: str, option: str) -> None:
+def _must_listen(address: tuple[str, int], service: str, option: str) -> None:
+    """Raise JobError if no `service` listens at `address`, the value of `option`."""
     try:
         socket.create_connection(address, timeout=SECONDS).close()
     except OSError as error:
-        raise JobError(f"no {what} answers at {address[0]}:{address[1]} ({option}): {error}") from error
+        raise JobError(f"no {service} answers at {address[0]}:{address[1]} ({option}): {error}") from error
 
 
 def _check_flink(options: FlinkRunnerOptions) -> None:
+    """Raise JobError if no Flink answers, or one of another version than the job server; warn of too few slots."""
     master = options.flink_master.rstrip("/")
     _host_and_port(re.sub("^https?://", "", master).partition("/")[0], "--flink_master")
     url = master if "://" in master else f"http://{master}"
-    found = str(_ask_flink(url, "config", "flink-version"))
+    version = str(_ask_flink(url, "config", "flink-version"))
     slots, parallelism = int(_ask_flink(url, "overview", "slots-total")), options.parallelism or 1
     if slots < parallelism:
         log.warning(
-            "--parallelism=%d: Flink at %s has %d slots now; the job waits until it has as many",
+            "--parallelism=%d: Flink at %s has only %d slots now; the job waits for more",
             *(parallelism, _address(master), slots),
         )
     jar = options.flink_job_server_jar
     if jar is None and options.flink_submit_uber_jar:
-        return  # Beam takes the jar that goes with the cluster
-    named = _JAR_VERSION.search(jar or "")
-    wanted = named[1] if named else options.flink_version
-    if found.split(".")[:2] != wanted.split("."):
+        return  # Beam takes the jar of the cluster's version
+    in_name = _JAR_VERSION.search(jar or "")
+    expected = in_name[1] if in_name else options.flink_version
+    if version.split(".")[:2] != expected.split("."):
         raise JobError(
-            f"Flink {found} runs at {_address(master)} (--flink_master), but the job server is for Flink {wanted}; "
-            "give --flink_version, or the --flink_job_server_jar, of the cluster's version"
+            f"Flink {version} runs at {_address(master)} (--flink_master), but the job server is for Flink {expected}; "
+            "use the --flink_version or --flink_job_server_jar of the cluster's version"
         )
 
 
 def _ask_flink(url: str, page: str, name: str) -> Any:
+    """The value `name` of a page of Flink's REST interface."""
     try:
         with urlopen(f"{url}/v1/{page}", timeout=SECONDS) as answer:
             return json.load(answer)[name]

@@ -1,4 +1,4 @@
-"""Plan: from shard patterns, or from units already planned, to work units spread over the workers."""
+"""Plan: shard patterns, or units already planned, to work units spread over the workers."""
 
 import json
 import zlib
@@ -13,18 +13,18 @@ from mmbeam.readers.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_fr
 from mmbeam.runs.control import clear_stop
 from mmbeam.runs.extend import extend_plan
 from mmbeam.runs.run import Run, open_run
-from mmbeam.types import Shard, WorkUnit
+from mmbeam.types import WorkUnit
 
 
 class Plan(beam.PTransform):
     """PBegin -> PCollection[WorkUnit].
 
-    Takes patterns, listed here and now on the machine that builds the pipeline, or units that were
-    planned before. With a `run` the patterns are planned for it: its output is opened, and units that
-    an earlier launch planned stay as they are. Only then are giant shards cut and tiny ones packed, since
-    the run is what tells a part that was read from a wrong place. This is the only shuffle before the write, and it
-    carries paths. Units travel as JSON text, and lie compressed in the job's description, where 100,000 take 5 MB:
-    beam.Create would keep them twice, and take four times as long to be described.
+    `shards` is patterns, which are listed now on the machine that builds the pipeline, or units planned before. With a
+    `run` the patterns are planned for it: its output is opened, and units that an earlier launch planned stay as they
+    are. Only then are giant shards cut and tiny ones packed, because a part that was read from a wrong position is
+    corrected in the run's plan. This is the only shuffle before the write, and it carries paths. Units travel as JSON,
+    compressed in the job's description: 100,000 take 5 MB. beam.Create would keep them twice, and take four times as
+    long to describe.
 
     Raises NoShardsError, and RunMismatchError if the output holds another run or a shard has changed.
     """
@@ -34,6 +34,7 @@ class Plan(beam.PTransform):
         self.units = _units(shards, run)
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection[WorkUnit]:
+        """Apply the step."""
         packed = zlib.compress(json.dumps([_line(unit) for unit in self.units]).encode())
         return (
             begin
@@ -50,8 +51,8 @@ def _unpack(_: bytes, packed: bytes) -> list[str]:
 
 
 def _line(unit: WorkUnit) -> str:
-    """The unit with what its plan leaves out: what is opened, where that is not the path itself."""
-    shards = [each.shard for each in unit.inputs]
+    """The unit as JSON, with what the run's plan omits: URLs that are not the shard's path itself."""
+    shards = [source.shard for source in unit.inputs]
     urls = {shard.path: shard.url for shard in shards if shard.url != shard.path}
     return json.dumps({**unit_to_json(unit), "urls": urls, "replace": unit.replace})
 
@@ -62,17 +63,15 @@ def _parse(line: str) -> WorkUnit:
 
 
 def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) -> list[WorkUnit]:
-    given = [shards] if isinstance(shards, str) else list(shards)
-    patterns = [each for each in given if isinstance(each, str)]
-    units = [each for each in given if isinstance(each, WorkUnit)]
-    if not patterns and given:
+    mixed = [shards] if isinstance(shards, str) else list(shards)
+    patterns = [item for item in mixed if isinstance(item, str)]
+    units = [item for item in mixed if isinstance(item, WorkUnit)]
+    if mixed and not patterns:
         return units
-    found = list_shards(patterns)
-    return units + (plan_units(found, units) if run is None else _planned(run, found))
-
-
-def _planned(run: Run, shards: Sequence[Shard]) -> list[WorkUnit]:
+    listed = list_shards(patterns)
+    if run is None:
+        return units + plan_units(listed, units)
     open_run(run)
     clear_stop(run)
     generates = run.configuration.get("task") in TASKS
-    return extend_plan(run, shards, unit_bytes=GENERATE_BYTES if generates else UNIT_BYTES)
+    return units + extend_plan(run, listed, unit_bytes=GENERATE_BYTES if generates else UNIT_BYTES)

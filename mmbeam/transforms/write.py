@@ -65,6 +65,7 @@ class WriteParquet(beam.PTransform):
         self.dofn = _Write(run)
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[UnitReport]:
+        """Apply the step."""
         return batches | "Write" >> beam.ParDo(self.dofn)
 
 
@@ -130,10 +131,10 @@ def _may_be_misread(unit: WorkUnit) -> bool:
 
 
 class Summarize(beam.PTransform):
-    """PCollection[UnitReport] -> PCollection[RunReport], of one element; writes summary.json.
+    """PCollection[UnitReport] -> PCollection[RunReport] of one element: write summary.json.
 
-    `check` is called with the report once it is written, and may raise what makes the job fail. `devices` is
-    how many compute, where that is known.
+    `check` is called with the report after it is written, and raises what makes the job fail. `devices` is the number
+    of devices that compute, None if unknown.
     """
 
     def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None, devices: int | None = 1) -> None:
@@ -143,6 +144,7 @@ class Summarize(beam.PTransform):
         self.devices = devices
 
     def expand(self, reports: beam.PCollection[UnitReport]) -> beam.PCollection[RunReport]:
+        """Apply the step."""
         return (
             reports
             | "Gather" >> beam.combiners.ToList()  # list[UnitReport]
@@ -157,7 +159,7 @@ def summarize(
     check: Callable[[RunReport], None] | None,
     devices: int | None = 1,
 ) -> RunReport:
-    """What Summarize does with the reports of all units of a launch that began at `started`, in Unix time."""
+    """Write and check the summary of a launch from the reports of all units; `started` is in Unix time."""
     report = write_summary(run, reports, time.time() - started, devices)
     if report.units_written:
         check_rate(run, report.tally)
@@ -167,13 +169,12 @@ def summarize(
 
 
 class Rows(beam.PTransform):
-    """PCollection[Batch] -> PCollection[dict]: what WriteParquet would write, for a sink of one's own.
+    """PCollection[Batch] -> PCollection[dict]: the rows that WriteParquet would write, for another sink.
 
-    `stages` are those of the pipeline; `cleaning` says that the reading cleans text, and adds
-    `text_clean`. `schema` is the rows' as an Arrow schema, for a sink that asks for one. Nothing is
-    committed, so nothing is resumed: that is what WriteParquet is for. A sample that lost every output
-    gives no row but a warning in the log; a shard that cannot be read raises ShardError, since rows
-    alone could not show that some are missing.
+    `stages` are those of the pipeline. `cleaning` is whether the reading cleans text, which adds `text_clean`. The
+    attribute `schema` is the Arrow schema of the rows, for sinks that need one. Nothing is committed, so nothing can be
+    resumed: use WriteParquet for that. A sample that lost every output becomes a warning in the log, not a row. A shard
+    that cannot be read raises ShardError, since rows alone could not show that some are missing.
     """
 
     def __init__(self, *stages: Stage, cleaning: bool = False) -> None:
@@ -182,6 +183,7 @@ class Rows(beam.PTransform):
         self.schema = build_schema(self.outputs, cleaning, metadata={})
 
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[dict[str, Any]]:
+        """Apply the step."""
         return batches | "Rows" >> beam.FlatMap(_rows, outputs=self.outputs, schema=self.schema)
 
 
@@ -189,7 +191,7 @@ def _rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Iterato
     if batch.unit_error is not None:
         raise ShardError(batch.unit_error)
     if batch.report is not None:
-        raise FlowError(f"Rows: unit {batch.unit.id} is committed, so it is not read; give ReadShards no run")
+        raise FlowError(f"Rows: unit {batch.unit.id} is committed, so it is not read; omit `run` in ReadShards")
     settled = settle(batch, outputs, schema)
     lost = next((record for record in settled.failures if not record["row"]), None)
     if lost is not None:
