@@ -284,7 +284,7 @@ class FeatureColumn:
     width: int  # of one vector
     modality: Modality | None = None  # None if the name does not state it
     tokens: bool = False  # True: [tokens, width] per sample; False: [width]
-    dtype: "np.dtype[Any] | None" = None  # as stored; None if a model takes any
+    dtype: np.dtype[Any] | None = None  # as stored; None if a model takes any
     origin: Origin | None = None  # the model that made the features, or whose features a model takes; None if unknown
 
 

@@ -33,7 +33,7 @@ Row = dict[str, Any]  # caption, text, metadata, and vectors by column
 
 
 def write_run(output: Path | str, parts: Sequence[Sequence[Row]], *outputs: Output) -> Path:
-    """A committed run of these rows; a row without a caption is one that failed in that alone."""
+    """A committed run of these rows; a row without a value of an output has a failure for that output."""
     run = make_run(str(output), outputs)
     open_run(run)
     for number, rows in enumerate(parts):
@@ -49,7 +49,7 @@ def write_run(output: Path | str, parts: Sequence[Sequence[Row]], *outputs: Outp
             )
             for n, row in enumerate(rows)
         )
-        columns = [column for each in outputs for column in each.columns]
+        columns = [column for output in outputs for column in output.columns]
         failures = tuple(
             Failure(
                 key=sample.key,
@@ -90,7 +90,7 @@ SCENES = ("a red dog runs on the grass", "two people sit on a bench", "a plate o
 
 
 def caption_rows(number: int, count: int) -> list[Row]:
-    """Captions that are right, nearly right and wrong, with one to three references."""
+    """Correct, nearly correct and wrong captions, with one to three references."""
     rows = []
     for n in range(count):
         truth = SCENES[(n + number) % 4]
@@ -117,7 +117,7 @@ def scores_of(output: Path) -> list[dict[str, Any]]:
 # Texts
 
 
-def test_beams_sums_are_the_scores_of_the_whole_list(captions: Path) -> None:
+def test_scores_summed_by_beam_equal_those_of_the_whole_list(captions: Path) -> None:
     found = pairs_of([caption_rows(n, count) for n, count in enumerate((30, 1, 17))])
     text = evaluate(EvaluateOptions(run=str(captions), reference="truth"))["text"]
     hypotheses = [caption for caption, _ in found]
@@ -165,19 +165,19 @@ def test_rows_and_scores_may_be_in_any_store(store: str, tmp_path: Path) -> None
     assert scores["exact_match"].to_pylist() == [1, 0, 0]
 
 
-def test_a_runner_that_loses_rows_is_found_out(captions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rows_lost_by_the_runner_are_an_error(captions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(TextTotals, "from_json", lambda data: TextTotals(rows=data["rows"] - 1))
     with pytest.raises(FlowError, match="expected 48 rows, 47 were scored"):
         evaluate(EvaluateOptions(run=str(captions), reference="truth"))
 
 
-def test_a_column_is_a_reference_too(captions: Path) -> None:
+def test_a_column_may_be_the_reference(captions: Path) -> None:
     text = evaluate(EvaluateOptions(run=str(captions), reference="text", metrics=("exact_match",)))["text"]
     assert text["references"] == 48
     assert text["scores"] == {"exact_match": 0}
 
 
-def test_a_reference_of_the_columns_own_name_is_that_of_the_metadata(tmp_path: Path) -> None:
+def test_a_reference_with_the_name_of_the_column_is_read_from_the_metadata(tmp_path: Path) -> None:
     rows: list[Row] = [{"caption": "a dog", "metadata": {"caption": "a dog \udcff"}}]
     out = write_run(tmp_path / "out", [rows], CAPTION)
     found = evaluate(EvaluateOptions(run=str(out), reference="caption", metrics=("wer", "exact_match")))
@@ -185,7 +185,7 @@ def test_a_reference_of_the_columns_own_name_is_that_of_the_metadata(tmp_path: P
     assert scores_of(out)[0]["references"] == ["a dog ?"]
 
 
-def test_rows_without_what_is_compared_are_counted_and_left_out(tmp_path: Path) -> None:
+def test_rows_without_a_text_or_a_reference_are_counted_and_left_out(tmp_path: Path) -> None:
     rows: list[Row] = [
         {"caption": "a dog", "metadata": {"truth": "a dog"}},
         {"caption": "a dog", "metadata": {"truth": ["a cat", None, 3, "a dog"]}},
@@ -207,7 +207,7 @@ def test_rows_without_what_is_compared_are_counted_and_left_out(tmp_path: Path) 
     assert [row["hypothesis"] for row in scores_of(out)] == ["a dog", "a dog", ""]
 
 
-def test_transcripts_are_measured_by_error_rates_and_silence_is_a_reference(tmp_path: Path) -> None:
+def test_transcripts_are_scored_by_error_rates_with_silence_as_a_reference(tmp_path: Path) -> None:
     output = Output(modalities=frozenset({"image"}), columns=(pa.field("transcript", pa.string()),))
     rows: list[Row] = [
         {"transcript": "the cat sat", "metadata": {"said": "the cat sat down"}},
@@ -222,7 +222,7 @@ def test_transcripts_are_measured_by_error_rates_and_silence_is_a_reference(tmp_
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_references_come_from_a_file_joined_by_key(captions: Path, tmp_path: Path, kind: str) -> None:
-    """A key that comes again has several references; keys that are in no row are counted."""
+    """A repeated key has several references; keys without a row are counted."""
     rows = pq.read_table(captions / "data", columns=["key", "caption"]).to_pylist()[:20]
     table = [{"key": row["key"], "truth": row["caption"]} for row in rows]
     table += [{"key": rows[0]["key"], "truth": "another"}, {"key": "nowhere", "truth": "x"}, {"key": "0", "truth": "y"}]
@@ -249,16 +249,16 @@ def test_references_come_from_a_file_joined_by_key(captions: Path, tmp_path: Pat
     assert not (captions / "_mmbeam" / "evaluation.json").exists()
 
 
-def test_what_an_earlier_evaluation_left_is_gone(captions: Path) -> None:
+def test_scores_of_an_earlier_evaluation_are_removed(captions: Path) -> None:
     stale = captions / "_mmbeam" / "evaluation" / "part-gone.parquet"
     stale.parent.mkdir()
-    stale.write_bytes(b"of a part that is no more")
+    stale.write_bytes(b"of a part that no longer exists")
     evaluate(EvaluateOptions(run=str(captions), reference="truth", metrics=("chrf",)))
     assert len(scores_of(captions)) == 48
     assert not stale.exists()
 
 
-def test_the_portable_runner_finds_the_same(captions: Path) -> None:
+def test_the_portable_runner_computes_the_same_scores(captions: Path) -> None:
     """Every value that crosses a boundary is pickled there, and workers are other threads of another service."""
     here = evaluate(EvaluateOptions(run=str(captions), reference="truth"))
     options = ("--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK")
@@ -268,14 +268,14 @@ def test_the_portable_runner_finds_the_same(captions: Path) -> None:
 # Bad input
 
 
-def test_a_field_that_is_nowhere_is_an_error_that_lists_those_there_are(captions: Path) -> None:
+def test_an_unknown_field_is_an_error_that_lists_columns_and_metadata(captions: Path) -> None:
     with pytest.raises(UsageError, match=r"no row has title; columns: key, .*caption.*; metadata: truth, width"):
         evaluate(EvaluateOptions(run=str(captions), reference="title"))
     with pytest.raises(UsageError, match="expected text in width, found int"):
         evaluate(EvaluateOptions(run=str(captions), reference="width"))
 
 
-def test_no_row_with_both_is_an_error(tmp_path: Path) -> None:
+def test_no_row_with_a_text_and_a_reference_is_an_error(tmp_path: Path) -> None:
     rows: list[Row] = [
         {"caption": None, "image_embedding": [1.0] * WIDTH, "metadata": {"truth": "a"}},
         {"caption": "a", "metadata": {"other": "a"}},
@@ -285,7 +285,7 @@ def test_no_row_with_both_is_an_error(tmp_path: Path) -> None:
         evaluate(EvaluateOptions(run=str(out), reference="truth"))
 
 
-def test_the_column_must_be_known(tmp_path: Path, captions: Path) -> None:
+def test_the_column_must_be_text_and_unambiguous(tmp_path: Path, captions: Path) -> None:
     embedded = write_run(tmp_path / "embedded", [[{"image_embedding": [1.0] * WIDTH}]], vector_output("image"))
     with pytest.raises(UsageError, match="expected a column of generated text, found key"):
         evaluate(EvaluateOptions(run=str(embedded), reference="truth"))
@@ -309,7 +309,7 @@ def test_the_column_must_be_known(tmp_path: Path, captions: Path) -> None:
         ("r.csv", b"", "found no rows"),
     ],
 )
-def test_a_file_of_references_that_is_none_is_an_error(
+def test_an_invalid_file_of_references_is_an_error(
     captions: Path, tmp_path: Path, name: str, content: bytes, message: str
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -322,7 +322,7 @@ def test_an_output_without_rows_is_an_error(tmp_path: Path) -> None:
         evaluate(EvaluateOptions(run=str(tmp_path), reference="truth"))
 
 
-def test_a_library_that_is_missing_is_named(captions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_library_is_named(captions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "jiwer", None)  # as if it were not installed
     with pytest.raises(UsageError, match=r"needs jiwer; install it with: pip install 'mmbeam\[eval\]'"):
         evaluate(EvaluateOptions(run=str(captions), reference="truth", metrics=("wer",)))
@@ -332,7 +332,7 @@ def test_a_library_that_is_missing_is_named(captions: Path, monkeypatch: pytest.
 
 
 def vector_rows(count: int, noise: float = 0.0) -> list[Row]:
-    """Pairs of vectors that are alike, and a class that they tell of."""
+    """Pairs of similar vectors, and a class that can be predicted from them."""
     random = np.random.default_rng(3)
     labels = random.integers(0, 3, count)
     image = 3 * np.eye(WIDTH)[labels] + random.normal(size=(count, WIDTH))
@@ -348,7 +348,7 @@ def vector_rows(count: int, noise: float = 0.0) -> list[Row]:
     ]
 
 
-def test_retrieval_of_all_pairs_is_what_is_measured_if_nothing_is_named(tmp_path: Path) -> None:
+def test_the_default_is_retrieval_of_all_pairs(tmp_path: Path) -> None:
     rows = vector_rows(50)
     rows[3]["image_embedding"] = None
     rows[4]["text_embedding"] = [float("nan")] * WIDTH
@@ -364,9 +364,11 @@ def test_retrieval_of_all_pairs_is_what_is_measured_if_nothing_is_named(tmp_path
     assert found["left_to_right"] == found["right_to_left"] == perfect
 
 
-def test_pairs_are_of_one_model_and_width_unless_they_are_named(tmp_path: Path) -> None:
-    outputs = [vector_output(name) for name in ("clip_image", "clip_text", "clap_audio", "clap_text")]
-    row = {each.name: [float(n)] * WIDTH for n, each in enumerate(outputs, 1)}
+def test_pairs_are_of_one_model_and_width_unless_named(tmp_path: Path) -> None:
+    outputs = [
+        vector_output(name) for name in ("clip_image", "clip_text", "clap_audio", "clap_text", "clipimage", "cliptext")
+    ]
+    row = {output.name: [float(n)] * WIDTH for n, output in enumerate(outputs, 1)}
     out = write_run(tmp_path / "out", [[row]], *outputs, vector_output("clap_image", 4))
     pairs = evaluate(EvaluateOptions(run=str(out), retrieval=("all",)))["retrieval"]
     assert [(pair["left"], pair["right"]) for pair in pairs] == [
@@ -435,7 +437,7 @@ def test_the_command_prints_tables_of_vectors(tmp_path: Path, capsys: pytest.Cap
     assert "20 rows have no label" in printed
 
 
-def test_rouge_of_another_script_is_warned_of(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_rouge_of_another_script_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows: list[Row] = [
         {"caption": "一只狗", "metadata": {"truth": "一只狗"}},
         {"caption": "a", "metadata": {"truth": "b"}},

@@ -1,4 +1,4 @@
-"""Parquet files of features as input: found, checked against a model, and their rows as samples."""
+"""Parquet files of features as input: listed, checked against a model, and read as samples."""
 
 import json
 import re
@@ -89,7 +89,7 @@ def samples_of(batches: Sequence[Batch]) -> list[Sample]:
     return [sample for batch in batches for sample in batch.samples]
 
 
-# Found
+# Listing
 
 
 def names(inputs: Sequence[str]) -> list[str]:
@@ -157,7 +157,7 @@ def test_a_unit_is_named_after_its_file(tmp_path: Path) -> None:
     assert unit_of(write(tmp_path / "part-photos.parquet", [make_row(0)])).id.startswith("part-photos-")
 
 
-# Checked
+# Checks
 
 
 def files(*paths: Path) -> Any:
@@ -192,13 +192,13 @@ def test_features_of_another_shape_than_the_models_are_refused(
         check_columns(files(write(tmp_path / "a.parquet", [make_row(0)])), [column])
 
 
-def test_a_file_of_another_make_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_the_identity_columns_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "image_embedding": [[1.0]]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match="expected the columns key, shard, offset"):
         check_columns(files(tmp_path / "a.parquet"), [IMAGE])
 
 
-def test_a_file_that_cannot_be_read_is_its_units_affair_unless_none_can(tmp_path: Path) -> None:
+def test_a_damaged_file_is_left_to_its_unit_unless_all_are_damaged(tmp_path: Path) -> None:
     (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
     good = write(tmp_path / "good.parquet", [make_row(0)])
     check_columns(files(tmp_path / "bad.parquet", good), [IMAGE])
@@ -206,11 +206,11 @@ def test_a_file_that_cannot_be_read_is_its_units_affair_unless_none_can(tmp_path
         check_columns(files(tmp_path / "bad.parquet"), [IMAGE])
 
 
-# Whose they are
+# Origin
 
 
 def with_models(path: Path, models: Any, digests: Any) -> Path:
-    """The file, as one that says which models made it."""
+    """The file, with metadata that names the models."""
     table = pq.read_table(path)
     said = {"mmbeam.models": json.dumps(models), "mmbeam.digests": json.dumps(digests)}
     pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **said}), path)
@@ -225,11 +225,11 @@ def test_features_of_another_encoder_of_equal_width_are_refused_and_both_are_nam
     both = r"was made by org/clip@1 \(digest a{12}\), and the model takes what org/siglip@2 \(digest b{12}\) makes"
     with pytest.raises(UsageError, match=both):
         check_columns(files(path), [other])
-    batches = read(unit_of(path), Needs(columns=frozenset({other})))  # a file that nobody looked at before
+    batches = read(unit_of(path), Needs(columns=frozenset({other})))  # a file that the launch did not check
     assert re.search(both, batches[-1].unit_error or "")
 
 
-def test_features_of_nobody_knows_whom_are_taken_and_that_is_said_once(
+def test_features_of_an_unknown_model_are_accepted_with_one_warning(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     paths = [write(tmp_path / f"{number}.parquet", [make_row(number)]) for number in range(3)]
@@ -252,7 +252,7 @@ def test_features_of_nobody_knows_whom_are_taken_and_that_is_said_once(
         ("errors", None),
     ],
 )
-def test_a_column_is_of_the_model_whose_name_it_begins_with(column: str, model: str | None) -> None:
+def test_a_column_belongs_to_the_model_whose_name_it_begins_with(column: str, model: str | None) -> None:
     names = ("model", "clip", "my_text")
     said = {"mmbeam.models": json.dumps({name: f"org/{name}" for name in names})}
     said["mmbeam.digests"] = json.dumps({name: f"digest of {name}" for name in names})
@@ -261,13 +261,13 @@ def test_a_column_is_of_the_model_whose_name_it_begins_with(column: str, model: 
 
 
 @given(st.binary(max_size=30) | st.sampled_from([b"[]", b"{}", b'{"model": 3}', b'"model"']), st.booleans())
-def test_whatever_a_strangers_file_says_is_not_believed(said: bytes, both: bool) -> None:
+def test_invalid_metadata_names_no_model(said: bytes, both: bool) -> None:
     known = said if both else b'{"model": "a"}'
     schema = pa.schema([("image_embedding", pa.float32())], {b"mmbeam.models": said, b"mmbeam.digests": known})
     assert origin_of(schema, "image_embedding") is None
 
 
-def test_a_run_says_which_models_made_its_columns(tmp_path: Path) -> None:
+def test_a_run_names_the_models_of_its_columns(tmp_path: Path) -> None:
     models = {"clip": {"family": "clip", "digest": "a" * 64}}
     run = Run.create(
         output=str(tmp_path),
@@ -278,12 +278,12 @@ def test_a_run_says_which_models_made_its_columns(tmp_path: Path) -> None:
     assert origin_of(run.schema, "clip_image_embedding") == Origin("org/clip@1", "a" * 64)
 
 
-# Read
+# Reading
 
 
 @pytest.mark.parametrize("windows", [ALL, Windows(samples=3), Windows(decoded_bytes=1)])
 @pytest.mark.parametrize("row_group_size", [2, 100])
-def test_rows_are_samples_whatever_the_windows(tmp_path: Path, windows: Windows, row_group_size: int) -> None:
+def test_rows_become_samples_with_windows_of_any_size(tmp_path: Path, windows: Windows, row_group_size: int) -> None:
     rows = [make_row(index) for index in range(8)]
     unit = unit_of(write(tmp_path / "a.parquet", rows, row_group_size=row_group_size))
     batches = read(unit, windows=windows)
@@ -304,7 +304,7 @@ def test_rows_are_samples_whatever_the_windows(tmp_path: Path, windows: Windows,
     assert not any(batch.failures or batch.unit_error for batch in batches)
 
 
-def test_what_is_missing_is_absent_and_what_is_wrong_is_a_failure(tmp_path: Path) -> None:
+def test_missing_values_are_absent_and_invalid_ones_are_failures(tmp_path: Path) -> None:
     rows = [
         make_row(0, image_embedding=None),
         make_row(1, image_embedding=[1.0, float("nan"), 0.0, 0.0]),
@@ -340,7 +340,7 @@ def test_what_is_missing_is_absent_and_what_is_wrong_is_a_failure(tmp_path: Path
     }
 
 
-def test_a_text_is_present_if_it_is_asked_for_itself(tmp_path: Path) -> None:
+def test_a_text_is_present_if_the_needs_name_it(tmp_path: Path) -> None:
     unit = unit_of(write(tmp_path / "a.parquet", [make_row(0), make_row(1, text=None, image_embedding=None)]))
     needs = Needs(modalities=frozenset({"text"}), columns=frozenset({IMAGE}))
     assert [sample.present for sample in samples_of(read(unit, needs))] == [{"image", "text"}, frozenset()]
@@ -355,7 +355,7 @@ def test_texts_are_cleaned_and_samples_selected(tmp_path: Path) -> None:
     assert batches[0].tally.skipped == {"image_height >= 50": 2, "metadata['index'] != 4": 1}
 
 
-def test_a_limit_goes_over_files(tmp_path: Path) -> None:
+def test_a_limit_counts_over_files(tmp_path: Path) -> None:
     for name in "ab":
         write(tmp_path / f"{name}.parquet", [make_row(i, shard=name) for i in range(4)])
     unit = limited_unit(files(tmp_path / "*.parquet"), 6)
@@ -367,7 +367,7 @@ def test_a_limit_goes_over_files(tmp_path: Path) -> None:
     assert sum(batch.tally.samples for batch in batches) == 6
 
 
-def test_a_file_that_is_damaged_or_of_another_width_breaks_its_unit(tmp_path: Path) -> None:
+def test_a_damaged_file_or_another_width_fails_the_unit(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", [make_row(i) for i in range(500)], compression="zstd", row_group_size=100)
     unit = unit_of(path)
     column = FeatureColumn(name="image_embedding", modality="image", width=9)
@@ -396,7 +396,7 @@ VECTORS = st.lists(NUMBERS, min_size=3, max_size=3) | st.lists(NUMBERS, max_size
 
 
 @given(st.lists(st.none() | VECTORS, min_size=1))
-def test_each_vector_comes_back_or_says_why_not(rows: list[list[float] | None]) -> None:
+def test_each_vector_is_returned_or_the_reason_it_is_not(rows: list[list[float] | None]) -> None:
     column = FeatureColumn(name="x", modality="image", width=3)
     values = column_values(pa.array(rows, pa.list_(pa.float32())), column)
     for row, value in zip(rows, values, strict=True):
@@ -411,13 +411,13 @@ def test_each_vector_comes_back_or_says_why_not(rows: list[list[float] | None]) 
 
 
 @given(st.lists(st.none() | st.lists(VECTORS, max_size=4), min_size=1))
-def test_each_sequence_of_vectors_too(rows: list[list[list[float]] | None]) -> None:
+def test_each_sequence_is_returned_or_the_reason_it_is_not(rows: list[list[list[float]] | None]) -> None:
     column = FeatureColumn(name="x", modality="image", width=3, tokens=True)
     values = column_values(pa.array(rows, pa.list_(pa.list_(pa.float32()))), column)
     for row, value in zip(rows, values, strict=True):
         if not row:
             assert value is None
-        elif any(len(each) != 3 for each in row) or not np.isfinite(row).all():
+        elif any(len(vector) != 3 for vector in row) or not np.isfinite(row).all():
             assert isinstance(value, str)
         else:
             np.testing.assert_array_equal(value, np.float32(row))

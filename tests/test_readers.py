@@ -1,7 +1,7 @@
-"""The rows that a real run wrote, opened by each reader the way its users would: same keys, vectors and nulls.
+"""The rows of a real run, opened by each reader as its users do: the same keys, vectors and nulls.
 
-pyarrow's own reading is the expectation; what the run should have written is test_embed_job's affair. All of them
-are given OUT/data. Given OUT, `datasets` would also take up the Parquet of OUT/failures and the JSON of OUT/_mmbeam.
+The expectation is what pyarrow reads; test_embed_job checks what a run writes. Every reader opens OUT/data: from OUT,
+`datasets` would also read the Parquet of OUT/failures and the JSON of OUT/_mmbeam.
 """
 
 from dataclasses import dataclass, replace
@@ -30,7 +30,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Written:
-    """What a run wrote, and its rows in order."""
+    """The output of a run, and its rows in order."""
 
     data: Path
     rows: Rows
@@ -38,7 +38,7 @@ class Written:
 
     @property
     def vectors(self) -> Rows:
-        """The rows that have a picture's vector."""
+        """The rows with the vector of an image."""
         return [row for row in self.rows if row["image_embedding"] is not None]
 
 
@@ -67,7 +67,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(data, sorted(rows, key=lambda row: str(row["key"])), request.param)
 
 
-def test_the_rows_hold_what_readers_stumble_over(written: Written) -> None:
+def test_the_rows_hold_the_cases_that_readers_get_wrong(written: Written) -> None:
     by_key = {row["key"]: row for row in written.rows}
     assert len(list(written.data.iterdir())) == 3
     assert by_key["000002"]["image_embedding"] is None
@@ -82,16 +82,16 @@ def in_order(rows: Rows) -> Rows:
 
 
 def plain(value: Any) -> Any:
-    """A reader's value as Python's own: NumPy's arrays as lists, pandas' and NumPy's missing values as None."""
+    """A reader's value as plain Python: NumPy arrays as lists, missing values of pandas and NumPy as None."""
     if isinstance(value, np.ndarray | list):
-        return [plain(each) for each in value]
+        return [plain(element) for element in value]
     if isinstance(value, np.generic):
         value = value.item()
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
 def assert_same(found: Rows, written: Written) -> None:
-    """Every value, exactly; sizes and seconds may come as floats where a reader has no missing integer."""
+    """Every value is equal; sizes may be floats where a reader has no missing integer."""
     assert [{name: plain(value) for name, value in row.items()} for row in in_order(found)] == written.rows
 
 
@@ -142,7 +142,7 @@ def test_polars(written: Written) -> None:
 
 @pytest.fixture
 def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Hugging Face's library, offline, with a cache of this test's own."""
+    """Hugging Face's library, offline, with a cache for this test."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
@@ -163,7 +163,7 @@ def test_datasets(written: Written, datasets: Any, tmp_path: Path) -> None:
 
 
 def test_torch(written: Written) -> None:
-    """Straight from Arrow's buffer: [samples, dim], without a copy per row."""
+    """From Arrow's buffer: [samples, dim], without a copy per row."""
     table = ds.dataset(written.data).to_table(filter=ds.field("image_embedding").is_valid()).sort_by("key")
     flat = table["image_embedding"].combine_chunks().flatten().to_numpy()
     vectors = torch.tensor(flat).view(len(table), -1)
