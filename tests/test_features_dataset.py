@@ -169,9 +169,10 @@ def test_files_that_differ_or_are_missing_are_errors(out: Path, tmp_path: Path) 
         dataset(out)
     with pytest.raises(NoShardsError, match="nothing"):
         dataset(tmp_path / "nothing")
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1")
-    with pytest.raises(UsageError, match="expected a Parquet file"):
-        dataset(tmp_path / "bad.parquet")
+    for content in (b"PAR1", b"PAR1" + bytes(100) + b"\x40\x00\x00\x00PAR1"):
+        (tmp_path / "bad.parquet").write_bytes(content)
+        with pytest.raises(UsageError, match="expected a Parquet file"):
+            dataset(tmp_path / "bad.parquet")
 
 
 def test_a_vector_of_another_width_is_an_error_that_names_the_column(tmp_path: Path) -> None:

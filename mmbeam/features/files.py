@@ -188,7 +188,9 @@ def open_parquet(url: str) -> pq.ParquetFile:
     local = isinstance(fs, LocalFileSystem)
     try:
         return pq.ParquetFile(path, filesystem=None if local else fs, pre_buffer=not local)
-    except pa.ArrowInvalid as error:
+    except (FileNotFoundError, PermissionError, MemoryError):
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{public_path(url)}: expected a Parquet file ({error})") from None
 
 

@@ -111,7 +111,7 @@ def _text_source(options: EvaluateOptions, rows: WrittenRows) -> tuple[PairSourc
     text_metrics(metrics)  # raises for an unknown metric or a missing library
     reference: RowField | ReferenceFile
     if options.references is None:
-        name = str(options.reference)  # of the column's own name: the caption in the shards' metadata
+        name = str(options.reference)  # if it equals the column's name, the caption in the shards' metadata is meant
         reference = RowField(name=name, in_metadata=name == column or name not in rows.schema.names)
         _check_field(rows, "reference", reference, lambda value: any(text.strip() for text in texts_of(value)))
     else:
