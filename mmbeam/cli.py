@@ -1,4 +1,4 @@
-"""The command line. Quick to start: what a command needs is imported when the command runs.
+"""The command line. It starts fast: a command imports what it needs when it runs.
 
 Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 done but some units failed (run again), 130 interrupted.
 """
@@ -26,10 +26,11 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
 
 def entry() -> NoReturn:
-    """What the shell starts: `main`, and an end that waits for no thread of a library.
+    """Run `main` as the shell does, and exit without waiting for threads of libraries.
 
-    Beam's and gRPC's threads outlive a job; where the interpreter takes them down in the middle of C++
-    code, the process aborts after all its work is done (seen once in about fifty runs).
+    Threads of Beam and gRPC outlive a job. If the interpreter shuts down while one of them is in C++ code, the process
+    aborts after its work is done (about one run in fifty). Python has no public way to run the exit handlers, which end
+    child processes and remove temporary files, without joining all threads first; hence the private one.
     """
     status = main()
     atexit._run_exitfuncs()
@@ -39,23 +40,23 @@ def entry() -> NoReturn:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status."""
+    """Run the command of `argv` (default: sys.argv) and return its exit status."""
     args = argparse.Namespace(verbose=False)
     try:
         args = parse(argv)
         _set_up_logging(args.verbose)
-        with _interrupt_ends_it():
+        with _exit_on_interrupt():
             status = _run(args)
         sys.stdout.flush()
         return status
     except UsageError as error:
         return _report_error(error, 2, args)
-    except BrokenPipeError:  # whoever read our output has seen enough
+    except BrokenPipeError:  # the reader of our output, `head` for example, has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except (MmbeamError, OSError) as error:
         return _report_error(error, 1, args)
-    except Exception as error:  # of a store, a runner, or ours: nobody reads 50 lines to find the last one
+    except Exception as error:  # of a store, a runner, or a bug: one line instead of a traceback
         return _report_error(f"{type(error).__name__}: {error} (--verbose shows where)", 1, args)
 
 
@@ -66,7 +67,7 @@ def _run(args: argparse.Namespace) -> int:
             line = next(lines)
         except StopIteration as end:
             return int(end.value)
-        print(_harmless(line), flush=True)
+        print(_without_control_characters(line), flush=True)
 
 
 def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
@@ -75,7 +76,7 @@ def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
         traceback.print_exc()
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    print(f"mmbeam: {_harmless(_with_options(str(error), args))}", file=sys.stderr)
+    print(f"mmbeam: {_without_control_characters(_with_options(str(error), args))}", file=sys.stderr)
     return status
 
 
@@ -85,69 +86,69 @@ def _with_options(message: str, args: argparse.Namespace) -> str:
     return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 
-def _harmless(text: str) -> str:
-    """Without control characters: keys and names of shards come from strangers and go to a terminal."""
+def _without_control_characters(text: str) -> str:
+    """Return `text` fit for a terminal: keys and names of shards come from untrusted input."""
     return "".join(char if char.isprintable() or char in "\n\t" else "\N{REPLACEMENT CHARACTER}" for char in text)
 
 
 @contextmanager
-def _interrupt_ends_it() -> Iterator[None]:
-    """While this lasts, Ctrl-C ends the process at once, and not when the units that are being worked on are done.
+def _exit_on_interrupt() -> Iterator[None]:
+    """End the process on Ctrl-C immediately, without finishing the units in progress.
 
-    Nothing is lost by it: a unit is committed whole or not at all. A thread of its own waits for the
-    signal, because the main one may be in a runner's code that lets no handler run for seconds.
+    That loses nothing: a unit is committed whole or not at all. A separate thread waits for the signal, because the
+    main thread may be in a runner's code that runs no signal handler for seconds.
     """
     before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:  # a shell's background job, say, is not to be interrupted
+    if before is signal.SIG_IGN:  # a background job of a shell, for example
         yield
         return
-    told, teller = socket.socketpair()
-    teller.setblocking(False)
+    receiver, sender = socket.socketpair()
+    sender.setblocking(False)
     signal.signal(signal.SIGINT, _interrupted)
-    woken = signal.set_wakeup_fd(teller.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_wait_for_interrupt, args=(told,), name="mmbeam-interrupt", daemon=True).start()
+    previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
+    threading.Thread(target=_wait_for_interrupt, args=(receiver,), name="mmbeam-interrupt", daemon=True).start()
     try:
         yield
     finally:
-        signal.set_wakeup_fd(woken)
+        signal.set_wakeup_fd(previous_fd)
         signal.signal(signal.SIGINT, before)
-        teller.close()
+        sender.close()
 
 
-def _wait_for_interrupt(told: socket.socket) -> None:
-    """End the process when the number of SIGINT comes; return when the other end is closed."""
-    with told:
-        while number := told.recv(1):
+def _wait_for_interrupt(receiver: socket.socket) -> None:
+    """End the process when the number of SIGINT arrives; return when the other end is closed."""
+    with receiver:
+        while number := receiver.recv(1):
             if number[0] == signal.SIGINT:
                 _interrupted()
 
 
 def _interrupted(*_: object) -> None:
-    cluster = " (a cluster goes on with its job until it is cancelled there)" if _has_runner() else ""
-    os.write(2, f"{_clear_line()}mmbeam: interrupted; the same command again does the rest{cluster}\n".encode())
-    with suppress(OSError):  # one that is gone by now
-        for child in _children():  # a job server, say, which would outlive this process
+    cluster = " (a job on a cluster continues until it is cancelled there)" if _names_runner() else ""
+    os.write(2, f"{_clear_line()}mmbeam: interrupted. Run the same command again to resume{cluster}\n".encode())
+    with suppress(OSError):  # a child may have ended
+        for child in _children():  # a job server, for example, would outlive this process
             os.kill(child, signal.SIGTERM)
     os._exit(INTERRUPTED)
 
 
-def _has_runner() -> bool:
-    """Whether the command named one, which may be another machine's."""
+def _names_runner() -> bool:
+    """Return whether the command names a runner; it may run on other machines."""
     return any(arg.partition("=")[0] == "--runner" for arg in sys.argv)
 
 
 def _children() -> list[int]:
-    """The processes that this one has started, where the system tells."""
-    return [int(pid) for each in Path("/proc/self/task").glob("*/children") for pid in each.read_text().split()]
+    """Return the child processes of this one; none if the system has no /proc."""
+    return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
 
 
 def _clear_line() -> str:
-    """What removes a progress line that may stand on the terminal."""
+    """Return the characters that clear a progress line on a terminal."""
     return "\r\x1b[K" if os.isatty(2) else ""
 
 
 def _set_up_logging(verbose: bool) -> None:
-    """mmbeam's own messages to stderr; the libraries' only with --verbose: what fails, mmbeam says itself."""
+    """Log mmbeam's messages to stderr, and those of libraries only with --verbose: mmbeam reports failures itself."""
     level = logging.INFO if verbose else logging.CRITICAL
     line = f"{_clear_line()}%(levelname)s %(name)s: %(message)s"
     logging.basicConfig(format=line, level=level, stream=sys.stderr)

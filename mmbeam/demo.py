@@ -1,14 +1,14 @@
-"""The demo: a small corpus, captioned and embedded in one pass by the shipped model, and a look at what came out.
+"""The demo: a small corpus, and a look at what one pass of the shipped model made of it.
 
-Offline and on the CPU, in some ten seconds. Everything it makes is made anew each time.
+Everything is made anew each time, offline and on the CPU. Not here: the job itself, which commands/demo.py runs.
 """
 
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import closing
 from dataclasses import replace
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -22,138 +22,140 @@ from mmbeam.corpus.scene import COLOURS
 from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import UsageError
 from mmbeam.features.schema import widths_of
-from mmbeam.jobs.caption import CaptionOptions, caption
-from mmbeam.models.placement import compute_on_one_thread
-from mmbeam.names import MODALITIES, SHIPPED_MODEL
+from mmbeam.names import MODALITIES
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.readers.windows import read_batches
-from mmbeam.report.sketch import sketch_audio, sketch_image
-from mmbeam.report.summary import summary_text
-from mmbeam.types import Needs, Sample
+from mmbeam.types import ImageHWC, Needs, Sample, Waveform
 
 SAMPLES, SHARDS = 48, 4
-SEED = 11  # neither training nor selection of the shipped model has seen these scenes
-RATE = 16000  # Hz: of the sounds that are written
+SEED = 11  # of scenes used neither to train nor to select the shipped model
+RATE = 16000  # Hz, of the sounds in the corpus
 SHOWN = 3  # samples and neighbours
+SHADES = " ░▒▓█"  # of a spectrogram, from silence to full scale
+RANGE = 4.0  # powers of ten below full scale that are drawn
+LOWEST = 60.0  # Hz
 
 Row = Mapping[str, Any]
 
 
-def run_demo(directory: Path) -> Iterator[str]:
-    """Make the demo in `directory`, and say line by line what is done.
+def make_corpus(directory: Path) -> Path:
+    """Write the demo's shards under `directory` and return their folder.
 
-    Raises UsageError if the directory holds something else.
+    Raise UsageError if the directory holds something else.
     """
-    shards, output = directory / "shards", directory / "captions"
+    shards = directory / "shards"
     if directory.exists() and any(directory.iterdir()) and not shards.is_dir():
         raise UsageError(f"{directory}: expected an empty directory or that of an earlier demo; name another one")
-    paths = write_corpus(shards, samples=SAMPLES, shards=SHARDS, seed=SEED, rate=RATE)
-    yield f"Made a corpus of {SAMPLES} samples: {shards}/corpus-{{00000..{len(paths) - 1:05d}}}.tar"
-    yield "  each a picture (jpg, png, webp), a sound (wav, flac, ogg, mp3), a text and a JSON that says what they show"
-    compute_on_one_thread()
-    yield "Captions and embeddings of all of it, in one pass, by the small fusion model that ships with mmbeam:"
-    report = caption(
-        CaptionOptions(
-            input=(f"{shards}/corpus-*.tar",),
-            output=str(output),
-            model=SHIPPED_MODEL,
-            explain=True,
-            with_embeddings=True,
-            device="cpu",
-            overwrite=True,
-        )
-    )
-    yield from (f"  {line}" for line in summary_text(report, str(output)).splitlines())
-    yield from _look(paths[0], output / "data")
-    yield from _what_next(shards, output)
+    write_corpus(shards, samples=SAMPLES, shards=SHARDS, seed=SEED, rate=RATE)
+    return shards
 
 
-def _look(shard: Path, data: Path) -> Iterator[str]:
-    """The Parquet, read back: columns, captions beside what they are of, neighbours."""
-    table = ds.dataset(data).to_table().sort_by("key")
+def describe_rows(shards: Path, output: Path) -> Iterator[str]:
+    """Yield lines on what the job wrote: its columns, captions beside their samples, nearest neighbours."""
+    table = ds.dataset(output / "data").to_table().sort_by("key")
     rows: list[Row] = table.to_pylist()
-    yield f"\n{len(rows)} rows in {len(list(data.glob('*.parquet')))} Parquet files. Their columns:"
+    yield f"\n{len(rows)} rows in {len(list((output / 'data').glob('*.parquet')))} Parquet files, with these columns:"
     widths = widths_of(table.schema)
     for column in table.schema:
+        kind = f"list of {column.type.value_type}" if pa.types.is_list(column.type) else str(column.type)
         width = f", {widths[column.name]} each" if column.name in widths else ""
-        yield f"  {column.name:<26} {_type_name(column.type)}{width}"
+        yield f"  {column.name:<26} {kind}{width}"
+
     by_key = {row["key"]: row for row in rows}
     letters = ", ".join(f"{name[0].upper()} {name}" for name in ("red", "green", "blue"))
-    yield f"\nThe first {SHOWN}. Left the picture ({letters}, ...), right the sound, low notes below:"
-    for sample in _first_samples(shard):
-        yield from _side_by_side(sample, by_key[sample.key])
-    right = sum(row["caption"] == json.loads(row["metadata"])["caption"] for row in rows)
-    yield f"{right} of {len(rows)} captions are exactly what the corpus's own JSON says is true."
-    yield from _meaning(rows)
-
-
-def _type_name(kind: pa.DataType) -> str:
-    return f"list of {kind.value_type}" if pa.types.is_list(kind) else str(kind)
-
-
-def _first_samples(shard: Path) -> Sequence[Sample]:
-    """The first samples of a shard, decoded as a job decodes them."""
-    unit = replace(plan_units(list_shards([str(shard)]), [])[0], limit=SHOWN)
+    yield f"\nThe first {SHOWN} samples. Left the image ({letters}, ...), right the spectrogram of the sound:"
+    unit = replace(plan_units(list_shards([str(sorted(shards.glob("*.tar"))[0])]), [])[0], limit=SHOWN)
     needs = Needs(modalities=frozenset(("image", "audio")), sampling_rates=frozenset((RATE,)))
     with closing(read_batches(unit, Reading(), needs, Windows())) as batches:
-        return [sample for batch in batches for sample in batch.samples]
+        for sample in (sample for batch in batches for sample in batch.samples):
+            yield from _side_by_side(sample, by_key[sample.key])
+    correct = sum(row["caption"] == json.loads(row["metadata"])["caption"] for row in rows)
+    yield f"{correct} of {len(rows)} captions equal the true caption in the corpus's JSON."
+
+    scenes = [json.loads(row["metadata"]) for row in rows]
+    colours = [{shape["colour"] for shape in scene["shapes"]} for scene in scenes]
+    pitches = [{scene["sound"]["pitch"]} for scene in scenes]
+    yield "\nNearest neighbours by embedding:"
+    for modality, labels, shared in (("image", colours, "a colour"), ("audio", pitches, "the pitch")):
+        nearest = nearest_neighbours(np.array([row[f"{modality}_embedding"] for row in rows]))
+        yield f"  by {modality}_embedding:"
+        for index in range(SHOWN):
+            pair = (scenes[i]["clauses"][modality].removeprefix("with ") for i in (index, nearest[index]))
+            yield f"    {'  ->  '.join(pair)}"
+        pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
+        rates = [np.mean([bool(labels[i] & labels[j]) for i, j in some]) for some in (enumerate(nearest), pairs)]
+        yield f"    {rates[0]:.0%} of the neighbours share {shared}, of random pairs {rates[1]:.0%}"
+
+
+def describe_next_steps(shards: Path, output: Path) -> Iterator[str]:
+    """Yield lines with the demo's command, and with the Python that reads its rows."""
+    yield "\nThe same job from the command line; everything is committed, so it does nothing:"
+    yield f"  mmbeam caption --input {shlex.quote(f'{shards}/corpus-*.tar')} --explain --with-embeddings \\"
+    yield f"    --device cpu --output {shlex.quote(str(output))}"
+    yield "The rows, in Python:"
+    yield "  import pyarrow.dataset as ds"
+    yield f"  table = ds.dataset({str(output / 'data')!r}).to_table()"
 
 
 def _side_by_side(sample: Sample, row: Row) -> Iterator[str]:
-    picture = [] if sample.image is None else sketch_image(sample.image, COLOURS)
+    image = [] if sample.image is None else sketch_image(sample.image, COLOURS)
     sound = [] if sample.audio is None else sketch_audio(sample.audio.waves[RATE], RATE)
     yield f"  {sample.key}  text {row['text']!r}"
-    for left, right in zip_longest(picture, sound, fillvalue=""):
+    for left, right in zip_longest(image, sound, fillvalue=""):
         yield f"    {left}   |{right}|"
     yield f"    caption: {row['caption']}"
     parts = ", ".join(f"{modality} {row[f'caption_{modality}_attribution']:.0%}" for modality in MODALITIES)
     yield f"    attribution: {parts}; log-probability {row['caption_logprob']:.3f}"
 
 
-def _meaning(rows: Sequence[Row]) -> Iterator[str]:
-    """What is alike lies close together: the nearest neighbours, against the truth in the JSON."""
-    scenes = [json.loads(row["metadata"]) for row in rows]
-    yield "\nWhat is alike lies close together. Nearest neighbours:"
-    for modality, fact, of_scene in (
-        ("image", "they share a colour", _colours),
-        ("audio", "they share the pitch", _pitch),
-    ):
-        nearest = nearest_neighbours(np.array([row[f"{modality}_embedding"] for row in rows]))
-        yield f"  by {modality}_embedding:"
-        for index in range(SHOWN):
-            mine, other = (scenes[i]["clauses"][modality].removeprefix("with ") for i in (index, nearest[index]))
-            yield f"    {mine}  ->  {other}"
-        pairs = [(one, two) for one in range(len(rows)) for two in range(len(rows)) if one != two]
-        found, chance = (_share(scenes, some, of_scene) for some in (list(enumerate(nearest)), pairs))
-        yield f"    {found:.0%} of the time {fact}; of random pairs it is {chance:.0%}"
-
-
 def nearest_neighbours(vectors: npt.NDArray[np.float64]) -> list[int]:
-    """For each of the vectors [count, dim] the number of the nearest other one, by cosine."""
+    """Return for each of `vectors`, [count, width], the index of the nearest other one by cosine similarity."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    likeness = unit @ unit.T
-    np.fill_diagonal(likeness, -np.inf)
-    return [int(index) for index in likeness.argmax(1)]
+    similarity = unit @ unit.T
+    np.fill_diagonal(similarity, -np.inf)
+    return [int(index) for index in similarity.argmax(1)]
 
 
-def _colours(scene: Row) -> set[str]:
-    return {shape["colour"] for shape in scene["shapes"]}
+def sketch_image(image: ImageHWC, colours: Mapping[str, tuple[int, int, int]], rows: int = 12) -> list[str]:
+    """Draw an image, uint8 [H, W, 3], as `rows` lines with a letter per cell for the nearest of `colours`.
+
+    Cells clearly darker than the darkest colour are background, drawn as a dot.
+    """
+    height, width = image.shape[:2]
+    columns = max(1, round(2 * rows * width / height))
+    names, table = _letters(colours), np.array(list(colours.values()), float)
+    ys, xs = (((np.arange(n) + 0.5) * size / n).astype(int) for n, size in ((rows, height), (columns, width)))
+    cells = image[ys][:, xs].astype(float)
+    nearest = np.abs(cells[:, :, None] - table).sum(-1).argmin(-1)
+    dark = cells.max(-1) < 0.8 * table.max(-1).min()
+    return [
+        "".join("." if shadow else names[colour] for colour, shadow in zip(*line, strict=True))
+        for line in zip(nearest, dark, strict=True)
+    ]
 
 
-def _pitch(scene: Row) -> set[str]:
-    return {scene["sound"]["pitch"]}
+def _letters(names: Iterable[str]) -> list[str]:
+    """Return for each name its first letter that no earlier name uses."""
+    taken: list[str] = []
+    for name in names:
+        taken.append(next((letter for letter in name.upper() if letter not in taken), "?"))
+    return taken
 
 
-def _share(scenes: Sequence[Row], pairs: Sequence[tuple[int, int]], of_scene: Callable[[Row], set[str]]) -> float:
-    """The share of pairs that have something in common."""
-    return float(np.mean([bool(of_scene(scenes[one]) & of_scene(scenes[two])) for one, two in pairs]))
+def sketch_audio(wave: Waveform, rate: int, rows: int = 12, columns: int = 32) -> list[str]:
+    """Draw a sound, float32 [frames], as a spectrogram of `rows` lines: time to the right, frequency upwards.
 
-
-def _what_next(shards: Path, output: Path) -> Iterator[str]:
-    yield "\nThe same job by hand; since all of it is done, it will say so at once:"
-    yield f"  mmbeam caption --input {shlex.quote(f'{shards}/corpus-*.tar')} --explain --with-embeddings \\"
-    yield f"    --device cpu --output {shlex.quote(str(output))}"
-    yield "The rows, in Python:"
-    yield "  import pyarrow.dataset as ds"
-    yield f"  table = ds.dataset({str(output / 'data')!r}).to_table()"
+    Rows divide the range from 60 Hz to half the rate evenly in octaves. Each shade is a power of ten; the darkest is
+    that of a sine at full scale.
+    """
+    size = 1 << max(6, (len(wave) // columns * 2).bit_length() - 1)
+    padded = np.pad(wave, (size // 2, size))
+    starts = (np.arange(columns) * len(wave) / columns).astype(int)
+    frames = np.stack([padded[start : start + size] for start in starts]) * np.hanning(size)
+    power = np.abs(np.fft.rfft(frames)) ** 2 / (size / 4) ** 2  # 1 is a sine of full scale
+    edges = np.geomspace(LOWEST, rate / 2, rows + 1) * size / rate
+    bands = [power[:, int(a) : max(int(a) + 1, int(b))].max(1) for a, b in pairwise(edges)]
+    level = (np.log10(np.maximum(np.array(bands), 1e-12)) + RANGE) / RANGE * (len(SHADES) - 1)
+    shade = np.clip(np.ceil(level), 0, len(SHADES) - 1).astype(int)
+    return ["".join(SHADES[s] for s in line) for line in shade[::-1]]

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pyarrow.dataset as ds
 import pytest
@@ -13,9 +13,7 @@ import tiny_chat_models
 import tiny_generators_hub as hub
 from tiny_captioners import CAPTIONERS
 
-from mmbeam import config
 from mmbeam.cli import main
-from mmbeam.commands import caption as commands
 from mmbeam.config import Cleaning, Reading
 from mmbeam.decode.image import decode_image
 from mmbeam.errors import FailureRateError, MissingModalityError, RunMismatchError, UsageError
@@ -225,11 +223,6 @@ def test_prompts_are_filled_from_features_too(tmp_path: Path, chat: Path) -> Non
     assert dict(report.tally.outputs) == {"caption": 2}
     with pytest.raises(UsageError, match=r"the first 2 samples has \{metadata\[no\]\}; they have \{key\}, \{text\}"):
         run(tmp_path, chat, rows, prompt="{metadata[no]}", output=str(tmp_path / "no"))
-
-
-def test_the_command_line_knows_what_the_job_knows() -> None:
-    assert commands.TASKS == config.TASKS == tuple(config.COLUMN_OF)
-    assert get_args(config.Engine) == commands.ENGINES
 
 
 def test_the_command_line_asks(tmp_path: Path, chat: Path, capsys: pytest.CaptureFixture[str]) -> None:

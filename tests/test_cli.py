@@ -101,12 +101,12 @@ def check_refused(said: Said, status: int, *words: str) -> None:
 def test_a_good_run_says_what_it_did_on_stdout_and_nothing_on_stderr(embed: Mmbeam, tmp_path: Path) -> None:
     said = embed()
     assert (said.status, said.err) == (0, "")
-    assert said.out.startswith("units: 2 written\nsamples: 6 = 6 rows\nmade: 6 image_embedding, 6 text_embedding\n")
+    assert said.out.startswith("units: 2 written\nsamples: 6 = 6 rows\noutputs: 6 image_embedding, 6 text_embedding\n")
     assert said.out.endswith(f"rows: {tmp_path}/out/data/\n")
     assert ds.dataset(tmp_path / "out" / "data").count_rows() == 6
     again = embed()
     assert (again.status, again.err) == (0, "")
-    assert again.out.startswith("units: 0 written, 2 committed before\nsamples: 6 = 6 rows")
+    assert again.out.startswith("units: 0 written, 2 committed by an earlier run\nsamples: 6 = 6 rows")
 
 
 def test_every_option_reaches_the_job(embed: Mmbeam, clip: Path, clap: Path, tmp_path: Path) -> None:
@@ -143,7 +143,7 @@ def test_a_corrupt_picture_costs_one_record_and_not_the_job(embed: Mmbeam, tmp_p
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
     said = embed("--input", tmp_path / "in")
     assert (said.status, said.err) == (0, "")
-    assert "samples: 5 = 5 rows; 1 of the rows lost some of their outputs\n" in said.out
+    assert "samples: 5 = 5 rows; 1 rows lack some of their outputs\n" in said.out
     assert f"failures: 1 decode: DecodeError, for example 000002 of {tmp_path}/in/shard-000000.tar: " in said.out
     assert f"failure records: {tmp_path}/out/failures/\n" in said.out
     records = ds.dataset(tmp_path / "out" / "failures").to_table().to_pylist()
@@ -175,7 +175,8 @@ def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbea
 
 
 def test_no_shard_matches(embed: Mmbeam, tmp_path: Path) -> None:
-    check_refused(embed("--input", tmp_path / "none-*.tar"), 1, "no shard found", f"{tmp_path}/none-*.tar: no match")
+    pattern = tmp_path / "none-*.tar"
+    check_refused(embed("--input", pattern), 1, "no shard matches --input", f"{pattern}: no match")
     assert not (tmp_path / "out").exists()
 
 
@@ -274,10 +275,10 @@ def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
         (["--max-failure-rate", "nan"], ["expected a number from 0 to 1, found 'nan'"]),
         (["--device", "tpu"], ["--device: expected auto, cpu, cuda or cuda:N, found 'tpu'"]),
         (["--dtype", "int8"], ["--dtype: invalid choice: 'int8'"]),
-        (["--modalities", "image,smell"], ["'smell' is none of image, audio, text"]),
+        (["--modalities", "image,smell"], ["unknown modality 'smell'; expected image, audio, text"]),
         (["--where", "image_width >="], ["where", "invalid syntax"]),
         (["--where", "__import__('os')"], ["where"]),
-        (["--clean-text", "wash"], ["'wash' is unknown", "nfc"]),
+        (["--clean-text", "wash"], ["unknown text cleaning step 'wash'", "nfc"]),
         (["--image-filter", "median:2"], ["median:2", "odd"]),
         (["--model", "no-name!=x"], ["--model no-name!=x: 'no-name!' cannot prefix a column"]),
         (
@@ -286,7 +287,7 @@ def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
         ),
     ],
 )
-def test_arguments_that_cannot_be_meant(args: list[str], words: list[str], embed: Mmbeam, tmp_path: Path) -> None:
+def test_invalid_arguments(args: list[str], words: list[str], embed: Mmbeam, tmp_path: Path) -> None:
     check_refused(embed(*args), 2, *words)
     assert not (tmp_path / "out").exists()
 
@@ -317,10 +318,10 @@ def test_verbose_shows_the_traceback(embed: Mmbeam, tmp_path: Path) -> None:
     said = embed("--verbose", "--input", tmp_path / "none-*.tar")
     assert said.status == 1
     assert said.err.startswith("Traceback")
-    assert "\nmmbeam: no shard found" in said.err
+    assert "\nmmbeam: no shard matches --input" in said.err
 
 
-def test_what_nobody_foresaw_is_one_line_too(embed: Mmbeam) -> None:
+def test_an_unexpected_error_is_one_line_too(embed: Mmbeam) -> None:
     check_refused(embed("--runner=NoSuchRunner", "--shared-output"), 1, "NoSuchRunner")
 
 
@@ -359,9 +360,7 @@ def test_help_comes_at_once_and_imports_nothing_slow() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
-def test_an_interrupt_ends_it_at_once_and_the_same_command_does_the_rest(
-    mmbeam: Mmbeam, clip: Path, tmp_path: Path
-) -> None:
+def test_an_interrupt_ends_the_process_and_the_same_command_resumes(mmbeam: Mmbeam, clip: Path, tmp_path: Path) -> None:
     """A real SIGINT to a real process with stderr on a terminal, while two units are being worked on."""
     shards.make_webdataset(tmp_path / "in", shards.make_truths(120), shards=60)
     args = ["embed", "--input", tmp_path / "in", "--model", clip, "--output", tmp_path / "out", "--device", "cpu"]
@@ -378,14 +377,17 @@ def test_an_interrupt_ends_it_at_once_and_the_same_command_does_the_rest(
     shown = os.read(master, 1 << 16).decode()
     os.close(master)
     assert "\r\x1b[Kstarting" in shown
-    assert shown.endswith("\r\x1b[Kmmbeam: interrupted; the same command again does the rest\r\n")
+    assert shown.endswith("\r\x1b[Kmmbeam: interrupted. Run the same command again to resume\r\n")
     assert "Traceback" not in shown
     committed = len(list(data.glob("*.parquet")))
     assert 2 <= committed < 60
     before = signal.getsignal(signal.SIGINT)
     said = mmbeam(*args)
     assert (said.status, "mmbeam" in said.err) == (0, False)  # a slow machine shows progress
-    assert f"units: {60 - committed} written, {committed} committed before\nsamples: 120 = 120 rows\n" in said.out
+    assert (
+        f"units: {60 - committed} written, {committed} committed by an earlier run\nsamples: 120 = 120 rows\n"
+        in said.out
+    )
     assert signal.getsignal(signal.SIGINT) is before
 
 

@@ -226,12 +226,12 @@ def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path
     text = summary_text(runs.write_summary(run, reports, wall_seconds=4.0), str(tmp_path / "out"))
     assert text.splitlines()[:4] == [
         "units: 2 written, 7 FAILED",
-        "samples: 23 = 20 rows + 3 skipped (image_width >= 64); 4 of the rows lost some of their outputs",
-        "made: 16 image_embedding, 16 text_embedding",
-        "time: 4.0s, 5.8 samples/s, speed of light 75% (the share of the time in which the model computed)",
+        "samples: 23 = 20 rows + 3 skipped (image_width >= 64); 4 rows lack some of their outputs",
+        "outputs: 16 image_embedding, 16 text_embedding",
+        "time: 4.0s, 5.8 samples/s, model utilisation 75%",
     ]
-    assert "a unit's time: the model 7" in text
-    assert "2 samples have a key that came before in their shard" in text
+    assert "time per unit: model 7" in text
+    assert "2 samples repeat a key of their shard" in text
     assert "failures: 4 decode: DecodeError, for example 00000 of /shards/a-0.tar: truncated JPEG" in text
     assert f"failure records: {tmp_path}/out/failures/" in text
     assert "FAILED unit b-4: b-4.tar: is no tar\nFAILED: 2 more units" in text
@@ -250,14 +250,14 @@ def test_a_summary_of_a_run_that_found_all_done_is_short(tmp_path: Path) -> None
         model_utilisation=0.0,
     )
     assert summary_text(report, "memory://out/").splitlines() == [
-        "units: 0 written, 4 committed before",
+        "units: 0 written, 4 committed by an earlier run",
         "samples: 8 = 8 rows",
-        "made: 8 image_embedding",
+        "outputs: 8 image_embedding",
         f"rows: {Store('memory://out/')}/data/",
     ]
 
 
-def test_a_summary_of_workers_that_nobody_has_counted_gives_no_share(tmp_path: Path) -> None:
+def test_a_summary_of_an_unknown_number_of_workers_has_no_utilisation(tmp_path: Path) -> None:
     """Ten GPUs elsewhere compute for longer than the job takes."""
     run = make_run(str(tmp_path / "out"))
     runs.open_run(run)
@@ -265,8 +265,8 @@ def test_a_summary_of_workers_that_nobody_has_counted_gives_no_share(tmp_path: P
     assert report == runs.read_summary(run)
     extra = Tally(seconds={"compute": 75})
     text = "".join(summary_text(replace(report, tally=report.tally + extra), "memory://out/"))
-    assert "5.0 samples/s, the models of all workers computed for 1m15s" in text
-    assert "speed of light" not in text
+    assert "5.0 samples/s, model time of all workers 1m15s" in text
+    assert "model utilisation" not in text
 
 
 # The status
@@ -293,9 +293,9 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     text = "\n".join(status_text(output))
     assert f"run: {run.store}, fingerprint {run.fingerprint}\ntask: embed, float32 on cpu" in text
     assert "units: 4 planned, 1 committed, 1 FAILED, 2 to do" in text
-    assert "samples: 10 = 10 rows; 2 of the rows lost some of their outputs" in text
+    assert "samples: 10 = 10 rows; 2 rows lack some of their outputs" in text
     assert f"FAILED unit {units[1].id}: 1.tar: is no tar" in text
-    assert "The job is at work, or was interrupted" in text
+    assert "The job is running or was interrupted" in text
     runs.stop(run, "too many failures")
     text = "\n".join(status_text(output))
     assert text.endswith("STOPPED: too many failures")
@@ -332,7 +332,7 @@ def test_inspect_says_what_shards_hold(tmp_path: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=1)
     text = "\n".join(inspect_text([str(tmp_path / "in")], FieldMap()))
     assert "keys: 000000, 000001, 000002" in text
-    assert "fields, of all 4 samples:" in text
+    assert "fields of all 4 samples:" in text
     assert "modalities: audio, image, text" in text
     (tmp_path / "in" / "shard-000000.tar").write_bytes(bytes(1024))
-    assert list(inspect_text([str(tmp_path / "in")], FieldMap()))[-1] == "no samples in them"
+    assert list(inspect_text([str(tmp_path / "in")], FieldMap()))[-1] == "no samples"

@@ -1,7 +1,7 @@
-"""The commands of the command line, one module each: its arguments, and what it does.
+"""The commands, one module each: parsing and printing only.
 
-To add a command: write a module with ABOUT, `add_arguments` and `run`, and name it here. `run` yields the
-lines to show and returns the exit status. What is slow to import is imported in `run`.
+To add a command, write a module with ABOUT, `add_arguments` and `run`, and add its name to COMMANDS. `run` yields the
+lines to print and returns the exit status. Slow imports belong into `run`.
 """
 
 import argparse
@@ -16,24 +16,26 @@ COMMANDS = ("caption", "demo", "embed", "evaluate", "inspect", "status", "train"
 
 
 class Command(Protocol):
-    """What a module of this package has."""
+    """The interface of a module of this package."""
 
     ABOUT: str
 
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None: ...
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Add the arguments of the command."""
 
-    def run(self, args: argparse.Namespace) -> Generator[str, None, int]: ...
+    def run(self, args: argparse.Namespace) -> Generator[str, None, int]:
+        """Run the command: yield the lines to print, return the exit status."""
 
 
 def command(name: str) -> Command:
-    """The module of the command `name`."""
+    """Return the module of the command `name`."""
     return cast(Command, importlib.import_module(f"{__name__}.{name}"))
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The arguments, with the command's name in `command` and those left for Apache Beam in `beam_args`.
+    """Parse the arguments: the command's name is in `command`, those left for Apache Beam in `beam_args`.
 
-    Raises UsageError.
+    Raise UsageError for invalid arguments.
     """
     args, rest = _parser().parse_known_args(argv)
     if rest and not args.takes_beam_options:
@@ -43,7 +45,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 class _Parser(argparse.ArgumentParser):
-    """Says what is wrong with the arguments in one line."""
+    """Reports invalid arguments in one line, as UsageError."""
 
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
@@ -59,8 +61,8 @@ def _parser() -> _Parser:
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name in COMMANDS:
         module = command(name)
-        own = commands.add_parser(name, help=module.ABOUT, description=module.ABOUT, allow_abbrev=False)
-        own.add_argument("--verbose", action="store_true", help="log what the libraries say; tracebacks of errors")
-        own.set_defaults(takes_beam_options=False)
-        module.add_arguments(own)
+        subparser = commands.add_parser(name, help=module.ABOUT, description=module.ABOUT, allow_abbrev=False)
+        subparser.add_argument("--verbose", action="store_true", help="show logs of libraries and tracebacks")
+        subparser.set_defaults(takes_beam_options=False)
+        module.add_arguments(subparser)
     return parser

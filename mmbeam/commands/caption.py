@@ -1,63 +1,79 @@
-"""mmbeam caption."""
+"""The command `mmbeam caption`."""
 
 import argparse
 import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from mmbeam.commands.common import job_arguments, libraries_quiet, outcome, positive, share, shared_options
+from mmbeam.commands.common import fraction, job_arguments, libraries_quiet, outcome, positive, shared_options
 from mmbeam.errors import UsageError
+from mmbeam.names import ENGINES, SHIPPED_MODEL, TASKS
 
 if TYPE_CHECKING:
     from mmbeam.jobs.caption import CaptionOptions
 
 ABOUT = "Write a text about every sample: a caption, transcript, translation, summary or reply."
-TASKS = ("caption", "transcribe", "translate", "summarize", "dialogue")  # config.TASKS, whose imports take a while
-ENGINES = ("transformers", "vllm")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mmbeam caption`."""
     job_arguments(parser, features=True)
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="hub name with optional @revision, or a directory (default: the small fusion model of this package)",
+        help="hub name with optional @revision, or a directory (default: the fusion model that ships with mmbeam)",
     )
     parser.add_argument(
         "--engine",
         choices=ENGINES,
         default="transformers",
-        help="what runs the model: transformers, or vLLM where it is installed beside a GPU (default: transformers)",
+        help="library that runs the model; vllm must be installed, and needs a GPU (default: transformers)",
     )
-    parser.add_argument("--task", choices=TASKS, help="what is wanted (default: what the model is for)")
+    parser.add_argument("--task", choices=TASKS, help="task of the model (default: its own)")
     parser.add_argument(
         "--prompt",
         metavar="TEMPLATE",
-        help="how to ask for it, in place of the task's own words: 'What is this? Its title is {metadata[title]}.'; "
-        "{text}, {key}, {metadata[a][b]} are the sample's, {{ is a brace",
+        help="prompt instead of the task's own: 'What is this? Its title is {metadata[title]}.'; fields are "
+        "{text}, {key} and {metadata[a][b]}, and {{ is a brace",
     )
     parser.add_argument(
-        "--language", metavar="LANG", help="of the text that is wanted: German, de; to a Whisper the one that is spoken"
+        "--language",
+        metavar="LANG",
+        help="language of the generated text: German, de; for Whisper, the spoken language",
     )
-    parser.add_argument("--source-language", metavar="LANG", help="of the text to translate, for models that want it")
+    parser.add_argument(
+        "--source-language", metavar="LANG", help="language of the text to translate, for models that need it"
+    )
     parser.add_argument(
         "--explain", action="store_true", help="add each caption's attribution to image, audio and text"
     )
-    parser.add_argument("--with-embeddings", action="store_true", help="write the model's vectors as well")
-    decoding = parser.add_argument_group("decoding (default: the most likely token each time)")
+    parser.add_argument("--with-embeddings", action="store_true", help="also write the model's vectors")
+    decoding = parser.add_argument_group("decoding (default: greedy)")
     decoding.add_argument(
         "--max-new-tokens",
         type=positive,
         metavar="N",
-        help="of a text, or of each window of a Whisper (default: by the task, 64 for a caption)",
+        help="maximum length of a text, or of each window of Whisper (default: by task, 64 for a caption)",
     )
-    decoding.add_argument("--num-beams", type=positive, default=1, metavar="N", help="beam search of so many beams")
-    decoding.add_argument("--temperature", type=float, metavar="T", help="sample, at this temperature")
-    decoding.add_argument("--top-p", type=share, metavar="P", help="sample from the likeliest tokens of this much")
-    decoding.add_argument("--seed", type=int, metavar="S", help="of sampling (default: 0)")
+    decoding.add_argument(
+        "--num-beams",
+        type=positive,
+        default=1,
+        metavar="N",
+        help="number of beams of beam search (default: 1, greedy decoding)",
+    )
+    decoding.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature")
+    decoding.add_argument(
+        "--top-p",
+        type=fraction,
+        metavar="P",
+        help="nucleus sampling: sample from the smallest set of tokens with this probability",
+    )
+    decoding.add_argument("--seed", type=int, metavar="S", help="random seed of sampling (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    """Run the job, and yield its summary."""
     options = _options(args)
 
     from mmbeam.jobs.caption import prepare
@@ -71,10 +87,9 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 def _options(args: argparse.Namespace) -> "CaptionOptions":
     for name in ("top_p", "seed"):
         if args.temperature is None and getattr(args, name) is not None:
-            raise UsageError(f"--{name.replace('_', '-')} goes with sampling: give --temperature too")
+            raise UsageError(f"`{name}` needs sampling: pass `temperature` too")
 
     from mmbeam.jobs.caption import CaptionOptions
-    from mmbeam.names import SHIPPED_MODEL
     from mmbeam.prompts.ask import Decoding
     from mmbeam.prompts.template import parse_template
 

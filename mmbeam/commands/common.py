@@ -1,6 +1,6 @@
-"""What the commands share: argument groups and types, and the job options that come of them.
+"""Argument groups and types that the commands share, and the job options made from them.
 
-Nothing slow is imported before a job's options are made, so that --help and a bad argument are answered at once.
+Nothing slow is imported before the options are made, so that --help and an invalid argument are answered immediately.
 """
 
 import argparse
@@ -14,106 +14,108 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mmbeam.errors import UsageError
+from mmbeam.names import DTYPES, KINDS, MODALITIES
 
 if TYPE_CHECKING:
     from mmbeam.config import FieldMap
     from mmbeam.names import Modality
     from mmbeam.types import RunReport
 
-SOME_UNITS_FAILED = 3  # exit status: done, but run again to retry some units
-DTYPES = ("float32", "float16", "bfloat16")
+SOME_UNITS_FAILED = 3  # exit status: done, but some units failed
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> None:
-    """What every job over shards takes, or over `features` too, and Apache Beam's own options."""
+    """Add the arguments of every job over shards, or over `features` too, and accept Apache Beam's options."""
     parser.set_defaults(takes_beam_options=True)
-    parser.epilog = "Every Apache Beam pipeline option is taken as Beam spells it, --runner=FlinkRunner for example."
+    parser.epilog = "Every Apache Beam pipeline option is accepted as Beam spells it, for example --runner=FlinkRunner."
     input_arguments(parser, features)
     parser.add_argument("--output", required=True, metavar="DIR", help="directory or URL for the Parquet files")
-    run = parser.add_argument_group("how it runs")
+    run = parser.add_argument_group("execution")
     device_arguments(run)
     run.add_argument(
         "--workers",
         type=positive,
         default=1,
         metavar="N",
-        help="processes of this machine that share the work, each with a model of its own and its part of the cores or "
-        "of the GPUs (default: 1, which has them all)",
+        help="worker processes on this machine, each with its own copy of the model and its share of the cores or GPUs "
+        "(default: 1, with all of them)",
     )
-    run.add_argument("--limit", type=positive, metavar="N", help="the first N samples only, as one unit")
+    run.add_argument("--limit", type=positive, metavar="N", help="process only the first N samples, as one unit")
     run.add_argument(
         "--max-failure-rate",
-        type=share,
+        type=fraction,
         default=0.05,
         metavar="R",
-        help="stop when more than this share of the samples failed (default: 0.05)",
+        help="stop when more than this fraction of the samples failed (default: 0.05)",
     )
-    run.add_argument("--overwrite", action="store_true", help="delete what an earlier run wrote to the output")
-    run.add_argument("--retry-failures", action="store_true", help="do units that hold failed samples again")
+    run.add_argument("--overwrite", action="store_true", help="delete the results of an earlier run in --output first")
+    run.add_argument("--retry-failures", action="store_true", help="redo units that contain failed samples")
     run.add_argument(
-        "--shared-output", action="store_true", help="a local --output is the same directory on every worker"
+        "--shared-output", action="store_true", help="--output is a local directory that all workers share"
     )
     _cleaning_arguments(parser)
 
 
 def device_arguments(group: Group) -> None:
-    """Where a model runs, in which dtype, on how many samples at once."""
+    """Add the arguments for device, dtype and batch size."""
     group.add_argument(
         "--device",
         type=_device,
         default="auto",
         metavar="DEVICE",
-        help="auto, cpu, cuda or cuda:N (default: auto, the GPUs if there are any)",
+        help="auto, cpu, cuda or cuda:N (default: auto, all GPUs, or the CPU if there is none)",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="of the model (default: float32 on cpu, bfloat16 on cuda)")
-    group.add_argument(
-        "--batch-size", type=_batch_size, metavar="N", help="samples that the model gets at once (default: auto)"
-    )
+    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on cpu, bfloat16 on cuda)")
+    group.add_argument("--batch-size", type=_batch_size, metavar="N", help="samples per model batch (default: auto)")
 
 
 def input_arguments(parser: argparse.ArgumentParser, features: bool = False) -> None:
-    """The shards, and which of their fields is what."""
+    """Add the arguments for shards and their fields."""
     group = parser.add_argument_group("input")
     group.add_argument(
         "--input",
         action="append",
         required=True,
         metavar="SHARDS_OR_FEATURES" if features else "SHARDS",
-        help="glob, brace range, list file, directory; local or any fsspec URL; may be repeated"
-        + ("; features are what `mmbeam embed` wrote: its output, or Parquet files" if features else ""),
+        help="path, glob, brace range, list file or directory; local or any fsspec URL; may be repeated"
+        + ("; features are an output of `mmbeam embed`, or Parquet files of it" if features else ""),
     )
     field_arguments(group)
 
 
 def field_arguments(parser: Group) -> None:
-    """Which field is the image, audio, text, metadata."""
-    for kind in ("image", "audio", "text", "metadata"):
+    """Add the arguments that name the field of each kind."""
+    for kind in KINDS:
         parser.add_argument(
-            f"--{kind}-field", metavar="FIELD", help=f"the field that is the {kind} (default: by extension)"
+            f"--{kind}-field", metavar="FIELD", help=f"field that holds the {kind} (default: by extension)"
         )
 
 
 def _cleaning_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("cleaning")
     group.add_argument(
-        "--clean-text", metavar="STEPS", help="of nfc,nfkc,control,markup,whitespace,lower, done in the order given"
+        "--clean-text",
+        metavar="STEPS",
+        help="steps from nfc,nfkc,control,markup,whitespace,lower, applied in this order",
     )
     group.add_argument(
         "--where",
         action="append",
         default=[],
         metavar="EXPR",
-        help="keep a sample only if it holds: 'image_width >= 64'",
+        help="keep a sample only if the expression is true, for example 'image_width >= 64'; may be repeated",
     )
-    group.add_argument("--image-filter", metavar="median:SIDE|gaussian:SIGMA", help="filter pictures on the device")
+    group.add_argument("--image-filter", metavar="median:SIDE|gaussian:SIGMA", help="filter images on the device")
     group.add_argument(
-        "--draft", action="store_true", help="decode large JPEGs at a fraction: faster, not the same pixels"
+        "--draft",
+        action="store_true",
+        help="decode large JPEGs at a fraction of their size: faster, but with other pixels",
     )
 
 
 def positive(text: str) -> int:
-    """The type of a count."""
+    """Parse a positive integer (argument type)."""
     if not (text.isascii() and text.isdecimal() and int(text)):
         raise argparse.ArgumentTypeError(f"expected a whole number of at least 1, found {text!r}")
     return int(text)
@@ -123,8 +125,8 @@ def _batch_size(text: str) -> int | None:
     return None if text == "auto" else positive(text)
 
 
-def share(text: str) -> float:
-    """The type of a number from 0 to 1."""
+def fraction(text: str) -> float:
+    """Parse a number from 0 to 1 (argument type)."""
     try:
         value = float(text)
     except ValueError:
@@ -141,17 +143,17 @@ def _device(text: str) -> str:
 
 
 def fields_of(args: argparse.Namespace) -> "FieldMap":
-    """The fields that --image-field and its kin name."""
+    """Return the fields that --image-field, --audio-field, --text-field and --metadata-field name."""
     from mmbeam.config import FieldMap
 
     return FieldMap(image=args.image_field, audio=args.audio_field, text=args.text_field, metadata=args.metadata_field)
 
 
 def shared_options(args: argparse.Namespace) -> dict[str, Any]:
-    """What `job_arguments` took, as the fields of JobOptions. Raises UsageError."""
+    """Return the arguments of `job_arguments` as fields of JobOptions. Raise UsageError."""
     from mmbeam.config import Cleaning, Reading
 
-    check_url("--output", args.output)
+    check_url("`output`", args.output)
     _check_beam(args.beam_args)
     steps = tuple(args.clean_text.split(",")) if args.clean_text else ()
     cleaning = Cleaning(text=steps, where=tuple(args.where), image_filter=args.image_filter)
@@ -173,24 +175,22 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def modalities_of(text: str | None) -> "tuple[Modality, ...] | None":
-    """The modalities of --modalities. Raises UsageError for a name that is none."""
-    from mmbeam.names import MODALITIES
-
+    """Parse the modalities of --modalities. Raise UsageError for an unknown one."""
     if text is None:
         return None
-    asked = text.split(",")
-    for name in asked:
+    names = text.split(",")
+    for name in names:
         if name not in MODALITIES:
-            raise UsageError(f"--modalities {text}: {name!r} is none of {', '.join(MODALITIES)}")
-    return tuple(modality for modality in MODALITIES if modality in asked)
+            raise UsageError(f"`modalities` {text}: unknown modality {name!r}; expected {', '.join(MODALITIES)}")
+    return tuple(modality for modality in MODALITIES if modality in names)
 
 
 def outcome(report: "RunReport | None", output: str) -> Generator[str, None, int]:
-    """What to show of a job at its end, or of one that nobody waits for; the exit status."""
+    """Yield the summary of a job, or a note if the command did not wait for its end. Return the exit status."""
     from mmbeam.report.summary import summary_text
 
     if report is None:
-        yield f"Handed over, and not waited for: `mmbeam status {output}` shows how far it is."
+        yield f"Submitted, without waiting for the end. `mmbeam status {output}` shows its progress."
         return 0
     yield summary_text(report, output)
     return SOME_UNITS_FAILED if report.units_failed else 0
@@ -198,9 +198,9 @@ def outcome(report: "RunReport | None", output: str) -> Generator[str, None, int
 
 @contextmanager
 def libraries_quiet(verbose: bool) -> Iterator[None]:
-    """Drop what libraries print on stderr past all logging: Beam a traceback of 90 lines for each error of a step.
+    """Discard what libraries print on stderr without logging it, such as Beam's traceback of each error of a step.
 
-    mmbeam's log and its progress line hold the stream itself, and go on.
+    mmbeam's own log and progress line hold the stream itself and are not affected.
     """
     if verbose:
         yield
@@ -210,7 +210,7 @@ def libraries_quiet(verbose: bool) -> Iterator[None]:
 
 
 def check_url(name: str, url: str) -> None:
-    """Raise UsageError for a URL that no installed package opens."""
+    """Raise UsageError if no installed package opens `url`."""
     from fsspec.core import url_to_fs
 
     from mmbeam.readers.paths import public_path, public_text
@@ -222,12 +222,12 @@ def check_url(name: str, url: str) -> None:
 
 
 def _check_beam(args: Sequence[str]) -> None:
-    """Raise UsageError for an argument that Apache Beam refuses; argparse, which Beam asks, would end the process."""
+    """Raise UsageError for an argument that Apache Beam refuses; Beam's argparse would end the process."""
     from mmbeam.jobs.options import pipeline_options
 
-    said = io.StringIO()
+    message = io.StringIO()
     try:
-        with redirect_stderr(said):
+        with redirect_stderr(message):
             pipeline_options(args)
     except SystemExit as error:
-        raise UsageError(said.getvalue().strip().rpartition("error: ")[2]) from error
+        raise UsageError(message.getvalue().strip().rpartition("error: ")[2]) from error

@@ -1,4 +1,4 @@
-"""mmbeam demo."""
+"""The command `mmbeam demo`."""
 
 import argparse
 from collections.abc import Generator
@@ -6,16 +6,39 @@ from pathlib import Path
 
 from mmbeam.commands.common import libraries_quiet
 
-ABOUT = "Make a small corpus, embed it and show the result; offline, no GPU."
+ABOUT = "Make a small corpus, caption and embed it, and show the result; offline, no GPU."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("directory", nargs="?", default="demo", metavar="DIR", help="where to put it (default: demo)")
+    """Add the arguments of `mmbeam demo`."""
+    parser.add_argument(
+        "directory", nargs="?", default="demo", metavar="DIR", help="directory for corpus and result (default: demo)"
+    )
 
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
-    from mmbeam.demo import run_demo
+    """Run the demo, and yield the lines to show."""
+    from mmbeam.demo import SAMPLES, SHARDS, describe_next_steps, describe_rows, make_corpus
+    from mmbeam.jobs.caption import CaptionOptions, caption
+    from mmbeam.models.placement import compute_on_one_thread
+    from mmbeam.report.summary import summary_text
 
+    output = Path(args.directory, "captions")
     with libraries_quiet(args.verbose):
-        yield from run_demo(Path(args.directory))
+        shards = make_corpus(Path(args.directory))
+        yield f"Made a corpus of {SAMPLES} samples: {shards}/corpus-{{00000..{SHARDS - 1:05d}}}.tar"
+        yield "  Each has an image (jpg, png, webp), a sound (wav, flac, ogg, mp3), a text, and a JSON with the truth."
+        yield "Captioning and embedding it in one pass, with the small fusion model that ships with mmbeam:"
+        compute_on_one_thread()
+        options = CaptionOptions(
+            input=(f"{shards}/corpus-*.tar",),
+            output=str(output),
+            explain=True,
+            with_embeddings=True,
+            device="cpu",
+            overwrite=True,
+        )
+        yield from (f"  {line}" for line in summary_text(caption(options), str(output)).splitlines())
+        yield from describe_rows(shards, output)
+        yield from describe_next_steps(shards, output)
     return 0

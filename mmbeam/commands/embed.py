@@ -1,4 +1,4 @@
-"""mmbeam embed."""
+"""The command `mmbeam embed`."""
 
 import argparse
 import sys
@@ -12,14 +12,16 @@ from mmbeam.commands.common import (
     outcome,
     shared_options,
 )
+from mmbeam.names import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from mmbeam.jobs.embed import EmbedOptions
 
-ABOUT = "Embed every sample of the shards and write one Parquet row each."
+ABOUT = "Embed every sample of the shards, and write one Parquet row per sample."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mmbeam embed`."""
     job_arguments(parser)
     parser.add_argument(
         "--model",
@@ -28,12 +30,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="hub name with optional @revision, or a directory; NAME prefixes its columns; may be repeated "
         "(default: the small fusion model that ships with mmbeam)",
     )
-    parser.add_argument("--modalities", metavar="LIST", help="of image,audio,text (default: all the models encode)")
-    parser.add_argument("--tokens", action="store_true", help="keep the sequence of token or patch features as well")
-    parser.add_argument("--float16", action="store_true", help="store vectors as float16 (Spark cannot read it)")
+    parser.add_argument(
+        "--modalities", metavar="LIST", help="subset of image,audio,text (default: all that the models encode)"
+    )
+    parser.add_argument("--tokens", action="store_true", help="also write the sequence of token or patch vectors")
+    parser.add_argument("--float16", action="store_true", help="store vectors as float16 (Spark cannot read them)")
 
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    """Run the job, and yield its summary."""
     options = _options(args)
 
     from mmbeam.jobs.embed import prepare
@@ -47,7 +52,6 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 def _options(args: argparse.Namespace) -> "EmbedOptions":
     from mmbeam.config import ModelRef
     from mmbeam.jobs.embed import EmbedOptions
-    from mmbeam.names import SHIPPED_MODEL
 
     modalities = modalities_of(args.modalities)
     return EmbedOptions(

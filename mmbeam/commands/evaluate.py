@@ -1,4 +1,4 @@
-"""mmbeam evaluate."""
+"""The command `mmbeam evaluate`."""
 
 import argparse
 from collections.abc import Generator, Iterator, Mapping
@@ -6,33 +6,34 @@ from typing import Any
 
 from mmbeam.commands.common import check_url, libraries_quiet
 
-ABOUT = "Measure what a run wrote: texts against references, retrieval between modalities, linear probes."
-_TEXT_WIDTH = 100  # characters of a text that are shown
+ABOUT = "Evaluate the output of a run: texts against references, retrieval between modalities, linear probes."
+_TEXT_WIDTH = 100  # characters shown of a text
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mmbeam evaluate`."""
     parser.set_defaults(takes_beam_options=True)
     parser.epilog = (
-        "With neither --reference nor --label it measures retrieval. Apache Beam's own options are taken as Beam "
-        "spells them, --runner=FlinkRunner for example."
+        "Without --reference and --label it measures retrieval. Every Apache Beam pipeline option is accepted as Beam "
+        "spells it, for example --runner=FlinkRunner."
     )
     parser.add_argument("run", metavar="OUT", help="the --output of a job")
     parser.add_argument(
         "--reference",
         metavar="FIELD",
-        help="what the text should be: an entry of the metadata, or a column; a string or a list of strings",
+        help="the true text: an entry of the metadata or a column; a string or a list of strings",
     )
     parser.add_argument(
         "--references",
         metavar="FILE",
-        help="take references from a Parquet, JSON lines, CSV or TSV file with `key` and FIELD (default: reference)",
+        help="read references from a Parquet, JSON lines, CSV or TSV file with `key` and FIELD (default: reference)",
     )
-    parser.add_argument("--column", metavar="NAME", help="the text to measure (default: the one that was generated)")
+    parser.add_argument("--column", metavar="NAME", help="column of text to evaluate (default: the generated one)")
     parser.add_argument(
         "--metrics",
         metavar="LIST",
-        help="of chrf,bleu,rouge,cider,exact_match (the default), and wer,cer (for transcripts); the worst samples "
-        "are those by the first",
+        help="from chrf,bleu,rouge,cider,exact_match (the default) and wer,cer (for transcripts); the first ranks the "
+        "worst samples",
     )
     parser.add_argument(
         "--retrieval",
@@ -41,14 +42,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LEFT:RIGHT",
         help="two columns of vectors, or `all` for all pairs of one model; may be repeated",
     )
-    parser.add_argument("--label", metavar="FIELD", help="fit a linear classifier of it to each column of vectors")
-    parser.add_argument("--output", metavar="DIR", help="where the results go (default: OUT/_mmbeam)")
+    parser.add_argument("--label", metavar="FIELD", help="fit a linear classifier for FIELD on each column of vectors")
+    parser.add_argument("--output", metavar="DIR", help="directory for the results (default: OUT/_mmbeam)")
 
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    """Evaluate, and yield the tables."""
     from mmbeam.jobs.evaluate import EvaluateOptions, evaluate
 
-    for name, url in (("OUT", args.run), ("--output", args.output), ("--references", args.references)):
+    for name, url in (("OUT", args.run), ("`output`", args.output), ("`references`", args.references)):
         if url is not None:
             check_url(name, url)
     options = EvaluateOptions(
@@ -69,9 +71,9 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
 
 def result_text(result: Mapping[str, Any]) -> Iterator[str]:
-    """The tables of an evaluation, the worst samples among them, and where all of it is."""
+    """Yield the tables of an evaluation, its worst samples, and the path of the full report."""
     if result["failed_samples"]:
-        yield f"warning: {result['failed_samples']:,} samples failed in the run, have no row, and are not measured"
+        yield f"warning: {result['failed_samples']:,} samples failed in the run; they have no row and are not evaluated"
     if "text" in result:
         yield from _texts(result["text"])
     if result["retrieval"]:
@@ -86,13 +88,13 @@ def _texts(text: Mapping[str, Any]) -> Iterator[str]:
     parts = [f"{text['scored']:,} scored", *(f"{text[name]:,} {label}" for name, label in lost if text[name])]
     yield f"{text['column']}: {text['rows']:,} rows = {' + '.join(parts)}; {text['references']:,} references"
     if text["unused_keys"]:
-        yield f"warning: {text['unused_keys']:,} keys of the references are in no row"
+        yield f"warning: {text['unused_keys']:,} keys of the references match no row"
     if text["empty"]:
         yield f"warning: {text['empty']:,} texts are empty"
     if text["foreign"] and "rouge" in text["metrics"]:
-        yield f"warning: ROUGE sees only a-z and 0-9, which the references of {text['foreign']:,} rows lack; see chrf"
+        yield f"warning: ROUGE needs words of a-z and 0-9; the references of {text['foreign']:,} rows lack them"
     yield from (f"  {name:<12} {score:8.4f}" for name, score in text["scores"].items())
-    yield f"the worst by {text['metrics'][0]}:"
+    yield f"worst by {text['metrics'][0]}:"
     for worst in text["worst"]:
         yield f"  {abs(worst['badness']):8.4f}  {worst['key']} of {worst['shard']}"
         yield f"    {text['column']}: {_short(worst['hypothesis'])}"
@@ -100,34 +102,34 @@ def _texts(text: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _short(text: str) -> str:
-    """One line of it."""
+    """Return the text on one line, cut to _TEXT_WIDTH characters."""
     line = " ".join(text.split())
     return line if len(line) <= _TEXT_WIDTH else f"{line[:_TEXT_WIDTH]}..."
 
 
-def _retrieval(found: list[dict[str, Any]]) -> Iterator[str]:
+def _retrieval(results: list[dict[str, Any]]) -> Iterator[str]:
     yield f"{'retrieval':<44} {'rows':>9}   R@1   R@5  R@10  median    MRR"
-    for each in found:
-        ways = ((each["left"], each["right"], "left_to_right"), (each["right"], each["left"], "right_to_left"))
+    for result in results:
+        ways = ((result["left"], result["right"], "left_to_right"), (result["right"], result["left"], "right_to_left"))
         for query, answer, way in ways:
-            scores = each[way]
+            scores = result[way]
             recalls = " ".join(f"{scores[f'recall@{cutoff}']:5.3f}" for cutoff in (1, 5, 10))
             yield (
-                f"{f'{query} -> {answer}':<44} {each['rows']:>9,} {recalls} {scores['median_rank']:7,.1f} "
+                f"{f'{query} -> {answer}':<44} {result['rows']:>9,} {recalls} {scores['median_rank']:7,.1f} "
                 f"{scores['mrr']:6.4f}"
             )
-        if each["left_out"]:
-            yield f"  {each['left_out']:,} rows lack one of the two and are left out"
+        if result["left_out"]:
+            yield f"  {result['left_out']:,} rows lack one of the two"
 
 
-def _probes(found: list[dict[str, Any]]) -> Iterator[str]:
+def _probes(results: list[dict[str, Any]]) -> Iterator[str]:
     names = ("accuracy", "majority", "precision", "recall", "f1", "auc")
     header = " ".join(f"{name:>9}" for name in ("classes", "test rows", *names))
-    yield f"{'probe of ' + found[0]['label']:<30} {header}"
-    for each in found:
-        scores = " ".join("        -" if each[name] is None else f"{each[name]:9.4f}" for name in names)
-        yield f"{each['embedding']:<30} {each['classes']:>9,} {each['test_rows']:>9,} {scores}"
-        if each["left_out"]:
-            yield f"  {each['left_out']:,} rows have no label or no vector and are left out"
-        if not each["converged"]:
-            yield "  warning: the solver came to its limit of steps before it converged"
+    yield f"{'probe of ' + results[0]['label']:<30} {header}"
+    for result in results:
+        scores = " ".join("        -" if result[name] is None else f"{result[name]:9.4f}" for name in names)
+        yield f"{result['embedding']:<30} {result['classes']:>9,} {result['test_rows']:>9,} {scores}"
+        if result["left_out"]:
+            yield f"  {result['left_out']:,} rows lack a label or a vector"
+        if not result["converged"]:
+            yield "  warning: the solver reached its step limit before converging"

@@ -1,19 +1,21 @@
-"""mmbeam inspect."""
+"""The command `mmbeam inspect`."""
 
 import argparse
 from collections.abc import Generator
 
 from mmbeam.commands.common import field_arguments, fields_of
 
-ABOUT = "Show what the first samples of the shards hold."
+ABOUT = "Show the contents of shards, from their first samples."
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("shards", nargs="+", metavar="SHARDS")
+    """Add the arguments of `mmbeam inspect`."""
+    parser.add_argument("shards", nargs="+", metavar="SHARDS", help="path, glob, brace range, list file or directory")
     field_arguments(parser)
 
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    """Yield a description of the shards."""
     from mmbeam.report.inspect import inspect_text
 
     yield from inspect_text(args.shards, fields_of(args))

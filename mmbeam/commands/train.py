@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from mmbeam.commands.common import field_arguments, fields_of, modalities_of, positive, share
+from mmbeam.commands.common import field_arguments, fields_of, fraction, modalities_of, positive
 
 if TYPE_CHECKING:
     from mmbeam.training.options import TrainOptions
@@ -128,10 +128,14 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="default: adamw")
     group.add_argument("--weight-decay", type=_number, default=0.01, metavar="W", help="default: 0.01")
     group.add_argument("--clip-norm", type=_number, default=1.0, metavar="N", help="of gradients (default: 1)")
-    group.add_argument("--dropout", type=share, default=0.1, metavar="P", help="default: 0.1")
-    group.add_argument("--label-smoothing", type=share, default=0.0, metavar="P", help="default: 0")
+    group.add_argument("--dropout", type=fraction, default=0.1, metavar="P", help="default: 0.1")
+    group.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="P", help="default: 0")
     group.add_argument(
-        "--modality-dropout", type=share, default=0.15, metavar="P", help="of each modality of a sample (default: 0.15)"
+        "--modality-dropout",
+        type=fraction,
+        default=0.15,
+        metavar="P",
+        help="per modality of a sample (default: 0.15)",
     )
     group.add_argument(
         "--loss-weight",

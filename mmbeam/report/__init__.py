@@ -1,1 +1,1 @@
-"""What a person sees of a run: its progress while it works and its summary at the end."""
+"""Text about a run: its inputs before, its progress during, its status and summary after."""

@@ -1,4 +1,4 @@
-"""What shards hold, from their first samples: for `mmbeam inspect` and for the probe before a job."""
+"""The contents of shards, from their first samples: for `mmbeam inspect`, and to check a job's options."""
 
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -13,61 +13,62 @@ from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader
 from mmbeam.types import RawSample, Sample, Shard
 
-PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # enough to see what a corpus is made of, little enough to be quick
+PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # representative of most corpora, and read in a second
 
 
 @dataclass
 class Probe:
-    """What the first samples of the first shards hold."""
+    """The contents of the first samples of the first shards."""
 
     samples: int = 0
-    fields: Counter[str] = field(default_factory=Counter)  # samples that hold a field
-    kinds: dict[str, str] = field(default_factory=dict)  # what is made of a field
+    fields: Counter[str] = field(default_factory=Counter)  # samples, by field
+    kinds: dict[str, str] = field(default_factory=dict)  # kind, by field that a job would read
     keys: list[str] = field(default_factory=list)
-    first: list[Sample] = field(default_factory=list)  # their metadata, and whether they have a text; if asked for
-    whole: bool = True  # whether that was all there is
+    first: list[Sample] = field(default_factory=list)  # with metadata, and an empty text for any text; on request
+    whole: bool = True  # these samples are the whole input
 
     @property
     def modalities(self) -> frozenset[Modality]:
+        """The modalities that any of the samples has."""
         return frozenset(modality for modality in MODALITIES if modality in self.kinds.values())
 
 
 def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = None, metadata: bool = False) -> Probe:
-    """Read the headers of the first samples, and their metadata if that is asked for.
+    """Read the headers of the first samples, and with `metadata` their JSON.
 
-    A shard that cannot be read is its unit's affair; ShardError is raised if there is no other.
+    A shard that cannot be read is skipped: its unit will fail. Raise ShardError if none can be read.
     """
-    found = Probe(whole=len(shards) <= PROBED_SHARDS)
+    result = Probe(whole=len(shards) <= PROBED_SHARDS)
     broken: list[ShardError] = []
     for shard in shards[:PROBED_SHARDS]:
         try:
-            _look_into(shard, found, fields, limits or Limits(), metadata)
+            _probe_shard(shard, result, fields, limits or Limits(), metadata)
         except ShardError as error:
             broken.append(error)
     if len(broken) == len(shards):
         raise broken[0]
-    return found
+    return result
 
 
-def _look_into(shard: Shard, found: Probe, fields: FieldMap, limits: Limits, metadata: bool) -> None:
+def _probe_shard(shard: Shard, result: Probe, fields: FieldMap, limits: Limits, metadata: bool) -> None:
     def wanted(name: str) -> bool:
         return metadata and fields.kind(name) == "metadata"
 
     with open_shard(shard) as stream:
         for count, raw in enumerate(TarReader(stream, shard.path, wanted, limits), 1):
-            found.samples += 1
-            found.keys.append(raw.key)
-            found.fields.update(raw.fields)
-            found.kinds |= {name: kind for kind, name in fields.choose(raw.fields).items()}
+            result.samples += 1
+            result.keys.append(raw.key)
+            result.fields.update(raw.fields)
+            result.kinds |= {name: kind for kind, name in fields.choose(raw.fields).items()}
             if metadata:
-                found.first.append(_sketch(raw, fields, limits))
+                result.first.append(_without_media(raw, fields, limits))
             if count == PROBED_SAMPLES:
-                found.whole = False
+                result.whole = False
                 break
 
 
-def _sketch(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
-    """The sample with its metadata, if they are whole, and with an empty text if it has one."""
+def _without_media(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
+    """Return the sample with its metadata, if they are valid, and an empty text if it has a text."""
     chosen = fields.choose(raw.fields)
     try:
         data = raw.members.get(chosen.get("metadata", ""))
@@ -79,17 +80,17 @@ def _sketch(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
 
 
 def inspect_text(patterns: Sequence[str], fields: FieldMap) -> Iterator[str]:
-    """Lines that say how many shards there are and what their first samples hold."""
+    """Yield lines on the number of shards and the contents of their first samples."""
     shards = list_shards(patterns)
     sizes = [shard.size for shard in shards if shard.size is not None]
     known = "" if len(sizes) == len(shards) else f" ({len(shards) - len(sizes):,} of unknown size)"
     yield f"shards: {len(shards):,}, {sum(sizes) / 1e6:,.1f} MB{known}"
-    found = probe(shards, fields)
-    if not found.samples:
-        yield "no samples in them"
+    contents = probe(shards, fields)
+    if not contents.samples:
+        yield "no samples"
         return
-    yield f"keys: {', '.join(found.keys[:3])}, ..."
-    yield f"fields, of {'all' if found.whole else 'the first'} {found.samples:,} samples:"
-    for name, count in found.fields.most_common():
-        yield f"  {name:<20} in {count:>4}  {found.kinds.get(name, '-')}"
-    yield "modalities: " + (", ".join(sorted(found.modalities)) or "none")
+    yield f"keys: {', '.join(contents.keys[:3])}, ..."
+    yield f"fields of {'all' if contents.whole else 'the first'} {contents.samples:,} samples:"
+    for name, count in contents.fields.most_common():
+        yield f"  {name:<20} in {count:>4}  {contents.kinds.get(name, '-')}"
+    yield "modalities: " + (", ".join(sorted(contents.modalities)) or "none")

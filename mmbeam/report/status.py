@@ -1,4 +1,4 @@
-"""How far the run in an output is, for `mmbeam status`. It reads; nothing is written."""
+"""The status of the run in an output, for `mmbeam status`. Read-only."""
 
 import json
 from collections.abc import Iterator, Mapping
@@ -14,9 +14,9 @@ from mmbeam.types import Tally
 
 
 def status_text(output: str) -> Iterator[str]:
-    """Lines on the run in `output`: what it does, units and samples so far, what failed, what stopped it.
+    """Yield lines on the run in `output`: its configuration, units and samples so far, failures, why it stopped.
 
-    Raises JobError if the output holds no run.
+    Raise JobError if the output holds no run.
     """
     run = runs.find_run(output)
     yield f"run: {run.store}, fingerprint {run.fingerprint}"
@@ -39,11 +39,11 @@ def status_text(output: str) -> Iterator[str]:
     if reason is not None:
         yield f"STOPPED: {reason}"
     if left and reason is None:
-        yield "The job is at work, or was interrupted: the same command again goes on from what is committed."
+        yield "The job is running or was interrupted. To resume it, run the same command again."
 
 
 def _configuration(run: Run) -> Iterator[str]:
-    """The task, the models, and what differs from a plain run of them."""
+    """Yield the task, the models, and the options that differ from the defaults."""
     configuration, recorded = run.configuration, run.recorded
     task, dtype, device = configuration.get("task"), configuration.get("dtype"), recorded.get("device")
     yield f"task: {task}, {dtype} on {device}"
@@ -53,19 +53,19 @@ def _configuration(run: Run) -> Iterator[str]:
         yield f"model: {name} = {model} ({family}: {modalities})"
     cleaning = configuration.get("reading", {}).get("cleaning", {})
     choices: Mapping[str, Any] = {"limit": configuration.get("limit"), **cleaning}
-    made = {name: value for name, value in choices.items() if value}
-    if made:
-        yield f"options: {json.dumps(made, ensure_ascii=False)[1:-1]}"
+    changed = {name: value for name, value in choices.items() if value}
+    if changed:
+        yield f"options: {json.dumps(changed, ensure_ascii=False)[1:-1]}"
 
 
 def _planned(run: Run, known: set[str]) -> int:
-    """How many units there are; a run with --limit has one, planned or not yet."""
+    """Return the number of units. A run with a limit has one, even before it is planned."""
     ids = {str(unit["id"]) for unit in runs.load_plan(run)} | known
     return len(ids) or int(run.configuration.get("limit") is not None)
 
 
 def _failed(run: Run, done: set[str]) -> dict[str, str]:
-    """Why units that are not committed have failed, by unit."""
+    """Return the reasons of failed units that are not committed, by unit."""
     names = [name for name in run.store.list("failures") if name.endswith("-failed.parquet")]
     units = {name.removeprefix("part-").removesuffix("-failed.parquet"): name for name in names}
     return {
