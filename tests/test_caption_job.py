@@ -136,9 +136,7 @@ def test_every_sample_of_real_shards_gets_its_caption(tmp_path: Path, fusion: Pa
 @pytest.mark.parametrize(
     "decoding", [GREEDY, replace(GREEDY, num_beams=3), replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)]
 )
-def test_captions_are_the_same_whatever_the_batches_windows_and_shards(
-    tmp_path: Path, fusion: Path, decoding: Decoding
-) -> None:
+def test_captions_do_not_depend_on_batches_windows_and_shards(tmp_path: Path, fusion: Path, decoding: Decoding) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(10), shards=1)
     run(tmp_path, fusion, tmp_path / "in", decoding=decoding)
     run(
@@ -156,7 +154,7 @@ def test_captions_are_the_same_whatever_the_batches_windows_and_shards(
         assert a["caption_logprob"] == pytest.approx(b["caption_logprob"], abs=1e-3)
 
 
-def test_bad_input_costs_what_is_bad_and_nothing_else(tmp_path: Path, fusion: Path) -> None:
+def test_bad_input_costs_only_its_own_records(tmp_path: Path, fusion: Path) -> None:
     hostile = shards.make_hostile(tmp_path / "in")
     report = run(tmp_path, fusion, tmp_path / "in" / "*.tar", max_failure_rate=1.0)
     assert conserved(report)
@@ -169,7 +167,7 @@ def test_bad_input_costs_what_is_bad_and_nothing_else(tmp_path: Path, fusion: Pa
             assert ((name, truth.key) in failed) == bool(truth.bad)
 
 
-def test_one_failure_of_the_model_is_one_record_and_is_tried_again_when_asked(
+def test_one_failure_of_the_model_is_one_record_and_is_retried_on_request(
     tmp_path: Path, fusion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truths = shards.make_truths(8)
@@ -214,7 +212,7 @@ def test_the_same_command_again_does_only_what_is_not_committed(
         run(tmp_path, fusion, tmp_path / "in", decoding=replace(GREEDY, num_beams=2))
 
 
-def test_embeddings_and_captions_come_in_one_pass(tmp_path: Path, fusion: Path) -> None:
+def test_embeddings_and_captions_are_made_in_one_pass(tmp_path: Path, fusion: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(6), shards=1)
     report = run(tmp_path, fusion, tmp_path / "in", with_embeddings=True)
     run(tmp_path, fusion, tmp_path / "in", output=str(tmp_path / "captions"))
@@ -234,7 +232,7 @@ def test_embeddings_and_captions_come_in_one_pass(tmp_path: Path, fusion: Path) 
             np.testing.assert_allclose(row[name], expected[name], atol=1e-5)
 
 
-def test_what_no_sample_has_is_an_error(tmp_path: Path, fusion: Path) -> None:
+def test_modalities_absent_from_all_samples_are_an_error(tmp_path: Path, fusion: Path) -> None:
     truths = [replace(truth, members={"json": truth.members["json"]}) for truth in shards.make_truths(4)]
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
     with pytest.raises(MissingModalityError, match="no image and no audio and no text"):
@@ -242,7 +240,7 @@ def test_what_no_sample_has_is_an_error(tmp_path: Path, fusion: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_cleaning_is_of_the_text_and_selects(tmp_path: Path, fusion: Path) -> None:
+def test_cleaning_applies_to_the_text_and_where_selects(tmp_path: Path, fusion: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(6), shards=1)
     cleaning = Cleaning(text=("lower",), where=("metadata['index'] < 4",), image_filter="median:3")
     report = run(tmp_path, fusion, tmp_path / "in", reading=Reading(cleaning=cleaning))
@@ -250,7 +248,7 @@ def test_cleaning_is_of_the_text_and_selects(tmp_path: Path, fusion: Path) -> No
     assert all(row["text_clean"] == row["text"].lower() for row in rows_of(tmp_path))
 
 
-def test_the_transforms_make_what_the_command_makes(tmp_path: Path, fusion: Path) -> None:
+def test_the_transforms_write_the_same_as_the_command(tmp_path: Path, fusion: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(6), shards=2)
     stage = generate_stage(str(fusion), decoding=GREEDY)
     record = caption_run(str(tmp_path / "out"), stage)
@@ -276,9 +274,7 @@ def test_the_transforms_make_what_the_command_makes(tmp_path: Path, fusion: Path
 # From features
 
 
-def test_features_give_the_captions_that_the_model_makes_of_them(
-    tmp_path: Path, of_features: Path, embedded: Path
-) -> None:
+def test_captions_of_features_equal_the_models_own(tmp_path: Path, of_features: Path, embedded: Path) -> None:
     report = run(tmp_path, of_features, embedded, explain=True, max_failure_rate=1.0)
     assert report.units_written == 3
     assert conserved(report)
@@ -305,7 +301,9 @@ def test_features_give_the_captions_that_the_model_makes_of_them(
     assert failure["message"] == "image_embedding was lost when the features were made"
 
 
-def test_features_are_resumed_and_added_to_like_shards(tmp_path: Path, of_features: Path, embedded: Path) -> None:
+def test_jobs_on_features_resume_and_extend_like_jobs_on_shards(
+    tmp_path: Path, of_features: Path, embedded: Path
+) -> None:
     shutil.copytree(embedded / "data", tmp_path / "in")
     held_back = sorted((tmp_path / "in").glob("*.parquet"))[-1]
     aside = held_back.rename(tmp_path / held_back.name)
@@ -324,7 +322,7 @@ def test_features_are_resumed_and_added_to_like_shards(tmp_path: Path, of_featur
     assert (report.units_kept, report.units_failed) == (2, 1)
 
 
-def test_a_feature_that_is_no_number_is_one_failure(tmp_path: Path, of_features: Path, embedded: Path) -> None:
+def test_a_feature_with_nan_is_one_failure(tmp_path: Path, of_features: Path, embedded: Path) -> None:
     path = sorted((embedded / "data").glob("*.parquet"))[0]
     rows = pq.read_table(path).to_pylist()
     rows[1]["image_embedding"][3] = float("nan")
@@ -372,7 +370,7 @@ def test_rows_without_any_of_the_models_features_are_an_error(
         run(tmp_path, of_features, f"{tmp_path}/in/*.parquet")
 
 
-def test_a_model_of_texts_reads_them_from_rows_too(tmp_path: Path, embedded: Path) -> None:
+def test_a_text_model_reads_texts_from_rows_too(tmp_path: Path, embedded: Path) -> None:
     model = save_fusion(
         tmp_path / "text", {"text": {"modality": "text", "kind": "transformer", "layers": 1, "max_tokens": 16}}
     )
@@ -424,7 +422,7 @@ def test_options_that_contradict_each_other_are_usage_errors(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_pipeline_is_the_same_program() -> None:
+def test_the_pipeline_file_runs_the_same_program() -> None:
     script = Path(__file__).parents[1] / "pipelines" / "caption.py"
     done = subprocess.run([sys.executable, script, "--seed", "1"], capture_output=True, text=True)
     assert done.returncode == 2

@@ -144,7 +144,7 @@ def test_one_process_per_machine_with_two_threads_and_a_gpu(home: Path, tmp_path
 
 
 @pytest.mark.parametrize("task", JOBS)
-def test_nothing_large_is_sent(home: Path, tmp_path: Path, task: str) -> None:
+def test_the_job_description_is_small(home: Path, tmp_path: Path, task: str) -> None:
     job = described(JOBS[task][0](home, tmp_path))
     proto = job.proto_pipeline
     sizes = {each.unique_name: len(each.spec.payload) for each in proto.components.transforms.values()}
@@ -157,7 +157,7 @@ def test_nothing_large_is_sent(home: Path, tmp_path: Path, task: str) -> None:
     assert Path(sent.path).stat().st_size < LARGE
 
 
-def test_100_000_units_stay_small(home: Path, tmp_path: Path) -> None:
+def test_the_description_of_100_000_units_is_small(home: Path, tmp_path: Path) -> None:
     """Below the 10 MB that Dataflow takes, with etags of which none compresses."""
     job = replace(embed_job(home, tmp_path), units=tuple(make_unit(number) for number in range(100_000)))
     assert len(described(job).proto_pipeline.SerializeToString()) < 10_000_000
@@ -172,7 +172,7 @@ def make_unit(number: int) -> WorkUnit:
     )
 
 
-def test_what_a_user_says_goes_before_the_defaults() -> None:
+def test_a_users_options_override_the_defaults() -> None:
     args = [*ON_DATAFLOW, "--number_of_worker_harness_threads=7", "--experiments=a", "--experiments=b"]
     debug = pipeline_options(args).view_as(DebugOptions)
     assert debug.number_of_worker_harness_threads == 7
@@ -187,7 +187,7 @@ def test_what_a_user_says_goes_before_the_defaults() -> None:
 
 
 @pytest.mark.parametrize("option", ["--template_location=gs://b/t", "--dry_run=True", "--no_wait_until_finish"])
-def test_such_a_launch_gives_no_report(home: Path, tmp_path: Path, option: str) -> None:
+def test_a_launch_without_waiting_has_no_report(home: Path, tmp_path: Path, option: str) -> None:
     assert not is_waited_for([*ON_DATAFLOW, option])
     assert is_waited_for(ON_DATAFLOW)
     job = embed_job(home, tmp_path, beam_args=(*ON_DATAFLOW, option))
@@ -195,7 +195,9 @@ def test_such_a_launch_gives_no_report(home: Path, tmp_path: Path, option: str) 
         job.execute()
 
 
-def test_it_hands_the_job_over_and_says_so(home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_launch_without_waiting_submits_the_job_and_prints_so(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     arguments = ["embed", "--input", str(home / "in"), "--output", str(tmp_path), "--model", str(home / "clip")]
     assert main([*arguments, "--device=cuda", "--shared-output", *DRY]) == 0
     assert "not waited for" in capsys.readouterr().out
@@ -203,7 +205,7 @@ def test_it_hands_the_job_over_and_says_so(home: Path, tmp_path: Path, capsys: p
     assert len(runs.load_plan(embed_job(home, tmp_path).run)) == 3
 
 
-def test_it_cannot_hold_the_lock_of_retry_failures(home: Path, tmp_path: Path) -> None:
+def test_a_launch_without_waiting_cannot_retry_failures(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="`retry_failures` holds a lock"):
         embed_job(home, tmp_path, retry_failures=True).start()
 
@@ -224,7 +226,7 @@ def launcher() -> ModuleType:
     return module
 
 
-def test_the_metadata_are_what_dataflow_publishes_as_their_schema() -> None:
+def test_the_metadata_match_dataflows_schema() -> None:
     """Read strictly into the message of Dataflow's own API, which refuses a name or a value that it does not know."""
     text = (DEPLOY / "metadata.json").read_text()
     read = TemplateMetadata.from_json(text, ignore_unknown_fields=False)
@@ -265,7 +267,7 @@ def value_of(parameter: dict[str, Any]) -> str:
 
 
 @pytest.mark.parametrize("parameter", metadata().values(), ids=metadata().keys())
-def test_a_parameters_pattern_takes_what_its_option_takes(parameter: dict[str, Any]) -> None:
+def test_a_parameters_pattern_matches_the_values_of_its_option(parameter: dict[str, Any]) -> None:
     for pattern in parameter.get("regexes", []):
         assert re.fullmatch(pattern, value_of(parameter))
         assert not re.fullmatch(pattern, "")
@@ -296,19 +298,19 @@ def caption_only() -> tuple[str, ...]:
     return tuple(name for name, each in metadata().items() if each.get("groupName") == "Captions")
 
 
-def test_what_the_launcher_adds_goes_to_beam() -> None:
+def test_options_that_the_launcher_adds_go_to_beam() -> None:
     added = ["--runner=DataflowRunner", "--template_location=gs://b/t", "--requirements_cache_only_sources"]
     assert launcher().command_line(["--input=a", *added, "--output=b"]) == ["embed", "--input=a", "--output=b", *added]
 
 
-def test_what_the_launcher_adds_that_beam_does_not_know_is_left_out(capsys: pytest.CaptureFixture[str]) -> None:
+def test_options_unknown_to_beam_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
     """A user's parameters Dataflow checks by the metadata; what it adds of its own must not end each launch."""
     given = ["--input=a", "--some_new_option=1", "--output=b", "--num_workers=2"]
     assert launcher().command_line(given) == ["embed", "--input=a", "--output=b", "--num_workers=2"]
     assert capsys.readouterr().err == "dropped --some_new_option: not an option of Beam\n"
 
 
-def test_several_models_are_for_embedding_alone() -> None:
+def test_only_embed_takes_several_models() -> None:
     given = ["--input=a", "--model=b,c", "--output=d"]
     assert launcher().command_line(given) == ["embed", "--input=a", "--model=b", "--model=c", "--output=d"]
     assert launcher().command_line([*given, "--command=caption"]) == ["caption", *given]

@@ -69,7 +69,7 @@ def conserved(report: RunReport) -> bool:
     return tally.samples == tally.rows + tally.failed + sum(tally.skipped.values())
 
 
-def test_real_shards_of_every_make_become_rows_with_the_reference_models_vectors(tmp_path: Path, clip: Path) -> None:
+def test_real_shards_of_every_format_become_rows_with_the_reference_models_vectors(tmp_path: Path, clip: Path) -> None:
     """Tars by tar, by webdataset and in img2dataset's layout; every codec; text in many scripts."""
     made = [
         shards.make_tar_command(tmp_path / "in" / "tar", shards.make_truths(9)),
@@ -112,7 +112,7 @@ def reference_image(model: CLIPModel, processor: Any, jpeg: bytes) -> list[float
     return [float(number) for number in torch.nn.functional.normalize(vector, dim=0)]
 
 
-def test_bad_input_costs_what_is_bad_and_nothing_else(tmp_path: Path, clip: Path) -> None:
+def test_bad_input_costs_only_its_own_records(tmp_path: Path, clip: Path) -> None:
     """Corrupt pictures, a cut tar, no tar at all, hostile names, a pickle: each sample found is accounted for."""
     hostile = shards.make_hostile(tmp_path / "in")
     report = run(tmp_path, clip, tmp_path / "in" / "*.tar", max_failure_rate=1.0)
@@ -204,9 +204,7 @@ def test_a_limited_run_keeps_its_shards_and_notices_that_one_has_changed(tmp_pat
 
 
 @pytest.mark.parametrize("where", [(), ("image_width > 10_000",)])
-def test_a_unit_may_end_with_an_empty_window_or_hold_nothing_at_all(
-    tmp_path: Path, clip: Path, where: tuple[str, ...]
-) -> None:
+def test_a_unit_may_end_with_an_empty_window_or_be_empty(tmp_path: Path, clip: Path, where: tuple[str, ...]) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(14), shards=1)  # twice the window
     (tmp_path / "in" / "nothing.tar").write_bytes(bytes(1024))
     report = run(tmp_path, clip, tmp_path / "in", reading=Reading(cleaning=Cleaning(where=where)))
@@ -215,7 +213,7 @@ def test_a_unit_may_end_with_an_empty_window_or_hold_nothing_at_all(
     assert conserved(report)
 
 
-def test_bad_arguments_are_found_before_anything_is_overwritten(tmp_path: Path, clip: Path) -> None:
+def test_bad_arguments_are_refused_before_anything_is_overwritten(tmp_path: Path, clip: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=1)
     run(tmp_path, clip, tmp_path / "in")
     with pytest.raises(UsageError, match="--typo"):
@@ -223,7 +221,7 @@ def test_bad_arguments_are_found_before_anything_is_overwritten(tmp_path: Path, 
     assert len(rows_of(tmp_path)) == 4
 
 
-def test_when_one_unit_raises_the_others_end_soon_and_its_error_comes_out_as_it_was(
+def test_when_one_unit_raises_the_others_end_soon_and_its_error_is_raised_unchanged(
     tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(80), shards=20)
@@ -243,7 +241,7 @@ def test_when_one_unit_raises_the_others_end_soon_and_its_error_comes_out_as_it_
     assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
 
 
-def test_an_error_ahead_of_the_first_window_comes_out_as_it_was(
+def test_an_error_before_the_first_window_is_raised_unchanged(
     tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(20), shards=10)
@@ -262,7 +260,7 @@ def test_models_need_different_names(tmp_path: Path, clip: Path) -> None:
         run(tmp_path, clip, tmp_path / "in", models=models)
 
 
-def test_where_skips_by_name_and_cleaning_keeps_the_text_as_it_was(tmp_path: Path, clip: Path) -> None:
+def test_where_names_its_skips_and_cleaning_keeps_the_original_text(tmp_path: Path, clip: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(15), shards=1)
     cleaning = Cleaning(text=("nfc", "whitespace", "lower"), where=("image_width >= 80", "metadata['index'] != 7"))
     report = run(tmp_path, clip, tmp_path / "in", reading=Reading(cleaning=cleaning))
@@ -311,7 +309,7 @@ def test_one_models_failure_on_a_sample_costs_only_its_column(
     assert (record["outputs"], record["row"], record["message"]) == (["clip_image_embedding"], True, "too wide for me")
 
 
-def test_a_device_error_ends_the_attempt_and_blames_no_sample(
+def test_a_device_error_ends_the_attempt_and_is_no_failure_of_a_sample(
     tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch, fresh_devices: None
 ) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(30), shards=3)
@@ -343,7 +341,7 @@ def fresh_devices() -> Iterator[None]:
     process.reset()
 
 
-def test_too_many_failures_stop_the_job_and_say_why(tmp_path: Path, clip: Path) -> None:
+def test_too_many_failures_stop_the_job_with_a_reason(tmp_path: Path, clip: Path) -> None:
     truths = shards.make_truths(150)
     bad = [replace(truth, members={"jpg": b"\xff\xd8 no picture"}, text=None) for truth in truths[::2]]
     mixed = [truth for pair in zip(bad, truths[1::2], strict=True) for truth in pair]
@@ -355,7 +353,7 @@ def test_too_many_failures_stop_the_job_and_say_why(tmp_path: Path, clip: Path) 
     assert (report.tally.failed, report.tally.rows) == (75, 75)
 
 
-def test_failed_samples_are_tried_again_when_asked(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_samples_are_retried_on_request(tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(10), shards=2)
     real = ClipEncoder.encode_image
 
@@ -375,7 +373,7 @@ def test_failed_samples_are_tried_again_when_asked(tmp_path: Path, clip: Path, m
     assert all(row["image_embedding"] for row in rows_of(tmp_path))
 
 
-def test_a_modality_that_is_nowhere_is_an_error(tmp_path: Path, clip: Path, clap: Path) -> None:
+def test_a_modality_absent_from_all_samples_is_an_error(tmp_path: Path, clip: Path, clap: Path) -> None:
     truths = [replace(truth, members={"txt": truth.members["txt"]}) for truth in shards.make_truths(4)]
     shards.make_webdataset(tmp_path / "in", truths)
     with pytest.raises(MissingModalityError, match="no image"):
@@ -387,7 +385,7 @@ def test_a_modality_that_is_nowhere_is_an_error(tmp_path: Path, clip: Path, clap
     assert dict(report.tally.outputs) == {"image_embedding": 0, "text_embedding": 4}
 
 
-def test_tokens_and_float16_are_stored_as_asked(tmp_path: Path, clip: Path) -> None:
+def test_tokens_and_float16_are_stored_on_request(tmp_path: Path, clip: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(5), shards=1)
     run(tmp_path, clip, tmp_path / "in", tokens=True, vector_type="float16")
     table = ds.dataset(tmp_path / "out" / "data").to_table()

@@ -128,7 +128,7 @@ def run_embed(known: Known, output: Path, arguments: list[str]) -> "subprocess.C
 # What is not there
 
 
-def test_a_worker_pool_that_is_not_there_is_named_before_anything_is_written(
+def test_an_absent_worker_pool_is_named_before_anything_is_written(
     known: Known, prism: list[str], tmp_path: Path
 ) -> None:
     """Where the runner is of this machine, so that its `localhost` is ours."""
@@ -137,7 +137,7 @@ def test_a_worker_pool_that_is_not_there_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_worker_pool_that_only_the_runner_can_look_for_is_named_when_the_job_fails(
+def test_an_absent_worker_pool_of_the_runner_is_named_when_the_job_fails(
     known: Known, job_service: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(JobError, match=r"no worker pool answers at localhost:\d+ .*the same command again"):
@@ -166,13 +166,15 @@ def test_a_cluster_that_does_not_answer_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_server_that_is_no_flink_is_told_apart(worker_pool: list[str]) -> None:
+def test_a_server_that_is_not_flink_is_named(worker_pool: list[str]) -> None:
     address = worker_pool[1].partition("=")[2]
     with pytest.raises(JobError, match=f"no Flink answers at http://{address}"):
         check_cluster(["--runner=FlinkRunner", f"--flink_master={address}"])
 
 
-def test_an_interrupt_ends_what_the_command_has_started(known: Known, prism: list[str], tmp_path: Path) -> None:
+def test_an_interrupt_ends_the_processes_that_the_command_started(
+    known: Known, prism: list[str], tmp_path: Path
+) -> None:
     command = [sys.executable, "-m", "mmbeam", "embed", "--input", str(known.root / "in"), "--output", str(tmp_path)]
     command += ["--model", str(known.root / "clip"), "--device=cpu", *prism]
     with subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL) as process:

@@ -83,7 +83,7 @@ def by_command(output: str) -> EmbedOptions:
     return EmbedOptions(input=("shards/*.tar",), output=output, models=(ModelRef(model=MODEL),), device="cpu")
 
 
-def test_the_whole_job_in_a_few_lines_and_the_command_goes_on_where_it_stopped(here: Path) -> None:
+def test_the_command_resumes_a_job_written_in_python(here: Path) -> None:
     assert len(WHOLE_JOB.partition("\n\n")[2].splitlines()) <= 6
     exec(WHOLE_JOB, {})
     by_hand = rows_in(here / "out" / "data")
@@ -96,7 +96,7 @@ def test_the_whole_job_in_a_few_lines_and_the_command_goes_on_where_it_stopped(h
     assert rows_in(here / "out" / "data") == by_hand
 
 
-def test_rows_as_json_into_a_sink_of_ones_own(here: Path) -> None:
+def test_rows_as_json_into_another_sink(here: Path) -> None:
     exec(OWN_SINK, {})
     lines = [json.loads(line) for path in here.glob("rows*.jsonl") for line in path.read_text().splitlines()]
     embed(by_command("out"))
@@ -118,7 +118,7 @@ def test_rows_into_beams_own_parquet(here: Path) -> None:
 # Stages and runs made by hand
 
 
-def test_embed_stage_takes_a_model_and_what_is_asked_of_it(here: Path) -> None:
+def test_embed_stage_takes_a_model_and_options(here: Path) -> None:
     stage = embed_stage(MODEL, modalities=["text"], name="clip", vector_type="float16", batch_size=8)
     assert (stage.modalities, stage.count_tokens, stage.device) == (("text",), True, "cpu")
     assert [output.name for output in stage.outputs] == ["clip_text_embedding"]
@@ -131,7 +131,7 @@ def test_embed_stage_takes_a_model_and_what_is_asked_of_it(here: Path) -> None:
         embed_stage("./nowhere")
 
 
-def test_stages_that_do_not_agree_are_no_run(here: Path) -> None:
+def test_contradictory_stages_are_refused(here: Path) -> None:
     clip, clap = embed_stage(MODEL, name="clip"), embed_stage("clap", name="clap", dtype="bfloat16")
     with pytest.raises(UsageError, match="one dtype"):
         embed_run("out", [clip, clap])
@@ -161,7 +161,7 @@ def test_two_models_by_hand(here: Path) -> None:
 # Each transform alone
 
 
-def test_plan_lists_here_and_now(here: Path) -> None:
+def test_plan_lists_patterns_when_it_is_built(here: Path) -> None:
     units = collect(Plan(["shards/*0.tar", "shards/*2.tar"]))
     assert sorted(Path(unit.inputs[0].shard.path).name for unit in units) == [
         "shard-000000.tar",
@@ -172,7 +172,7 @@ def test_plan_lists_here_and_now(here: Path) -> None:
         Plan("nothing/*.tar")
 
 
-def test_plan_takes_units_and_keeps_what_is_opened_and_what_is_replaced() -> None:
+def test_plan_takes_units_and_keeps_their_urls_and_marks() -> None:
     unit = replace(make_unit("a-1", path="http://h/a.tar", url="http://h/a.tar?sig=1"), limit=3, replace=True)
     assert collect(Plan([unit])) == [unit]
     with pytest.raises(NoShardsError, match="no pattern was given"):
@@ -180,7 +180,7 @@ def test_plan_takes_units_and_keeps_what_is_opened_and_what_is_replaced() -> Non
 
 
 @pytest.mark.parametrize(("task", "units"), [("embed", 1), ("caption", 8)])
-def test_plan_for_a_run_cuts_by_what_its_model_does(task: str, units: int, tmp_path: Path) -> None:
+def test_plan_for_a_run_cuts_shards_by_the_task(task: str, units: int, tmp_path: Path) -> None:
     with (tmp_path / "giant.tar").open("wb") as shard:
         shard.truncate(256 << 20)
     run = make_run(str(tmp_path / "out"), task=task)
@@ -227,7 +227,7 @@ def test_embed_alone(here: Path) -> None:
 
 
 @pytest.mark.parametrize("changes", [{"samples": ()}, {"unit_error": "s.tar: no tar"}, {"report": "kept"}])
-def test_embed_passes_on_what_is_not_for_the_model(changes: dict[str, Any]) -> None:
+def test_embed_passes_on_batches_without_samples(changes: dict[str, Any]) -> None:
     """No model is even loaded: there is none."""
     if "report" in changes:
         changes = {"report": UnitReport(unit="a-1", status="kept")}
@@ -255,7 +255,7 @@ def test_write_parquet_and_summarize_alone(tmp_path: Path) -> None:
     assert runs.read_summary(run) == summary
 
 
-def test_write_parquet_passes_on_units_that_are_committed_or_broken(tmp_path: Path) -> None:
+def test_write_parquet_reports_committed_and_unreadable_units(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
     runs.open_run(run)
     kept = Batch(unit=make_unit("a-1"), index=0, last=True, report=UnitReport(unit="a-1", status="kept"))
@@ -269,7 +269,7 @@ def refuse(report: Any) -> None:
     raise UsageError(f"{report.tally.samples} samples are not enough")
 
 
-def test_summarize_lets_its_check_fail_the_job_once_the_summary_is_there(tmp_path: Path) -> None:
+def test_the_check_fails_the_job_after_the_summary_is_written(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
     runs.open_run(run)
     reports = [UnitReport(unit="a-1", status="kept", tally=Tally(samples=2, rows=2))]
@@ -278,7 +278,7 @@ def test_summarize_lets_its_check_fail_the_job_once_the_summary_is_there(tmp_pat
     assert runs.read_summary(run).tally.samples == 2
 
 
-def test_rows_say_what_they_leave_out(here: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_rows_log_what_they_omit(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     """A sample that lost everything is a warning; a shard that cannot be read ends the pipeline."""
     (here / "bad").mkdir()
     (here / "bad" / "a.tar").write_bytes(shards.tar_bytes([("one.jpg", b"no picture"), ("two.txt", b"two")]))
@@ -301,7 +301,7 @@ def test_rows_have_the_cleaned_text_in_every_row_if_the_reading_cleans(here: Pat
     assert [row["text_clean"] for row in found] == [row["text"].lower() for row in found]
 
 
-def test_beam_weighs_a_batch_without_pickling_it() -> None:
+def test_beam_measures_a_batch_without_pickling_it() -> None:
     (batch, _) = make_batches(make_unit())
     coder = coders.registry.get_coder(Batch)
     assert isinstance(coder, BatchCoder)
@@ -313,7 +313,7 @@ def test_beam_weighs_a_batch_without_pickling_it() -> None:
     assert pa.types.is_fixed_size_list(coder.decode(coder.encode(heavy)).features["image_embedding"].type)
 
 
-def test_rows_of_a_run_that_is_committed_are_refused(here: Path) -> None:
+def test_rows_of_a_committed_run_are_refused(here: Path) -> None:
     """They would not be read, and so be missing."""
     exec(WHOLE_JOB, {})
     stage = embed_stage(MODEL)
@@ -322,7 +322,7 @@ def test_rows_of_a_run_that_is_committed_are_refused(here: Path) -> None:
         collect(Plan("shards/*.tar", run), ReadShards(stage.needs, run=run), Embed(stage), Rows(stage))
 
 
-def test_a_run_is_read_as_it_was_made(here: Path) -> None:
+def test_a_run_is_read_with_its_own_reading_options(here: Path) -> None:
     """With the reading that its fingerprint tells of, and no further than its limit."""
     stage = embed_stage(MODEL)
     with pytest.raises(UsageError, match="another `reading`"):

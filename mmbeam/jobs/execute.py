@@ -28,8 +28,10 @@ from mmbeam.runs.extend import extend_plan
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
-from mmbeam.transforms import Embed, Generate, Plan, ReadFeatures, ReadShards, Summarize, WriteParquet
-from mmbeam.transforms.write import summarize
+from mmbeam.transforms.plan import Plan
+from mmbeam.transforms.read import ReadFeatures, ReadShards
+from mmbeam.transforms.run_stage import Embed, Generate
+from mmbeam.transforms.write import Summarize, WriteParquet, summarize
 from mmbeam.types import Needs, RunReport, Shard, Stage, WorkUnit
 
 log = logging.getLogger(__name__)
@@ -72,8 +74,8 @@ class Job:
             step = Generate(stage) if isinstance(stage, GenerateStage) else Embed(stage)
             batches = batches | f"{type(step).__name__}{getattr(stage, 'name', None) or number}" >> step  # Batch
         here = workers_are_here(self.options.beam_args)
-        summarize = Summarize(self.run, self.check, len(self._devices()) if here else None)
-        return batches | WriteParquet(self.run) | summarize  # UnitReport, RunReport
+        devices = len(self._devices()) if here else None
+        return batches | WriteParquet(self.run) | Summarize(self.run, self.check, devices)  # UnitReport, RunReport
 
     def steps(self) -> list[beam.DoFn]:
         """Return the DoFns of the fused stage, from reading to writing, for running without a runner."""
@@ -127,7 +129,7 @@ class Job:
         return read(needs, self.options.reading, self.run, self.options.windows)
 
     def _devices(self) -> tuple[str, ...]:
-        """The devices that compute; if the workers are on other machines, the one of each worker."""
+        """The devices that compute; if the workers are on other machines, the name of each worker's device."""
         device = self.stages[0].device
         return devices_of(device) if workers_are_here(self.options.beam_args) else (device,)
 
