@@ -27,7 +27,7 @@ bench: $(VENV)/.ready-test
 
 # Retrain the model that ships with the package. Then compare model/figures.json, and copy the model with its card.
 model: $(VENV)/.ready
-	$(BIN)/python pipelines/train_fusion.py --output model
+	$(BIN)/python pipelines/train_shipped.py --output model
 
 ablations: $(VENV)/.ready-test
 	$(BIN)/python bench/ablations.py

@@ -25,16 +25,19 @@ from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.loading import load_pretrained, resolve
 from mmbeam.names import SHIPPED_MODEL, Modality, Split
 from mmbeam.prompts.ask import Request
+from mmbeam.report.progress import TrainingLine
 from mmbeam.training.examples import Example, Source, compose
 from mmbeam.training.options import TrainOptions
-from mmbeam.training.progress import TrainingLine
 from mmbeam.training.scores import Judge
 from mmbeam.training.setup import Setup
-from mmbeam.training.shipped import EVALUATION_SEED, corpus_setup, shipped_options
 from mmbeam.training.sources import CorpusSource
 from mmbeam.training.train import open_run, train_on
 
 ROOT = Path(__file__).parents[1]
+sys.path.append(str(ROOT))  # for `pipelines`
+
+from pipelines.train_shipped import EVALUATION_SEED, corpus_setup, shipped_options  # noqa: E402
+
 CACHE = ROOT / ".cache" / "ablations"
 CPU = torch.device("cpu")
 TABLE = ROOT / "bench" / "ABLATIONS.md"

@@ -29,7 +29,7 @@ from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, re
 from mmbeam.models.loading import load_pretrained
 from mmbeam.names import Modality
 from mmbeam.prompts.ask import Request
-from mmbeam.training.views import make_views
+from mmbeam.training.batching import make_views
 
 # WavLM of transformers 5 passes PyTorch a mask and a bias of different types, which PyTorch adds with a warning.
 pytestmark = pytest.mark.filterwarnings("ignore:Support for mismatched key_padding_mask")

@@ -17,8 +17,8 @@ from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import resolve
 from mmbeam.names import MODALITIES, SHIPPED_MODEL
 from mmbeam.prompts.ask import Decoding, Generated
-from mmbeam.training.shipped import EVALUATION_SEED, evaluate
 from mmbeam.training.sources import scene_example
+from pipelines.train_shipped import EVALUATION_SEED, evaluate
 
 DIRECTORY = resolve(SHIPPED_MODEL).directory
 SEED = 77  # not used for training, selection or the figures of the card

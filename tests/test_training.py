@@ -21,17 +21,24 @@ from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.prompts.ask import Request
 from mmbeam.training import checkpoint
-from mmbeam.training.batching import POOL_BATCHES, Batch, ahead, collate, dropped, plain_batches, training_batches
+from mmbeam.training.batching import (
+    POOL_BATCHES,
+    Batch,
+    ahead,
+    collate,
+    dropped,
+    make_views,
+    plain_batches,
+    training_batches,
+)
+from mmbeam.training.checkpoint import Journal, plot
 from mmbeam.training.examples import Example, clauses_of, compose
-from mmbeam.training.journal import Journal, plot
-from mmbeam.training.optim import learning_rate_factor, make_optimizer, warmup_steps
+from mmbeam.training.fit import learning_rate_factor, make_optimizer, warmup_steps
 from mmbeam.training.options import SCHEDULES, TrainOptions, difference
-from mmbeam.training.retrieval import Retrieval
-from mmbeam.training.scores import count_words
-from mmbeam.training.search import SPACE, draw, with_choice
-from mmbeam.training.shipped import single_words, word_classes
+from mmbeam.training.scores import Retrieval, count_words
 from mmbeam.training.sources import CorpusSource, scene_example
-from mmbeam.training.views import make_views
+from mmbeam.training.train import SPACE, draw, with_choice
+from pipelines.train_shipped import single_words, word_classes
 
 OPTIONS = TrainOptions(input=("shards/*.tar",), output="model")
 
@@ -490,7 +497,7 @@ def test_a_sound_moves_in_time_alone(
     source: SourceConfig, shape: tuple[int, ...], axis: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for amount in ("CONTRAST", "BRIGHTNESS", "GRAIN"):
-        monkeypatch.setattr(f"mmbeam.training.views.{amount}", 0.0)
+        monkeypatch.setattr(f"mmbeam.training.batching.{amount}", 0.0)
     time = torch.arange(40.0).view(*[-1 if place == axis else 1 for place in range(1 + len(shape))])
     values = (time + 1000 * torch.arange(8.0).view(*[-1 if size == 8 else 1 for size in (1, *shape)])).expand(6, *shape)
     inputs = {"audio": values, "audio_mask": torch.ones(6, dtype=torch.bool)}

@@ -28,8 +28,7 @@ from mmbeam.names import Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.training.distributed import ALONE, local_device, process_count
 from mmbeam.training.examples import Source
-from mmbeam.training.rows import FeatureSource
-from mmbeam.training.sources import CorpusSource, Labelling, ShardSource
+from mmbeam.training.sources import CorpusSource, FeatureSource, Labelling, ShardSource
 from mmbeam.types import Input, Needs, WorkUnit
 
 TESTS = Path(__file__).parent

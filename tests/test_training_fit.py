@@ -19,10 +19,10 @@ from mmbeam.training.examples import Example, Source
 from mmbeam.training.fit import CHECKPOINT, State, Trainer
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.scores import SUBSETS
-from mmbeam.training.search import Span, search
 from mmbeam.training.setup import Setup, new_model
-from mmbeam.training.shipped import shipped_options, train_shipped
 from mmbeam.training.sources import CorpusSource
+from mmbeam.training.train import Span, search
+from pipelines.train_shipped import shipped_options, train_shipped
 
 CPU = torch.device("cpu")
 TINY = {"hidden_size": 32, "ffn_size": 64, "fusion_layers": 1, "generator_layers": 1}

@@ -295,7 +295,7 @@ def test_sequences_of_vectors_are_read_to_their_end(
     longest = max(1 + row * 7 % 90 for row in range(120))
     assert config.parsed_sources()["image_tokens"].max_tokens == pytest.approx(longest, abs=3)  # of the training part
     assert "are cut" not in caplog.text
-    monkeypatch.setattr("mmbeam.training.columns.MAX_TOKENS", 50)
+    monkeypatch.setattr("mmbeam.training.sources.MAX_TOKENS", 50)
     report = train(replace(chosen, output=str(tmp_path / "cut")))
     assert FusionConfig.from_pretrained(tmp_path / "cut").parsed_sources()["image_tokens"].max_tokens == 50
     assert "image_tokens: sequences of up to" in caplog.text

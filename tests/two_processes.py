@@ -28,9 +28,9 @@ from mmbeam.training.distributed import ALONE, Losses, World, joined, local_devi
 from mmbeam.training.examples import Example
 from mmbeam.training.fit import Trainer
 from mmbeam.training.options import TrainOptions
-from mmbeam.training.search import Span, search
 from mmbeam.training.setup import Setup, new_model
 from mmbeam.training.sources import CorpusSource
+from mmbeam.training.train import Span, search
 
 CPU = torch.device("cpu")
 PAIRS = [["image", "text"], ["image", "fused"], ["text", "caption"], ["text", "text"]]

@@ -160,8 +160,8 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     options = _options(args)
 
+    from mmbeam.report.progress import TrainingLine
     from mmbeam.training.distributed import is_main_process
-    from mmbeam.training.progress import TrainingLine
     from mmbeam.training.train import train
 
     line = TrainingLine(sys.stderr)

@@ -7,7 +7,6 @@ from typing import Any
 from mmbeam.training.options import TrainOptions
 from mmbeam.types import Origin
 
-RETRIEVED = 500  # candidates at a time, in `retrieval`
 _DEFAULTS = TrainOptions(input=("",), output="").identity()
 
 
@@ -80,66 +79,3 @@ def _number(value: float | None) -> str:
     if value is None:
         return ""
     return f"{value:,}" if isinstance(value, int) else f"{value:.4f}"
-
-
-def shipped_card(figures: Mapping[str, Any], sha256: str) -> str:
-    """The card of the model that ships with the package, from what `train_shipped` measured."""
-    report, found = figures["training"], figures["evaluation"]
-    training, options = report["training"], report["options"]
-    wrong = sorted((share, word) for word, share in found["words"].items() if share < 1)[:8]
-    shown = ", ".join(f"{word} ({share:.2%} right)" for share, word in wrong) or "none"
-    return "\n".join(
-        [
-            "---",
-            "library_name: mmbeam",
-            "license: apache-2.0",
-            "tags: [multimodal, captioning]",
-            "---",
-            "# The small fusion model that ships with mmbeam",
-            "",
-            "It writes what a picture shows, what a sound is like, and where and when a short text says it was, from",
-            "any of the three: `mmbeam caption --input SHARDS --output OUT`. It was made to show that the whole path",
-            "works, from shards to captions, and to be checked against a known truth.",
-            "",
-            "## Training",
-            "",
-            f"`make model`: {training['step']:,} steps of {options['batch_size']} scenes, each rendered once,",
-            f"with seed {options['seed']}, in {training['seconds']:,.0f} s with validation (2 cores, shared).",
-            f"{report['parameters']:,} parameters, stored in bfloat16; model.safetensors has SHA-256",
-            f"`{sha256}`.",
-            f"{', '.join(f'{name} {of}' for name, of in report['versions'].items())}.",
-            "",
-            "The scenes are those of `mmbeam.corpus`: one or two of six shapes in eight colours, two sizes and nine",
-            "places; a tone, chirp or noise of three pitches, three tempi and two levels; a text that names one of 16",
-            "places and four times in one of six forms and three cases. Each modality is dropped with probability",
-            f"{options['modality_dropout']}, and its clause with it.",
-            "",
-            "## Figures",
-            "",
-            f"On {found['samples']:,} scenes of seed {found['seed']}, which neither training nor selection saw.",
-            f"Greedy decoding. Exact match {found['exact_match']:.2%}; words right {found['words_right']:.2%}.",
-            "",
-            "| given | captions that are exactly the clauses of what is given |",
-            "|---|---|",
-            *(f"| {name} | {share:.2%} |" for name, share in found["subsets"].items()),
-            "",
-            "| class of words | right |",
-            "|---|---|",
-            *(f"| {name} | {share:.2%} |" for name, share in found["classes"].items()),
-            "",
-            f"The words most often wrong: {shown}.",
-            "",
-            f"| recall@1 among {RETRIEVED}, by cosine | |",
-            "|---|---|",
-            *(f"| {name} | {share:.1%} |" for name, share in found["recall"].items()),
-            "",
-            "All words, and the options, are in figures.json.",
-            "",
-            "## Limits",
-            "",
-            "It knows this corpus and nothing else: of a photograph it says nonsense in the same words. Pictures are",
-            "resized to 64 x 64, sounds cut to their first second, texts to 64 tokens. It has seen all pairs of colour",
-            "and shape; that it would join words it never saw together is not claimed.",
-            "",
-        ]
-    )

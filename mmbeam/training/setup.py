@@ -25,12 +25,21 @@ from mmbeam.names import MODALITIES, Modality, Split
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.training.checkpoint import write_text
-from mmbeam.training.columns import check_origins, column_sources
 from mmbeam.training.encoders import Encoders, load_encoders, read_encoders, unfreeze
 from mmbeam.training.examples import Source
 from mmbeam.training.options import TrainOptions
-from mmbeam.training.rows import FeatureSource, captions_of, column_modality
-from mmbeam.training.sources import CAPTION_IS_TEXT, SURVEYED, Labelling, ShardSource, Survey
+from mmbeam.training.sources import (
+    CAPTION_IS_TEXT,
+    SURVEYED,
+    FeatureSource,
+    Labelling,
+    ShardSource,
+    Survey,
+    captions_of,
+    check_origins,
+    column_modality,
+    column_sources,
+)
 from mmbeam.types import Needs
 
 log = logging.getLogger(__name__)
