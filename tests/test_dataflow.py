@@ -183,7 +183,7 @@ def test_a_users_options_override_the_defaults() -> None:
     assert elsewhere.number_of_worker_harness_threads is None
 
 
-# A launch that nobody waits for
+# A launch without waiting
 
 
 @pytest.mark.parametrize("option", ["--template_location=gs://b/t", "--dry_run=True", "--no_wait_until_finish"])

@@ -149,7 +149,7 @@ def runner_error(error: Exception, args: Sequence[str]) -> JobError | None:
         )
     if _WORKER_ENDED.search(text):
         return JobError(
-            f"a worker process ended, perhaps because memory or its GPU failed; its own log says why; {reason}"
+            f"a worker process ended, perhaps because it ran out of memory or its GPU failed; see its own log; {reason}"
         )
     if portable.job_endpoint and "Connection refused" in text:
         return JobError(f"the job service at {_address(portable.job_endpoint)} cannot reach its cluster; {reason}")

@@ -312,7 +312,7 @@ def test_a_worker_that_ends_each_time_is_named(known: Known, flink: Cluster, tmp
     job = Traced(known, flink, tmp_path, seconds=-1)
     assert job.wait() == 1
     (said,) = [line for line in job.errors.splitlines() if line.startswith("mmbeam: ")]
-    assert said.startswith("mmbeam: a worker process ended, for want of memory or its GPU perhaps")
+    assert said.startswith("mmbeam: a worker process ended, perhaps because it ran out of memory or its GPU failed")
 
 
 def test_a_worker_pool_that_stays_away_is_named_and_the_same_command_again_goes_on(
