@@ -82,7 +82,8 @@ def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
 
 def _with_options(message: str, args: argparse.Namespace) -> str:
     """Return the message of a library error with the arguments it names (`batch_size`) as options (--batch-size)."""
-    options = {name: f"--{name.replace('_', '-')}" for name in vars(args)} | {"models": "--model", "columns": "--column"}
+    options = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
+    options |= {"models": "--model", "columns": "--column"}  # lists of what a repeated option names
     return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 
