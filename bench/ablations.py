@@ -26,9 +26,9 @@ from mmbeam.models.loading import load_pretrained, resolve
 from mmbeam.names import SHIPPED_MODEL, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.report.progress import TrainingLine
-from mmbeam.training.examples import Example, Source, compose
+from mmbeam.training.examples import Example, ExampleSource, compose
 from mmbeam.training.options import TrainOptions
-from mmbeam.training.scores import Judge
+from mmbeam.training.scores import Evaluator
 from mmbeam.training.setup import Setup
 from mmbeam.training.sources import CorpusSource
 from mmbeam.training.train import open_run, train_on
@@ -94,7 +94,7 @@ ROWS = [
 class Shifted:
     """Another corpus: pale pictures under fog, sounds at half their level with hiss, and captions in other words."""
 
-    corpus: Source
+    corpus: ExampleSource
 
     def count(self, part: Split) -> int | None:
         return self.corpus.count(part)
@@ -160,10 +160,10 @@ def setup(row: Row, options: TrainOptions) -> Setup:
 
 def scores(directory: Path, row: Row) -> dict[str, Any]:
     model = load_pretrained(FusionModel, directory, CPU, torch.float32)
-    judge = Judge(model, FusionProcessor.from_directory(directory), CPU)
+    evaluator = Evaluator(model, FusionProcessor.from_directory(directory), CPU)
     corpus = CorpusSource(seed=EVALUATION_SEED, epoch_size=SAMPLES, evaluation_size=SAMPLES, modalities=row.modalities)
     source = Shifted(corpus) if row.shifted else corpus
-    return judge.scores(source.examples("train"), per_batch=0).to_json()
+    return evaluator.scores(source.examples("train"), per_batch=0).to_json()
 
 
 def line(row: Row, figures: Mapping[str, Any]) -> str:

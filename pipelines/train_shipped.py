@@ -35,9 +35,9 @@ from mmbeam.report.progress import TrainingLine
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.distributed import joined, local_device
 from mmbeam.training.examples import Example
-from mmbeam.training.fit import Watcher
+from mmbeam.training.fit import ProgressReporter
 from mmbeam.training.options import TrainOptions
-from mmbeam.training.scores import CANDIDATES, SUBSETS, Judge, count_words
+from mmbeam.training.scores import CANDIDATES, SUBSETS, Evaluator, count_words
 from mmbeam.training.setup import Setup
 from mmbeam.training.sources import CorpusSource, scene_example
 from mmbeam.training.train import REPORT, open_run, read_report, train_on, write_model
@@ -77,7 +77,11 @@ def shipped_options(output: str, **changed: Any) -> TrainOptions:
 
 
 def train_shipped(
-    options: TrainOptions, *, overwrite: bool = False, watcher: Watcher | None = None, count: int = EVALUATION_SAMPLES
+    options: TrainOptions,
+    *,
+    overwrite: bool = False,
+    reporter: ProgressReporter | None = None,
+    count: int = EVALUATION_SAMPLES,
 ) -> dict[str, Any]:
     """Train on the corpus, measure on fresh scenes, and write the model in bfloat16 with its figures; the figures.
 
@@ -92,7 +96,7 @@ def train_shipped(
         report = (
             read_report(directory)
             if done
-            else train_on(corpus_setup(options), options, directory, device, watcher, world)
+            else train_on(corpus_setup(options), options, directory, device, reporter, world)
         )
         return world.from_main(lambda: _measured(report, directory.parent, device, count))
 
@@ -136,11 +140,11 @@ def evaluate(directory: Path, device: torch.device, count: int, seed: int = EVAL
     where they belong.
     """
     model = load_pretrained(FusionModel, directory, device, torch.float32)
-    judge = Judge(model, FusionProcessor.from_directory(directory), device, batch_size=100)
-    kept = [subset for subset in SUBSETS if set(subset) <= set(judge.processor.modalities)]
+    evaluator = Evaluator(model, FusionProcessor.from_directory(directory), device, batch_size=100)
+    kept = [subset for subset in SUBSETS if set(subset) <= set(evaluator.processor.modalities)]
     scenes = list(generate_scenes(seed, count=count))
     examples = [scene_example(scene).keeping(kept[-1]) for scene in scenes]
-    written = {subset: judge.captions([each.keeping(subset) for each in examples]) for subset in kept}
+    written = {subset: evaluator.captions([each.keeping(subset) for each in examples]) for subset in kept}
     counts = [count_words(example.caption, caption) for example, caption in written[kept[-1]]]
     exact = {"+".join(subset): _share(e.caption == caption for e, caption in of) for subset, of in written.items()}
     return {
@@ -151,7 +155,7 @@ def evaluate(directory: Path, device: torch.device, count: int, seed: int = EVAL
         "subsets": exact,
         "classes": word_classes(scenes, written[kept[-1]]),
         "words": single_words(written[kept[-1]]),
-        "recall": judge.recall(examples),
+        "recall": evaluator.recall(examples),
     }
 
 
@@ -282,7 +286,7 @@ def main() -> None:
     count, overwrite = given.pop("evaluate"), given.pop("overwrite")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     options = shipped_options(given.pop("output"), model=model, **given)
-    train_shipped(options, overwrite=overwrite, watcher=TrainingLine(sys.stderr), count=count)
+    train_shipped(options, overwrite=overwrite, reporter=TrainingLine(sys.stderr), count=count)
 
 
 if __name__ == "__main__":

@@ -22,13 +22,13 @@ from mmbeam.names import MODALITIES, Modality
 from mmbeam.prompts.ask import Request
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import (
-    POOL_BATCHES,
-    Batch,
-    ahead,
+    BUFFER_BATCHES,
+    TrainingBatch,
     collate,
-    dropped,
+    drop_modalities,
+    evaluation_batches,
     make_views,
-    plain_batches,
+    prefetch,
     training_batches,
 )
 from mmbeam.training.checkpoint import Journal, plot
@@ -37,7 +37,7 @@ from mmbeam.training.fit import learning_rate_factor, make_optimizer, warmup_ste
 from mmbeam.training.options import SCHEDULES, TrainOptions, difference
 from mmbeam.training.scores import Retrieval, count_words
 from mmbeam.training.sources import CorpusSource, scene_example
-from mmbeam.training.train import SPACE, draw, with_choice
+from mmbeam.training.train import SPACE, apply_choice, draw
 from pipelines.train_shipped import single_words, word_classes
 
 OPTIONS = TrainOptions(input=("shards/*.tar",), output="model")
@@ -132,7 +132,7 @@ def test_every_example_comes_once_and_only_the_last_batch_is_short(
     examples = [example(number, "a" * length) for number, length in enumerate(lengths)]
     for batches in (
         list(training_batches(examples, batch_size, dropout, (1, 2))),
-        list(plain_batches(examples, batch_size)),
+        list(evaluation_batches(examples, batch_size)),
     ):
         assert sorted(int(each.key) for batch in batches for each in batch) == list(range(len(examples)))
         sizes = sorted(map(len, batches), reverse=True)
@@ -159,7 +159,7 @@ def test_a_buffer_of_large_examples_holds_fewer() -> None:
     pulled: list[int] = []
 
     def large() -> Iterator[Example]:
-        for number in range(POOL_BATCHES * 4):
+        for number in range(BUFFER_BATCHES * 4):
             pulled.append(number)
             yield replace(example(number), nbytes=100 << 20)
 
@@ -170,7 +170,7 @@ def test_a_buffer_of_large_examples_holds_fewer() -> None:
 @given(st.floats(0, 0.99), st.integers(0, 1000))
 def test_dropping_leaves_something_of_every_sample(probability: float, seed: int) -> None:
     some = [example(number, clauses=True).keeping(kept) for number, kept in enumerate([MODALITIES, ("text",)] * 5)]
-    for before, after in zip(some, dropped(some, probability, np.random.default_rng(seed)), strict=True):
+    for before, after in zip(some, drop_modalities(some, probability, np.random.default_rng(seed)), strict=True):
         assert after.present
         assert after.present <= before.present
         assert before.clauses is not None
@@ -178,7 +178,7 @@ def test_dropping_leaves_something_of_every_sample(probability: float, seed: int
 
 
 def test_modalities_are_dropped_as_often_as_asked_for() -> None:
-    some = dropped([example(number) for number in range(4000)], 0.2, np.random.default_rng(0))
+    some = drop_modalities([example(number) for number in range(4000)], 0.2, np.random.default_rng(0))
     counts = Counter(modality for each in some for modality in each.present)
     assert all(abs(counts[modality] / 4000 - 0.8) < 0.03 for modality in MODALITIES)
 
@@ -221,7 +221,7 @@ def test_items_are_made_ahead_and_the_thread_ends_with_the_generator() -> None:
             made.append(number)
             yield number
 
-    items = ahead(numbers, depth=2)
+    items = prefetch(numbers, depth=2)
     assert next(items) == 0
     deadline = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < deadline:
@@ -237,7 +237,7 @@ def test_what_is_raised_ahead_is_raised_where_the_items_are_taken() -> None:
         yield 1
         raise TrainingError("no more")
 
-    items = ahead(broken)
+    items = prefetch(broken)
     assert next(items) == 1
     with pytest.raises(TrainingError, match="no more"):
         next(items)
@@ -319,9 +319,9 @@ def test_an_optimizer_goes_on_from_its_checkpoint_as_if_nothing_had_happened(nam
     other = nn.Linear(3, 2)
     again = make_optimizer(other, options)
     loaded, facts = checkpoint.load(tmp_path / "at")
-    other.load_state_dict(checkpoint.under("model", loaded))
-    checkpoint.restore_optimizer(again, checkpoint.under("optimizer", loaded))
-    checkpoint.restore_random(checkpoint.under("random", loaded))
+    other.load_state_dict(checkpoint.without_prefix("model", loaded))
+    checkpoint.restore_optimizer(again, checkpoint.without_prefix("optimizer", loaded))
+    checkpoint.restore_random(checkpoint.without_prefix("random", loaded))
     steps(other, again, 3)
     assert facts == {"step": 3}
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
@@ -414,11 +414,13 @@ SOURCES: dict[str, dict[str, object]] = {
 }
 
 
-def feature_batch(values: torch.Tensor, examples: Sequence[Example], missing: int = 0) -> Batch:
+def feature_batch(values: torch.Tensor, examples: Sequence[Example], missing: int = 0) -> TrainingBatch:
     mask = torch.ones(len(values), dtype=torch.bool)
     mask[:missing] = False
     inputs = {"a_embedding": values, "a_embedding_mask": mask, "b_embedding": values, "b_embedding_mask": mask}
-    return Batch(inputs=inputs, labels=torch.zeros(len(values), 2, dtype=torch.int64), groups=None, examples=examples)
+    return TrainingBatch(
+        inputs=inputs, labels=torch.zeros(len(values), 2, dtype=torch.int64), groups=None, examples=examples
+    )
 
 
 def recall_of(pairs: list[list[str]], examples: Sequence[Example], tie: bool = True) -> dict[str, float]:
@@ -540,6 +542,6 @@ def test_a_search_draws_within_the_space_and_tries_what_was_given_first() -> Non
     assert (drawn[0], len(drawn)) == ({}, 30)
     for choice in drawn[1:]:
         assert all(span.low <= choice[name] <= span.high for name, span in SPACE.items())
-        made = with_choice(options, choice)
+        made = apply_choice(options, choice)
         assert (made.learning_rate, made.loss_weights["align"]) == (choice["learning_rate"], choice["align"])
     assert len({choice["learning_rate"] for choice in drawn[1:]}) > 20

@@ -27,7 +27,7 @@ from mmbeam.features.dataset import rank_of, units_of_rank
 from mmbeam.names import Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.training.distributed import ALONE, local_device, process_count
-from mmbeam.training.examples import Source
+from mmbeam.training.examples import ExampleSource
 from mmbeam.training.sources import CorpusSource, FeatureSource, Labelling, ShardSource
 from mmbeam.types import Input, Needs, WorkUnit
 
@@ -76,7 +76,7 @@ def write_features(path: Path, rows: int = 50) -> Path:
     return path
 
 
-def make_sources(directory: Path) -> dict[str, Source]:
+def make_sources(directory: Path) -> dict[str, ExampleSource]:
     """A source of each kind, with few samples; of shards three units, one of which two ranks share."""
     write_corpus(directory, samples=60, shards=3, image_side=32, rate=8000)
     units = [WorkUnit(id=str(n), inputs=(Input(shard=s),)) for n, s in enumerate(list_shards([f"{directory}/*.tar"]))]

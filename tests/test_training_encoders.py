@@ -20,7 +20,7 @@ from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import MissingModalityError, ModelError, UsageError
 from mmbeam.models.fusion import FusionConfig
 from mmbeam.models.placement import compute_on_one_thread
-from mmbeam.training.encoders import names_of
+from mmbeam.training.encoders import source_names
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.train import train
 
@@ -165,7 +165,7 @@ def test_an_interrupted_training_ends_with_the_same_weights(shards: str, models:
     train(options(shards, tmp_path / "whole", **given))
     cut = options(shards, tmp_path / "cut", checkpoint_seconds=0.0, **given)
     with pytest.raises(KeyboardInterrupt):
-        train(cut, watcher=Cut(after=2))
+        train(cut, reporter=Cut(after=2))
     train(cut)
     assert same(load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "cut" / WEIGHTS))
     for name, prefix in (("checkpoint", "model."), ("best", "")):  # what stays as its own files have it is not copied
@@ -180,7 +180,7 @@ def test_an_encoder_that_changed_since_is_refused(shards: str, models: Path, tmp
     shutil.copytree(models / "bert", tmp_path / "bert")
     given = options(shards, tmp_path / "m", encoders=(("text", str(tmp_path / "bert")),), modalities=("text",))
     with pytest.raises(KeyboardInterrupt):
-        train(given, watcher=Cut(after=1))
+        train(given, reporter=Cut(after=1))
     (tmp_path / "bert" / "config.json").write_text((tmp_path / "bert" / "config.json").read_text() + "\n")
     with pytest.raises(ModelError, match="its files are not those that the training began with"):
         train(given)
@@ -188,7 +188,7 @@ def test_an_encoder_that_changed_since_is_refused(shards: str, models: Path, tmp
 
 def test_sources_are_named_by_modality_and_number() -> None:
     asked: Any = (("text", "a"), ("image", "b"), ("text", "conv"), ("text", "a"))
-    assert names_of(asked) == {"text": asked[0], "image": asked[1], "text_2": asked[2], "text_3": asked[3]}
+    assert source_names(asked) == {"text": asked[0], "image": asked[1], "text_2": asked[2], "text_3": asked[3]}
 
 
 def without(name: str, *others: str) -> Callable[[Path], None]:

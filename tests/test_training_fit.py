@@ -15,7 +15,7 @@ from mmbeam.corpus.scene import generate_scenes, tag
 from mmbeam.errors import TrainingError
 from mmbeam.models.fusion import FusionConfig, FusionProcessor
 from mmbeam.names import Split
-from mmbeam.training.examples import Example, Source
+from mmbeam.training.examples import Example, ExampleSource
 from mmbeam.training.fit import CHECKPOINT, State, Trainer
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.scores import SUBSETS
@@ -47,7 +47,7 @@ class TwoModalities:
     def count(self, part: Split) -> int | None:
         return self._corpus.count(part)
 
-    def of_rank(self, rank: int, world_size: int) -> Source:
+    def of_rank(self, rank: int, world_size: int) -> ExampleSource:
         return self  # nothing here trains in several processes
 
     def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
@@ -59,11 +59,11 @@ def options(output: Path, **changed: Any) -> TrainOptions:
     return replace(base, **changed)
 
 
-def trainer(setup: Setup, directory: Path, watcher: Any = None, **changed: Any) -> Trainer:
+def trainer(setup: Setup, directory: Path, reporter: Any = None, **changed: Any) -> Trainer:
     directory.mkdir(exist_ok=True, parents=True)
     chosen = options(directory, **changed)
     model, frozen = new_model(chosen, setup, CPU)
-    return Trainer(model, setup.processor, setup.source, chosen, directory, frozen=frozen, watcher=watcher)
+    return Trainer(model, setup.processor, setup.source, chosen, directory, frozen=frozen, reporter=reporter)
 
 
 class Stop:
@@ -124,7 +124,7 @@ def test_a_loss_that_is_no_number_stops_it_and_the_last_good_checkpoint_stays(se
                 with torch.no_grad():
                     run.model.words.weight[5] = torch.nan
 
-    run.watcher = Poison()
+    run.reporter = Poison()
     with pytest.raises(TrainingError, match=r"step 14: the loss is nan .*last good checkpoint is kept in .*checkpoint"):
         run.run()
     again = trainer(setup, tmp_path, steps=40)

@@ -23,7 +23,7 @@ from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
 from mmbeam.models.fusion.objectives import GlobalBatch
 from mmbeam.names import Split
 from mmbeam.prompts.ask import Request
-from mmbeam.training.batching import Batch
+from mmbeam.training.batching import TrainingBatch
 from mmbeam.training.distributed import ALONE, Losses, World, joined, local_device
 from mmbeam.training.examples import Example
 from mmbeam.training.fit import Trainer
@@ -41,7 +41,7 @@ SPLITS = {"uneven": (3, 2), "one has nothing": (5, 0)}  # of five samples
 # Losses and gradients
 
 
-def whole_batch(model: FusionModel) -> tuple[Batch, dict[str, torch.Tensor]]:
+def whole_batch(model: FusionModel) -> tuple[TrainingBatch, dict[str, torch.Tensor]]:
     """Five samples, some of a group, some without a picture (the last two) or a sound; and other views of the texts."""
     inputs, labels = tiny_inputs(model, 5), tiny_labels(5)
     inputs["image_mask"][3:] = False
@@ -49,10 +49,12 @@ def whole_batch(model: FusionModel) -> tuple[Batch, dict[str, torch.Tensor]]:
     other = tiny_inputs(model, 5, seed=1)
     views = {name: other[name] for name in ("text", "text_mask")}
     examples = [Example(key="", caption="", present=frozenset(), request=lambda _: Request())] * 5
-    return Batch(inputs=inputs, labels=labels, groups=torch.tensor([7, -1, 7, -1, -1]), examples=examples), views
+    return TrainingBatch(
+        inputs=inputs, labels=labels, groups=torch.tensor([7, -1, 7, -1, -1]), examples=examples
+    ), views
 
 
-def part(batch: Batch, begin: int, end: int) -> Batch | None:
+def part(batch: TrainingBatch, begin: int, end: int) -> TrainingBatch | None:
     """The samples [begin, end), their captions no longer than they need be; None if there are none."""
     if begin == end:
         return None
@@ -60,7 +62,9 @@ def part(batch: Batch, begin: int, end: int) -> Batch | None:
     labels = labels[:, (labels != -100).any(0)]
     assert batch.groups is not None
     inputs = {name: values[begin:end] for name, values in batch.inputs.items()}
-    return Batch(inputs=inputs, labels=labels, groups=batch.groups[begin:end], examples=batch.examples[begin:end])
+    return TrainingBatch(
+        inputs=inputs, labels=labels, groups=batch.groups[begin:end], examples=batch.examples[begin:end]
+    )
 
 
 def differentiated(world: World, split: tuple[int, ...], weights: Mapping[str, float]) -> dict[str, Any]:
@@ -138,7 +142,7 @@ class Recorder(Trainer):
     spoil: int | None = None  # rank 0's weights
     die: int | None = None  # rank 1
 
-    def _step(self, batch: Batch | None, share: GlobalBatch) -> None:
+    def _step(self, batch: TrainingBatch | None, share: GlobalBatch) -> None:
         self.keys = [*getattr(self, "keys", []), *(each.key for each in (batch.examples if batch else ()))]
         super()._step(batch, share)
         if self.state.step == self.spoil and self.world.is_main:

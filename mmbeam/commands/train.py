@@ -166,7 +166,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
     line = TrainingLine(sys.stderr)
     try:
-        report = train(options, overwrite=args.overwrite, watcher=line)
+        report = train(options, overwrite=args.overwrite, reporter=line)
     finally:
         line.end()
     if not is_main_process():

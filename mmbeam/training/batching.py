@@ -23,12 +23,12 @@ from mmbeam.training.examples import Example
 
 T = TypeVar("T")
 
-POOL_BATCHES = 16  # in the shuffle buffer, whose examples are dealt out as batches of similar length,
-POOL_BYTES = 256 * MIB  # unless it holds so much before
+BUFFER_BATCHES = 16  # in the shuffle buffer, whose examples are dealt out as batches of similar length,
+BUFFER_BYTES = 256 * MIB  # unless it holds so much before
 # Captions whose lengths are of one such step are alike. Finer steps pad less, but the batches then hold captions
 # that say nearly the same, and a model learns slower: sorted by the character, the corpus's tags took twice the steps.
 BUCKET_CHARS = 32
-AHEAD = 2  # batches that are made while the model computes
+PREFETCHED_BATCHES = 2  # batches that are made while the model computes
 
 
 class Processor(Protocol):
@@ -44,7 +44,7 @@ class Processor(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class TrainingBatch:
     """What the model gets, and the examples it was made of."""
 
     inputs: dict[str, torch.Tensor]
@@ -53,14 +53,14 @@ class Batch:
     examples: Sequence[Example]
 
 
-def pools(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
+def shuffle_buffers(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
     """Cut the stream into buffers of whole batches; only the last one may hold a part of a batch."""
     pool: list[Example] = []
     size = 0
     for example in examples:
         pool.append(example)
         size += example.nbytes
-        full = len(pool) >= POOL_BATCHES * batch_size or (size >= POOL_BYTES and len(pool) % batch_size == 0)
+        full = len(pool) >= BUFFER_BATCHES * batch_size or (size >= BUFFER_BYTES and len(pool) % batch_size == 0)
         if full:
             yield pool
             pool, size = [], 0
@@ -68,7 +68,7 @@ def pools(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example
         yield pool
 
 
-def dropped(examples: Sequence[Example], probability: float, rng: np.random.Generator) -> list[Example]:
+def drop_modalities(examples: Sequence[Example], probability: float, rng: np.random.Generator) -> list[Example]:
     """Each example without some of its modalities, each dropped with `probability`, but never all of them."""
     draws = rng.random((len(examples), len(MODALITIES) + 1))
     return [_dropped(example, row.tolist(), probability) for example, row in zip(examples, draws, strict=True)]
@@ -85,16 +85,16 @@ def training_batches(
     examples: Iterable[Example], batch_size: int, dropout: float, seed: tuple[int, ...]
 ) -> Iterator[list[Example]]:
     """Batches for training, drawn from one buffer after the other: of similar length, in random order."""
-    for number, pool in enumerate(pools(examples, batch_size)):
+    for number, pool in enumerate(shuffle_buffers(examples, batch_size)):
         rng = np.random.default_rng((*seed, number))
         shuffled = [pool[place] for place in rng.permutation(len(pool))]
-        batches = _by_length(dropped(shuffled, dropout, rng), batch_size)
+        batches = _by_length(drop_modalities(shuffled, dropout, rng), batch_size)
         yield from (batches[place] for place in rng.permutation(len(batches)))
 
 
-def plain_batches(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
+def evaluation_batches(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
     """Batches for evaluation: of similar length, nothing dropped."""
-    for pool in pools(examples, batch_size):
+    for pool in shuffle_buffers(examples, batch_size):
         yield from _by_length(pool, batch_size)
 
 
@@ -103,9 +103,9 @@ def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[Exampl
     return [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
 
 
-def collate(examples: Sequence[Example], processor: Processor, device: torch.device, max_tokens: int) -> Batch:
+def collate(examples: Sequence[Example], processor: Processor, device: torch.device, max_tokens: int) -> TrainingBatch:
     """Make the tensors of a batch; captions are cut to `max_tokens`."""
-    return Batch(
+    return TrainingBatch(
         inputs=processor([example.make() for example in examples], device, torch.float32),
         labels=processor.labels([example.caption for example in examples], device, max_tokens),
         groups=_groups(examples, device),
@@ -126,7 +126,7 @@ def _number(name: str) -> int:
     return int.from_bytes(blake2b(name.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "big") >> 1
 
 
-def ahead(make: Callable[[], Iterator[T]], depth: int = AHEAD) -> Generator[T]:
+def prefetch(make: Callable[[], Iterator[T]], depth: int = PREFETCHED_BATCHES) -> Generator[T]:
     """What `make()` gives, made by a thread up to `depth` items ahead. Closing the generator ends the thread.
 
     Raises here what is raised there.

@@ -59,19 +59,19 @@ def prefixed(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
-def under(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
+def without_prefix(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
     """The tensors whose names begin with `prefix` and a dot, without it."""
     return {name[len(prefix) + 1 :]: each for name, each in tensors.items() if name.startswith(f"{prefix}.")}
 
 
-def model_tensors(model: torch.nn.Module, left_out: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """The model's weights, but those whose names begin with one of `left_out`."""
-    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(left_out)}
+def model_tensors(model: torch.nn.Module, excluded: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
+    """The model's weights, but those whose names begin with one of `excluded`."""
+    return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(excluded)}
 
 
-def restore_model(model: torch.nn.Module, tensors: Tensors, path: Path, left_out: tuple[str, ...] = ()) -> None:
-    """Put back the weights that `path` held; those of `left_out` stay. Raises TrainingError for another model's."""
-    staying = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(left_out)}
+def restore_model(model: torch.nn.Module, tensors: Tensors, path: Path, excluded: tuple[str, ...] = ()) -> None:
+    """Put back the weights that `path` held; those of `excluded` stay. Raises TrainingError for another model's."""
+    staying = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(excluded)}
     try:
         model.load_state_dict({**staying, **tensors})
     except RuntimeError as error:  # its message lists every tensor

@@ -30,10 +30,10 @@ from mmbeam.models.fusion.configuration import IGNORED, MASK
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.objectives import GlobalBatch, positive_keys
 from mmbeam.models.placement import resolve_device
-from mmbeam.training.batching import Batch
+from mmbeam.training.batching import TrainingBatch
 
 T = TypeVar("T")
-Step = tuple[Batch | None, GlobalBatch]  # what a process has for a step, if anything, and what all have
+Step = tuple[TrainingBatch | None, GlobalBatch]  # what a process has for a step, if anything, and what all have
 
 TIMEOUT = timedelta(minutes=30)  # for a step; reading from slow storage is part of it
 PATIENCE = timedelta(days=1)  # while rank 0 looks at samples or measures. A process that dies is noticed at once
@@ -54,7 +54,7 @@ class World:
         """Whether this is the process that measures and writes."""
         return self.rank == 0
 
-    def share_of(self, batch_size: int) -> int:
+    def local_batch_size(self, batch_size: int) -> int:
         """How many samples of a batch are this process's. Raises UsageError if they cannot be dealt out evenly."""
         if batch_size % self.size:
             raise UsageError(
@@ -74,7 +74,7 @@ class World:
         with self.connected():
             return DistributedDataParallel(losses, find_unused_parameters=True)  # those of what a share has nothing of
 
-    def steps(self, batches: Iterable[Batch], sources: Sequence[str]) -> Iterator[Step]:
+    def steps(self, batches: Iterable[TrainingBatch], sources: Sequence[str]) -> Iterator[Step]:
         """This process's batches, each with what the others have for the same step, until none has any.
 
         What is raised while one process makes its batch ends all: it raises that, the others JobError.
@@ -108,15 +108,15 @@ class World:
     def main_first(self) -> Iterator[None]:
         """Rank 0 goes through the block, then the others do. If it raises, they raise TrainingError or JobError."""
         if not self.is_main:
-            _raise_as_there(0, self.tell(None))
+            _raise_remote(0, self.broadcast(None))
         try:
             yield
         except BaseException as error:
             if self.is_main:
-                self.tell(_told(error))
+                self.broadcast(_error_facts(error))
             raise
         if self.is_main:
-            self.tell(None)
+            self.broadcast(None)
 
     def from_main(self, action: Callable[[], T]) -> T:
         """What `action` returns on rank 0, a JSON value, on all. If it raises, the others do as in `main_first`."""
@@ -124,7 +124,7 @@ class World:
         with self.main_first():
             if self.is_main:
                 value = action()
-        given: T = self.tell(value)
+        given: T = self.broadcast(value)
         return given
 
     def wait(self) -> None:
@@ -132,7 +132,7 @@ class World:
         if self.size > 1:
             self._exchange([0])
 
-    def tell(self, value: Any, source: int = 0) -> Any:
+    def broadcast(self, value: Any, source: int = 0) -> Any:
         """What the rank `source` gives as `value`, as JSON: nothing is unpickled."""
         if self.size == 1:
             return value
@@ -169,32 +169,32 @@ class World:
         return [each.tolist() for each in all_]
 
     def _stop(self, failed: int, error: BaseException | None) -> None:
-        told = self.tell(None if error is None else _told(error), failed)
+        told = self.broadcast(None if error is None else _error_facts(error), failed)
         if error is not None:
             raise error
-        _raise_as_there(failed, told)
+        _raise_remote(failed, told)
 
 
 ALONE = World()
 
 
-def _told(error: BaseException) -> dict[str, Any]:
+def _error_facts(error: BaseException) -> dict[str, Any]:
     return {"message": f"{type(error).__name__}: {error}", "training": isinstance(error, TrainingError)}
 
 
-def _raise_as_there(rank: int, told: Mapping[str, Any] | None) -> None:
+def _raise_remote(rank: int, told: Mapping[str, Any] | None) -> None:
     if told is not None:
         raise (TrainingError if told["training"] else JobError)(f"rank {rank} stopped: {told['message']}")
 
 
-def _next(batches: Iterator[Batch]) -> tuple[Batch | None, Exception | None]:
+def _next(batches: Iterator[TrainingBatch]) -> tuple[TrainingBatch | None, Exception | None]:
     try:
         return next(batches, None), None
     except Exception as error:
         return None, error
 
 
-def _counts(batch: Batch | None, sources: Sequence[str]) -> list[int]:
+def _counts(batch: TrainingBatch | None, sources: Sequence[str]) -> list[int]:
     """Samples, tokens of the longest caption, tokens, and of each source the samples that have it."""
     if batch is None:
         return [0] * (3 + len(sources))
@@ -219,7 +219,7 @@ class Losses(nn.Module):
         self.nothing = nn.Parameter(torch.zeros((), device=model.device))  # to differentiate, where there is no sample
 
     def forward(
-        self, batch: Batch | None, views: Mapping[str, torch.Tensor], share: GlobalBatch
+        self, batch: TrainingBatch | None, views: Mapping[str, torch.Tensor], share: GlobalBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """The weighted sum, and each loss by its name."""
         if batch is None:

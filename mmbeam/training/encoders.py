@@ -27,7 +27,7 @@ class Encoders:
     preparations: dict[str, Preparation] = field(default_factory=dict)  # of those that are pretrained
 
 
-def names_of(encoders: Sequence[EncoderName]) -> dict[str, EncoderName]:
+def source_names(encoders: Sequence[EncoderName]) -> dict[str, EncoderName]:
     """The encoders by the names of their sources: text, text_2, text_3 for three of texts."""
     named: dict[str, EncoderName] = {}
     for modality, encoder in encoders:
@@ -44,7 +44,7 @@ def read_encoders(encoders: Sequence[EncoderName], text_tokens: int) -> Encoders
     Raises ModelError naming the encoder and what is missing or does not fit.
     """
     found = Encoders()
-    for name, (modality, encoder) in names_of(encoders).items():
+    for name, (modality, encoder) in source_names(encoders).items():
         own = next((kind for kind in OWN_ENCODERS if kind == encoder), None)
         if own is not None:
             found.sources[name] = media_source(modality, own)
@@ -80,7 +80,7 @@ def unfreeze(config: FusionConfig, names: Sequence[str]) -> None:
         config.sources[name]["frozen"] = False  # type: ignore[index]  # a configuration that is made has sources
 
 
-def kept_elsewhere(model: FusionModel, options: TrainOptions) -> tuple[str, ...]:
+def unsaved_prefixes(model: FusionModel, options: TrainOptions) -> tuple[str, ...]:
     """How the names of weights begin that a checkpoint need not hold: of encoders that stay as their own files are.
 
     Those files are known by their digest (see `load_encoders`); those of a model to start from are not.
@@ -95,7 +95,7 @@ def load_encoders(model: FusionModel, encoders: Sequence[EncoderName]) -> None:
     A hub name is taken at the commit that it meant when the training began. Raises ModelError if the files
     are not those of then.
     """
-    for name, (modality, encoder) in names_of(encoders).items():
+    for name, (modality, encoder) in source_names(encoders).items():
         origin = model.sources[name].origin
         if origin is None:  # one of the model's own
             continue

@@ -44,7 +44,7 @@ def compose(clauses: Mapping[Modality, str], modalities: Collection[Modality]) -
     return ", ".join(said) + "." if said else ""
 
 
-class Source(Protocol):
+class ExampleSource(Protocol):
     """Where examples come from: the same ones in the same order for the same part and epoch."""
 
     def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]: ...
@@ -52,7 +52,7 @@ class Source(Protocol):
     def count(self, part: Split) -> int | None:
         """How many there are in an epoch; None if nobody has counted."""
 
-    def of_rank(self, rank: int, world_size: int) -> "Source":
+    def of_rank(self, rank: int, world_size: int) -> "ExampleSource":
         """One process's share of the training part, together all of it; the other parts and the counts are whole."""
 
 

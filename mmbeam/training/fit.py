@@ -23,13 +23,13 @@ from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.objectives import GlobalBatch
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.training import checkpoint
-from mmbeam.training.batching import Batch, ahead, collate, make_views, training_batches
+from mmbeam.training.batching import TrainingBatch, collate, make_views, prefetch, training_batches
 from mmbeam.training.checkpoint import Journal
 from mmbeam.training.distributed import ALONE, Losses, World
-from mmbeam.training.encoders import kept_elsewhere
-from mmbeam.training.examples import Source
+from mmbeam.training.encoders import unsaved_prefixes
+from mmbeam.training.examples import ExampleSource
 from mmbeam.training.options import Schedule, TrainOptions
-from mmbeam.training.scores import Judge, Scores
+from mmbeam.training.scores import Evaluator, Scores
 
 log = logging.getLogger(__name__)
 
@@ -94,7 +94,7 @@ class State:
     longest: int = 0  # steps of the longest epoch so far
 
 
-class Watcher(Protocol):
+class ProgressReporter(Protocol):
     """Whoever shows how far a training is."""
 
     def show(self, step: int, steps: int, loss: float, samples: int) -> None: ...
@@ -107,12 +107,12 @@ class Trainer:
         self,
         model: FusionModel,
         processor: FusionProcessor,
-        source: Source,
+        source: ExampleSource,
         options: TrainOptions,
         directory: Path,
         *,
         frozen: Sequence[torch.nn.Module] = (),
-        watcher: Watcher | None = None,
+        reporter: ProgressReporter | None = None,
         world: World = ALONE,
     ) -> None:
         """`directory` is for the checkpoint and the journal; `frozen` are the parts of the model that do not learn.
@@ -121,8 +121,8 @@ class Trainer:
         """
         self.model, self.processor, self.options, self.world = model, processor, options, world
         self.source = source if world.size == 1 else source.of_rank(world.rank, world.size)
-        self.batch_size = world.share_of(options.batch_size)
-        self.directory, self.watcher, self.device = directory, watcher, model.device
+        self.batch_size = world.local_batch_size(options.batch_size)
+        self.directory, self.reporter, self.device = directory, reporter, model.device
         self.state = State()
         self.journal = Journal(directory)
         self._frozen = list(frozen)
@@ -131,7 +131,7 @@ class Trainer:
         self.optimizer = make_optimizer(model, options)
         self.steps = total_steps(options, source)
         self._losses = world.parallel(Losses(model))
-        self._left_out = kept_elsewhere(model, options)
+        self._left_out = unsaved_prefixes(model, options)
         self._weights = partial(checkpoint.model_tensors, model, self._left_out)
         self._saved = time.monotonic()
 
@@ -179,21 +179,21 @@ class Trainer:
         self.state.seconds = before + time.monotonic() - begin
         self._close(scores)
 
-    def _batches(self) -> Generator[Batch]:
+    def _batches(self) -> Generator[TrainingBatch]:
         options, epoch = self.options, self.state.epoch
         make = partial(
             collate, processor=self.processor, device=self.device, max_tokens=self.model.config.max_target_positions
         )
 
-        def batches() -> Iterator[Batch]:
+        def batches() -> Iterator[TrainingBatch]:
             examples = self.source.examples("train", epoch)
             seed = (options.seed, epoch, *([self.world.rank] if self.world.size > 1 else []))
             drawn = training_batches(examples, self.batch_size, options.modality_dropout, seed)
             return map(make, islice(drawn, self.state.batch, None))
 
-        return ahead(batches)
+        return prefetch(batches)
 
-    def _step(self, batch: Batch | None, share: GlobalBatch) -> None:
+    def _step(self, batch: TrainingBatch | None, share: GlobalBatch) -> None:
         state, options = self.state, self.options
         factor = learning_rate_factor(state.step, self.steps, warmup_steps(options, self.steps), options.schedule)
         set_learning_rate(self.optimizer, options.learning_rate * factor)
@@ -208,10 +208,10 @@ class Trainer:
             state.losses[name] = state.losses.get(name, 0.0) + value
         if self.world.is_main:
             self.journal.step(state.step, loss, options.learning_rate * factor)
-        if self.watcher is not None and self.world.is_main:
-            self.watcher.show(state.step, self.steps, loss, sum(share.rows))
+        if self.reporter is not None and self.world.is_main:
+            self.reporter.show(state.step, self.steps, loss, sum(share.rows))
 
-    def _learn(self, batch: Batch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
+    def _learn(self, batch: TrainingBatch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
         """One step of the optimizer; the losses of the whole batch.
 
         Raises TrainingError before it, in all processes, if loss or gradient is no finite number.
@@ -225,7 +225,7 @@ class Trainer:
         self.optimizer.step()
         return loss, losses
 
-    def _differentiate(self, batch: Batch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
+    def _differentiate(self, batch: TrainingBatch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
         """The norm that the gradients had before they were clipped, and this process's losses; "" is their sum."""
         with torch.autocast(
             "cuda", torch.bfloat16, enabled=self.options.mixed_precision and self.device.type == "cuda"
@@ -236,7 +236,7 @@ class Trainer:
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm or math.inf)
         return float(norm), {name: float(value.detach()) for name, value in {**losses, "": loss}.items()}
 
-    def _views(self, batch: Batch | None) -> dict[str, torch.Tensor]:
+    def _views(self, batch: TrainingBatch | None) -> dict[str, torch.Tensor]:
         """Other views of the sources that are aligned with themselves; samples that have groups need none."""
         names = [a for a, b in self.model.pairs if a == b]
         if batch is None or self.options.group is not None:
@@ -259,8 +259,8 @@ class Trainer:
 
     def _validate(self) -> Scores:
         examples = islice(self.source.examples("validation"), self.options.validation_samples)
-        judge = Judge(self.model, self.processor, self.device, self.options.batch_size)
-        scores = judge.scores(examples, SUBSETS_PER_BATCH)
+        evaluator = Evaluator(self.model, self.processor, self.device, self.options.batch_size)
+        scores = evaluator.scores(examples, SUBSETS_PER_BATCH)
         if not scores.samples:
             raise TrainingError("the validation part gave no samples: give more, or a larger share with --split")
         if not math.isfinite(scores.loss):
@@ -303,9 +303,9 @@ class Trainer:
             return False
         tensors, facts = checkpoint.load(path)
         self._check_processes(facts.pop("processes", 1), facts["batch"])
-        checkpoint.restore_model(self.model, checkpoint.under("model", tensors), path, self._left_out)
-        checkpoint.restore_optimizer(self.optimizer, checkpoint.under("optimizer", tensors))
-        checkpoint.restore_random(checkpoint.under("random", tensors))
+        checkpoint.restore_model(self.model, checkpoint.without_prefix("model", tensors), path, self._left_out)
+        checkpoint.restore_optimizer(self.optimizer, checkpoint.without_prefix("optimizer", tensors))
+        checkpoint.restore_random(checkpoint.without_prefix("random", tensors))
         self.state = State(**facts)
         self.steps = total_steps(self.options, self.source, self.state.longest)
         if self.world.is_main:
@@ -322,7 +322,7 @@ class Trainer:
             )
 
 
-def total_steps(options: TrainOptions, source: Source, longest: int = 0) -> int:
+def total_steps(options: TrainOptions, source: ExampleSource, longest: int = 0) -> int:
     """How many steps there will be: as asked for, or so many epochs of so many batches.
 
     Processes whose shares of the samples differ need more steps than one would: as many as the longest epoch had.

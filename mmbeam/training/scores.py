@@ -20,7 +20,7 @@ from mmbeam.models.fusion.configuration import IGNORED
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.names import MODALITIES, Modality
-from mmbeam.training.batching import Batch, ahead, collate, make_views, plain_batches
+from mmbeam.training.batching import TrainingBatch, collate, evaluation_batches, make_views, prefetch
 from mmbeam.training.examples import Example
 
 EXTRA_TOKENS = 8  # that may be written beyond the longest true caption, so that a run-on caption is seen
@@ -45,7 +45,7 @@ class Scores:
 
 
 @dataclass(frozen=True)
-class Judge:
+class Evaluator:
     """A model, and what is needed to put examples before it."""
 
     model: FusionModel
@@ -53,11 +53,11 @@ class Judge:
     device: torch.device
     batch_size: int = 64
 
-    def batches(self, examples: Iterable[Example]) -> Iterator[Batch]:
+    def batches(self, examples: Iterable[Example]) -> Iterator[TrainingBatch]:
         """The examples as batches, made ahead."""
         limit = self.model.config.max_target_positions
         make = partial(collate, processor=self.processor, device=self.device, max_tokens=limit)
-        with closing(ahead(lambda: map(make, plain_batches(examples, self.batch_size)))) as batches:
+        with closing(prefetch(lambda: map(make, evaluation_batches(examples, self.batch_size)))) as batches:
             yield from batches
 
     def captions(self, examples: Iterable[Example]) -> list[tuple[Example, str]]:
@@ -73,10 +73,10 @@ class Judge:
                 retrieval.add(batch)
         return retrieval.recall()
 
-    def _written(self, batch: Batch) -> list[tuple[Example, str]]:
+    def _written(self, batch: TrainingBatch) -> list[tuple[Example, str]]:
         return list(zip(batch.examples, self._write(batch), strict=True))
 
-    def _write(self, batch: Batch) -> list[str]:
+    def _write(self, batch: TrainingBatch) -> list[str]:
         length = min(batch.labels.shape[1] + EXTRA_TOKENS, self.model.config.max_target_positions)
         ids = self.model.generate(**batch.inputs, max_new_tokens=length, do_sample=False, num_beams=1)
         return self.processor.decode(ids.tolist())
@@ -100,7 +100,7 @@ class Judge:
             recall=retrieval.recall(),
         )
 
-    def _loss(self, batch: Batch) -> tuple[float, int]:
+    def _loss(self, batch: TrainingBatch) -> tuple[float, int]:
         """Summed over tokens, without the label smoothing of training; and how many tokens."""
         logits = self.model(decoder_input_ids=self.model.shift(batch.labels), **batch.inputs).logits
         loss = F.cross_entropy(
@@ -161,7 +161,7 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 CANDIDATES = 500  # at most, among which the nearest is looked for
-MOST = 5000  # samples that are looked at; more would say nothing new
+MAX_SAMPLES = 5000  # samples that are looked at; more would say nothing new
 VIEW = " (another view)"  # ends the name of a source seen another way
 Pair = tuple[str, str]
 
@@ -177,9 +177,9 @@ class Retrieval:
         self._present: dict[str, list[torch.Tensor]] = {name: [] for name in names}
         self._examples: list[Example] = []
 
-    def add(self, batch: Batch) -> None:
+    def add(self, batch: TrainingBatch) -> None:
         """Embed a batch."""
-        if not self._vectors or len(self._examples) >= MOST:
+        if not self._vectors or len(self._examples) >= MAX_SAMPLES:
             return
         encoding = self._model.encode(**batch.inputs)
         embeddings, present = dict(encoding.embeddings), dict(encoding.present)

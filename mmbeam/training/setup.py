@@ -26,7 +26,7 @@ from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.encoders import Encoders, load_encoders, read_encoders, unfreeze
-from mmbeam.training.examples import Source
+from mmbeam.training.examples import ExampleSource
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.sources import (
     CAPTION_IS_TEXT,
@@ -46,8 +46,8 @@ log = logging.getLogger(__name__)
 
 SHARED = ("words", "space", "fusion", "generator")  # parts of a model beside its sources' encoders
 START, FACTS = "start", "samples.json"
-LISTENED = 100  # sounds whose length says how long the model's window is to be
-MAX_SECONDS = 30.0  # of that window
+SURVEYED_SOUNDS = 100  # sounds whose length says how long the model's window is to be
+MAX_AUDIO_SECONDS = 30.0  # of that window
 TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # of the losses alone
 
 
@@ -57,7 +57,7 @@ class Setup:
 
     config: FusionConfig
     processor: FusionProcessor
-    source: Source
+    source: ExampleSource
     facts: Mapping[str, Any]  # of the samples, for the model card
 
 
@@ -180,7 +180,7 @@ def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSou
     if options.audio_seconds is not None and not hears:
         raise UsageError("--audio-seconds: none of the model's own encoders hears, and others hear as their files say")
     if options.audio_seconds is None and hears and isinstance(source, ShardSource):
-        return source.longest_sound(LISTENED, MAX_SECONDS)
+        return source.longest_audio_seconds(SURVEYED_SOUNDS, MAX_AUDIO_SECONDS)
     return options.audio_seconds or 1.0
 
 

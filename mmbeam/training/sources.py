@@ -133,10 +133,10 @@ class ShardSource:
             if limit is not None and survey.samples >= limit:
                 survey.whole = False
                 break
-            _look_at(sample, self.labelling, survey)
+            _survey_sample(sample, self.labelling, survey)
         return survey
 
-    def longest_sound(self, limit: int, most: float) -> float:
+    def longest_audio_seconds(self, limit: int, most: float) -> float:
         """Seconds of the longest among the first `limit` sounds, at most `most`; 1 if there is none."""
         source = replace(self, needs=Needs(modalities=frozenset(("audio",))))
         found = (s.audio.seconds for s in source._samples(self.units, None) if s.audio is not None)
@@ -196,7 +196,7 @@ class ShardSource:
         )
 
 
-def _look_at(sample: Sample, labelling: Labelling, survey: Survey) -> None:
+def _survey_sample(sample: Sample, labelling: Labelling, survey: Survey) -> None:
     survey.samples += 1
     survey.modalities.update(sample.present)
     survey.fields.update(json_object(sample.metadata))
@@ -419,7 +419,7 @@ def _request(features: Mapping[str, Feature], modalities: Mapping[str, Modality]
     return Request(features={name: value for name, value in features.items() if modalities[name] in kept})
 
 
-MEASURED = 1000  # rows whose sequences say how long they are
+SURVEYED_ROWS = 1000  # rows whose sequences say how long they are
 MAX_TOKENS = 1500  # of a sequence that is read: as many as Whisper makes of 30 seconds
 
 
@@ -445,7 +445,7 @@ def column_sources(source: FeatureSource, modalities: Collection[Modality]) -> d
 def _longest(source: FeatureSource, names: Collection[str]) -> dict[str, int]:
     """Of columns of sequences, how many vectors the longest of the first rows has."""
     longest = dict.fromkeys(names, 1)
-    for example in islice(source.examples("train"), MEASURED if names else 0):
+    for example in islice(source.examples("train"), SURVEYED_ROWS if names else 0):
         features = example.make().features
         longest |= {name: max(longest[name], len(features[name])) for name in names if name in features}
     for name, length in longest.items():

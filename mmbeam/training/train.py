@@ -27,15 +27,15 @@ from mmbeam.models.loading import quiet_transformers
 from mmbeam.training.card import model_card
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.distributed import ALONE, World, joined, local_device
-from mmbeam.training.fit import BEST, CHECKPOINT, SUBSETS_PER_BATCH, State, Trainer, Watcher
+from mmbeam.training.fit import BEST, CHECKPOINT, SUBSETS_PER_BATCH, ProgressReporter, State, Trainer
 from mmbeam.training.options import TrainOptions, difference
-from mmbeam.training.scores import Judge
+from mmbeam.training.scores import Evaluator
 from mmbeam.training.setup import FACTS, START, Setup, new_model, set_up
 
 log = logging.getLogger(__name__)
 
 
-FOUND = "search.json"
+SEARCH = "search.json"
 
 
 @dataclass(frozen=True)
@@ -74,7 +74,7 @@ def draw(options: TrainOptions, space: Mapping[str, Span] = SPACE) -> list[dict[
     return [{}, *drawn]
 
 
-def with_choice(options: TrainOptions, choice: Mapping[str, Any]) -> TrainOptions:
+def apply_choice(options: TrainOptions, choice: Mapping[str, Any]) -> TrainOptions:
     """The options with a drawn configuration in them."""
     weights = {name: value for name, value in choice.items() if name in ("align", "reconstruct")}
     others = {name: value for name, value in choice.items() if name not in weights}
@@ -86,7 +86,7 @@ def search(
     options: TrainOptions,
     directory: Path,
     device: torch.device,
-    watcher: Watcher | None = None,
+    reporter: ProgressReporter | None = None,
     space: Mapping[str, Span] = SPACE,
     world: World = ALONE,
 ) -> TrainOptions:
@@ -95,11 +95,13 @@ def search(
     Trials that an interrupted run has finished are not done again. Raises TrainingError if none could be
     trained.
     """
-    path = directory / FOUND
+    path = directory / SEARCH
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
     choices = draw(options, space)
     for number, choice in enumerate(choices[len(trials) :], len(trials)):
-        score, error = _try(setup, with_choice(options, choice), directory / f"search-{number}", device, watcher, world)
+        score, error = _run_trial(
+            setup, apply_choice(options, choice), directory / f"search-{number}", device, reporter, world
+        )
         trials.append({"changed": choice, "score": score, "error": error})
         if world.is_main:
             write_text(path, json.dumps(trials, indent=2) + "\n")
@@ -110,18 +112,23 @@ def search(
     best = max(done, key=lambda trial: list(trial["score"]))
     if world.is_main:
         log.warning("trial %d of %d won: %s", trials.index(best) + 1, len(trials), best["changed"] or "as given")
-    return with_choice(options, best["changed"])
+    return apply_choice(options, best["changed"])
 
 
-def _try(
-    setup: Setup, options: TrainOptions, directory: Path, device: torch.device, watcher: Watcher | None, world: World
+def _run_trial(
+    setup: Setup,
+    options: TrainOptions,
+    directory: Path,
+    device: torch.device,
+    reporter: ProgressReporter | None,
+    world: World,
 ) -> tuple[list[float] | None, str | None]:
     """The best validation scores of a short training, higher is better; None and why if its loss was no number."""
     directory.mkdir(exist_ok=True)
     options = replace(options, steps=options.search_steps, search=0)
     model, frozen = new_model(options, setup, device)
     trainer = Trainer(
-        model, setup.processor, setup.source, options, directory, frozen=frozen, watcher=watcher, world=world
+        model, setup.processor, setup.source, options, directory, frozen=frozen, reporter=reporter, world=world
     )
     try:
         return trainer.run().best, None
@@ -135,7 +142,9 @@ def _try(
 TRAINING, RUN, REPORT = "_training", "run.json", "report.json"
 
 
-def train(options: TrainOptions, *, overwrite: bool = False, watcher: Watcher | None = None) -> dict[str, Any]:
+def train(
+    options: TrainOptions, *, overwrite: bool = False, reporter: ProgressReporter | None = None
+) -> dict[str, Any]:
     """Train, measure on the test part once, and write the model; the report.
 
     The same options again go on where an interrupted run stopped; a run that is done is not done again. The
@@ -148,7 +157,7 @@ def train(options: TrainOptions, *, overwrite: bool = False, watcher: Watcher | 
     device = local_device(options.device)
     quiet_transformers()
     with joined(device) as world:
-        world.share_of(options.batch_size)
+        world.local_batch_size(options.batch_size)
         with world.main_first():
             directory = open_run(options, overwrite, world)
             done = (directory / REPORT).exists()
@@ -156,7 +165,7 @@ def train(options: TrainOptions, *, overwrite: bool = False, watcher: Watcher | 
         if setup is None:
             log.info("%s: trained already", options.output)
             return read_report(directory)
-        return train_on(setup, options, directory, device, watcher, world)
+        return train_on(setup, options, directory, device, reporter, world)
 
 
 def train_on(
@@ -164,15 +173,15 @@ def train_on(
     options: TrainOptions,
     directory: Path,
     device: torch.device,
-    watcher: Watcher | None = None,
+    reporter: ProgressReporter | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
     """Train what was set up, and write the model beside `directory`; the report."""
     if options.search:
-        options = search(setup, options, directory, device, watcher, world=world)
+        options = search(setup, options, directory, device, reporter, world=world)
     model, frozen = new_model(options, setup, device)
     trainer = Trainer(
-        model, setup.processor, setup.source, options, directory, frozen=frozen, watcher=watcher, world=world
+        model, setup.processor, setup.source, options, directory, frozen=frozen, reporter=reporter, world=world
     )
     state = trainer.run()
     return world.from_main(lambda: _finish(trainer, state, setup, directory.parent))
@@ -181,8 +190,8 @@ def train_on(
 def _finish(trainer: Trainer, state: State, setup: Setup, output: Path) -> dict[str, Any]:
     """Measure on the test part, write the model, its card and the report; the report."""
     model, options = trainer.model, trainer.options
-    judge = Judge(model, setup.processor, trainer.device, options.batch_size)
-    test = judge.scores(setup.source.examples("test"), SUBSETS_PER_BATCH)
+    evaluator = Evaluator(model, setup.processor, trainer.device, options.batch_size)
+    test = evaluator.scores(setup.source.examples("test"), SUBSETS_PER_BATCH)
     trainer.journal.draw()
     epochs = [line for line in trainer.journal.lines() if "epoch" in line]
     report = {
