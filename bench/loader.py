@@ -20,7 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmbeam.names import MODALITIES, Modality
-from mmbeam.runs import Run
+from mmbeam.runs.run import Run
 from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Input, Output, Sample, Shard, Tally, WorkUnit
 

@@ -27,13 +27,15 @@ from typing import Any
 import apache_beam as beam
 import pyarrow as pa
 
-from mmbeam import runs
 from mmbeam.config import MIB, Reading, Windows
 from mmbeam.jobs.execute import execute_pipeline
 from mmbeam.jobs.options import pipeline_options
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import MOST_UNITS, UNIT_BYTES
-from mmbeam.runs import Run
+from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.plan import extend_plan
+from mmbeam.runs.run import Run, open_run
+from mmbeam.runs.summary import write_summary
 from mmbeam.transforms import Plan, Summarize, WriteParquet
 from mmbeam.transforms.read import ReadUnits
 from mmbeam.types import Batch, Needs, Output, Sample, Tally, WorkUnit
@@ -99,8 +101,8 @@ def build(pipeline: beam.Pipeline, run: Run, units: list[WorkUnit], lives: int |
 
 
 def plan(directory: Path, run: Run) -> list[WorkUnit]:
-    runs.open_run(run)
-    return runs.extend_plan(run, list_shards([str(directory / "shards")]))
+    open_run(run)
+    return extend_plan(run, list_shards([str(directory / "shards")]))
 
 
 # The steps, each in a process of its own; what they return is printed as JSON
@@ -124,7 +126,7 @@ def step_write(directory: Path, lives: int | None = None) -> dict[str, float]:
     with timed() as planning:
         units = plan(directory, run)
     with timed() as listing_seconds:
-        kept = sorted(runs.committed(run))
+        kept = sorted(committed(run))
     some = [unit for unit in units if unit.id in set(kept[:1000])]
     reader = read_nothing(run)
     with timed() as looking:
@@ -147,11 +149,11 @@ def step_write(directory: Path, lives: int | None = None) -> dict[str, float]:
 def step_reports(directory: Path) -> dict[str, float]:
     """What the end of a run gathers: every unit's report, in one place."""
     run = make_run(str(directory / "out"))
-    ids = runs.committed(run)
+    ids = committed(run)
     with timed() as loading:
-        reports = list(runs.load_reports(run, ids))
+        reports = list(load_reports(run, ids))
     with timed() as summing:
-        runs.write_summary(run, [replace(report, status="written") for report in reports], 1.0)
+        write_summary(run, [replace(report, status="written") for report in reports], 1.0)
     return {"load": loading[0], "sum_up": summing[0], "gathered_mb": sum(len(pickle.dumps(r)) for r in reports) / 1e6}
 
 

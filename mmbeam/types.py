@@ -38,45 +38,37 @@ class Shard:
     cuttable: bool = True  # False if a byte range can only be read from the beginning of the file
 
 
-class Seam(NamedTuple):
-    """The boundary between two parts of a shard, as readers/parts.py derives it from the byte of the cut."""
-
-    sample: int | None  # byte at which the first sample behind it begins; None if there is none
-    header: int | None  # byte of the last member before that sample, if it lies behind the cut; else None
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A shard, or a part of an uncompressed one: the samples between the cuts at `begin` and `end`, in bytes."""
+    """A shard, or the part of an uncompressed one between the cuts at bytes `begin` and `end` (readers/tar.py)."""
 
     shard: Shard
     begin: int = 0
     end: int | None = None  # None: to the end of the shard
-    seam: Seam | None = None  # the part's true beginning, where an earlier run has found it
 
     @property
     def is_part(self) -> bool:
-        """Whether this is a part, and not the whole shard."""
+        """Whether this is a part of a shard."""
         return self.begin > 0 or self.end is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputRead:
-    """What reading an input has shown, beside its samples."""
+    """What was learned by reading an input, apart from its samples."""
 
-    begin: Seam | None = None  # of a part; None if it begins with the shard, or holds no header
-    end: Seam | None = None
+    first_sample: int | None = None  # of a part: byte of its first sample (0 if it begins the shard); None: no sample
+    next_sample: int | None = None  # of a part: byte of the first sample behind it; None: no sample
     error: str | None = None  # why it could not be read, if other inputs of the unit could
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkUnit:
-    """What one attempt reads and one Parquet holds. `id` is a safe file name and never changes."""
+    """What one attempt reads and one Parquet file holds. `id` is a safe file name and never changes."""
 
     id: str
     inputs: tuple[Input, ...]
     limit: int | None = None  # number of samples to stop after
-    replace: bool = False  # redo it although it is committed (retry_failures)
+    replace: bool = False  # run it although it is committed, and replace its rows (retry_failures)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -374,7 +366,7 @@ class UnitReport:
     wall_seconds: float = 0.0
     error: str | None = None  # why it failed
     failures_file: str | None = None  # name under failures/; None if nothing failed
-    inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin and end of each, and what reading has shown
+    inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin and end of each, and its InputRead
     batch_plan: Mapping[str, Any] = field(default_factory=dict)
 
     def to_json(self) -> dict[str, Any]:

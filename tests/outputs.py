@@ -11,7 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from mmbeam.names import Modality
-from mmbeam.runs import Run, extend_plan
+from mmbeam.runs.plan import extend_plan
+from mmbeam.runs.run import Run
 from mmbeam.runs.store import Store
 from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Failure, Input, Output, Sample, Shard, Tally, WorkUnit

@@ -14,8 +14,7 @@ import pytest
 import webdataset
 
 from mmbeam.config import Limits
-from mmbeam.readers.tar import TarReader, split_name
-from mmbeam.readers.tarheaders import BLOCK
+from mmbeam.readers.tar import BLOCK, TarReader, split_name
 from mmbeam.types import RawSample
 
 Pairs = list[tuple[str, bytes]]  # names and contents of members, in order

@@ -156,7 +156,7 @@ def test_a_shard_that_is_no_tar_among_good_ones_fails_its_unit(embed: Mmbeam, go
     said = embed("--input", tmp_path / "in")
     assert (said.status, said.err) == (3, "")
     assert "units: 2 written, 1 FAILED\n" in said.out
-    assert "bad.tar: is no tar" in said.out
+    assert "bad.tar: not a tar file" in said.out
     assert "Run the same command again" in said.out
     assert ds.dataset(tmp_path / "out" / "data").count_rows() == 6
 
@@ -182,7 +182,7 @@ def test_no_shard_matches(embed: Mmbeam, tmp_path: Path) -> None:
 
 def test_the_only_shard_is_no_tar(embed: Mmbeam, tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
-    check_refused(embed("--input", tmp_path / "bad.tar"), 1, "bad.tar: is no tar")
+    check_refused(embed("--input", tmp_path / "bad.tar"), 1, "bad.tar: not a tar file")
     assert not (tmp_path / "out").exists()
 
 

@@ -30,7 +30,6 @@ from google.cloud.dataflow_v1beta3 import TemplateMetadata
 from tiny_clip import save_clip
 from tiny_generators import save_fusion
 
-from mmbeam import runs
 from mmbeam.cli import main
 from mmbeam.commands import parse
 from mmbeam.config import ModelRef
@@ -41,6 +40,7 @@ from mmbeam.jobs.embed import EmbedOptions
 from mmbeam.jobs.execute import Job, submit
 from mmbeam.jobs.options import is_waited_for, pipeline_options
 from mmbeam.prompts.ask import Decoding
+from mmbeam.runs.plan import load_plan
 from mmbeam.types import Input, Shard, WorkUnit
 
 DEPLOY = Path(__file__).parents[1] / "deploy" / "dataflow"
@@ -202,7 +202,7 @@ def test_a_launch_without_waiting_submits_the_job_and_prints_so(
     assert main([*arguments, "--device=cuda", "--shared-output", *DRY]) == 0
     assert "not waited for" in capsys.readouterr().out
     assert embed_job(home, tmp_path).start() is None
-    assert len(runs.load_plan(embed_job(home, tmp_path).run)) == 3
+    assert len(load_plan(embed_job(home, tmp_path).run)) == 3
 
 
 def test_a_launch_without_waiting_cannot_retry_failures(home: Path, tmp_path: Path) -> None:

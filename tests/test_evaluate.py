@@ -19,7 +19,7 @@ from mmbeam.errors import FlowError, JobError, UsageError
 from mmbeam.jobs.evaluate import EvaluateOptions, evaluate
 from mmbeam.metrics.cider import CiderD, document_frequencies
 from mmbeam.metrics.text import TextTotals, text_metrics
-from mmbeam.runs import open_run
+from mmbeam.runs.run import open_run
 from mmbeam.runs.store import Store
 from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Failure, Output, Sample, Tally

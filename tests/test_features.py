@@ -23,7 +23,7 @@ from mmbeam.features.read import column_values, read_features
 from mmbeam.features.schema import origin_of, parse_name
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import limited_unit, plan_units
-from mmbeam.runs import Run, open_run
+from mmbeam.runs.run import Run, open_run
 from mmbeam.types import Batch, FeatureColumn, Needs, Origin, Sample, WorkUnit
 
 IMAGE = FeatureColumn(name="image_embedding", modality="image", width=4)

@@ -36,12 +36,13 @@ from outputs import (
 )
 from servers import STORES, fresh_output
 
-from mmbeam import runs
 from mmbeam.errors import FlowError
 from mmbeam.names import MODALITIES
-from mmbeam.runs import Run
 from mmbeam.runs import writer as parquet
-from mmbeam.runs.rows import FAILURE_SCHEMA, build_schema, settle
+from mmbeam.runs.commits import committed, report_failed_unit, report_of
+from mmbeam.runs.rows import FAILURE_SCHEMA, build_schema, make_rows
+from mmbeam.runs.run import Run, open_run
+from mmbeam.runs.summary import sweep
 from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Audio, Batch, Failure, Output, Sample, Tally, UnitReport
 
@@ -125,7 +126,7 @@ def causes(draw: st.DrawFn, sample: Sample, lost: list[Output], whole: bool) -> 
 @settings(max_examples=200, deadline=None)
 def test_every_sample_ends_as_exactly_one_thing(window: tuple[Batch, list[str]]) -> None:
     batch, expected = window
-    settled = settle(batch, ALL_OUTPUTS, build_schema(ALL_OUTPUTS, False, {}))
+    settled = make_rows(batch, ALL_OUTPUTS, build_schema(ALL_OUTPUTS, False, {}))
     tally = settled.tally
     assert tally.samples == tally.rows + tally.failed + sum(tally.skipped.values())
     assert (tally.rows, tally.failed) == (len(expected) - expected.count("failed"), expected.count("failed"))
@@ -153,15 +154,15 @@ def test_every_sample_ends_as_exactly_one_thing(window: tuple[Batch, list[str]])
         assert count == sum(row[name] is not None for row in rows.values())
 
 
-def test_a_loss_that_nobody_explains_is_an_error() -> None:
+def test_a_loss_without_a_failure_is_an_error() -> None:
     batch = make_batches(UNIT)[0]
     schema = build_schema(OUTPUTS, False, {})
     with pytest.raises(FlowError, match=r"a-1\.tar: sample 00000 at byte 0: image_embedding was lost"):
-        settle(replace(batch, failures=()), OUTPUTS, schema)
+        make_rows(replace(batch, failures=()), OUTPUTS, schema)
     (failure,) = batch.failures
     for other in (replace(failure, modality="text"), replace(failure, outputs=("text_embedding",))):
-        with pytest.raises(FlowError, match="no failure says why"):
-            settle(replace(batch, failures=(other,)), OUTPUTS, schema)
+        with pytest.raises(FlowError, match="was lost without a failure"):
+            make_rows(replace(batch, failures=(other,)), OUTPUTS, schema)
 
 
 def test_what_does_not_fit_together_is_an_error() -> None:
@@ -179,7 +180,7 @@ def test_what_does_not_fit_together_is_an_error() -> None:
         (replace(batch, samples=twice), "two samples have the same shard and offset"),
     ]:
         with pytest.raises(FlowError, match=message):
-            settle(wrong, OUTPUTS, schema)
+            make_rows(wrong, OUTPUTS, schema)
 
 
 def test_a_row_says_what_its_sample_was() -> None:
@@ -196,7 +197,7 @@ def test_a_row_says_what_its_sample_was() -> None:
         "text_num_tokens": pa.array([7], pa.int64()),
     }
     batch = Batch(unit=UNIT, index=0, last=True, samples=(sample,), features=features)
-    (row,) = settle(batch, OUTPUTS, build_schema(OUTPUTS, True, {})).rows.to_pylist()
+    (row,) = make_rows(batch, OUTPUTS, build_schema(OUTPUTS, True, {})).rows.to_pylist()
     assert row == {
         "key": "\\udcff/ключ",
         "shard": "/shards/a-1.tar",
@@ -217,7 +218,7 @@ def test_a_row_says_what_its_sample_was() -> None:
 def test_vectors_are_stored_as_their_field_says() -> None:
     half = Output(modalities=frozenset({"image"}), columns=(pa.field("image_embedding", pa.list_(pa.float16(), DIM)),))
     schema = build_schema((half, TEXT), False, {})
-    rows = settle(make_batches(UNIT)[0], (half, TEXT), schema).rows
+    rows = make_rows(make_batches(UNIT)[0], (half, TEXT), schema).rows
     assert rows.schema.field("image_embedding").type.value_type == pa.float16()
     assert rows["image_embedding"].to_pylist()[1:3] == [vector(1), vector(2)]
     assert schema.metadata[b"mmbeam.dims"] == b'{"image_embedding": 4, "text_embedding": 4}'
@@ -276,7 +277,7 @@ def test_a_unit_written_is_read_back(run: Run) -> None:
     assert report.inputs == ({"path": "/shards/a-1.tar", "size": 1024, "etag": "e1", "begin": 0, "end": None},)
     assert report.batch_plan == {name: run.recorded.get(name) for name in ("device", "batch_size", "windows")}
     assert report.tally.seconds["write"] > 0
-    assert replace(report, status="kept") == runs.report_of(run, UNIT.id)
+    assert replace(report, status="kept") == report_of(run, UNIT.id)
 
 
 def test_an_empty_part_has_the_whole_schema(run: Run) -> None:
@@ -319,9 +320,9 @@ def test_windows_out_of_order_are_an_error(local: Run) -> None:
         ([first, first], "expected window 1, found window 0"),
         ([first, last, replace(last, index=2)], "expected no more, found window 2"),
         ([replace(first, unit=make_unit("b-2"))], "found window 0 of unit b-2"),
-        ([replace(first, unit_error="no tar")], "not to be written"),
+        ([replace(first, unit_error="no tar")], "belongs to a unit without rows"),
         ([first], "expected window 1 or a last one, found the end.*Reshuffle"),
-        ([replace(first, tally=Tally(samples=6)), last], "11 samples were found"),
+        ([replace(first, tally=Tally(samples=6)), last], "for each of 11 samples"),
     ]:
         with pytest.raises(FlowError, match=message):
             attempt(local, *batches)
@@ -330,7 +331,7 @@ def test_windows_out_of_order_are_an_error(local: Run) -> None:
 
 def test_an_exception_in_the_middle_publishes_nothing(run: Run) -> None:
     first, last = make_batches(UNIT)
-    with pytest.raises(FlowError, match="no failure says why"):
+    with pytest.raises(FlowError, match="was lost without a failure"):
         attempt(run, first, replace(last, failures=()))
     with pytest.raises(KeyboardInterrupt):
         interrupted(run, first)
@@ -348,11 +349,11 @@ def interrupted(run: Run, batch: Batch) -> None:
 
 def check_committed_once(run: Run, orphans: int = 0) -> None:
     """One Parquet with every row once, and, once swept, the failure file it names and no other."""
-    report = runs.report_of(run, UNIT.id)
+    report = report_of(run, UNIT.id)
     assert report is not None
     assert rows_of(run)["offset"].to_pylist() == [number * 1024 for number in range(10)]
     assert len(run.store.list("failures")) == 1 + orphans
-    runs.sweep(run, [report])
+    sweep(run, [report])
     assert set(run.store.list("failures")) == {report.failures_file}
     assert len(failures_of(run, report.failures_file)) == 2
 
@@ -394,7 +395,7 @@ def test_an_attempt_that_is_killed_leaves_the_unit_to_the_next(
     process = start(commit_and_die, run.output, UNIT, folder)
     process.join(30)
     assert process.exitcode == -9
-    assert runs.committed(run) == ({UNIT.id} if status == "kept" else set())
+    assert committed(run) == ({UNIT.id} if status == "kept" else set())
     assert write_unit(run, UNIT).commit().status == status
     check_committed_once(run, orphans)
     run.store.sweep_scratch()
@@ -403,8 +404,8 @@ def test_an_attempt_that_is_killed_leaves_the_unit_to_the_next(
 
 def test_any_fsspec_store_holds_a_run() -> None:
     run = make_run(f"memory://out-{uuid.uuid4().hex[:8]}")
-    runs.open_run(run)
-    runs.open_run(run)
+    open_run(run)
+    open_run(run)
     assert write_unit(run, UNIT).commit().status == "written"
     assert write_unit(run, UNIT).commit().status == "kept"
     check_committed_once(run)
@@ -452,7 +453,7 @@ def test_a_retry_of_failures_replaces_the_part(run: Run) -> None:
     after = write_unit(run, replace(UNIT, replace=True)).commit()
     assert after.status == "written"
     assert after.failures_file != before.failures_file
-    assert runs.report_of(run, UNIT.id) == replace(after, status="kept")
+    assert report_of(run, UNIT.id) == replace(after, status="kept")
     check_committed_once(run, orphans=1)
 
 
@@ -460,7 +461,7 @@ def test_a_replacement_that_is_killed_leaves_no_old_report(local: Run) -> None:
     before = write_unit(local, UNIT).commit()
     process = start(commit_and_die, local.output, replace(UNIT, replace=True), "_mmbeam/commits/")
     process.join(30)
-    report = runs.report_of(local, UNIT.id)
+    report = report_of(local, UNIT.id)
     assert report is not None
     assert report.failures_file != before.failures_file
     check_committed_once(local, orphans=1)
@@ -471,28 +472,28 @@ def test_a_replacement_that_is_killed_leaves_no_old_report(local: Run) -> None:
 
 def test_a_unit_that_cannot_be_read_leaves_one_record_until_it_commits(run: Run) -> None:
     for reason in ("gone", "no tar"):
-        report = runs.report_failed_unit(run, UNIT, reason)
+        report = report_failed_unit(run, UNIT, reason)
     assert (report.status, report.error, report.failures_file) == ("failed", "no tar", "part-a-1-failed.parquet")
     assert report.tally == Tally()
-    assert runs.committed(run) == set()
+    assert committed(run) == set()
     (record,) = failures_of(run, report.failures_file)
     assert (record["shard"], record["message"], record["row"]) == ("/shards/a-1.tar", "no tar", False)
     write_unit(run, UNIT).commit()
     check_committed_once(run)
-    assert runs.report_failed_unit(run, UNIT, "too late").status == "kept"
+    assert report_failed_unit(run, UNIT, "too late").status == "kept"
     check_committed_once(run)
 
 
 def test_a_retry_that_cannot_be_read_keeps_the_rows(local: Run) -> None:
     write_unit(local, UNIT).commit()
-    report = runs.report_failed_unit(local, replace(UNIT, replace=True), "gone")
+    report = report_failed_unit(local, replace(UNIT, replace=True), "gone")
     assert (report.status, report.error) == ("failed", "gone")
     check_committed_once(local)
 
 
 def test_failure_files_of_all_kinds_have_one_schema(local: Run) -> None:
     named = write_unit(local, UNIT).commit().failures_file
-    failed = runs.report_failed_unit(local, make_unit("b-2"), "gone").failures_file
+    failed = report_failed_unit(local, make_unit("b-2"), "gone").failures_file
     for name in (named, failed):
         assert pq.read_schema(BytesIO(local.store.read(f"failures/{name}"))).equals(FAILURE_SCHEMA)
 
@@ -505,5 +506,5 @@ def test_settling_is_quick() -> None:
     features = {output.name: vectors for output in outputs}
     batch = Batch(unit=UNIT, index=0, last=True, samples=samples, features=features)
     schema = build_schema(outputs, False, {})
-    seconds = min(timeit.repeat(lambda: settle(batch, outputs, schema), number=1, repeat=5))
+    seconds = min(timeit.repeat(lambda: make_rows(batch, outputs, schema), number=1, repeat=5))
     assert seconds < 0.1

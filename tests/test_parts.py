@@ -1,7 +1,6 @@
-"""The parts of a tar: any cut of any tar gives every sample once, in order, as a whole read does.
+"""The parts of a tar: if they join, they hold each sample once, in order, as the whole tar does.
 
-Where a member is itself a tar a part may be fooled; then the chain says so, and the part read again from the
-place that it names is right.
+The parts of any tar join unless a part is misled by a member that is itself a tar, or cannot find or interpret headers.
 """
 
 import gzip
@@ -19,10 +18,9 @@ from tars import everything, info, write
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
-from mmbeam.readers import parts
-from mmbeam.readers.parts import Part, PartRead, misplaced
-from mmbeam.readers.tar import TarReader
-from mmbeam.types import Input, InputRead, RawSample, Seam, Shard
+from mmbeam.readers import tar as tar_reader
+from mmbeam.readers.tar import TarReader, part_origin, parts_join
+from mmbeam.types import Input, InputRead, RawSample, Shard
 
 Cuts = Sequence[int]
 
@@ -32,7 +30,7 @@ def whole(data: bytes) -> list[RawSample]:
 
 
 def plain(sample: RawSample) -> RawSample:
-    """The sample without what is counted within an input: whether its key came before."""
+    """The sample without `repeated`, which is counted per input."""
     return replace(sample, repeated=False)
 
 
@@ -43,36 +41,17 @@ def inputs_of(cuts: Cuts) -> list[Input]:
 
 
 def read_part(data: bytes, source: Input) -> tuple[list[RawSample], InputRead]:
-    part = Part(source)
-    if part.is_empty:
-        return [], part.found
     stream = io.BytesIO(data)
-    stream.seek(part.origin)
-    return [plain(s) for s in TarReader(stream, "x.tar", everything, Limits(), part)], part.found
+    stream.seek(part_origin(source.begin))
+    reader = TarReader(stream, "x.tar", everything, Limits(), source.begin, source.end)
+    samples = [plain(sample) for sample in reader]
+    return samples, InputRead(first_sample=reader.first_sample, next_sample=reader.next_sample)
 
 
-def judged(sources: Sequence[Input], read: Sequence[tuple[list[RawSample], InputRead]], data: bytes) -> dict[str, Seam]:
-    """The parts to be read again, with their true beginnings, traced as a launch does."""
-    claims = [
-        PartRead(unit=str(number), shard="x.tar", begin=source.begin, end=source.end, committed=True, found=found)
-        for number, (source, (_, found)) in enumerate(zip(sources, read, strict=True))
-    ]
-
-    def trace(part: PartRead, seam: Seam) -> Seam | None:
-        return read_part(data, replace(sources[int(part.unit)], seam=seam))[1].end
-
-    return {part.unit: seam for part, seam in misplaced(claims, trace)}
-
-
-def in_parts(data: bytes, cuts: Cuts) -> tuple[list[RawSample], int]:
-    """The samples of all parts after a second run, and how many parts it had to read again."""
-    sources = inputs_of(cuts)
-    read = [read_part(data, source) for source in sources]
-    again = judged(sources, read, data)
-    for unit, seam in again.items():
-        read[int(unit)] = read_part(data, replace(sources[int(unit)], seam=seam))
-    assert judged(sources, read, data) == {}
-    return [sample for samples, _ in read for sample in samples], len(again)
+def in_parts(data: bytes, cuts: Cuts) -> tuple[list[RawSample], bool]:
+    """The samples of all parts, and whether the parts join."""
+    parts = [read_part(data, source) for source in inputs_of(cuts)]
+    return [sample for samples, _ in parts for sample in samples], parts_join(read for _, read in parts)
 
 
 KEYS = st.sampled_from(["a", "b", "c", "d/" + "e" * 120, "é"])
@@ -83,7 +62,7 @@ FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """A member of a sample, with the headers before its own that a long or foreign name takes."""
+    """A member of a sample, with the extended headers that a long or non-ASCII name needs."""
     name = f"{draw(KEYS)}.{draw(FIELDS)}"
     try:
         return member_bytes(name, bytes([draw(st.integers(0, 255))]) * draw(SIZES), draw(FORMATS))
@@ -101,7 +80,7 @@ OTHERS = st.sampled_from(
 )
 TROUBLE = st.one_of(
     st.just(b"\xff" * 512),
-    st.just(bytes(512)),  # an end mark where there is none to be
+    st.just(bytes(512)),  # an end mark inside the tar
     st.just(bytes(1024)),
     st.binary(min_size=512, max_size=512),
     st.just(tarfile.TarInfo.create_pax_global_header({"comment": "harmless"})),
@@ -125,22 +104,22 @@ ENDS = st.sampled_from([b"", bytes(512), bytes(1024), bytes(1024) + member_bytes
 
 @pytest.fixture(params=[0, 1024, 4096], autouse=True, scope="module")
 def look_back(request: pytest.FixtureRequest) -> Iterator[None]:
-    """Small tars are read from their beginning, where the reader looks back far."""
+    """A reader that looks back far would read small tars from their beginning."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(parts, "LOOK_BACK", request.param)
+        patch.setattr(tar_reader, "LOOK_BACK", request.param)
         yield
 
 
 @given(PLAIN, CUTS)
 def test_any_cut_of_a_tar_gives_every_sample_once(tar: bytes, cuts: Cuts) -> None:
     data = tar + bytes(1024)
-    samples, again = in_parts(data, cuts)
-    assert samples == whole(data)
-    assert again == 0 or parts.LOOK_BACK == 0  # a long name's header lies before the cut, and is not seen
+    samples, join = in_parts(data, cuts)
+    assert join or tar_reader.LOOK_BACK == 0  # without it, a long name's header before the cut is not seen
+    assert samples == whole(data) or not join
 
 
 @given(ANY, ENDS, CUTS, st.integers(0, 600))
-def test_any_cut_of_anything_gives_every_sample_once_in_two_runs(tar: bytes, end: bytes, cuts: Cuts, lost: int) -> None:
+def test_parts_of_anything_that_join_hold_every_sample_once(tar: bytes, end: bytes, cuts: Cuts, lost: int) -> None:
     data = tar + end
     data = data[: len(data) - lost] if lost else data
     try:
@@ -149,63 +128,93 @@ def test_any_cut_of_anything_gives_every_sample_once_in_two_runs(tar: bytes, end
         with pytest.raises(ShardError):
             read_part(data, inputs_of(cuts)[0])
         return
-    samples, _ = in_parts(data, cuts)
-    assert samples == expected
+    samples, join = in_parts(data, cuts)
+    assert samples == expected or not join
 
 
-def every_cut(data: bytes) -> set[int]:
-    """How many parts had to be read again, over each single cut, on block edges and beside them; all are whole."""
+@given(ANY, CUTS)
+def test_parts_behind_the_first_never_fail(tar: bytes, cuts: Cuts) -> None:
+    """A misled part must not fail: the parts of a shard are compared once all of them are committed."""
+    for source in inputs_of(cuts)[1:]:
+        read_part(tar, source)
+
+
+def joins_of_every_cut(data: bytes) -> set[bool]:
+    """Whether the parts join, over each single cut, on block edges and beside them. Those that join are whole."""
     expected = whole(data)
-    again = set()
+    joins = set()
     for block in range(512, len(data), 512):
         for cut in (block - 1, block, block + 1):
-            samples, count = in_parts(data, [cut])
-            assert samples == expected, cut
-            again.add(count)
-    return again
+            samples, join = in_parts(data, [cut])
+            assert samples == expected or not join, cut
+            joins.add(join)
+    return joins
 
 
 @pytest.mark.parametrize("format", ["ustar", "gnu", "pax"])
-def test_a_part_that_begins_amid_a_sample_or_a_header_loses_nothing(format: str) -> None:
+def test_a_cut_inside_a_sample_or_a_header_loses_nothing(format: str) -> None:
     pairs = [
         (f"{key}{long}.{field}", b"x" * 700) for key in "abc" for long in ("", "é" * 60) for field in ("jpg", "txt")
     ]
     pairs = [pair for pair in pairs if format != "ustar" or len(pair[0].encode()) <= 100]
-    assert every_cut(write(pairs, format)) == {0} or parts.LOOK_BACK == 0
+    assert joins_of_every_cut(write(pairs, format)) == {True} or tar_reader.LOOK_BACK == 0
 
 
-def test_keys_that_repeat_are_samples_as_in_a_whole_read() -> None:
+def test_keys_that_repeat_are_samples_as_in_the_whole_tar() -> None:
     pairs = [("a.jpg", b"1"), ("a.txt", b"2"), ("a.jpg", b"3"), ("a.txt", b"4"), ("b.jpg", b"5"), ("a.jpg", b"6")]
     data = write(pairs)
     assert [sample.key for sample in whole(data)] == ["a", "a", "b", "a"]
-    assert every_cut(data) == {0}
+    assert joins_of_every_cut(data) == {True}
 
 
-def test_a_tar_in_a_tar_fools_parts_and_the_chain_says_so() -> None:
+def test_parts_misled_by_a_tar_in_a_tar_do_not_join() -> None:
     inner = write([(f"inner-{number}.jpg", b"x" * 600) for number in range(8)])
     data = write(
         [("a.jpg", b"1"), ("a.txt", b"2"), ("b.tar", inner), ("b.jpg", b"3"), ("c.jpg", b"4"), ("d.jpg", b"5")]
     )
-    assert every_cut(data) == {0, 1}
-    assert in_parts(data, range(1024, len(data), 1024))[1] > 3
+    assert joins_of_every_cut(data) == {True, False}
+    assert not in_parts(data, range(1024, len(data), 1024))[1]
 
 
-@pytest.mark.parametrize("says", [{"path": "all.jpg"}, {"size": "300"}])
-def test_what_a_global_header_says_holds_for_the_parts_behind_it(says: dict[str, str]) -> None:
+@pytest.mark.parametrize("pax", [{"path": "all.jpg"}, {"size": "300"}])
+def test_parts_behind_a_global_header_do_not_join(pax: dict[str, str]) -> None:
     files = [member_bytes(f"{number}.jpg", b"x", tarfile.PAX_FORMAT) for number in range(14)]
-    files.insert(3, tarfile.TarInfo.create_pax_global_header(says))
-    assert every_cut(b"".join(files) + bytes(1024)) == {0, 1}
+    files.insert(3, tarfile.TarInfo.create_pax_global_header(pax))
+    assert joins_of_every_cut(b"".join(files) + bytes(1024)) == {True, False}
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_tar_that_no_part_can_find_its_way_in_is_read_all_the_same(packed: bool) -> None:
-    """In the v7 format headers have no mark; a compressed tar has no headers. A name tells neither."""
+def test_parts_without_headers(packed: bool) -> None:
+    """Headers of the v7 format have no magic, so the parts do not join. A compressed tar is in the first part."""
     infos = [info(f"{number}.jpg", b"x") for number in range(5)]
-    data = b"".join(v7(each) + b"x" + bytes(511) for each in infos) + bytes(1024)
+    data = b"".join(v7(header) + b"x" + bytes(511) for header in infos) + bytes(1024)
     data = gzip.compress(data, 0) if packed else data
-    samples, again = in_parts(data, [1024, 3072])
-    assert [sample.key for sample in samples] == list("01234")
-    assert again == (0 if packed else 2)
+    samples, join = in_parts(data, [1024, 3072])
+    assert join == packed
+    if packed:
+        assert [sample.key for sample in samples] == list("01234")
+
+
+@pytest.mark.parametrize(
+    ("reads", "join"),
+    [
+        ([(0, None)], True),
+        ([(0, 1024), (1024, 2048), (2048, None)], True),
+        ([(0, 1024), (None, None), (1024, None)], True),  # a part inside a large member
+        ([(0, 1024), (1024, 1024), (1024, None)], True),  # a part whose samples all belong to the part before
+        ([(0, None), (None, None)], True),
+        ([(0, 1024)], False),
+        ([(0, 1024), (None, None)], False),
+        ([(0, 1024), (1536, None)], False),
+        ([(0, 1024), (512, None)], False),
+        ([(0, None), (1024, None)], False),
+        ([(0, 1024), (1024, 2048), (None, None)], False),
+    ],
+)
+def test_parts_join_if_each_begins_where_the_one_before_ended(
+    reads: list[tuple[int | None, int | None]], join: bool
+) -> None:
+    assert parts_join(InputRead(first_sample=first, next_sample=after) for first, after in reads) == join
 
 
 def v7(header: tarfile.TarInfo) -> bytes:

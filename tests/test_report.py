@@ -17,7 +17,6 @@ import shards
 from outputs import make_run, make_unit, write_unit
 from servers import STORES, fresh_output
 
-from mmbeam import runs
 from mmbeam.config import FieldMap
 from mmbeam.errors import JobError
 from mmbeam.process import Progress, progress
@@ -26,8 +25,12 @@ from mmbeam.report.inspect import inspect_text
 from mmbeam.report.progress import Committed, ProgressLine, clock, progress_line
 from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
-from mmbeam.runs import Run
+from mmbeam.runs.commits import report_failed_unit
+from mmbeam.runs.control import clear_stop, stop_run
+from mmbeam.runs.plan import extend_plan
+from mmbeam.runs.run import Run, find_run, open_run
 from mmbeam.runs.store import Store
+from mmbeam.runs.summary import read_summary, write_summary
 from mmbeam.types import RunReport, Shard, Tally, UnitReport
 
 
@@ -94,9 +97,9 @@ def test_seconds_as_a_person_says_them(seconds: float, said: str) -> None:
 
 def test_what_workers_elsewhere_commit_is_seen(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
-    runs.open_run(run)
+    open_run(run)
     write_unit(run, make_unit("a-1")).commit()
-    seen = Committed(runs.find_run(str(tmp_path / "out")), 3)
+    seen = Committed(find_run(str(tmp_path / "out")), 3)
     seen.look()
     assert (seen.progress.units_done, seen.progress.kept.samples, seen.progress.tally.samples) == (1, 10, 0)
     write_unit(run, make_unit("a-2")).commit()
@@ -185,7 +188,7 @@ def test_the_line_comes_from_the_commits_while_this_process_counts_nothing(
     with ProgressLine(str(tmp_path / "out"), terminal.stream, seconds=0.01):
         progress.start(2)  # and the output is not there yet
         terminal.wait_for("0/2 units")
-        runs.open_run(run)
+        open_run(run)
         write_unit(run, make_unit("a-1")).commit()
         terminal.wait_for("1/2 units  10 samples")
         progress.add(Tally(samples=7))
@@ -204,7 +207,7 @@ def test_looking_takes_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pyte
 
     monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(module, "Committed", Slow)
-    runs.open_run(make_run(str(tmp_path / "out")))
+    open_run(make_run(str(tmp_path / "out")))
     progress.start(2)
     with ProgressLine(str(tmp_path / "out"), io.StringIO(), seconds=0.01):
         time.sleep(1)
@@ -216,14 +219,12 @@ def test_looking_takes_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pyte
 
 def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
-    runs.open_run(run)
+    open_run(run)
     reports = [write_unit(run, make_unit(f"a-{number}")).commit() for number in range(2)]
-    reports += [
-        runs.report_failed_unit(run, make_unit(f"b-{number}"), f"b-{number}.tar: is no tar") for number in range(7)
-    ]
+    reports += [report_failed_unit(run, make_unit(f"b-{number}"), f"b-{number}.tar: is no tar") for number in range(7)]
     extra = Tally(samples=3, skipped={"image_width >= 64": 3}, repeated_keys=2, seconds={"compute": 3, "read_wait": 1})
     reports[0] = replace(reports[0], tally=reports[0].tally + extra)
-    text = summary_text(runs.write_summary(run, reports, wall_seconds=4.0), str(tmp_path / "out"))
+    text = summary_text(write_summary(run, reports, wall_seconds=4.0), str(tmp_path / "out"))
     assert text.splitlines()[:4] == [
         "units: 2 written, 7 FAILED",
         "samples: 23 = 20 rows + 3 skipped (image_width >= 64); 4 rows lack some of their outputs",
@@ -260,9 +261,9 @@ def test_a_summary_of_a_run_that_found_all_done_is_short(tmp_path: Path) -> None
 def test_a_summary_of_an_unknown_number_of_workers_has_no_utilisation(tmp_path: Path) -> None:
     """Ten GPUs elsewhere compute for longer than the job takes."""
     run = make_run(str(tmp_path / "out"))
-    runs.open_run(run)
-    report = runs.write_summary(run, [write_unit(run, make_unit("a-1")).commit()], 2.0, devices=None)
-    assert report == runs.read_summary(run)
+    open_run(run)
+    report = write_summary(run, [write_unit(run, make_unit("a-1")).commit()], 2.0, devices=None)
+    assert report == read_summary(run)
     extra = Tally(seconds={"compute": 75})
     text = "".join(summary_text(replace(report, tally=report.tally + extra), "memory://out/"))
     assert "5.0 samples/s, model time of all workers 1m15s" in text
@@ -279,16 +280,16 @@ def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
 
 def planned_run(output: str, units: int) -> tuple[Run, list[Any]]:
     run = make_run(output, dtype="float32", modalities={"clip": ["image", "text"]})
-    runs.open_run(run)
+    open_run(run)
     paths = [f"/shards/{number}.tar" for number in range(units)]
-    return run, runs.extend_plan(run, [Shard(path=path, url=path, size=1 << 20, etag="e") for path in paths])
+    return run, extend_plan(run, [Shard(path=path, url=path, size=1 << 20, etag="e") for path in paths])
 
 
 def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     run, units = planned_run(output, 4)
     assert "units: 4 planned, 0 committed, 4 to do" in list(status_text(output))
     write_unit(run, units[0]).commit()
-    runs.report_failed_unit(run, units[1], "1.tar: is no tar")
+    report_failed_unit(run, units[1], "1.tar: is no tar")
     before = listing(run)
     text = "\n".join(status_text(output))
     assert f"run: {run.store}, fingerprint {run.fingerprint}\ntask: embed, float32 on cpu" in text
@@ -296,10 +297,10 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     assert "samples: 10 = 10 rows; 2 rows lack some of their outputs" in text
     assert f"FAILED unit {units[1].id}: 1.tar: is no tar" in text
     assert "The job is running or was interrupted" in text
-    runs.stop(run, "too many failures")
+    stop_run(run, "too many failures")
     text = "\n".join(status_text(output))
     assert text.endswith("STOPPED: too many failures")
-    runs.clear_stop(run)
+    clear_stop(run)
     assert listing(run) == before  # looking wrote nothing
     for each in units[1:]:
         write_unit(run, each).commit()
@@ -313,7 +314,7 @@ def listing(run: Run) -> dict[str, dict[str, int]]:
 
 
 def test_status_of_a_limited_run_that_has_not_begun(tmp_path: Path) -> None:
-    runs.open_run(make_run(str(tmp_path / "out"), limit=8))
+    open_run(make_run(str(tmp_path / "out"), limit=8))
     text = "\n".join(status_text(str(tmp_path / "out")))
     assert 'options: "limit": 8' in text
     assert "units: 1 planned, 0 committed, 1 to do" in text

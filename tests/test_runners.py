@@ -18,7 +18,6 @@ from apache_beam.options.pipeline_options import PipelineOptions
 from apache_beam.runners.portability.fn_api_runner import FnApiRunner
 from known import Known, assert_same, counts, make_known, options, read_parts
 
-from mmbeam import runs
 from mmbeam.cli import main
 from mmbeam.config import Windows
 from mmbeam.errors import FlowError, UsageError
@@ -27,6 +26,7 @@ from mmbeam.jobs.execute import execute_pipeline
 from mmbeam.jobs.options import device_of, pipeline_options, public_args
 from mmbeam.jobs.runner import InProcessRunner
 from mmbeam.models.encoders.joint import ClipEncoder
+from mmbeam.runs.commits import committed, load_reports
 from mmbeam.transforms import Embed, Plan, ReadShards, Summarize, WriteParquet
 from mmbeam.types import Batch, UnitReport
 
@@ -364,7 +364,7 @@ def test_two_processes_with_the_same_command_at_the_same_time(known: Known, tmp_
     assert_same(read_parts(output), known.parts)
     assert not list((output / "_mmbeam" / "tmp").glob("*"))
     job = prepare(options(known.root, output))
-    assert runs.committed(job.run) == {unit.id for unit in job.units}
-    reports = runs.load_reports(job.run, [unit.id for unit in job.units])
+    assert committed(job.run) == {unit.id for unit in job.units}
+    reports = load_reports(job.run, [unit.id for unit in job.units])
     named = {report.failures_file for report in reports} - {None}
     assert {path.name for path in (output / "failures").glob("*")} == named

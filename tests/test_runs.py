@@ -15,10 +15,13 @@ import pytest
 from outputs import make_batches, make_run, make_unit, new_barrier, plan_together, start, write_unit
 from servers import STORES, fresh_output
 
-from mmbeam import runs
 from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError
-from mmbeam.runs import Run
+from mmbeam.runs.commits import committed, load_reports, report_failed_unit, report_of
+from mmbeam.runs.control import clear_stop, count_window, lock_run, stop_reason, stop_run
+from mmbeam.runs.plan import extend_plan, load_plan
+from mmbeam.runs.run import Run, open_run, read_manifest
 from mmbeam.runs.store import Store
+from mmbeam.runs.summary import read_summary, sweep, write_summary
 from mmbeam.types import Shard, Tally, UnitReport
 
 
@@ -45,9 +48,9 @@ def commit(run: Run, name: str) -> UnitReport:
 
 
 def test_the_same_run_opens_again(output: str) -> None:
-    runs.open_run(make_run(output))
-    runs.open_run(make_run(output))
-    manifest = runs.read_manifest(Store(output))
+    open_run(make_run(output))
+    open_run(make_run(output))
+    manifest = read_manifest(Store(output))
     assert manifest is not None
     assert manifest["configuration"] == {"task": "embed", "models": {"clip": {"digest": "12ab"}}}
     assert manifest["recorded"]["device"] == "cpu"
@@ -55,12 +58,12 @@ def test_the_same_run_opens_again(output: str) -> None:
 
 
 def test_another_configuration_is_refused_by_name(output: str) -> None:
-    runs.open_run(make_run(output))
+    open_run(make_run(output))
     with pytest.raises(RunMismatchError) as caught:
-        runs.open_run(make_run(output, models={"clip": {"digest": "34cd"}, "clap": {}}, limit=5))
+        open_run(make_run(output, models={"clip": {"digest": "34cd"}, "clap": {}}, limit=5))
     lines = [line.strip() for line in str(caught.value).splitlines()]
     assert lines[1:4] == ["limit: (absent) -> 5", "models.clap: (absent) -> {}", "models.clip.digest: 12ab -> 34cd"]
-    assert "--overwrite" in lines[-1]
+    assert "`overwrite`" in lines[-1]
 
 
 def test_the_fingerprint_is_of_the_configuration_alone(local: str) -> None:
@@ -81,11 +84,11 @@ def test_a_run_pickles(local: str) -> None:
 
 
 def test_other_package_versions_are_a_warning(local: str, caplog: pytest.LogCaptureFixture) -> None:
-    runs.open_run(make_run(local))
+    open_run(make_run(local))
     manifest = Path(local, "_mmbeam/run.json")
     manifest.write_text(manifest.read_text().replace("2.13", "2.12"))
     with caplog.at_level(logging.WARNING):
-        runs.open_run(make_run(local))
+        open_run(make_run(local))
     assert "torch: 2.12 -> 2.13" in caplog.text
 
 
@@ -94,32 +97,32 @@ def test_rows_of_no_known_run_are_not_touched(output: str) -> None:
     store.create("data/theirs.parquet", b"theirs")
     for overwrite in (False, True):
         with pytest.raises(RunMismatchError, match=r"theirs\.parquet"):
-            runs.open_run(make_run(output), overwrite=overwrite)
+            open_run(make_run(output), overwrite=overwrite)
     assert store.read("data/theirs.parquet") == b"theirs"
 
 
 def test_a_manifest_that_is_none_is_refused(local: str) -> None:
     Store(local).create("_mmbeam/run.json", b"{}")
     with pytest.raises(RunMismatchError, match="expected the manifest"):
-        runs.open_run(make_run(local))
-    runs.open_run(make_run(local), overwrite=True)
+        open_run(make_run(local))
+    open_run(make_run(local), overwrite=True)
 
 
 def test_overwrite_removes_what_mmbeam_made_and_nothing_else(output: str) -> None:
     run = make_run(output)
-    runs.open_run(run)
-    runs.extend_plan(run, make_shards(2))
-    runs.write_summary(run, [commit(run, "a-1")], 1.0)
+    open_run(run)
+    extend_plan(run, make_shards(2))
+    write_summary(run, [commit(run, "a-1")], 1.0)
     run.store.create("data/notes.txt", b"theirs")
     run.store.create("failures/notes.txt", b"theirs")
     with pytest.raises(RunMismatchError, match=r"notes\.txt"):  # they could be rows: say so, rather than mix
-        runs.open_run(make_run(output, limit=5), overwrite=True)
+        open_run(make_run(output, limit=5), overwrite=True)
     assert run.store.list("data") == run.store.list("failures") == {"notes.txt": 6}
     run.store.remove("data/notes.txt")
     other = make_run(output, limit=5)
-    runs.open_run(other, overwrite=True)
-    assert runs.committed(other) == set()
-    assert runs.load_plan(other) == []
+    open_run(other, overwrite=True)
+    assert committed(other) == set()
+    assert load_plan(other) == []
     assert set(run.store.list("_mmbeam")) == {"run.json"}
 
 
@@ -129,7 +132,7 @@ def test_of_two_launches_at_once_one_makes_the_run(local: str) -> None:
     def launch(limit: int) -> None:
         barrier.wait()
         try:
-            runs.open_run(make_run(local, limit=limit))
+            open_run(make_run(local, limit=limit))
         except RunMismatchError:
             refused.append(limit)
 
@@ -139,7 +142,7 @@ def test_of_two_launches_at_once_one_makes_the_run(local: str) -> None:
     for thread in threads:
         thread.join()
     assert len(refused) == 1
-    runs.open_run(make_run(local, limit=3 - refused[0]))
+    open_run(make_run(local, limit=3 - refused[0]))
 
 
 # The plan
@@ -147,20 +150,20 @@ def test_of_two_launches_at_once_one_makes_the_run(local: str) -> None:
 
 def test_a_plan_grows_and_never_changes(output: str) -> None:
     run = make_run(output)
-    first = runs.extend_plan(run, make_shards(3))
-    assert runs.extend_plan(run, make_shards(3)) == first
-    grown = runs.extend_plan(run, make_shards(5))
+    first = extend_plan(run, make_shards(3))
+    assert extend_plan(run, make_shards(3)) == first
+    grown = extend_plan(run, make_shards(5))
     assert grown[:3] == first
     assert len({unit.id for unit in grown}) == 5
     assert set(run.store.list("_mmbeam/plan")) == {"000000.jsonl", "000001.jsonl"}
-    assert [unit["id"] for unit in runs.load_plan(run)] == [unit.id for unit in grown]
+    assert [unit["id"] for unit in load_plan(run)] == [unit.id for unit in grown]
 
 
 def test_a_shard_that_is_no_input_any_more_is_not_run(local: str, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(local)
-    runs.extend_plan(run, make_shards(3))
+    extend_plan(run, make_shards(3))
     with caplog.at_level(logging.WARNING):
-        units = runs.extend_plan(run, make_shards(3)[1:])
+        units = extend_plan(run, make_shards(3)[1:])
     assert [unit.inputs[0].shard.path for unit in units] == ["/shards/00001.tar", "/shards/00002.tar"]
     assert "1 planned units are not run" in caplog.text
 
@@ -169,7 +172,7 @@ def test_credentials_are_opened_with_and_not_written(local: str) -> None:
     run = make_run(local)
     shard = Shard(path="https://host/a.tar", url="https://user:secret@host/a.tar?key=secret")
     for _ in range(2):
-        (unit,) = runs.extend_plan(run, [shard])
+        (unit,) = extend_plan(run, [shard])
         assert unit.inputs[0].shard == shard
     written = b"".join(path.read_bytes() for path in Path(local).rglob("*") if path.is_file())
     assert b"host/a.tar" in written
@@ -178,12 +181,12 @@ def test_credentials_are_opened_with_and_not_written(local: str) -> None:
 
 def test_a_committed_shard_that_has_changed_is_an_error(output: str) -> None:
     run = make_run(output)
-    units = runs.extend_plan(run, make_shards(3))
+    units = extend_plan(run, make_shards(3))
     write_unit(run, units[1]).commit()
     changed = make_shards(3, size=2048, etag="e2")
-    assert len(runs.extend_plan(run, [*make_shards(2), changed[2]])) == 3  # not committed: read as it is now
+    assert len(extend_plan(run, [*make_shards(2), changed[2]])) == 3  # not committed: read as it is now
     with pytest.raises(RunMismatchError) as caught:
-        runs.extend_plan(run, changed)
+        extend_plan(run, changed)
     assert "/shards/00001.tar: size 1024 -> 2048" in str(caught.value)
     assert "/shards/00001.tar: etag e1 -> e2" in str(caught.value)
     assert "00000.tar" not in str(caught.value)
@@ -191,12 +194,12 @@ def test_a_committed_shard_that_has_changed_is_an_error(output: str) -> None:
 
 def test_a_changed_shard_committed_as_it_is_now_is_none(local: str) -> None:
     run = make_run(local)
-    runs.extend_plan(run, make_shards(1))
-    (unit,) = runs.extend_plan(run, make_shards(1, etag="e2"))
+    extend_plan(run, make_shards(1))
+    (unit,) = extend_plan(run, make_shards(1, etag="e2"))
     assert unit.inputs[0].shard.etag == "e2"
     write_unit(run, unit).commit()
-    assert runs.extend_plan(run, make_shards(1, etag="e2")) == [unit]
-    assert len(runs.extend_plan(run, make_shards(1, size=None, etag=None))) == 1  # nothing known: nothing differs
+    assert extend_plan(run, make_shards(1, etag="e2")) == [unit]
+    assert len(extend_plan(run, make_shards(1, size=None, etag=None))) == 1  # nothing known: nothing differs
 
 
 def test_two_processes_that_plan_at_once_agree(output: str) -> None:
@@ -207,7 +210,7 @@ def test_two_processes_that_plan_at_once_agree(output: str) -> None:
     plans = [results.get(timeout=30) for _ in processes]
     for process in processes:
         process.join()
-    planned = [unit["id"] for unit in runs.load_plan(make_run(output))]
+    planned = [unit["id"] for unit in load_plan(make_run(output))]
     assert len(planned) == len(set(planned)) == 21
     assert {len(plan) for plan in plans} == {20}
     assert set(plans[0]) | set(plans[1]) == set(planned)
@@ -224,30 +227,30 @@ def test_reports_are_rebuilt_from_footers(output: str) -> None:
     run.store.remove("_mmbeam/commits/u-0.json")
     run.store.replace("_mmbeam/commits/u-1.json", b"{torn")
     run.store.replace("_mmbeam/commits/u-2.json", b'{"report": {}}')
-    assert runs.committed(run) == set(names)
-    read = list(runs.load_reports(run, names))
+    assert committed(run) == set(names)
+    read = list(load_reports(run, names))
     assert [report.status for report in read] == ["kept"] * 4
     assert [report.tally for report in read] == [report.tally for report in written]
     assert [report.inputs for report in read] == [report.inputs for report in written]
-    assert runs.report_of(run, "u-1") == read[1]
+    assert report_of(run, "u-1") == read[1]
 
 
 def test_the_parquet_is_the_commit(output: str) -> None:
     run = make_run(output)
     commit(run, "a-1")
     run.store.remove("data/part-a-1.parquet")
-    assert runs.committed(run) == set()
-    assert runs.report_of(run, "a-1") is None
+    assert committed(run) == set()
+    assert report_of(run, "a-1") is None
 
 
 def test_a_part_of_another_configuration_is_refused(output: str) -> None:
     commit(make_run(output), "a-1")
     other = make_run(output, limit=5)
     with pytest.raises(RunMismatchError, match="rows of configuration"):
-        runs.report_of(other, "a-1")
+        report_of(other, "a-1")
     other.store.remove("_mmbeam/commits/a-1.json")
     with pytest.raises(RunMismatchError, match="rows of configuration"):
-        runs.report_of(other, "a-1")
+        report_of(other, "a-1")
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"\xff" * 64, b"x" * 100_000])
@@ -255,7 +258,7 @@ def test_a_part_that_is_no_parquet_is_refused(local: str, content: bytes) -> Non
     run = make_run(local)
     run.store.create("data/part-a-1.parquet", content)
     with pytest.raises(RunMismatchError, match=r"part-a-1\.parquet"):
-        runs.report_of(run, "a-1")
+        report_of(run, "a-1")
 
 
 # What stops a run, and what keeps jobs apart
@@ -263,44 +266,44 @@ def test_a_part_that_is_no_parquet_is_refused(local: str, content: bytes) -> Non
 
 def test_a_stop_mark_is_seen_by_all_and_keeps_the_first_reason(output: str) -> None:
     run = make_run(output)
-    assert runs.stopped(run) is None
-    runs.stop(run, "first")
-    runs.stop(run, "second")
-    assert runs.stopped(make_run(output)) == "first"
-    runs.clear_stop(run)
-    assert runs.stopped(run) is None
+    assert stop_reason(run) is None
+    stop_run(run, "first")
+    stop_run(run, "second")
+    assert stop_reason(make_run(output)) == "first"
+    clear_stop(run)
+    assert stop_reason(run) is None
 
 
 def test_the_failure_rate_is_judged_once_there_is_something_to_judge(local: str) -> None:
     run = make_run(local)
-    runs.judge(run, Tally(rows=50, failed=49))
-    assert runs.stopped(run) is None
+    count_window(run, Tally(rows=50, failed=49))
+    assert stop_reason(run) is None
     copy = pickle.loads(pickle.dumps(run))  # as the other thread's worker has it
     (failure,) = make_batches(make_unit())[0].failures
     with pytest.raises(
         FailureRateError, match=r"50 of 100 samples .* 1 decode: DecodeError; 00000 of .* truncated JPEG"
     ):
-        runs.judge(copy, Tally(failed=1, failures={"decode: DecodeError": 1}), [failure])
-    assert "50 of 100" in str(runs.stopped(run))
+        count_window(copy, Tally(failed=1, failures={"decode: DecodeError": 1}), [failure])
+    assert "50 of 100" in str(stop_reason(run))
 
 
 def test_the_limit_of_failures_itself_is_allowed(local: str) -> None:
     run = make_run(local)
-    runs.judge(run, Tally(rows=98, failed=2, impaired=3, skipped={"too small": 50}))
+    count_window(run, Tally(rows=98, failed=2, impaired=3, skipped={"too small": 50}))
     with pytest.raises(FailureRateError, match="6 of 101"):
-        runs.judge(run, Tally(rows=1, impaired=1))
-    runs.clear_stop(run)
-    assert runs.stopped(run) is None
-    runs.judge(run, Tally(rows=95, failed=5))  # a new launch counts anew
+        count_window(run, Tally(rows=1, impaired=1))
+    clear_stop(run)
+    assert stop_reason(run) is None
+    count_window(run, Tally(rows=95, failed=5))  # a new launch counts anew
 
 
 def test_one_job_holds_the_lock(output: str) -> None:
     run = make_run(output)
-    with runs.lock(run):
-        with pytest.raises(JobError, match=f"process {os.getpid()}"), runs.lock(make_run(output)):
+    with lock_run(run):
+        with pytest.raises(JobError, match=f"process {os.getpid()}"), lock_run(make_run(output)):
             pass
         assert run.store.exists("_mmbeam/lock")
-    with runs.lock(run):
+    with lock_run(run):
         pass
     assert not run.store.exists("_mmbeam/lock")
 
@@ -311,10 +314,10 @@ def test_a_lock_whose_process_is_gone_is_taken_over_once(output: str) -> None:
     run = make_run(output)
     dead = {"host": socket.gethostname(), "pid": gone.pid, "time": 0.0, "token": "dead"}
     run.store.create("_mmbeam/lock", json.dumps(dead).encode())
-    with runs.lock(run):
+    with lock_run(run):
         assert json.loads(run.store.read("_mmbeam/lock"))["pid"] == os.getpid()
     run.store.create("_mmbeam/lock", json.dumps(dead).encode())  # as one who read it before still sees it
-    with pytest.raises(JobError, match=str(gone.pid)), runs.lock(run):
+    with pytest.raises(JobError, match=str(gone.pid)), lock_run(run):
         pass
     assert json.loads(run.store.read("_mmbeam/lock")) == dead
 
@@ -322,7 +325,7 @@ def test_a_lock_whose_process_is_gone_is_taken_over_once(output: str) -> None:
 def test_a_lock_of_another_host_is_left_alone(local: str) -> None:
     run = make_run(local)
     run.store.create("_mmbeam/lock", json.dumps({"host": "elsewhere", "pid": 1, "token": "t"}).encode())
-    with pytest.raises(JobError, match="elsewhere"), runs.lock(run):
+    with pytest.raises(JobError, match="elsewhere"), lock_run(run):
         pass
 
 
@@ -334,10 +337,10 @@ def test_the_summary_adds_up(output: str) -> None:
     commit(run, "a-1")
     reports = [
         commit(run, "b-2"),
-        *runs.load_reports(run, ["a-1"]),
-        runs.report_failed_unit(run, make_unit("c-3"), "no tar"),
+        *load_reports(run, ["a-1"]),
+        report_failed_unit(run, make_unit("c-3"), "no tar"),
     ]
-    summary = runs.write_summary(run, reports, wall_seconds=5.0)
+    summary = write_summary(run, reports, wall_seconds=5.0)
     assert (summary.units_written, summary.units_kept, summary.units_failed) == (1, 1, 1)
     assert summary.tally.samples == summary.tally.rows == 20
     assert summary.tally.impaired == 4
@@ -345,7 +348,7 @@ def test_the_summary_adds_up(output: str) -> None:
     assert summary.tally.failures == {"decode: DecodeError": 4}
     assert summary.rate == 10 / 5.0
     assert summary.failed == {"c-3": "no tar"}
-    assert runs.read_summary(run) == summary
+    assert read_summary(run) == summary
 
 
 def test_the_speed_of_light_is_of_what_was_written(local: str) -> None:
@@ -353,15 +356,15 @@ def test_the_speed_of_light_is_of_what_was_written(local: str) -> None:
         return UnitReport(unit="u", status=status, tally=Tally(samples=1, rows=1, seconds={"compute": 6.0}))
 
     run = make_run(local)
-    assert runs.write_summary(run, [report("written"), report("kept")], 10.0).model_utilisation == 0.6
-    assert runs.write_summary(run, [report("written"), report("written")], 10.0, devices=2).model_utilisation == 0.6
-    assert runs.write_summary(run, [report("kept")], 0.0).rate == 0.0
+    assert write_summary(run, [report("written"), report("kept")], 10.0).model_utilisation == 0.6
+    assert write_summary(run, [report("written"), report("written")], 10.0, devices=2).model_utilisation == 0.6
+    assert write_summary(run, [report("kept")], 0.0).rate == 0.0
 
 
 def test_counts_that_do_not_add_up_are_an_error(local: str) -> None:
     lost = UnitReport(unit="a-1", status="written", tally=Tally(samples=3, rows=1, skipped={"too small": 1}))
-    with pytest.raises(FlowError, match=r"unit a-1: 3 samples .* make 2"):
-        runs.write_summary(make_run(local), [lost], 1.0)
+    with pytest.raises(FlowError, match=r"unit a-1: expected .* 3 samples; .* together 2"):
+        write_summary(make_run(local), [lost], 1.0)
 
 
 def test_failure_files_that_no_footer_names_are_swept(output: str) -> None:
@@ -370,6 +373,6 @@ def test_failure_files_that_no_footer_names_are_swept(output: str) -> None:
     for name in ("part-a-1-000000000000", "part-a-1-failed", "part-b-2-000000000000", "part-a-10-000000000000"):
         run.store.create(f"failures/{name}.parquet", b"x")
     run.store.create("failures/notes.txt", b"x")
-    runs.sweep(run, [report])
+    sweep(run, [report])
     kept = {report.failures_file, "part-b-2-000000000000.parquet", "part-a-10-000000000000.parquet", "notes.txt"}
     assert set(run.store.list("failures")) == kept

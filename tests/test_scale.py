@@ -15,8 +15,10 @@ import gcsfs.core
 import pytest
 import servers
 
-from mmbeam import runs
 from mmbeam.readers.stream import BLOCK_BYTES, open_shard
+from mmbeam.runs.commits import committed
+from mmbeam.runs.plan import extend_plan
+from mmbeam.runs.run import Run, open_run
 from mmbeam.types import Batch, Shard, UnitReport, WorkUnit
 
 ROOT = Path(__file__).parents[1]
@@ -100,8 +102,8 @@ def test_the_requests_of_a_run_and_of_a_resume(tmp_path: Path, monkeypatch: pyte
     run = scale.make_run(servers.fresh_output("gcs", tmp_path))
     shards = [Shard(path=f"gs://b/{number}.tar", url=f"gs://b/{number}.tar", size=10) for number in range(3)]
     with counted(monkeypatch) as found:
-        runs.open_run(run)
-        units = runs.extend_plan(run, shards)
+        open_run(run)
+        units = extend_plan(run, shards)
     assert_within(found, LAUNCH)
     for status, each in (("written", LOOK + COMMIT), ("kept", LOOK + KEPT)):
         with counted(monkeypatch) as found:
@@ -110,11 +112,11 @@ def test_the_requests_of_a_run_and_of_a_resume(tmp_path: Path, monkeypatch: pyte
     resumed = scale_model.requests_of_resume(Job(units=3))
     assert resumed == LAUNCH + scale_model.listing(3) * 2 + (LOOK + KEPT) * 3
     with counted(monkeypatch) as found:
-        assert len(runs.committed(run)) == 3
+        assert len(committed(run)) == 3
     assert_within(found, scale_model.listing(3))
 
 
-def run_units(run: runs.Run, units: list[WorkUnit]) -> list[UnitReport]:
+def run_units(run: Run, units: list[WorkUnit]) -> list[UnitReport]:
     """The steps' functions, as a worker calls them."""
     reader, writer = scale.read_nothing(run), scale.WriteParquet(run).dofn
     batches: Iterator[Batch] = (batch for unit in units for batch in reader.process(unit))

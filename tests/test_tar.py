@@ -15,8 +15,7 @@ from tars import FORMATS, by_webdataset, content, corpus, everything, grouped, i
 
 from mmbeam.config import Limits
 from mmbeam.readers.stream import open_shard
-from mmbeam.readers.tar import TarReader, split_name
-from mmbeam.readers.tarheaders import BLOCK, ByteReader, Members
+from mmbeam.readers.tar import BLOCK, ByteReader, Members, TarReader, split_name
 from mmbeam.types import Shard
 
 
@@ -251,7 +250,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("kind", [b"x", b"L", b"g"])
     def test_extension_header(self, kind: bytes) -> None:
-        """Its member's name cannot be known: the damage is put to the sample before, and reading goes on."""
+        """The name of its member is unknown: the damage counts for the sample before, and reading continues."""
         size = 2 << 20
         data = (
             write([("a.jpg", b"1")], end=False)

@@ -20,11 +20,14 @@ from outputs import make_batches, make_run, make_unit
 from tiny_audio_text import save_clap
 from tiny_clip import save_clip
 
-from mmbeam import runs
 from mmbeam.config import Cleaning, ModelRef, Reading, Windows
 from mmbeam.errors import ModelError, NoShardsError, RunMismatchError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
 from mmbeam.jobs.options import pipeline_options
+from mmbeam.runs.control import stop_reason, stop_run
+from mmbeam.runs.plan import load_plan
+from mmbeam.runs.run import open_run
+from mmbeam.runs.summary import read_summary
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.transforms import BatchCoder, Embed, Plan, ReadShards, Rows, Summarize, WriteParquet
 from mmbeam.types import Batch, Needs, Sample, Tally, UnitReport
@@ -191,10 +194,10 @@ def test_plan_for_a_run_keeps_its_units_and_refuses_another_run(here: Path) -> N
     run = embed_run("out", [embed_stage(MODEL)])
     first = Plan("shards/*0.tar", run).units
     assert {unit.id for unit in first} < {unit.id for unit in Plan("shards/*.tar", run).units}
-    assert len(runs.load_plan(run)) == 3
-    runs.stop(run, "too many failures")
+    assert len(load_plan(run)) == 3
+    stop_run(run, "too many failures")
     Plan("shards/*.tar", run)  # a new launch: it may go on
-    assert runs.stopped(run) is None
+    assert stop_reason(run) is None
     with pytest.raises(RunMismatchError, match="dtype: float32 -> float16"):
         Plan("shards/*.tar", embed_run("out", [embed_stage(MODEL, dtype="float16")]))
 
@@ -242,7 +245,7 @@ def windows_of(names: Sequence[str]) -> list[list[Batch]]:
 
 def test_write_parquet_and_summarize_alone(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
-    runs.open_run(run)
+    open_run(run)
     units = beam.Create(windows_of(["a-1", "b-2"]), reshuffle=False)
     reports = collect(units, beam.FlatMap(lambda windows: windows), WriteParquet(run))
     assert sorted((report.unit, report.status, report.tally.rows) for report in reports) == [
@@ -252,12 +255,12 @@ def test_write_parquet_and_summarize_alone(tmp_path: Path) -> None:
     assert ds.dataset(tmp_path / "out" / "data").count_rows() == 20
     (summary,) = collect(beam.Create(reports), Summarize(run))
     assert (summary.units_written, summary.tally.samples) == (2, 20)
-    assert runs.read_summary(run) == summary
+    assert read_summary(run) == summary
 
 
 def test_write_parquet_reports_committed_and_unreadable_units(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
-    runs.open_run(run)
+    open_run(run)
     kept = Batch(unit=make_unit("a-1"), index=0, last=True, report=UnitReport(unit="a-1", status="kept"))
     broken = Batch(unit=make_unit("b-2"), index=0, last=True, unit_error="b-2.tar: does not exist")
     reports = collect(beam.Create([kept, broken], reshuffle=False), WriteParquet(run))
@@ -271,11 +274,11 @@ def refuse(report: Any) -> None:
 
 def test_the_check_fails_the_job_after_the_summary_is_written(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
-    runs.open_run(run)
+    open_run(run)
     reports = [UnitReport(unit="a-1", status="kept", tally=Tally(samples=2, rows=2))]
     with pytest.raises(RuntimeError, match="UsageError: 2 samples are not enough"):  # Beam keeps no type
         collect(beam.Create(reports), Summarize(run, refuse))
-    assert runs.read_summary(run).tally.samples == 2
+    assert read_summary(run).tally.samples == 2
 
 
 def test_rows_log_what_they_omit(here: Path, caplog: pytest.LogCaptureFixture) -> None:

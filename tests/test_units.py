@@ -3,7 +3,6 @@
 import json
 import re
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,8 +11,17 @@ from hypothesis import strategies as st
 
 from mmbeam.readers import units
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.units import cut, limited_unit, plan_units, unit_from_json, unit_id, unit_to_json
-from mmbeam.types import Input, Seam, Shard
+from mmbeam.readers.units import (
+    cut,
+    input_read_from_json,
+    inputs_to_json,
+    limited_unit,
+    plan_units,
+    unit_from_json,
+    unit_id,
+    unit_to_json,
+)
+from mmbeam.types import Input, InputRead, Shard, WorkUnit
 
 
 def make_shard(path: str, size: int | None = 5) -> Shard:
@@ -123,13 +131,25 @@ def test_a_corpus_too_large_for_so_many_units_gets_larger_ones(monkeypatch: pyte
     assert len(plan_units(shards, [], 10**8)) == 10
 
 
-def test_a_part_with_a_known_beginning_keeps_its_name(tmp_path: Path) -> None:
+def test_plans_of_mmbeam_0_1_load() -> None:
+    """Its plans recorded the boundary at which a misread part truly begins."""
     (unit,) = plan_units([make_shard("/d/x.tar", 2000)], [], 2000)
-    (source,) = unit.inputs
-    for seam in (Seam(1536, 1024), Seam(None, 1024), Seam(None, None)):
-        known = replace(unit, inputs=(replace(source, seam=seam),))
-        assert unit_from_json(json.loads(json.dumps(unit_to_json(known))), {"/d/x.tar": source.shard.url}) == known
-        assert unit_id(*known.inputs) == unit.id
+    line = unit_to_json(unit)
+    line["inputs"][0]["seam"] = [1536, 1024]
+    assert unit_from_json(line, {"/d/x.tar": unit.inputs[0].shard.url}) == unit
+
+
+@pytest.mark.parametrize("read", [InputRead(first_sample=1536, next_sample=4096), InputRead(error="not a tar file")])
+def test_a_footer_describes_what_was_read(read: InputRead) -> None:
+    unit = WorkUnit(id="x", inputs=(Input(shard=make_shard("/d/x.tar", 9000), begin=1024),))
+    (data,) = inputs_to_json(unit, [read])
+    assert input_read_from_json(json.loads(json.dumps(data))) == read
+
+
+def test_footers_of_mmbeam_0_1_load() -> None:
+    data = {"begin": 1024, "from": [1536, 1024], "to": [None, 2048]}
+    assert input_read_from_json(data) == InputRead(first_sample=1536, next_sample=None)
+    assert input_read_from_json({"begin": 0, "to": [1536, 1024]}) == InputRead(first_sample=0, next_sample=1536)
 
 
 # Packs of tiny ones

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from known import Known, assert_same, counts, make_known, options, read_parts
 from test_workers import children
 
-from mmbeam import process, runs
+from mmbeam import process
 from mmbeam.cli import main
 from mmbeam.errors import JobError, UsageError
 from mmbeam.jobs.caption import CaptionOptions
@@ -26,6 +26,7 @@ from mmbeam.jobs.embed import EmbedOptions, embed, prepare
 from mmbeam.jobs.options import check_workers
 from mmbeam.jobs.workers import UnitWork, share_cores, share_devices
 from mmbeam.process import cores, progress
+from mmbeam.runs.summary import read_summary
 from mmbeam.stages.embed import EmbedStage
 from mmbeam.types import Batch, Tally
 
@@ -59,7 +60,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_does_the_rest(known:
     report = embed(job)
     assert (report.units_written, report.units_kept, report.units_failed) == (1, 29, 0)
     assert (progress.units_done, progress.tally.samples, progress.kept.samples) == (30, 2, 58)
-    assert runs.read_summary(alone.run) == report
+    assert read_summary(alone.run) == report
     assert 0 < report.model_utilisation <= 1
     assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
     other = replace(job, output=str(tmp_path / "alone"), workers=1)

@@ -26,7 +26,7 @@ from mmbeam.metrics.pairs import KEY, PairSource, ReferenceFile, RowField, texts
 from mmbeam.metrics.probe import linear_probe
 from mmbeam.metrics.retrieval import match_ranks, retrieval_scores
 from mmbeam.metrics.text import ERROR_RATES, TextTotals, text_metrics
-from mmbeam.runs.run import PART
+from mmbeam.runs.run import part_unit
 from mmbeam.runs.store import Store
 from mmbeam.transforms.evaluate import ScoreTexts, Scoring
 
@@ -170,7 +170,7 @@ def _evaluate_texts(
     for batch in rows.read((KEY,)) if unused else ():
         unused.difference_update(batch.column(KEY).to_pylist())
     for name in results.store.list(results.name("")):  # scores of an earlier evaluation, perhaps of other parts
-        if PART.fullmatch(name):
+        if part_unit(name) is not None:
             results.store.remove(f"{results.name('')}/{name}")
     pipeline = beam.Pipeline(options=pipeline_options((*IN_PROCESS, *beam_args)))
     (

@@ -23,8 +23,8 @@ from mmbeam.names import Modality
 from mmbeam.process import progress
 from mmbeam.readers.units import UNIT_BYTES
 from mmbeam.runs.commits import committed, load_reports
-from mmbeam.runs.control import clear_stop, lock, running_here, stopped
-from mmbeam.runs.extend import extend_plan
+from mmbeam.runs.control import clear_stop, lock_run, running_here, stop_reason
+from mmbeam.runs.plan import extend_plan, repair
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
@@ -96,7 +96,7 @@ class Job:
     def execute(self) -> RunReport:
         """Run the job to its end."""
         devices = self._devices()
-        with lock(self.run) if self.options.retry_failures else nullcontext():
+        with lock_run(self.run) if self.options.retry_failures else nullcontext():
             if self.options.workers > 1:
                 return self._execute_in_processes(devices)
             return execute_pipeline(self.run, self.units, self.options.beam_args, self.build, self.check, len(devices))
@@ -195,7 +195,7 @@ def execute_pipeline(
         try:
             state = submit(run, args, build, devices).wait_until_finish()
         except Exception as error:
-            reason = stopped(run)
+            reason = stop_reason(run)
             plain = FailureRateError(reason) if reason is not None else plain_error(error, args)
             raise (raised[0] if raised else plain) from error
     if state != PipelineState.DONE:
@@ -220,7 +220,7 @@ def _to_do(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
 def _confirm(run: Run, units: Sequence[WorkUnit], check: Callable[[RunReport], None]) -> RunReport:
     """The report of a run in which every unit is committed."""
     log.info("every unit is committed already")
-    report = confirm_summary(run, list(load_reports(run, [unit.id for unit in units])))
+    report = confirm_summary(run, repair(run, list(load_reports(run, [unit.id for unit in units]))))
     check(report)
     return report
 

@@ -1,7 +1,4 @@
-"""From shards to units of work: what one attempt reads, how it is named, and how a plan and a footer write it down.
-
-Not here: which shards there are (shards.py), where a plan is kept (runs/plan.py).
-"""
+"""Work units: how shards are cut and packed into units, and how plans and footers describe units as JSON."""
 
 import hashlib
 import re
@@ -11,19 +8,19 @@ from typing import Any
 
 from mmbeam.config import MIB
 from mmbeam.errors import UsageError
-from mmbeam.readers.tarheaders import BLOCK
-from mmbeam.types import Input, InputRead, Seam, Shard, WorkUnit
+from mmbeam.readers.tar import BLOCK
+from mmbeam.types import Input, InputRead, Shard, WorkUnit
 
-UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for a model that embeds,
-GENERATE_BYTES = 32 * MIB  # and for one that generates
-LEAST_UNITS = 1_000  # so many shards, or fewer, are not packed: one that is bad is better alone
-MOST_UNITS = 100_000  # more are not made by cutting: each has its Parquet
-PACKED = 100  # shards in one unit at most: a footer names them all
+UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for an encoder
+GENERATE_BYTES = 32 * MIB  # the same for a generator
+LEAST_UNITS = 1_000  # up to this number of shards, none are packed: a shard that cannot be read then fails alone
+MOST_UNITS = 100_000  # cutting makes no more units than this, since each writes a Parquet file
+PACKED = 100  # most shards in one unit: its footer lists them all
 
 
 def unit_id(*inputs: Input) -> str:
-    """A name for the unit that reads `inputs`: readable, safe as a file name, fixed by what it reads."""
-    spans = "".join(f"{each.shard.path}\0{each.begin}\0{each.end}\n" for each in inputs)
+    """Return the id of the unit that reads `inputs`: readable, safe as a file name, a function of its inputs."""
+    spans = "".join(f"{source.shard.path}\0{source.begin}\0{source.end}\n" for source in inputs)
     name = inputs[0].shard.path.rpartition("/")[2]
     stem = re.sub(r"(\.tar)?(\.gz|\.zst|\.tgz|\.tar|\.parquet)$", "", name, flags=re.IGNORECASE)
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[:60].strip("._-") or "shard"
@@ -31,26 +28,25 @@ def unit_id(*inputs: Input) -> str:
 
 
 def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit], unit_bytes: int | None = None) -> list[WorkUnit]:
-    """New units for the shards that no known unit names, in their order. Known units never change.
+    """Return new units for the shards that no known unit contains, in their order. Known units never change.
 
-    Without `unit_bytes` one for each. With it, each is about that much to read: a larger shard that is an
-    uncompressed tar by its name is cut into parts, and of more than LEAST_UNITS shards small ones that
-    are neighbours are packed together, while LEAST_UNITS remain. So large a corpus that MOST_UNITS would
-    not hold it gets larger units. A shard of unknown size is one unit. Whether a part was read from its
-    true place only a run can say, once it has all of them: without a run, cut nothing.
+    Without `unit_bytes`, each shard is one unit. With it, each unit reads about that number of bytes: a larger
+    uncompressed tar (by its name) is cut into parts. Of more than LEAST_UNITS shards, small neighbours are packed
+    together while LEAST_UNITS units remain. If this makes more than MOST_UNITS, units are larger. A shard of unknown
+    size is one unit. Only a run can tell whether parts were read from the right bytes: without a run, cut nothing.
     """
-    named = {each.shard.path for unit in known for each in unit.inputs}
-    new = [shard for shard in shards if shard.path not in named]
+    planned = {source.shard.path for unit in known for source in unit.inputs}
+    new = [shard for shard in shards if shard.path not in planned]
     groups = ((Input(shard=shard),) for shard in new) if unit_bytes is None else _groups(new, unit_bytes)
     made = [WorkUnit(id=unit_id(*inputs), inputs=inputs) for inputs in groups]
     units = {unit.id: unit for unit in made}
     if len(units) != len(made) or not units.keys().isdisjoint(unit.id for unit in known):
-        raise UsageError("two shards got the same unit name; rename one of those added last")
+        raise UsageError("two shards got the same unit name; rename the one that was added last")
     return made
 
 
 def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, ...]]:
-    """The inputs of each unit."""
+    """Yield the inputs of each unit."""
     total = sum(shard.size or 0 for shard in shards)
     part_bytes = max(unit_bytes, total // MOST_UNITS)
     pack_bytes = 0 if len(shards) <= LEAST_UNITS else min(unit_bytes, total // LEAST_UNITS)
@@ -71,66 +67,54 @@ def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, .
 
 
 def cut(shard: Shard, part_bytes: int) -> list[Input]:
-    """Parts of the shard of about `part_bytes` each; the whole if it is not larger, or is not known to be cuttable."""
-    plain = shard.path.lower().endswith(".tar") and shard.cuttable
-    count = round(shard.size / part_bytes) if plain and shard.size else 1
+    """Return parts of about `part_bytes` each, or the whole shard if it is small or cannot be cut."""
+    is_tar = shard.path.lower().endswith(".tar") and shard.cuttable
+    count = round(shard.size / part_bytes) if is_tar and shard.size else 1
     cuts = {(shard.size or 0) * number // count // BLOCK * BLOCK for number in range(1, count)} - {0}
     begins = [0, *sorted(cuts)]
     return [Input(shard=shard, begin=begin, end=end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
 
 
 def limited_unit(shards: Sequence[Shard], limit: int) -> WorkUnit:
-    """One unit that ends after the first `limit` samples of `shards`, in their order.
+    """Return one unit that ends after the first `limit` samples of `shards`, in their order.
 
-    It names no more than `limit` shards, since each can be expected to hold a sample.
+    It contains at most `limit` shards, since each is expected to hold a sample.
     """
     inputs = tuple(Input(shard=shard) for shard in shards[:limit])
     return WorkUnit(id=f"first-{limit}-{unit_id(*inputs)}", inputs=inputs, limit=limit)
 
 
-def input_to_json(each: Input) -> dict[str, Any]:
-    """An input as plans and footers name it: nothing secret in it."""
-    shard = each.shard
-    facts = {"path": shard.path, "size": shard.size, "etag": shard.etag, "begin": each.begin, "end": each.end}
-    return facts if each.seam is None else {**facts, "seam": list(each.seam)}
+def input_to_json(source: Input) -> dict[str, Any]:
+    """Return an input as plans and footers describe it. It contains no secret."""
+    shard = source.shard
+    return {"path": shard.path, "size": shard.size, "etag": shard.etag, "begin": source.begin, "end": source.end}
 
 
-def found_to_json(unit: WorkUnit, found: Sequence[InputRead]) -> tuple[dict[str, Any], ...]:
-    """The unit's inputs as a footer names them, each with what reading it has shown: "from", "to", "error"."""
-    known = found or [InputRead()] * len(unit.inputs)
-    return tuple({**input_to_json(each), **_shown(facts)} for each, facts in zip(unit.inputs, known, strict=True))
+def inputs_to_json(unit: WorkUnit, inputs_read: Sequence[InputRead]) -> tuple[dict[str, Any], ...]:
+    """Return the unit's inputs as a footer describes them: "from", "to" and "error" hold each InputRead."""
+    described = []
+    for source, read in zip(unit.inputs, inputs_read or [InputRead()] * len(unit.inputs), strict=True):
+        facts = {"from": read.first_sample, "to": read.next_sample, "error": read.error}
+        described.append({**input_to_json(source), **{key: value for key, value in facts.items() if value is not None}})
+    return tuple(described)
 
 
-def found_from_json(data: Mapping[str, Any]) -> InputRead:
-    """What a footer says that reading an input has shown."""
-    return InputRead(begin=_seam(data.get("from")), end=_seam(data.get("to")), error=data.get("error"))
-
-
-def _shown(found: InputRead) -> dict[str, Any]:
-    shown = {
-        "from": None if found.begin is None else list(found.begin),
-        "to": None if found.end is None else list(found.end),
-        "error": found.error,
-    }
-    return {name: value for name, value in shown.items() if value is not None}
+def input_read_from_json(data: Mapping[str, Any]) -> InputRead:
+    """Return the InputRead in a footer's description of an input; mmbeam 0.1 wrote "from" and "to" as lists."""
+    first, after = (byte[0] if isinstance(byte, list) else byte for byte in (data.get("from"), data.get("to")))
+    return InputRead(first_sample=first if data["begin"] else 0, next_sample=after, error=data.get("error"))
 
 
 def unit_to_json(unit: WorkUnit) -> dict[str, Any]:
-    """A unit as a line of the plan; what is to be done again (`replace`) is not the plan's."""
-    return {"id": unit.id, "inputs": [input_to_json(each) for each in unit.inputs], "limit": unit.limit}
+    """Return a unit as a line of the plan. `replace` belongs to a launch, not to the plan."""
+    return {"id": unit.id, "inputs": [input_to_json(source) for source in unit.inputs], "limit": unit.limit}
 
 
 def unit_from_json(data: Mapping[str, Any], urls: Mapping[str, str] | None = None) -> WorkUnit:
-    """The unit of a line of the plan; `urls` says, by path, what to open where that is not the path itself."""
-    inputs = (_input_from_json(each, urls or {}) for each in data["inputs"])
+    """Return the unit of a line of the plan. `urls` maps a path to the URL to open, where that differs."""
+    inputs = []
+    for source in data["inputs"]:
+        path = source["path"]
+        shard = Shard(path=path, url=(urls or {}).get(path, path), size=source["size"], etag=source["etag"])
+        inputs.append(Input(shard=shard, begin=source["begin"], end=source["end"]))
     return WorkUnit(id=data["id"], inputs=tuple(inputs), limit=data.get("limit"))
-
-
-def _input_from_json(data: Mapping[str, Any], urls: Mapping[str, str]) -> Input:
-    path = data["path"]
-    shard = Shard(path=path, url=urls.get(path, path), size=data["size"], etag=data["etag"])
-    return Input(shard=shard, begin=data["begin"], end=data["end"], seam=_seam(data.get("seam")))
-
-
-def _seam(data: Sequence[int | None] | None) -> Seam | None:
-    return None if data is None else Seam(*data)

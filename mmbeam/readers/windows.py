@@ -24,9 +24,8 @@ from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import MODALITIES
 from mmbeam.process import cores, decode_pool, may_decode
-from mmbeam.readers.parts import Part
 from mmbeam.readers.stream import ShardStream, open_shard
-from mmbeam.readers.tar import TarReader
+from mmbeam.readers.tar import TarReader, part_origin
 from mmbeam.types import Batch, Failure, Input, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
 
 InT = TypeVar("InT")
@@ -266,7 +265,7 @@ class _UnitSamples:
         """Yield the samples of one input of a pack. One that cannot be read costs the other inputs nothing.
 
         One that breaks off has yielded samples already, so the unit fails. What is recorded of it makes the next launch
-        read the pack without it (runs/repair.py).
+        read the pack without it (runs/plan.py).
         """
         any_read = False
         try:
@@ -280,17 +279,15 @@ class _UnitSamples:
                 raise
 
     def _input(self, number: int, source: Input) -> Iterator[RawSample]:
-        part = Part(source) if source.is_part else None
-        if part is None or not part.is_empty:
-            with open_shard(source.shard, 0 if part is None else part.origin) as stream:
-                reader = TarReader(stream, source.shard.path, self._is_wanted, self._reading.limits, part)
-                yield from self._timed(iter(reader), stream)
-                if part is None or part.holds_the_last:
-                    self._warnings["shards without an end-of-archive marker"] += reader.unterminated
-                    self._warnings["shards with data after their end-of-archive marker"] += reader.trailing_data
-                    self._warnings += Counter()  # drops zeros
-        if part is not None:
-            self.inputs_read[number] = part.found
+        with open_shard(source.shard, part_origin(source.begin)) as stream:
+            limits = self._reading.limits
+            reader = TarReader(stream, source.shard.path, self._is_wanted, limits, source.begin, source.end)
+            yield from self._timed(iter(reader), stream)
+        self._warnings["shards without an end-of-archive marker"] += reader.unterminated
+        self._warnings["shards with data after their end-of-archive marker"] += reader.trailing_data
+        self._warnings += Counter()  # drops zeros
+        if source.is_part:
+            self.inputs_read[number] = InputRead(first_sample=reader.first_sample, next_sample=reader.next_sample)
 
     def _timed(self, samples: Iterator[RawSample], stream: ShardStream) -> Iterator[RawSample]:
         """Yield each sample, and add the seconds spent and the stored bytes read to the tally."""

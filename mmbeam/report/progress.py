@@ -12,9 +12,9 @@ from collections import deque
 from dataclasses import replace
 from typing import TextIO
 
-from mmbeam import runs
 from mmbeam.process import CLEAR_LINE, RATE_SECONDS, Progress, progress
-from mmbeam.runs import Run
+from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.run import Run, find_run
 
 log = logging.getLogger(__name__)
 
@@ -58,8 +58,8 @@ class Committed:
 
     def look(self) -> None:
         """Take in what has been committed since the last look."""
-        new = sorted(runs.committed(self._run) - self._seen)
-        for report in runs.load_reports(self._run, new):
+        new = sorted(committed(self._run) - self._seen)
+        for report in load_reports(self._run, new):
             if not self._before:
                 self.progress.add(report.tally)
             self.progress.unit_done(report if self._before else replace(report, status="written"))
@@ -115,7 +115,7 @@ class ProgressLine:
     def _look(self) -> None:
         try:
             if self._elsewhere is None:
-                self._elsewhere = Committed(runs.find_run(self._output), progress.units)
+                self._elsewhere = Committed(find_run(self._output), progress.units)
             self._elsewhere.look()
         except Exception as error:  # a line that is not up to date is no reason to end a job
             log.debug("%s: cannot see what is committed: %s", self._output, error)

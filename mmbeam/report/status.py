@@ -7,9 +7,11 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam import runs
 from mmbeam.report.summary import failed_text, samples_text, trouble_text
-from mmbeam.runs import Run
+from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.control import stop_reason
+from mmbeam.runs.plan import load_plan
+from mmbeam.runs.run import Run, find_run
 from mmbeam.types import Tally
 
 
@@ -18,10 +20,10 @@ def status_text(output: str) -> Iterator[str]:
 
     Raise JobError if the output holds no run.
     """
-    run = runs.find_run(output)
+    run = find_run(output)
     yield f"run: {run.store}, fingerprint {run.fingerprint}"
     yield from _configuration(run)
-    done = runs.committed(run)
+    done = committed(run)
     failed = _failed(run, done)
     planned = _planned(run, done | failed.keys())
     left = planned - len(done) - len(failed)
@@ -31,11 +33,11 @@ def status_text(output: str) -> Iterator[str]:
         + (f", {left:,} to do" if left else "")
     )
     if done:
-        tally = sum((report.tally for report in runs.load_reports(run, sorted(done))), Tally())
+        tally = sum((report.tally for report in load_reports(run, sorted(done))), Tally())
         yield from samples_text(tally)
         yield from trouble_text(tally, run.store)
     yield from failed_text(failed)
-    reason = runs.stopped(run)
+    reason = stop_reason(run)
     if reason is not None:
         yield f"STOPPED: {reason}"
     if left and reason is None:
@@ -60,7 +62,7 @@ def _configuration(run: Run) -> Iterator[str]:
 
 def _planned(run: Run, known: set[str]) -> int:
     """Return the number of units. A run with a limit has one, even before it is planned."""
-    ids = {str(unit["id"]) for unit in runs.load_plan(run)} | known
+    ids = {str(unit["id"]) for unit in load_plan(run)} | known
     return len(ids) or int(run.configuration.get("limit") is not None)
 
 

@@ -1,4 +1,4 @@
-"""What keeps jobs apart and what stops them: the failure rate, the stop mark, and the lock of --retry-failures."""
+"""What stops a run and keeps two jobs apart: the failure rate, errors of this process, the stop mark, and the lock."""
 
 import json
 import logging
@@ -21,94 +21,102 @@ from mmbeam.types import Failure, Tally
 
 logger = logging.getLogger(__name__)
 
-JUDGED_SAMPLES = 100  # below so many a failure rate says little
+RATE_SAMPLES = 100  # a failure rate over fewer samples is not checked
 
-_errors: dict[str, list[Exception]] = {}  # by launch, of those that this process runs itself
-_at_work = threading.local()  # the launch whose unit a thread is at
-_seen: dict[str, Tally] = {}  # by launch: what this process has settled
-_seen_lock = threading.Lock()
+_errors: dict[str, list[Exception]] = {}  # by launch, of the runs that this process executes
+_current = threading.local()  # `launch`: of the unit that the thread processes
+_tallies: dict[str, Tally] = {}  # by launch: the windows that this process has written
+_tallies_lock = threading.Lock()
 
 
 @on_reset
 def _reset() -> None:
     _errors.clear()
-    _seen.clear()
+    _tallies.clear()
     forget_file_systems()
 
 
-def check_rate(run: Run, tally: Tally) -> None:
-    """The same over a whole run, whatever processes it was spread over."""
-    _judge(run, tally, ())
+# The failure rate
 
 
-def judge(run: Run, tally: Tally, failures: Sequence[Failure] = ()) -> None:
-    """Count a window's samples in this process; past the limit of failures, stop the run: FailureRateError.
+def count_window(run: Run, tally: Tally, failures: Sequence[Failure] = ()) -> None:
+    """Add a window to this process's count, and check the failure rate of that count.
 
-    A row that lost some of its outputs counts as a failure here: a model that fails on every picture
-    must not pass because the captions went well. `failures` are the window's, for an example.
+    `failures` are those of the window, one of which the error quotes. Raises FailureRateError.
     """
-    with _seen_lock:
-        seen = _seen.get(run.launch_id, Tally()) + replace(tally, seconds={})
-        _seen[run.launch_id] = seen
-    _judge(run, seen, failures)
+    with _tallies_lock:
+        total = _tallies.get(run.launch_id, Tally()) + replace(tally, seconds={})
+        _tallies[run.launch_id] = total
+    check_failure_rate(run, total, failures)
 
 
-def _judge(run: Run, seen: Tally, failures: Sequence[Failure]) -> None:
-    samples, hurt = seen.rows + seen.failed, seen.failed + seen.impaired
-    if samples < JUDGED_SAMPLES or hurt <= run.max_failure_rate * samples:
+def check_failure_rate(run: Run, tally: Tally, failures: Sequence[Failure] = ()) -> None:
+    """Stop the run and raise FailureRateError if more samples have failed than the run allows.
+
+    A row that lacks some of its outputs counts as failed: a model that fails on every image must not pass because
+    another model succeeded.
+    """
+    samples, failed = tally.rows + tally.failed, tally.failed + tally.impaired
+    if samples < RATE_SAMPLES or failed <= run.max_failure_rate * samples:
         return
-    kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(seen.failures).most_common(3))
+    kinds = ", ".join(f"{count:,} {kind}" for kind, count in Counter(tally.failures).most_common(3))
     example = f"; {failures[0].key} of {failures[0].shard}: {failures[0].message}" if failures else ""
     reason = (
-        f"{hurt:,} of {samples:,} samples lost what was due ({hurt / samples:.1%}), more than the limit of "
-        f"{run.max_failure_rate:.1%}: {kinds}{example}. --max-failure-rate raises the limit"
+        f"{failed:,} of {samples:,} samples lost outputs ({failed / samples:.1%}), more than the limit of "
+        f"{run.max_failure_rate:.1%}: {kinds}{example}. Raise the limit with `max_failure_rate`"
     )
-    stop(run, reason)
+    stop_run(run, reason)
     raise FailureRateError(reason)
+
+
+# Errors of this process
 
 
 @contextmanager
 def running_here(run: Run) -> Iterator[list[Exception]]:
-    """While a runner in this process executes the run: what its steps raised, in order.
+    """Return the list of errors that steps raise while a runner in this process executes the run, in order.
 
-    Such a runner fails the run at the first error, but only once its other workers have come to their
-    end: they ask `go_on` between two windows, so that this is soon.
+    Such a runner fails the run at the first error, but only after its other workers have ended. They call
+    `raise_if_failed` between windows, so they end soon.
     """
     errors: list[Exception] = []
     _errors[run.launch_id] = errors
     try:
         yield errors
     finally:
-        _errors[run.launch_id] = [JobError("the run has ended")]  # for units that are still at work
+        _errors[run.launch_id] = [JobError("the run has ended")]  # for units that are still being processed
 
 
-def go_on(run: Run) -> None:
-    """Called by a unit before each of its windows, on the thread that takes them through all steps.
+def raise_if_failed(run: Run) -> None:
+    """Raise JobError if the run has failed or ended in this process.
 
-    Raises JobError if the run has failed, or has ended, in this process, so that no unit need go on.
+    A unit calls it before each of its windows, on the thread that takes them through all steps.
     """
-    _at_work.launch = run.launch_id
+    _current.launch = run.launch_id
     if _errors.get(run.launch_id):
         raise JobError(f"another unit has failed: {_errors[run.launch_id][0]}")
 
 
-def note(error: Exception) -> None:
-    """A step has failed on this thread; of no consequence where a runner tries again."""
-    errors = _errors.get(getattr(_at_work, "launch", ""))
+def record_error(error: Exception) -> None:
+    """Record that a step has failed on this thread. It has no effect outside `running_here`, where runners retry."""
+    errors = _errors.get(getattr(_current, "launch", ""))
     if errors is not None:
         errors.append(error)
 
 
-def stop(run: Run, reason: str) -> None:
-    """Mark the run as stopped, for every worker and every retry to see. The first reason stays."""
+# The stop mark
+
+
+def stop_run(run: Run, reason: str) -> None:
+    """Mark the run as stopped, for all workers and retries. The first reason is kept."""
     try:
         run.store.create(STOP, json.dumps({"reason": reason, "time": time.time()}).encode())
     except FileExistsError:
-        logger.info("%s was stopped already", run.store)
+        logger.info("%s is stopped already", run.store)
 
 
-def stopped(run: Run) -> str | None:
-    """Why the run was stopped; None if it was not."""
+def stop_reason(run: Run) -> str | None:
+    """Return the reason why the run was stopped; None if it was not."""
     try:
         return str(json.loads(run.store.read(STOP))["reason"])
     except FileNotFoundError:
@@ -116,27 +124,31 @@ def stopped(run: Run) -> str | None:
 
 
 def clear_stop(run: Run) -> None:
-    """Let a new launch go on: remove the mark, and forget what this process has counted."""
-    with _seen_lock:
-        _seen.pop(run.launch_id, None)
+    """Remove the stop mark and this process's count, for a new launch."""
+    with _tallies_lock:
+        _tallies.pop(run.launch_id, None)
     run.store.remove(STOP)
 
 
+# The lock
+
+
 @contextmanager
-def lock(run: Run) -> Iterator[None]:
-    """Hold the run's lock: one job at a time may replace what is committed.
+def lock_run(run: Run) -> Iterator[None]:
+    """Hold the run's lock: only one job at a time may replace committed rows.
 
-    The lock names its holder's host and process. One whose process is gone from this host is taken
-    over, by exactly one of those who try; one of another host is not, since nobody here can know.
+    The lock contains the host and process of its holder. A lock whose process no longer exists on this host is taken
+    over, by exactly one of the jobs that try. A lock of another host is not taken over.
 
-    Raises JobError that says who holds it.
+    Raises JobError with the holder.
     """
     token = uuid.uuid4().hex
-    mine = json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}).encode()
+    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}
+    content = json.dumps(holder).encode()
     try:
-        run.store.create(LOCK, mine)
+        run.store.create(LOCK, content)
     except FileExistsError:
-        _take_over(run, mine)
+        _take_over(run, content)
     try:
         yield
     finally:
@@ -145,25 +157,24 @@ def lock(run: Run) -> Iterator[None]:
 
 
 def locked_by_another(run: Run) -> bool:
-    """Whether a job of another process is replacing parts of the run."""
+    """Return whether a job of another process holds the run's lock."""
     holder = _holder(run)
     return bool(holder) and (holder.get("host"), holder.get("pid")) != (socket.gethostname(), os.getpid())
 
 
-def _take_over(run: Run, mine: bytes) -> None:
+def _take_over(run: Run, content: bytes) -> None:
     holder = _holder(run)
-    here = holder.get("host") == socket.gethostname()
-    if here and not process_exists(int(holder["pid"])):
-        try:  # whoever creates this file, named after the dead lock, has it to themselves
-            run.store.create(f"{LOCK}-{holder['token']}", mine)
+    if holder.get("host") == socket.gethostname() and not process_exists(int(holder["pid"])):
+        try:  # the job that creates this file, named after the dead lock, takes over
+            run.store.create(f"{LOCK}-{holder['token']}", content)
         except FileExistsError:
             pass
         else:
-            run.store.replace(LOCK, mine)
+            run.store.replace(LOCK, content)
             return
     raise JobError(
-        f"{run.store}/{LOCK}: another job replaces parts of this run (process {holder.get('pid')} on "
-        f"{holder.get('host')}). Wait for it; if it is gone, remove that file"
+        f"{run.store}/{LOCK}: another job is replacing rows of this run (process {holder.get('pid')} on "
+        f"{holder.get('host')}). Wait until it ends; if it no longer exists, remove that file"
     )
 
 

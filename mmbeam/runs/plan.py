@@ -1,41 +1,217 @@
-"""The files of the plan: which units a run has. A planned unit keeps its name, its shards and its cuts.
+"""The plan of a run: its work units, extended at launch by new shards and corrected after the run.
 
-Later launches add units for new shards, and lines for known units that are to be read in another way: from
-where a part was found to begin, without a shard that has become a unit of its own (amend.py).
+Each launch that adds or corrects units writes one file of the plan, a unit per line. The last line of a unit counts.
+A line without inputs withdraws its unit: the unit does not run again, and its rows and failures are removed.
 """
 
 import json
-from collections.abc import Sequence
+import logging
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
-from mmbeam.readers.units import unit_to_json
-from mmbeam.runs.run import PLAN, Run
-from mmbeam.types import WorkUnit
+from mmbeam.errors import RunMismatchError
+from mmbeam.readers.tar import parts_join
+from mmbeam.readers.units import (
+    UNIT_BYTES,
+    input_read_from_json,
+    limited_unit,
+    plan_units,
+    unit_from_json,
+    unit_id,
+    unit_to_json,
+)
+from mmbeam.runs.commits import committed, load_reports, report_failed_unit
+from mmbeam.runs.run import FAILURES, PLAN, Run, commit_name, failures_unit, part_name
+from mmbeam.types import Input, Shard, UnitReport, WorkUnit
+
+logger = logging.getLogger(__name__)
 
 
 def load_plan(run: Run) -> list[dict[str, Any]]:
-    """The planned units as they were last written, in the order in which they were first planned."""
+    """Return the planned units, in the order in which they were first planned."""
+    return [line for line in _read(run).values() if line["inputs"]]
+
+
+def _read(run: Run) -> dict[str, dict[str, Any]]:
+    """Return the last line of each unit, withdrawn units included."""
     names = sorted(run.store.list(PLAN))
-    units = (json.loads(line) for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
-    return list({unit["id"]: unit for unit in units}.values())
+    lines = (json.loads(line) for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
+    return {line["id"]: line for line in lines}
 
 
-def add_to_plan(run: Run, units: Sequence[WorkUnit]) -> None:
-    """Write units down, all or none; behind whatever other launches write."""
-    while units and not try_add(run, count_plans(run), units):
-        continue
-
-
-def count_plans(run: Run) -> int:
-    """How many files the plan has."""
-    return len(run.store.list(PLAN))
-
-
-def try_add(run: Run, number: int, units: Sequence[WorkUnit]) -> bool:
-    """Write units down as the file of this number; False if another launch was first."""
+def _try_add(run: Run, number: int, units: Sequence[WorkUnit]) -> bool:
+    """Write units as the plan file of this number; False if another launch has written that file."""
     lines = "".join(json.dumps(unit_to_json(unit)) + "\n" for unit in units)
     try:
         run.store.create(f"{PLAN}/{number:06d}.jsonl", lines.encode())
     except FileExistsError:
         return False
     return True
+
+
+# At launch
+
+
+def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT_BYTES) -> list[WorkUnit]:
+    """Return the units to run over `shards`: the planned ones, and new ones for shards that no unit contains.
+
+    New units are those of `plan_units`, or one unit over all shards if the run has a limit. They are in the plan before
+    they are returned. A planned unit keeps its id and its cuts, with the URLs, sizes and etags of its shards as listed
+    now. It is left out, with a warning, if none of its shards is among `shards`, or any is missing in a run with a
+    limit. Rows and failures of withdrawn units are removed first.
+
+    Raises RunMismatchError with the committed shards that have changed.
+    """
+    now = {shard.path: shard for shard in shards}
+    limit = run.configuration.get("limit")
+    while True:
+        number = len(run.store.list(PLAN))
+        plan = _read(run)
+        _remove_units(run, {unit for unit, line in plan.items() if not line["inputs"]})
+        known = _renewed(run, [unit_from_json(line) for line in plan.values() if line["inputs"]], now)
+        new = plan_units(shards, known, unit_bytes) if limit is None else []
+        if limit is not None and not known:
+            new = [limited_unit(shards, limit)]
+        if not new or _try_add(run, number, new):  # otherwise another launch was first, and its units are known now
+            break
+    present = []
+    for unit in known:
+        listed = [source.shard.path in now for source in unit.inputs]
+        if any(listed) if unit.limit is None else all(listed):
+            present.append(unit)
+    if len(present) < len(known):
+        logger.warning(
+            "%d planned units are not run: their shards are not among the inputs of this launch",
+            len(known) - len(present),
+        )
+    return [*present, *new]
+
+
+def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> list[WorkUnit]:
+    """Return the units with their shards as listed now. Raises RunMismatchError if a committed shard has changed."""
+    renewed, differing = [], []
+    for unit in units:
+        shards = [now.get(source.shard.path, source.shard) for source in unit.inputs]
+        inputs = tuple(replace(source, shard=shard) for source, shard in zip(unit.inputs, shards, strict=True))
+        renewed.append(replace(unit, inputs=inputs))
+        if any((a.shard.size, a.shard.etag) != (b.size, b.etag) for a, b in zip(unit.inputs, shards, strict=True)):
+            differing.append(renewed[-1])
+    if differing:
+        done = committed(run)
+        differing = [unit for unit in differing if unit.id in done]
+        reports = load_reports(run, [unit.id for unit in differing])
+        changes = [
+            change
+            for unit, report in zip(differing, reports, strict=True)
+            for change in _changes(report.inputs, unit.inputs)
+        ]
+        if changes:
+            raise RunMismatchError(
+                f"{run.store} holds rows of inputs that have changed since:\n  "
+                + "\n  ".join(dict.fromkeys(changes))
+                + "\nRestore the old files, choose another `output`, or use `overwrite` to start over"
+            )
+    return renewed
+
+
+def _changes(committed_inputs: Sequence[Mapping[str, Any]], inputs: Sequence[Input]) -> Iterator[str]:
+    now = {source.shard.path: source.shard for source in inputs}
+    for before in committed_inputs:
+        shard = now.get(before["path"])
+        if shard is None:  # it could not be read, and has become a unit of its own
+            continue
+        for name in ("size", "etag"):
+            old, new = before[name], getattr(shard, name)
+            if old is not None and new is not None and old != new:
+                yield f"{shard.path}: {name} {old} -> {new}"
+
+
+# After the run
+
+
+def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
+    """Correct the plan by what reading has shown; return the reports as they are then.
+
+    - Where the parts of a shard do not join (readers/tar.py), all of them are withdrawn, and the next launch reads the
+      shard as one unit. Shards with a part that failed or has not run are left alone.
+    - A shard of a pack that cannot be read becomes a unit of its own, and the pack continues without it. If the shard
+      broke off in its middle, the pack has failed, and the next launch reads it without that shard.
+
+    Each new unit is reported as failed, unless another launch has committed it. The plan is written first, so that a
+    kill at any point loses nothing: the next launch removes what is withdrawn, as it does with the rows of a withdrawn
+    unit that a slow attempt publishes later.
+    """
+    lines: list[WorkUnit] = []
+    again: list[tuple[WorkUnit, str]] = []
+    withdrawn: set[str] = set()
+    for parts in _misread(reports):
+        source = Input(shard=_unit_of(parts[0]).inputs[0].shard)
+        reason = (
+            f"{source.shard.path}: its {len(parts)} parts were not read from the right bytes, probably because a "
+            "member is itself a tar. Their rows were removed. Run the same command again to read the shard as one unit"
+        )
+        again.append((WorkUnit(id=unit_id(source), inputs=(source,)), reason))
+        lines += [WorkUnit(id=part.unit, inputs=()) for part in parts]
+        withdrawn |= {part.unit for part in parts}
+    for pack, singles in _packs_to_split(run, reports):
+        lines.append(pack)
+        again += singles
+    lines += [unit for unit, _ in again]
+    while lines and not _try_add(run, len(run.store.list(PLAN)), lines):
+        continue
+    _remove_units(run, withdrawn)
+    failed = [report_failed_unit(run, unit, reason) for unit, reason in again]
+    return [report for report in reports if report.unit not in withdrawn] + failed
+
+
+def _misread(reports: Sequence[UnitReport]) -> Iterator[list[UnitReport]]:
+    """Yield the parts of each shard whose parts are all committed and do not join."""
+    shards: dict[str, list[UnitReport]] = defaultdict(list)
+    for report in reports:
+        if len(report.inputs) == 1 and (report.inputs[0]["begin"] > 0 or report.inputs[0]["end"] is not None):
+            shards[report.inputs[0]["path"]].append(report)
+    for parts in shards.values():
+        parts.sort(key=lambda part: int(part.inputs[0]["begin"]))
+        inputs = [part.inputs[0] for part in parts]
+        complete = [0, *(source["end"] for source in inputs)] == [*(source["begin"] for source in inputs), None]
+        is_committed = all(part.status != "failed" for part in parts)
+        if complete and is_committed and not parts_join(map(input_read_from_json, inputs)):
+            yield parts
+
+
+def _packs_to_split(run: Run, reports: Sequence[UnitReport]) -> Iterator[tuple[WorkUnit, list[tuple[WorkUnit, str]]]]:
+    """Yield each pack without its unreadable shards, and these shards as units of their own, with the reason.
+
+    A shard that was a unit of its own in this launch is not split off again. Nor is one that an earlier launch planned
+    so, if the pack is kept from an earlier launch.
+    """
+    bad = [report for report in reports if any("error" in source for source in report.inputs)]
+    launched = {report.unit for report in reports}
+    planned = {str(unit["id"]) for unit in load_plan(run)} if bad else set()
+    for report in bad:
+        pack = _unit_of(report)
+        reasons = [source.get("error") for source in report.inputs]
+        inputs = list(zip(pack.inputs, reasons, strict=True))
+        before = launched | planned if report.status == "kept" else launched
+        singles = [(WorkUnit(id=unit_id(source), inputs=(source,)), reason) for source, reason in inputs if reason]
+        new = [(unit, reason) for unit, reason in singles if unit.id not in before]
+        if new:
+            yield replace(pack, inputs=tuple(source for source, reason in inputs if not reason)), new
+
+
+def _unit_of(report: UnitReport) -> WorkUnit:
+    return unit_from_json({"id": report.unit, "inputs": report.inputs})
+
+
+def _remove_units(run: Run, withdrawn: Collection[str]) -> None:
+    """Remove the rows and failures of withdrawn units."""
+    if not withdrawn:
+        return
+    for unit in committed(run) & set(withdrawn):
+        run.store.remove(commit_name(unit))  # first: it must not describe rows that are gone
+        run.store.remove(part_name(unit))
+    for name in run.store.list(FAILURES):
+        if failures_unit(name) in withdrawn:
+            run.store.remove(f"{FAILURES}/{name}")

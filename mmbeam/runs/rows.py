@@ -1,7 +1,4 @@
-"""What a row is: the schema of the Parquet, and the settling of a window into rows and failure records.
-
-Pure: batches in, tables out. Files are made of them in parquet.py.
-"""
+"""The schema of the Parquet files, and how a window becomes rows and failure records. It writes no files."""
 
 import json
 from collections import Counter
@@ -10,7 +7,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 
 from mmbeam.errors import FlowError
@@ -19,8 +15,7 @@ from mmbeam.types import Batch, Failure, Output, Sample, SampleId, Tally
 
 _STRINGS = pa.list_(pa.field("element", pa.string(), nullable=False))
 
-# One record for each thing that went wrong with a sample. `outputs` are the columns it cost; `row` says
-# whether the sample has a row all the same.
+# One record per failure of a sample. `outputs` are the columns lost; `row` states whether the sample still has a row.
 FAILURE_SCHEMA = pa.schema(
     [
         pa.field("key", pa.string(), nullable=False),
@@ -50,12 +45,11 @@ _OF_SAMPLE: Mapping[str, Callable[[Sample], Any]] = {
 
 
 def build_schema(outputs: Sequence[Output], cleaning: bool, metadata: Mapping[str, str]) -> pa.Schema:
-    """The schema of every part of a run: the sample's own columns, the outputs', and `errors`.
+    """Return the schema of all Parquet files of a run: the columns of the sample, those of the outputs, and `errors`.
 
-    A vector column fixed_size_list<T>[D] is stored as list<T>, because no release of pyarrow up to 25
-    reads a null in a fixed-size list back from Parquet (apache/arrow issue 35692); D is in the metadata
-    under "mmbeam.dims", a JSON object by column. A vector may be null, a number in it may not: a reader that
-    knows this need not look at each of them.
+    A vector column fixed_size_list<T>[D] is stored as list<T>, because no release of pyarrow up to 25 reads a null in a
+    fixed-size list back from Parquet (apache/arrow issue 35692). D is in the metadata under "mmbeam.dims", a JSON
+    object by column. A vector may be null, but its elements may not, so readers need not check each element.
     """
     columns = [column for output in outputs for column in output.columns]
     dims = {column.name: column.type.list_size for column in columns if pa.types.is_fixed_size_list(column.type)}
@@ -79,7 +73,7 @@ def build_schema(outputs: Sequence[Output], cleaning: bool, metadata: Mapping[st
 def _stored(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_fixed_size_list(kind):
         return pa.list_(_element(kind.value_type))
-    if pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type):  # tokens: none of them is null
+    if pa.types.is_list(kind) and pa.types.is_fixed_size_list(kind.value_type):  # tokens, which are never null
         return pa.list_(_element(pa.list_(_element(kind.value_type.value_type), kind.value_type.list_size)))
     return kind
 
@@ -89,67 +83,66 @@ def _element(kind: pa.DataType) -> pa.Field:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Settled:
-    """What became of a window."""
+class WindowRows:
+    """The rows and failure records of a window."""
 
-    rows: pa.Table  # of the samples that stay, in order
+    rows: pa.Table  # in the order of the samples
     failures: Sequence[Mapping[str, Any]]  # records of FAILURE_SCHEMA
-    tally: Tally  # the window's own and what was counted here: rows, failed, impaired, made, failures
+    tally: Tally  # the window's tally with rows, failed, impaired, outputs and failures added
 
 
 @dataclass(frozen=True, slots=True)
-class _Verdict:
-    lost: tuple[str, ...]  # names of the outputs that were due and not made
+class _Outcome:
+    """Whether a sample has a row, and which of its outputs are missing."""
+
+    lost: tuple[str, ...]  # names of the outputs that were due and have no value
     row: bool
 
 
-def settle(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Settled:
-    """Decide for each sample of the window whether it is a row, and which outputs it lost.
+def make_rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> WindowRows:
+    """Return the rows and failure records of a window.
 
-    An output is due as Output.due says, and made if its first column is not null. A sample is a row if
-    something was made or nothing was due. A failure of the whole sample (no modality, no outputs) costs it
-    every output, whatever has a value, and its row.
+    An output is due according to `Output.is_due`, and has a value if its first column is not null. A sample has a row
+    if it has any output, or none was due. A failure of the whole sample (no modality, no outputs) costs it all outputs
+    and its row.
 
-    Raises FlowError if an output was lost and no failure says why, a value was made that was not due, or
-    features and samples do not fit together.
+    Raises FlowError if a lost output is not covered by a failure, a value is not due, or the lengths of features and
+    samples differ.
     """
-    if not batch.samples:  # a stage is not bothered with an empty window, so it has no features
-        return Settled(rows=schema.empty_table(), failures=[], tally=batch.tally)
-    verdicts = _verdicts(batch, outputs)
-    rows = _rows(batch, verdicts, schema)
+    if not batch.samples:  # stages do not run on an empty window, so it has no features
+        return WindowRows(rows=schema.empty_table(), failures=[], tally=batch.tally)
+    outcomes = _outcomes(batch, outputs)
+    rows = _rows(batch, outcomes, schema)
     counts = Tally(
         rows=rows.num_rows,
-        failed=len(verdicts) - rows.num_rows,
-        impaired=sum(verdict.row and bool(verdict.lost) for verdict in verdicts),
+        failed=len(outcomes) - rows.num_rows,
+        impaired=sum(outcome.row and bool(outcome.lost) for outcome in outcomes),
         outputs={output.name: rows.num_rows - rows[output.name].null_count for output in outputs},
         failures=dict(Counter(f"{failure.step}: {failure.error}" for failure in batch.failures)),
     )
-    return Settled(rows=rows, failures=_records(batch, verdicts, outputs), tally=batch.tally + counts)
+    return WindowRows(rows=rows, failures=_records(batch, outcomes, outputs), tally=batch.tally + counts)
 
 
-def _verdicts(batch: Batch, outputs: Sequence[Output]) -> list[_Verdict]:
+def _outcomes(batch: Batch, outputs: Sequence[Output]) -> list[_Outcome]:
     whole = {failure.id for failure in batch.failures if not failure.modality and not failure.outputs}
-    made = {output.name: _made(batch, output.name) for output in outputs}
+    made = {  # by output, whether each sample has a value [samples]
+        output.name: np.asarray(_feature(batch, output.name).is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
+        for output in outputs
+    }
     due_of: dict[frozenset[Modality], tuple[str, ...]] = {}
-    verdicts = []
+    outcomes = []
     for position, sample in enumerate(batch.samples):
         if sample.present not in due_of:
             due_of[sample.present] = tuple(o.name for o in outputs if o.is_due(sample.present))
         due = due_of[sample.present]
         has = [name for name, flags in made.items() if flags[position]]
         if sample.id in whole:
-            verdicts.append(_Verdict(due, row=False))
+            outcomes.append(_Outcome(due, row=False))
             continue
         if not set(has) <= set(due):
             raise FlowError(f"{_where(sample)}: {has} have values, though only {list(due)} were due")
-        verdicts.append(_Verdict(tuple(name for name in due if name not in has), row=bool(has) or not due))
-    return verdicts
-
-
-def _made(batch: Batch, name: str) -> npt.NDArray[np.bool_]:
-    """For each sample, whether the feature has a value. [samples]"""
-    feature = _feature(batch, name)
-    return np.asarray(feature.is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
+        outcomes.append(_Outcome(tuple(name for name in due if name not in has), row=bool(has) or not due))
+    return outcomes
 
 
 def _feature(batch: Batch, name: str) -> pa.Array:
@@ -164,13 +157,13 @@ def _feature(batch: Batch, name: str) -> pa.Array:
     return feature
 
 
-def _rows(batch: Batch, verdicts: Sequence[_Verdict], schema: pa.Schema) -> pa.Table:
-    stay = [verdict.row for verdict in verdicts]
+def _rows(batch: Batch, outcomes: Sequence[_Outcome], schema: pa.Schema) -> pa.Table:
+    stay = [outcome.row for outcome in outcomes]
     samples = [sample for sample, row in zip(batch.samples, stay, strict=True) if row]
     arrays = []
     for field in schema:
         if field.name == "errors":
-            arrays.append(pa.array([verdict.lost for verdict in verdicts if verdict.row], field.type))
+            arrays.append(pa.array([outcome.lost for outcome in outcomes if outcome.row], field.type))
         elif field.name in _OF_SAMPLE:
             arrays.append(_array(map(_OF_SAMPLE[field.name], samples), field.type))
         elif field.name == "text_num_tokens" and field.name not in batch.features:
@@ -186,14 +179,14 @@ def _array(values: Iterable[Any], kind: pa.DataType) -> pa.Array:
 
 
 def _encodable(text: str | None) -> str | None:
-    """The text, with lone surrogates (undecodable bytes of a name in a tar) written as escapes."""
+    """Return the text with lone surrogates (undecodable bytes of a name in a tar) as escapes."""
     if text is None or text.isascii():
         return text
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
 
 
-def _records(batch: Batch, verdicts: Sequence[_Verdict], outputs: Sequence[Output]) -> list[Mapping[str, Any]]:
-    """One record per failure, in the order of the samples; checks that every lost output is covered by one."""
+def _records(batch: Batch, outcomes: Sequence[_Outcome], outputs: Sequence[Output]) -> list[Mapping[str, Any]]:
+    """Return one record per failure, in the order of the samples. Raises FlowError if a lost output has no failure."""
     of_sample: dict[SampleId, list[Failure]] = {sample.id: [] for sample in batch.samples}
     if len(of_sample) < len(batch.samples):
         raise FlowError(f"unit {batch.unit.id}, window {batch.index}: two samples have the same shard and offset")
@@ -202,20 +195,20 @@ def _records(batch: Batch, verdicts: Sequence[_Verdict], outputs: Sequence[Outpu
             raise FlowError(f"{_where(failure)}: a failure of a sample that is not in window {batch.index}")
         of_sample[failure.id].append(failure)
     records: list[Mapping[str, Any]] = []
-    for sample, verdict in zip(batch.samples, verdicts, strict=True):
-        lost = [output for output in outputs if output.name in verdict.lost]
+    for sample, outcome in zip(batch.samples, outcomes, strict=True):
+        lost = [output for output in outputs if output.name in outcome.lost]
         failures = of_sample[sample.id]
         for output in lost:
             if not any(covers(failure, output) for failure in failures):
-                raise FlowError(f"{_where(sample)}: {output.name} was lost, and no failure says why")
+                raise FlowError(f"{_where(sample)}: {output.name} was lost without a failure")
         for failure in failures:
             columns = [output.name for output in lost if covers(failure, output)]
-            records.append(_record(failure, columns, verdict.row, batch.unit.id))
+            records.append(_record(failure, columns, outcome.row, batch.unit.id))
     return records
 
 
 def covers(failure: Failure, output: Output) -> bool:
-    """Whether the failure is a reason for the output not to be made of its sample."""
+    """Return whether the failure explains why its sample lacks the output."""
     if failure.outputs:
         return output.name in failure.outputs
     return not failure.modality or failure.modality in output.modalities | output.reads
@@ -236,5 +229,16 @@ def _record(failure: Failure, columns: Sequence[str], row: bool, unit: str) -> M
     }
 
 
-def _where(found: Sample | Failure) -> str:
-    return f"{found.shard}: sample {found.key} at byte {found.offset:,}"
+def _where(item: Sample | Failure) -> str:
+    return f"{item.shard}: sample {item.key} at byte {item.offset:,}"
+
+
+def check_conserved(tally: Tally, where: str) -> None:
+    """Raise FlowError unless every sample is a row, a failure or a skip."""
+    skipped = sum(tally.skipped.values())
+    total = tally.rows + tally.failed + skipped
+    if tally.samples != total:
+        raise FlowError(
+            f"{where}: expected one result for each of {tally.samples:,} samples; found {tally.rows:,} rows, "
+            f"{tally.failed:,} failed and {skipped:,} skipped, together {total:,}"
+        )

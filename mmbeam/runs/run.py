@@ -1,4 +1,4 @@
-"""The run itself: what is decided at launch, where its files are, and the manifest that holds it to that."""
+"""A run: what is fixed at launch, the names of its files, and its manifest."""
 
 import hashlib
 import json
@@ -29,46 +29,56 @@ STOP = f"{PRIVATE}/stop.json"
 LOCK = f"{PRIVATE}/lock"
 SUMMARY = f"{PRIVATE}/summary.json"
 
-PART = re.compile(r"part-(.+)\.parquet")
+_PART = re.compile(r"part-(.+)\.parquet")
 
 
 def part_name(unit_id: str) -> str:
-    """Where the rows of a unit are."""
+    """Return the name of the file with the rows of a unit."""
     return f"{DATA}/part-{unit_id}.parquet"
 
 
+def part_unit(name: str) -> str | None:
+    """Return the unit of a file in data/; None if mmbeam did not write the file."""
+    match = _PART.fullmatch(name)
+    return None if match is None else match[1]
+
+
 def failures_name(unit_id: str, attempt: str) -> str:
-    """Where one attempt at a unit puts its failures; `attempt` has no hyphen."""
+    """Return the name of the failure file of one attempt at a unit; `attempt` has no hyphen."""
     return f"{FAILURES}/part-{unit_id}-{attempt}.parquet"
 
 
+def failures_unit(name: str) -> str | None:
+    """Return the unit of a file in failures/; None if mmbeam did not write the file."""
+    unit = part_unit(name)
+    return None if unit is None else unit.rpartition("-")[0]
+
+
 def commit_name(unit_id: str) -> str:
-    """Where the cached report of a unit is."""
+    """Return the name of the file with the cached report of a unit."""
     return f"{COMMITS}/{unit_id}.json"
 
 
 def fingerprint_of(configuration: Mapping[str, Any]) -> str:
-    """16 hex digits of the SHA-256 of the canonical JSON of a configuration."""
+    """Return 16 hex digits of the SHA-256 of the canonical JSON of a configuration."""
     canonical = json.dumps(configuration, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What a job does and where it puts it, fixed at launch. Picklable; holds no weights and no credentials.
+    """What a job does and where its output goes, fixed at launch. Picklable; holds no weights and no credentials.
 
-    `configuration` and `recorded` go into run.json as they are: JSON values under string keys.
+    run.json holds `configuration` and `recorded` unchanged: JSON values under string keys.
     """
 
     output: str  # a local directory, or any URL that fsspec can write to
-    configuration: Mapping[str, Any]  # fingerprinted: decides what the rows mean and hold
+    configuration: Mapping[str, Any]  # fingerprinted: it determines the content of the rows
     recorded: Mapping[str, Any]  # device, batch size, runner, inputs; package versions under "versions"
     outputs: tuple[Output, ...]
     schema: pa.Schema  # of the rows
-    max_failure_rate: float = 0.05  # share of samples that may fail
-    launch_id: str = field(
-        default_factory=lambda: uuid.uuid4().hex, compare=False
-    )  # tells two launches of one run apart
+    max_failure_rate: float = 0.05  # fraction of samples that may fail
+    launch_id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)  # differs between launches of a run
 
     @classmethod
     def create(
@@ -81,7 +91,7 @@ class Run:
         cleaning: bool = False,
         max_failure_rate: float = 0.05,
     ) -> Self:
-        """A run whose schema names its fingerprint and its models, by name and digest; `output` is made absolute."""
+        """Return a run. Its schema holds the fingerprint, and name and digest of each model."""
         digests = {name: of["digest"] for name, of in configuration.get("models", {}).items() if "digest" in of}
         metadata = {
             "mmbeam.fingerprint": fingerprint_of(configuration),
@@ -99,20 +109,22 @@ class Run:
 
     @cached_property
     def store(self) -> Store:
+        """The output directory."""
         return Store(self.output)
 
     @cached_property
     def fingerprint(self) -> str:
+        """The fingerprint of `configuration`."""
         return fingerprint_of(self.configuration)
 
 
 def open_run(run: Run, overwrite: bool = False) -> None:
-    """Make the output this run's, or find that it is: once at launch, before any worker starts.
+    """Create the run in its output, or check that the output holds this run. Called at launch, before workers start.
 
-    Creates run.json, or compares the configuration with the one that is there. Removes stale scratch.
-    With `overwrite` it first removes what mmbeam made there, and nothing else.
+    This creates run.json, or compares the configuration with the existing one, and removes stale scratch files. With
+    `overwrite` it first removes the files that mmbeam wrote there.
 
-    Raises RunMismatchError if the output holds another configuration's run, or files of no known run.
+    Raises RunMismatchError if the output holds a run of another configuration, or data files without a run.
     """
     store = run.store
     if overwrite:
@@ -122,7 +134,7 @@ def open_run(run: Run, overwrite: bool = False) -> None:
 
 
 def read_manifest(store: Store) -> dict[str, Any] | None:
-    """What run.json says: fingerprint, configuration, recorded. None if there is no run."""
+    """Return run.json: fingerprint, configuration, recorded. None if there is no run."""
     try:
         content = store.read(MANIFEST)
     except FileNotFoundError:
@@ -135,19 +147,19 @@ def read_manifest(store: Store) -> dict[str, Any] | None:
         return manifest
     raise RunMismatchError(
         f"{store}/{MANIFEST}: expected the manifest of a run, found something else. "
-        "Choose another --output, or give --overwrite to start over"
+        "Choose another `output`, or use `overwrite` to start over"
     )
 
 
 def find_run(output: str) -> Run:
-    """The run that `output` holds, to look at: without its outputs and schema. Nothing is written.
+    """Return the run that `output` holds, for reading only: without its outputs and schema.
 
-    Raises JobError if there is none, RunMismatchError if its manifest cannot be read.
+    Raises JobError if there is no run, RunMismatchError if its manifest cannot be read.
     """
     store = Store(output)
     manifest = read_manifest(store)
     if manifest is None:
-        raise JobError(f"{store}: holds no run of mmbeam (there is no {MANIFEST}); give the --output of a job")
+        raise JobError(f"{store}: holds no run of mmbeam ({MANIFEST} does not exist); give the `output` of a job")
     configuration, recorded = manifest["configuration"], manifest["recorded"]
     return Run(
         output=store.url, configuration=configuration, recorded=recorded, outputs=(), schema=build_schema((), False, {})
@@ -155,11 +167,11 @@ def find_run(output: str) -> Run:
 
 
 def _create_manifest(run: Run) -> dict[str, Any]:
-    strangers = sorted(run.store.list(DATA))
-    if strangers:
+    unknown = sorted(run.store.list(DATA))
+    if unknown:
         raise RunMismatchError(
-            f"{run.store}/{DATA}: expected no file, since there is no {MANIFEST}; found {len(strangers)}, "
-            f"{strangers[0]} among them. Choose another --output, or remove them"
+            f"{run.store}/{DATA}: expected no files, since there is no {MANIFEST}; found {len(unknown)}, the first is "
+            f"{unknown[0]}. Choose another `output`, or remove them"
         )
     manifest = {
         "fingerprint": run.fingerprint,
@@ -176,28 +188,28 @@ def _create_manifest(run: Run) -> dict[str, Any]:
 
 
 def _check_exclusive(store: Store, content: bytes) -> None:
-    """Find out, once per run, whether the store keeps the promise on which commits rest."""
+    """Warn if the store does not create files exclusively, as commits require; once per run."""
     try:
         store.create(MANIFEST, content)
     except FileExistsError:
         return
-    logger.warning("%s: this store lets a second writer replace what the first created; run one job at a time", store)
+    logger.warning("%s: this store does not create files exclusively; run one job at a time", store)
 
 
 def _compare(run: Run, manifest: Mapping[str, Any]) -> None:
     if manifest["fingerprint"] != run.fingerprint:
         changes = differences(manifest["configuration"], run.configuration)
         raise RunMismatchError(
-            f"{run.store} holds the run of another configuration (there -> here):\n  "
+            f"{run.store} holds a run of another configuration (old -> new):\n  "
             + "\n  ".join(changes or [f"fingerprint: {manifest['fingerprint']} -> {run.fingerprint}"])
-            + "\nChoose another --output, or give --overwrite to replace that run"
+            + "\nChoose another `output`, or use `overwrite` to replace that run"
         )
     for change in differences(manifest["recorded"].get("versions", {}), run.recorded.get("versions", {})):
-        logger.warning("%s was begun with other versions: %s", run.store, change)
+        logger.warning("%s was started with other versions: %s", run.store, change)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Every leaf in which two nested mappings differ, as "dotted.key: old -> new", sorted."""
+    """Return each leaf in which two nested mappings differ, as "dotted.key: old -> new", sorted."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     names = sorted(name for name in before | after if before.get(name) != after.get(name))
     return [f"{name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}" for name in names]
@@ -212,12 +224,12 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
 
 
 def _clear(store: Store) -> None:
-    """Remove a run, its rows first and its manifest last, so that what a kill leaves is a run with fewer rows."""
+    """Remove a run, its rows first and its manifest last: a kill leaves a run with fewer rows."""
     if not store.exists(MANIFEST):
         return
     for folder in (DATA, FAILURES):
         for name in store.list(folder):
-            if PART.fullmatch(name):
+            if part_unit(name) is not None:
                 store.remove(f"{folder}/{name}")
     for folder in (COMMITS, PLAN, PRIVATE):
         for name in store.list(folder):

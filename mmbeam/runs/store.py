@@ -1,8 +1,7 @@
-"""The few verbs that an output directory needs, over local paths and any URL that fsspec opens.
+"""The operations on an output directory, over local paths and any URL that fsspec opens.
 
-Files are written whole, once, and become visible at once: what is being written lies in scratch, and
-publishing is the last step. There is no verb that opens a file for writing under its final name, since
-an exception in the middle of such a write publishes a short file. Shards are not read through this.
+A file is built in scratch and becomes visible as a whole when it is published. No operation opens a file for writing
+under its final name, because an exception during such a write would publish a truncated file.
 """
 
 import errno
@@ -27,9 +26,11 @@ from mmbeam.errors import JobError
 from mmbeam.readers.paths import public_path
 
 SCRATCH = "_mmbeam/tmp"
-SCRATCH_SECONDS = 24 * 3600.0  # scratch of another machine is stale when it is this old
+SCRATCH_SECONDS = 24 * 3600.0  # age at which scratch files of another machine are stale
 
-_SCRATCH_FILE = re.compile(r"mmbeam-.+-\d+-[0-9a-f]{32}(\.\w+)?")  # as scratch_file names them; /tmp holds others' too
+_SCRATCH_FILE = re.compile(
+    r"mmbeam-.+-\d+-[0-9a-f]{32}(\.\w+)?"
+)  # as scratch_file names them; /tmp holds files of other programs too
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _moving = threading.Lock()
@@ -37,14 +38,13 @@ _moving = threading.Lock()
 
 @dataclass(frozen=True)
 class Store:
-    """A directory of files, named by their path in it ("data/part-0.parquet"). Picklable, thread-safe.
+    """A directory of files, named by their relative path ("data/part-0.parquet"). Picklable, thread-safe.
 
-    - Local: `create` is a hard link made from scratch on the same file system; the data and the
-      directory are synchronised to the disk. A file system without hard links is refused.
+    - Local: `create` makes a hard link from scratch on the same file system; data and directory are synchronised to
+      the disk. A file system without hard links is an error.
     - GCS and S3: `create` is one conditional put (if-generation-match 0; If-None-Match *).
-    - Anything else (memory, sftp, hdfs): a look, a put under a temporary name, and a move. That is
-      exclusive among the threads of one process; two processes may both believe they created a file,
-      and `replace` leaves a moment without the file.
+    - Others (memory, sftp, hdfs): a check, a put under a temporary name, and a move. This is exclusive among the
+      threads of one process. Two processes may both create a file, and `replace` briefly leaves no file.
     """
 
     url: str = field(repr=False)
@@ -57,7 +57,7 @@ class Store:
         return public_path(self.url)
 
     def list(self, folder: str) -> dict[str, int]:
-        """Names and sizes in bytes of the files right under `folder`; empty if it does not exist."""
+        """Return name and size in bytes of the files directly in `folder`; empty if it does not exist."""
         fs, path = self._at(folder)
         if isinstance(fs, LocalFileSystem):
             return _list_local(path)
@@ -70,40 +70,40 @@ class Store:
         return {name: size for name, size in files.items() if name}
 
     def read(self, name: str) -> bytes:
-        """The whole file. FileNotFoundError if there is none."""
+        """Return the content of the file. Raises FileNotFoundError."""
         fs, path = self._at(name)
         return bytes(fs.cat_file(path))
 
     def open(self, name: str) -> Any:
-        """The file as a stream to read from, at any place; a context manager. FileNotFoundError if there is none."""
+        """Return the file as a seekable stream for reading; a context manager. Raises FileNotFoundError."""
         fs, path = self._at(name)
         return fs.open(path, "rb")
 
     def tail(self, name: str, size: int) -> bytes:
-        """The last `size` bytes of the file, or all of it if it is shorter."""
+        """Return the last `size` bytes of the file, or all of it if it is shorter."""
         fs, path = self._at(name)
         return bytes(fs.cat_file(path, start=-size))
 
     def exists(self, name: str) -> bool:
-        """Whether the file is there now."""
+        """Return whether the file exists."""
         fs, path = self._at(name)
         fs.invalidate_cache(path)
         return bool(fs.exists(path))
 
     def create(self, name: str, source: Path | bytes) -> None:
-        """Publish a scratch file, or bytes, under a name that nobody has yet. The scratch file is gone after it.
+        """Publish bytes or a scratch file under a new name. The scratch file is removed.
 
-        Raises FileExistsError for whoever comes second. A store that repeats a request whose answer was
-        lost may say so to the one who came first: who needs to know reads what is there.
+        Raises FileExistsError if the file exists. A store that repeats a request whose answer was lost may raise it
+        for the file just created; read the file where the difference matters.
         """
         self._publish(name, source, exclusive=True)
 
     def replace(self, name: str, source: Path | bytes) -> None:
-        """Publish a scratch file, or bytes, over whatever has the name. The scratch file is gone after it."""
+        """Publish bytes or a scratch file, replacing any file of that name. The scratch file is removed."""
         self._publish(name, source, exclusive=False)
 
     def remove(self, name: str) -> None:
-        """Remove the file if it is there."""
+        """Remove the file if it exists."""
         fs, path = self._at(name)
         try:
             fs.rm_file(path)
@@ -111,7 +111,7 @@ class Store:
             return
 
     def scratch(self) -> Path:
-        """The local directory in which files are built: in the store if it is local, so that a link can publish."""
+        """Return the local directory in which files are built: in the store if it is local, so that links work."""
         fs, path = self._at(SCRATCH)
         if not isinstance(fs, LocalFileSystem):
             return Path(tempfile.gettempdir())
@@ -119,18 +119,18 @@ class Store:
         return Path(path)
 
     def scratch_file(self, suffix: str = "") -> Path:
-        """A path in scratch that does not exist yet and that no other attempt will have."""
+        """Return a new path in scratch, unique to this attempt."""
         return self.scratch() / f"mmbeam-{socket.gethostname()}-{os.getpid()}-{uuid.uuid4().hex}{suffix}"
 
     def sweep_scratch(self) -> None:
-        """Remove what dead attempts left in scratch: of a process of this host that is gone, or a day old.
+        """Remove scratch files of dead attempts: those of ended processes of this host, and those older than a day.
 
-        Containers that share a host name but not their processes can lose live scratch by this; their
-        attempt then fails to publish, loudly, and is tried again.
+        Containers that share a host name but not their processes can lose files in use. Their attempt then fails to
+        publish and is retried.
         """
         for path in self.scratch().glob("mmbeam-*"):
             if _SCRATCH_FILE.fullmatch(path.name) and path.is_file() and _is_stale(path):
-                with suppress(PermissionError):  # another user's, in a temporary directory that all share
+                with suppress(PermissionError):  # of another user, in a shared temporary directory
                     path.unlink(missing_ok=True)
 
     def _at(self, name: str) -> tuple[Any, str]:
@@ -156,7 +156,7 @@ class Store:
 
 @cache
 def _file_system(url: str, _pid: int) -> tuple[Any, str]:
-    """One file system per store and process (none survives a fork), whose listings are always fresh."""
+    """Return the file system of a store, one per process (none survives a fork), without cached listings."""
     fs, root = url_to_fs(url, use_listings_cache=False)
     return fs, root.rstrip("/")
 
@@ -174,7 +174,7 @@ def _list_local(path: str) -> dict[str, int]:
                 try:
                     if entry.is_file():
                         sizes[entry.name] = entry.stat().st_size
-                except FileNotFoundError:  # removed while we list
+                except FileNotFoundError:  # removed during the listing
                     continue
     except FileNotFoundError:
         return {}
@@ -185,31 +185,23 @@ def _publish_local(source: Path, final: Path, exclusive: bool) -> None:
     final.parent.mkdir(parents=True, exist_ok=True)
     with source.open("rb") as file:
         os.fsync(file.fileno())
-    if exclusive:
-        _link(source, final)
-    else:
-        source.replace(final)
-    _sync_directory(final.parent)
-
-
-def _link(source: Path, final: Path) -> None:
     try:
-        os.link(source, final)
+        if exclusive:
+            os.link(source, final)
+        else:
+            source.replace(final)
     except OSError as error:
-        if error.errno not in _NO_LINKS:
+        if not exclusive or error.errno not in _NO_LINKS:
             raise
         raise JobError(
-            f"{final.parent}: expected a file system with hard links, by which a finished file is published exactly "
-            f"once; found one without ({error.strerror}). Choose an --output on another file system"
+            f"{final.parent}: expected a file system with hard links, with which a finished file is published exactly "
+            f"once; found one without ({error.strerror}). Choose an `output` on another file system"
         ) from error
-
-
-def _sync_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+    descriptor = os.open(final.parent, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
-        if error.errno not in _NO_DIRECTORY_SYNC:  # some network file systems know no such thing
+        if error.errno not in _NO_DIRECTORY_SYNC:  # some network file systems do not support it
             raise
     finally:
         os.close(descriptor)
@@ -240,7 +232,7 @@ def _is_stale(path: Path) -> bool:
 
 
 def process_exists(pid: int) -> bool:
-    """Whether a process of this host has the number `pid`."""
+    """Return whether a process of this host has this number."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -1,28 +1,16 @@
-"""The run's own account: the sum of its units' reports, checked, and the failure files that nothing names removed."""
+"""The summary of a run: the sum of its units' reports, checked, and the removal of stale failure files."""
 
 import json
 from collections.abc import Sequence
 
-from mmbeam.errors import FlowError
 from mmbeam.runs.control import locked_by_another
-from mmbeam.runs.repair import amend
-from mmbeam.runs.run import FAILURES, PART, SUMMARY, Run
+from mmbeam.runs.rows import check_conserved
+from mmbeam.runs.run import FAILURES, SUMMARY, Run, failures_unit
 from mmbeam.types import RunReport, Tally, UnitReport
 
 
-def check_conserved(tally: Tally, where: str) -> None:
-    """Raise FlowError unless every sample became a row, a failure or a named skip."""
-    skipped = sum(tally.skipped.values())
-    if tally.samples != tally.rows + tally.failed + skipped:
-        raise FlowError(
-            f"{where}: {tally.samples:,} samples were found, but {tally.rows:,} rows, {tally.failed:,} failed and "
-            f"{skipped:,} skipped make {tally.rows + tally.failed + skipped:,}"
-        )
-
-
 def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, devices: int | None = 1) -> RunReport:
-    """Sum up the units' reports, write summary.json, and sweep the failure files. See `amend` and `sum_up`."""
-    reports = amend(run, reports)
+    """Write summary.json from the units' reports, as `plan.repair` returns them, and remove stale failure files."""
     summary = sum_up(reports, wall_seconds, devices)
     run.store.replace(SUMMARY, json.dumps(summary.to_json(), indent=2).encode())
     sweep(run, reports)
@@ -30,22 +18,25 @@ def write_summary(run: Run, reports: Sequence[UnitReport], wall_seconds: float, 
 
 
 def confirm_summary(run: Run, reports: Sequence[UnitReport]) -> RunReport:
-    """The sum of units that were all committed before, amended; summary.json stays, if it tells of the same rows."""
-    reports = amend(run, reports)
+    """Return the summary of a run whose units were all committed by earlier launches.
+
+    summary.json is written only if it describes other rows, or a unit has failed since.
+    """
     summary = sum_up(reports, 0.0)
     try:
-        told = read_summary(run).tally.rows
+        rows = read_summary(run).tally.rows
     except FileNotFoundError:
-        told = None
-    same = told == summary.tally.rows and not summary.units_failed
-    return summary if same else write_summary(run, reports, 0.0)
+        rows = None
+    if rows == summary.tally.rows and not summary.units_failed:
+        return summary
+    return write_summary(run, reports, 0.0)
 
 
 def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int | None = 1) -> RunReport:
-    """The report of a run out of those of its units.
+    """Return the report of a run from those of its units.
 
-    `wall_seconds` and `devices` are this launch's: rate and speed of light count only what it wrote.
-    `devices` is None where only the runner knows how many workers it has. Raises FlowError if the counts do not add up.
+    `wall_seconds` and `devices` belong to this launch: rate and model utilisation count only what it wrote. `devices`
+    is None if only the runner knows the number of workers. Raises FlowError if the counts of a unit are inconsistent.
     """
     for report in reports:
         check_conserved(report.tally, f"unit {report.unit}")
@@ -65,20 +56,19 @@ def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int | No
 
 
 def read_summary(run: Run) -> RunReport:
-    """What the last launch that came to its end wrote. FileNotFoundError if none did."""
+    """Return what the last completed launch wrote. Raises FileNotFoundError if there is none."""
     return RunReport.from_json(json.loads(run.store.read(SUMMARY)))
 
 
 def sweep(run: Run, reports: Sequence[UnitReport]) -> None:
     """Remove the failure files of committed units that their footers do not name: of attempts that died or lost.
 
-    Those of units that are not committed stay until they are: an attempt may be about to name them.
+    Failure files of other units stay, since an attempt may be about to commit with them.
     """
-    if locked_by_another(run):  # it may be about to name what it has published
+    if locked_by_another(run):  # it may be about to commit with a failure file that it has published
         return
-    named = {report.unit: report.failures_file for report in reports if report.status != "failed"}
+    current = {report.unit: report.failures_file for report in reports if report.status != "failed"}
     for name in run.store.list(FAILURES):
-        found = PART.fullmatch(name)
-        unit = found[1].rpartition("-")[0] if found else None
-        if unit in named and named[unit] != name:
+        unit = failures_unit(name)
+        if unit in current and current[unit] != name:
             run.store.remove(f"{FAILURES}/{name}")

@@ -1,7 +1,4 @@
-"""One Parquet per unit, published whole: rows gathered in scratch, then failures, Parquet and report in that order.
-
-What a row is stands in rows.py; what a commit means to a run stands in runs/commits.py.
-"""
+"""The Parquet file of a unit: built in scratch, then published whole, after its failures and before its report."""
 
 import time
 import uuid
@@ -16,24 +13,28 @@ import pyarrow.parquet as pq
 
 from mmbeam.config import MIB
 from mmbeam.errors import FlowError
-from mmbeam.readers.units import found_to_json
-from mmbeam.runs.commits import FOOTER_KEY, commit_record, read_footer
-from mmbeam.runs.failed import FAILED
-from mmbeam.runs.rows import FAILURE_SCHEMA, settle
+from mmbeam.readers.units import inputs_to_json
+from mmbeam.runs.commits import FAILED, FOOTER_KEY, commit_record, read_footer
+from mmbeam.runs.rows import FAILURE_SCHEMA, check_conserved, make_rows
 from mmbeam.runs.run import Run, commit_name, failures_name, part_name
 from mmbeam.runs.store import Store
-from mmbeam.runs.summary import check_conserved
 from mmbeam.types import Batch, InputRead, Tally, UnitReport, WorkUnit
 
-# A row group is what a writer holds in memory and what a reader fetches at once: 16 MiB is 8,000 vectors of
-# 512 floats, large enough for a scan from object storage, small enough for many units in flight.
+# A writer holds one row group in memory, and a reader fetches one at a time. 16 MiB is 8,000 vectors of 512 floats:
+# large enough for a scan of object storage, small enough for many units in flight.
 ROW_GROUP_BYTES = 16 * MIB
-ROW_GROUP_ROWS = 65_536  # where rows are small: readers plan and skip by row group
-BATCH_PLAN = ("device", "batch_size", "windows")  # of what a run records, what a vector's last digits depend on
+ROW_GROUP_ROWS = 65_536  # limit for small rows: readers plan and skip by row group
+BATCH_PLAN = ("device", "batch_size", "windows")  # recorded facts of a run that change the last digits of a vector
+
+
+_FUSION = (
+    "The steps from ReadShards to WriteParquet must stay in one fused stage: remove a Reshuffle, a grouping or "
+    "resource hints on one of the steps between them"
+)
 
 
 class _PartFile:
-    """A Parquet that is being built in scratch, one row group in memory."""
+    """A Parquet file under construction in scratch, with one row group in memory."""
 
     def __init__(self, store: Store, schema: pa.Schema) -> None:
         self._path = store.scratch_file(".parquet")
@@ -42,12 +43,14 @@ class _PartFile:
             schema,
             compression=_compression(schema),
             use_dictionary=_repeating(schema),
-            write_statistics=_scalars(schema),
+            # Statistics of nested columns are of no use to readers.
+            write_statistics=[field.name for field in schema if not pa.types.is_nested(field.type)],
         )
         self._tables: list[pa.Table] = []
         self._rows = self._bytes = 0
 
     def append(self, table: pa.Table) -> None:
+        """Add rows; write a row group if enough have accumulated."""
         self._tables.append(table)
         self._rows += table.num_rows
         self._bytes += table.nbytes
@@ -55,16 +58,16 @@ class _PartFile:
             self._flush()
 
     def finish(self, metadata: Mapping[str, bytes]) -> Path:
-        """Close the file with `metadata` in its footer; its path in scratch."""
+        """Close the file with `metadata` in its footer, and return its path in scratch."""
         self._flush()
         self._writer.add_key_value_metadata(metadata)
         self._writer.close()
         return self._path
 
     def discard(self) -> None:
-        """Remove the file, finished or not, if it has not been published."""
+        """Remove the file unless it has been published."""
         self._tables = []
-        with suppress(OSError):  # a full disk, say: what went wrong first is what is raised
+        with suppress(OSError):  # a full disk, for example: the first error is the one to raise
             self._writer.close()
         self._path.unlink(missing_ok=True)
 
@@ -76,13 +79,13 @@ class _PartFile:
 
 
 def _repeating(schema: pa.Schema) -> list[str]:
-    """The columns in which few strings come again and again: a dictionary would only cost time in the others."""
+    """Return the columns whose strings repeat. A dictionary for the others would only take time."""
     names = ("shard", "modality", "step", "error", "unit", "errors.list.element", "outputs.list.element")
     return [name for name in names if name.partition(".")[0] in schema.names]
 
 
 def _compression(schema: pa.Schema) -> dict[str, str]:
-    """zstd, but for vectors: it would take a tenth off their size and nearly double the time to read them."""
+    """Return zstd for all columns but vectors, which it makes 10% smaller and nearly twice as slow to read."""
     codecs = {}
     for field in schema:
         path, kind = field.name, field.type
@@ -93,29 +96,23 @@ def _compression(schema: pa.Schema) -> dict[str, str]:
     return codecs
 
 
-def _scalars(schema: pa.Schema) -> list[str]:
-    """The columns whose minimum and maximum mean something to a reader."""
-    return [field.name for field in schema if not pa.types.is_nested(field.type)]
-
-
 class UnitWriter:
-    """One attempt at one unit: windows in, and a commit or nothing.
+    """One attempt at a unit: takes its windows, and commits all of them or none.
 
-    A context manager that aborts unless `commit` was called. Memory: one row group of rows and one of
-    failures.
+    A context manager that aborts unless `commit` was called. It holds one row group of rows and one of failures.
     """
 
     def __init__(self, run: Run, unit: WorkUnit) -> None:
         self.run = run
         self.unit = unit
         self.attempt = uuid.uuid4().hex[:12]
-        self._began = time.monotonic()
+        self._started = time.monotonic()
         self._rows = _PartFile(run.store, run.schema)
         self._failures: _PartFile | None = None
         self._tally = Tally()
-        self._next = 0
+        self._next = 0  # index of the next window
         self._last = False
-        self._found: tuple[InputRead, ...] = ()
+        self._inputs_read: tuple[InputRead, ...] = ()
 
     def __enter__(self) -> Self:
         return self
@@ -126,38 +123,53 @@ class UnitWriter:
         self.abort()
 
     def write(self, batch: Batch) -> Tally:
-        """Take the unit's next window; what it came to.
+        """Add the unit's next window, and return its complete tally.
 
-        Raises FlowError if it is not the next one, or its outputs and failures do not add up.
+        Raises FlowError if it is not the next one, or its outputs and failures are inconsistent.
         """
         begin = time.perf_counter()
-        self._check_order(batch)
-        settled = settle(batch, self.run.outputs, self.run.schema)
-        self._rows.append(settled.rows)
-        if settled.failures:
+        if batch.unit_error is not None or batch.report is not None:
+            raise FlowError(f"unit {batch.unit.id}: window {batch.index} belongs to a unit without rows")
+        if batch.unit.id != self.unit.id or batch.index != self._next or self._last:
+            expected = "no more" if self._last else f"window {self._next}"
+            raise FlowError(
+                f"unit {self.unit.id}: expected {expected}, found window {batch.index} of unit {batch.unit.id}. "
+                + _FUSION
+            )
+        window = make_rows(batch, self.run.outputs, self.run.schema)
+        self._rows.append(window.rows)
+        if window.failures:
             self._failures = self._failures or _PartFile(self.run.store, FAILURE_SCHEMA)
-            self._failures.append(pa.Table.from_pylist(list(settled.failures), FAILURE_SCHEMA))
-        self._next, self._last, self._found = batch.index + 1, batch.last, batch.inputs_read
-        tally = settled.tally + Tally(seconds={"write": time.perf_counter() - begin})
+            self._failures.append(pa.Table.from_pylist(list(window.failures), FAILURE_SCHEMA))
+        self._next, self._last, self._inputs_read = batch.index + 1, batch.last, batch.inputs_read
+        tally = window.tally + Tally(seconds={"write": time.perf_counter() - begin})
         self._tally += tally
         return tally
 
     def commit(self) -> UnitReport:
-        """Publish what was written: the failures, then the Parquet, which is the commit, then the report.
+        """Publish the failures, then the Parquet file, which is the commit, then the cached report.
 
-        If another attempt was first, nothing of this one stays, and its report comes back as "kept".
-        Raises FlowError if the unit is not whole or its counts do not add up.
+        If another attempt was first, this one is removed, and the report of the other is returned as "kept".
+        Raises FlowError if the last window is missing or the counts are inconsistent.
         """
         if not self._last:
             raise FlowError(
                 f"unit {self.unit.id}: expected window {self._next} or a last one, found the end. {_FUSION}"
             )
         check_conserved(self._tally, f"unit {self.unit.id}")
-        report = self._report()
+        failures = failures_name(self.unit.id, self.attempt)
+        report = UnitReport(
+            unit=self.unit.id,
+            status="written",
+            tally=self._tally,
+            wall_seconds=time.monotonic() - self._started,
+            failures_file=None if self._failures is None else failures.rpartition("/")[2],
+            inputs=inputs_to_json(self.unit, self._inputs_read),
+            batch_plan={name: self.run.recorded.get(name) for name in BATCH_PLAN},
+        )
         record = commit_record(self.run, self.attempt, report)
         if self._failures is not None:
-            name = failures_name(self.unit.id, self.attempt)
-            self.run.store.replace(name, self._failures.finish({}))
+            self.run.store.replace(failures, self._failures.finish({}))
         winner = self._publish(self._rows.finish({FOOTER_KEY: record}))
         if winner is not None:
             return winner
@@ -166,52 +178,24 @@ class UnitWriter:
         return report
 
     def abort(self) -> None:
-        """Remove what was not published. Harmless after a commit, and when called again."""
+        """Remove what was not published. It has no effect after a commit or an earlier call."""
         self._rows.discard()
         if self._failures is not None:
             self._failures.discard()
 
     def _publish(self, path: Path) -> UnitReport | None:
-        """Publish the Parquet; the report of the attempt that was first, if it was another."""
+        """Publish the Parquet file. Return the report of another attempt if that was first."""
         store, name = self.run.store, part_name(self.unit.id)
         if self.unit.replace:
-            store.remove(commit_name(self.unit.id))  # or a kill after the next line would leave an old report
+            store.remove(commit_name(self.unit.id))  # a kill after the next line would leave an old report
             store.replace(name, path)
             return None
         try:
             store.create(name, path)
         except FileExistsError:
             attempt, report = read_footer(self.run, self.unit.id)
-            if attempt == self.attempt:  # it was this one: the store asked again after an answer was lost
+            if attempt == self.attempt:  # this attempt: the store repeated a request whose answer was lost
                 return None
             store.remove(failures_name(self.unit.id, self.attempt))
             return report
         return None
-
-    def _report(self) -> UnitReport:
-        failures = failures_name(self.unit.id, self.attempt).rpartition("/")[2]
-        return UnitReport(
-            unit=self.unit.id,
-            status="written",
-            tally=self._tally,
-            wall_seconds=time.monotonic() - self._began,
-            failures_file=None if self._failures is None else failures,
-            inputs=found_to_json(self.unit, self._found),
-            batch_plan={name: self.run.recorded.get(name) for name in BATCH_PLAN},
-        )
-
-    def _check_order(self, batch: Batch) -> None:
-        if batch.unit_error is not None or batch.report is not None:
-            raise FlowError(f"unit {batch.unit.id}: window {batch.index} is of a unit that is not to be written")
-        if batch.unit.id != self.unit.id or batch.index != self._next or self._last:
-            expected = "no more" if self._last else f"window {self._next}"
-            raise FlowError(
-                f"unit {self.unit.id}: expected {expected}, found window {batch.index} of unit {batch.unit.id}. "
-                + _FUSION
-            )
-
-
-_FUSION = (
-    "The steps from ReadShards to WriteParquet must stay in one fused stage: remove a Reshuffle, a grouping or "
-    "resource hints on one of the steps between them"
-)

@@ -11,7 +11,7 @@ from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
 from mmbeam.runs.control import clear_stop
-from mmbeam.runs.extend import extend_plan
+from mmbeam.runs.plan import extend_plan
 from mmbeam.runs.run import Run, open_run
 from mmbeam.types import WorkUnit
 

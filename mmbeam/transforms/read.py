@@ -12,7 +12,7 @@ from mmbeam.errors import FailureRateError, UsageError
 from mmbeam.features.read import read_features
 from mmbeam.readers.windows import prefetch, read_batches
 from mmbeam.runs.commits import report_of
-from mmbeam.runs.control import go_on, note, stopped
+from mmbeam.runs.control import raise_if_failed, record_error, stop_reason
 from mmbeam.runs.run import Run
 from mmbeam.types import Batch, Needs, WorkUnit
 
@@ -71,8 +71,8 @@ class ReadUnits(beam.DoFn):
         """Yield the unit's batches."""
         try:
             if self.run is not None:
-                go_on(self.run)
-                reason = stopped(self.run)
+                raise_if_failed(self.run)
+                reason = stop_reason(self.run)
                 if reason is not None:
                     raise FailureRateError(reason)
                 report = None if unit.replace else report_of(self.run, unit.id)
@@ -82,9 +82,9 @@ class ReadUnits(beam.DoFn):
             with closing(self.read(unit, self.reading, self.needs, self.windows)) as batches:
                 for batch in batches:
                     if self.run is not None:
-                        go_on(self.run)
+                        raise_if_failed(self.run)
                     yield batch
                     del batch  # a window is large: do not hold it while waiting for the next
         except Exception as error:
-            note(error)
+            record_error(error)
             raise

@@ -9,7 +9,7 @@ import apache_beam as beam
 
 from mmbeam.errors import DeviceError
 from mmbeam.models import placement
-from mmbeam.runs.control import note
+from mmbeam.runs.control import record_error
 from mmbeam.types import Batch, Stage
 
 log = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ class RunStage(beam.DoFn):
             if isinstance(error, DeviceError) and self._in_worker():
                 log.critical("this worker process ends, so that a fresh one can continue: %s", error)
                 os._exit(1)
-            note(error)
+            record_error(error)
             raise
 
     def _in_worker(self) -> bool:

@@ -12,13 +12,14 @@ from apache_beam import coders
 
 from mmbeam.errors import FlowError, ShardError
 from mmbeam.process import progress
-from mmbeam.runs.control import check_rate, judge, note
-from mmbeam.runs.failed import report_failed_unit
-from mmbeam.runs.rows import build_schema, settle
+from mmbeam.runs.commits import report_failed_unit
+from mmbeam.runs.control import check_failure_rate, count_window, record_error
+from mmbeam.runs.plan import repair
+from mmbeam.runs.rows import build_schema, make_rows
 from mmbeam.runs.run import Run
 from mmbeam.runs.summary import write_summary
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import Batch, Output, RunReport, Stage, UnitReport, WorkUnit
+from mmbeam.types import Batch, Output, RunReport, Stage, UnitReport
 
 log = logging.getLogger(__name__)
 
@@ -83,7 +84,7 @@ class _Write(beam.DoFn):
         try:
             report = batch.report or self._write(batch)
         except Exception as error:
-            note(error)
+            record_error(error)
             raise
         if report is not None:
             progress.unit_done(report)
@@ -98,8 +99,10 @@ class _Write(beam.DoFn):
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
         progress.add(tally)
-        if not unit.replace and not _may_be_misread(unit):  # nor one done again: it holds what failed, beyond its share
-            judge(self.run, tally, batch.failures)
+        # A part that does not begin its shard may have been misread (readers/tar.py), and a unit that replaces another
+        # holds more than its fraction of the failures. The rate of the whole run covers both.
+        if not unit.replace and all(source.begin == 0 for source in unit.inputs):
+            count_window(self.run, tally, batch.failures)
         if not batch.last:
             return None
         report = writer.commit()
@@ -123,11 +126,6 @@ class _Write(beam.DoFn):
         writer = self.writers.pop(unit, None)
         if writer is not None:
             writer.abort()
-
-
-def _may_be_misread(unit: WorkUnit) -> bool:
-    """Whether a tar within the tar may have fooled it (io/parts.py): what it fails on is judged when that is known."""
-    return any(source.begin and source.seam is None for source in unit.inputs)
 
 
 class Summarize(beam.PTransform):
@@ -160,9 +158,9 @@ def summarize(
     devices: int | None = 1,
 ) -> RunReport:
     """Write and check the summary of a launch from the reports of all units; `started` is in Unix time."""
-    report = write_summary(run, reports, time.time() - started, devices)
+    report = write_summary(run, repair(run, reports), time.time() - started, devices)
     if report.units_written:
-        check_rate(run, report.tally)
+        check_failure_rate(run, report.tally)
     if check is not None:
         check(report)
     return report
@@ -192,10 +190,10 @@ def _rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Iterato
         raise ShardError(batch.unit_error)
     if batch.report is not None:
         raise FlowError(f"Rows: unit {batch.unit.id} is committed, so it is not read; omit `run` in ReadShards")
-    settled = settle(batch, outputs, schema)
-    lost = next((record for record in settled.failures if not record["row"]), None)
+    window = make_rows(batch, outputs, schema)
+    lost = next((record for record in window.failures if not record["row"]), None)
     if lost is not None:
         log.warning(
-            "%d samples gave no row; %r of %s: %s", settled.tally.failed, *map(lost.get, ("key", "shard", "message"))
+            "%d samples gave no row; %r of %s: %s", window.tally.failed, *map(lost.get, ("key", "shard", "message"))
         )
-    yield from settled.rows.to_pylist()
+    yield from window.rows.to_pylist()

@@ -1,7 +1,6 @@
-"""Giant shards in parts and tiny ones in packs, through a run: what is misread is withdrawn and read again.
+"""Giant shards in parts and tiny ones in packs, through whole runs: what is misread is withdrawn and read again.
 
-A launch here is the job without a model: planned, read, written and summed up by the real thing, one unit
-after the other.
+A launch here is a job without a model: it plans, reads, writes and sums up units one after the other.
 """
 
 import os
@@ -9,7 +8,7 @@ import random
 import shutil
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
@@ -24,14 +23,16 @@ from outputs import start
 from servers import STORES, fresh_output
 from shards import member_bytes
 
-from mmbeam import runs
 from mmbeam.config import Reading, Windows
-from mmbeam.readers import parts, units
+from mmbeam.readers import tar, units
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.windows import read_batches
-from mmbeam.runs import Run
+from mmbeam.runs.commits import committed, load_reports, report_failed_unit, report_of
+from mmbeam.runs.plan import extend_plan, repair
+from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.store import Store
+from mmbeam.runs.summary import confirm_summary, write_summary
 from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Needs, RunReport, UnitReport, WorkUnit
 
@@ -42,8 +43,8 @@ Row = tuple[str, int, str]  # key, offset, text
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts are small here: none is to be read from the beginning of its shard. And nobody cuts the power."""
-    monkeypatch.setattr(parts, "LOOK_BACK", 512)
+    """Parts are small here, so reading must not look back to the beginning of the shard. Nothing is synchronised."""
+    monkeypatch.setattr(tar, "LOOK_BACK", 512)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
 
@@ -62,12 +63,12 @@ def samples(*numbers: int) -> bytes:
 
 
 def nested(number: int, count: int = 12, end: bytes = bytes(1024)) -> bytes:
-    """A sample one member of which is a tar of its own."""
+    """A sample with a member that is a tar."""
     inner = b"".join(sample(900 + each) for each in range(count)) + end
     return member_bytes(f"{number:04d}.tar", inner) + sample(number)
 
 
-FOOLING = samples(*range(8)) + nested(8) + samples(*range(9, 20)) + nested(20) + nested(21) + samples(*range(22, 30))
+MISLEADING = samples(*range(8)) + nested(8) + samples(*range(9, 20)) + nested(20) + nested(21) + samples(*range(22, 30))
 
 
 def put(folder: Path, **tars: bytes) -> str:
@@ -85,35 +86,39 @@ def make(output: str) -> Run:
 
 def launch(output: str, source: str, part_bytes: int = PART) -> RunReport:
     run = make(output)
-    runs.open_run(run)
-    planned = runs.extend_plan(run, list_shards([source]), unit_bytes=part_bytes)
-    done = runs.committed(run)
+    open_run(run)
+    planned = extend_plan(run, list_shards([source]), unit_bytes=part_bytes)
+    done = committed(run)
     if all(unit.id in done for unit in planned):
-        return runs.confirm_summary(run, list(runs.load_reports(run, [unit.id for unit in planned])))
-    return runs.write_summary(run, [attempt(run, unit) for unit in planned], 1.0)
+        return confirm_summary(run, repair(run, list(load_reports(run, [unit.id for unit in planned]))))
+    return sum_up_units(run, [attempt(run, unit) for unit in planned])
+
+
+def sum_up_units(run: Run, reports: Sequence[UnitReport]) -> RunReport:
+    return write_summary(run, repair(run, reports), 1.0)
 
 
 def attempt(run: Run, unit: WorkUnit) -> UnitReport:
-    kept = runs.report_of(run, unit.id)
+    kept = report_of(run, unit.id)
     if kept is not None and not unit.replace:
         return kept
     with UnitWriter(run, unit) as writer:
         for batch in read_batches(unit, Reading(), NEEDS, Windows(samples=3)):
             if batch.unit_error is not None:
-                return runs.report_failed_unit(run, unit, batch.unit_error, batch.inputs_read)
+                return report_failed_unit(run, unit, batch.unit_error, batch.inputs_read)
             writer.write(batch)
         return writer.commit()
 
 
 def rows(output: str) -> list[tuple[str, Row]]:
-    """What is published, by shard and then by offset; twice what is there twice."""
+    """All published rows, by shard and then by offset."""
     store = Store(output)
-    found = []
+    published = []
     for name in store.list("data"):
         with store.open(f"data/{name}") as file:
             for row in pq.read_table(file).to_pylist():
-                found.append((row["shard"].rpartition("/")[2], (row["key"], row["offset"], row["text"])))
-    return sorted(found)
+                published.append((row["shard"].rpartition("/")[2], (row["key"], row["offset"], row["text"])))
+    return sorted(published)
 
 
 def whole(source: str, tmp_path: Path) -> list[tuple[str, Row]]:
@@ -131,7 +136,7 @@ def files(output: str) -> dict[Path, int]:
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_a_giant_shard_is_read_in_parts_once_and_for_all(store: str, tmp_path: Path) -> None:
+def test_a_giant_shard_is_read_in_parts(store: str, tmp_path: Path) -> None:
     output, folder = fresh_output(store, tmp_path), fresh_output(store, tmp_path)
     fs, path = fsspec.core.url_to_fs(folder)
     fs.makedirs(path, exist_ok=True)
@@ -209,26 +214,26 @@ def served(folder: Path, handler: type[Quiet], port: int = 0) -> Iterator[str]:
 def test_parts_keep_their_names_when_shards_come(output: str, tmp_path: Path) -> None:
     source = put(tmp_path, giant=samples(*range(40)))
     launch(output, source)
-    before = set(runs.committed(make(output)))
+    before = set(committed(make(output)))
     put(tmp_path, another=samples(*range(40)))
     report = launch(output, source, part_bytes=10_000)
     assert (report.units_kept, report.units_written) == (20, 8)
-    assert before < runs.committed(make(output))
+    assert before < committed(make(output))
     assert rows(output) == whole(source, tmp_path)
 
 
-def test_misread_parts_are_withdrawn_and_the_second_run_is_whole(output: str, tmp_path: Path) -> None:
-    source = put(tmp_path, fooling=FOOLING, plain=samples(*range(40)))
+def test_a_shard_with_misread_parts_is_read_whole_by_the_second_run(output: str, tmp_path: Path) -> None:
+    source = put(tmp_path, misleading=MISLEADING, plain=samples(*range(40)))
     expected = whole(source, tmp_path)
     first = launch(output, source)
-    assert first.units_failed > 0
-    assert first.tally.rows == len(rows(output))
-    reason = next(iter(first.failed.values()))
-    assert "fooling.tar: the part from byte" in reason
-    assert "the same command again reads it" in reason
-    assert f"{first.units_failed} FAILED" in "".join(status(output))
+    assert (first.units_failed, first.units_written) == (1, 20)
+    assert first.tally.rows == len(rows(output)) == 40  # no row of the misread shard
+    (reason,) = first.failed.values()
+    assert "misleading.tar: its 34 parts were not read from the right bytes" in reason
+    assert "Run the same command again" in reason
+    assert "units: 21 planned, 20 committed, 1 FAILED" in "".join(status(output))
     second = launch(output, source)
-    assert second.units_failed == 0
+    assert (second.units_failed, second.units_kept, second.units_written) == (0, 20, 1)
     assert rows(output) == expected
     assert second.tally.samples == len(expected)
     assert list(Store(output).list("failures")) == []
@@ -243,15 +248,15 @@ def status(output: str) -> Iterator[str]:
     return status_text(output)
 
 
-def test_a_part_that_truly_holds_nothing_is_read_as_such(output: str, tmp_path: Path) -> None:
-    """What stands behind an end mark is no part of the tar, though a part that begins there finds samples in it."""
+def test_samples_behind_an_end_mark_are_not_read(output: str, tmp_path: Path) -> None:
+    """They do not belong to the tar, although a part that begins there finds them."""
     source = put(tmp_path, two_in_one=samples(*range(10)) + bytes(1024) + samples(*range(20, 60)))
     launch(output, source)
     assert launch(output, source).units_failed == 0
     assert [key for _, (key, *_) in rows(output)] == [f"{number:04d}" for number in range(10)]
 
 
-def test_the_oddities_of_a_shard_are_counted_once(output: str, tmp_path: Path) -> None:
+def test_warnings_of_a_shard_are_counted_once(output: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(samples(*range(40)))
     assert launch(output, str(tmp_path)).tally.warnings == {"shards without an end-of-archive marker": 1}
 
@@ -273,7 +278,7 @@ def test_a_member_larger_than_parts_leaves_them_empty(output: str, tmp_path: Pat
 
 
 @pytest.mark.parametrize("seed", range(6))
-def test_any_mixture_is_whole_after_two_runs(seed: int, output: str, tmp_path: Path) -> None:
+def test_any_shard_is_complete_after_two_runs(seed: int, output: str, tmp_path: Path) -> None:
     draw = random.Random(seed)
     made = [sample(0)]
     for number in range(1, draw.randrange(2, 30)):
@@ -295,22 +300,22 @@ def test_any_mixture_is_whole_after_two_runs(seed: int, output: str, tmp_path: P
 
 
 class Killed(BaseException):
-    """The end of a process, as far as its store can see."""
+    """The process ends, as seen from the store."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """Let the process end just before the change of the store numbered half of `step`, or if that is odd just after."""
+    """End the process just before the store's change number `step` / 2, or just after it if `step` is odd."""
     left = step
 
     def dying(name: str) -> Any:
         change = getattr(Store, name)
 
-        def changed(*args: Any, **named: Any) -> Any:
+        def changed(*args: Any, **options: Any) -> Any:
             nonlocal left
             left -= 2
             if left < -1:
                 raise Killed
-            change(*args, **named)
+            change(*args, **options)
             if left == -1:
                 raise Killed
 
@@ -321,15 +326,15 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("before", ["the summary", "the second launch", "a launch that withdraws"])
-def test_killed_at_any_step_nothing_is_lost_or_doubled(before: str, tmp_path: Path) -> None:
-    source = put(tmp_path, fooling=samples(*range(3)) + nested(3, 5) + nested(4, 5) + samples(5))
+def test_a_kill_at_any_step_neither_loses_nor_repeats_rows(before: str, tmp_path: Path) -> None:
+    source = put(tmp_path, misleading=samples(*range(3)) + nested(3, 5) + nested(4, 5) + samples(5))
     expected = whole(source, tmp_path)
     template = fresh_output("local", tmp_path)
     commit_all(template, source)
     if before == "the second launch":
         assert launch(template, source).units_failed > 0
     elif before == "a launch that withdraws":
-        survive(template, source, step=1, again=0)  # the plan is corrected, and nothing is removed yet
+        survive(template, source, step=1, again=0)  # the plan is corrected, and nothing is removed
     launches = []
     for step in range(1000):
         output = fresh_output("local", tmp_path)
@@ -339,20 +344,20 @@ def test_killed_at_any_step_nothing_is_lost_or_doubled(before: str, tmp_path: Pa
             break
         launches.append(needed)
         assert rows(output) == expected, step
-    assert len(launches) > 12
+    assert len(launches) >= 8  # changes of the store, each killed before and after
     assert max(launches) == (2 if before == "the summary" else 1)
 
 
 def commit_all(output: str, source: str) -> None:
-    """A launch that did not come to its summary."""
+    """A launch that ends before its summary."""
     run = make(output)
-    runs.open_run(run)
-    for unit in runs.extend_plan(run, list_shards([source]), unit_bytes=PART):
+    open_run(run)
+    for unit in extend_plan(run, list_shards([source]), unit_bytes=PART):
         attempt(run, unit)
 
 
 def survive(output: str, source: str, step: int, again: int = 9) -> int | None:
-    """How many more launches it takes when one is killed at `step`; None if that comes to its end."""
+    """The number of further launches needed after one that is killed at `step`; None if it ends by itself."""
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, step)
         try:
@@ -364,19 +369,19 @@ def survive(output: str, source: str, step: int, again: int = 9) -> int | None:
     return next((number for number in range(1, again + 1) if not launch(output, source).units_failed), again)
 
 
-def test_a_process_killed_while_it_withdraws(output: str, tmp_path: Path) -> None:
-    source = put(tmp_path, fooling=FOOLING)
+def test_a_process_is_killed_while_it_withdraws(output: str, tmp_path: Path) -> None:
+    source = put(tmp_path, misleading=MISLEADING)
     process = start(launch_and_die, output, source)
     process.join()
     assert process.exitcode == -signal.SIGKILL
-    invented = len(rows(output))
+    with_misread = rows(output)
     assert launch(output, source).units_failed == 0
     assert rows(output) == whole(source, tmp_path)
-    assert invented != len(rows(output))
+    assert with_misread != rows(output)
 
 
 def launch_and_die(output: str, source: str) -> None:
-    parts.LOOK_BACK = 512
+    tar.LOOK_BACK = 512
     remove = Store.remove
 
     def dying(store: Store, name: str) -> None:
@@ -388,54 +393,69 @@ def launch_and_die(output: str, source: str) -> None:
     launch(output, source)
 
 
-def test_an_attempt_that_comes_too_late_is_withdrawn_again(output: str, tmp_path: Path) -> None:
-    source = put(tmp_path, fooling=FOOLING)
+@pytest.mark.parametrize("launches", [1, 2])
+def test_rows_of_a_withdrawn_part_that_a_slow_attempt_commits_are_removed(
+    launches: int, output: str, tmp_path: Path
+) -> None:
+    source = put(tmp_path, misleading=MISLEADING)
     run = make(output)
-    runs.open_run(run)
-    planned = {unit.id: unit for unit in runs.extend_plan(run, list_shards([source]), unit_bytes=PART)}
-    failed = launch(output, source).failed
-    for unit in failed:
-        attempt(run, planned[unit])  # as it was planned at first
-    assert launch(output, source).units_failed == 0
+    open_run(run)
+    planned = extend_plan(run, list_shards([source]), unit_bytes=PART)
+    for _ in range(launches):
+        launch(output, source)
+    for unit in planned[3:9]:
+        attempt(run, unit)
+    assert len(rows(output)) > 0
+    report = launch(output, source)
+    assert (report.units_failed, report.units_kept + report.units_written) == (0, 1)
     assert rows(output) == whole(source, tmp_path)
+    assert list(Store(output).list("failures")) == []
+    before = files(output)
+    assert launch(output, source).units_kept == 1
+    assert files(output) == before
 
 
-def test_a_part_read_anew_by_another_launch_is_not_removed(output: str, tmp_path: Path) -> None:
-    source = put(tmp_path, fooling=FOOLING)
+def test_a_slow_launch_does_not_withdraw_the_whole_shard(output: str, tmp_path: Path) -> None:
+    """Its reports describe parts that another launch has withdrawn, and replaced by the whole shard."""
+    source = put(tmp_path, misleading=MISLEADING)
     run = make(output)
-    runs.open_run(run)
-    reports = [attempt(run, unit) for unit in runs.extend_plan(run, list_shards([source]), unit_bytes=PART)]
-    runs.write_summary(run, reports, 1.0)
+    open_run(run)
+    reports = [attempt(run, unit) for unit in extend_plan(run, list_shards([source]), unit_bytes=PART)]
+    assert sum_up_units(run, reports).units_failed == 1
     assert launch(output, source).units_failed == 0
-    assert runs.write_summary(run, reports, 1.0).units_failed > 0  # a launch that was slow: its reports are old
+    report = sum_up_units(run, reports)
+    assert (report.units_failed, report.units_kept) == (0, 1)
     assert launch(output, source).units_written == 0
     assert rows(output) == whole(source, tmp_path)
 
 
-def test_nothing_is_judged_behind_a_part_that_failed(output: str, tmp_path: Path) -> None:
-    source = put(tmp_path, plain=samples(*range(40)))
+@pytest.mark.parametrize("source_tar", ["plain", "misleading"])
+def test_parts_are_compared_only_if_all_are_committed(source_tar: str, output: str, tmp_path: Path) -> None:
+    source = put(tmp_path, x=samples(*range(40)) if source_tar == "plain" else MISLEADING)
     run = make(output)
-    runs.open_run(run)
-    planned = runs.extend_plan(run, list_shards([source]), unit_bytes=PART)
+    open_run(run)
+    planned = extend_plan(run, list_shards([source]), unit_bytes=PART)
     reports = [attempt(run, unit) for unit in planned[:3]]
-    reports += [runs.report_failed_unit(run, planned[3], "connection lost")]
+    reports += [report_failed_unit(run, planned[3], "connection lost")]
     reports += [attempt(run, unit) for unit in planned[4:]]
-    assert runs.write_summary(run, reports, 1.0).failed == {planned[3].id: "connection lost"}
+    assert sum_up_units(run, reports).failed == {planned[3].id: "connection lost"}
     report = launch(output, source)
-    assert (report.units_written, report.units_failed) == (1, 0)
+    if source_tar == "plain":
+        assert (report.units_written, report.units_failed) == (1, 0)
+    else:
+        assert report.units_failed == 1
+        assert launch(output, source).units_failed == 0
+    assert rows(output) == whole(source, tmp_path)
 
 
-def test_a_shard_that_cannot_be_followed_is_left_to_its_units(output: str, tmp_path: Path, monkeypatch: Any) -> None:
-    source = put(tmp_path, fooling=FOOLING)
+def test_units_done_again_replace_the_whole_shard(output: str, tmp_path: Path) -> None:
+    source = put(tmp_path, misleading=MISLEADING)
     run = make(output)
     launch(output, source)
-    shards = list_shards([source])
-    monkeypatch.setattr("mmbeam.readers.stream.RETRY_WAITS", ())
-    (tmp_path / "fooling.tar").rename(tmp_path / "gone")
-    assert len(runs.extend_plan(run, shards, unit_bytes=PART)) > 5
-    (tmp_path / "gone").rename(tmp_path / "fooling.tar")
     launch(output, source)
-    assert launch(output, source).units_failed == 0
+    again = [replace(unit, replace=True) for unit in extend_plan(run, list_shards([source]), unit_bytes=PART)]
+    report = sum_up_units(run, [attempt(run, unit) for unit in again])
+    assert (report.units_written, report.units_failed) == (1, 0)
     assert rows(output) == whole(source, tmp_path)
 
 
@@ -460,13 +480,13 @@ def test_tiny_shards_share_a_unit(output: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_bad_shard_costs_its_pack_nothing_and_is_tried_alone(output: str, tmp_path: Path) -> None:
+def test_a_shard_that_cannot_be_read_becomes_a_unit_of_its_own(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     bad, good = tmp_path / "tiny-2.tar", (tmp_path / "tiny-2.tar").read_bytes()
     bad.write_bytes(b"<html>not found</html>".ljust(len(good)))
     first = launch(output, source, part_bytes=100_000)
     assert (first.units_written, first.units_failed) == (2, 1)
-    assert "tiny-2.tar: is no tar" in first.failed[f"tiny-2-{next(iter(first.failed))[-10:]}"]
+    assert "tiny-2.tar: not a tar file" in first.failed[f"tiny-2-{next(iter(first.failed))[-10:]}"]
     assert len(rows(output)) == 7
     second = launch(output, source, part_bytes=100_000)
     assert (second.units_kept, second.units_failed) == (2, 1)
@@ -479,10 +499,10 @@ def test_a_bad_shard_costs_its_pack_nothing_and_is_tried_alone(output: str, tmp_
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_shard_that_breaks_off_is_parted_from_its_pack(
+def test_a_shard_that_breaks_off_is_removed_from_its_pack(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What was read of it cannot be taken back from a unit that is under way, so the pack is read again without it."""
+    """Its samples cannot be removed from a unit that is being written, so the pack is read again without it."""
     folder = put(tmp_path, **{f"tiny-{number}": samples(2 * number, 2 * number + 1) for number in range(8)})
     monkeypatch.setattr("mmbeam.readers.windows.open_shard", partial(open_shard, waits=()))
     monkeypatch.setattr("mmbeam.readers.stream.BLOCK_BYTES", 512)
@@ -504,21 +524,21 @@ def test_a_shard_that_breaks_off_is_parted_from_its_pack(
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_pack_done_again_leaves_its_bad_shard_to_the_unit_of_its_own(output: str, tmp_path: Path) -> None:
+def test_a_pack_done_again_does_not_read_a_shard_that_is_its_own_unit(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     bad, good = tmp_path / "tiny-2.tar", (tmp_path / "tiny-2.tar").read_bytes()
     bad.write_bytes(b"x" * len(good))
     run = make(output)
     launch(output, source, part_bytes=100_000)
     bad.write_bytes(good)
-    again = [replace(unit, replace=True) for unit in runs.extend_plan(run, list_shards([source]))]
-    report = runs.write_summary(run, [attempt(run, unit) for unit in again], 1.0)
+    again = [replace(unit, replace=True) for unit in extend_plan(run, list_shards([source]))]
+    report = sum_up_units(run, [attempt(run, unit) for unit in again])
     assert report.units_failed == 0
     assert rows(output) == whole(source, tmp_path)
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_bad_shard_that_is_taken_away_is_forgotten(output: str, tmp_path: Path) -> None:
+def test_a_removed_shard_is_not_reported(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     bad = tmp_path / "tiny-2.tar"
     bad.write_bytes(b"x" * bad.stat().st_size)
@@ -530,11 +550,11 @@ def test_a_bad_shard_that_is_taken_away_is_forgotten(output: str, tmp_path: Path
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_pack_runs_although_one_of_its_shards_was_taken_away(output: str, tmp_path: Path) -> None:
+def test_a_pack_runs_although_one_of_its_shards_was_removed(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     run = make(output)
-    runs.open_run(run)
-    runs.extend_plan(run, list_shards([source]), unit_bytes=100_000)
+    open_run(run)
+    extend_plan(run, list_shards([source]), unit_bytes=100_000)
     (tmp_path / "tiny-2.tar").unlink()
     first = launch(output, source)
     assert first.units_failed == 1
