@@ -64,17 +64,17 @@ def example(number: int, caption: str = "a cat.", clauses: bool = False, group: 
         ({"optimizer": "lion"}, "adamw, adam, sgd"),
         ({"schedule": "step"}, "cosine, linear, constant"),
         ({"select": "bleu"}, "loss, exact_match"),
-        ({"batch_size": 0}, "--batch-size 0"),
-        ({"learning_rate": math.nan}, "--learning-rate nan"),
+        ({"batch_size": 0}, "`batch_size` 0"),
+        ({"learning_rate": math.nan}, "`learning_rate` nan"),
         ({"modality_dropout": 1.0}, "below 1"),
         ({"loss_weights": {"caption": 0.0}}, "caption"),
-        ({"loss_weights": {"align": -1.0}}, "--loss-weight align=-1.0: expected 0 or more"),
-        ({"loss_weights": {"align": math.nan}}, "--loss-weight align=nan: expected 0 or more"),
-        ({"seed": -1}, "--seed -1: expected 0 or more"),
-        ({"audio_seconds": 0.0}, "--audio-seconds 0.0: expected more than 0"),
-        ({"audio_seconds": math.nan}, "--audio-seconds nan: expected more than 0"),
+        ({"loss_weights": {"align": -1.0}}, "`loss_weights` align=-1.0: expected 0 or more"),
+        ({"loss_weights": {"align": math.nan}}, "`loss_weights` align=nan: expected 0 or more"),
+        ({"seed": -1}, "`seed` -1: expected 0 or more"),
+        ({"audio_seconds": 0.0}, "`audio_seconds` 0.0: expected more than 0"),
+        ({"audio_seconds": math.nan}, "`audio_seconds` nan: expected more than 0"),
         ({"captions": "text", "modalities": ("image", "text")}, "cannot be an input"),
-        ({"freeze": ("image",)}, "--init"),
+        ({"freeze": ("image",)}, "requires `init`"),
         ({"init": "m", "model": {"fusion": "gated"}}, "fusion"),
         ({"shares": (0.5, 0.4, 0.2)}, "add up to 1"),
         ({"output": "gs://bucket/model"}, "local directory"),
@@ -346,7 +346,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize("content", [b"", b"\x80\x04\x95pickle", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
 def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "at").write_bytes(content)
-    with pytest.raises(TrainingError, match=r"no checkpoint of mmbeam train .*remove the file"):
+    with pytest.raises(TrainingError, match=r"not a checkpoint of mmbeam train .*remove the file"):
         checkpoint.load(tmp_path / "at")
 
 

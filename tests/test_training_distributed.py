@@ -216,7 +216,7 @@ def test_a_search_finds_the_same_in_both(together: Together) -> None:
 
 def test_a_batch_that_cannot_be_halved_is_refused(together: Together) -> None:
     for found in together[1]:
-        assert found["odd"] == "UsageError: --batch-size 9: 2 processes share each batch; expected a multiple of 2"
+        assert found["odd"] == "UsageError: `batch_size` 9: 2 processes share each batch; expected a multiple of 2"
 
 
 # The command
@@ -268,5 +268,5 @@ def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert local_device("cpu").type == "cpu"
-    with pytest.raises(UsageError, match="--device cuda:1: each of 2 processes has a GPU of its own; expected cuda"):
+    with pytest.raises(UsageError, match="`device` cuda:1: each of 2 processes has a GPU of its own; expected cuda"):
         local_device("cuda:1")

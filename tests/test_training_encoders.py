@@ -144,7 +144,7 @@ def test_frozen_encoders_stay_and_those_that_are_let_go_learn(
     assert changed == ["image"]
     sources = FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()
     assert [name for name, source in sources.items() if source.frozen] == ["audio", "text_2"]
-    with pytest.raises(UsageError, match="--unfreeze text: the pretrained encoders of this model are image, audio"):
+    with pytest.raises(UsageError, match="`unfreeze` text: the pretrained encoders of this model are image, audio"):
         train(options(shards, tmp_path / "n", model={}, init=str(trained), unfreeze=("text",)))
 
 
@@ -219,7 +219,7 @@ def test_an_encoder_that_cannot_be_used_is_named_before_anything_is_read(
     shutil.copytree(models / name, tmp_path / name)
     spoil(tmp_path / name)
     given: Any = ((modality, str(tmp_path / name)),)
-    with pytest.raises(ModelError, match=f"--encoder {modality}={tmp_path}.*{message}"):
+    with pytest.raises(ModelError, match=f"`encoders` {modality}={tmp_path}.*{message}"):
         train(options("nowhere.tar", tmp_path / "m", input=(__file__,), encoders=given))
 
 
@@ -230,12 +230,12 @@ def test_a_name_that_is_nothing_is_refused_with_the_kinds_that_there_are(shards:
 
 def test_a_window_of_sound_that_no_encoder_has_is_refused(shards: str, models: Path, tmp_path: Path) -> None:
     given = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), audio_seconds=2.0)
-    with pytest.raises(UsageError, match="--audio-seconds: none of the model's own encoders hears"):
+    with pytest.raises(UsageError, match="`audio_seconds`: the model has no built-in audio encoder"):
         train(given)
 
 
 def test_an_encoder_is_no_model_to_start_from(shards: str, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="expected a fusion model, found one of type clip; give it with --encoder"):
+    with pytest.raises(ModelError, match="expected a fusion model, found one of type clip; to use its encoder"):
         train(options(shards, tmp_path / "m", model={}, init=str(models / "clip")))
 
 
@@ -249,15 +249,15 @@ def test_an_encoder_of_what_no_sample_has_is_an_error(shards: str, models: Path,
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        ({"modalities": ("image",), "encoders": (("text", "conv"),)}, "--encoder: text is none of --modalities image"),
-        ({"captions": "text", "encoders": (("text", "conv"),)}, "--captions text: the text is what is to be said"),
-        ({"init": "m", "model": {}, "encoders": (("text", "conv"),)}, "--init brings its own architecture; .*encoder"),
+        ({"modalities": ("image",), "encoders": (("text", "conv"),)}, "`encoders` text: not in `modalities` image"),
+        ({"captions": "text", "encoders": (("text", "conv"),)}, "`captions` text: the text is the target"),
+        ({"init": "m", "model": {}, "encoders": (("text", "conv"),)}, "`init` has its own architecture; .*encoder"),
         (
             {"init": "m", "model": {}, "modalities": ("image",), "audio_seconds": 2.0},
             "leave out audio-seconds, modalities",
         ),
         ({"init": "m", "model": {}, "text_tokens": 20, "columns": ("a",)}, "leave out columns, text-tokens"),
-        ({"init": "m", "model": {}, "freeze": ("image",), "unfreeze": ("image",)}, "--freeze and --unfreeze image"),
+        ({"init": "m", "model": {}, "freeze": ("image",), "unfreeze": ("image",)}, "`freeze` and `unfreeze` image"),
     ],
 )
 def test_options_that_contradict_each_other_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:

@@ -135,7 +135,7 @@ def test_a_part_that_the_model_has_not_cannot_be_frozen_and_the_output_stays_fre
     shards: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     wrong = shard_options(shards, tmp_path, model={}, init=str(trained[0]), freeze=("nose",), steps=1)
-    with pytest.raises(UsageError, match="--freeze nose: the parts of this model are image, audio, text, words"):
+    with pytest.raises(UsageError, match="`freeze` nose: the parts of this model are image, audio, text, words"):
         train(wrong)
     assert train(replace(wrong, freeze=("words",)))["training"]["step"] == 1
 
@@ -147,38 +147,38 @@ def test_samples_without_captions_are_an_error_that_names_the_fields(shards: str
 
 @pytest.mark.parametrize("name", ["clauses", "group"])
 def test_a_field_that_no_sample_has_is_an_error_that_names_the_fields(name: str, shards: str, tmp_path: Path) -> None:
-    message = f"--{name} nosuch: none of the 100 samples has one that can be used; their JSON has caption, clauses"
+    message = f"`{name}` nosuch: none of the 100 samples has a usable value; their JSON has caption, clauses"
     with pytest.raises(TrainingError, match=message):
         train(shard_options(shards, tmp_path, **{name: "nosuch"}))
 
 
 @pytest.mark.parametrize(
     ("changed", "name"),
-    [({"columns": ("image_embedding",)}, "--column"), ({"captions_from": "a.csv"}, "--captions-from")],
+    [({"columns": ("image_embedding",)}, "`columns`"), ({"captions_from": "a.csv"}, "`captions_from`")],
 )
 def test_options_of_features_are_refused_for_shards(
     changed: dict[str, Any], name: str, shards: str, tmp_path: Path
 ) -> None:
-    with pytest.raises(UsageError, match=f"{name}: is of features, and the input is shards"):
+    with pytest.raises(UsageError, match=f"{name}: applies to features, and the input is shards"):
         train(shard_options(shards, tmp_path, **changed))
 
 
 @pytest.mark.parametrize(
     ("changed", "name"),
     [
-        ({"encoders": (("image", "conv"),)}, "--encoder"),
-        ({"audio_seconds": 1.0}, "--audio-seconds"),
-        ({"reading": Reading(fields=FieldMap(image="b.jpg"))}, "--image-field and its like"),
+        ({"encoders": (("image", "conv"),)}, "`encoders`"),
+        ({"audio_seconds": 1.0}, "`audio_seconds`"),
+        ({"reading": Reading(fields=FieldMap(image="b.jpg"))}, "`image_field` and the other fields"),
     ],
 )
 def test_options_of_shards_are_refused_for_features(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
     path = write_features(tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=f"{name}: is of shards, and the input is features"):
+    with pytest.raises(UsageError, match=f"{name}: applies to shards, and the input is features"):
         train(feature_options(path, tmp_path / "m", **changed))
 
 
 def test_a_split_that_leaves_a_part_empty_is_an_error(shards: str, tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="validation part is empty"):
+    with pytest.raises(TrainingError, match="validation split is empty"):
         train(shard_options(shards, tmp_path, shares=(1.0, 0.0, 0.0)))
 
 
@@ -201,7 +201,7 @@ def test_the_text_as_caption_is_no_input(shards: str, tmp_path: Path) -> None:
 
 def test_a_directory_with_another_model_is_not_overwritten(shards: str, tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text("{}")
-    with pytest.raises(UsageError, match="holds a model that no training here made"):
+    with pytest.raises(UsageError, match="holds a model from another source"):
         train(shard_options(shards, tmp_path))
 
 
@@ -351,7 +351,7 @@ def test_a_model_of_features_does_not_start_from_one_of_media(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     path = write_features(tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"the model takes image, audio, text, which --input is not"):
+    with pytest.raises(UsageError, match=r"the model takes image, audio, text, which `input` is not"):
         train(feature_options(path, tmp_path / "out", model={}, init=str(trained[0])))
 
 
@@ -404,7 +404,7 @@ def test_relations_within_a_modality_are_learned_and_measured_per_pair_and_simil
 
 def test_a_caption_is_like_others_of_its_group_or_like_none(shards: str, tmp_path: Path) -> None:
     model = {**TINY, "pairs": [["caption", "caption"]]}
-    with pytest.raises(UsageError, match="--pair caption:caption: a caption has no other view; say with --group"):
+    with pytest.raises(UsageError, match="`pairs` caption:caption: captions have no augmented view; pass `group`"):
         train(shard_options(shards, tmp_path / "a", model=model, modalities=("text",)))
     report = train(shard_options(shards, tmp_path / "b", model=model, modalities=("text",), group="time", steps=2))
     assert set(report["test"]["recall"]) == {"caption->caption cosine"}

@@ -1,7 +1,7 @@
-"""From a stream of examples to batches on the device: shuffled, modalities dropped, alike in length, made ahead.
+"""Batches of examples: shuffling, modality dropout, bucketing by length, collation, prefetch, augmented views.
 
-Every order and every draw is a function of the seed and the epoch, so that a training that goes on after
-an interruption sees the batches that it would have seen.
+Every order and every draw is a function of the seed and the epoch, so that a resumed training sees the same
+batches as an uninterrupted one.
 """
 
 import queue
@@ -23,16 +23,16 @@ from mmbeam.training.examples import Example
 
 T = TypeVar("T")
 
-BUFFER_BATCHES = 16  # in the shuffle buffer, whose examples are dealt out as batches of similar length,
-BUFFER_BYTES = 256 * MIB  # unless it holds so much before
-# Captions whose lengths are of one such step are alike. Finer steps pad less, but the batches then hold captions
-# that say nearly the same, and a model learns slower: sorted by the character, the corpus's tags took twice the steps.
+BUFFER_BATCHES = 16  # in a shuffle buffer, which is cut into batches of similar length
+BUFFER_BYTES = 256 * MIB  # a shuffle buffer of this size is cut early
+# Width of a length bucket. Finer buckets pad less, but fill a batch with nearly identical captions, which slows
+# learning: sorted by single characters, the corpus took twice the steps.
 BUCKET_CHARS = 32
-PREFETCHED_BATCHES = 2  # batches that are made while the model computes
+PREFETCHED_BATCHES = 2  # made while the model computes
 
 
 class Processor(Protocol):
-    """What is needed of a FusionProcessor."""
+    """The methods of FusionProcessor that training uses."""
 
     def __call__(
         self, requests: Sequence[Request], device: torch.device, dtype: torch.dtype
@@ -45,16 +45,18 @@ class Processor(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """What the model gets, and the examples it was made of."""
+    """The tensors of a batch and the examples it was made of."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor  # int64 [batch, tokens], padded by -100
-    groups: torch.Tensor | None  # int64 [batch]: alike are those of one number, but -1; None: nobody knows
+    groups: (
+        torch.Tensor | None
+    )  # int64 [batch]: samples of one group share a number; -1: no group; None: no groups at all
     examples: Sequence[Example]
 
 
 def shuffle_buffers(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Cut the stream into buffers of whole batches; only the last one may hold a part of a batch."""
+    """Cut the stream into shuffle buffers of whole batches; only the last may end with a partial batch."""
     pool: list[Example] = []
     size = 0
     for example in examples:
@@ -69,7 +71,7 @@ def shuffle_buffers(examples: Iterable[Example], batch_size: int) -> Iterator[li
 
 
 def drop_modalities(examples: Sequence[Example], probability: float, rng: np.random.Generator) -> list[Example]:
-    """Each example without some of its modalities, each dropped with `probability`, but never all of them."""
+    """Drop each modality of each example with `probability`, but never all modalities of an example."""
     draws = rng.random((len(examples), len(MODALITIES) + 1))
     return [_dropped(example, row.tolist(), probability) for example, row in zip(examples, draws, strict=True)]
 
@@ -84,22 +86,24 @@ def _dropped(example: Example, draws: Sequence[float], probability: float) -> Ex
 def training_batches(
     examples: Iterable[Example], batch_size: int, dropout: float, seed: tuple[int, ...]
 ) -> Iterator[list[Example]]:
-    """Batches for training, drawn from one buffer after the other: of similar length, in random order."""
+    """Yield training batches of similar caption length in random order, from one shuffle buffer after another."""
     for number, pool in enumerate(shuffle_buffers(examples, batch_size)):
         rng = np.random.default_rng((*seed, number))
-        shuffled = [pool[place] for place in rng.permutation(len(pool))]
+        shuffled = [pool[index] for index in rng.permutation(len(pool))]
         batches = _by_length(drop_modalities(shuffled, dropout, rng), batch_size)
-        yield from (batches[place] for place in rng.permutation(len(batches)))
+        yield from (batches[index] for index in rng.permutation(len(batches)))
 
 
 def evaluation_batches(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Batches for evaluation: of similar length, nothing dropped."""
+    """Yield evaluation batches of similar caption length, with all modalities."""
     for pool in shuffle_buffers(examples, batch_size):
         yield from _by_length(pool, batch_size)
 
 
 def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
-    ordered = sorted(examples, key=lambda example: len(example.caption) // BUCKET_CHARS)  # stable: ties stay shuffled
+    ordered = sorted(
+        examples, key=lambda example: len(example.caption) // BUCKET_CHARS
+    )  # a stable sort keeps ties shuffled
     return [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
 
 
@@ -114,7 +118,7 @@ def collate(examples: Sequence[Example], processor: Processor, device: torch.dev
 
 
 def _groups(examples: Sequence[Example], device: torch.device) -> torch.Tensor | None:
-    """A number for each group, by its name alone: the same in every batch and process; -1 for none."""
+    """Return a number per group, a hash of its name and so the same in every batch and process; -1: no group."""
     names = [example.group for example in examples]
     if all(name is None for name in names):
         return None
@@ -122,14 +126,14 @@ def _groups(examples: Sequence[Example], device: torch.device) -> torch.Tensor |
 
 
 def _number(name: str) -> int:
-    """63 bits of a hash."""
+    """Return 63 bits of a hash."""
     return int.from_bytes(blake2b(name.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "big") >> 1
 
 
 def prefetch(make: Callable[[], Iterator[T]], depth: int = PREFETCHED_BATCHES) -> Generator[T]:
-    """What `make()` gives, made by a thread up to `depth` items ahead. Closing the generator ends the thread.
+    """Yield the items of `make()`, which a thread makes up to `depth` items ahead.
 
-    Raises here what is raised there.
+    Closing the generator ends the thread. Exceptions of the thread are raised here.
     """
     ready: queue.SimpleQueue[T | _End] = queue.SimpleQueue()
     room = threading.Semaphore(depth)
@@ -154,12 +158,12 @@ def prefetch(make: Callable[[], Iterator[T]], depth: int = PREFETCHED_BATCHES) -
     finally:
         stopped.set()
         room.release()
-        thread.join(timeout=10)  # it ends with the item it is making; being a daemon it holds up no exit
+        thread.join(timeout=10)  # it ends after its current item; a daemon thread does not delay the exit
 
 
 @dataclass(frozen=True)
 class _End:
-    """Nothing more comes, because of `error` if there is one."""
+    """The end of the stream, with the error that caused it, if any."""
 
     error: BaseException | None
 
@@ -172,23 +176,28 @@ def _drain(ready: "queue.SimpleQueue[T | _End]", room: threading.Semaphore) -> G
         raise item.error
 
 
-SHIFT = 1 / 16  # of the height of a picture, and of its width; of the length of a sound
-CONTRAST, BRIGHTNESS, GRAIN = 0.2, 0.2, 0.05  # of values that go from -1 to about 1
-HIDDEN = 0.15  # share of a text's tokens, or of a feature's numbers
+SHIFT = 1 / 16  # largest shift, as a fraction of an image's height and width, or of a sound's length
+CONTRAST, BRIGHTNESS, GRAIN = 0.2, 0.2, 0.05  # for values from -1 to about 1
+HIDDEN = 0.15  # fraction of text tokens or feature values that are masked
 Inputs = Mapping[str, torch.Tensor]
 
 
 def make_views(
     sources: Mapping[str, SourceConfig], names: Iterable[str], inputs: Inputs, generator: torch.Generator | None = None
 ) -> dict[str, torch.Tensor]:
-    """For each of `names` that any sample has, its values and mask as another view; random by `generator`.
+    """Return an augmented view, values and mask, of each of the sources `names` that a sample has.
 
-    Another view of "fused" is one of every source; a caption has none.
+    Images and spectrograms are shifted, changed in brightness and contrast, and get noise. Text tokens and feature
+    values are masked. What a caption may ask for (left and right, say) is kept. A view of "fused" is a view of every
+    source; captions have none.
+
+    Shapes: B batch, then those of the source: C channels, H height, W width; T frames and M mel bins in either order;
+    T tokens.
     """
-    asked = set(names)
+    wanted = set(names)
     views: dict[str, torch.Tensor] = {}
     for name, source in sources.items():
-        if asked & {name, "fused"} and inputs[name + MASK].any():
+        if wanted & {name, "fused"} and inputs[name + MASK].any():
             views |= _view(name, source, inputs[name], inputs[name + MASK], generator)
     return views
 
@@ -202,7 +211,7 @@ def _view(
         mask = _hide(mask, source.kind == "pretrained", generator)
     else:
         axes = (-2, -1) if source.modality == "image" else (time_axis(source, values),)
-        for axis in axes if values.dim() > 2 else ():  # a waveform stays where its mask is
+        for axis in axes if values.dim() > 2 else ():  # waveforms are not shifted: their mask would no longer fit
             values = _move(values, axis, generator)
         values = _jitter(values, source.kind == "pretrained", generator)
     return {name: values, name + MASK: mask}
@@ -213,30 +222,30 @@ def _random(shape: Iterable[int], like: torch.Tensor, generator: torch.Generator
 
 
 def _hide(mask_BT: torch.Tensor, framed: bool, generator: torch.Generator | None) -> torch.Tensor:
-    """Fewer tokens; a text all of whose tokens would be hidden stays whole.
+    """Mask tokens at random; a text that would lose all tokens stays whole.
 
-    Where it is `framed` by special tokens, the first and the last stay: a causal encoder reads nothing without.
+    If special tokens frame the text (`framed`), the first and the last stay: causal encoders need them.
     """
     kept = _random(mask_BT.shape, mask_BT, generator) >= HIDDEN
     if framed:
-        places = mask_BT * torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
-        kept |= (places == 1) | (places == places.amax(1, keepdim=True))
+        positions = mask_BT * torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
+        kept |= (positions == 1) | (positions == positions.amax(1, keepdim=True))
     left = mask_BT & kept
     return torch.where(left.any(1, keepdim=True), left, mask_BT)
 
 
 def _move(values: torch.Tensor, axis: int, generator: torch.Generator | None) -> torch.Tensor:
-    """Each sample shifted by itself along the axis; what comes in at the edge repeats the edge."""
+    """Shift each sample along the axis by its own random distance, repeating the edge."""
     batch, length = len(values), values.shape[axis]
     shifts = ((2 * _random((batch, 1), values, generator) - 1) * length * SHIFT).round().long()
-    places = (torch.arange(length, device=values.device) + shifts).clamp(0, length - 1)
+    positions = (torch.arange(length, device=values.device) + shifts).clamp(0, length - 1)
     shape = [batch, *[1] * (values.dim() - 1)]
     shape[axis] = length
-    return values.gather(axis, places.view(shape).expand_as(values))
+    return values.gather(axis, positions.view(shape).expand_as(values))
 
 
 def _jitter(values: torch.Tensor, scaled: bool, generator: torch.Generator | None) -> torch.Tensor:
-    """Contrast, brightness and grain; where a pretrained encoder has its own scale, relative to that of the batch."""
+    """Change contrast and brightness and add noise; relative to the statistics of the batch if `scaled`."""
     centre, unit = (values.mean(), values.std()) if scaled else (0.0, 1.0)
     gain, offset = (2 * _random((2, len(values), *[1] * (values.dim() - 1)), values, generator) - 1).unbind(0)
     grain = 2 * _random(values.shape, values, generator) - 1

@@ -1,7 +1,10 @@
-"""Tensors and facts in one safetensors file, written at once or not at all: no pickle is written or read.
+"""Files of a training: checkpoints, metrics.jsonl and its plot. All are written atomically; no pickle is used.
 
-The facts are the file's JSON metadata. What a training needs to go on exactly where it stopped is the
-model's weights, the optimizer's moments, and the state of the random number generators.
+A checkpoint is one safetensors file: model weights, optimizer moments and the states of the random number
+generators. Its JSON metadata hold the state of the training (`facts`).
+
+A line of metrics.jsonl is the mean loss of some steps, {"step", "loss", "learning_rate"}, or an epoch, {"epoch",
+"step", "seconds", "train": losses, "validation": scores}.
 """
 
 import json
@@ -21,15 +24,17 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def save(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-    """Write `path` so that a reader, also after a power cut, finds the file from before or this one, whole."""
-    own = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}  # tied ones apart
+    """Write `path` atomically: a reader finds the old file or the new one, also after a power failure."""
+    copies = {
+        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
+    }  # tied tensors apart
     scratch = path.with_name(f"{path.name}.tmp")
-    save_file(own, scratch, metadata={"facts": json.dumps(dict(facts))})
+    save_file(copies, scratch, metadata={"facts": json.dumps(dict(facts))})
     _publish(scratch, path)
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write a text file at once or not at all."""
+    """Write a text file atomically."""
     scratch = path.with_name(f"{path.name}.tmp")
     scratch.write_text(text)
     _publish(scratch, path)
@@ -42,46 +47,46 @@ def _publish(scratch: Path, path: Path) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """The tensors and facts of a file that `save` wrote. Raises TrainingError for any other file."""
+    """Return the tensors and facts of a file that `save` wrote. Raises TrainingError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
             facts = json.loads((file.metadata() or {})["facts"])
             return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(
-            f"{path}: no checkpoint of mmbeam train ({type(error).__name__}: {error}); "
-            "remove the file to start over, or choose another --output"
+            f"{path}: not a checkpoint of mmbeam train ({type(error).__name__}: {error}); "
+            "remove the file to start over, or choose another `output`"
         ) from None
 
 
 def prefixed(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors with `prefix` and a dot before their names."""
+    """Return the tensors with `prefix` and a dot before their names."""
     return {f"{prefix}.{name}": tensor for name, tensor in tensors.items()}
 
 
 def without_prefix(prefix: str, tensors: Tensors) -> dict[str, torch.Tensor]:
-    """The tensors whose names begin with `prefix` and a dot, without it."""
-    return {name[len(prefix) + 1 :]: each for name, each in tensors.items() if name.startswith(f"{prefix}.")}
+    """Return the tensors whose names begin with `prefix` and a dot, under the rest of the name."""
+    return {name[len(prefix) + 1 :]: tensor for name, tensor in tensors.items() if name.startswith(f"{prefix}.")}
 
 
 def model_tensors(model: torch.nn.Module, excluded: tuple[str, ...] = ()) -> dict[str, torch.Tensor]:
-    """The model's weights, but those whose names begin with one of `excluded`."""
+    """Return the model's weights without those whose names begin with one of `excluded`."""
     return {name: tensor for name, tensor in model.state_dict().items() if not name.startswith(excluded)}
 
 
 def restore_model(model: torch.nn.Module, tensors: Tensors, path: Path, excluded: tuple[str, ...] = ()) -> None:
-    """Put back the weights that `path` held; those of `excluded` stay. Raises TrainingError for another model's."""
-    staying = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(excluded)}
+    """Load the weights in `path`, except those of `excluded`. Raises TrainingError if they do not fit the model."""
+    unchanged = {name: tensor for name, tensor in model.state_dict().items() if name.startswith(excluded)}
     try:
-        model.load_state_dict({**staying, **tensors})
+        model.load_state_dict({**unchanged, **tensors})
     except RuntimeError as error:  # its message lists every tensor
         raise TrainingError(
-            f"{path}: the checkpoint of another configuration; remove it to start over, or choose another --output"
+            f"{path}: is of another configuration; remove it to start over, or choose another `output`"
         ) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """The optimizer's state, "<number of the parameter>.<name>": tensor; its options are the run's own."""
+    """Return the optimizer's state, "<number of the parameter>.<name>": tensor; hyperparameters are not part of it."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value
@@ -92,7 +97,7 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tenso
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> None:
-    """Put back what `optimizer_tensors` gave, on the device of the parameters."""
+    """Load what `optimizer_tensors` returned, onto the device of the parameters."""
     state: dict[int, dict[str, torch.Tensor]] = {}
     for name, tensor in tensors.items():
         number, _, key = name.partition(".")
@@ -101,7 +106,7 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: Tensors) -> Non
 
 
 def random_tensors() -> dict[str, torch.Tensor]:
-    """The states of torch's random number generators, of the CPU and of each GPU."""
+    """Return the states of torch's random number generators, of the CPU and of each GPU."""
     states = {"cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         states |= {f"cuda{number}": state for number, state in enumerate(torch.cuda.get_rng_state_all())}
@@ -109,7 +114,7 @@ def random_tensors() -> dict[str, torch.Tensor]:
 
 
 def restore_random(tensors: Tensors) -> None:
-    """Put back what `random_tensors` gave, as far as this machine has the devices."""
+    """Load what `random_tensors` returned, for the devices of this machine."""
     torch.set_rng_state(tensors["cpu"])
     for number in range(torch.cuda.device_count()):
         if f"cuda{number}" in tensors:
@@ -118,7 +123,7 @@ def restore_random(tensors: Tensors) -> None:
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 STEPS_PER_LINE = 10
-PLOT_SECONDS = 60.0  # between two plots: one takes a second
+PLOT_SECONDS = 60.0  # between two plots; drawing one takes a second
 
 
 class Journal:
@@ -130,7 +135,7 @@ class Journal:
         self._drawn = time.monotonic()
 
     def step(self, step: int, loss: float, learning_rate: float) -> None:
-        """One step was done."""
+        """Record a step."""
         self._losses.append(loss)
         if step % STEPS_PER_LINE == 0:
             mean = sum(self._losses) / len(self._losses)
@@ -140,7 +145,7 @@ class Journal:
     def epoch(
         self, epoch: int, step: int, seconds: float, losses: Mapping[str, float], scores: Mapping[str, Any]
     ) -> None:
-        """An epoch was done: its mean losses, and what was measured on the validation part."""
+        """Record an epoch: its mean training losses and its validation scores."""
         self._append(
             {"epoch": epoch, "step": step, "seconds": round(seconds, 3), "train": losses, "validation": scores}
         )
@@ -148,22 +153,22 @@ class Journal:
             self.draw()
 
     def draw(self) -> None:
-        """Plot what is written down."""
+        """Plot the metrics."""
         plot(self.lines(), self.path.with_name(PLOT))
         self._drawn = time.monotonic()
 
     def lines(self) -> list[dict[str, Any]]:
-        """What is written down; a line that was being written when the process died is left out."""
-        found = []
+        """Return the recorded lines, without a line that was cut off when the process died."""
+        lines = []
         for line in self.path.read_text().splitlines() if self.path.exists() else ():
             try:
-                found.append(json.loads(line))
+                lines.append(json.loads(line))
             except ValueError:
                 continue
-        return found
+        return lines
 
     def cut(self, step: int) -> None:
-        """Forget what came after `step`: it will be done again."""
+        """Remove the lines after `step`: those steps will run again."""
         kept = [json.dumps(line) + "\n" for line in self.lines() if line["step"] <= step]
         write_text(self.path, "".join(kept))
 
@@ -173,8 +178,8 @@ class Journal:
 
 
 def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """A picture of the training loss, the validation loss and the exact match over the steps."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg  # here: it takes half a second, and draws no window
+    """Plot training loss, validation loss and exact match over the steps."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg  # slow to import
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5))
@@ -190,7 +195,7 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     right = left.twinx()
     exact = [line["validation"]["exact_match"] for line in epochs]
     right.plot([line["step"] for line in epochs], exact, "k--", label="exact match")
-    right.set(ylabel="exact match on the validation part", ylim=(0, 1.02))
+    right.set(ylabel="exact match on the validation split", ylim=(0, 1.02))
     handles = [*left.get_legend_handles_labels()[0], *right.get_legend_handles_labels()[0]]
     left.legend(handles=handles, loc="center right")
     scratch = path.with_name(f"tmp-{path.name}")

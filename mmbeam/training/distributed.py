@@ -43,7 +43,7 @@ ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WOR
 
 @dataclass(frozen=True)
 class World:
-    """The processes of a training, and which of them this is. By default it is alone, and exchanges nothing."""
+    """The processes of a training and the rank of this one. By default a single process without communication."""
 
     rank: int = 0
     size: int = 1
@@ -51,51 +51,51 @@ class World:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the process that measures and writes."""
+        """Whether this process validates and writes files."""
         return self.rank == 0
 
     def local_batch_size(self, batch_size: int) -> int:
-        """How many samples of a batch are this process's. Raises UsageError if they cannot be dealt out evenly."""
+        """Return the size of this process's part of a batch. Raises UsageError if `batch_size` is not divisible."""
         if batch_size % self.size:
             raise UsageError(
-                f"--batch-size {batch_size}: {self.size} processes share each batch; expected a multiple of {self.size}"
+                f"`batch_size` {batch_size}: {self.size} processes share each batch; expected a multiple of {self.size}"
             )
         return batch_size // self.size
 
     def seed(self, *numbers: int) -> None:
-        """Let torch draw by these numbers and the rank; a process that is alone draws on as it does."""
+        """Seed torch with these numbers and the rank; a single process keeps its random state."""
         if self.size > 1:
             torch.manual_seed(int(np.random.SeedSequence((*numbers, self.rank)).generate_state(1)[0]))
 
     def parallel(self, losses: "Losses") -> nn.Module:
-        """The same module, whose gradients are then those of the whole batch."""
+        """Return the module, wrapped so that its gradients are those of the whole batch."""
         if self.size == 1:
             return losses
         with self.connected():
             return DistributedDataParallel(losses, find_unused_parameters=True)  # those of what a share has nothing of
 
     def steps(self, batches: Iterable[TrainingBatch], sources: Sequence[str]) -> Iterator[Step]:
-        """This process's batches, each with what the others have for the same step, until none has any.
+        """Yield this process's batches with the counts of all processes, until no process has a batch left.
 
-        What is raised while one process makes its batch ends all: it raises that, the others JobError.
+        If making a batch raises in one process, the others raise JobError.
         """
         if self.size == 1:
             yield from ((batch, GlobalBatch(rows=(len(batch.examples),))) for batch in batches)
             return
-        own = iter(batches)
+        iterator = iter(batches)
         while True:
-            batch, error = _next(own)
+            batch, error = _next(iterator)
             counts = self._exchange([error is not None, *_counts(batch, sources)])
             failed = [rank for rank, (flag, *_) in enumerate(counts) if flag]
             if failed:
                 self._stop(failed[0], error)
-            share = _share(self.rank, [each for _, *each in counts], sources)
+            share = _share(self.rank, [rest for _, *rest in counts], sources)
             if not any(share.rows):
                 return
             yield batch, share
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
-        """The means over the processes; all have the same names."""
+        """Return the means over the processes; all processes have the same names."""
         if self.size == 1:
             return dict(values)
         names = sorted(values)
@@ -106,7 +106,7 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Rank 0 goes through the block, then the others do. If it raises, they raise TrainingError or JobError."""
+        """Run the block on rank 0, then on the others. If rank 0 raises, they raise TrainingError or JobError."""
         if not self.is_main:
             _raise_remote(0, self.broadcast(None))
         try:
@@ -119,7 +119,7 @@ class World:
             self.broadcast(None)
 
     def from_main(self, action: Callable[[], T]) -> T:
-        """What `action` returns on rank 0, a JSON value, on all. If it raises, the others do as in `main_first`."""
+        """Return on all ranks the JSON value that `action` returns on rank 0. Errors as in `main_first`."""
         value: Any = None
         with self.main_first():
             if self.is_main:
@@ -128,12 +128,12 @@ class World:
         return given
 
     def wait(self) -> None:
-        """Until all processes have come here."""
+        """Wait until all processes have reached this call."""
         if self.size > 1:
             self._exchange([0])
 
     def broadcast(self, value: Any, source: int = 0) -> Any:
-        """What the rank `source` gives as `value`, as JSON: nothing is unpickled."""
+        """Return the `value` of rank `source` on all ranks. It is sent as JSON, never as a pickle."""
         if self.size == 1:
             return value
         data = json.dumps(value if self.rank == source else None).encode()
@@ -148,25 +148,25 @@ class World:
 
     @contextmanager
     def connected(self) -> Iterator[None]:
-        """Raise JobError where another process is gone."""
+        """Raise JobError if the connection to another process is lost."""
         try:
             yield
         except RuntimeError as error:
             if self.size == 1 or not LOST.search(f"{type(error).__name__}: {error}"):
                 raise
-            said = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # without where in its source
+            reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # without where in its source
             raise JobError(
-                f"rank {self.rank} of {self.size}: another process is gone or hangs ({said}). "
-                "The same command again goes on from the last checkpoint"
+                f"rank {self.rank} of {self.size}: another process is gone or hangs ({reason}). "
+                "To resume from the last checkpoint, run the same command again"
             ) from error
 
     def _exchange(self, numbers: Sequence[int]) -> list[list[int]]:
-        """The numbers of each rank."""
-        own = torch.tensor(numbers)
-        all_ = [torch.empty_like(own) for _ in range(self.size)]
+        """Return the numbers of each rank."""
+        local = torch.tensor(numbers)
+        gathered = [torch.empty_like(local) for _ in range(self.size)]
         with self.connected():
-            distributed.all_gather(all_, own)
-        return [each.tolist() for each in all_]
+            distributed.all_gather(gathered, local)
+        return [tensor.tolist() for tensor in gathered]
 
     def _stop(self, failed: int, error: BaseException | None) -> None:
         told = self.broadcast(None if error is None else _error_facts(error), failed)
@@ -239,7 +239,7 @@ class Losses(nn.Module):
 
 
 def process_count() -> int:
-    """How many processes torchrun started: 1 if nobody says. Raises UsageError if it was another that did."""
+    """Return the number of processes of torchrun, 1 without it. Raises UsageError for other launchers."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [name for name in ENVIRONMENT if count > 1 and name not in os.environ]
     if missing:
@@ -248,7 +248,7 @@ def process_count() -> int:
 
 
 def is_main_process() -> bool:
-    """Whether this process is the one that writes, before the others are known."""
+    """Whether this process is rank 0, before the processes have joined."""
     return process_count() == 1 or os.environ["RANK"] == "0"
 
 
@@ -261,7 +261,7 @@ def local_device(name: str) -> torch.device:
     if count == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device(resolve_device(name))
     if name not in ("auto", "cuda"):
-        raise UsageError(f"--device {name}: each of {count} processes has a GPU of its own; expected cuda, or cpu")
+        raise UsageError(f"`device` {name}: each of {count} processes has a GPU of its own; expected cuda, or cpu")
     return torch.device(resolve_device(f"cuda:{os.environ['LOCAL_RANK']}"))
 
 

@@ -1,7 +1,7 @@
-"""The encoders that a training is asked for by name: the source that each becomes, and where its files are.
+"""The encoders of a new model by name: built-in kinds, or pretrained encoders of transformers models.
 
-The model's own kinds are made new; any other name is a model of transformers, whose encoder of the modality
-is taken with its weights. What is read of it before the training begins is in models/fusion/pretrained.py.
+Built-in kinds are trained from scratch. Any other name is a transformers model, whose encoder of the modality is
+used with its weights; models/fusion/pretrained.py reads its configuration.
 """
 
 from collections.abc import Sequence
@@ -21,14 +21,14 @@ from mmbeam.types import Origin
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """What was asked for, by the names of the sources."""
+    """The configurations of the encoders by the names of their sources."""
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
     preparations: dict[str, Preparation] = field(default_factory=dict)  # of those that are pretrained
 
 
 def source_names(encoders: Sequence[EncoderName]) -> dict[str, EncoderName]:
-    """The encoders by the names of their sources: text, text_2, text_3 for three of texts."""
+    """Return the encoders by the names of their sources: text, text_2, text_3 for three text encoders."""
     named: dict[str, EncoderName] = {}
     for modality, encoder in encoders:
         number = 1 + sum(other == modality for other, _ in named.values())
@@ -37,24 +37,24 @@ def source_names(encoders: Sequence[EncoderName]) -> dict[str, EncoderName]:
 
 
 def read_encoders(encoders: Sequence[EncoderName], text_tokens: int) -> Encoders:
-    """Read the configurations and what is done to their inputs; no weights, but they must be there.
+    """Read the configurations and preprocessing of the encoders. Weights must exist, but are not read.
 
-    Texts are cut to `text_tokens`, or what a pretrained encoder takes if that is less.
+    Texts are cut to `text_tokens`, or to the limit of a pretrained encoder if that is lower.
 
-    Raises ModelError naming the encoder and what is missing or does not fit.
+    Raises ModelError with the encoder and what is missing or unsupported.
     """
-    found = Encoders()
+    result = Encoders()
     for name, (modality, encoder) in source_names(encoders).items():
-        own = next((kind for kind in OWN_ENCODERS if kind == encoder), None)
-        if own is not None:
-            found.sources[name] = media_source(modality, own)
+        builtin = next((kind for kind in OWN_ENCODERS if kind == encoder), None)
+        if builtin is not None:
+            result.sources[name] = media_source(modality, builtin)
             continue
         try:
-            found.sources[name], found.preparations[name] = _read(name, modality, encoder, text_tokens)
+            result.sources[name], result.preparations[name] = _read(name, modality, encoder, text_tokens)
         except ModelError as error:
             kinds = ", ".join(OWN_ENCODERS)
-            raise ModelError(f"--encoder {modality}={encoder}: neither one of {kinds}, nor usable: {error}") from error
-    return found
+            raise ModelError(f"`encoders` {modality}={encoder}: neither one of {kinds}, nor usable: {error}") from error
+    return result
 
 
 def _read(name: str, modality: Modality, encoder: str, text_tokens: int) -> tuple[dict[str, Any], Preparation]:
@@ -71,39 +71,38 @@ def _origin(files: Resolved) -> Origin:
 
 
 def unfreeze(config: FusionConfig, names: Sequence[str]) -> None:
-    """Let these pretrained encoders learn. Raises UsageError for a name that is none of one."""
+    """Make these pretrained encoders trainable. Raises UsageError for a name that is not a pretrained encoder."""
     pretrained = [name for name, source in config.parsed_sources().items() if source.kind == "pretrained"]
     for name in names:
         if name not in pretrained:
-            there = ", ".join(pretrained) or "none"
-            raise UsageError(f"--unfreeze {name}: the pretrained encoders of this model are {there}; see --encoder")
+            known = ", ".join(pretrained) or "none"
+            raise UsageError(f"`unfreeze` {name}: the pretrained encoders of this model are {known}; see `encoders`")
         config.sources[name]["frozen"] = False  # type: ignore[index]  # a configuration that is made has sources
 
 
 def unsaved_prefixes(model: FusionModel, options: TrainOptions) -> tuple[str, ...]:
-    """How the names of weights begin that a checkpoint need not hold: of encoders that stay as their own files are.
+    """Return the name prefixes of weights that a checkpoint leaves out: those of frozen pretrained encoders.
 
-    Those files are known by their digest (see `load_encoders`); those of a model to start from are not.
+    Their files are verified by digest (see `load_encoders`). With `init` nothing is left out.
     """
     frozen = [name for name, source in model.sources.items() if source.kind == "pretrained" and source.frozen]
     return tuple(f"encoders.{name}.model." for name in frozen if options.init is None)
 
 
 def load_encoders(model: FusionModel, encoders: Sequence[EncoderName]) -> None:
-    """Put the weights of the pretrained encoders into the model.
+    """Load the weights of the pretrained encoders into the model.
 
-    A hub name is taken at the commit that it meant when the training began. Raises ModelError if the files
-    are not those of then.
+    A hub name is resolved at the commit of the training's start. Raises ModelError if the files have changed.
     """
     for name, (modality, encoder) in source_names(encoders).items():
         origin = model.sources[name].origin
-        if origin is None:  # one of the model's own
+        if origin is None:  # a built-in encoder
             continue
         pinned = origin.model.startswith(f"{encoder.partition('@')[0]}@")
         files = resolve(origin.model if pinned else encoder)
         if digest(files.directory) != origin.digest:
             raise ModelError(
-                f"--encoder {modality}={encoder}: its files are not those that the training began with; put those "
-                "back, or give --overwrite to start over"
+                f"`encoders` {modality}={encoder}: its files are not those that the training began with; restore "
+                "them, or start over with `overwrite`"
             )
         load_weights(model.encoders[name], modality, files.directory)

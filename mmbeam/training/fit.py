@@ -1,8 +1,8 @@
-"""The loop that fits a fusion model: steps, a score after every epoch, checkpoints, an end.
+"""The training loop of a fusion model: optimizer steps, validation after every epoch, checkpoints, early stopping.
 
-It knows nothing of where examples come from, nor of what a model directory holds. A loop that is stopped
-anywhere and started again on the same files does exactly what it would have done. In several processes each
-runs it, in step with the others; rank 0 alone measures and writes.
+The loop is independent of the source of examples and of the model directory. A loop that is interrupted anywhere
+and restarted on the same files has the same result as an uninterrupted one. With several processes each runs the
+loop in lockstep; only rank 0 validates and writes files.
 """
 
 import logging
@@ -33,16 +33,16 @@ from mmbeam.training.scores import Evaluator, Scores
 
 log = logging.getLogger(__name__)
 
-BETAS = (0.9, 0.98)  # of Adam; the second as in Vaswani et al. 2017: quick to follow a short training
+BETAS = (0.9, 0.98)  # of Adam; 0.98 as in Vaswani et al. 2017: it adapts faster, which suits short trainings
 MOMENTUM = 0.9  # of SGD
 
 
 def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim.Optimizer:
-    """The optimizer of the parameters that are to learn; biases, norms and other vectors do not decay."""
-    learning = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    """Return the optimizer of the trainable parameters, without weight decay on vectors (biases, norms)."""
+    trainable = [parameter for parameter in model.parameters() if parameter.requires_grad]
     groups = [
-        {"params": [p for p in learning if p.dim() >= 2], "weight_decay": options.weight_decay},
-        {"params": [p for p in learning if p.dim() < 2], "weight_decay": 0.0},
+        {"params": [p for p in trainable if p.dim() >= 2], "weight_decay": options.weight_decay},
+        {"params": [p for p in trainable if p.dim() < 2], "weight_decay": 0.0},
     ]
     groups = [group for group in groups if group["params"]]
     if options.optimizer == "sgd":
@@ -52,14 +52,14 @@ def make_optimizer(model: torch.nn.Module, options: TrainOptions) -> torch.optim
 
 
 def warmup_steps(options: TrainOptions, total: int) -> int:
-    """How many steps the learning rate rises."""
+    """Return the number of warmup steps, by default 5 % of `total`."""
     return options.warmup_steps if options.warmup_steps is not None else math.ceil(total / 20)
 
 
 def learning_rate_factor(step: int, total: int, warmup: int, schedule: Schedule) -> float:
-    """What part of the highest learning rate step `step` (from 0) of `total` has.
+    """Return the learning rate of step `step` (from 0) of `total`, as a fraction of the highest.
 
-    It rises linearly over `warmup` steps, then falls to 0 along half a cosine or a line, or stays.
+    It rises linearly over `warmup` steps, then falls to 0 (cosine, linear) or stays (constant).
     """
     if step < warmup:
         return (step + 1) / warmup
@@ -70,38 +70,39 @@ def learning_rate_factor(step: int, total: int, warmup: int, schedule: Schedule)
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every parameter group this learning rate."""
+    """Set the learning rate of every parameter group."""
     for group in optimizer.param_groups:
         group["lr"] = rate
 
 
 CHECKPOINT, BEST = "checkpoint.safetensors", "best.safetensors"
-SUBSETS_PER_BATCH = 8  # samples of a validation batch that are captioned from every subset of their modalities
+SUBSETS_PER_BATCH = 8  # samples of a validation batch that are captioned from each subset of their modalities
 
 
 @dataclass
 class State:
-    """Where a training is. It is kept in the checkpoint."""
+    """The progress of a training, kept in the checkpoint."""
 
-    step: int = 0  # done
-    epoch: int = 0  # the one that is going on
-    batch: int = 0  # of the epoch, the next one
+    step: int = 0  # completed
+    epoch: int = 0  # the current one
+    batch: int = 0  # next batch of the epoch
     samples: int = 0  # seen, by all processes
     seconds: float = 0.0  # of training and validation
-    best: list[float] | None = None  # the scores that are selected by, the first deciding; higher is better
+    best: list[float] | None = None  # the selection scores in order of precedence; higher is better
     best_epoch: int | None = None
     losses: dict[str, float] = field(default_factory=dict)  # summed over the epoch's batches
-    longest: int = 0  # steps of the longest epoch so far
+    longest: int = 0  # number of steps of the longest epoch
 
 
 class ProgressReporter(Protocol):
-    """Whoever shows how far a training is."""
+    """Displays the progress of a training."""
 
-    def show(self, step: int, steps: int, loss: float, samples: int) -> None: ...
+    def show(self, step: int, steps: int, loss: float, samples: int) -> None:
+        """Report a completed step, its loss and its number of samples."""
 
 
 class Trainer:
-    """Fits `model` in place; when `run` returns, it has its best weights."""
+    """Trains `model` in place. When `run` returns, the model has its best weights."""
 
     def __init__(
         self,
@@ -115,9 +116,10 @@ class Trainer:
         reporter: ProgressReporter | None = None,
         world: World = ALONE,
     ) -> None:
-        """`directory` is for the checkpoint and the journal; `frozen` are the parts of the model that do not learn.
+        """Prepare a training.
 
-        `source` is whole: of a `world` of several processes each takes its own share of it.
+        `directory` is for the checkpoint and the journal, `frozen` are the modules that are not trained. `source` is
+        that of all processes of `world`.
         """
         self.model, self.processor, self.options, self.world = model, processor, options, world
         self.source = source if world.size == 1 else source.of_rank(world.rank, world.size)
@@ -136,9 +138,11 @@ class Trainer:
         self._saved = time.monotonic()
 
     def run(self) -> State:
-        """Train to the end, from the last checkpoint if there is one. Raises TrainingError."""
+        """Train to the end, from the last checkpoint if one exists. Raises TrainingError."""
         if not self._resume():
-            torch.manual_seed(self.options.seed + 1)  # of dropout and views; the weights were drawn with the seed
+            torch.manual_seed(
+                self.options.seed + 1
+            )  # for dropout and views; the weights were drawn with the seed itself
             self._save()
         while not self._finished():
             self._epoch()
@@ -146,11 +150,11 @@ class Trainer:
         if self.state.best_epoch is not None:
             path = self.directory / BEST
             checkpoint.restore_model(self.model, checkpoint.load(path)[0], path, self._left_out)
-        self.world.wait()  # and until all have read them
+        self.world.wait()  # until all processes have read them
         return self.state
 
     def _finished(self) -> bool:
-        """Whether an epoch has ended the training."""
+        """Whether the training is complete. It ends only at the end of an epoch."""
         state, options = self.state, self.options
         if state.batch or not state.epoch:
             return False
@@ -163,18 +167,20 @@ class Trainer:
         return self.options.steps is not None and self.state.step >= self.options.steps
 
     def _epoch(self) -> None:
-        """The rest of an epoch, and its score."""
+        """Run the rest of an epoch, and validate."""
         begin, before = time.monotonic(), self.state.seconds
         with closing(self._batches()) as batches:
-            for batch, share in self.world.steps(batches, list(self.model.sources)):
-                self._step(batch, share)
+            for batch, global_batch in self.world.steps(batches, list(self.model.sources)):
+                self._step(batch, global_batch)
                 self.state.seconds = before + time.monotonic() - begin
                 if self._out_of_steps:
                     break
                 if time.monotonic() - self._saved >= self.options.checkpoint_seconds:
                     self._save()
         if not self.state.batch:
-            raise TrainingError("the training part gave no samples: none has a caption and a modality of the model's")
+            raise TrainingError(
+                "the training split has no usable samples: each needs a caption and a modality that the model takes"
+            )
         scores = Scores(**self.world.from_main(lambda: self._validate().to_json()))
         self.state.seconds = before + time.monotonic() - begin
         self._close(scores)
@@ -193,31 +199,31 @@ class Trainer:
 
         return prefetch(batches)
 
-    def _step(self, batch: TrainingBatch | None, share: GlobalBatch) -> None:
+    def _step(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> None:
         state, options = self.state, self.options
         factor = learning_rate_factor(state.step, self.steps, warmup_steps(options, self.steps), options.schedule)
         set_learning_rate(self.optimizer, options.learning_rate * factor)
         self.world.seed(options.seed, state.step)
         self.model.train()
         for part in self._frozen:
-            part.eval()  # its running statistics stay too
-        loss, losses = self._learn(batch, share)
+            part.eval()  # its running statistics stay unchanged too
+        loss, losses = self._learn(batch, global_batch)
         state.step, state.batch = state.step + 1, state.batch + 1
-        state.samples += sum(share.rows)
+        state.samples += sum(global_batch.rows)
         for name, value in losses.items():
             state.losses[name] = state.losses.get(name, 0.0) + value
         if self.world.is_main:
             self.journal.step(state.step, loss, options.learning_rate * factor)
         if self.reporter is not None and self.world.is_main:
-            self.reporter.show(state.step, self.steps, loss, sum(share.rows))
+            self.reporter.show(state.step, self.steps, loss, sum(global_batch.rows))
 
-    def _learn(self, batch: TrainingBatch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
-        """One step of the optimizer; the losses of the whole batch.
+    def _learn(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> tuple[float, dict[str, float]]:
+        """Run one optimizer step; return the total loss and the losses of the whole batch.
 
-        Raises TrainingError before it, in all processes, if loss or gradient is no finite number.
+        Raises TrainingError in all processes, before the step, if the loss or the gradient is not finite.
         """
         with self.world.connected():
-            norm, values = self._differentiate(batch, share)
+            norm, values = self._differentiate(batch, global_batch)
         losses = self.world.mean(values)
         loss = losses.pop("")
         if not math.isfinite(loss) or not math.isfinite(norm):
@@ -225,19 +231,19 @@ class Trainer:
         self.optimizer.step()
         return loss, losses
 
-    def _differentiate(self, batch: TrainingBatch | None, share: GlobalBatch) -> tuple[float, dict[str, float]]:
-        """The norm that the gradients had before they were clipped, and this process's losses; "" is their sum."""
+    def _differentiate(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> tuple[float, dict[str, float]]:
+        """Return the gradient norm before clipping, and the losses of this process; "" is their weighted sum."""
         with torch.autocast(
             "cuda", torch.bfloat16, enabled=self.options.mixed_precision and self.device.type == "cuda"
         ):
-            loss, losses = self._losses(batch, self._views(batch), share)
+            loss, losses = self._losses(batch, self._views(batch), global_batch)
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm or math.inf)
         return float(norm), {name: float(value.detach()) for name, value in {**losses, "": loss}.items()}
 
     def _views(self, batch: TrainingBatch | None) -> dict[str, torch.Tensor]:
-        """Other views of the sources that are aligned with themselves; samples that have groups need none."""
+        """Return augmented views of the sources that are aligned with themselves; not needed with groups."""
         names = [a for a, b in self.model.pairs if a == b]
         if batch is None or self.options.group is not None:
             return {}
@@ -246,15 +252,15 @@ class Trainer:
     def _stop(self, loss: float, losses: dict[str, float], norm: float) -> None:
         parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         raise TrainingError(
-            f"step {self.state.step + 1}: the loss is {loss:.4g} ({parts}), the gradient's norm {norm:.4g}: expected "
-            f"finite numbers; {self._kept}"
+            f"step {self.state.step + 1}: expected a finite loss and gradient, found loss {loss:.4g} ({parts}), "
+            f"gradient norm {norm:.4g}; {self._kept}"
         )
 
     @property
     def _kept(self) -> str:
         return (
             f"the last good checkpoint is kept in {self.directory / CHECKPOINT}. "
-            "Try a lower --learning-rate or a longer --warmup-steps, on another --output or with --overwrite"
+            "Try a lower `learning_rate` or more `warmup_steps`, with another `output` or with `overwrite`"
         )
 
     def _validate(self) -> Scores:
@@ -262,15 +268,15 @@ class Trainer:
         evaluator = Evaluator(self.model, self.processor, self.device, self.options.batch_size)
         scores = evaluator.scores(examples, SUBSETS_PER_BATCH)
         if not scores.samples:
-            raise TrainingError("the validation part gave no samples: give more, or a larger share with --split")
-        if not math.isfinite(scores.loss):
             raise TrainingError(
-                f"step {self.state.step}: the loss on the validation part is {scores.loss}; {self._kept}"
+                "the validation split has no usable samples: add samples, or raise its fraction in `shares`"
             )
+        if not math.isfinite(scores.loss):
+            raise TrainingError(f"step {self.state.step}: the validation loss is {scores.loss}; {self._kept}")
         return scores
 
     def _close(self, scores: Scores) -> None:
-        """Write down the epoch's scores, keep its weights if they are the best, and begin the next."""
+        """Record the epoch's scores, save its weights if they are the best, and begin the next epoch."""
         state = self.state
         value = [scores.exact_match, -scores.loss] if self.options.select == "exact_match" else [-scores.loss]
         if state.best is None or value > state.best:
@@ -310,31 +316,32 @@ class Trainer:
         self.steps = total_steps(self.options, self.source, self.state.longest)
         if self.world.is_main:
             self.journal.cut(self.state.step)
-        log.info("going on after step %d", self.state.step)
+        log.info("resuming after step %d", self.state.step)
         return True
 
     def _check_processes(self, then: int, batch: int) -> None:
-        """Between epochs any number of processes can go on; in one, only those that have their shares of its rows."""
+        """Raise RunMismatchError if the number of processes changed within an epoch, whose samples they partition."""
         if batch and then != self.world.size:
             raise RunMismatchError(
-                f"{self.directory / CHECKPOINT}: was written in the middle of an epoch whose samples {then} processes "
-                f"share, and here are {self.world.size}. Go on with --nproc-per-node {then} to the end of an epoch"
+                f"{self.directory / CHECKPOINT}: expected {then} processes, found {self.world.size}: the checkpoint is "
+                f"from the middle of an epoch. Resume with --nproc-per-node {then} to the end of an epoch"
             )
 
 
 def total_steps(options: TrainOptions, source: ExampleSource, longest: int = 0) -> int:
-    """How many steps there will be: as asked for, or so many epochs of so many batches.
+    """Return the number of steps of the training: `steps`, or epochs times batches per epoch.
 
-    Processes whose shares of the samples differ need more steps than one would: as many as the longest epoch had.
+    With several processes an epoch may have more steps than the count of samples implies; `longest` is the most
+    that an epoch has had.
     """
     if options.steps is not None:
         return options.steps
     count = source.count("train")
     if count is None:
-        raise TrainingError("nobody has counted the training samples; say how many --steps to train")
+        raise TrainingError("number of training samples unknown; pass `steps`")
     return options.epochs * max(longest, math.ceil(count / options.batch_size))
 
 
 def summary(scores: Scores) -> str:
-    """The scores in a line."""
+    """Return the scores as one line."""
     return f"loss {scores.loss:.3f}, exact match {scores.exact_match:.1%}, words right {scores.words_right:.1%}"

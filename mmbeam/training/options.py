@@ -1,4 +1,4 @@
-"""What a training run is asked to do: frozen options, each with its default and its reason."""
+"""The options of a training run, with their defaults and checks."""
 
 import math
 from collections.abc import Mapping
@@ -29,82 +29,84 @@ EncoderName = tuple[Modality, str]  # one of OWN_ENCODERS, or a model of transfo
 
 @dataclass(frozen=True, kw_only=True)
 class TrainOptions:
-    """One training run. `identity` is what must not change when it goes on after an interruption."""
+    """The options of one training run. `identity` is the part that must not change when it resumes."""
 
     input: tuple[str, ...]  # shards, or Parquet files of features
     output: str  # a local directory
-    reading: Reading = field(default_factory=Reading)  # of shards
+    reading: Reading = field(default_factory=Reading)  # shards only
     modalities: tuple[Modality, ...] | None = None  # None: all that the samples have
     columns: tuple[str, ...] | None = None  # of features; None: every one whose name ends in _embedding
 
-    captions: str = "caption"  # field of the sample's JSON, or column; "text": the sample's text, then no input
+    captions: str = (
+        "caption"  # field of the sample's JSON, or column; "text": the sample's text, which is then no input
+    )
     captions_from: str | None = None  # of features: a file that holds `key` and that field, joined by key
     clauses: str | None = None  # field of the sample's JSON: {"image": ..., "audio": ..., "text": ...}
-    group: str | None = None  # field of the sample's JSON; samples that share its value are alike
+    group: str | None = None  # field of the sample's JSON; samples with the same value form a group
     shares: tuple[float, float, float] = (0.9, 0.05, 0.05)  # of training, validation, test
 
-    encoders: tuple[EncoderName, ...] = ()  # of shards; several of one modality are fused; () takes the model's own
-    unfreeze: tuple[str, ...] = ()  # sources whose pretrained encoders learn too; the others stay as they are
+    encoders: tuple[EncoderName, ...] = ()  # shards only; several of one modality are fused; (): built-in encoders
+    unfreeze: tuple[str, ...] = ()  # sources whose pretrained encoders are trained; others are frozen
     model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig
     vocab_size: int = 2000  # tokens; enough for the captions of a few thousand samples
-    text_tokens: int = 64  # of a text that is read; what is longer is cut
-    audio_seconds: float | None = None  # the window of sound; None: the longest of the first sounds, at most 30
+    text_tokens: int = 64  # longer texts are truncated
+    audio_seconds: float | None = None  # audio window; None: the longest of the first sounds, at most 30
     init: str | None = None  # directory of the model to start from
-    freeze: tuple[str, ...] = ()  # parts that stay as they are: names of sources, "fusion", "generator", ...
+    freeze: tuple[str, ...] = ()  # parts that are not trained: names of sources, "fusion", "generator", ...
 
-    loss_weights: Mapping[str, float] = field(default_factory=dict)  # over the configuration's own
+    loss_weights: Mapping[str, float] = field(default_factory=dict)  # override those of the configuration
     modality_dropout: float = 0.15  # probability that a modality of a sample is masked
     dropout: float = 0.1
     label_smoothing: float = 0.0
     optimizer: OptimizerName = "adamw"
-    learning_rate: float = 1e-3  # at its highest
-    warmup_steps: int | None = None  # None: a twentieth of all steps
+    learning_rate: float = 1e-3  # the highest
+    warmup_steps: int | None = None  # None: 5 % of all steps
     schedule: Schedule = "cosine"
     weight_decay: float = 0.01
-    clip_norm: float = 1.0  # of all gradients together
+    clip_norm: float = 1.0  # of the norm of all gradients
     batch_size: int = 64
     epochs: int = 20
-    steps: int | None = None  # of the optimizer; they end the training before `epochs` or after
+    steps: int | None = None  # optimizer steps; replaces `epochs`
     patience: int | None = 5  # epochs without a better validation score; None: never stop early
-    select: Selection = "loss"  # what the best weights are best at, on the validation part
-    validation_samples: int = 1000  # of the validation part at most, after each epoch
-    search: int = 0  # so many configurations are tried first, and the best on the validation part is trained
-    search_steps: int = 200  # of each of them
+    select: Selection = "loss"  # score on the validation split that selects the best weights
+    validation_samples: int = 1000  # at most, of the validation split, after each epoch
+    search: int = 0  # number of configurations to try first; the best on the validation split is trained
+    search_steps: int = 200  # of each configuration
     seed: int = 0
 
     device: str = "auto"
     mixed_precision: bool = True  # bfloat16 where the device is a GPU; a CPU computes in float32
-    checkpoint_seconds: float = 300.0  # between two checkpoints; there is one after each epoch besides
+    checkpoint_seconds: float = 300.0  # between two checkpoints; each epoch ends with one as well
 
     def __post_init__(self) -> None:
         check(self)
 
     def identity(self) -> dict[str, Any]:
-        """The options that decide what the weights become, as JSON has them."""
+        """Return the options that determine the weights, as JSON values."""
         free = ("output", "device", "checkpoint_seconds")
         values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in free}
         encoders = [[of, public_path(name) if "://" in name else name] for of, name in self.encoders]
-        return values | {"input": [public_path(each) for each in self.input], "encoders": encoders}
+        return values | {"input": [public_path(path) for path in self.input], "encoders": encoders}
 
 
 def _plain(value: Any) -> Any:
     if is_dataclass(value):
         return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): _plain(each) for name, each in value.items()}
-    return [_plain(each) for each in value] if isinstance(value, tuple | list) else value
+        return {str(name): _plain(item) for name, item in value.items()}
+    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def check(options: TrainOptions) -> None:
-    """Raise UsageError for a value that cannot be meant."""
-    _one_of("--optimizer", options.optimizer, OPTIMIZERS)
-    _one_of("--schedule", options.schedule, SCHEDULES)
-    _one_of("--select", options.select, SELECTIONS)
+    """Raise UsageError for invalid or contradictory options."""
+    _one_of("optimizer", options.optimizer, OPTIMIZERS)
+    _one_of("schedule", options.schedule, SCHEDULES)
+    _one_of("select", options.select, SELECTIONS)
     if not options.loss_weights.get("caption", 1.0) > 0:
-        raise UsageError("--loss-weight caption: must be above 0, or no captions are learned")
+        raise UsageError("`loss_weights` caption: expected more than 0, or no captions are learned")
     for name, weight in options.loss_weights.items():
         if not (math.isfinite(weight) and weight >= 0):
-            raise UsageError(f"--loss-weight {name}={weight}: expected 0 or more")
+            raise UsageError(f"`loss_weights` {name}={weight}: expected 0 or more")
     _check_numbers(options)
     _check_together(options)
 
@@ -113,47 +115,45 @@ def _check_numbers(options: TrainOptions) -> None:
     for name in COUNTS:
         value = getattr(options, name)
         if value is not None and value < 1:
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected at least 1")
+            raise UsageError(f"`{name}` {value}: expected at least 1")
     for name in (*SHARES, "seed", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
         value = getattr(options, name)
         if value is not None and (not (math.isfinite(value) and value >= 0) or (name in SHARES and value >= 1)):
             below = ", below 1" if name in SHARES else ""
-            raise UsageError(f"--{name.replace('_', '-')} {value}: expected 0 or more{below}")
+            raise UsageError(f"`{name}` {value}: expected 0 or more{below}")
     if options.audio_seconds is not None and not (math.isfinite(options.audio_seconds) and options.audio_seconds > 0):
-        raise UsageError(f"--audio-seconds {options.audio_seconds}: expected more than 0")
+        raise UsageError(f"`audio_seconds` {options.audio_seconds}: expected more than 0")
 
 
 def _check_together(options: TrainOptions) -> None:
     encoded = {modality for modality, _ in options.encoders}
     if options.captions == "text" and "text" in {*(options.modalities or ()), *encoded}:
-        raise UsageError("--captions text: the text is what is to be said, so it cannot be an input; leave it out")
+        raise UsageError("`captions` text: the text is the target, so it cannot be an input; leave it out")
     if options.modalities is not None and not encoded <= set(options.modalities):
         left = ", ".join(sorted(encoded - set(options.modalities)))
-        raise UsageError(f"--encoder: {left} is none of --modalities {','.join(options.modalities)}")
+        raise UsageError(f"`encoders` {left}: not in `modalities` {','.join(options.modalities)}")
     if options.freeze and options.init is None:
-        raise UsageError("--freeze: only what --init brings can stay as it is; weights drawn at random learn nothing")
+        raise UsageError("`freeze`: requires `init`; random weights cannot be frozen")
     both = sorted(set(options.freeze) & set(options.unfreeze))
     if both:
-        raise UsageError(f"--freeze and --unfreeze {', '.join(both)}: give one of them")
-    brought = [*sorted(options.model), *["encoder"] * bool(options.encoders)]
-    brought += [
-        name.replace("_", "-") for name in OF_NEW_MODELS if getattr(options, name) != getattr(TrainOptions, name)
-    ]
-    if options.init is not None and brought:
-        raise UsageError(f"--init brings its own architecture; leave out {', '.join(brought)}")
+        raise UsageError(f"`freeze` and `unfreeze` {', '.join(both)}: mutually exclusive")
+    architecture = [*sorted(options.model), *["`encoders`"] * bool(options.encoders)]
+    architecture += [f"`{name}`" for name in OF_NEW_MODELS if getattr(options, name) != getattr(TrainOptions, name)]
+    if options.init is not None and architecture:
+        raise UsageError(f"`init` has its own architecture; leave out {', '.join(architecture)}")
     if len(options.shares) != 3 or min(options.shares) < 0 or not math.isclose(sum(options.shares), 1, abs_tol=1e-9):
-        raise UsageError(f"--split {options.shares}: expected three shares that add up to 1")
+        raise UsageError(f"`shares` {options.shares}: expected three shares that add up to 1")
     if "://" in options.output:
-        raise UsageError(f"--output {public_path(options.output)}: expected a local directory, for a model's files")
+        raise UsageError(f"`output` {public_path(options.output)}: expected a local directory")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
-        raise UsageError(f"{name} {value}: expected one of {', '.join(known)}")
+        raise UsageError(f"`{name}` {value}: expected one of {', '.join(known)}")
 
 
 def difference(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
-    """Where two identities differ, one line each: "learning_rate: 0.001 -> 0.002"."""
+    """Return the differences of two identities, one line each: "learning_rate: 0.001 -> 0.002"."""
     lines: list[str] = []
     for name in dict.fromkeys((*then, *now)):
         old, new = then.get(name), now.get(name)

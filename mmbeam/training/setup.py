@@ -1,7 +1,6 @@
-"""From options to what is trained: a configuration, a processor, a source of examples, and the model.
+"""Preparation of a training: configuration, processor, source of examples, and the new model.
 
-What was learned from the samples before the training, the vocabulary and their number, is kept beside the
-checkpoint, so that an interrupted run finds the same.
+The vocabulary and the sample counts are saved beside the checkpoint, so that a resumed run uses the same.
 """
 
 import json
@@ -46,14 +45,14 @@ log = logging.getLogger(__name__)
 
 SHARED = ("words", "space", "fusion", "generator")  # parts of a model beside its sources' encoders
 START, FACTS = "start", "samples.json"
-SURVEYED_SOUNDS = 100  # sounds whose length says how long the model's window is to be
-MAX_AUDIO_SECONDS = 30.0  # of that window
-TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # of the losses alone
+SURVEYED_SOUNDS = 100  # sounds whose lengths determine the model's audio window
+MAX_AUDIO_SECONDS = 30.0  # longest audio window
+TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # used only by the losses
 
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What a model is made from and trained on."""
+    """The configuration, processor and examples of a training."""
 
     config: FusionConfig
     processor: FusionProcessor
@@ -62,7 +61,7 @@ class Setup:
 
 
 def set_up(options: TrainOptions, directory: Path) -> Setup:
-    """What the run in `directory` trains: as an earlier launch of it found, or found now and written down.
+    """Return the setup of the run in `directory`: that of an earlier launch, or a new one, which is saved.
 
     Raises NoShardsError, TrainingError, MissingModalityError, ModelError, UsageError.
     """
@@ -74,7 +73,7 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
     processor = FusionProcessor.from_directory(start)
     if bool(processor.columns) != features:
         takes = f"features ({', '.join(processor.columns)})" if processor.columns else ", ".join(processor.modalities)
-        raise UsageError(f"--init {options.init}: the model takes {takes}, which --input is not")
+        raise UsageError(f"`init` {options.init}: the model takes {takes}, which `input` is not")
     counts = facts["captions"] if facts["counted"] else {}
     source: ShardSource | FeatureSource
     if features:
@@ -88,7 +87,7 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
 
 
 def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]:
-    """Look at the samples, decide from what they hold, and write down configuration and processor; the facts."""
+    """Survey the samples, save the configuration and processor made from them, and return the facts for the card."""
     _check_kind(options, features)
     encoders = read_encoders(options.encoders, options.text_tokens)
     initial = None if options.init is None else _initial(options, options.init)
@@ -100,7 +99,7 @@ def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]
     unfreeze(config, options.unfreeze)
     _check_freeze(config, options.freeze)
     if ("caption", "caption") in config.aligned_pairs() and options.group is None:
-        raise UsageError("--pair caption:caption: a caption has no other view; say with --group which are alike")
+        raise UsageError("`pairs` caption:caption: captions have no augmented view; pass `group`")
     config.save_pretrained(start)
     processor.save(start)
     origins = {name: of.origin._asdict() for name, of in config.parsed_sources().items() if of.origin is not None}
@@ -108,45 +107,43 @@ def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]
 
 
 def _check_kind(options: TrainOptions, features: bool) -> None:
-    """Raise UsageError for an option that says nothing of such an input."""
+    """Raise UsageError for an option that does not apply to such an input."""
     of_shards = {
-        "--encoder": options.encoders,
-        "--audio-seconds": options.audio_seconds,
-        "--text-tokens": options.text_tokens != TrainOptions.text_tokens,
-        "--image-field and its like": options.reading.fields != FieldMap(),
+        "`encoders`": options.encoders,
+        "`audio_seconds`": options.audio_seconds,
+        "`text_tokens`": options.text_tokens != TrainOptions.text_tokens,
+        "`image_field` and the other fields": options.reading.fields != FieldMap(),
     }
-    of_features = {"--column": options.columns, "--captions-from": options.captions_from}
-    for name, given in (of_shards if features else of_features).items():
-        if given:
-            what, other = ("shards", "features") if features else ("features", "shards")
-            raise UsageError(f"{name}: is of {what}, and the input is {other}; leave it out")
+    of_features = {"`columns`": options.columns, "`captions_from`": options.captions_from}
+    for name, value in (of_shards if features else of_features).items():
+        if value:
+            expected, actual = ("shards", "features") if features else ("features", "shards")
+            raise UsageError(f"{name}: applies to {expected}, and the input is {actual}; leave it out")
 
 
 def _check_labels(options: TrainOptions, survey: Survey) -> None:
-    """Raise TrainingError if no sample has the clauses, or the group, that are asked for."""
+    """Raise TrainingError if no sample has the requested clauses or group."""
     for name, field, found in (
         ("clauses", options.clauses, survey.clauses),
         ("group", options.group, survey.groups),
     ):
         if field is not None and not found:
-            there = f"; their JSON has {', '.join(sorted(survey.fields)[:12])}" if survey.fields else ""
-            raise TrainingError(
-                f"--{name} {field}: none of the {survey.samples:,} samples has one that can be used{there}"
-            )
+            present = f"; their JSON has {', '.join(sorted(survey.fields)[:12])}" if survey.fields else ""
+            raise TrainingError(f"`{name}` {field}: none of the {survey.samples:,} samples has a usable value{present}")
 
 
 def _initial(options: TrainOptions, model: str) -> tuple[FusionConfig, FusionProcessor]:
-    """Those of the model that the training starts from."""
+    """Return configuration and processor of the model that the training starts from."""
     directory = resolve(model).directory
     values = read_json(directory, "config.json")
     if values.get("model_type") != FusionConfig.model_type:
         raise ModelError(
-            f"--init {model}: expected a fusion model, found one of type {values.get('model_type')}; give it with "
-            "--encoder if it is its encoder that is wanted"
+            f"`init` {model}: expected a fusion model, found one of type {values.get('model_type')}; to use its "
+            "encoder, pass it in `encoders`"
         )
     processor, config = read_processor(directory, values), FusionConfig.from_pretrained(directory)
     if options.captions == CAPTION_IS_TEXT and "text" in processor.modalities:
-        raise UsageError(f"--captions text: the model {model} reads the text that it is to write")
+        raise UsageError(f"`captions` text: the model {model} takes the text as an input")
     return config, processor
 
 
@@ -178,14 +175,16 @@ def _config(
 def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSource | FeatureSource) -> float:
     hears = any(of.modality == "audio" and of.kind != "pretrained" for of in config.parsed_sources().values())
     if options.audio_seconds is not None and not hears:
-        raise UsageError("--audio-seconds: none of the model's own encoders hears, and others hear as their files say")
+        raise UsageError(
+            "`audio_seconds`: the model has no built-in audio encoder; pretrained ones have their own window"
+        )
     if options.audio_seconds is None and hears and isinstance(source, ShardSource):
         return source.longest_audio_seconds(SURVEYED_SOUNDS, MAX_AUDIO_SECONDS)
     return options.audio_seconds or 1.0
 
 
 def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
-    """Those that are asked for, or all that there are; among them those of the encoders that are asked for."""
+    """Return the requested modalities, or all modalities present. Raises MissingModalityError."""
     found = [modality for modality in MODALITIES if survey.modalities[modality]]
     if options.captions == CAPTION_IS_TEXT:
         found = [modality for modality in found if modality != "text"]
@@ -194,7 +193,7 @@ def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
     if missing or not found:
         raise MissingModalityError(
             f"no {', '.join(missing) or 'image, audio or text'} in the {survey.samples:,} samples; "
-            "see `mmbeam inspect`, and --image-field, --audio-field, --text-field"
+            "see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`"
         )
     return tuple(options.modalities or found)
 
@@ -202,7 +201,7 @@ def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
 def shard_source(
     options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Split, int] | None = None
 ) -> ShardSource:
-    """The samples of the shards, decoded as the processor takes them; without one nothing but texts is."""
+    """Return the samples of the shards, decoded as `processor` needs them; without a processor, texts only."""
     source = ShardSource(
         units=plan_units(list_shards(options.input), []),
         labelling=_labelling(options),
@@ -224,7 +223,7 @@ def shard_source(
 def row_source(
     options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Split, int] | None = None
 ) -> FeatureSource:
-    """The rows of the Parquet files, with the columns that the processor takes, or those of the options."""
+    """Return the rows of the Parquet files, with the columns of the processor, or else of the options."""
     columns: Mapping[str, Modality | None] | None = processor.columns if processor else None
     if processor is None and options.columns is not None:
         columns = dict(map(column_modality, options.columns))
@@ -243,9 +242,9 @@ def _labelling(options: TrainOptions) -> Labelling:
 
 
 def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tuple[FusionModel, list[torch.nn.Module]]:
-    """The model as the training begins, and the parts of it that are to stay as they are.
+    """Return the initial model and its frozen modules.
 
-    Weights are those of `init`, as far as it has them; others are drawn with the options' seed. Raises UsageError,
+    Weights come from `init` where it has them; others are drawn with the options' seed. Raises UsageError,
     ModelError.
     """
     config = configured(setup.config, options)
@@ -260,7 +259,7 @@ def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tupl
 
 
 def configured(config: FusionConfig, options: TrainOptions) -> FusionConfig:
-    """The configuration with what the options say of losses and dropout."""
+    """Return the configuration with the losses and dropout of the options."""
     weights = {**(config.loss_weights or {}), **options.loss_weights}
     changed = {"dropout": options.dropout, "label_smoothing": options.label_smoothing, "loss_weights": weights}
     made: FusionConfig = FusionConfig.from_dict({**config.to_dict(), **changed})
@@ -268,9 +267,9 @@ def configured(config: FusionConfig, options: TrainOptions) -> FusionConfig:
 
 
 def frozen_parts(model: FusionModel, names: Sequence[str]) -> list[torch.nn.Module]:
-    """The parts of these names: sources' encoders, and of SHARED. Raises UsageError for a name that is none.
+    """Return the modules of these names: encoders of sources, or parts in SHARED. Raises UsageError for other names.
 
-    "words" are the vectors of the vocabulary, which texts are read by and captions are written by.
+    "words" is the token embedding that text encoders and the decoder share.
     """
     _check_freeze(model.config, names)
     shared = {"words": model.words, "space": model.space, "fusion": model.fuser, "generator": model.decoder}
@@ -281,4 +280,4 @@ def _check_freeze(config: FusionConfig, names: Sequence[str]) -> None:
     parts = [*config.parsed_sources(), *SHARED]
     for name in names:
         if name not in parts:
-            raise UsageError(f"--freeze {name}: the parts of this model are {', '.join(parts)}")
+            raise UsageError(f"`freeze` {name}: the parts of this model are {', '.join(parts)}")

@@ -1,7 +1,6 @@
-"""Where examples come from: shards, or the procedural corpus rendered as it is asked for.
+"""Sources of examples: shards, rows of pre-computed features, and the procedural corpus.
 
-Rows of pre-computed features are in rows.py. Nothing is held in memory here but the windows
-that are being read.
+Memory holds only the windows that are being read. A feature vector with a value that is not finite counts as missing.
 """
 
 import logging
@@ -42,7 +41,7 @@ TEXT_ONLY = Needs()  # of a sample; its JSON always comes along
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling:
-    """Which fields of a sample's JSON say what is right, and which part a key belongs to."""
+    """The JSON fields of targets (caption, clauses, group), and the split of a key."""
 
     captions: str
     clauses: str | None = None
@@ -50,17 +49,17 @@ class Labelling:
     shares: tuple[float, float, float] = (0.9, 0.05, 0.05)
 
     def part(self, key: str) -> Split:
-        """The part that the sample belongs to, by its key alone."""
+        """Return the split of the sample, a function of its key."""
         return split_of(key, SPLIT_SEED, self.shares)
 
     def caption(self, sample: Sample) -> str | None:
-        """The sample's caption, if it has one."""
+        """Return the sample's caption, if any."""
         if self.captions == CAPTION_IS_TEXT:
             return text_of(sample.text)
         return text_of(json_object(sample.metadata).get(self.captions))
 
     def facts(self, sample: Sample) -> tuple[dict[Modality, str] | None, str | None]:
-        """The caption's clauses and the sample's group, as far as they are asked for and there."""
+        """Return the caption's clauses and the sample's group, each None if absent or not requested."""
         values = json_object(sample.metadata)
         clauses = None if self.clauses is None else clauses_of(values.get(self.clauses))
         return clauses, None if self.group is None else text_of(values.get(self.group))
@@ -68,7 +67,7 @@ class Labelling:
 
 @dataclass(kw_only=True)
 class Survey:
-    """What the samples hold, before anything is decoded."""
+    """Counts and texts of the samples, before anything is decoded."""
 
     samples: int = 0
     captions: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
@@ -77,25 +76,25 @@ class Survey:
     groups: int = 0  # samples that belong to one
     texts: list[str] = field(default_factory=list)  # of the training part: captions and texts
     fields: set[str] = field(default_factory=set)  # of the samples' JSON
-    whole: bool = True  # whether all samples were looked at
+    whole: bool = True  # whether all samples were counted
 
     def check(self, captions: str) -> None:
-        """Raise TrainingError if nothing can be learned or measured from such samples."""
+        """Raise TrainingError if the samples cannot be trained or validated on."""
         if not sum(self.captions.values()):
             raise TrainingError(
                 f"none of the {self.samples:,} samples has a caption in {captions!r}; their JSON has "
-                f"{', '.join(sorted(self.fields)[:12]) or 'no fields'}. Name a field with --captions, or text for "
+                f"{', '.join(sorted(self.fields)[:12]) or 'no fields'}. Name a field in `captions`, or text for "
                 "the samples' own text"
             )
         for part in ("train", "validation"):
             if not self.captions[part]:
                 raise TrainingError(
-                    f"the {part} part is empty: {self.captions}. There are too few samples with a caption for this "
-                    "--split; give more, or larger shares"
+                    f"the {part} split is empty: {self.captions}. Add samples with a caption, or raise its fraction in "
+                    "`shares`"
                 )
 
     def facts(self) -> dict[str, Any]:
-        """What is kept of it, as JSON."""
+        """Return the counts as JSON values."""
         without = self.samples - sum(self.captions.values())
         if without:
             log.warning("%d of %d samples have no caption and are left out", without, self.samples)
@@ -110,10 +109,10 @@ class Survey:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSource:
-    """Samples of shards, read and decoded ahead; the units in another order in each epoch of training.
+    """Samples of shards, prefetched; each training epoch has its own order of units.
 
-    Several processes deal out the units of an epoch; those that are left over, fewer than there are processes,
-    all of them read, and each decodes its own samples, by a hash of the key.
+    Several processes partition the units of an epoch. The remainder, fewer units than processes, is read by all, and
+    each process decodes its part of the samples by a hash of the key.
     """
 
     units: Sequence[WorkUnit]
@@ -123,11 +122,11 @@ class ShardSource:
     reading: Reading = field(default_factory=Reading)
     counts: Mapping[Split, int] = field(default_factory=dict)
     seed: int = 0
-    rank: int = 0  # which share of the training part, of `world_size`
+    rank: int = 0  # of `world_size` processes, which partition the training split
     world_size: int = 1
 
     def survey(self, limit: int | None = None) -> Survey:
-        """Look at the texts and JSON of the samples, of the first `limit` if one is given."""
+        """Survey the texts and JSON of the samples, of at most `limit` of them."""
         survey = Survey()
         for sample in self._samples(self.units, None):
             if limit is not None and survey.samples >= limit:
@@ -137,32 +136,32 @@ class ShardSource:
         return survey
 
     def longest_audio_seconds(self, limit: int, most: float) -> float:
-        """Seconds of the longest among the first `limit` sounds, at most `most`; 1 if there is none."""
+        """Return the seconds of the longest of the first `limit` sounds, at most `most`; 1 without sounds."""
         source = replace(self, needs=Needs(modalities=frozenset(("audio",))))
         found = (s.audio.seconds for s in source._samples(self.units, None) if s.audio is not None)
         return min(most, max(islice(found, limit), default=1.0))
 
-    def count(self, part: Split) -> int | None:
-        return self.counts.get(part)
+    def count(self, split: Split) -> int | None:
+        return self.counts.get(split)
 
     def of_rank(self, rank: int, world_size: int) -> "ShardSource":
         return replace(self, rank=rank, world_size=world_size)
 
-    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
-        """The part's samples that have a caption and something of the modalities that could be decoded."""
-        for sample in self._of_part(part, epoch):
+    def examples(self, split: Split, epoch: int = 0) -> Iterator[Example]:
+        """Yield the split's samples with a caption and at least one decoded modality."""
+        for sample in self._of_split(split, epoch):
             example = self._example(sample)
             if example is not None:
                 yield example
 
-    def _of_part(self, part: Split, epoch: int) -> Iterator[Sample]:
+    def _of_split(self, split: Split, epoch: int) -> Iterator[Sample]:
         def wanted(key: str) -> bool:
-            return self.labelling.part(key) == part
+            return self.labelling.part(key) == split
 
         def own(key: str) -> bool:
             return wanted(key) and rank_of(key, self.world_size) == self.rank
 
-        if part != "train":
+        if split != "train":
             return self._samples(self.units, wanted)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.units)).tolist()
         alone, shared = units_of_rank(order, self.rank, self.world_size)
@@ -177,7 +176,9 @@ class ShardSource:
                 for batch in batches:
                     yield from batch.samples
                     if batch.unit_error is not None:
-                        raise ShardError(f"{batch.unit_error}. The same command again goes on from the last checkpoint")
+                        raise ShardError(
+                            f"{batch.unit_error}. To resume from the last checkpoint, run the same command again"
+                        )
 
     def _example(self, sample: Sample) -> Example | None:
         caption = self.labelling.caption(sample)
@@ -220,7 +221,7 @@ def _usable(sample: Sample, modality: Modality) -> bool:
 
 
 def request_of(sample: Sample, modalities: frozenset[Modality]) -> Request:
-    """What a model gets of a sample of shards."""
+    """Return the model input of a sample of shards."""
     return Request(
         image=sample.image if "image" in modalities else None,
         audio=_sound(sample.audio) if "audio" in modalities else None,
@@ -237,9 +238,9 @@ def _sound(audio: Audio | None) -> tuple[Waveform, int] | None:
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """The procedural corpus without end: every epoch of training has new scenes.
+    """The endless procedural corpus: every training epoch has new scenes.
 
-    The parts are told apart by their seeds: training has `seed`, validation the next, test the one after.
+    The splits differ by seed: training has `seed`, validation `seed` + 1, test `seed` + 2.
     """
 
     seed: int
@@ -248,26 +249,26 @@ class CorpusSource:
     modalities: Collection[Modality] | None = None  # no clauses but theirs are in the captions; None: all
     side: int = 64  # pixels
     rate: int = 8000  # Hz
-    rank: int = 0  # which share of the training part, of `world_size`
+    rank: int = 0  # of `world_size` processes, which partition the training split
     world_size: int = 1
 
-    def count(self, part: Split) -> int | None:
-        return self.epoch_size if part == "train" else self.evaluation_size
+    def count(self, split: Split) -> int | None:
+        return self.epoch_size if split == "train" else self.evaluation_size
 
     def of_rank(self, rank: int, world_size: int) -> "CorpusSource":
         return replace(self, rank=rank, world_size=world_size)
 
-    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
+    def examples(self, split: Split, epoch: int = 0) -> Iterator[Example]:
         start, end = 0, self.evaluation_size
-        if part == "train":
+        if split == "train":
             begin, size = epoch * self.epoch_size, self.epoch_size
             start, end = (begin + size * rank // self.world_size for rank in (self.rank, self.rank + 1))
-        for scene in generate_scenes(self.seed + SPLITS.index(part), start, end - start):
+        for scene in generate_scenes(self.seed + SPLITS.index(split), start, end - start):
             yield scene_example(scene, self.side, self.rate).keeping(self.modalities or MODALITIES)
 
 
 def scene_example(scene: Scene, side: int = 64, rate: int = 8000) -> Example:
-    """The example of a scene, rendered when its request is made."""
+    """Return the example of a scene, rendered when its request is made."""
     return Example(
         key=scene.key,
         caption=scene.caption(),
@@ -298,7 +299,7 @@ def column_modality(text: str) -> tuple[str, Modality | None]:
 
 
 def captions_of(paths: Sequence[str], name: str, file: str | None) -> Captions:
-    """Where the captions called `name` are: in `file`, a column of the rows, or a field of their JSON."""
+    """Return where the captions `name` are: in `file`, a column of the rows, or a field of their JSON."""
     if file is not None:
         return Captions(file=file, file_caption=name)
     with open_parquet(feature_files(paths)[0].url) as parquet:
@@ -308,7 +309,7 @@ def captions_of(paths: Sequence[str], name: str, file: str | None) -> Captions:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSource:
-    """Rows with a caption; those of training in another order in each epoch."""
+    """Rows of features with a caption; each training epoch has its own order."""
 
     paths: Sequence[str]
     captions: Captions
@@ -347,15 +348,15 @@ class FeatureSource:
             survey.groups += example.group is not None
         return survey
 
-    def count(self, part: Split) -> int | None:
-        return self.counts.get(part)
+    def count(self, split: Split) -> int | None:
+        return self.counts.get(split)
 
     def of_rank(self, rank: int, world_size: int) -> "FeatureSource":
         return replace(self, rank=rank, world_size=world_size)
 
-    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
-        """The part's rows that have a caption and at least one feature."""
-        dataset = self._dataset(part)
+    def examples(self, split: Split, epoch: int = 0) -> Iterator[Example]:
+        """Yield the split's rows with a caption and at least one feature."""
+        dataset = self._dataset(split)
         dataset.set_epoch(epoch)
         modalities = {name: column.modality for name, column in self.features().items() if column.modality}
         for batch in dataset:
@@ -398,20 +399,20 @@ class FeatureSource:
     def _asks_json(self) -> bool:
         return self.labelling.clauses is not None or self.labelling.group is not None
 
-    def _dataset(self, part: Split) -> FeatureDataset:
+    def _dataset(self, split: Split) -> FeatureDataset:
         return FeatureDataset(
             self.paths,
             batch_size=ROWS,
             features=None if self.columns is None else list(self.columns),
             columns=["key", *(["metadata"] if self._asks_json else [])],
             captions=self.captions,
-            split=part,
+            split=split,
             shares=self.labelling.shares,
             split_seed=SPLIT_SEED,
-            shuffle=part == "train",
+            shuffle=split == "train",
             seed=self.seed,
-            rank=self.rank if part == "train" else 0,
-            world_size=self.world_size if part == "train" else 1,
+            rank=self.rank if split == "train" else 0,
+            world_size=self.world_size if split == "train" else 1,
         )
 
 

@@ -1,7 +1,7 @@
 """Train a fusion model: from options to a directory that `mmbeam caption --model` takes.
 
 MODEL_DIR/config.json, model.safetensors, tokenizer.json, preprocessing.json, README.md
-MODEL_DIR/_training/run.json           what was asked for: the same command again goes on, another is refused
+MODEL_DIR/_training/run.json           the options: a run with the same options resumes, others are refused
 MODEL_DIR/_training/start/             the configuration and the vocabulary, as the training began
 MODEL_DIR/_training/checkpoint.safetensors, best.safetensors
 MODEL_DIR/_training/metrics.jsonl, loss.png, search.json, report.json
@@ -40,14 +40,14 @@ SEARCH = "search.json"
 
 @dataclass(frozen=True)
 class Span:
-    """Where a number is drawn from: evenly, or evenly in its logarithm."""
+    """A range of a hyperparameter, sampled uniformly or log-uniformly."""
 
     low: float
     high: float
     logarithmic: bool = False
 
     def draw(self, uniform: float) -> float:
-        """The number that one in [0, 1) stands for, to three digits."""
+        """Map `uniform` in [0, 1) to a value with three significant digits."""
         low, high = (math.log(self.low), math.log(self.high)) if self.logarithmic else (self.low, self.high)
         value = low + uniform * (high - low)
         return float(f"{math.exp(value) if self.logarithmic else value:.3g}")
@@ -59,13 +59,13 @@ SPACE: Mapping[str, Span] = {
     "dropout": Span(0.0, 0.3),
     "label_smoothing": Span(0.0, 0.1),
     "modality_dropout": Span(0.05, 0.3),
-    "align": Span(0.03, 0.3, logarithmic=True),  # weights of losses; that of the captions is 1
+    "align": Span(0.03, 0.3, logarithmic=True),  # weights of losses; the caption loss has 1
     "reconstruct": Span(0.03, 0.3, logarithmic=True),
 }
 
 
 def draw(options: TrainOptions, space: Mapping[str, Span] = SPACE) -> list[dict[str, Any]]:
-    """The configurations to try, a function of the options' seed: what to change in the options."""
+    """Return the changes of each configuration to try, a function of the options' seed; the first has none."""
     rng = np.random.default_rng((options.seed, len(space)))
     drawn = [
         {name: span.draw(float(uniform)) for (name, span), uniform in zip(space.items(), row, strict=True)}
@@ -75,7 +75,7 @@ def draw(options: TrainOptions, space: Mapping[str, Span] = SPACE) -> list[dict[
 
 
 def apply_choice(options: TrainOptions, choice: Mapping[str, Any]) -> TrainOptions:
-    """The options with a drawn configuration in them."""
+    """Return the options with the changes of a configuration."""
     weights = {name: value for name, value in choice.items() if name in ("align", "reconstruct")}
     others = {name: value for name, value in choice.items() if name not in weights}
     return replace(options, **others, loss_weights={**options.loss_weights, **weights})
@@ -90,9 +90,9 @@ def search(
     space: Mapping[str, Span] = SPACE,
     world: World = ALONE,
 ) -> TrainOptions:
-    """The options with the best of `options.search` configurations; search.json says how each did.
+    """Return the options with the best of `options.search` configurations; search.json has the score of each.
 
-    Trials that an interrupted run has finished are not done again. Raises TrainingError if none could be
+    Finished trials of an interrupted run are not repeated. Raises TrainingError if none could be
     trained.
     """
     path = directory / SEARCH
@@ -123,7 +123,7 @@ def _run_trial(
     reporter: ProgressReporter | None,
     world: World,
 ) -> tuple[list[float] | None, str | None]:
-    """The best validation scores of a short training, higher is better; None and why if its loss was no number."""
+    """Return the best validation scores of a short training, higher is better, or the error that ended it."""
     directory.mkdir(exist_ok=True)
     options = replace(options, steps=options.search_steps, search=0)
     model, frozen = new_model(options, setup, device)
@@ -135,7 +135,7 @@ def _run_trial(
     except TrainingError as error:
         return None, str(error)
     finally:
-        for name in (CHECKPOINT, BEST) if world.is_main else ():  # what is left of a trial is its metrics
+        for name in (CHECKPOINT, BEST) if world.is_main else ():  # keep only the metrics of a trial
             (directory / name).unlink(missing_ok=True)
 
 
@@ -145,11 +145,11 @@ TRAINING, RUN, REPORT = "_training", "run.json", "report.json"
 def train(
     options: TrainOptions, *, overwrite: bool = False, reporter: ProgressReporter | None = None
 ) -> dict[str, Any]:
-    """Train, measure on the test part once, and write the model; the report.
+    """Train a model, test it once, write it to `options.output`, and return the report.
 
-    The same options again go on where an interrupted run stopped; a run that is done is not done again. The
-    processes that torchrun starts train together, and all return the report; `options.output` is on a file
-    system that all see.
+    Called again with the same options, an interrupted run resumes and a completed run returns its report. The
+    processes of torchrun train together, and all return the report; `options.output` must be on a file system
+    that all of them share.
 
     Raises UsageError, NoShardsError, MissingModalityError, ModelError, RunMismatchError, DeviceError before the
     training, TrainingError or ShardError in it, JobError if another process fails.
@@ -163,7 +163,7 @@ def train(
             done = (directory / REPORT).exists()
             setup = None if done else set_up(options, directory)
         if setup is None:
-            log.info("%s: trained already", options.output)
+            log.info("%s: already trained", options.output)
             return read_report(directory)
         return train_on(setup, options, directory, device, reporter, world)
 
@@ -176,7 +176,7 @@ def train_on(
     reporter: ProgressReporter | None = None,
     world: World = ALONE,
 ) -> dict[str, Any]:
-    """Train what was set up, and write the model beside `directory`; the report."""
+    """Train the setup, write the model to the parent of `directory`, and return the report."""
     if options.search:
         options = search(setup, options, directory, device, reporter, world=world)
     model, frozen = new_model(options, setup, device)
@@ -188,7 +188,7 @@ def train_on(
 
 
 def _finish(trainer: Trainer, state: State, setup: Setup, output: Path) -> dict[str, Any]:
-    """Measure on the test part, write the model, its card and the report; the report."""
+    """Test the model, write it with its card, and return the report."""
     model, options = trainer.model, trainer.options
     evaluator = Evaluator(model, setup.processor, trainer.device, options.batch_size)
     test = evaluator.scores(setup.source.examples("test"), SUBSETS_PER_BATCH)
@@ -212,39 +212,43 @@ def _finish(trainer: Trainer, state: State, setup: Setup, output: Path) -> dict[
 
 
 def write_model(model: FusionModel, processor: FusionProcessor, directory: Path) -> None:
-    """Write weights, configuration and processor, for whoever may read the directory."""
+    """Write weights, configuration and processor with the same permissions."""
     model.save_pretrained(directory)
     processor.save(directory)
-    shutil.copymode(directory / "config.json", directory / "model.safetensors")  # safetensors makes it the owner's
+    shutil.copymode(
+        directory / "config.json", directory / "model.safetensors"
+    )  # safetensors makes it private to the owner
 
 
 def read_report(directory: Path) -> dict[str, Any]:
-    """The report of a training that is done."""
+    """Return the report of a completed training."""
     report: dict[str, Any] = json.loads((directory / REPORT).read_text())
     return report
 
 
 def open_run(options: TrainOptions, overwrite: bool, world: World = ALONE) -> Path:
-    """The directory of the run's own files, made ready by rank 0: its run.json says what is asked for.
+    """Return the directory of the run's files, which rank 0 prepares and marks with run.json.
 
-    Raises RunMismatchError if a run of other options is there, UsageError if something else is.
+    Raises RunMismatchError if it holds a run of other options, UsageError for any other content.
     """
     output = Path(options.output).expanduser()
     directory = output / TRAINING
     if not world.is_main:
         if not (directory / RUN).exists():
-            raise UsageError(f"--output {options.output}: rank {world.rank} does not see it; share it between machines")
+            raise UsageError(
+                f"`output` {options.output}: not visible to rank {world.rank}; it must be on a shared file system"
+            )
         return directory
     if overwrite and directory.exists():
         shutil.rmtree(directory)
     begun = (directory / START / FACTS).exists() or (directory / CHECKPOINT).exists()
-    if begun and (directory / RUN).exists():  # one that was refused before it began leaves the next one free
+    if begun and (directory / RUN).exists():  # a run that was rejected before it began may be replaced
         _check_same(json.loads((directory / RUN).read_text()), options)
         return directory
     if output.exists() and not output.is_dir():
-        raise UsageError(f"--output {options.output}: expected a directory, found a file")
+        raise UsageError(f"`output` {options.output}: expected a directory, found a file")
     if (output / "config.json").exists() and not overwrite:
-        raise UsageError(f"--output {options.output}: holds a model that no training here made; choose another")
+        raise UsageError(f"`output` {options.output}: holds a model from another source; choose another directory")
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / RUN, json.dumps(options.identity(), indent=2) + "\n")
     return directory
@@ -254,6 +258,6 @@ def _check_same(then: Mapping[str, Any], options: TrainOptions) -> None:
     lines = difference(then, options.identity())
     if lines:
         raise RunMismatchError(
-            f"--output {options.output}: holds a training with other options:\n  " + "\n  ".join(lines) + "\n"
-            "Give the options of then to go on with it, choose another --output, or give --overwrite to start over"
+            f"`output` {options.output}: holds a training with other options:\n  " + "\n  ".join(lines) + "\n"
+            "To resume it, pass the same options; otherwise choose another `output`, or start over with `overwrite`"
         )
