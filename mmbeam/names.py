@@ -28,6 +28,15 @@ ENGINES: tuple[Engine, ...] = get_args(Engine)
 DType = Literal["float32", "float16", "bfloat16"]  # of a model's weights
 DTYPES: tuple[DType, ...] = get_args(DType)
 
+BuiltinEncoder = Literal["conv", "mlp", "lstm", "transformer"]  # of a fusion model, trained from scratch
+BUILTIN_ENCODERS: tuple[BuiltinEncoder, ...] = get_args(BuiltinEncoder)
+Optimizer = Literal["adamw", "adam", "sgd"]
+OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
+Schedule = Literal["cosine", "linear", "constant"]  # of the learning rate
+SCHEDULES: tuple[Schedule, ...] = get_args(Schedule)
+Selection = Literal["loss", "exact_match"]  # the validation score that selects the best weights
+SELECTIONS: tuple[Selection, ...] = get_args(Selection)
+
 SHIPPED_MODEL = "shipped"  # the small fusion model that is part of this package
 UNNAMED_MODEL = "model"  # stands for a model without a name in run.json and in the Parquet's metadata
 

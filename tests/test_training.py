@@ -18,7 +18,7 @@ from torch import nn
 from mmbeam.corpus.scene import VOCABULARY, generate_scenes
 from mmbeam.errors import TrainingError, UsageError
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import MODALITIES, SCHEDULES, Modality
 from mmbeam.prompts.ask import Request
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import (
@@ -34,7 +34,7 @@ from mmbeam.training.batching import (
 from mmbeam.training.checkpoint import Journal, plot
 from mmbeam.training.examples import Example, clauses_of, compose
 from mmbeam.training.fit import learning_rate_factor, make_optimizer, warmup_steps
-from mmbeam.training.options import SCHEDULES, TrainOptions, difference
+from mmbeam.training.options import TrainOptions, difference
 from mmbeam.training.scores import Retrieval, count_words
 from mmbeam.training.sources import CorpusSource, scene_example
 from mmbeam.training.train import SPACE, apply_choice, draw

@@ -254,9 +254,9 @@ def test_an_encoder_of_what_no_sample_has_is_an_error(shards: str, models: Path,
         ({"init": "m", "model": {}, "encoders": (("text", "conv"),)}, "`init` has its own architecture; .*encoder"),
         (
             {"init": "m", "model": {}, "modalities": ("image",), "audio_seconds": 2.0},
-            "leave out audio-seconds, modalities",
+            "leave out `audio_seconds`, `modalities`",
         ),
-        ({"init": "m", "model": {}, "text_tokens": 20, "columns": ("a",)}, "leave out columns, text-tokens"),
+        ({"init": "m", "model": {}, "text_tokens": 20, "columns": ("a",)}, "leave out `columns`, `text_tokens`"),
         ({"init": "m", "model": {}, "freeze": ("image",), "unfreeze": ("image",)}, "`freeze` and `unfreeze` image"),
     ],
 )

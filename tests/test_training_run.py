@@ -367,7 +367,7 @@ def test_the_command_trains_and_says_what_came_of_it(
     assert main(argv) == 0
     said = capsys.readouterr().out
     assert "trained: 3 steps" in said
-    assert "test part" in said
+    assert "test split" in said
     config = FusionConfig.from_pretrained(tmp_path / "m")
     assert (config.fusion, config.loss_weights["align"]) == ("gated", 0.2)  # type: ignore[index]
     assert config.aligned_pairs() == [("text", "caption")]

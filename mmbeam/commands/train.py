@@ -7,15 +7,16 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from mmbeam.commands.common import field_arguments, fields_of, fraction, modalities_of, positive
+from mmbeam.names import BUILTIN_ENCODERS, MODALITIES, OPTIMIZERS, SCHEDULES, SELECTIONS
 
 if TYPE_CHECKING:
     from mmbeam.training.options import TrainOptions
 
-ABOUT = "Fit the fusion model: captions from image, audio and text, learned from shards or from features."
+ABOUT = "Train a fusion model, which writes captions from image, audio and text, on shards or features."
 EPILOG = """\
-The samples are split by a hash of their keys into training, validation and test. After each epoch the model
-is scored on the validation part, and the best weights are kept; the test part is read once, at the end. The same
-command again goes on where an interrupted one stopped. The model is what `mmbeam caption --model MODEL_DIR` takes.
+Samples are split by a hash of their keys into training, validation and test. After each epoch the model is scored on
+the validation split, and the best weights are kept. The test split is read once, at the end. To resume a training, run
+the same command again. To use the model: mmbeam caption --model MODEL_DIR
 
 Several processes or GPUs: torchrun --nproc-per-node N -m mmbeam train ...
 """
@@ -23,7 +24,6 @@ CHOICES = {  # options of the model that have a few values
     "fusion": ("attention", "concat", "gated", "bilinear"),
     "generator": ("transformer", "lstm"),
 }
-ENCODERS = ("conv", "mlp", "lstm", "transformer")  # the model's own
 LOSSES = ("caption", "align", "reconstruct", "modality_adversary", "generator_adversary")
 SIMILARITIES = ("cosine", "dot", "bilinear")
 
@@ -38,10 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="shards, or what `mmbeam embed` wrote (its output, or Parquet files); may be repeated",
     )
     parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="local directory for the model")
-    parser.add_argument("--overwrite", action="store_true", help="start over; forget a training in the output")
-    _data_arguments(parser.add_argument_group("what is learned"))
-    _model_arguments(parser.add_argument_group("the model"))
-    _training_arguments(parser.add_argument_group("how it is trained"))
+    parser.add_argument("--overwrite", action="store_true", help="discard any earlier training in --output")
+    _data_arguments(parser.add_argument_group("data"))
+    _model_arguments(parser.add_argument_group("model"))
+    _training_arguments(parser.add_argument_group("training"))
 
 
 def _data_arguments(group: argparse._ArgumentGroup) -> None:
@@ -49,24 +49,26 @@ def _data_arguments(group: argparse._ArgumentGroup) -> None:
         "--captions",
         default="caption",
         metavar="FIELD",
-        help="field of the samples' JSON, or column, that is the caption; text: the samples' text (default: caption)",
+        help="caption: a field of the samples' JSON or a column; text: the samples' text (default: caption)",
     )
     group.add_argument(
-        "--captions-from", metavar="FILE", help="of features: .parquet, .jsonl, .csv with key and FIELD, joined by key"
+        "--captions-from",
+        metavar="FILE",
+        help="captions of features: .parquet, .jsonl or .csv with key and FIELD",
     )
     group.add_argument(
         "--clauses",
         metavar="FIELD",
-        help='field of the JSON like {"image": ..., "audio": ..., "text": ...}: the parts of the caption, which then '
-        "says only what the modalities show that are there",
+        help='field of the JSON like {"image": ..., "audio": ..., "text": ...}: the parts of the caption, which is '
+        "composed of those of the modalities present",
     )
-    group.add_argument("--group", metavar="FIELD", help="field of the JSON; samples that share its value are alike")
-    group.add_argument("--modalities", metavar="LIST", help="of image,audio,text (default: all there are)")
+    group.add_argument("--group", metavar="FIELD", help="field of the JSON; samples with the same value form a group")
+    group.add_argument("--modalities", metavar="LIST", help="of image,audio,text (default: all present)")
     group.add_argument(
         "--column",
         action="append",
         metavar="NAME[=MODALITY]",
-        help="of features; may be repeated (default: all that hold one vector a row)",
+        help="column of features; may be repeated (default: all columns of vectors)",
     )
     group.add_argument(
         "--split", type=_shares, default="0.9,0.05,0.05", metavar="T,V,T", help="shares (default: 0.9,0.05,0.05)"
@@ -82,14 +84,14 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
         action="append",
         type=_encoder,
         metavar="MODALITY=KIND|MODEL",
-        help=f"of shards: {', '.join(ENCODERS)}, or the encoder of a model of transformers, hub name or directory "
-        "(default: image=conv, audio=conv, text=transformer); may be repeated, also for one modality, whose sources "
-        "are then text, text_2, text_3",
+        help=f"encoder for shards: {', '.join(BUILTIN_ENCODERS)}, or a transformers model, hub name or directory "
+        "(default: image=conv, audio=conv, text=transformer); may be repeated, also for one modality: its sources are "
+        "then text, text_2, text_3",
     )
     group.add_argument(
         "--unfreeze",
         metavar="LIST",
-        help="sources whose pretrained encoders learn too, for which a lower --learning-rate is usual (default: none)",
+        help="sources whose pretrained encoders are trained, best with a lower --learning-rate (default: none)",
     )
     group.add_argument("--hidden-size", type=positive, metavar="N", help="width of the model (default: 128)")
     group.add_argument("--similarity", action="append", choices=SIMILARITIES, help="may be repeated (default: cosine)")
@@ -98,36 +100,53 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
         action="append",
         type=_pair,
         metavar="A:B",
-        help="sources to align, fused and caption among them; A:A aligns two views of a source, or with --group the "
-        "samples that are alike; may be repeated (default: all that differ)",
-    )
-    group.add_argument("--vocab-size", type=positive, default=2000, metavar="N", help="tokens (default: 2000)")
-    group.add_argument(
-        "--text-tokens", type=positive, default=64, metavar="N", help="of a text that are read (default: 64)"
+        help="sources to align, including fused and caption; A:A aligns two views of a source, or with --group the "
+        "samples of a group; may be repeated (default: all pairs of different sources)",
     )
     group.add_argument(
-        "--audio-seconds", type=_number, metavar="S", help="of a sound that are heard (default: the longest of 100)"
+        "--vocab-size", type=positive, default=2000, metavar="N", help="vocabulary size in tokens (default: 2000)"
     )
-    group.add_argument("--init", metavar="MODEL", help="start from this model's weights, with its architecture")
+    group.add_argument(
+        "--text-tokens", type=positive, default=64, metavar="N", help="longer texts are truncated (default: 64)"
+    )
+    group.add_argument(
+        "--audio-seconds",
+        type=_number,
+        metavar="S",
+        help="longer sounds are truncated (default: the longest of 100 sounds)",
+    )
+    group.add_argument("--init", metavar="MODEL", help="start from the weights and architecture of this model")
     group.add_argument(
         "--freeze",
         metavar="LIST",
-        help="parts of it that stay as they are: names of sources, words, space, fusion, generator",
+        help="parts of the --init model that are not trained: names of sources, words, space, fusion, generator",
     )
 
 
 def _training_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument("--epochs", type=positive, default=20, metavar="N", help="default: 20")
-    group.add_argument("--steps", type=positive, metavar="N", help="of the optimizer, in the place of --epochs")
+    group.add_argument("--steps", type=positive, metavar="N", help="number of optimizer steps, instead of --epochs")
     group.add_argument(
-        "--batch-size", type=positive, default=64, metavar="N", help="of all processes together (default: 64)"
+        "--batch-size",
+        type=positive,
+        default=64,
+        metavar="N",
+        help="samples per batch, over all processes (default: 64)",
     )
-    group.add_argument("--learning-rate", type=_number, default=1e-3, metavar="R", help="highest (default: 0.001)")
-    group.add_argument("--warmup-steps", type=int, metavar="N", help="default: a twentieth of all")
-    group.add_argument("--schedule", choices=("cosine", "linear", "constant"), default="cosine", help="default: cosine")
-    group.add_argument("--optimizer", choices=("adamw", "adam", "sgd"), default="adamw", help="default: adamw")
+    group.add_argument(
+        "--learning-rate", type=_number, default=1e-3, metavar="R", help="highest learning rate (default: 0.001)"
+    )
+    group.add_argument("--warmup-steps", type=int, metavar="N", help="default: 5 %% of all steps")
+    group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="default: cosine")
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
     group.add_argument("--weight-decay", type=_number, default=0.01, metavar="W", help="default: 0.01")
-    group.add_argument("--clip-norm", type=_number, default=1.0, metavar="N", help="of gradients (default: 1)")
+    group.add_argument(
+        "--clip-norm",
+        type=_number,
+        default=1.0,
+        metavar="N",
+        help="gradient clipping: largest norm; 0: off (default: 1)",
+    )
     group.add_argument("--dropout", type=fraction, default=0.1, metavar="P", help="default: 0.1")
     group.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="P", help="default: 0")
     group.add_argument(
@@ -145,13 +164,24 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
         help=f"of {', '.join(LOSSES)} (default: caption=1, align=0.1, reconstruct=0.1, the others 0)",
     )
     group.add_argument(
-        "--patience", type=int, default=5, metavar="N", help="epochs without a better score; 0: no end (default: 5)"
+        "--patience",
+        type=int,
+        default=5,
+        metavar="N",
+        help="early stopping: epochs without a better score; 0: off (default: 5)",
     )
-    group.add_argument("--select", choices=("loss", "exact_match"), default="loss", help="score (default: loss)")
     group.add_argument(
-        "--search", type=positive, metavar="N", help="try N configurations first; train the best on validation"
+        "--select",
+        choices=SELECTIONS,
+        default="loss",
+        help="validation score that selects the best weights (default: loss)",
     )
-    group.add_argument("--search-steps", type=positive, default=200, metavar="N", help="of each (default: 200)")
+    group.add_argument(
+        "--search", type=positive, metavar="N", help="try N hyperparameter configurations first, and train the best"
+    )
+    group.add_argument(
+        "--search-steps", type=positive, default=200, metavar="N", help="steps of each configuration (default: 200)"
+    )
     group.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
     group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--no-mixed-precision", action="store_true", help="compute in float32 on a GPU too")
@@ -175,7 +205,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
     yield f"trained: {training['step']:,} steps, {training['samples']:,} samples, {training['seconds']:,.0f} s"
     yield f"best: epoch {training['best_epoch'] + 1} of {training['epoch']}; {_scores(report['validation'])}"
     if test["samples"]:
-        yield f"test part, {test['samples']:,} samples: {_scores(test)}"
+        yield f"test split, {test['samples']:,} samples: {_scores(test)}"
     yield f"model: {options.output}"
     return 0
 
@@ -222,7 +252,7 @@ def _number(text: str) -> float:
 
 
 def _shares(text: str) -> tuple[float, ...]:
-    return tuple(_number(each) for each in text.split(","))
+    return tuple(_number(number) for number in text.split(","))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -234,7 +264,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _encoder(text: str) -> tuple[str, str]:
     modality, _, encoder = text.partition("=")
-    if modality not in ("image", "audio", "text") or not encoder:
+    if modality not in MODALITIES or not encoder:
         raise argparse.ArgumentTypeError(f"expected image=, audio= or text= and an encoder, found {text!r}")
     return modality, encoder
 

@@ -14,8 +14,8 @@ from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig, media
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
 from mmbeam.models.loading import Resolved, check_weights, digest, resolve
-from mmbeam.names import Modality
-from mmbeam.training.options import OWN_ENCODERS, EncoderName, TrainOptions
+from mmbeam.names import BUILTIN_ENCODERS, Modality
+from mmbeam.training.options import EncoderName, TrainOptions
 from mmbeam.types import Origin
 
 
@@ -45,14 +45,14 @@ def read_encoders(encoders: Sequence[EncoderName], text_tokens: int) -> Encoders
     """
     result = Encoders()
     for name, (modality, encoder) in source_names(encoders).items():
-        builtin = next((kind for kind in OWN_ENCODERS if kind == encoder), None)
+        builtin = next((kind for kind in BUILTIN_ENCODERS if kind == encoder), None)
         if builtin is not None:
             result.sources[name] = media_source(modality, builtin)
             continue
         try:
             result.sources[name], result.preparations[name] = _read(name, modality, encoder, text_tokens)
         except ModelError as error:
-            kinds = ", ".join(OWN_ENCODERS)
+            kinds = ", ".join(BUILTIN_ENCODERS)
             raise ModelError(f"`encoders` {modality}={encoder}: neither one of {kinds}, nor usable: {error}") from error
     return result
 

@@ -22,13 +22,14 @@ from mmbeam.errors import RunMismatchError, TrainingError
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.objectives import GlobalBatch
 from mmbeam.models.fusion.processing import FusionProcessor
+from mmbeam.names import Schedule
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import TrainingBatch, collate, make_views, prefetch, training_batches
 from mmbeam.training.checkpoint import Journal
 from mmbeam.training.distributed import ALONE, Losses, World
 from mmbeam.training.encoders import unsaved_prefixes
 from mmbeam.training.examples import ExampleSource
-from mmbeam.training.options import Schedule, TrainOptions
+from mmbeam.training.options import TrainOptions
 from mmbeam.training.scores import Evaluator, Scores
 
 log = logging.getLogger(__name__)

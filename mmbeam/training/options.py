@@ -3,28 +3,20 @@
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, is_dataclass
-from typing import Any, Literal
+from typing import Any
 
 from mmbeam.config import Reading
 from mmbeam.errors import UsageError
-from mmbeam.names import Modality
+from mmbeam.names import OPTIMIZERS, SCHEDULES, SELECTIONS, Modality, Optimizer, Schedule, Selection
 from mmbeam.readers.paths import public_path
 
-OptimizerName = Literal["adamw", "adam", "sgd"]
-Schedule = Literal["cosine", "linear", "constant"]
-Selection = Literal["loss", "exact_match"]
-OPTIMIZERS: tuple[OptimizerName, ...] = ("adamw", "adam", "sgd")
-SCHEDULES: tuple[Schedule, ...] = ("cosine", "linear", "constant")
-SELECTIONS: tuple[Selection, ...] = ("loss", "exact_match")
-OwnEncoder = Literal["conv", "mlp", "lstm", "transformer"]
-OWN_ENCODERS: tuple[OwnEncoder, ...] = ("conv", "mlp", "lstm", "transformer")
 COUNTS = (
     *("batch_size", "epochs", "steps", "patience", "validation_samples"),
     *("vocab_size", "search_steps", "text_tokens"),
 )
 OF_NEW_MODELS = ("audio_seconds", "columns", "modalities", "text_tokens")
 SHARES = ("modality_dropout", "dropout", "label_smoothing")
-EncoderName = tuple[Modality, str]  # one of OWN_ENCODERS, or a model of transformers: hub name or directory
+EncoderName = tuple[Modality, str]  # one of BUILTIN_ENCODERS, or a transformers model: hub name or directory
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +50,7 @@ class TrainOptions:
     modality_dropout: float = 0.15  # probability that a modality of a sample is masked
     dropout: float = 0.1
     label_smoothing: float = 0.0
-    optimizer: OptimizerName = "adamw"
+    optimizer: Optimizer = "adamw"
     learning_rate: float = 1e-3  # the highest
     warmup_steps: int | None = None  # None: 5 % of all steps
     schedule: Schedule = "cosine"
