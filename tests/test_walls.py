@@ -5,6 +5,7 @@ a planted breach, so that none of them is blind.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -46,6 +47,7 @@ FLOORS = (  # a part imports from the floors above its own line in this list, an
     ("cli",),
     ("__main__",),
 )
+MAX_CHAIN = 10  # modules, each of which imports the next
 FLOOR_OF = {part: floor for floor, parts in enumerate(FLOORS) for part in parts}
 SLOW_TO_IMPORT = {"torch", "transformers", "apache_beam", "pyarrow"}
 
@@ -142,6 +144,21 @@ def cycle(modules: dict[str, Module]) -> list[str]:
     return []
 
 
+def long_chains(modules: dict[str, Module]) -> list[str]:
+    """The longest chain of imports, if it has more than MAX_CHAIN modules. Not for a graph with cycles."""
+    graph = {name: {other for other, _ in inner_imports(module, modules)} for name, module in modules.items()}
+    chains: dict[str, list[str]] = {}
+    try:
+        for name in TopologicalSorter(graph).static_order():
+            below = (chains.get(other, []) for other in graph.get(name, ()))
+            chains[name] = [name, *max(below, key=len, default=[])]
+    except CycleError:
+        return []
+    package = (chain for chain in chains.values() if _within(chain[0], "mmbeam"))
+    longest = max(package, key=len, default=[])
+    return [] if len(longest) <= MAX_CHAIN else longest
+
+
 def future_annotations(modules: dict[str, Module]) -> list[str]:
     return [
         f"{module.name}:{line}"
@@ -164,7 +181,7 @@ def prints(modules: dict[str, Module]) -> list[str]:
 
 
 Check = Callable[[dict[str, Module]], list[str]]
-CHECKS: tuple[Check, ...] = (breached_walls, climbs, cycle, future_annotations, prints)
+CHECKS: tuple[Check, ...] = (breached_walls, climbs, cycle, long_chains, future_annotations, prints)
 
 
 @pytest.fixture(scope="module")
@@ -199,6 +216,7 @@ def test_the_tree_keeps_the_rule(check: Check, modules: dict[str, Module]) -> No
                 "mmbeam/readers/b.py": "def f():\n    import mmbeam.readers.a",
             },
         ),
+        (long_chains, {f"mmbeam/m{n}.py": f"import mmbeam.m{n + 1}" for n in range(11)}),
         (future_annotations, {"mmbeam/types.py": "from __future__ import annotations"}),
         (prints, {"mmbeam/readers/tar.py": "def f():\n    print(1)"}),
         (prints, {"pipelines/embed.py": "import sys\nsys.stdout.write('1')"}),
@@ -224,3 +242,19 @@ def test_the_command_line_starts_without_the_slow_imports() -> None:
     code = f"import sys, mmbeam.cli; print(sorted({SLOW_TO_IMPORT} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
+
+
+def test_the_page_on_architecture_names_what_exists() -> None:
+    page = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    travel = page[page.index("## How a sample travels") : page.index("## Where to add")]
+    source = "\n".join(path.read_text(encoding="utf-8") for path in (ROOT / "mmbeam").rglob("*.py"))
+    names = {name.rpartition(".")[2] for name in re.findall(r"`([\w.]+)`", travel)}
+    modules = {path.stem for path in (ROOT / "mmbeam").rglob("*.py")}
+    missing = [name for name in names - modules if not re.search(rf"\b(def|class) {name}\b", source)]
+    assert len(names) > 25
+    assert missing == []
+    places = re.findall(
+        r"`([\w.]+(?:/|\.py))`", page[page.index("## The tree") : page.index("## How a sample travels")]
+    )
+    roots = (ROOT, ROOT / "mmbeam", ROOT / "mmbeam" / "models")
+    assert [place for place in places if not any((root / place).exists() for root in roots)] == []
