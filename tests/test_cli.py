@@ -1,5 +1,6 @@
-"""The command line as a person meets it: what it says, where it says it, its exit status, what it leaves behind."""
+"""The command line: its output on both streams, its exit status, and the files it leaves."""
 
+import argparse
 import json
 import logging
 import os
@@ -21,7 +22,7 @@ from tiny_audio_text import save_clap
 from tiny_clip import save_clip
 
 from mmbeam import __version__
-from mmbeam.cli import main
+from mmbeam.cli import _with_options, main
 from mmbeam.process import progress
 
 
@@ -44,7 +45,7 @@ def good(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def as_before() -> Iterator[None]:
-    """What main sets for its process: the logger's level, and the progress that it shows."""
+    """Restore what main sets for its process: the level of the logger, and the progress."""
     logger = logging.getLogger("mmbeam")
     level = logger.level
     yield
@@ -63,7 +64,7 @@ Mmbeam = Callable[..., Said]
 
 @pytest.fixture
 def mmbeam(capfd: pytest.CaptureFixture[str]) -> Mmbeam:
-    """The command line in this process, with all that it writes to either stream, by whatever way."""
+    """The command line in this process, with all output to both file descriptors."""
 
     def call(*args: str | Path) -> Said:
         status = main([str(arg) for arg in args])
@@ -74,7 +75,7 @@ def mmbeam(capfd: pytest.CaptureFixture[str]) -> Mmbeam:
 
 @pytest.fixture
 def embed(mmbeam: Mmbeam, good: Path, clip: Path, tmp_path: Path) -> Mmbeam:
-    """`mmbeam embed` of good shards with a good model; what is given once more is meant instead."""
+    """`mmbeam embed` of good shards with a good model; arguments of the call replace these options."""
     options = {"--input": str(good), "--model": str(clip), "--output": str(tmp_path / "out"), "--device": "cpu"}
 
     def call(*args: str | Path) -> Said:
@@ -86,7 +87,7 @@ def embed(mmbeam: Mmbeam, good: Path, clip: Path, tmp_path: Path) -> Mmbeam:
 
 
 def check_refused(said: Said, status: int, *words: str) -> None:
-    """One message on stderr that says all `words`, no traceback, nothing on stdout."""
+    """Check for one message on stderr with all `words`, no traceback, and nothing on stdout."""
     assert said.status == status, said
     assert said.out == ""
     assert said.err.startswith("mmbeam: ")
@@ -98,7 +99,7 @@ def check_refused(said: Said, status: int, *words: str) -> None:
 # Good runs
 
 
-def test_a_good_run_says_what_it_did_on_stdout_and_nothing_on_stderr(embed: Mmbeam, tmp_path: Path) -> None:
+def test_a_good_run_prints_its_summary_on_stdout_and_nothing_on_stderr(embed: Mmbeam, tmp_path: Path) -> None:
     said = embed()
     assert (said.status, said.err) == (0, "")
     assert said.out.startswith("units: 2 written\nsamples: 6 = 6 rows\noutputs: 6 image_embedding, 6 text_embedding\n")
@@ -129,7 +130,7 @@ def test_every_option_reaches_the_job(embed: Mmbeam, clip: Path, clap: Path, tmp
     assert (recorded["batch_size"], recorded["beam_args"]) == (2, ["--direct_num_workers=1"])
 
 
-def test_a_shard_of_which_nothing_is_kept_has_an_empty_part(embed: Mmbeam, tmp_path: Path) -> None:
+def test_a_shard_without_kept_samples_has_an_empty_file(embed: Mmbeam, tmp_path: Path) -> None:
     said = embed("--where", "image_width >= 1000")
     assert (said.status, said.err) == (0, "")
     assert "samples: 6 = 0 rows + 6 skipped (image_width >= 1000)\n" in said.out
@@ -137,7 +138,7 @@ def test_a_shard_of_which_nothing_is_kept_has_an_empty_part(embed: Mmbeam, tmp_p
     assert (len(data.files), data.count_rows(), "image_embedding" in data.schema.names) == (2, 0, True)
 
 
-def test_a_corrupt_picture_costs_one_record_and_not_the_job(embed: Mmbeam, tmp_path: Path) -> None:
+def test_a_corrupt_image_fails_one_sample_and_not_the_job(embed: Mmbeam, tmp_path: Path) -> None:
     truths = shards.make_truths(5)
     truths[2] = replace(truths[2], members={"jpg": b"no picture", "txt": b"text"})
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
@@ -150,7 +151,7 @@ def test_a_corrupt_picture_costs_one_record_and_not_the_job(embed: Mmbeam, tmp_p
     assert [(record["key"], record["modality"]) for record in records] == [("000002", "image")]
 
 
-def test_a_shard_that_is_no_tar_among_good_ones_fails_its_unit(embed: Mmbeam, good: Path, tmp_path: Path) -> None:
+def test_a_shard_that_is_not_a_tar_file_fails_only_its_unit(embed: Mmbeam, good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "in")
     (tmp_path / "in" / "bad.tar").write_bytes(b"no tar at all" * 100)
     said = embed("--input", tmp_path / "in")
@@ -180,7 +181,7 @@ def test_no_shard_matches(embed: Mmbeam, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_only_shard_is_no_tar(embed: Mmbeam, tmp_path: Path) -> None:
+def test_the_only_shard_is_not_a_tar_file(embed: Mmbeam, tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
     check_refused(embed("--input", tmp_path / "bad.tar"), 1, "bad.tar: not a tar file")
     assert not (tmp_path / "out").exists()
@@ -231,7 +232,7 @@ def test_a_model_directory_that_cannot_be_used(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_modality_asked_for_and_found_nowhere(embed: Mmbeam, clap: Path, tmp_path: Path) -> None:
+def test_a_requested_modality_missing_from_all_shards(embed: Mmbeam, clap: Path, tmp_path: Path) -> None:
     truths = [replace(truth, members={"txt": b"text alone"}) for truth in shards.make_truths(3)]
     shards.make_webdataset(tmp_path / "in", truths)
     said = embed("--input", tmp_path / "in", "--model", clap, "--modalities", "audio")
@@ -305,13 +306,13 @@ def test_invalid_arguments(args: list[str], words: list[str], embed: Mmbeam, tmp
         (["--verb"], "COMMAND"),  # options are not abbreviated
     ],
 )
-def test_commands_that_cannot_be_meant(args: list[str], word: str, mmbeam: Mmbeam) -> None:
+def test_invalid_commands(args: list[str], word: str, mmbeam: Mmbeam) -> None:
     said = mmbeam(*args)
     check_refused(said, 2, word)
     assert said.err.count("\n") == 1
 
 
-# What else it says
+# Other output
 
 
 def test_verbose_shows_the_traceback(embed: Mmbeam, tmp_path: Path) -> None:
@@ -337,6 +338,13 @@ def test_status_and_inspect(embed: Mmbeam, mmbeam: Mmbeam, good: Path, tmp_path:
     check_refused(mmbeam("inspect", tmp_path / "none"), 1, "does not exist")
 
 
+def test_errors_name_options_for_arguments() -> None:
+    args = argparse.Namespace(batch_size=0, model=None)
+    message = "`batch_size` 0: expected at least 1; see `models`, `caption` and `mmbeam embed --help`"
+    expected = "--batch-size 0: expected at least 1; see --model, `caption` and `mmbeam embed --help`"
+    assert _with_options(message, args) == expected
+
+
 def test_the_version(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as ended:
         main(["--version"])
@@ -351,7 +359,7 @@ def test_help_names_every_argument(command: list[str], capsys: pytest.CaptureFix
     assert capsys.readouterr().out.startswith(f"usage: {' '.join(['mmbeam', *command])}")
 
 
-def test_help_comes_at_once_and_imports_nothing_slow() -> None:
+def test_help_imports_no_slow_package() -> None:
     code = "import sys; from mmbeam.cli import main\ntry: main(['embed', '--help'])\nexcept SystemExit: pass\n"
     code += (
         "print([name for name in ('torch', 'transformers', 'apache_beam', 'pyarrow', 'numpy') if name in sys.modules])"
@@ -391,7 +399,7 @@ def test_an_interrupt_ends_the_process_and_the_same_command_resumes(mmbeam: Mmbe
     assert signal.getsignal(signal.SIGINT) is before
 
 
-def test_a_reader_that_has_seen_enough_is_no_error(good: Path) -> None:
+def test_a_closed_stdout_is_not_an_error(good: Path) -> None:
     command = [sys.executable, "-m", "mmbeam", "inspect", str(good)]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE) as process:
         assert process.stdout is not None
