@@ -97,7 +97,7 @@ def test_the_command_trains_on_encoders_of_every_modality_and_the_model_needs_th
         "text_2",
     }
     card = (tmp_path / "m" / "README.md").read_text()
-    assert f"- `text_2` is what {tmp_path}/own/clip (digest " in card
+    assert f"- `text_2` is from {tmp_path}/own/clip (digest " in card
     assert main(train_) == 0  # it is done already
     for command in ("caption", "embed"):
         argv = [command, "--input", shards, "--output", str(tmp_path / command), "--model", str(tmp_path / "m")]

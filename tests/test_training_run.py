@@ -313,7 +313,7 @@ def test_a_model_knows_which_encoder_made_its_features_and_takes_no_others(
     train(feature_options(own, tmp_path / "model", steps=2))
     sources = FusionConfig.from_pretrained(tmp_path / "model").parsed_sources()
     assert {source.origin for source in sources.values()} == {Origin("org/clip@a", "a" * 64)}
-    assert "- `image_embedding` is what org/clip@a (digest aaaaaaaaaaaa) makes" in (
+    assert "- `image_embedding` is from org/clip@a (digest aaaaaaaaaaaa)" in (
         (tmp_path / "model" / "README.md").read_text()
     )
     both = r"image_embedding was made by org/siglip@b \(digest b{12}\), and the model takes what org/clip@a"

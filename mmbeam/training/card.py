@@ -11,7 +11,7 @@ _DEFAULTS = TrainOptions(input=("",), output="").identity()
 
 
 def model_card(report: Mapping[str, Any]) -> str:
-    """A card for what `train` reports: what the model is, how it was made, and how good it is."""
+    """Return the card of a report of `train`: the model, its training and its scores."""
     options, data = report["options"], report["data"]
     changed = {name: value for name, value in options.items() if value != _DEFAULTS.get(name)}
     modalities = " and ".join(sorted(data.get("modalities", {}))) or "stored features"
@@ -30,7 +30,7 @@ def model_card(report: Mapping[str, Any]) -> str:
             "",
             *_training(report),
             "",
-            "Options that are not the defaults:",
+            "Options other than the defaults:",
             "",
             "```json",
             json.dumps(changed, indent=2),
@@ -40,12 +40,12 @@ def model_card(report: Mapping[str, Any]) -> str:
             "",
             *_figures(report),
             "",
-            "Exact match: the greedy caption equals the true one, character for character. Words right: words that",
-            "equal the true one at the same place, of the words of the longer of the two.",
+            "Exact match: the greedily decoded caption equals the reference. Words right: words that equal the word of",
+            "the reference at the same position, as a fraction of the longer of the two.",
             "",
             "## Limits",
             "",
-            "It knows what its training samples showed, and nothing else; say here what they were.",
+            "The model covers only the domain of its training samples. Describe them here.",
             "",
         ]
     )
@@ -55,7 +55,7 @@ def _training(report: Mapping[str, Any]) -> list[str]:
     training, data, versions = report["training"], report["data"], report["versions"]
     captions = ", ".join(f"{count:,} {part}" for part, count in data.get("captions", {}).items())
     return [
-        *(f"- `{name}` is what {Origin(**of)} makes" for name, of in data.get("origins", {}).items()),
+        *(f"- `{name}` is from {Origin(**of)}" for name, of in data.get("origins", {}).items()),
         f"- samples with a caption: {captions or data['samples']}",
         f"- {training['step']:,} steps, {training['samples']:,} samples seen, {training['seconds']:,.0f} s on "
         f"{report['device']}; the weights are those of epoch {training['best_epoch'] + 1} of {training['epoch']}",

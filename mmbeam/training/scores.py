@@ -1,8 +1,11 @@
-"""How good a model's captions and embeddings are, on examples whose captions are known.
+"""Scores of a model's captions and embeddings on examples with known captions.
 
-Exact match: the share of captions generated greedily that equal the true one, character for character.
-Words right: of all samples together, the words that equal the true one at the same place, divided by the
-words of the longer of the two.
+Exact match: the fraction of greedily decoded captions that equal the reference. Words right: over all samples, the
+words that equal the reference's word at the same position, divided by the words of the longer of the two.
+
+Recall@1 is measured per pair of sources and per similarity. A hit is a nearest neighbour with the same label: the same
+clause where one side is a caption with clauses, else the same caption. Of a source paired with itself it is the other
+view of the sample or, with groups, another sample of the group.
 """
 
 import math
@@ -23,7 +26,7 @@ from mmbeam.names import MODALITIES, Modality
 from mmbeam.training.batching import TrainingBatch, collate, evaluation_batches, make_views, prefetch
 from mmbeam.training.examples import Example
 
-EXTRA_TOKENS = 8  # that may be written beyond the longest true caption, so that a run-on caption is seen
+EXTRA_TOKENS = 8  # decoded beyond the longest reference, so that captions that do not end count as wrong
 SUBSETS: tuple[tuple[Modality, ...], ...] = tuple(
     subset for size in range(1, len(MODALITIES) + 1) for subset in combinations(MODALITIES, size)
 )
@@ -31,22 +34,23 @@ SUBSETS: tuple[tuple[Modality, ...], ...] = tuple(
 
 @dataclass(frozen=True, kw_only=True)
 class Scores:
-    """What was measured on one part."""
+    """Scores on one split."""
 
     samples: int
     loss: float  # cross-entropy of the caption's tokens, in nats
     exact_match: float
     words_right: float
-    subsets: Mapping[str, float] = field(default_factory=dict)  # exact match when no more than these are given
+    subsets: Mapping[str, float] = field(default_factory=dict)  # exact match from these modalities only
     recall: Mapping[str, float] = field(default_factory=dict)  # recall@1: "image->text cosine"
 
     def to_json(self) -> dict[str, Any]:
+        """Return the scores as JSON values."""
         return asdict(self)
 
 
 @dataclass(frozen=True)
 class Evaluator:
-    """A model, and what is needed to put examples before it."""
+    """Evaluates a model on examples."""
 
     model: FusionModel
     processor: FusionProcessor
@@ -54,19 +58,19 @@ class Evaluator:
     batch_size: int = 64
 
     def batches(self, examples: Iterable[Example]) -> Iterator[TrainingBatch]:
-        """The examples as batches, made ahead."""
+        """Yield the examples as prefetched batches."""
         limit = self.model.config.max_target_positions
         make = partial(collate, processor=self.processor, device=self.device, max_tokens=limit)
         with closing(prefetch(lambda: map(make, evaluation_batches(examples, self.batch_size)))) as batches:
             yield from batches
 
     def captions(self, examples: Iterable[Example]) -> list[tuple[Example, str]]:
-        """Each example and the caption that the model writes greedily, batch by batch."""
+        """Return each example with its greedily decoded caption, in the order of the batches."""
         with evaluating(self.model):
-            return [each for batch in self.batches(examples) for each in self._written(batch)]
+            return [pair for batch in self.batches(examples) for pair in self._written(batch)]
 
     def recall(self, examples: Iterable[Example]) -> dict[str, float]:
-        """Recall@1 of each pair of sources and each similarity."""
+        """Return recall@1 of each pair of sources and each similarity."""
         retrieval = Retrieval(self.model)
         with evaluating(self.model):
             for batch in self.batches(examples):
@@ -82,7 +86,7 @@ class Evaluator:
         return self.processor.decode(ids.tolist())
 
     def scores(self, examples: Iterable[Example], per_batch: int | None = None) -> Scores:
-        """All scores of `examples`; those of subsets of modalities on the first `per_batch` of each batch, held."""
+        """Return all scores; those of subsets of modalities on the first `per_batch` samples of each batch."""
         counts, retrieval = _Counts(), Retrieval(self.model)
         asked: list[Example] = []
         with evaluating(self.model):
@@ -101,7 +105,7 @@ class Evaluator:
         )
 
     def _loss(self, batch: TrainingBatch) -> tuple[float, int]:
-        """Summed over tokens, without the label smoothing of training; and how many tokens."""
+        """Return the loss summed over tokens, without label smoothing, and the number of tokens."""
         logits = self.model(decoder_input_ids=self.model.shift(batch.labels), **batch.inputs).logits
         loss = F.cross_entropy(
             logits.flatten(0, 1).float(), batch.labels.flatten(), ignore_index=IGNORED, reduction="sum"
@@ -109,12 +113,12 @@ class Evaluator:
         return float(loss), int((batch.labels != IGNORED).sum())
 
     def _subsets(self, examples: Sequence[Example]) -> Iterator[tuple[str, float]]:
-        """Exact match when only some of a sample's modalities are given, which have a clause in its caption."""
+        """Yield the exact match from each subset of the modalities, where the caption has a clause for it."""
         for subset in SUBSETS:
             some = set(subset)
-            able = [each.keeping(some) for each in examples if some < each.present and some & set(each.clauses or ())]
-            if able:
-                written = self.captions(able)
+            restricted = [e.keeping(some) for e in examples if some < e.present and some & set(e.clauses or ())]
+            if restricted:
+                written = self.captions(restricted)
                 yield "+".join(subset), sum(example.caption == caption for example, caption in written) / len(written)
 
 
@@ -143,14 +147,14 @@ class _Counts:
 
 
 def count_words(true: str, written: str) -> tuple[int, int]:
-    """Words of `written` that equal those of `true` at the same place, and the words of the longer of the two."""
-    ours, theirs = true.split(), written.split()
-    return sum(a == b for a, b in zip(ours, theirs, strict=False)), max(len(ours), len(theirs))
+    """Return how many words of `written` equal the word of `true` at the same position, and the longer length."""
+    expected, actual = true.split(), written.split()
+    return sum(a == b for a, b in zip(expected, actual, strict=False)), max(len(expected), len(actual))
 
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """While this lasts, the model is in evaluation mode and nothing is differentiated."""
+    """Put the model in evaluation mode without gradients for the block."""
     training = model.training
     model.eval()
     try:
@@ -160,14 +164,14 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(training)
 
 
-CANDIDATES = 500  # at most, among which the nearest is looked for
-MAX_SAMPLES = 5000  # samples that are looked at; more would say nothing new
-VIEW = " (another view)"  # ends the name of a source seen another way
+CANDIDATES = 500  # at most, per nearest-neighbour search
+MAX_SAMPLES = 5000  # samples of a recall measurement
+VIEW = " (another view)"  # suffix of the name of a source's augmented view
 Pair = tuple[str, str]
 
 
 class Retrieval:
-    """Embeddings of the samples so far, and what came of them. Used inside `torch.no_grad`."""
+    """Collects embeddings batch by batch and computes recall@1. Used inside `torch.no_grad`."""
 
     def __init__(self, model: FusionModel) -> None:
         self._model = model
@@ -192,7 +196,7 @@ class Retrieval:
             seen = self._model.encode(**views)
             embeddings |= {name + VIEW: vectors for name, vectors in seen.embeddings.items()}
             present |= {name + VIEW: mask for name, mask in seen.present.items()}
-        for name, kept in self._vectors.items():  # a source that nobody has in this batch has no embedding
+        for name, kept in self._vectors.items():  # a source absent from the whole batch has no embedding
             found = embeddings.get(name)
             size = (len(batch.examples), self._model.config.embedding_dim)
             kept.append(torch.zeros(size) if found is None else found.float().cpu())
@@ -202,7 +206,7 @@ class Retrieval:
         self._examples += batch.examples
 
     def recall(self) -> dict[str, float]:
-        """Recall@1 by "image->text cosine", the mean over chunks of candidates."""
+        """Return recall@1 by "image->text cosine", averaged over chunks of candidates."""
         if not self._examples:
             return {}
         order = torch.randperm(len(self._examples), generator=_seeded(torch.device("cpu")))
@@ -225,17 +229,17 @@ class Retrieval:
         device = self._model.device
         left, right = (torch.cat(self._vectors[name])[rows].to(device) for name in (a, other))
         scores = self._model.space.similarity(kind, pair, left, right).cpu()
-        said = [self._said(pair, self._examples[row], grouped) for row in rows.tolist()]
+        labels = [self._label(pair, self._examples[row], grouped) for row in rows.tolist()]
         if grouped:
             scores.fill_diagonal_(-torch.inf)
-            yield f"{a}->{a}", _right(scores, said, [said.count(each) > 1 for each in said])
+            yield f"{a}->{a}", _right(scores, labels, [labels.count(label) > 1 for label in labels])
             return
-        yield f"{a}->{other}", _right(scores, said)
+        yield f"{a}->{other}", _right(scores, labels)
         if a != b:
-            yield f"{b}->{a}", _right(scores.T, said)
+            yield f"{b}->{a}", _right(scores.T, labels)
 
-    def _said(self, pair: Pair, example: Example, grouped: bool) -> str:
-        """What a hit has in common with the example."""
+    def _label(self, pair: Pair, example: Example, grouped: bool) -> str:
+        """Return what a hit has in common with the example."""
         if pair[0] == pair[1]:
             return (example.group if grouped else None) or example.key
         sources = [self._model.sources[name].modality for name in pair if name in self._model.sources]
@@ -244,11 +248,11 @@ class Retrieval:
         return example.caption
 
 
-def _right(scores: torch.Tensor, said: Sequence[str], asked: Sequence[bool] | None = None) -> list[bool]:
-    """Whether each row's nearest says the same, of the rows that are asked."""
+def _right(scores: torch.Tensor, labels: Sequence[str], mask: Sequence[bool] | None = None) -> list[bool]:
+    """Whether each row's nearest neighbour has the same label, for the rows of `mask`."""
     nearest = scores.argmax(1).tolist()
-    hits = [said[place] == own for place, own in zip(nearest, said, strict=True)]
-    return hits if asked is None else [hit for hit, wanted in zip(hits, asked, strict=True) if wanted]
+    hits = [labels[index] == label for index, label in zip(nearest, labels, strict=True)]
+    return hits if mask is None else [hit for hit, wanted in zip(hits, mask, strict=True) if wanted]
 
 
 def _seeded(device: torch.device) -> torch.Generator:
