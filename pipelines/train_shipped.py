@@ -206,11 +206,11 @@ def _classes(scene: Scene) -> dict[Modality, list[str]]:
 
 
 def shipped_card(figures: Mapping[str, Any], sha256: str) -> str:
-    """The card of the model that ships with the package, from what `train_shipped` measured."""
-    report, found = figures["training"], figures["evaluation"]
+    """Return the model card of the shipped model, from the figures of `train_shipped`."""
+    report, evaluation = figures["training"], figures["evaluation"]
     training, options = report["training"], report["options"]
-    wrong = sorted((share, word) for word, share in found["words"].items() if share < 1)[:8]
-    shown = ", ".join(f"{word} ({share:.2%} right)" for share, word in wrong) or "none"
+    wrong = sorted((fraction, word) for word, fraction in evaluation["words"].items() if fraction < 1)[:8]
+    shown = ", ".join(f"{word} ({fraction:.2%} correct)" for fraction, word in wrong) or "none"
     return "\n".join(
         [
             "---",
@@ -220,49 +220,50 @@ def shipped_card(figures: Mapping[str, Any], sha256: str) -> str:
             "---",
             "# The small fusion model that ships with mmbeam",
             "",
-            "It writes what a picture shows, what a sound is like, and where and when a short text says it was, from",
-            "any of the three: `mmbeam caption --input SHARDS --output OUT`. It was made to show that the whole path",
-            "works, from shards to captions, and to be checked against a known truth.",
+            "It captions the images, audio and short texts of the procedural corpus, from any of the three:",
+            "`mmbeam caption --input SHARDS --output OUT`. Its purpose is to demonstrate the path from shards to",
+            "captions and to check the captions against known ones.",
             "",
             "## Training",
             "",
-            f"`make model`: {training['step']:,} steps of {options['batch_size']} scenes, each rendered once,",
-            f"with seed {options['seed']}, in {training['seconds']:,.0f} s with validation (2 cores, shared).",
+            f"`make model`: {training['step']:,} steps of {options['batch_size']} scenes, each rendered once, with "
+            f"seed {options['seed']}, in {training['seconds']:,.0f} s including validation",
+            "(2 shared cores).",
             f"{report['parameters']:,} parameters, stored in bfloat16; model.safetensors has SHA-256",
             f"`{sha256}`.",
-            f"{', '.join(f'{name} {of}' for name, of in report['versions'].items())}.",
+            f"{', '.join(f'{name} {version}' for name, version in report['versions'].items())}.",
             "",
-            "The scenes are those of `mmbeam.corpus`: one or two of six shapes in eight colours, two sizes and nine",
-            "places; a tone, chirp or noise of three pitches, three tempi and two levels; a text that names one of 16",
-            "places and four times in one of six forms and three cases. Each modality is dropped with probability",
-            f"{options['modality_dropout']}, and its clause with it.",
+            "The scenes come from `mmbeam.corpus`: one or two of six shapes in eight colours, two sizes and nine",
+            "positions; a tone, chirp or noise of three pitches, three tempi and two loudnesses; a text with one of 16",
+            "places and one of four times, in six templates and three cases. Each modality is dropped with probability",
+            f"{options['modality_dropout']}, together with its clause of the caption.",
             "",
             "## Figures",
             "",
-            f"On {found['samples']:,} scenes of seed {found['seed']}, which neither training nor selection saw.",
-            f"Greedy decoding. Exact match {found['exact_match']:.2%}; words right {found['words_right']:.2%}.",
+            f"On {evaluation['samples']:,} held-out scenes of seed {evaluation['seed']}, with greedy decoding: exact "
+            f"match {evaluation['exact_match']:.2%}, correct words {evaluation['words_right']:.2%}.",
             "",
-            "| given | captions that are exactly the clauses of what is given |",
+            "| modalities | exact match with their clauses |",
             "|---|---|",
-            *(f"| {name} | {share:.2%} |" for name, share in found["subsets"].items()),
+            *(f"| {name} | {fraction:.2%} |" for name, fraction in evaluation["subsets"].items()),
             "",
-            "| class of words | right |",
+            "| class of words | correct |",
             "|---|---|",
-            *(f"| {name} | {share:.2%} |" for name, share in found["classes"].items()),
+            *(f"| {name} | {fraction:.2%} |" for name, fraction in evaluation["classes"].items()),
             "",
-            f"The words most often wrong: {shown}.",
+            f"Words that are wrong most often: {shown}.",
             "",
-            f"| recall@1 among {CANDIDATES}, by cosine | |",
+            f"| recall@1 among {CANDIDATES}, by cosine similarity | |",
             "|---|---|",
-            *(f"| {name} | {share:.1%} |" for name, share in found["recall"].items()),
+            *(f"| {name} | {fraction:.1%} |" for name, fraction in evaluation["recall"].items()),
             "",
-            "All words, and the options, are in figures.json.",
+            "figures.json has the figures of every word, and the training options.",
             "",
             "## Limits",
             "",
-            "It knows this corpus and nothing else: of a photograph it says nonsense in the same words. Pictures are",
-            "resized to 64 x 64, sounds cut to their first second, texts to 64 tokens. It has seen all pairs of colour",
-            "and shape; that it would join words it never saw together is not claimed.",
+            "The model covers this corpus only: captions of photographs are meaningless. Images are resized to",
+            "64 x 64, audio is cut to the first second, texts to 64 tokens. Training covered all pairs of colour and",
+            "shape; generalisation to unseen combinations was not tested.",
             "",
         ]
     )
