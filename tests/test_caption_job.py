@@ -404,8 +404,8 @@ def test_the_command_line_captions_shards_and_features(
     ("arguments", "words"),
     [
         (["--num-beams", "2", "--temperature", "1"], "--temperature and --num-beams are mutually exclusive"),
-        (["--top-p", "0.5"], "--top-p goes with sampling"),
-        (["--seed", "1"], "--seed goes with sampling"),
+        (["--top-p", "0.5"], "--top-p needs sampling: pass --temperature too"),
+        (["--seed", "1"], "--seed needs sampling: pass --temperature too"),
         (["--temperature", "-1"], "--temperature -1.0"),
         (["--temperature", "1", "--top-p", "0"], "--top-p 0.0"),
         (["--max-new-tokens", "0"], "at least 1"),

@@ -167,7 +167,7 @@ def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbea
     truths = [replace(truth, members={"jpg": b"none"}) for truth in shards.make_truths(120)]
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
     said = embed("--input", tmp_path / "in")
-    check_refused(said, 1, "120 of 120 samples lost what was due", "--max-failure-rate")
+    check_refused(said, 1, "120 of 120 samples lost outputs", "--max-failure-rate")
     assert said.err.count("\n") == 1
     assert "STOPPED: 120 of 120 samples" in mmbeam("status", tmp_path / "out").out
 

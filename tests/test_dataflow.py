@@ -200,7 +200,7 @@ def test_a_launch_without_waiting_submits_the_job_and_prints_so(
 ) -> None:
     arguments = ["embed", "--input", str(home / "in"), "--output", str(tmp_path), "--model", str(home / "clip")]
     assert main([*arguments, "--device=cuda", "--shared-output", *DRY]) == 0
-    assert "not waited for" in capsys.readouterr().out
+    assert "without waiting for the end" in capsys.readouterr().out
     assert embed_job(home, tmp_path).start() is None
     assert len(load_plan(embed_job(home, tmp_path).run)) == 3
 
@@ -354,7 +354,7 @@ def test_the_launcher_writes_the_job_for_dataflow_and_returns(home: Path, tmp_pa
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert "not waited for" in done.stdout
+    assert "without waiting for the end" in done.stdout
     fs = fsspec.filesystem("gs", skip_instance_cache=True)
     job = json.loads(fs.cat_file(f"{bucket}/staging/template_launches/1/job_object"))
     assert job["name"] == "mmbeam-1"

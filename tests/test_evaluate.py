@@ -422,7 +422,7 @@ def test_the_command_prints_scores_and_the_worst(captions: Path, capsys: pytest.
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "caption: 48 rows = 48 scored; 94 references"
     assert lines[1].split()[0] == "wer"
-    assert lines[3] == "the worst by wer:"
+    assert lines[3] == "worst by wer:"
     assert lines[-1] == f"report: {captions}/_mmbeam/evaluation.json"
     assert len(lines) == 4 + 3 * 5 + 1
 
@@ -434,7 +434,7 @@ def test_the_command_prints_tables_of_vectors(tmp_path: Path, capsys: pytest.Cap
     assert "image_embedding -> text_embedding" in printed
     assert "text_embedding -> image_embedding" in printed
     assert "probe of class" in printed
-    assert "20 rows have no label" in printed
+    assert "20 rows lack a label" in printed
 
 
 def test_rouge_of_another_script_is_a_warning(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -444,7 +444,7 @@ def test_rouge_of_another_script_is_a_warning(tmp_path: Path, capsys: pytest.Cap
     ]
     out = write_run(tmp_path / "out", [rows], CAPTION)
     assert main(["evaluate", str(out), "--reference", "truth"]) == 0
-    assert "ROUGE sees only a-z and 0-9, which the references of 1 rows lack" in capsys.readouterr().out
+    assert "ROUGE needs words of a-z and 0-9; the references of 1 rows lack them" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

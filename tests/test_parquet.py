@@ -320,7 +320,7 @@ def test_windows_out_of_order_are_an_error(local: Run) -> None:
         ([first, first], "expected window 1, found window 0"),
         ([first, last, replace(last, index=2)], "expected no more, found window 2"),
         ([replace(first, unit=make_unit("b-2"))], "found window 0 of unit b-2"),
-        ([replace(first, unit_error="no tar")], "belongs to a unit without rows"),
+        ([replace(first, unit_error="not a tar")], "belongs to a unit without rows"),
         ([first], "expected window 1 or a last one, found the end.*Reshuffle"),
         ([replace(first, tally=Tally(samples=6)), last], "for each of 11 samples"),
     ]:
@@ -471,13 +471,13 @@ def test_a_replacement_that_is_killed_leaves_no_old_report(local: Run) -> None:
 
 
 def test_a_unit_that_cannot_be_read_leaves_one_record_until_it_commits(run: Run) -> None:
-    for reason in ("gone", "no tar"):
+    for reason in ("gone", "not a tar"):
         report = report_failed_unit(run, UNIT, reason)
-    assert (report.status, report.error, report.failures_file) == ("failed", "no tar", "part-a-1-failed.parquet")
+    assert (report.status, report.error, report.failures_file) == ("failed", "not a tar", "part-a-1-failed.parquet")
     assert report.tally == Tally()
     assert committed(run) == set()
     (record,) = failures_of(run, report.failures_file)
-    assert (record["shard"], record["message"], record["row"]) == ("/shards/a-1.tar", "no tar", False)
+    assert (record["shard"], record["message"], record["row"]) == ("/shards/a-1.tar", "not a tar", False)
     write_unit(run, UNIT).commit()
     check_committed_once(run)
     assert report_failed_unit(run, UNIT, "too late").status == "kept"

@@ -184,7 +184,7 @@ def test_an_interrupt_ends_the_processes_that_the_command_started(
         process.send_signal(signal.SIGINT)
         assert process.wait() == 130
         assert process.stderr is not None
-        assert b"the same command again does the rest (a cluster goes on with its job" in process.stderr.read()
+        assert b"Run the same command again to resume (a job on a cluster continues" in process.stderr.read()
     deadline = time.monotonic() + 20
     while any(Path(f"/proc/{pid}/exe").exists() for pid in started):
         assert time.monotonic() < deadline

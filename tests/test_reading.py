@@ -42,9 +42,9 @@ def test_windows_close_by_count_or_by_decoded_bytes_and_the_last_one_ends_the_un
 
 @pytest.mark.parametrize("limit", [3, 12, 15])
 def test_a_limit_reads_so_many_samples_and_no_further(tmp_path: Path, limit: int) -> None:
-    """Not even the next shard is opened: here it is no tar."""
+    """Not even the next shard is opened: not a tar here."""
     shards.make_webdataset(tmp_path, shards.make_truths(15), shards=1)
-    (tmp_path / "shard-x.tar").write_bytes(b"no tar" * 200)
+    (tmp_path / "shard-x.tar").write_bytes(b"not a tar" * 200)
     batches = read(limited_unit(list_shards([str(tmp_path)]), limit))
     assert sum(batch.tally.samples for batch in batches) == limit
     assert batches[-1].unit_error is None
@@ -64,7 +64,7 @@ def test_what_a_condition_cannot_decide_fails_and_what_it_decides_is_skipped(tmp
 
 
 def test_a_shard_that_cannot_be_read_ends_its_unit_with_the_reason(tmp_path: Path) -> None:
-    (tmp_path / "a.tar").write_bytes(b"no tar" * 200)
+    (tmp_path / "a.tar").write_bytes(b"not a tar" * 200)
     [batch] = read(plan_units(list_shards([str(tmp_path)]), [])[0])
     assert batch.last
     assert batch.unit_error is not None

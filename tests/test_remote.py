@@ -247,7 +247,7 @@ def test_what_cannot_be_opened_is_named_without_its_signature(
     assert_no_secret(output, said, repr(report))
     with pytest.raises(NoShardsError) as nothing:
         embed(local.options(web.url(f"none.tar?{SIGNED}"), output))
-    with pytest.raises(NoShardsError, match="access is refused") as refused:
+    with pytest.raises(NoShardsError, match="access is denied") as refused:
         embed(local.options(web.url("shard-000000.tar?sig=hush"), output))
     assert SECRET not in str(nothing.value)
     assert "hush" not in str(refused.value)

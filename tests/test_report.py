@@ -221,7 +221,9 @@ def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path
     run = make_run(str(tmp_path / "out"))
     open_run(run)
     reports = [write_unit(run, make_unit(f"a-{number}")).commit() for number in range(2)]
-    reports += [report_failed_unit(run, make_unit(f"b-{number}"), f"b-{number}.tar: is no tar") for number in range(7)]
+    reports += [
+        report_failed_unit(run, make_unit(f"b-{number}"), f"b-{number}.tar: is not a tar") for number in range(7)
+    ]
     extra = Tally(samples=3, skipped={"image_width >= 64": 3}, repeated_keys=2, seconds={"compute": 3, "read_wait": 1})
     reports[0] = replace(reports[0], tally=reports[0].tally + extra)
     text = summary_text(write_summary(run, reports, wall_seconds=4.0), str(tmp_path / "out"))
@@ -235,7 +237,7 @@ def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path
     assert "2 samples repeat a key of their shard" in text
     assert "failures: 4 decode: DecodeError, for example 00000 of /shards/a-0.tar: truncated JPEG" in text
     assert f"failure records: {tmp_path}/out/failures/" in text
-    assert "FAILED unit b-4: b-4.tar: is no tar\nFAILED: 2 more units" in text
+    assert "FAILED unit b-4: b-4.tar: is not a tar\nFAILED: 2 more units" in text
     assert "Run the same command again" in text
     assert text.endswith(f"rows: {tmp_path}/out/data/")
 
@@ -289,13 +291,13 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     run, units = planned_run(output, 4)
     assert "units: 4 planned, 0 committed, 4 to do" in list(status_text(output))
     write_unit(run, units[0]).commit()
-    report_failed_unit(run, units[1], "1.tar: is no tar")
+    report_failed_unit(run, units[1], "1.tar: is not a tar")
     before = listing(run)
     text = "\n".join(status_text(output))
     assert f"run: {run.store}, fingerprint {run.fingerprint}\ntask: embed, float32 on cpu" in text
     assert "units: 4 planned, 1 committed, 1 FAILED, 2 to do" in text
     assert "samples: 10 = 10 rows; 2 rows lack some of their outputs" in text
-    assert f"FAILED unit {units[1].id}: 1.tar: is no tar" in text
+    assert f"FAILED unit {units[1].id}: 1.tar: is not a tar" in text
     assert "The job is running or was interrupted" in text
     stop_run(run, "too many failures")
     text = "\n".join(status_text(output))

@@ -338,7 +338,7 @@ def test_the_summary_adds_up(output: str) -> None:
     reports = [
         commit(run, "b-2"),
         *load_reports(run, ["a-1"]),
-        report_failed_unit(run, make_unit("c-3"), "no tar"),
+        report_failed_unit(run, make_unit("c-3"), "not a tar"),
     ]
     summary = write_summary(run, reports, wall_seconds=5.0)
     assert (summary.units_written, summary.units_kept, summary.units_failed) == (1, 1, 1)
@@ -347,7 +347,7 @@ def test_the_summary_adds_up(output: str) -> None:
     assert summary.tally.outputs == {"image_embedding": 16, "text_embedding": 16}
     assert summary.tally.failures == {"decode: DecodeError": 4}
     assert summary.rate == 10 / 5.0
-    assert summary.failed == {"c-3": "no tar"}
+    assert summary.failed == {"c-3": "not a tar"}
     assert read_summary(run) == summary
 
 

@@ -195,7 +195,7 @@ def test_only_a_device_error_breaks_the_device_for_good() -> None:
 
 @pytest.mark.parametrize("name", ["gpu", "meta", "cuda:x", "mps"])
 def test_an_unsupported_device_is_an_error(name: str) -> None:
-    with pytest.raises(UsageError, match=f"--device {name}"):
+    with pytest.raises(UsageError, match=f"`device` {name}"):
         resolve_device(name)
 
 

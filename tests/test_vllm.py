@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from mmbeam.config import Windows
 from mmbeam.errors import DeviceError, JobError, LimitError, ModelError, UsageError
-from mmbeam.jobs.caption import GPU_WINDOWS, CaptionOptions, _for_device, prepare
+from mmbeam.jobs.caption import GPU_WINDOWS, CaptionOptions, prepare, windows_for
 from mmbeam.models.generators import check_engine, describe, family_of, vllm
 from mmbeam.models.generators.decoding import score
 from mmbeam.models.generators.vllm import VllmGenerator
@@ -316,11 +316,10 @@ def test_a_job_on_the_cpu_fails_before_it_writes(saved: dict[str, Path], tmp_pat
 
 
 def test_windows_are_larger_on_a_gpu_unless_set() -> None:
-    options = CaptionOptions(input=("in",), output="out")
-    chosen = replace(options, windows=Windows(samples=7))
-    assert [_for_device(options, device).windows for device in ("cpu", "cuda")] == [options.windows, GPU_WINDOWS]
-    assert _for_device(chosen, "cuda:0") == chosen
-    assert GPU_WINDOWS.decoded_bytes > options.windows.decoded_bytes
+    chosen = Windows(samples=7)
+    assert [windows_for(device, Windows()) for device in ("cpu", "cuda")] == [Windows(), GPU_WINDOWS]
+    assert windows_for("cuda:0", chosen) == chosen
+    assert GPU_WINDOWS.decoded_bytes > Windows().decoded_bytes
 
 
 # The engines themselves: transformers, and vLLM if it is installed on a machine with a GPU

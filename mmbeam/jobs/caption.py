@@ -82,8 +82,7 @@ def prepare(options: CaptionOptions) -> CaptionJob:
 
         vllm.check_installed()
         vllm.check_processes(len(devices_of(options.device)), options.workers)
-    if generate.device != "cpu" and options.windows == Windows():
-        options = replace(options, windows=GPU_WINDOWS)
+    options = replace(options, windows=windows_for(generate.device, options.windows))
     [output] = generate.outputs
     modalities = tuple(modality for modality in MODALITIES if modality in output.modalities)
     required = tuple(modality for modality in MODALITIES if modality in output.required)
@@ -112,6 +111,11 @@ def prepare(options: CaptionOptions) -> CaptionJob:
         check=partial(check_found, modalities=modalities, required=required),
         features=bool(files),
     )
+
+
+def windows_for(device: str, windows: Windows) -> Windows:
+    """Return windows that fill `device`: larger ones on a GPU, unless the user has set them."""
+    return GPU_WINDOWS if device != "cpu" and windows == Windows() else windows
 
 
 def _check_shards(

@@ -39,7 +39,7 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     A pattern may join several with `::`, hold brace ranges (`data-{00000..00099}.tar`), or name a list of shards
     (`@LIST`, or a path that ends in .txt or .list): one pattern per line, lines that begin with # are comments,
-    relative paths are relative to the list. A path that exists is itself, whatever characters it holds. Raise
+    relative paths are relative to the list. A local path that exists is itself, whatever characters it holds. Raise
     UsageError for a pattern that would run a command, for unbalanced braces, and for a list that cannot be read.
     """
     return list(dict.fromkeys(entry for pattern in patterns for entry in _expand_pattern(pattern)))
@@ -92,19 +92,11 @@ def _read_lines(url: str) -> Iterator[str]:
 
 
 def exists_literally(path: str) -> bool:
-    """Return whether `path` holds characters of a pattern and is nevertheless the name of an existing file.
-
-    A broken symbolic link exists. A web server is not asked.
-    """
-    if not re.search(r"[][*?{}]|::", path) or path.startswith(("http://", "https://")):
+    """Return whether the local `path` exists although it holds characters of a pattern. A broken link exists."""
+    local = path.removeprefix("file://")
+    if "://" in local or not re.search(r"[][*?{}]|::", local):
         return False
-    if "://" not in path:
-        return os.path.lexists(os.path.expanduser(path))  # noqa: PTH111
-    try:
-        fs, name = url_to_fs(path)
-        return bool(fs.isfile(name))
-    except Exception:  # a pattern need not be a valid name; listing it reports what is wrong with the store
-        return False
+    return os.path.lexists(os.path.expanduser(local))  # noqa: PTH111
 
 
 @dataclass(frozen=True)
@@ -146,8 +138,13 @@ def _place(url: str) -> _Place:
         fs=fs,
         path=path,
         prefix=plain[: len(plain) - len(path.rstrip("/"))] if remote else "",
-        is_glob=re.search(magic, path) is not None and not exists_literally(url),
+        is_glob=re.search(magic, path) is not None and not exists_literally(url) and not _is_object(url, fs, path),
     )
+
+
+def _is_object(url: str, fs: Any, path: str) -> bool:
+    """Return whether an object of a store bears this very name. A web server is not asked."""
+    return "://" in url and not url.startswith(("http://", "https://", "file://")) and bool(fs.isfile(path))
 
 
 def list_shards(patterns: Sequence[str]) -> list[Shard]:

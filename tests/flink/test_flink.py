@@ -342,7 +342,7 @@ def test_a_job_that_must_stop_says_why_through_flink(known: Known, flink: Cluste
     (tmp_path / "clip").symlink_to(known.root / "clip")
     done = run(*MMBEAM, *arguments)
     assert done.returncode == 1
-    assert done.stderr.splitlines()[-1].startswith("mmbeam: 120 of 120 samples lost what was due (100.0%)")
+    assert done.stderr.splitlines()[-1].startswith("mmbeam: 120 of 120 samples lost outputs (100.0%)")
 
 
 def test_another_version_of_flink_is_named_before_anything_is_written(
