@@ -100,7 +100,7 @@ class Lopsided:
     first: int = 6
     measured: int = 4
     rank: int | None = None  # None: there is one process
-    broken: int | None = None  # rank 1 finds its shard torn at so many samples
+    broken: int | None = None  # rank 1 finds its shard cut off after this number of samples
 
     def corpus(self) -> CorpusSource:
         return CorpusSource(seed=0, epoch_size=self.size, evaluation_size=self.measured)

@@ -143,7 +143,7 @@ class TrainingLine:
         self._history = deque([(self._shown, 0, 0)])  # time, samples, steps
 
     def show(self, step: int, steps: int, loss: float, samples: int) -> None:
-        """A step was done, with so many samples."""
+        """Count one step of training and its `samples`."""
         self._samples += samples
         now = time.monotonic()
         if now - self._shown < self._seconds:

@@ -43,7 +43,7 @@ class _PartFile:
             schema,
             compression=_compression(schema),
             use_dictionary=_repeating(schema),
-            # Statistics of nested columns are of no use to readers.
+            # Readers cannot use the statistics of nested columns.
             write_statistics=[field.name for field in schema if not pa.types.is_nested(field.type)],
         )
         self._tables: list[pa.Table] = []
