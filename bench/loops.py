@@ -167,7 +167,7 @@ def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
     from mmbeam.models import placement
     from mmbeam.readers.listing import list_shards
     from mmbeam.readers.units import plan_units
-    from mmbeam.readers.windows import read_batches
+    from mmbeam.readers.windows import prefetch, read_batches
     from mmbeam.stages.embed import embed_stage
 
     units = plan_units(list_shards([str(case / "shards")]), [])
@@ -177,7 +177,7 @@ def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
     def embed(some: list[WorkUnit]) -> tuple[int, float]:
         samples, computed = 0, 0.0
         for unit in some:
-            for window in read_batches(unit, Reading(), stage.needs, Windows()):
+            for window in prefetch(read_batches(unit, Reading(), stage.needs, Windows()), unit.id):
                 done = device.run(stage, window) if window.samples else window
                 samples += len(done.samples)
                 computed += done.tally.seconds.get("compute", 0.0)

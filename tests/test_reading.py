@@ -15,7 +15,7 @@ from mmbeam.process import cores, decoding_paused
 from mmbeam.readers import windows as module
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import limited_unit, plan_units
-from mmbeam.readers.windows import Lookahead, ordered_map, read_batches
+from mmbeam.readers.windows import Lookahead, ordered_map, prefetch, read_batches
 from mmbeam.types import Batch, Needs, RawSample, WorkUnit
 
 IMAGES = Needs(modalities=frozenset({"image"}))
@@ -28,7 +28,8 @@ def unit_of(directory: Path, samples: int = 12, limit: int | None = None) -> Wor
 
 
 def read(unit: WorkUnit, reading: Reading | None = None, windows: Windows | None = None) -> list[Batch]:
-    return list(read_batches(unit, reading or Reading(), IMAGES, windows or Windows(samples=5)))
+    batches = read_batches(unit, reading or Reading(), IMAGES, windows or Windows(samples=5))
+    return list(prefetch(batches, "mmbeam-read-it"))
 
 
 def test_windows_close_by_count_or_by_decoded_bytes_and_the_last_one_ends_the_unit(tmp_path: Path) -> None:
@@ -75,7 +76,7 @@ def test_closing_ends_the_thread_and_an_error_in_a_decoder_comes_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     unit = unit_of(tmp_path, samples=40)
-    batches = read_batches(unit, Reading(), IMAGES, Windows(samples=2))
+    batches = prefetch(read_batches(unit, Reading(), IMAGES, Windows(samples=2)), "mmbeam-read-it")
     next(batches)
     batches.close()
     assert not readers()
@@ -102,7 +103,7 @@ def test_one_window_is_made_ahead_and_no_more(tmp_path: Path, monkeypatch: pytes
         return decode(*args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(module, "decode_sample", counted)
-    batches = read_batches(unit, Reading(), IMAGES, Windows(samples=2))
+    batches = prefetch(read_batches(unit, Reading(), IMAGES, Windows(samples=2)), "mmbeam-read-it")
     next(batches)
     time.sleep(0.5)
     depth = 2 * cores() + 2
@@ -160,13 +161,16 @@ def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end(count: int
             yield RawSample(key=str(number), shard="a.tar", offset=number, members=members, fields=("bin",))
 
     def take() -> list[str]:
-        keys = []
-        for raw in module._hold_while_paused(stored(), 8 << 20):
+        def key_of(raw: RawSample) -> str:
             taken[0] += 1
-            keys.append(raw.key)
-        return keys
+            return raw.key
 
-    with ThreadPoolExecutor(1) as thread:
+        ahead: Lookahead[RawSample, str] = Lookahead(
+            4, paused_bytes=8 << 20, item_bytes=lambda raw: len(raw.members["bin"])
+        )
+        return list(ordered_map(key_of, stored(), pool, ahead))
+
+    with ThreadPoolExecutor(1) as pool, ThreadPoolExecutor(1) as thread:
         with decoding_paused():
             with decoding_paused():
                 keys = thread.submit(take)

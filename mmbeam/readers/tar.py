@@ -133,17 +133,31 @@ class Members:
 
     def __iter__(self) -> Iterator[Member | Break]:
         while self._block or self._source.fault is not None:
+            pax, prefix, problem = dict(self._global_pax), None, ""
             try:
-                member = self._next()
+                info = parse(self._block)
+                while info is not None and info.type in EXTENSION_TYPES:
+                    if prefix is None and info.type != b"g":
+                        prefix = self._source.position - BLOCK
+                    try:
+                        self._extend(info, pax)
+                    except ValueError as error:
+                        problem = str(error)
+                    self._block = self._source.read(BLOCK)
+                    info = parse(self._block)
+                if info is None:  # the end mark
+                    self.trailing_data = self._source.read(TRAILING_BYTES).strip(b"\0") != b""
+                    return
+                begin = self._source.position - BLOCK if prefix is None else prefix
+                if info.type == tarfile.GNUTYPE_SPARSE:
+                    self._pass_sparse_map()
             except _BadHeaderError as error:
                 damage = self._resynchronise(str(error))
                 yield damage
                 if damage.truncated:
                     return
                 continue
-            if member is None:
-                self.trailing_data = self._source.read(TRAILING_BYTES).strip(b"\0") != b""
-                return
+            member = _member(info, pax, begin, self._source.position, problem)
             yield member
             self._source.skip(member.end - self._source.position)
             if (cut := self._cut(member)) is not None:
@@ -153,27 +167,6 @@ class Members:
             if len(self._block) < BLOCK and not self._block.strip(b"\0"):
                 self._block = b""  # half an end mark: unterminated, but not damage
         self.unterminated = True
-
-    def _next(self) -> Member | None:
-        """Return the next member, with its extended headers applied, or None at the end mark."""
-        pax = dict(self._global_pax)
-        begin, problem = None, ""
-        while True:
-            offset = self._source.position - len(self._block)
-            info = parse(self._block)
-            if info is None or info.type not in EXTENSION_TYPES:
-                break
-            begin = offset if begin is None and info.type != b"g" else begin
-            try:
-                self._extend(info, pax)
-            except ValueError as error:
-                problem = str(error)
-            self._block = self._source.read(BLOCK)
-        if info is None:
-            return None
-        if info.type == tarfile.GNUTYPE_SPARSE:
-            self._pass_sparse_map()
-        return _member(info, pax, offset if begin is None else begin, self._source.position, problem)
 
     def _extend(self, info: tarfile.TarInfo, pax: dict[str, str]) -> None:
         """Read an extension header into `pax`. Raises ValueError if it is invalid or too large."""
@@ -393,36 +386,17 @@ class TarReader:
         self.trailing_data = False
 
     def __iter__(self) -> Iterator[RawSample]:
-        group: _Group | None = None
-        early: list[Damage] = []  # ahead of the first sample
-        for member, names in self._members():
-            if isinstance(member, Break) or member.problem:
-                _add_damage(group, early, member)
-                continue
-            if names is None:
-                continue
-            key, name = names
-            if group is None or group.closed or key != group.key or name in group.fields:
-                if group is not None:
-                    yield self._finish(group)
-                group = _Group(key, member.offset, damages=[] if group else early)
-            self._add(group, name, member)
-        if group is not None:
-            yield self._finish(group)
-        elif early:
-            raise ShardError(f"{self._shard}: holds no sample that can be read: {early[0].message}")
-
-    def _members(self) -> Iterator[tuple[Member | Break, tuple[str, str] | None]]:
-        """Yield the members and breaks of the part, with key and field of those that belong to a sample."""
         first = self._first_block() if self._begin == 0 else find_header(self._source, self._end)
         if len(first) < BLOCK:
             return  # no header begins in this part
         headers = Members(self._source, first)
         begin, end = _Cut(self._begin), _Cut(self._end)
+        group: _Group | None = None
+        early: list[Damage] = []  # ahead of the first sample
         for member in headers:
-            names = (
-                None if isinstance(member, Break) or member.problem or not member.regular else split_name(member.name)
-            )
+            names = None
+            if isinstance(member, Member) and not member.problem and member.regular:
+                names = split_name(member.name)
             # A pax global header holds for all members behind it, but a part that begins behind it cannot know it.
             # Therefore the part that contains it extends to the end of the tar, and a part that finds it before its
             # first sample has none.
@@ -431,11 +405,24 @@ class TarReader:
                     self.first_sample = member.offset
                 if end.is_before(member.offset, names[0]):
                     self.next_sample = member.offset
-                    return
-            if self.first_sample is not None:
-                yield member, names
-        if self.first_sample is not None:  # so that the oddities of a shard are reported by one part only
+                    break
+            if self.first_sample is None:
+                continue
+            if isinstance(member, Break) or member.problem:
+                _add_damage(group, early, member)
+            elif names is not None:
+                key, name = names
+                if group is None or group.closed or key != group.key or name in group.fields:
+                    if group is not None:
+                        yield self._finish(group)
+                    group = _Group(key, member.offset, damages=[] if group else early)
+                self._add(group, name, member)
+        if self.first_sample is not None and self.next_sample is None:  # so that one part reports a shard's oddities
             self.unterminated, self.trailing_data = headers.unterminated, headers.trailing_data
+        if group is not None:
+            yield self._finish(group)
+        elif early:
+            raise ShardError(f"{self._shard}: holds no sample that can be read: {early[0].message}")
 
     def _first_block(self) -> bytes:
         """Return the first header, decompressed if the tar is compressed."""

@@ -1,7 +1,7 @@
 """Samples of a work unit as windows, read and decoded ahead of the consumer.
 
 A thread per unit reads the tar in order and hands samples to the process's decode pool (the codecs release the GIL),
-unless decoding is paused. A bounded queue keeps it a fixed number of windows ahead. Where a window closes depends on
+unless decoding is paused. It is one window ahead of the consumer. Where a window closes depends on
 the data alone, so that a retry and another runner see the same windows.
 """
 
@@ -14,8 +14,6 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing
 from dataclasses import dataclass, field, replace
-from functools import partial
-from itertools import chain, islice, starmap
 from typing import Generic, TypeVar
 
 from mmbeam.clean.where import compile_where, rejecting_expression, where_needs
@@ -24,9 +22,9 @@ from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import MODALITIES
 from mmbeam.process import cores, decode_pool, may_decode
-from mmbeam.readers.stream import ShardStream, open_shard
+from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader, part_origin
-from mmbeam.types import Batch, Failure, Input, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
+from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
 
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
@@ -34,23 +32,11 @@ OutT = TypeVar("OutT")
 _PAUSED_READ_BYTES = 8 * MIB  # of a remote shard's samples, read ahead while decoding is paused; 0 for local shards
 
 
-def read_batches(
-    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, wanted: Callable[[str], bool] | None = None
-) -> Generator[Batch]:
-    """Yield the unit's windows in order; the last one has `last`, and `unit_error` if an input could not be read.
+def prefetch(batches: Generator[Batch], name: str) -> Generator[Batch]:
+    """Yield the windows of a unit up to the last one, each made by a thread while the consumer has the one before.
 
-    Samples whose key is not `wanted` are skipped before they are decoded, and are not counted. One window is filled
-    while the consumer has another, so two are in memory. Each tally has the seconds of "read" and "decode" (summed over
-    threads) and of "read_wait", for which the consumer waited. Closing the generator ends the thread.
-    """
-    return prefetch(partial(_windows, unit, reading, needs, windows, wanted), f"mmbeam-read-{unit.id}")
-
-
-def prefetch(make: Callable[[], Generator[Batch]], name: str) -> Generator[Batch]:
-    """Yield the windows of `make()` up to the last one, each made while the consumer has the one before.
-
-    So two are in memory. What `make` raises is raised here. Each tally gains the seconds of "read_wait", for which the
-    consumer waited. Closing the generator ends the thread, which is called `name`.
+    So two are in memory. What `batches` raises is raised here. Each tally gains the seconds of "read_wait", for which
+    the consumer waited. Closing the generator ends the thread, which is called `name`.
     """
     ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
     room = threading.Semaphore(1)  # held from the start of a window until the consumer takes it
@@ -58,7 +44,7 @@ def prefetch(make: Callable[[], Generator[Batch]], name: str) -> Generator[Batch
 
     def fill() -> None:
         try:
-            with closing(make()) as batches:
+            with closing(batches):
                 while room.acquire() and not stopped.is_set() and (batch := next(batches, None)) is not None:
                     ready.put(batch)
                     del batch  # a window is large: do not hold it while the next one is made
@@ -91,6 +77,7 @@ class Lookahead(Generic[InT, OutT]):
 
     depth: int
     max_bytes: int = sys.maxsize
+    paused_bytes: int = 0  # of items, read while decoding is paused
     item_bytes: Callable[[InT], int] = lambda item: 0
     result_bytes: Callable[[OutT], int] = lambda result: 0
 
@@ -98,24 +85,38 @@ class Lookahead(Generic[InT, OutT]):
 def ordered_map(
     call: Callable[[InT], OutT], items: Iterator[InT], pool: ThreadPoolExecutor, ahead: Lookahead[InT, OutT]
 ) -> Generator[OutT]:
-    """Yield `map(call, items)` in order, computed by `pool` ahead of the consumer."""
-    pending: deque[tuple[Future[OutT], int]] = deque()
-    room, pending_bytes = min(ahead.depth, 2), 0  # until a result shows how large they are
+    """Yield `map(call, items)` in order, computed by `pool` ahead of the consumer.
+
+    No item is None. While decoding is paused (process.py), read items ahead up to `paused_bytes`, and submit none.
+    """
+    waiting: deque[tuple[InT, int]] = deque()  # items read and not submitted, with their bytes
+    pending: deque[tuple[Future[OutT], int]] = deque()  # submitted
+    waiting_bytes = pending_bytes = 0
+    room = min(ahead.depth, 2)  # until a result shows how large they are
+    ended = False
     try:
-        for item in items:
-            size = ahead.item_bytes(item)
-            pending.append((pool.submit(call, item), size))
-            pending_bytes += size
-            del item  # it may be large
-            while len(pending) >= room or (pending_bytes > ahead.max_bytes and pending):
+        while not (ended and not waiting and not pending):
+            if pending and (len(pending) >= room or pending_bytes > ahead.max_bytes or (ended and not waiting)):
                 future, size = pending.popleft()
-                result = future.result()
                 pending_bytes -= size
+                result = future.result()
                 room = min(ahead.depth, max(1, ahead.max_bytes // max(1, ahead.result_bytes(result))))
                 yield result
                 del result, future
-        while pending:
-            yield pending.popleft()[0].result()
+            elif not ended and (not waiting or (not may_decode.is_set() and waiting_bytes < ahead.paused_bytes)):
+                new = next(items, None)
+                if new is None:
+                    ended = True
+                else:
+                    waiting.append((new, ahead.item_bytes(new)))
+                    waiting_bytes += waiting[-1][1]
+                del new  # it may be large
+            else:
+                may_decode.wait()
+                item, size = waiting.popleft()
+                pending.append((pool.submit(call, item), size))
+                waiting_bytes, pending_bytes = waiting_bytes - size, pending_bytes + size
+                del item
     finally:
         for future, _ in pending:
             future.cancel()
@@ -177,9 +178,14 @@ class _OpenWindow:
         )
 
 
-def _windows(
-    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, wanted: Callable[[str], bool] | None
+def read_batches(
+    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, wanted: Callable[[str], bool] | None = None
 ) -> Generator[Batch]:
+    """Yield the unit's windows in order; the last one has `last`, and `unit_error` if an input could not be read.
+
+    Samples whose key is not `wanted` are skipped before they are decoded, and are not counted. Each tally has the
+    seconds of "read" and "decode" (summed over threads). `prefetch` makes windows ahead of the consumer.
+    """
     expressions = [(text, compile_where(text)) for text in reading.cleaning.where]
 
     def decode(raw: RawSample) -> _DecodedSample:
@@ -196,13 +202,14 @@ def _windows(
         return _DecodedSample(sample, failures, skip, raw.repeated, time.perf_counter() - begin)
 
     ahead: Lookahead[RawSample, _DecodedSample] = Lookahead(
-        2 * cores() + 2, windows.decoded_bytes, _raw_bytes, lambda decoded: decoded.sample.nbytes
+        depth=2 * cores() + 2,
+        max_bytes=windows.decoded_bytes,
+        paused_bytes=_PAUSED_READ_BYTES if any("://" in source.shard.path for source in unit.inputs) else 0,
+        item_bytes=lambda raw: sum(map(len, raw.members.values())),
+        result_bytes=lambda decoded: decoded.sample.nbytes,
     )
     source = _UnitSamples(unit, reading, needs)
-    remote = any("://" in input_.shard.path for input_ in unit.inputs)
-    raws = _hold_while_paused(
-        (raw for raw in source.samples() if wanted is None or wanted(raw.key)), _PAUSED_READ_BYTES if remote else 0
-    )
+    raws = (raw for raw in source.samples() if wanted is None or wanted(raw.key))
     index, window, error_text = 0, _OpenWindow(), None
     try:
         with closing(ordered_map(decode, raws, decode_pool(), ahead)) as samples:
@@ -215,27 +222,6 @@ def _windows(
     except ShardError as error:
         error_text = str(error)
     yield window.close(unit, index, source, last=True, error=error_text)
-
-
-def _hold_while_paused(raws: Iterator[RawSample], max_bytes: int) -> Iterator[RawSample]:
-    """Yield each sample as it is read. While decoding is paused, hold them, and read ahead up to `max_bytes`."""
-    held: deque[RawSample] = deque()
-    held_bytes = 0
-    for raw in raws:
-        held.append(raw)
-        held_bytes += _raw_bytes(raw)
-        del raw  # it may be large
-        while held and (may_decode.is_set() or held_bytes >= max_bytes):
-            may_decode.wait()
-            held_bytes -= _raw_bytes(held[0])
-            yield held.popleft()
-    while held:
-        may_decode.wait()
-        yield held.popleft()
-
-
-def _raw_bytes(raw: RawSample) -> int:
-    return sum(map(len, raw.members.values()))
 
 
 class _UnitSamples:
@@ -257,49 +243,41 @@ class _UnitSamples:
         return tally
 
     def samples(self) -> Iterator[RawSample]:
-        is_pack = len(self._unit.inputs) > 1 and self._unit.limit is None
-        read = self._packed if is_pack else self._input
-        return islice(chain.from_iterable(starmap(read, enumerate(self._unit.inputs))), self._unit.limit)
+        """Yield the samples of all inputs in order, up to the unit's limit.
 
-    def _packed(self, number: int, source: Input) -> Iterator[RawSample]:
-        """Yield the samples of one input of a pack. One that cannot be read costs the other inputs nothing.
-
-        One that breaks off has yielded samples already, so the unit fails. What is recorded of it makes the next launch
-        read the pack without it (runs/plan.py).
+        In a pack, an input that cannot be read costs the other inputs nothing: what is recorded of it makes the next
+        launch read the pack without it (runs/plan.py). If it breaks off after some samples, the unit fails.
         """
-        any_read = False
-        try:
-            for raw in self._input(number, source):
-                any_read = True
-                yield raw
-                del raw  # it may be large
-        except ShardError as error:
-            self.inputs_read[number] = InputRead(error=str(error))
-            if any_read:
-                raise
-
-    def _input(self, number: int, source: Input) -> Iterator[RawSample]:
-        with open_shard(source.shard, part_origin(source.begin)) as stream:
-            limits = self._reading.limits
-            reader = TarReader(stream, source.shard.path, self._is_wanted, limits, source.begin, source.end)
-            yield from self._timed(iter(reader), stream)
-        self._warnings["shards without an end-of-archive marker"] += reader.unterminated
-        self._warnings["shards with data after their end-of-archive marker"] += reader.trailing_data
-        self._warnings += Counter()  # drops zeros
-        if source.is_part:
-            self.inputs_read[number] = InputRead(first_sample=reader.first_sample, next_sample=reader.next_sample)
-
-    def _timed(self, samples: Iterator[RawSample], stream: ShardStream) -> Iterator[RawSample]:
-        """Yield each sample, and add the seconds spent and the stored bytes read to the tally."""
-        before = 0
-        while True:
-            begin = time.perf_counter()
-            raw = next(samples, None)
-            now = stream.bytes_read
-            self._seconds += time.perf_counter() - begin
-            self._bytes += now - before
-            before = now
-            if raw is None:
-                return
-            yield raw
-            del raw
+        is_pack = len(self._unit.inputs) > 1 and self._unit.limit is None
+        limits = self._reading.limits
+        count = 0
+        for number, source in enumerate(self._unit.inputs):
+            count_before = count
+            try:
+                with open_shard(source.shard, part_origin(source.begin)) as stream:
+                    reader = TarReader(stream, source.shard.path, self._is_wanted, limits, source.begin, source.end)
+                    samples, stored_before = iter(reader), 0
+                    while True:
+                        begin = time.perf_counter()
+                        raw = next(samples, None)
+                        self._seconds += time.perf_counter() - begin
+                        self._bytes += stream.bytes_read - stored_before
+                        stored_before = stream.bytes_read
+                        if raw is None:
+                            break
+                        count += 1
+                        yield raw
+                        del raw  # it may be large
+                        if count == self._unit.limit:
+                            return
+            except ShardError as error:
+                if is_pack:
+                    self.inputs_read[number] = InputRead(error=str(error))
+                if not is_pack or count > count_before:
+                    raise
+                continue
+            self._warnings["shards without an end-of-archive marker"] += reader.unterminated
+            self._warnings["shards with data after their end-of-archive marker"] += reader.trailing_data
+            self._warnings += Counter()  # drops zeros
+            if source.is_part:
+                self.inputs_read[number] = InputRead(first_sample=reader.first_sample, next_sample=reader.next_sample)

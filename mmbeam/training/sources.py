@@ -26,7 +26,7 @@ from mmbeam.models.fusion.configuration import feature_source
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.names import MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
-from mmbeam.readers.windows import read_batches
+from mmbeam.readers.windows import prefetch, read_batches
 from mmbeam.training.examples import Example, clauses_of
 from mmbeam.types import Audio, Feature, FeatureColumn, Needs, Sample, Waveform, WorkUnit
 
@@ -172,7 +172,8 @@ class ShardSource:
 
     def _samples(self, units: Sequence[WorkUnit], wanted: Callable[[str], bool] | None) -> Iterator[Sample]:
         for unit in units:
-            with closing(read_batches(unit, self.reading, self.needs, Windows(), wanted)) as batches:
+            read = read_batches(unit, self.reading, self.needs, Windows(), wanted)
+            with closing(prefetch(read, f"mmbeam-read-{unit.id}")) as batches:
                 for batch in batches:
                     yield from batch.samples
                     if batch.unit_error is not None:

@@ -3,7 +3,6 @@
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import asdict
-from functools import partial
 
 import apache_beam as beam
 
@@ -39,10 +38,6 @@ class ReadShards(beam.PTransform):
         return units | "Read" >> beam.ParDo(self.dofn)
 
 
-def _read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
-    return prefetch(partial(read_features, unit, reading, needs, windows), f"mmbeam-read-{unit.id}")
-
-
 class ReadFeatures(ReadShards):
     """PCollection[WorkUnit] -> PCollection[Batch]: read Parquet files that `mmbeam embed` wrote, instead of shards.
 
@@ -50,11 +45,11 @@ class ReadFeatures(ReadShards):
     read again.
     """
 
-    read: Read = staticmethod(_read_features)
+    read: Read = staticmethod(read_features)
 
 
 class ReadUnits(beam.DoFn):
-    """Reads units to batches by `read`; passes committed units on as their reports."""
+    """Reads units to batches by `read`, a window ahead of the consumer; passes committed units on as their reports."""
 
     def __init__(
         self, read: Read, needs: Needs, reading: Reading | None, run: Run | None, windows: Windows | None
@@ -79,7 +74,8 @@ class ReadUnits(beam.DoFn):
                 if report is not None:
                     yield Batch(unit=unit, index=0, last=True, report=report)
                     return
-            with closing(self.read(unit, self.reading, self.needs, self.windows)) as batches:
+            read = self.read(unit, self.reading, self.needs, self.windows)
+            with closing(prefetch(read, f"mmbeam-read-{unit.id}")) as batches:
                 for batch in batches:
                     if self.run is not None:
                         raise_if_failed(self.run)
