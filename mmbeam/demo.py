@@ -85,7 +85,7 @@ def describe_rows(shards: Path, output: Path) -> Iterator[str]:
             yield f"    {'  ->  '.join(pair)}"
         pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
         rates = [np.mean([bool(labels[i] & labels[j]) for i, j in some]) for some in (enumerate(nearest), pairs)]
-        yield f"    {rates[0]:.0%} of the neighbours share {shared}, of random pairs {rates[1]:.0%}"
+        yield f"    {rates[0]:.0%} of the neighbours share {shared}; {rates[1]:.0%} of random pairs do"
 
 
 def describe_next_steps(shards: Path, output: Path) -> Iterator[str]:
