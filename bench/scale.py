@@ -31,7 +31,7 @@ from mmbeam.config import MIB, Reading, Windows
 from mmbeam.jobs.execute import execute_pipeline
 from mmbeam.jobs.options import pipeline_options
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.units import MOST_UNITS, UNIT_BYTES
+from mmbeam.readers.units import MAX_UNITS, UNIT_BYTES
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.plan import extend_plan
 from mmbeam.runs.run import Run, open_run
@@ -43,7 +43,7 @@ from mmbeam.types import Batch, Needs, Output, Sample, Tally, WorkUnit
 ROWS = 2  # of each unit
 COLUMN = pa.field("image_embedding", pa.list_(pa.float32()))
 VECTORS = pa.array([[0.5] * 8] * ROWS, COLUMN.type)
-SHARD_BYTES = 10**9  # of fewer than MOST_UNITS shards the planner would cut each in four
+SHARD_BYTES = 10**9  # of fewer than MAX_UNITS shards the planner would cut each in four
 
 
 def make_run(output: str) -> Run:
@@ -54,7 +54,7 @@ def make_run(output: str) -> Run:
 
 def make_shards(directory: Path, count: int) -> None:
     """Sparse files: a listing sees a gigabyte each, the disk has none of it."""
-    size = SHARD_BYTES if count >= MOST_UNITS else UNIT_BYTES
+    size = SHARD_BYTES if count >= MAX_UNITS else UNIT_BYTES
     directory.mkdir()
     for number in range(count):
         with (directory / f"part-{number:06d}.tar").open("wb") as shard:

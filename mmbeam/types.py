@@ -54,7 +54,7 @@ class Input:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class InputRead:
-    """What was learned by reading an input, apart from its samples."""
+    """What reading an input reports besides its samples: the boundaries of a part, or the error."""
 
     first_sample: int | None = None  # of a part: byte of its first sample (0 if it begins the shard); None: no sample
     next_sample: int | None = None  # of a part: byte of the first sample behind it; None: no sample
@@ -63,7 +63,7 @@ class InputRead:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkUnit:
-    """What one attempt reads and one Parquet file holds. `id` is a safe file name and never changes."""
+    """The inputs that one attempt reads, and whose rows one Parquet file holds. `id` is a safe file name."""
 
     id: str
     inputs: tuple[Input, ...]
@@ -73,7 +73,7 @@ class WorkUnit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Damage:
-    """A member that could not be read whole, and why; the sample that holds it is still a sample."""
+    """A member that could not be read completely, and the error. The rest of its sample is still processed."""
 
     field: str  # lower case; "" if the member's header itself is damaged
     offset: int  # of the member's header in the uncompressed tar
@@ -219,7 +219,7 @@ class Tally:
     present: Mapping[str, int] = field(default_factory=dict)  # samples, by modality they hold
     outputs: Mapping[str, int] = field(default_factory=dict)  # non-null values, by output
     failures: Mapping[str, int] = field(default_factory=dict)  # failure records, by "step: error"
-    warnings: Mapping[str, int] = field(default_factory=dict)  # oddities that lost nothing
+    warnings: Mapping[str, int] = field(default_factory=dict)  # unusual input that cost no output, by message
     seconds: Mapping[str, float] = field(default_factory=dict)  # computing or waiting, by step
 
     def __add__(self, other: "Tally") -> "Tally":
@@ -286,7 +286,7 @@ class Needs:
 
     modalities: frozenset[Modality] = frozenset()
     sampling_rates: frozenset[int] = frozenset()  # Hz; empty: each sound's own rate
-    image_side: int | None = None  # pixels: the largest shorter side that any model resizes to
+    image_side: int | None = None  # pixels: each model resizes the shorter side to at most this
     columns: frozenset[FeatureColumn] = frozenset()  # if the input is rows of features
 
     def __or__(self, other: "Needs") -> "Needs":

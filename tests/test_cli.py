@@ -327,7 +327,7 @@ def test_an_unexpected_error_is_one_line_too(embed: Mmbeam) -> None:
 
 
 def test_status_and_inspect(embed: Mmbeam, mmbeam: Mmbeam, good: Path, tmp_path: Path) -> None:
-    check_refused(mmbeam("status", tmp_path), 1, f"{tmp_path}: holds no run of mmbeam")
+    check_refused(mmbeam("status", tmp_path), 1, f"{tmp_path}: not the output of an mmbeam job")
     assert embed("--limit", "4").status == 0
     said = mmbeam("status", tmp_path / "out")
     assert (said.status, said.err) == (0, "")

@@ -464,7 +464,7 @@ def test_units_done_again_replace_the_whole_shard(output: str, tmp_path: Path) -
 
 @pytest.fixture
 def packing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "LEAST_UNITS", 2)
+    monkeypatch.setattr(units, "UNPACKED_SHARDS", 2)
 
 
 def tiny(folder: Path) -> str:

@@ -78,7 +78,7 @@ class TestExpand:
         (tmp_path / "binary.list").write_bytes(b"\xff\xfe\x00")
         with pytest.raises(UsageError, match="unbalanced braces"):
             expand(["data-{0..9.tar"])
-        with pytest.raises(UsageError, match="a list in a list"):
+        with pytest.raises(UsageError, match="a list cannot contain another list"):
             expand([f"{tmp_path}/nested.txt"])
         with pytest.raises(UsageError, match=r"absent.txt: cannot be read as a list of shards \(FileNotFoundError\)"):
             expand([f"{tmp_path}/absent.txt"])

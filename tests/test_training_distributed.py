@@ -200,7 +200,9 @@ def test_all_stop_together(together: Together) -> None:
     first, second = together[1]
     assert (first["early"], second["early"]) == (2, 2)
     for found in (first, second):  # at the same step, since the loss is that of both
-        assert found["spoiled"].startswith("TrainingError: step 2: expected a finite loss and gradient, found loss nan (align")
+        assert found["spoiled"].startswith(
+            "TrainingError: step 2: expected a finite loss and gradient, found loss nan (align"
+        )
     assert second["torn"] == "ShardError: torn.tar: ends in the middle of a member"
     assert first["torn"] == f"JobError: rank 1 stopped: {second['torn']}"
     assert first["not measured"].startswith("TrainingError: the validation part gave no samples")

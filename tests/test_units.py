@@ -126,7 +126,7 @@ def test_without_a_size_asked_for_nothing_is_cut() -> None:
 
 
 def test_a_corpus_too_large_for_so_many_units_gets_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "MOST_UNITS", 10)
+    monkeypatch.setattr(units, "MAX_UNITS", 10)
     shards = [make_shard(f"/d/{number}.tar", 10**9) for number in range(10)]
     assert len(plan_units(shards, [], 10**8)) == 10
 
@@ -165,7 +165,7 @@ def test_tiny_neighbours_are_packed_while_enough_units_remain() -> None:
 
 
 def test_packs_hold_no_more_than_was_asked_for_nor_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(units, "LEAST_UNITS", 1)
+    monkeypatch.setattr(units, "UNPACKED_SHARDS", 1)
     sizes = [10, 10, 200, 30, None, 0, 5, 5, 5, 1000]
     shards = [make_shard(f"/d/{number}.tar.gz", size) for number, size in enumerate(sizes)]
     packs = [[each.shard.size for each in unit.inputs] for unit in plan_units(shards, [], 40)]
@@ -177,5 +177,5 @@ def test_packs_hold_no_more_than_was_asked_for_nor_too_many(monkeypatch: pytest.
 
 def test_few_shards_are_not_packed() -> None:
     """One that cannot be read is then alone."""
-    shards = [make_shard(f"/d/{number}.tar", 10) for number in range(units.LEAST_UNITS)]
+    shards = [make_shard(f"/d/{number}.tar", 10) for number in range(units.UNPACKED_SHARDS)]
     assert len(plan_units(shards, [], 256 << 20)) == len(shards)

@@ -27,7 +27,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
     with libraries_quiet(args.verbose):
         shards = make_corpus(Path(args.directory))
         yield f"Made a corpus of {SAMPLES} samples: {shards}/corpus-{{00000..{SHARDS - 1:05d}}}.tar"
-        yield "  Each has an image (jpg, png, webp), audio (wav, flac, ogg, mp3), a text, and a JSON with the reference caption."
+        yield "  Each has an image (jpg, png, webp), audio (wav, flac, ogg, mp3), text, and the true caption (json)."
         yield "Captioning and embedding it in one pass, with the small fusion model that ships with mmbeam:"
         compute_on_one_thread()
         options = CaptionOptions(

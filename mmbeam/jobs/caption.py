@@ -21,7 +21,7 @@ from mmbeam.prompts.ask import Decoding, Instruction, prompt_fields
 from mmbeam.prompts.template import entry_paths
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import public_path
-from mmbeam.readers.units import GENERATE_BYTES
+from mmbeam.readers.units import GENERATE_UNIT_BYTES
 from mmbeam.report.inspect import PROBED_SAMPLES, PROBED_SHARDS, Probe, probe
 from mmbeam.runs.run import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
@@ -106,7 +106,7 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     return CaptionJob(
         run=run,
         stages=(*embed, generate),
-        units=plan(run, shards, options, unit_bytes=None if files else GENERATE_BYTES),
+        units=plan(run, shards, options, unit_bytes=None if files else GENERATE_UNIT_BYTES),
         options=options,
         check=partial(check_found, modalities=modalities, required=required),
         features=bool(files),

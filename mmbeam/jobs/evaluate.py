@@ -1,7 +1,7 @@
 """The evaluate job: text scores, retrieval between modalities, and linear probes of the rows that a run wrote.
 
-Texts are scored by a Beam pipeline. Vectors are measured in this process, on columns read into memory as float32, since
-a rank needs all vectors and a solver reads them many times.
+Texts are scored by a Beam pipeline. Vectors are measured in this process, on columns read into memory as float32:
+retrieval compares all pairs of vectors, and the solver of a probe reads them repeatedly.
 """
 
 import json
@@ -31,7 +31,7 @@ from mmbeam.runs.store import Store
 from mmbeam.transforms.evaluate import ScoreTexts, Scoring
 
 ALL_PAIRS = "all"  # instead of a pair of columns: every pair of columns of one model and width
-TEXT_METRICS = ("chrf", "bleu", "rouge", "cider", "exact_match")  # the worst samples are those by the first
+TEXT_METRICS = ("chrf", "bleu", "rouge", "cider", "exact_match")  # the first ranks the worst samples
 TRANSCRIPT_METRICS = ("wer", "cer", "exact_match")  # for a column with "transcript" in its name
 PACKAGES = ("mmbeam", "numpy", "sacrebleu", "rouge-score", "jiwer", "scikit-learn")  # a version may change a score
 REFERENCE = "reference"  # the default field of a file of references
@@ -51,7 +51,7 @@ class EvaluateOptions:
     reference: str | None = None  # a column, or an entry of the metadata; with `references`, a field of that file
     references: str | None = None  # a file of references, joined by key
     column: str | None = None  # the text to measure; None: the only one that was generated
-    metrics: tuple[str, ...] | None = None  # the worst samples are those by the first; None: by the column
+    metrics: tuple[str, ...] | None = None  # the first ranks the worst samples; None: by the column
     retrieval: tuple[str, ...] = ()  # "image_embedding:text_embedding", or ALL_PAIRS
     label: str | None = None  # a column, or an entry of the metadata
     output: str | None = None  # a directory; None: within the run's own
@@ -59,7 +59,7 @@ class EvaluateOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Results:
+class _Destination:
     """Where the results are written."""
 
     store: Store
@@ -70,16 +70,16 @@ class _Results:
 
 
 def evaluate(options: EvaluateOptions) -> dict[str, Any]:
-    """Measure, write evaluation.json and the scores of each sample, and return the former with its path as "report".
+    """Measure, write evaluation.json and the scores of each sample, and return its content with its path as "report".
 
     Raises UsageError for invalid options and for a file of references that cannot be read, JobError if no row can be
     measured or the pipeline failed, FlowError if the runner lost rows.
     """
     pipeline_options(options.beam_args)
     rows = WrittenRows.of(options.run)
-    results = _Results(store=rows.store, prefix="_mmbeam/")
+    destination = _Destination(store=rows.store, prefix="_mmbeam/")
     if options.output is not None:
-        results = _Results(store=Store(options.output), prefix="")
+        destination = _Destination(store=Store(options.output), prefix="")
     text_source = _text_source(options, rows)
     label = _label(options, rows)
     pairs = _pairs(options, rows, default=text_source is None and label is None)
@@ -91,12 +91,12 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
     }
     if text_source is not None:
         source, metrics = text_source
-        result["text"] = _evaluate_texts(rows, source, metrics, results, options.beam_args)
+        result["text"] = _evaluate_texts(rows, source, metrics, destination, options.beam_args)
     result["retrieval"] = [_evaluate_retrieval(rows, left, right) for left, right in pairs]
     result["probes"] = [] if label is None else [_evaluate_probe(rows, column, label) for column in rows.widths]
-    report = results.name(".json")
-    results.store.replace(report, json.dumps(result, indent=1, ensure_ascii=False).encode())
-    return {**result, "report": f"{results.store}/{report}"}
+    report = destination.name(".json")
+    destination.store.replace(report, json.dumps(result, indent=1, ensure_ascii=False).encode())
+    return {**result, "report": f"{destination.store}/{report}"}
 
 
 # Texts
@@ -164,20 +164,24 @@ def _check_field(rows: WrittenRows, argument: str, field: RowField, is_usable: C
 
 
 def _evaluate_texts(
-    rows: WrittenRows, source: PairSource, metrics: tuple[str, ...], results: _Results, beam_args: tuple[str, ...]
+    rows: WrittenRows,
+    source: PairSource,
+    metrics: tuple[str, ...],
+    destination: _Destination,
+    beam_args: tuple[str, ...],
 ) -> dict[str, Any]:
-    unused = set(source.load())  # before the pipeline, so that a file that cannot be read is one error
+    unused = set(source.load())  # before the pipeline, so that an unreadable file is reported once
     for batch in rows.read((KEY,)) if unused else ():
         unused.difference_update(batch.column(KEY).to_pylist())
-    for name in results.store.list(results.name("")):  # scores of an earlier evaluation, perhaps of other parts
+    for name in destination.store.list(destination.name("")):  # scores of an earlier evaluation, perhaps of other parts
         if part_unit(name) is not None:
-            results.store.remove(f"{results.name('')}/{name}")
+            destination.store.remove(f"{destination.name('')}/{name}")
     pipeline = beam.Pipeline(options=pipeline_options((*IN_PROCESS, *beam_args)))
     (
         pipeline
         | "Parts" >> beam.Create(rows.parts)  # str
-        | ScoreTexts(Scoring(rows.store, source, metrics, results.store, results.name("")))  # TextTotals
-        | "Save" >> beam.Map(_save, results.store, results.name("_totals.json"))  # None
+        | ScoreTexts(Scoring(rows.store, source, metrics, destination.store, destination.name("")))  # TextTotals
+        | "Save" >> beam.Map(_save, destination.store, destination.name("_totals.json"))  # None
     )
     try:
         state = pipeline.run().wait_until_finish()
@@ -185,7 +189,7 @@ def _evaluate_texts(
         raise plain_error(error) from error
     if state != PipelineState.DONE:
         raise JobError(f"the pipeline ended in state {state}; see the runner's log")
-    totals = TextTotals.from_json(json.loads(results.store.read(results.name("_totals.json"))))
+    totals = TextTotals.from_json(json.loads(destination.store.read(destination.name("_totals.json"))))
     if totals.rows != rows.count():
         raise FlowError(f"{rows.store}: expected {rows.count():,} rows, {totals.rows:,} were scored")
     if not totals.scored:

@@ -1,4 +1,4 @@
-"""The worker processes of `workers`: both sides, how devices and cores are divided, and what a process does.
+"""The worker processes of the `workers` option: the launcher, the worker, and how they share devices and cores.
 
 Each process runs the pipeline's fused stage, from reading to writing, over one unit after another, as a runner would
 run it over a bundle. It has its share of the cores: the environment in which it starts tells every library that

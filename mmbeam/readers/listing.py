@@ -1,4 +1,4 @@
-"""From the paths and patterns a user names to the shards a job reads.
+"""Resolve the paths and patterns of `input` to shards.
 
 Not here: the work units they become (units.py), opening a shard (stream.py), reading it (tar.py).
 """
@@ -39,8 +39,9 @@ def expand(patterns: Sequence[str]) -> list[str]:
 
     A pattern may join several with `::`, hold brace ranges (`data-{00000..00099}.tar`), or name a list of shards
     (`@LIST`, or a path that ends in .txt or .list): one pattern per line, lines that begin with # are comments,
-    relative paths are relative to the list. A local path that exists is itself, whatever characters it holds. Raise
-    UsageError for a pattern that would run a command, for unbalanced braces, and for a list that cannot be read.
+    relative paths are relative to the list. A local path that exists is taken literally, even if it contains pattern
+    characters. Raise UsageError for a pattern that would run a command, for unbalanced braces, and for a list that
+    cannot be read.
     """
     return list(dict.fromkeys(entry for pattern in patterns for entry in _expand_pattern(pattern)))
 
@@ -55,7 +56,8 @@ def _expand_pattern(pattern: str) -> Iterator[str]:
             for listed in _expand_braces(line, folder=without_query(url).rpartition("/")[0]):
                 if _is_list(listed):
                     raise UsageError(
-                        f"{public_path(url)}: a list in a list ({public_path(listed)}); name both as `input`"
+                        f"{public_path(url)}: "
+                        f"a list cannot contain another list ({public_path(listed)}); pass both as `input`"
                     )
                 yield listed
 
@@ -143,16 +145,17 @@ def _place(url: str) -> _Place:
 
 
 def _is_object(url: str, fs: Any, path: str) -> bool:
-    """Return whether an object of a store bears this very name. A web server is not asked."""
+    """Return whether the store has an object of exactly this name; False for HTTP, without a request."""
     return "://" in url and not url.startswith(("http://", "https://", "file://")) and bool(fs.isfile(path))
 
 
 def list_shards(patterns: Sequence[str]) -> list[Shard]:
     """Return the shards that `patterns` name (see `expand`), with the sizes and etags that listings report.
 
-    The matches of a glob and the tars of a folder are sorted by path. A path that does not exist is a shard too: its
-    unit fails later, and the others go on. A pattern without a match is a warning. Raise NoShardsError if nothing
-    exists at all, UsageError for an invalid pattern, and the store's own error if it denies access.
+    The matches of a glob and the tars of a folder are sorted by path. A path that does not exist is returned as a
+    shard: its unit fails later, and the others are processed. A pattern without a match is a warning. Raise
+    NoShardsError if nothing exists at all, UsageError for an invalid pattern, and the store's own error if it denies
+    access.
     """
     places = [_place(entry) for entry in expand(patterns)]
     infos = _look_up([place for place in places if not place.is_glob])

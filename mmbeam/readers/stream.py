@@ -25,7 +25,7 @@ RETRY_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; any progre
 READ_BYTES = MIB  # per read of a file
 BLOCK_BYTES = 8 * MIB  # per request to a store: large enough to hide the latency of a request
 LEAST_BLOCK_BYTES = MIB  # each fault halves the block, down to this: some connections never last for 8 MiB
-HTTP_SECONDS = 60.0  # without a byte, after which a connection counts as dead
+HTTP_SECONDS = 60.0  # without data, after which a connection is closed and reopened
 
 # Errors of these packages come from the store or the network. Any other error that is not an OSError is a bug.
 STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "http", "requests", "urllib3"}
@@ -142,7 +142,7 @@ class _RetryingFile(io.RawIOBase):
         raise AssertionError("the last wait is None")
 
     def _reason_to_retry(self, error: Exception) -> str:
-        """Return what went wrong, without secrets, if a retry may help. Raise what is final."""
+        """Return the reason of a transient error, without secrets. Raise a permanent error."""
         path, status = self._shard.path, http_status(error)
         if status in (401, 403):
             raise PermissionError(f"{path}: access denied (status {status})") from None
@@ -216,7 +216,9 @@ def _open_http(fs: Any, url: str, size: int | None, block_bytes: int) -> Any:
 
     timeout = ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)
     if size is None:
-        return fs.open(url, "rb", block_size=0, size=1, timeout=timeout)  # any size saves a request
+        return fs.open(
+            url, "rb", block_size=0, size=1, timeout=timeout
+        )  # fsspec requests the size unless one is passed; a stream does not use it
     return fs.open(url, "rb", block_size=block_bytes, cache_type="readahead", size=size, timeout=timeout)
 
 

@@ -2,15 +2,15 @@
 
 Read from the bottom up: `TarReader` groups members into samples, `Members` parses headers (ustar, pax, GNU, v7) and
 continues after damage, `ByteReader` reads and skips bytes. A header is parsed by the standard library's
-`TarInfo.frombuf`; the rest follows `tarfile`. Any bytes may be given: only ShardError is raised, and memory is bounded
-by `Limits`.
+`TarInfo.frombuf`; the rest follows `tarfile`. Whatever the bytes are, the reader
+raises only ShardError, and its memory is bounded by `Limits`; errors of the stream itself pass through.
 
-An uncompressed tar can be read in parts, between cuts at any bytes. The first member whose first header (pax and GNU
-prefixes included) begins at or after a cut, and all members that follow under the same key, belong to the part before
-the cut. The part behind the cut begins at the next key. So both parts find the boundary without knowing what the
-other has read. The part behind searches for its first header by magic and checksum. A member that is itself a tar
-contains such headers and can mislead the search. Therefore each part reports the byte of the first sample it begins
-with and the byte of the first sample behind it, and the run compares them (runs/plan.py).
+An uncompressed tar can be split into parts at any bytes. Take the first member that begins at or after a split,
+counting its pax and GNU headers. This member, and the members directly after it with the same key, belong to the part
+before the split. The next part begins with the next key. So both readers compute the boundary independently. The
+reader of the later part finds its first header by magic and checksum. A member that is itself a tar contains such
+headers and can mislead it. Therefore each part reports the byte of its own first sample and the byte of the first
+sample after its end, and the run compares them (runs/plan.py).
 """
 
 import io
@@ -30,7 +30,7 @@ BLOCK = 512
 LOOK_BACK = 4096  # bytes read before a part's cut, to find the extended header of a member right behind the cut
 EXTENSION_BYTES = MIB  # limit of a pax or GNU header; Linux limits paths to 4 KiB
 READ_BYTES = MIB  # per read of decompressed or skipped data
-TRAILING_BYTES = 64 << 10  # examined behind the end mark; tar pads to 10 KiB
+TRAILING_BYTES = 64 << 10  # examined after the end-of-archive marker, for more members; tar pads to 10 KiB
 SAMPLE_MEMBERS = 4  # a sample may hold this multiple of Limits.member_bytes: image, audio, text, metadata
 FIELD_COST = 128  # bytes counted per field beyond its name, so that members without data are bounded too
 DAMAGES_KEPT = 100  # per sample
@@ -185,7 +185,9 @@ class Members:
                 self._global_pax.update(records)
 
     def _pass_sparse_map(self) -> None:
-        more = self._block[482]  # in GNU's old format: whether a block of the map follows; byte 504 in each of those
+        more = self._block[
+            482
+        ]  # whether another block of the map follows: byte 482 of the header, byte 504 of each block
         while more:
             block = self._source.read(BLOCK)
             if len(block) < BLOCK:
@@ -236,14 +238,14 @@ def parse(block: bytes) -> tarfile.TarInfo | None:
     try:
         info = tarfile.TarInfo.frombuf(block, "utf-8", "backslashreplace")
     except (tarfile.HeaderError, ValueError) as error:
-        raise _BadHeaderError(f"a {error} (first 8 bytes {block[:8]!r})") from None
+        raise _BadHeaderError(f"a block that tarfile rejects: {error} (first 8 bytes {block[:8]!r})") from None
     if info.size < 0:
         raise _BadHeaderError(f"a negative size, {info.size}")
     return info
 
 
 def find_header(source: ByteReader, stop: int | None = None) -> bytes:
-    """Return the next block with a header's magic and checksum that begins before `stop`; else less than a block."""
+    """Return the next block before `stop` that has the magic and checksum of a header; else fewer than BLOCK bytes."""
     block = source.read(BLOCK)
     while len(block) == BLOCK and not (block[257:262] == b"ustar" and is_header(block)):
         block = source.read(BLOCK) if stop is None or source.position < stop else b""
@@ -336,8 +338,9 @@ def part_origin(begin: int) -> int:
 def parts_join(parts: Iterable[InputRead]) -> bool:
     """Return whether the parts of a tar, in order, hold each of its samples once.
 
-    The first part reads from the beginning of the tar, so the sample behind it is a true one. The next part with
-    samples must begin with that sample, and so on up to the end of the tar. Parts without samples do not matter.
+    The first part reads from the beginning of the tar, so its `next_sample` is certainly the beginning of a sample. The
+    next part with samples must begin with that sample, and so on up to the end of the tar. Parts without samples do not
+    matter.
     """
     position: int | None = 0
     for part in parts:
@@ -352,8 +355,8 @@ class TarReader:
     """The samples of one tar, plain or compressed by gzip or zstd (its first bytes decide, not its name).
 
     `want(field)` states whether the bytes of a member are needed; others are skipped. Adjacent members of one key are
-    a sample; a field that repeats, and damage, begin another one. Damage ahead of the first sample counts for the first
-    sample. Offsets are those in the uncompressed tar. Iterate once.
+    a sample; a repeated field and a damaged region each begin another one. Damage before the first sample is recorded
+    with the first sample. Offsets are those in the uncompressed tar. Iterate once.
 
     With `begin` or `end` only the samples of the part between these two cuts are returned. The stream then begins at
     `part_origin(begin)`. A compressed tar belongs to the first part as a whole.
@@ -397,9 +400,9 @@ class TarReader:
             names = None
             if isinstance(member, Member) and not member.problem and member.regular:
                 names = split_name(member.name)
-            # A pax global header holds for all members behind it, but a part that begins behind it cannot know it.
-            # Therefore the part that contains it extends to the end of the tar, and a part that finds it before its
-            # first sample has none.
+            # A pax global header applies to all later members, but a part that begins after it cannot see it. Therefore
+            # the part that contains it extends to the end of the tar, and a part that meets it before its own first
+            # sample yields no samples.
             if names is not None and not headers.global_pax:
                 if self.first_sample is None and begin.is_before(member.offset, names[0]):
                     self.first_sample = member.offset

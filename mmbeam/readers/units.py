@@ -12,10 +12,10 @@ from mmbeam.readers.tar import BLOCK
 from mmbeam.types import Input, InputRead, Shard, WorkUnit
 
 UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for an encoder
-GENERATE_BYTES = 32 * MIB  # the same for a generator
-LEAST_UNITS = 1_000  # up to this number of shards, none are packed: a shard that cannot be read then fails alone
-MOST_UNITS = 100_000  # cutting makes no more units than this, since each writes a Parquet file
-PACKED = 100  # most shards in one unit: its footer lists them all
+GENERATE_UNIT_BYTES = 32 * MIB  # the same for a generator
+UNPACKED_SHARDS = 1_000  # up to this number of shards, none are packed: a shard that cannot be read then fails alone
+MAX_UNITS = 100_000  # cutting makes no more units than this, since each writes a Parquet file
+MAX_SHARDS_PER_UNIT = 100  # most shards in one unit: its footer lists them all
 
 
 def unit_id(*inputs: Input) -> str:
@@ -31,30 +31,36 @@ def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit], unit_bytes: i
     """Return new units for the shards that no known unit contains, in their order. Known units never change.
 
     Without `unit_bytes`, each shard is one unit. With it, each unit reads about that number of bytes: a larger
-    uncompressed tar (by its name) is cut into parts. Of more than LEAST_UNITS shards, small neighbours are packed
-    together while LEAST_UNITS units remain. If this makes more than MOST_UNITS, units are larger. A shard of unknown
-    size is one unit. Only a run can tell whether parts were read from the right bytes: without a run, cut nothing.
+    uncompressed tar (by its name) is cut into parts. If there are more than UNPACKED_SHARDS shards, small adjacent ones
+    are packed into units, of which about that number remain. Units are larger if there were more than MAX_UNITS. A
+    shard of unknown size is one unit. Pass `unit_bytes` only with a run: only a run detects a part that was read from
+    the wrong byte.
     """
     planned = {source.shard.path for unit in known for source in unit.inputs}
     new = [shard for shard in shards if shard.path not in planned]
     groups = ((Input(shard=shard),) for shard in new) if unit_bytes is None else _groups(new, unit_bytes)
     made = [WorkUnit(id=unit_id(*inputs), inputs=inputs) for inputs in groups]
-    units = {unit.id: unit for unit in made}
-    if len(units) != len(made) or not units.keys().isdisjoint(unit.id for unit in known):
-        raise UsageError("two shards got the same unit name; rename the one that was added last")
+    units = {unit.id: unit for unit in known}
+    for unit in made:
+        if unit.id in units:
+            first, second = (entry.inputs[0].shard.path for entry in (units[unit.id], unit))
+            raise UsageError(
+                f"two work units have the id {unit.id} (shards {first} and {second}); rename one of the two"
+            )
+        units[unit.id] = unit
     return made
 
 
 def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, ...]]:
     """Yield the inputs of each unit."""
     total = sum(shard.size or 0 for shard in shards)
-    part_bytes = max(unit_bytes, total // MOST_UNITS)
-    pack_bytes = 0 if len(shards) <= LEAST_UNITS else min(unit_bytes, total // LEAST_UNITS)
+    part_bytes = max(unit_bytes, total // MAX_UNITS)
+    pack_bytes = 0 if len(shards) <= UNPACKED_SHARDS else min(unit_bytes, total // UNPACKED_SHARDS)
     pack: list[Input] = []
     held = 0
     for shard in shards:
         size = shard.size or sys.maxsize
-        if pack and (held + size > pack_bytes or len(pack) == PACKED):
+        if pack and (held + size > pack_bytes or len(pack) == MAX_SHARDS_PER_UNIT):
             yield tuple(pack)
             pack, held = [], 0
         if size <= pack_bytes:

@@ -33,10 +33,11 @@ _PAUSED_READ_BYTES = 8 * MIB  # of a remote shard's samples, read ahead while de
 
 
 def prefetch(batches: Generator[Batch], name: str) -> Generator[Batch]:
-    """Yield the windows of a unit up to the last one, each made by a thread while the consumer has the one before.
+    """Yield the windows of a unit, up to the one with `last`.
 
-    So two are in memory. What `batches` raises is raised here. Each tally gains the seconds of "read_wait", for which
-    the consumer waited. Closing the generator ends the thread, which is called `name`.
+    A thread makes the next window while the consumer processes the current one, so two are in memory. What `batches`
+    raises is raised here. Each tally gains the seconds of "read_wait", for which the consumer waited. Closing the
+    generator ends the thread, which is called `name`.
     """
     ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
     room = threading.Semaphore(1)  # held from the start of a window until the consumer takes it
@@ -193,7 +194,7 @@ def read_batches(
         sample, failures = decode_sample(raw, reading, needs)
         skip = rejecting_expression(sample, expressions)
         if skip is not None:
-            # A sample that lacks what the expression needs because it could not be decoded has failed.
+            # If a value that the expression needs could not be decoded, the sample fails; it is not skipped.
             needed = where_needs(skip)
             cause = next((failure for failure in failures if not failure.modality or failure.modality in needed), None)
             if cause is not None:
@@ -245,8 +246,8 @@ class _UnitSamples:
     def samples(self) -> Iterator[RawSample]:
         """Yield the samples of all inputs in order, up to the unit's limit.
 
-        In a pack, an input that cannot be read costs the other inputs nothing: what is recorded of it makes the next
-        launch read the pack without it (runs/plan.py). If it breaks off after some samples, the unit fails.
+        If an input of a pack cannot be opened, the others are still read. If it fails after some of its samples, the
+        unit fails. In both cases the recorded error makes the next launch plan the pack without it (runs/plan.py).
         """
         is_pack = len(self._unit.inputs) > 1 and self._unit.limit is None
         limits = self._reading.limits

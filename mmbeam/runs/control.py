@@ -76,8 +76,8 @@ def check_failure_rate(run: Run, tally: Tally, failures: Sequence[Failure] = ())
 def running_here(run: Run) -> Iterator[list[Exception]]:
     """Return the list of errors that steps raise while a runner in this process executes the run, in order.
 
-    Such a runner fails the run at the first error, but only after its other workers have ended. They call
-    `raise_if_failed` between windows, so they end soon.
+    An in-process runner reports the first error only after its other threads have ended. They call `raise_if_failed`
+    before each window, so they end soon.
     """
     errors: list[Exception] = []
     _errors[run.launch_id] = errors
@@ -90,15 +90,15 @@ def running_here(run: Run) -> Iterator[list[Exception]]:
 def raise_if_failed(run: Run) -> None:
     """Raise JobError if the run has failed or ended in this process.
 
-    A unit calls it before each of its windows, on the thread that takes them through all steps.
+    ReadUnits calls it before each window, on the thread that runs the window through all steps.
     """
     _current.launch = run.launch_id
     if _errors.get(run.launch_id):
-        raise JobError(f"another unit has failed: {_errors[run.launch_id][0]}")
+        raise JobError(f"stopped: {_errors[run.launch_id][0]}")
 
 
 def record_error(error: Exception) -> None:
-    """Record that a step has failed on this thread. It has no effect outside `running_here`, where runners retry."""
+    """Record that a step has failed on this thread. Outside `running_here` it does nothing: the runner retries."""
     errors = _errors.get(getattr(_current, "launch", ""))
     if errors is not None:
         errors.append(error)

@@ -59,8 +59,8 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
 
     New units are those of `plan_units`, or one unit over all shards if the run has a limit. They are in the plan before
     they are returned. A planned unit keeps its id and its cuts, with the URLs, sizes and etags of its shards as listed
-    now. It is left out, with a warning, if none of its shards is among `shards`, or any is missing in a run with a
-    limit. Rows and failures of withdrawn units are removed first.
+    now. A planned unit is skipped with a warning if none of its shards is in `shards`; in a run with a limit, if any of
+    them is not. Rows and failures of withdrawn units are removed first.
 
     Raises RunMismatchError with the committed shards that have changed.
     """
@@ -132,19 +132,19 @@ def _changes(committed_inputs: Sequence[Mapping[str, Any]], inputs: Sequence[Inp
 
 
 def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
-    """Correct the plan by what reading has shown; return the reports as they are then.
+    """Correct the plan from the reports of the units; return the reports for the corrected plan.
 
     - Where the parts of a shard do not join (readers/tar.py), all of them are withdrawn, and the next launch reads the
       shard as one unit. Shards with a part that failed or has not run are left alone.
-    - A shard of a pack that cannot be read becomes a unit of its own, and the pack continues without it. If the shard
-      broke off in its middle, the pack has failed, and the next launch reads it without that shard.
+    - A shard of a pack that cannot be read becomes its own unit, and the pack continues without it. If the shard
+      failed after some of its samples, the whole pack has failed, and the next launch reads it without that shard.
 
-    Each new unit is reported as failed, unless another launch has committed it. The plan is written first, so that a
-    kill at any point loses nothing: the next launch removes what is withdrawn, as it does with the rows of a withdrawn
-    unit that a slow attempt publishes later.
+    Each new unit is reported as failed, unless another launch has committed it. The plan is written before
+    any rows are removed, so a kill at any point loses nothing. Each launch removes the rows of withdrawn units, also
+    those that a slow attempt publishes later.
     """
-    lines: list[WorkUnit] = []
-    again: list[tuple[WorkUnit, str]] = []
+    plan_changes: list[WorkUnit] = []
+    reruns: list[tuple[WorkUnit, str]] = []
     withdrawn: set[str] = set()
     for parts in _misread(reports):
         source = Input(shard=_unit_of(parts[0]).inputs[0].shard)
@@ -152,17 +152,17 @@ def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
             f"{source.shard.path}: its {len(parts)} parts were not read from the right bytes, probably because a "
             "member is itself a tar. Their rows were removed. Run the same command again to read the shard as one unit"
         )
-        again.append((WorkUnit(id=unit_id(source), inputs=(source,)), reason))
-        lines += [WorkUnit(id=part.unit, inputs=()) for part in parts]
+        reruns.append((WorkUnit(id=unit_id(source), inputs=(source,)), reason))
+        plan_changes += [WorkUnit(id=part.unit, inputs=()) for part in parts]
         withdrawn |= {part.unit for part in parts}
     for pack, singles in _packs_to_split(run, reports):
-        lines.append(pack)
-        again += singles
-    lines += [unit for unit, _ in again]
-    while lines and not _try_add(run, len(run.store.list(PLAN)), lines):
+        plan_changes.append(pack)
+        reruns += singles
+    plan_changes += [unit for unit, _ in reruns]
+    while plan_changes and not _try_add(run, len(run.store.list(PLAN)), plan_changes):
         continue
     _remove_units(run, withdrawn)
-    failed = [report_failed_unit(run, unit, reason) for unit, reason in again]
+    failed = [report_failed_unit(run, unit, reason) for unit, reason in reruns]
     return [report for report in reports if report.unit not in withdrawn] + failed
 
 
@@ -184,8 +184,8 @@ def _misread(reports: Sequence[UnitReport]) -> Iterator[list[UnitReport]]:
 def _packs_to_split(run: Run, reports: Sequence[UnitReport]) -> Iterator[tuple[WorkUnit, list[tuple[WorkUnit, str]]]]:
     """Yield each pack without its unreadable shards, and these shards as units of their own, with the reason.
 
-    A shard that was a unit of its own in this launch is not split off again. Nor is one that an earlier launch planned
-    so, if the pack is kept from an earlier launch.
+    A shard that was its own unit in this launch is not split off again. If an earlier launch committed the pack,
+    neither is a shard that is planned as its own unit.
     """
     bad = [report for report in reports if any("error" in source for source in report.inputs)]
     launched = {report.unit for report in reports}

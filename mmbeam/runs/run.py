@@ -92,7 +92,8 @@ class Run:
         max_failure_rate: float = 0.05,
     ) -> Self:
         """Return a run. Its schema holds the fingerprint, and name and digest of each model."""
-        digests = {name: of["digest"] for name, of in configuration.get("models", {}).items() if "digest" in of}
+        models = configuration.get("models", {})
+        digests = {name: model["digest"] for name, model in models.items() if "digest" in model}
         metadata = {
             "mmbeam.fingerprint": fingerprint_of(configuration),
             "mmbeam.models": json.dumps(recorded.get("models", {}), sort_keys=True),
@@ -159,7 +160,9 @@ def find_run(output: str) -> Run:
     store = Store(output)
     manifest = read_manifest(store)
     if manifest is None:
-        raise JobError(f"{store}: holds no run of mmbeam ({MANIFEST} does not exist); give the `output` of a job")
+        raise JobError(
+            f"{store}: not the output of an mmbeam job ({MANIFEST} does not exist); pass the `output` of a job"
+        )
     configuration, recorded = manifest["configuration"], manifest["recorded"]
     return Run(
         output=store.url, configuration=configuration, recorded=recorded, outputs=(), schema=build_schema((), False, {})

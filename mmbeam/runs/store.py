@@ -43,8 +43,8 @@ class Store:
     - Local: `create` makes a hard link from scratch on the same file system; data and directory are synchronised to
       the disk. A file system without hard links is an error.
     - GCS and S3: `create` is one conditional put (if-generation-match 0; If-None-Match *).
-    - Others (memory, sftp, hdfs): a check, a put under a temporary name, and a move. This is exclusive among the
-      threads of one process. Two processes may both create a file, and `replace` briefly leaves no file.
+    - Others (memory, sftp, hdfs): a put under a temporary name, then a check and a move under a lock. This is exclusive
+      among the threads of one process only: two processes may both create a file. `replace` briefly leaves no file.
     """
 
     url: str = field(repr=False)
@@ -93,8 +93,9 @@ class Store:
     def create(self, name: str, source: Path | bytes) -> None:
         """Publish bytes or a scratch file under a new name. The scratch file is removed.
 
-        Raises FileExistsError if the file exists. A store that repeats a request whose answer was lost may raise it
-        for the file just created; read the file where the difference matters.
+        Raises FileExistsError if the file exists. If a response is lost, the client of the store repeats the request,
+        which may then fail with FileExistsError although this call created the file. If the difference matters, read
+        the file.
         """
         self._publish(name, source, exclusive=True)
 

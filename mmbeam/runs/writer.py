@@ -154,7 +154,7 @@ class UnitWriter:
         """
         if not self._last:
             raise FlowError(
-                f"unit {self.unit.id}: expected window {self._next} or a last one, found the end. {_FUSION}"
+                f"unit {self.unit.id}: expected window {self._next}, found the end of the bundle. {_FUSION}"
             )
         check_conserved(self._tally, f"unit {self.unit.id}")
         failures = failures_name(self.unit.id, self.attempt)

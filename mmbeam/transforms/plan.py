@@ -9,7 +9,7 @@ import apache_beam as beam
 
 from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.units import GENERATE_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
+from mmbeam.readers.units import GENERATE_UNIT_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
 from mmbeam.runs.control import clear_stop
 from mmbeam.runs.plan import extend_plan
 from mmbeam.runs.run import Run, open_run
@@ -21,10 +21,10 @@ class Plan(beam.PTransform):
 
     `shards` is patterns, which are listed now on the machine that builds the pipeline, or units planned before. With a
     `run` the patterns are planned for it: its output is opened, and units that an earlier launch planned stay as they
-    are. Only then are giant shards cut and tiny ones packed, because a part that was read from a wrong position is
-    corrected in the run's plan. This is the only shuffle before the write, and it carries paths. Units travel as JSON,
-    compressed in the job's description: 100,000 take 5 MB. beam.Create would keep them twice, and take four times as
-    long to describe.
+    are. Large shards are cut and small ones packed only with a `run`, because a misread part can only be corrected in
+    the plan of a run. This is the only shuffle before the write, and it carries only paths. Units travel as JSON,
+    compressed in the description of the pipeline: 100,000 take 5 MB. beam.Create would hold them in memory twice, and
+    take four times as long to build the description.
 
     Raises NoShardsError, and RunMismatchError if the output holds another run or a shard has changed.
     """
@@ -35,11 +35,11 @@ class Plan(beam.PTransform):
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection[WorkUnit]:
         """Apply the step."""
-        packed = zlib.compress(json.dumps([_line(unit) for unit in self.units]).encode())
+        compressed = zlib.compress(json.dumps([_line(unit) for unit in self.units]).encode())
         return (
             begin
             | "Begin" >> beam.Impulse()  # bytes
-            | "Units" >> beam.FlatMap(_unpack, packed)  # str
+            | "Units" >> beam.FlatMap(_unpack, compressed)  # str
             | "Spread" >> beam.Reshuffle()  # str
             | "Parse" >> beam.Map(_parse)  # WorkUnit
         )
@@ -74,4 +74,4 @@ def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) ->
     open_run(run)
     clear_stop(run)
     generates = run.configuration.get("task") in TASKS
-    return units + extend_plan(run, listed, unit_bytes=GENERATE_BYTES if generates else UNIT_BYTES)
+    return units + extend_plan(run, listed, unit_bytes=GENERATE_UNIT_BYTES if generates else UNIT_BYTES)

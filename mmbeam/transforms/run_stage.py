@@ -62,7 +62,7 @@ class RunStage(beam.DoFn):
                 yield batch
             unit_ended = batch.last
         finally:
-            if unit_ended:  # or this attempt at it has failed, here or in a later step
+            if unit_ended:  # also after an error, here or in a later step
                 placement.release_device(self.stage.device, batch.unit.id)
 
     def _run(self, batch: Batch) -> Batch:

@@ -25,11 +25,11 @@ log = logging.getLogger(__name__)
 
 
 class BatchCoder(coders.Coder):
-    """Beam's view of a Batch: its size in bytes, computed without touching pixels. Registered on import.
+    """Estimate the size of a Batch without pickling it. Registered on import.
 
-    Beam samples the sizes of all elements, fused or not. With its own coder a size is the length of the pickle: a copy
-    of the first windows and then of one in many, pixels included, for a counter. A Batch is pickled only where a
-    shuffle was put between the steps.
+    Beam samples the sizes of elements even between fused steps. Its default coder pickles an element to measure it,
+    which would copy the pixels of the first windows and of a fraction of the later ones. A Batch is pickled only if a
+    shuffle separates the steps.
     """
 
     def encode(self, batch: Batch) -> bytes:
@@ -99,8 +99,8 @@ class _Write(beam.DoFn):
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
         progress.add(tally)
-        # A part that does not begin its shard may have been misread (readers/tar.py), and a unit that replaces another
-        # holds more than its fraction of the failures. The rate of the whole run covers both.
+        # Left to the check of the whole run: a part after the first may have been misread (readers/tar.py), and units
+        # that are retried have more failures than average.
         if not unit.replace and all(source.begin == 0 for source in unit.inputs):
             count_window(self.run, tally, batch.failures)
         if not batch.last:
@@ -131,8 +131,8 @@ class _Write(beam.DoFn):
 class Summarize(beam.PTransform):
     """PCollection[UnitReport] -> PCollection[RunReport] of one element: write summary.json.
 
-    `check` is called with the report after it is written, and raises what makes the job fail. `devices` is the number
-    of devices that compute, None if unknown.
+    `check` is called with the report after it is written, and raises an error if the job must fail. `devices` is the
+    number of devices that compute, None if unknown.
     """
 
     def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None, devices: int | None = 1) -> None:
