@@ -1,6 +1,7 @@
 """The command line. It starts fast: a command imports what it needs when it runs.
 
-Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 done but some units failed (run again), 130 interrupted.
+Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 done but some units failed (run again), 128 + its number after
+a signal (130 Ctrl-C, 143 SIGTERM).
 """
 
 import argparse
@@ -21,8 +22,10 @@ from typing import NoReturn
 
 from mmbeam.commands import command, parse
 from mmbeam.errors import MmbeamError, UsageError
+from mmbeam.terminal import clear_line, log_to_stderr
 
-INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_MESSAGES = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}  # what ends the command, by signal
+_exiting = threading.Lock()
 
 
 def entry() -> NoReturn:
@@ -44,11 +47,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = argparse.Namespace(verbose=False)
     try:
         args = parse(argv)
-        _set_up_logging(args.verbose)
-        with _exit_on_interrupt():
-            status = _run(args)
-        sys.stdout.flush()
-        return status
+        if args.verbose:
+            log_to_stderr(logging.DEBUG, libraries=logging.INFO)
+        else:  # mmbeam reports what fails in libraries itself
+            log_to_stderr(logging.WARNING, libraries=logging.CRITICAL)
+            warnings.simplefilter("ignore")
+        with _exit_on_signal():
+            lines = command(args.command).run(args)
+            while True:
+                try:
+                    line = next(lines)
+                except StopIteration as end:
+                    sys.stdout.flush()
+                    return int(end.value)
+                print(_without_control_characters(line), flush=True)
     except UsageError as error:
         return _report_error(error, 2, args)
     except BrokenPipeError:  # the reader of our output, `head` for example, has closed it
@@ -58,16 +70,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report_error(error, 1, args)
     except Exception as error:  # of a store, a runner, or a bug: one line instead of a traceback
         return _report_error(f"{type(error).__name__}: {error} (--verbose shows where)", 1, args)
-
-
-def _run(args: argparse.Namespace) -> int:
-    lines = command(args.command).run(args)
-    while True:
-        try:
-            line = next(lines)
-        except StopIteration as end:
-            return int(end.value)
-        print(_without_control_characters(line), flush=True)
 
 
 def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
@@ -93,69 +95,53 @@ def _without_control_characters(text: str) -> str:
 
 
 @contextmanager
-def _exit_on_interrupt() -> Iterator[None]:
-    """End the process on Ctrl-C immediately, without finishing the units in progress.
+def _exit_on_signal() -> Iterator[None]:
+    """End the process on Ctrl-C and SIGTERM immediately, without finishing the units in progress.
 
     That loses nothing: a unit is committed whole or not at all. A separate thread waits for the signal, because the
-    main thread may be in a runner's code that runs no signal handler for seconds.
+    main thread may be in a runner's code that runs no signal handler for seconds. A signal that this process was
+    started to ignore (Ctrl-C, in a background job of a shell) is still ignored.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if before is signal.SIG_IGN:  # a background job of a shell, for example
-        yield
-        return
+    before = {number: signal.getsignal(number) for number in _MESSAGES}
+    before = {number: handler for number, handler in before.items() if handler not in (signal.SIG_IGN, None)}
     receiver, sender = socket.socketpair()
     sender.setblocking(False)
-    signal.signal(signal.SIGINT, _interrupted)
+    for number in before:
+        signal.signal(number, _exit_now)
     previous_fd = signal.set_wakeup_fd(sender.fileno(), warn_on_full_buffer=False)
-    threading.Thread(target=_wait_for_interrupt, args=(receiver,), name="mmbeam-interrupt", daemon=True).start()
+    threading.Thread(target=_wait_for_signal, args=(receiver,), name="mmbeam-signals", daemon=True).start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(previous_fd)
-        signal.signal(signal.SIGINT, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
         sender.close()
 
 
-def _wait_for_interrupt(receiver: socket.socket) -> None:
-    """End the process when the number of SIGINT arrives; return when the other end is closed."""
+def _wait_for_signal(receiver: socket.socket) -> None:
+    """End the process when the number of a signal arrives; return when the other end is closed."""
     with receiver:
         while number := receiver.recv(1):
-            if number[0] == signal.SIGINT:
-                _interrupted()
+            if number[0] in _MESSAGES:
+                _exit_now(number[0])
 
 
-def _interrupted(*_: object) -> None:
-    cluster = " (a job on a cluster continues until it is cancelled there)" if _names_runner() else ""
-    os.write(2, f"{_clear_line()}mmbeam: interrupted. Run the same command again to resume{cluster}\n".encode())
-    with suppress(OSError):  # a child may have ended
-        for child in _children():  # a job server, for example, would outlive this process
-            os.kill(child, signal.SIGTERM)
-    os._exit(INTERRUPTED)
-
-
-def _names_runner() -> bool:
-    """Return whether the command names a runner; it may run on other machines."""
-    return any(arg.partition("=")[0] == "--runner" for arg in sys.argv)
-
-
-def _children() -> list[int]:
-    """Return the child processes of this one; none if the system has no /proc."""
-    return [int(pid) for file in Path("/proc/self/task").glob("*/children") for pid in file.read_text().split()]
-
-
-def _clear_line() -> str:
-    """Return the characters that clear a progress line on a terminal."""
-    return "\r\x1b[K" if os.isatty(2) else ""
-
-
-def _set_up_logging(verbose: bool) -> None:
-    """Log mmbeam's messages to stderr, and those of libraries only with --verbose: mmbeam reports failures itself."""
-    level = logging.INFO if verbose else logging.CRITICAL
-    line = f"{_clear_line()}%(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(format=line, level=level, stream=sys.stderr)
-    logging.getLogger("mmbeam").setLevel(logging.DEBUG if verbose else logging.WARNING)
-    if not verbose:
-        warnings.simplefilter("ignore")
+def _exit_now(number: int, _frame: object = None) -> None:
+    """End this process and its children because of a signal: called by the handler and by the waiting thread."""
+    if not _exiting.acquire(blocking=False):
+        return  # the other one does it
+    for file in Path("/proc/self/task").glob("*/children"):  # a job server, for example, would outlive this process
+        with suppress(OSError):  # a thread or child may have ended
+            for pid in file.read_text().split():
+                os.kill(int(pid), signal.SIGTERM)
+    on_cluster = any(arg.partition("=")[0] == "--runner" for arg in sys.argv)
+    cluster = " (a job on a cluster continues until it is cancelled there)" if on_cluster else ""
+    message = f"{clear_line()}mmbeam: {_MESSAGES[number]}. Run the same command again to resume{cluster}\n"
+    stderr = os.dup(2)
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 2)  # no progress line after the message
+    os.write(stderr, message.encode())
+    os._exit(128 + number)
 
 
 if __name__ == "__main__":

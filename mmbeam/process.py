@@ -15,7 +15,6 @@ from functools import cache
 
 from mmbeam.types import Tally, UnitReport
 
-CLEAR_LINE = "\r\x1b[K"  # removes the progress line from a terminal
 RATE_SECONDS = 30.0  # the throughput shown is that of the last RATE_SECONDS
 
 _lock = threading.Lock()

@@ -368,8 +368,11 @@ def test_help_imports_no_slow_package() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
-def test_an_interrupt_ends_the_process_and_the_same_command_resumes(mmbeam: Mmbeam, clip: Path, tmp_path: Path) -> None:
-    """A real SIGINT to a real process with stderr on a terminal, while two units are being worked on."""
+@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+def test_a_signal_ends_the_process_and_the_same_command_resumes(
+    number: signal.Signals, word: str, mmbeam: Mmbeam, clip: Path, tmp_path: Path
+) -> None:
+    """A real signal to a real process with stderr on a terminal, while two units are being processed."""
     shards.make_webdataset(tmp_path / "in", shards.make_truths(120), shards=60)
     args = ["embed", "--input", tmp_path / "in", "--model", clip, "--output", tmp_path / "out", "--device", "cpu"]
     data, (master, slave) = tmp_path / "out" / "data", os.openpty()
@@ -378,25 +381,26 @@ def test_an_interrupt_ends_the_process_and_the_same_command_resumes(mmbeam: Mmbe
         while len(list(data.glob("*.parquet"))) < 2:
             assert process.poll() is None
             time.sleep(0.005)
-        process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
+        process.send_signal(number)
+        assert process.wait(timeout=5) == 128 + number
         assert process.stdout is not None
         assert process.stdout.read() == b""
     shown = os.read(master, 1 << 16).decode()
     os.close(master)
     assert "\r\x1b[Kstarting" in shown
-    assert shown.endswith("\r\x1b[Kmmbeam: interrupted. Run the same command again to resume\r\n")
+    assert shown.endswith(f"\r\x1b[Kmmbeam: {word}. Run the same command again to resume\r\n")
+    assert shown.count(word) == 1
     assert "Traceback" not in shown
     committed = len(list(data.glob("*.parquet")))
     assert 2 <= committed < 60
-    before = signal.getsignal(signal.SIGINT)
+    before = signal.getsignal(number)
     said = mmbeam(*args)
     assert (said.status, "mmbeam" in said.err) == (0, False)  # a slow machine shows progress
     assert (
         f"units: {60 - committed} written, {committed} committed by an earlier run\nsamples: 120 = 120 rows\n"
         in said.out
     )
-    assert signal.getsignal(signal.SIGINT) is before
+    assert signal.getsignal(number) is before
 
 
 def test_a_closed_stdout_is_not_an_error(good: Path) -> None:

@@ -37,7 +37,7 @@ from mmbeam.errors import UsageError
 from mmbeam.jobs import caption, embed
 from mmbeam.jobs.caption import CaptionOptions
 from mmbeam.jobs.embed import EmbedOptions
-from mmbeam.jobs.execute import Job, submit
+from mmbeam.jobs.execute import Job
 from mmbeam.jobs.options import is_waited_for, pipeline_options
 from mmbeam.prompts.ask import Decoding
 from mmbeam.runs.plan import load_plan
@@ -97,7 +97,7 @@ JOBS = {"embed": (embed_job, "Embed0"), "caption": (caption_job, "Generate0")}
 
 def described(job: Job) -> Any:
     """The job as Beam would hand it to Dataflow."""
-    return submit(job.run, job.options.beam_args, job.build).job
+    return job.submit().job
 
 
 def message(job: Any) -> Any:
@@ -201,13 +201,13 @@ def test_a_launch_without_waiting_submits_the_job_and_prints_so(
     arguments = ["embed", "--input", str(home / "in"), "--output", str(tmp_path), "--model", str(home / "clip")]
     assert main([*arguments, "--device=cuda", "--shared-output", *DRY]) == 0
     assert "without waiting for the end" in capsys.readouterr().out
-    assert embed_job(home, tmp_path).start() is None
+    embed_job(home, tmp_path).submit()
     assert len(load_plan(embed_job(home, tmp_path).run)) == 3
 
 
 def test_a_launch_without_waiting_cannot_retry_failures(home: Path, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="`retry_failures` holds a lock"):
-        embed_job(home, tmp_path, retry_failures=True).start()
+        embed_job(home, tmp_path, retry_failures=True).submit()
 
 
 # The template

@@ -149,8 +149,8 @@ def test_a_slow_unit_delays_no_other(tmp_path: Path) -> None:
         ("device", DeviceError, "^cuda:1: lost"),
         ("odd", JobError, "^OddError: it: is odd"),
         ("quit", JobError, "^SystemExit: a library gives up"),
-        ("die", JobError, r"worker process \d+ was killed by SIGKILL, .* reduce `workers`. The same command again"),
-        ("exit", JobError, r"worker process \d+ ended with status 7. The same command again"),
+        ("die", JobError, r"worker process \d+ was killed by SIGKILL, .* reduce `workers`. Run the same command again"),
+        ("exit", JobError, r"worker process \d+ ended with status 7. Run the same command again"),
     ],
 )
 def test_an_error_or_the_death_of_one_process_ends_all(first: str, error: type[Exception], message: str) -> None:

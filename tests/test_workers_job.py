@@ -50,7 +50,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_does_the_rest(known:
     data, before = tmp_path / "out" / "data", children()
     killer = threading.Thread(target=kill_one, args=(before, data))
     killer.start()
-    with pytest.raises(JobError, match=r"killed by SIGKILL.*The same command again does the rest"):
+    with pytest.raises(JobError, match=r"killed by SIGKILL.*Run the same command again to resume"):
         embed(job)
     killer.join()
     assert children() == before

@@ -1,11 +1,10 @@
 """The command `mmbeam caption`."""
 
 import argparse
-import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from mmbeam.commands.common import fraction, job_arguments, libraries_quiet, outcome, positive, shared_options
+from mmbeam.commands.common import fraction, job_arguments, positive, run_job, shared_options
 from mmbeam.errors import UsageError
 from mmbeam.names import ENGINES, SHIPPED_MODEL, TASKS
 
@@ -74,14 +73,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     """Run the job, and yield its summary."""
-    options = _options(args)
+    options = _options(args)  # checked before the slow import
 
     from mmbeam.jobs.caption import prepare
-    from mmbeam.report.progress import ProgressLine
 
-    with ProgressLine(options.output, sys.stderr), libraries_quiet(args.verbose):
-        report = prepare(options).start()
-    return (yield from outcome(report, options.output))
+    return (yield from run_job(prepare, options, args.verbose))
 
 
 def _options(args: argparse.Namespace) -> "CaptionOptions":

@@ -8,18 +8,22 @@ import io
 import math
 import os
 import re
-from collections.abc import Generator, Iterator, Sequence
+import sys
+from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from mmbeam.errors import UsageError
 from mmbeam.names import DTYPES, KINDS, MODALITIES
 
 if TYPE_CHECKING:
     from mmbeam.config import FieldMap
+    from mmbeam.jobs.execute import Job
+    from mmbeam.jobs.options import JobOptions
     from mmbeam.names import Modality
-    from mmbeam.types import RunReport
+
+OptionsT = TypeVar("OptionsT", bound="JobOptions")
 
 SOME_UNITS_FAILED = 3  # exit status: done, but some units failed
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
@@ -185,14 +189,26 @@ def modalities_of(text: str | None) -> "tuple[Modality, ...] | None":
     return tuple(modality for modality in MODALITIES if modality in names)
 
 
-def outcome(report: "RunReport | None", output: str) -> Generator[str, None, int]:
-    """Yield the summary of a job, or a note if the command did not wait for its end. Return the exit status."""
+def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool) -> Generator[str, None, int]:
+    """Run the job that `job` makes of the options. Yield its summary, and return the exit status.
+
+    If Beam's options say not to wait for the job's end, it is only submitted.
+    """
+    from mmbeam.jobs.options import is_waited_for
+    from mmbeam.report.progress import ProgressLine
     from mmbeam.report.summary import summary_text
 
+    with ProgressLine(options.output, sys.stderr), libraries_quiet(verbose):
+        prepared = job(options)
+        if is_waited_for(options.beam_args):
+            report = prepared.execute()
+        else:
+            report = None
+            prepared.submit()
     if report is None:
-        yield f"Submitted, without waiting for the end. `mmbeam status {output}` shows its progress."
+        yield f"Submitted, without waiting for the end. `mmbeam status {options.output}` shows its progress."
         return 0
-    yield summary_text(report, output)
+    yield summary_text(report, options.output)
     return SOME_UNITS_FAILED if report.units_failed else 0
 
 

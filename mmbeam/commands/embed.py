@@ -1,15 +1,13 @@
 """The command `mmbeam embed`."""
 
 import argparse
-import sys
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from mmbeam.commands.common import (
     job_arguments,
-    libraries_quiet,
     modalities_of,
-    outcome,
+    run_job,
     shared_options,
 )
 from mmbeam.names import SHIPPED_MODEL
@@ -39,14 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     """Run the job, and yield its summary."""
-    options = _options(args)
+    options = _options(args)  # checked before the slow import
 
     from mmbeam.jobs.embed import prepare
-    from mmbeam.report.progress import ProgressLine
 
-    with ProgressLine(options.output, sys.stderr), libraries_quiet(args.verbose):
-        report = prepare(options).start()
-    return (yield from outcome(report, options.output))
+    return (yield from run_job(prepare, options, args.verbose))
 
 
 def _options(args: argparse.Namespace) -> "EmbedOptions":

@@ -139,7 +139,7 @@ def runner_error(error: Exception, args: Sequence[str]) -> JobError | None:
     Only the runner can tell whether a pool answers: `localhost` is the pool beside each of its own machines.
     """
     portable, text = PipelineOptions(list(args)).view_as(PortableOptions), str(error)
-    reason = f"the same command again continues from what is committed ({_first_line(text)})"
+    reason = f"run the same command again to continue from the committed units ({_first_line(text)})"
     if isinstance(error, grpc.RpcError):  # of the connection from this process
         return JobError(f"the job service no longer answers; {reason}")
     if portable.environment_type == "EXTERNAL" and _NO_POOL.search(text):

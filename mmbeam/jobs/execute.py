@@ -81,18 +81,6 @@ class Job:
         """Return the DoFns of the fused stage, from reading to writing, for running without a runner."""
         return [self._read().dofn, *(Embed(stage).dofn for stage in self.stages), WriteParquet(self.run).dofn]
 
-    def start(self) -> RunReport | None:
-        """Run the job to its end; or submit it and return None, if Beam's options say not to wait.
-
-        Raises UsageError for `retry_failures` without waiting: its lock is held by the launching process.
-        """
-        if is_waited_for(self.options.beam_args):
-            return self.execute()
-        if self.options.retry_failures:
-            raise UsageError("`retry_failures` holds a lock while the job runs: wait for the job's end")
-        submit(self.run, self.options.beam_args, self.build)
-        return None
-
     def execute(self) -> RunReport:
         """Run the job to its end."""
         devices = self._devices()
@@ -100,6 +88,18 @@ class Job:
             if self.options.workers > 1:
                 return self._execute_in_processes(devices)
             return execute_pipeline(self.run, self.units, self.options.beam_args, self.build, self.check, len(devices))
+
+    def submit(self) -> PipelineResult:
+        """Submit the job to its runner without waiting for its end, even if every unit is committed.
+
+        Raises UsageError for `retry_failures`: its lock is held by the launching process.
+        """
+        if self.options.retry_failures:
+            raise UsageError("`retry_failures` holds a lock while the job runs: wait for the job's end")
+        clear_stop(self.run)
+        pipeline = beam.Pipeline(options=pipeline_options(self.options.beam_args))
+        self.build(pipeline)
+        return pipeline.run()
 
     def _execute_in_processes(self, devices: Sequence[str]) -> RunReport:
         """Run the job in worker processes of this machine, at most one per unit that is left to do.
@@ -182,18 +182,21 @@ def execute_pipeline(
 ) -> RunReport:
     """Run the pipeline that `build` makes, unless every unit is committed, and return the run's report.
 
-    Raises UsageError if Beam's options say not to wait for its end: `submit` does that.
+    Raises UsageError if Beam's options say not to wait for its end: `Job.submit` does that.
     """
     if not is_waited_for(args):
         raise UsageError(
-            "--template_location, --dry_run, --no_wait_until_finish: there is no report to wait for; use Job.start()"
+            "--template_location, --dry_run, --no_wait_until_finish: there is no report to wait for; use Job.submit()"
         )
     progress.start(len(units))
     if not _to_do(run, units):
         return _confirm(run, units, check)
+    clear_stop(run)
+    pipeline = beam.Pipeline(options=pipeline_options(args, devices))
+    build(pipeline)
     with running_here(run) as raised:
         try:
-            state = submit(run, args, build, devices).wait_until_finish()
+            state = pipeline.run().wait_until_finish()
         except Exception as error:
             reason = stop_reason(run)
             plain = FailureRateError(reason) if reason is not None else plain_error(error, args)
@@ -201,14 +204,6 @@ def execute_pipeline(
     if state != PipelineState.DONE:
         raise JobError(f"the pipeline ended as {state}; the runner's log says why")
     return read_summary(run)
-
-
-def submit(run: Run, args: Sequence[str], build: Callable[[beam.Pipeline], object], devices: int = 1) -> PipelineResult:
-    """Submit the pipeline that `build` makes to its runner, even if every unit is committed, without waiting."""
-    clear_stop(run)
-    pipeline = beam.Pipeline(options=pipeline_options(args, devices))
-    build(pipeline)
-    return pipeline.run()
 
 
 def _to_do(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
@@ -234,4 +229,4 @@ def plain_error(error: Exception, args: Sequence[str] = ()) -> Exception:
     kind = getattr(errors, name.rpartition(".")[2], None)
     if isinstance(kind, type) and issubclass(kind, JobError):
         return kind(message)
-    return JobError(f"step {step}: {name}: {message} (the same command again continues from what is committed)")
+    return JobError(f"step {step}: {name}: {message} (run the same command again to continue from the committed units)")

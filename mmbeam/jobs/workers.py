@@ -34,7 +34,8 @@ from multiprocessing.connection import Connection, wait
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from mmbeam.errors import JobError
-from mmbeam.process import CLEAR_LINE, cores, progress, use_cores
+from mmbeam.process import cores, progress, use_cores
+from mmbeam.terminal import log_to_stderr
 from mmbeam.types import Tally, UnitReport, WorkUnit
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ class Workers:
         self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
 
     def __enter__(self) -> Self:
-        levels = logging.getLogger().getEffectiveLevel(), logging.getLogger("mmbeam").getEffectiveLevel()
+        levels = logging.getLogger("mmbeam").getEffectiveLevel(), logging.getLogger().getEffectiveLevel()
         with contextlib.ExitStack() as undo:
             undo.callback(self.__exit__)
             for threads in self._threads:
@@ -193,7 +194,7 @@ class Workers:
         status = process.wait()
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
         short = ", perhaps because memory ran out: reduce `workers`" if status == -signal.SIGKILL else ""
-        return JobError(f"worker process {process.pid} {how}{short}. The same command again does the rest")
+        return JobError(f"worker process {process.pid} {how}{short}. Run the same command again to resume")
 
 
 # The worker's side
@@ -219,9 +220,7 @@ def serve(descriptor: int) -> None:
 
     try:
         sys.path[:], levels, units_per_process = launcher.recv()
-        line = f"{CLEAR_LINE if os.isatty(2) else ''}%(levelname)s %(name)s: %(message)s"
-        logging.basicConfig(format=line, level=levels[0], stream=sys.stderr)
-        logging.getLogger("mmbeam").setLevel(levels[1])
+        log_to_stderr(*levels)
         pickled = launcher.recv_bytes()
         try:
             work: Work = pickle.loads(pickled)

@@ -12,9 +12,10 @@ from collections import deque
 from dataclasses import replace
 from typing import TextIO
 
-from mmbeam.process import CLEAR_LINE, RATE_SECONDS, Progress, progress
+from mmbeam.process import RATE_SECONDS, Progress, progress
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.run import Run, find_run
+from mmbeam.terminal import CLEAR_LINE
 
 log = logging.getLogger(__name__)
 
