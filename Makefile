@@ -11,7 +11,7 @@ demo: $(VENV)/.ready
 	$(BIN)/mmbeam demo
 
 test: lint
-	$(BIN)/pytest --numprocesses 2
+	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
 # On a real Flink 1.19, downloaded from Maven and PyPI. Needs a JDK; takes 16 minutes.
 test-flink: $(VENV)/.ready-test

@@ -1,4 +1,4 @@
-"""Beam's own servers as processes of this machine: worker pool, job service, Prism."""
+"""Beam's servers as processes on loopback: worker pool, job service, Prism."""
 
 import os
 import shutil
@@ -16,14 +16,8 @@ BUILT = Path(__file__).parent.parent / ".cache" / "bin" / "prism"
 PRISM_MODULE = f"github.com/apache/beam/sdks/v2/go/cmd/prism@v{apache_beam.__version__}"
 
 
-def free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
-
-
 class Server:
-    """A Beam server as a process group of its own; it starts workers by the command `python`."""
+    """A Beam server in another process group; it starts workers by the command `python`."""
 
     def __init__(self, module: str, *arguments: str, port: int) -> None:
         path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
@@ -49,10 +43,10 @@ class Server:
 
 
 def prism_binary() -> str | None:
-    """Beam's Prism: named by MMBEAM_PRISM, or built once by Go into .cache/bin; None where there is no Go."""
-    named = os.environ.get("MMBEAM_PRISM")
-    if named or BUILT.exists():
-        return named or str(BUILT)
+    """Return the path of Prism: from MMBEAM_PRISM, or built by Go into .cache/bin; None without Go."""
+    configured = os.environ.get("MMBEAM_PRISM")
+    if configured or BUILT.exists():
+        return configured or str(BUILT)
     if shutil.which("go") is None:
         return None
     return str(build_go(PRISM_MODULE, BUILT))

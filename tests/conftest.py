@@ -1,31 +1,62 @@
-"""What all tests share."""
+"""Environment, devices and tiny models shared by all tests."""
 
 import os
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
-os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test looks at the network
+if TYPE_CHECKING:
+    from known import Known
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: no test uses the network
+# Before torch is imported: the kernels of a tiny model are too short for threads, which wait for each other in a loop.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import hypothesis
 import servers
 import torch
 
-# A machine that checks a change draws the same examples each time; a person's runs go on searching.
-hypothesis.settings.register_profile("ci", derandomize=True)
-if os.environ.get("CI"):
-    hypothesis.settings.load_profile("ci")
+# CI draws the same examples each time; local runs keep searching.
+hypothesis.settings.register_profile("local", max_examples=40)
+hypothesis.settings.register_profile("ci", max_examples=40, derandomize=True)
+hypothesis.settings.load_profile("ci" if os.environ.get("CI") else "local")
 
 DEVICES = ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]
 
 
 @pytest.fixture(params=DEVICES)
 def device(request: pytest.FixtureRequest) -> torch.device:
-    """Each device of this machine: one test body for all."""
+    """A device of this machine; the test runs once per device."""
     return torch.device(request.param)
 
 
+@pytest.fixture(scope="session")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny CLIP."""
+    from tiny_clip import save_clip
+
+    return save_clip(tmp_path_factory.mktemp("models") / "clip")
+
+
+@pytest.fixture(scope="session")
+def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a tiny CLAP."""
+    from tiny_audio_text import save_clap
+
+    return save_clap(tmp_path_factory.mktemp("models") / "clap")
+
+
+@pytest.fixture(scope="session")
+def known(tmp_path_factory: pytest.TempPathFactory) -> "Known":
+    """A corpus of five shards, and the rows of an in-process run of it."""
+    from known import make_known
+
+    return make_known(tmp_path_factory.mktemp("known"))
+
+
 def pytest_sessionstart(session: pytest.Session) -> None:
-    """Of a run in several processes: build the servers that are not there yet, which takes longer than a test may."""
+    """Build missing servers before the processes of pytest-xdist start: a build takes longer than a test may."""
     if getattr(session.config.option, "numprocesses", None) and not hasattr(session.config, "workerinput"):
         from beam_servers import prism_binary
 
@@ -35,5 +66,5 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 
 
 def pytest_report_header() -> str:
-    """Which stores are tested on this machine, and why one is not."""
+    """Name the stores that are tested on this machine, and why one is not."""
     return servers.report_header()

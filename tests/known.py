@@ -1,7 +1,6 @@
-"""One corpus and what a run in this process makes of it, to hold every other runner against.
+"""A corpus and the rows of an in-process run of it, with which every other runner is compared.
 
-Keys, order within a unit, nulls and counts are exact; vectors are equal within 1e-6, which is what another grouping
-of samples in a model's batch may cost.
+Keys, order within a unit, nulls and counts are exact. Vectors are equal within 1e-6, because batches may differ.
 """
 
 from dataclasses import asdict, dataclass, replace
@@ -22,7 +21,7 @@ Rows = dict[str, list[dict[str, Any]]]  # by part
 
 @dataclass(frozen=True)
 class Known:
-    """A corpus of five shards with nulls and failures, and what a run with no Beam option makes of it."""
+    """A corpus of five shards with nulls and failures, and the result of a run without Beam options."""
 
     root: Path
     parts: Rows
@@ -32,18 +31,18 @@ class Known:
 def make_known(root: Path) -> Known:
     save_clip(root / "clip")
     truths = shards.make_truths(35)
-    for index in range(0, 35, 5):  # no picture; a picture that is none; neither picture nor text
-        truths[index] = replace(truths[index], members={"txt": b"alone"})
-        truths[index + 1] = replace(truths[index + 1], members={"jpg": b"\xff\xd8 none", "txt": b"beside it"})
+    for index in range(0, 35, 5):  # no image; a broken image; neither image nor text
+        truths[index] = replace(truths[index], members={"txt": b"text"})
+        truths[index + 1] = replace(truths[index + 1], members={"jpg": b"\xff\xd8 not an image", "txt": b"text"})
         truths[index + 2] = replace(truths[index + 2], members={"json": b"{}"})
-    truths[3] = replace(truths[3], members={"jpg": b"no picture, and nothing else"})
+    truths[3] = replace(truths[3], members={"jpg": b"not an image"})
     shards.make_webdataset(root / "in", truths, shards=5)
     report = embed(options(root, root / "out"))
     return Known(root, read_parts(root / "out"), report)
 
 
 def options(root: Path, output: Path, *beam_args: str, **changes: Any) -> EmbedOptions:
-    made = EmbedOptions(
+    defaults = EmbedOptions(
         input=(str(root / "in"),),
         output=str(output),
         models=(ModelRef(model=str(root / "clip")),),
@@ -53,7 +52,7 @@ def options(root: Path, output: Path, *beam_args: str, **changes: Any) -> EmbedO
         windows=Windows(samples=4),
         beam_args=beam_args,
     )
-    return replace(made, **changes)
+    return replace(defaults, **changes)
 
 
 def read_parts(output: Path) -> Rows:
@@ -64,18 +63,19 @@ def counts(report: RunReport) -> dict[str, Any]:
     return asdict(replace(report.tally, seconds={}))
 
 
-def assert_same(found: Rows, expected: Rows) -> None:
-    assert list(found) == list(expected)
-    for name, rows in expected.items():
-        assert [plain(row) for row in found[name]] == [plain(row) for row in rows]
-        for row, other in zip(found[name], rows, strict=True):
+def assert_same(rows_by_part: Rows, expected: Rows) -> None:
+    assert list(rows_by_part) == list(expected)
+    for name, expected_rows in expected.items():
+        rows = rows_by_part[name]
+        assert [plain(row) for row in rows] == [plain(row) for row in expected_rows]
+        for row, expected_row in zip(rows, expected_rows, strict=True):
             for column in filter(_is_computed, row):
                 if row[column] is not None:
-                    np.testing.assert_allclose(row[column], other[column], rtol=1e-5, atol=1e-6)
+                    np.testing.assert_allclose(row[column], expected_row[column], rtol=1e-5, atol=1e-6)
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
-    """The row with the computed numbers' count in the place of the numbers."""
+    """Return the row with the size of each computed value instead of the value."""
     return {name: np.size(value) if _is_computed(name) and value else value for name, value in row.items()}
 
 

@@ -1,4 +1,4 @@
-"""A small run with its units and windows, and attempts at a unit that tests start in processes of their own."""
+"""A small run with units and windows, attempts at a unit in other processes, and readers of what a job wrote."""
 
 import multiprocessing
 import os
@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 
 from mmbeam.names import Modality
 from mmbeam.runs.plan import extend_plan
 from mmbeam.runs.run import Run
 from mmbeam.runs.store import Store
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import Batch, Failure, Input, Output, Sample, Shard, Tally, WorkUnit
+from mmbeam.types import Batch, Failure, Input, Output, RunReport, Sample, Shard, Tally, WorkUnit
 
 DIM = 4
 VECTOR = pa.list_(pa.float32(), DIM)
@@ -58,7 +59,7 @@ def vector(number: int) -> list[float]:
 
 
 def make_batches(unit: WorkUnit, windows: int = 2, samples: int = 5) -> list[Batch]:
-    """Windows in which the first sample's picture is broken and the second has no text."""
+    """Make windows in which the first sample has a broken image and the second has no text."""
     return [_make_batch(unit, index, samples, last=index == windows - 1) for index in range(windows)]
 
 
@@ -89,18 +90,39 @@ def _make_batch(unit: WorkUnit, index: int, count: int, last: bool) -> Batch:
 
 
 def write_unit(run: Run, unit: WorkUnit) -> UnitWriter:
-    """An attempt that has written every window and not committed."""
+    """Return an attempt that has written every window and not committed."""
     writer = UnitWriter(run, unit)
     for batch in make_batches(unit):
         writer.write(batch)
     return writer
 
 
+# What a job wrote
+
+
+def read_rows(output: Path) -> list[dict[str, Any]]:
+    """Read the rows under `output`, by shard and offset."""
+    rows = ds.dataset(output / "data").to_table().to_pylist()
+    return sorted(rows, key=lambda row: (row["shard"], row["offset"]))
+
+
+def read_failures(output: Path) -> list[dict[str, Any]]:
+    """Read the failure records under `output`, by shard and offset."""
+    records = ds.dataset(output / "failures").to_table().to_pylist()
+    return sorted(records, key=lambda record: (record["shard"], record["offset"] or 0))
+
+
+def is_conserved(report: RunReport) -> bool:
+    """Whether every sample is a row, a failure or a skip."""
+    tally = report.tally
+    return tally.samples == tally.rows + tally.failed + sum(tally.skipped.values())
+
+
 # Processes
 
 
 def start(target: Callable[..., None], *args: Any) -> Any:
-    """A process that runs `target`; forked from a server that has the imports done and no threads."""
+    """Start a process that runs `target`, forked from a server that has no threads and has imported the modules."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["mmbeam.runs.writer", "s3fs", "gcsfs"])
     process = context.Process(target=_with_environment, args=(dict(os.environ), target, args))
@@ -109,7 +131,7 @@ def start(target: Callable[..., None], *args: Any) -> Any:
 
 
 def _with_environment(environment: dict[str, str], target: Callable[..., None], args: Sequence[Any]) -> None:
-    """The server has the environment of the test that first needed it, and another one's stores are elsewhere."""
+    """Run `target` in the caller's environment: the server has that of its first caller, with other stores."""
     os.environ.update(environment)
     target(*args)
 
@@ -119,14 +141,14 @@ def new_barrier(parties: int) -> Barrier:
 
 
 def commit_together(output: str, unit: WorkUnit, barrier: Barrier, results: Any) -> None:
-    """One attempt that publishes when all others are about to."""
+    """Publish a unit when all other attempts are about to."""
     writer = write_unit(make_run(output), unit)
     barrier.wait()
     results.put((writer.attempt, writer.commit().to_json()))
 
 
 def commit_and_die(output: str, unit: WorkUnit, folder: str) -> None:
-    """One attempt that is killed when it is about to publish a file in `folder`."""
+    """Publish a unit, and kill the process just before it publishes a file in `folder`."""
     publish = Store._publish
 
     def dying(store: Store, name: str, source: Path | bytes, exclusive: bool) -> None:
@@ -139,7 +161,7 @@ def commit_and_die(output: str, unit: WorkUnit, folder: str) -> None:
 
 
 def plan_together(output: str, shards: Sequence[Shard], barrier: Barrier, results: Any) -> None:
-    """One launch that plans when another does."""
+    """Extend the plan of a run while another process does."""
     run = make_run(output)
     barrier.wait()
     results.put([unit.id for unit in extend_plan(run, shards)])

@@ -1,8 +1,8 @@
-"""Places to write to: a local directory, an S3 server (moto) and a GCS server (fake-gcs-server).
+"""Stores for the tests: a local directory, an S3 server (moto) and a GCS server (fake-gcs-server).
 
-The servers are processes on free ports of this machine, started when asked for, ended with the tests. The GCS server is
-a Go program: the environment's MMBEAM_FAKE_GCS names it, or it is on PATH, or Go builds it once into
-.cache/bin. Where there is none and no Go, "gcs" is not among STORES, and `report_header` says so.
+The servers run on free ports of loopback. They start at first use and end with the tests. fake-gcs-server is a Go
+program: MMBEAM_FAKE_GCS names it, or it is on PATH, or Go builds it into .cache/bin. Without any of these, "gcs" is not
+in STORES, and `report_header` says so.
 """
 
 import atexit
@@ -20,7 +20,7 @@ import urllib.request
 import uuid
 from pathlib import Path
 
-# Before gcsfs is imported: with it, gcsfs waits a minute per bucket for a service the server does not have.
+# Before gcsfs is imported: otherwise it waits a minute per bucket for a service that the server does not have.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 import fsspec.config
@@ -30,7 +30,7 @@ BUCKET = "mmbeam-tests"
 BUILT = Path(__file__).parent.parent / ".cache" / "bin" / "fake-gcs-server"
 GCS_MODULE = "github.com/fsouza/fake-gcs-server@v1.56.1"
 
-# Serves one request at a time: moto looks and puts in two steps, which real S3 does in one.
+# Serves one request at a time: moto checks and puts in two steps, S3 in one.
 MOTO = """
 import sys
 from moto.server import DomainDispatcherApplication, create_backend_app
@@ -40,22 +40,22 @@ run_simple("127.0.0.1", int(sys.argv[1]), DomainDispatcherApplication(create_bac
 
 
 def find_fake_gcs() -> str | None:
-    """Where fake-gcs-server is."""
-    found = os.environ.get("MMBEAM_FAKE_GCS") or shutil.which("fake-gcs-server")
-    return found or (str(BUILT) if BUILT.exists() else None)
+    """Return the path of fake-gcs-server; None if it is not installed or built."""
+    installed = os.environ.get("MMBEAM_FAKE_GCS") or shutil.which("fake-gcs-server")
+    return installed or (str(BUILT) if BUILT.exists() else None)
 
 
 STORES = ["local", "s3", *(["gcs"] if find_fake_gcs() or shutil.which("go") else [])]
 
 
 def report_header() -> str:
-    """For pytest's header: which stores the tests write to, and why one is missing."""
+    """Return the line of pytest's header that names the tested stores, and why one is missing."""
     missing = "" if "gcs" in STORES else "; not gcs: no fake-gcs-server (MMBEAM_FAKE_GCS, PATH) and no Go to build it"
     return f"stores: {', '.join(STORES)}{missing}"
 
 
 def fresh_output(store: str, folder: Path) -> str:
-    """The URL of an output directory that does not exist yet."""
+    """Return the URL of an output directory that does not exist yet."""
     if store == "local":
         return str(folder / f"out-{uuid.uuid4().hex[:8]}")
     return f"{_bucket(store)}/out-{uuid.uuid4().hex[:8]}"
@@ -67,7 +67,7 @@ def _bucket(store: str) -> str:
 
 
 def _s3() -> str:
-    port = _free_port()
+    port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     os.environ["AWS_ENDPOINT_URL"] = endpoint
     os.environ["AWS_ACCESS_KEY_ID"] = os.environ["AWS_SECRET_ACCESS_KEY"] = "test"
@@ -78,10 +78,10 @@ def _s3() -> str:
 
 
 def _gcs() -> str:
-    port = _free_port()
+    port = free_port()
     endpoint = f"http://127.0.0.1:{port}"
     os.environ["STORAGE_EMULATOR_HOST"] = endpoint
-    os.environ["FSSPEC_GS"] = json.dumps({"token": "anon"})  # for the processes that tests start
+    os.environ["FSSPEC_GS"] = json.dumps({"token": "anon"})  # for subprocesses
     fsspec.config.conf["gs"] = {"token": "anon"}
     address = ["-scheme", "http", "-host", "127.0.0.1", "-port", str(port), "-public-host", f"127.0.0.1:{port}"]
     _start([gcs_binary(), *address, "-backend", "memory"], f"{endpoint}/storage/v1/b?project=test")
@@ -92,25 +92,24 @@ def _gcs() -> str:
 
 
 def gcs_binary() -> str:
-    found = find_fake_gcs()
-    if found is None:
-        found = str(build_go(GCS_MODULE, BUILT))
-    return found
+    """Return the path of fake-gcs-server, built if necessary."""
+    return find_fake_gcs() or str(build_go(GCS_MODULE, BUILT))
 
 
 def build_go(module: str, binary: Path) -> Path:
-    """Have Go build a program, unless another test process has just done so."""
+    """Build a program with Go, unless another test process has done so; return its path."""
     binary.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(binary.with_suffix(".lock")):
         if not binary.exists():
             with tempfile.TemporaryDirectory(dir=binary.parent) as folder:
                 environment = {**os.environ, "GOBIN": folder, "GOFLAGS": "-modcacherw"}
                 subprocess.run(["go", "install", module], env=environment, check=True)
-                Path(folder, binary.name).replace(binary)  # whole, for whoever looks
+                Path(folder, binary.name).replace(binary)  # atomic
     return binary
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a free TCP port of loopback."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         return int(listener.getsockname()[1])
@@ -123,16 +122,16 @@ def _start(command: list[str], url: str) -> None:
     while time.monotonic() < deadline and server.poll() is None:
         try:
             urllib.request.urlopen(url, timeout=5).close()
-        except urllib.error.HTTPError:  # it answers
+        except urllib.error.HTTPError:  # it responds
             return
         except OSError:
             time.sleep(0.05)
         else:
             return
-    raise RuntimeError(f"{command[0]} does not answer at {url} (exit status {server.poll()})")
+    raise RuntimeError(f"{command[0]} does not respond at {url} (exit status {server.poll()})")
 
 
 def _end(server: "subprocess.Popen[bytes]", owner: int) -> None:
-    if os.getpid() == owner:  # and not a fork of the test process
+    if os.getpid() == owner:  # not in a fork of the test process
         server.terminate()
         server.wait(10)

@@ -1,6 +1,6 @@
-"""Real input for the tests: pictures, sounds, texts, and shards made by the programs people use.
+"""Input for the tests: images, audio, texts, and shards written by tar, webdataset and in img2dataset's layout.
 
-A `Truth` is a sample that a reader must find; `Made` is what was written and which truths are in it.
+A `Truth` is a sample that a reader must return; `Made` holds the paths of shards and their truths.
 """
 
 import io
@@ -55,10 +55,10 @@ TEXTS: Mapping[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Truth:
-    """A sample as it was written. `bad` names the fields that cannot be decoded."""
+    """A written sample. `bad` names the fields that cannot be decoded."""
 
     key: str
-    members: Mapping[str, bytes]  # by field, in the order of the tar
+    members: Mapping[str, bytes]  # by field, in tar order
     text: str | None = None
     size: tuple[int, int] | None = None  # width, height
     seconds: float | None = None
@@ -72,13 +72,13 @@ class Made:
 
 
 def natural_image(seed: int, width: int = 96, height: int = 64) -> ImageHWC:
-    """A picture with the statistics of a photograph: smooth noise at every scale, and edges."""
+    """Make an image with the statistics of a photograph: smooth noise at every scale, and edges."""
     rng = np.random.default_rng(seed)
     pixels = np.full((height, width, 3), 128.0)
     for cells in (2, 4, 8, 16, 32, 64):
         noise = rng.normal(128, 25, (cells, cells, 3)).clip(0, 255).astype(np.uint8)
-        blown_up = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
-        pixels += (np.asarray(blown_up, np.float64) - 128) * 2.4 / cells**0.5
+        enlarged = Image.fromarray(noise).resize((width, height), Image.Resampling.BICUBIC)
+        pixels += (np.asarray(enlarged, np.float64) - 128) * 2.4 / cells**0.5
     image = Image.fromarray(pixels.clip(0, 255).astype(np.uint8))
     draw = ImageDraw.Draw(image)
     for _ in range(4):
@@ -88,7 +88,7 @@ def natural_image(seed: int, width: int = 96, height: int = 64) -> ImageHWC:
 
 
 def natural_sound(seed: int, seconds: float = 1.0, rate: int = 16000, channels: int = 1) -> Waveform:
-    """A sound, float32 [frames] or [frames, channels]: falling noise, and a tone that differs by channel."""
+    """Make audio, float32 [frames] or [frames, channels]: 1/f noise, and a tone that differs by channel."""
     rng = np.random.default_rng(seed)
     frames = round(seconds * rate)
     spectrum = np.fft.rfft(rng.normal(size=(frames, channels)), axis=0)
@@ -100,21 +100,21 @@ def natural_sound(seed: int, seconds: float = 1.0, rate: int = 16000, channels: 
 
 
 def encode_image(pixels: ImageHWC, extension: str = "jpg", mode: str = "RGB", **options: object) -> bytes:
-    """A picture as a file: `mode` and `options` are Pillow's (quality, exif, progressive, ...)."""
+    """Encode an image; `mode` and `options` are Pillow's (quality, exif, progressive, ...)."""
     stream = io.BytesIO()
     Image.fromarray(pixels).convert(mode).save(stream, IMAGE_FORMATS[extension], **options)
     return stream.getvalue()
 
 
 def huge_png(width: int, height: int) -> bytes:
-    """A PNG of a few hundred bytes whose valid header claims so many pixels."""
+    """Return a PNG of a few hundred bytes whose valid header claims `width` x `height` pixels."""
     png = encode_image(natural_image(0, 8, 8), "png")
     header = png[12:16] + width.to_bytes(4) + height.to_bytes(4) + png[24:29]  # IHDR
     return png[:12] + header + zlib.crc32(header).to_bytes(4) + png[33:]
 
 
 def encode_sound(wave: Waveform, rate: int = 16000, extension: str = "wav") -> bytes:
-    """A sound as a file; opus takes 8, 12, 16, 24 and 48 kHz only."""
+    """Encode audio; opus takes 8, 12, 16, 24 and 48 kHz only."""
     container, subtype = AUDIO_FORMATS[extension]
     stream = io.BytesIO()
     soundfile.write(stream, wave, rate, format=container, subtype=subtype)
@@ -122,7 +122,7 @@ def encode_sound(wave: Waveform, rate: int = 16000, extension: str = "wav") -> b
 
 
 def make_truth(index: int, key: str | None = None, image: str = "jpg", audio: str = "wav") -> Truth:
-    """One sample with a picture, a sound, a text and metadata; each differs with `index`."""
+    """Make a sample with image, audio, text and metadata that depend on `index`."""
     size, seconds = (64 + 8 * (index % 5), 48 + 8 * (index % 3)), 0.25 * (1 + index % 4)
     text = list(TEXTS.values())[index % len(TEXTS)]
     members = {
@@ -135,7 +135,7 @@ def make_truth(index: int, key: str | None = None, image: str = "jpg", audio: st
 
 
 def make_truths(count: int, start: int = 0) -> list[Truth]:
-    """Samples in which all codecs take turns."""
+    """Make samples that cycle through all codecs."""
     images, sounds = list(IMAGE_FORMATS), list(AUDIO_FORMATS)
     return [
         make_truth(index, image=images[index % len(images)], audio=sounds[index % len(sounds)])
@@ -144,24 +144,24 @@ def make_truths(count: int, start: int = 0) -> list[Truth]:
 
 
 def member_bytes(name: str, data: bytes, tar_format: TarFormat = tarfile.GNU_FORMAT) -> bytes:
-    """A regular member: its header (two or three for a long name), its data, and the padding."""
+    """Return a regular member: its header (two or three blocks for a long name), data and padding."""
     info = tarfile.TarInfo(name)
     info.size = len(data)
     return info.tobuf(tar_format) + data + bytes(-len(data) % 512)
 
 
 def tar_bytes(members: Sequence[tuple[str, bytes]], tar_format: TarFormat = tarfile.GNU_FORMAT) -> bytes:
-    """A tar of the members in that order."""
+    """Return a tar of the members in that order."""
     return b"".join(member_bytes(name, data, tar_format) for name, data in members) + bytes(1024)
 
 
 def named_members(truths: Sequence[Truth]) -> list[tuple[str, bytes]]:
-    """Member names and contents of the samples, in order."""
+    """Return the member names and contents of the samples, in order."""
     return [(f"{truth.key}.{name}", data) for truth in truths for name, data in truth.members.items()]
 
 
 def make_tar_command(directory: Path, truths: Sequence[Truth], tar_format: str = "gnu") -> Made:
-    """A shard by the `tar` program, in the format `v7`, `ustar`, `gnu` or `posix` (pax)."""
+    """Write a shard with the `tar` program, in the format `v7`, `ustar`, `gnu` or `posix` (pax)."""
     members = named_members(truths)
     for name, data in members:
         file = directory / "files" / name
@@ -175,7 +175,7 @@ def make_tar_command(directory: Path, truths: Sequence[Truth], tar_format: str =
 
 
 def make_webdataset(directory: Path, truths: Sequence[Truth], shards: int = 2, suffix: str = ".tar") -> Made:
-    """Shards by webdataset's own writer, which sorts the fields of a sample; `.tar.gz` is compressed."""
+    """Write shards with webdataset, which sorts the fields of a sample; `.tar.gz` is compressed."""
     from webdataset import ShardWriter  # here, because it imports torch
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -183,12 +183,12 @@ def make_webdataset(directory: Path, truths: Sequence[Truth], shards: int = 2, s
     with ShardWriter(f"{directory}/shard-%06d{suffix}", maxcount=per_shard, verbose=0) as writer:
         for truth in truths:
             writer.write({"__key__": truth.key, **truth.members})
-    found = [replace(truth, members=dict(sorted(truth.members.items()))) for truth in truths]
-    return Made(paths=sorted(directory.glob(f"shard-*{suffix}")), truths=found)
+    truths = [replace(truth, members=dict(sorted(truth.members.items()))) for truth in truths]
+    return Made(paths=sorted(directory.glob(f"shard-*{suffix}")), truths=truths)
 
 
 def make_img2dataset(directory: Path, count: int = 4, failed: int = 1) -> Made:
-    """What img2dataset leaves: 00000.tar of jpg, txt and json, its table, and its counts.
+    """Write what img2dataset writes: 00000.tar of jpg, txt and json, a table, and counts.
 
     The last `failed` downloads have a row in the table and no member in the tar.
     """
@@ -218,7 +218,7 @@ def _img2dataset_row(index: int, caption: str, fetched: bool) -> dict[str, objec
 
 @dataclass
 class _Trap:
-    """Unpickling it creates the file `marker`."""
+    """Creates the file `marker` when it is unpickled."""
 
     marker: Path
 
@@ -227,11 +227,11 @@ class _Trap:
 
 
 def make_hostile(directory: Path) -> dict[str, Made]:
-    """Shards that a stranger might send, by name, each with the samples that can still be found.
+    """Write hostile shards, by name, with the samples that can still be read.
 
-    pictures   pictures that are noise, cut short, empty, or claim 2**31 pixels, between good ones
+    pictures   images that are noise, truncated, empty, or claim 2**31 pixels, between good ones
     truncated  the file ends inside the text of its last sample
-    no_tar     a picture named .tar
+    no_tar     an image named .tar
     empty      no bytes at all
     pickle     members that would create the file PICKLED if they were unpickled
     names      members that would leave the directory if they were extracted, after links and devices
@@ -259,7 +259,7 @@ def _pictures(directory: Path) -> Hostile:
     }
     truths = make_truths(2)
     for key, data in bombs.items():
-        text = f"beside a picture that is {key}"
+        text = f"text of a sample with a bad image: {key}"
         truths.append(Truth(key=key, members={"jpg": data, "txt": text.encode()}, text=text, bad=JPG))
     truths += make_truths(2, start=2)
     return tar_bytes(named_members(truths)), truths

@@ -1,4 +1,4 @@
-"""Small tars made in memory, and what a reader must find in them."""
+"""Small tars in memory, and the samples that a reader must return."""
 
 import gzip
 import io
@@ -31,7 +31,7 @@ def everything(name: str) -> bool:
 
 
 def write(pairs: Sequence[tuple[str, bytes]], format: str = "pax", end: bool = True) -> bytes:
-    """A tar by the standard library."""
+    """Return a tar written by the standard library; `end` adds the end-of-archive blocks."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w", format=FORMATS[format], bufsize=BLOCK) as tar:
         for name, data in pairs:
@@ -64,7 +64,7 @@ def by_webdataset(path: Path) -> list[tuple[str, dict[str, bytes]]]:
 
 
 def grouped(pairs: Pairs) -> list[tuple[str, dict[str, bytes]]]:
-    """The samples of well-formed pairs, said in another way than the reader does."""
+    """Group well-formed pairs into samples, independently of the reader."""
     samples: list[tuple[str, dict[str, bytes]]] = []
     for name, data in pairs:
         key, field = split_name(name) or pytest.fail(name)

@@ -1,4 +1,4 @@
-"""The caption job end to end, in process: shards or features in, committed captions out, whatever happens."""
+"""The caption job end to end: shards or features in, committed captions out, with failures and retries."""
 
 import shutil
 import subprocess
@@ -16,6 +16,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 import shards
+from outputs import is_conserved, read_failures, read_rows
 from tiny_clip import save_clip
 from tiny_generators import features, save_fusion
 
@@ -42,18 +43,18 @@ def fusion(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def of_features(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model that reads what the tiny CLIP writes with tokens."""
+    """A model that takes the vectors and tokens of the tiny CLIP."""
     sources = features(image_embedding=("image", 24, False), text_tokens=("text", 32, True))
     return save_fusion(tmp_path_factory.mktemp("models") / "of_features", sources)
 
 
 @pytest.fixture(scope="session")
 def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `mmbeam embed` makes of 12 samples in 3 shards, one without a picture and one with a broken one."""
+    """The output of `mmbeam embed` on 12 samples in 3 shards: one has no image, one a broken image."""
     home = tmp_path_factory.mktemp("embedded")
     truths = shards.make_truths(12)
-    truths[4] = replace(truths[4], members={"txt": b"no picture"})
-    truths[6] = replace(truths[6], members={"jpg": b"\xff\xd8 no picture", "txt": b"a broken one"})
+    truths[4] = replace(truths[4], members={"txt": b"no image"})
+    truths[6] = replace(truths[6], members={"jpg": b"\xff\xd8 not an image", "txt": b"a broken image"})
     shards.make_webdataset(home / "in", truths, shards=3)
     model = ModelRef(model=str(save_clip(home / "clip")))
     embed(
@@ -70,7 +71,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(tmp_path: Path, model: Path, source: Path | str, **changes: Any) -> RunReport:
-    """One caption job on the CPU with small windows, so that a unit is several batches."""
+    """Run a caption job on the CPU, with small windows so that a unit is several batches."""
     options = CaptionOptions(
         input=(str(source),),
         output=str(tmp_path / "out"),
@@ -83,21 +84,6 @@ def run(tmp_path: Path, model: Path, source: Path | str, **changes: Any) -> RunR
     return caption(replace(options, **changes))
 
 
-def rows_of(tmp_path: Path, output: str = "out") -> list[dict[str, Any]]:
-    table = ds.dataset(tmp_path / output / "data").to_table()
-    return sorted(table.to_pylist(), key=lambda row: (row["shard"], row["offset"]))
-
-
-def failures_of(tmp_path: Path) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = ds.dataset(tmp_path / "out" / "failures").to_table().to_pylist()
-    return found
-
-
-def conserved(report: RunReport) -> bool:
-    tally = report.tally
-    return tally.samples == tally.rows + tally.failed + sum(tally.skipped.values())
-
-
 def captions(rows: Sequence[dict[str, Any]]) -> list[str | None]:
     return [row["caption"] for row in rows]
 
@@ -105,17 +91,17 @@ def captions(rows: Sequence[dict[str, Any]]) -> list[str | None]:
 # From shards
 
 
-def test_every_sample_of_real_shards_gets_its_caption(tmp_path: Path, fusion: Path) -> None:
-    """Whatever it has of picture, sound and text; with nothing of them it has a null."""
+def test_samples_with_any_modality_are_captioned(tmp_path: Path, fusion: Path) -> None:
+    """A sample without image, audio and text has a null caption."""
     truths = shards.make_truths(15)
-    for index, gone in enumerate((set(), {"jpg"}, {"txt"}, {"wav"}, {"jpg", "wav"}, {"jpg", "wav", "txt"})):
+    for index, removed in enumerate((set(), {"jpg"}, {"txt"}, {"wav"}, {"jpg", "wav"}, {"jpg", "wav", "txt"})):
         truth = shards.make_truth(index, key=f"{index:06d}")
-        truths[index] = replace(truth, members={n: data for n, data in truth.members.items() if n not in gone})
+        truths[index] = replace(truth, members={n: data for n, data in truth.members.items() if n not in removed})
     made = shards.make_webdataset(tmp_path / "in", truths, shards=2)
     report = run(tmp_path, fusion, tmp_path / "in", explain=True)
-    rows = rows_of(tmp_path)
+    rows = read_rows(tmp_path / "out")
     assert [row["key"] for row in rows] == [truth.key for truth in made.truths]
-    assert conserved(report)
+    assert is_conserved(report)
     assert dict(report.tally.outputs) == {"caption": 14}
     assert not report.tally.failures
     assert [row["key"] for row in rows if row["caption"] is None] == ["000005"]
@@ -134,9 +120,11 @@ def test_every_sample_of_real_shards_gets_its_caption(tmp_path: Path, fusion: Pa
 
 
 @pytest.mark.parametrize(
-    "decoding", [GREEDY, replace(GREEDY, num_beams=3), replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)]
+    "decoding",
+    [replace(GREEDY, num_beams=3), replace(GREEDY, temperature=1.0, top_p=0.9, seed=3)],
+    ids=["beam search", "sampling"],
 )
-def test_captions_do_not_depend_on_batches_windows_and_shards(tmp_path: Path, fusion: Path, decoding: Decoding) -> None:
+def test_captions_do_not_depend_on_batches_and_windows(tmp_path: Path, fusion: Path, decoding: Decoding) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(10), shards=1)
     run(tmp_path, fusion, tmp_path / "in", decoding=decoding)
     run(
@@ -148,54 +136,54 @@ def test_captions_do_not_depend_on_batches_windows_and_shards(tmp_path: Path, fu
         windows=Windows(samples=3),
         output=str(tmp_path / "alone"),
     )
-    together, alone = rows_of(tmp_path), rows_of(tmp_path, "alone")
+    together, alone = read_rows(tmp_path / "out"), read_rows(tmp_path / "alone")
     assert captions(together) == captions(alone)
     for a, b in zip(together, alone, strict=True):
         assert a["caption_logprob"] == pytest.approx(b["caption_logprob"], abs=1e-3)
 
 
-def test_bad_input_costs_only_its_own_records(tmp_path: Path, fusion: Path) -> None:
+def test_bad_input_costs_one_record_each(tmp_path: Path, fusion: Path) -> None:
     hostile = shards.make_hostile(tmp_path / "in")
     report = run(tmp_path, fusion, tmp_path / "in" / "*.tar", max_failure_rate=1.0)
-    assert conserved(report)
+    assert is_conserved(report)
     assert report.units_failed == 2  # no_tar and empty
-    rows = {(Path(row["shard"]).stem, row["key"]) for row in rows_of(tmp_path) if row["caption"] is not None}
-    failed = {(Path(record["shard"]).stem, record["key"]) for record in failures_of(tmp_path)}
+    rows = {(Path(row["shard"]).stem, row["key"]) for row in read_rows(tmp_path / "out") if row["caption"] is not None}
+    failed = {(Path(record["shard"]).stem, record["key"]) for record in read_failures(tmp_path / "out")}
     for name, made in hostile.items():
         for truth in made.truths:
             assert ((name, truth.key) in rows) != bool(truth.bad)
             assert ((name, truth.key) in failed) == bool(truth.bad)
 
 
-def test_one_failure_of_the_model_is_one_record_and_is_retried_on_request(
+def test_a_failure_of_the_model_is_one_record_and_is_retried_on_request(
     tmp_path: Path, fusion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     truths = shards.make_truths(8)
     shards.make_webdataset(tmp_path / "in", truths, shards=2)
     real = FusionGenerator.generate
 
-    def moody(self: FusionGenerator, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
+    def fails_once(self: FusionGenerator, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
         if any(request.text == truths[5].text for request in requests):
-            raise ValueError("not today")
+            raise ValueError("transient")
         return real(self, requests, decoding)
 
-    monkeypatch.setattr(FusionGenerator, "generate", moody)
+    monkeypatch.setattr(FusionGenerator, "generate", fails_once)
     first = run(tmp_path, fusion, tmp_path / "in", max_failure_rate=1.0)
     assert (first.tally.rows, first.tally.failed) == (7, 1)
-    [record] = failures_of(tmp_path)
-    assert (record["key"], record["step"], record["message"]) == ("000005", "generate", "not today")
+    [record] = read_failures(tmp_path / "out")
+    assert (record["key"], record["step"], record["message"]) == ("000005", "generate", "transient")
     assert (record["outputs"], record["row"]) == (["caption"], False)
     monkeypatch.setattr(FusionGenerator, "generate", real)
     again = run(tmp_path, fusion, tmp_path / "in", retry_failures=True)
     assert (again.units_written, again.units_kept, again.tally.rows) == (1, 1, 8)
 
 
-def test_the_same_command_again_does_only_what_is_not_committed(
+def test_a_second_run_does_only_uncommitted_units(
     tmp_path: Path, fusion: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(12), shards=3)
     run(tmp_path, fusion, tmp_path / "in")
-    before = rows_of(tmp_path)
+    before = read_rows(tmp_path / "out")
     next((tmp_path / "out" / "data").glob("*.parquet")).unlink()
     calls = Counter[str]()
     real = FusionGenerator.generate
@@ -207,12 +195,12 @@ def test_the_same_command_again_does_only_what_is_not_committed(
     monkeypatch.setattr(FusionGenerator, "generate", counted)
     report = run(tmp_path, fusion, tmp_path / "in")
     assert (report.units_written, report.units_kept, calls["samples"]) == (1, 2, 4)
-    assert captions(rows_of(tmp_path)) == captions(before)
+    assert captions(read_rows(tmp_path / "out")) == captions(before)
     with pytest.raises(RunMismatchError, match=r"decoding.num_beams: 1 -> 2"):
         run(tmp_path, fusion, tmp_path / "in", decoding=replace(GREEDY, num_beams=2))
 
 
-def test_embeddings_and_captions_are_made_in_one_pass(tmp_path: Path, fusion: Path) -> None:
+def test_with_embeddings_writes_vectors_and_captions_in_one_pass(tmp_path: Path, fusion: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(6), shards=1)
     report = run(tmp_path, fusion, tmp_path / "in", with_embeddings=True)
     run(tmp_path, fusion, tmp_path / "in", output=str(tmp_path / "captions"))
@@ -225,8 +213,8 @@ def test_embeddings_and_captions_are_made_in_one_pass(tmp_path: Path, fusion: Pa
     embed(options)
     names = [f"{modality}_embedding" for modality in ("image", "audio", "text")]
     assert dict(report.tally.outputs) == dict.fromkeys([*names, "caption"], 6)
-    rows, vectors = rows_of(tmp_path), rows_of(tmp_path, "vectors")
-    assert captions(rows) == captions(rows_of(tmp_path, "captions"))
+    rows, vectors = read_rows(tmp_path / "out"), read_rows(tmp_path / "vectors")
+    assert captions(rows) == captions(read_rows(tmp_path / "captions"))
     for row, expected in zip(rows, vectors, strict=True):
         for name in names:
             np.testing.assert_allclose(row[name], expected[name], atol=1e-5)
@@ -240,12 +228,12 @@ def test_modalities_absent_from_all_samples_are_an_error(tmp_path: Path, fusion:
     assert not (tmp_path / "out").exists()
 
 
-def test_cleaning_applies_to_the_text_and_where_selects(tmp_path: Path, fusion: Path) -> None:
+def test_text_is_cleaned_and_conditions_skip_samples(tmp_path: Path, fusion: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(6), shards=1)
     cleaning = Cleaning(text=("lower",), where=("metadata['index'] < 4",), image_filter="median:3")
     report = run(tmp_path, fusion, tmp_path / "in", reading=Reading(cleaning=cleaning))
     assert (report.tally.rows, report.tally.skipped) == (4, {"metadata['index'] < 4": 2})
-    assert all(row["text_clean"] == row["text"].lower() for row in rows_of(tmp_path))
+    assert all(row["text_clean"] == row["text"].lower() for row in read_rows(tmp_path / "out"))
 
 
 def test_the_transforms_write_the_same_as_the_command(tmp_path: Path, fusion: Path) -> None:
@@ -274,29 +262,29 @@ def test_the_transforms_write_the_same_as_the_command(tmp_path: Path, fusion: Pa
 # From features
 
 
-def test_captions_of_features_equal_the_models_own(tmp_path: Path, of_features: Path, embedded: Path) -> None:
+def test_captions_of_features_equal_those_of_the_model(tmp_path: Path, of_features: Path, embedded: Path) -> None:
     report = run(tmp_path, of_features, embedded, explain=True, max_failure_rate=1.0)
     assert report.units_written == 3
-    assert conserved(report)
+    assert is_conserved(report)
     assert (report.tally.samples, report.tally.rows, report.tally.failed) == (12, 11, 1)
     source = {row["key"]: row for row in ds.dataset(embedded / "data").to_table().to_pylist()}
-    rows = rows_of(tmp_path)
+    rows = read_rows(tmp_path / "out")
     assert len(set(captions(rows))) > 5
     model = generate_stage(str(of_features), decoding=GREEDY).load()
     for row in rows:
-        own = source[row["key"]]
+        features_row = source[row["key"]]
         for name in ("shard", "offset", "text", "metadata", "image_width", "image_height", "audio_seconds"):
-            assert row[name] == own[name]
-        found = {
-            name: np.array(own[name], np.float32)
+            assert row[name] == features_row[name]
+        vectors = {
+            name: np.array(features_row[name], np.float32)
             for name in ("image_embedding", "text_tokens")
-            if own[name] is not None
+            if features_row[name] is not None
         }
-        [expected] = model.generate([Request(features=found)], GREEDY)
+        [expected] = model.generate([Request(features=vectors)], GREEDY)
         assert row["caption"] == expected.text
         assert row["caption_logprob"] == pytest.approx(expected.logprob, abs=1e-3)
-        assert (row["caption_image_attribution"] is None) == ("image_embedding" not in found)
-    [failure] = failures_of(tmp_path)
+        assert (row["caption_image_attribution"] is None) == ("image_embedding" not in vectors)
+    [failure] = read_failures(tmp_path / "out")
     assert (failure["key"], failure["modality"], failure["step"]) == ("000006", "image", "read")
     assert failure["message"] == "image_embedding was lost when the features were made"
 
@@ -316,13 +304,13 @@ def test_jobs_on_features_resume_and_extend_like_jobs_on_shards(
     pq.write_table(table.slice(1), held_back)
     with pytest.raises(RunMismatchError, match=held_back.name):
         run(tmp_path, of_features, pattern, max_failure_rate=1.0)
-    (tmp_path / "in" / "bad.parquet").write_bytes(b"PAR1 and no more")
+    (tmp_path / "in" / "bad.parquet").write_bytes(b"PAR1 truncated")
     held_back.unlink()
     report = run(tmp_path, of_features, pattern, max_failure_rate=1.0)
     assert (report.units_kept, report.units_failed) == (2, 1)
 
 
-def test_a_feature_with_nan_is_one_failure(tmp_path: Path, of_features: Path, embedded: Path) -> None:
+def test_a_vector_with_nan_is_one_failure(tmp_path: Path, of_features: Path, embedded: Path) -> None:
     path = sorted((embedded / "data").glob("*.parquet"))[0]
     rows = pq.read_table(path).to_pylist()
     rows[1]["image_embedding"][3] = float("nan")
@@ -330,10 +318,12 @@ def test_a_feature_with_nan_is_one_failure(tmp_path: Path, of_features: Path, em
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), tmp_path / "in" / "a.parquet")
     report = run(tmp_path, of_features, f"{tmp_path}/in/a.parquet", max_failure_rate=1.0)
     assert (report.tally.rows, report.tally.failed) == (3, 1)
-    assert [(f["key"], f["message"]) for f in failures_of(tmp_path)] == [("000001", "image_embedding is not finite")]
+    assert [(f["key"], f["message"]) for f in read_failures(tmp_path / "out")] == [
+        ("000001", "image_embedding is not finite")
+    ]
 
 
-def test_features_that_do_not_fit_the_model_are_refused_before_the_start(
+def test_features_that_do_not_fit_the_model_are_rejected_before_the_job_starts(
     tmp_path: Path, of_features: Path, fusion: Path, embedded: Path
 ) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(2), shards=1)
@@ -356,7 +346,7 @@ def test_features_that_do_not_fit_the_model_are_refused_before_the_start(
     assert not (tmp_path / "out").exists()
 
 
-def test_rows_without_any_of_the_models_features_are_an_error(
+def test_rows_in_which_all_features_of_the_model_are_null_are_an_error(
     tmp_path: Path, of_features: Path, embedded: Path
 ) -> None:
     path = sorted((embedded / "data").glob("*.parquet"))[0]
@@ -370,7 +360,7 @@ def test_rows_without_any_of_the_models_features_are_an_error(
         run(tmp_path, of_features, f"{tmp_path}/in/*.parquet")
 
 
-def test_a_text_model_reads_texts_from_rows_too(tmp_path: Path, embedded: Path) -> None:
+def test_a_text_model_reads_texts_from_rows(tmp_path: Path, embedded: Path) -> None:
     model = save_fusion(
         tmp_path / "text", {"text": {"modality": "text", "kind": "transformer", "layers": 1, "max_tokens": 16}}
     )
@@ -378,10 +368,10 @@ def test_a_text_model_reads_texts_from_rows_too(tmp_path: Path, embedded: Path) 
     assert (report.tally.rows, dict(report.tally.outputs)) == (12, {"caption": 12})
 
 
-# By the command line
+# The command line
 
 
-def test_the_command_line_captions_shards_and_features(
+def test_the_command_captions_shards_and_features(
     tmp_path: Path, fusion: Path, of_features: Path, embedded: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=1)
@@ -389,19 +379,19 @@ def test_the_command_line_captions_shards_and_features(
     command += ["--max-new-tokens", "8"]
     status = main([*command, "--output", str(tmp_path / "out"), "--explain", "--with-embeddings", "--num-beams", "2"])
     assert (status, capsys.readouterr().out.splitlines()[2].split(": ")[1].split(", ")[-1]) == (0, "4 caption")
-    assert all(row["caption_text_attribution"] is not None for row in rows_of(tmp_path))
+    assert all(row["caption_text_attribution"] is not None for row in read_rows(tmp_path / "out"))
     sampling = ["--temperature", "1.0", "--top-p", "0.9", "--seed", "4"]
     assert main([*command, "--output", str(tmp_path / "sampled"), *sampling]) == 0
-    expected = replace(GREEDY, temperature=1.0, top_p=0.9, seed=4)
-    run(tmp_path, fusion, tmp_path / "in", decoding=expected, output=str(tmp_path / "by-program"))
-    assert captions(rows_of(tmp_path, "sampled")) == captions(rows_of(tmp_path, "by-program"))
+    same = replace(GREEDY, temperature=1.0, top_p=0.9, seed=4)
+    report = run(tmp_path, fusion, tmp_path / "in", decoding=same, output=str(tmp_path / "sampled"))
+    assert (report.units_written, report.units_kept) == (0, 1)  # the same configuration
     command = ["caption", "--model", str(of_features), "--input", str(embedded), "--output", str(tmp_path / "features")]
     assert main([*command, "--max-new-tokens", "8", "--device", "cpu", "--max-failure-rate", "1"]) == 0
-    assert len(rows_of(tmp_path, "features")) == 11
+    assert len(read_rows(tmp_path / "features")) == 11
 
 
 @pytest.mark.parametrize(
-    ("arguments", "words"),
+    ("arguments", "message"),
     [
         (["--num-beams", "2", "--temperature", "1"], "--temperature and --num-beams are mutually exclusive"),
         (["--top-p", "0.5"], "--top-p needs sampling: pass --temperature too"),
@@ -412,17 +402,17 @@ def test_the_command_line_captions_shards_and_features(
         (["--max-new-tokens", "1000"], "at most 32"),
     ],
 )
-def test_options_that_contradict_each_other_are_usage_errors(
-    tmp_path: Path, fusion: Path, arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+def test_contradictory_options_are_usage_errors(
+    tmp_path: Path, fusion: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["caption", "--model", str(fusion), "--input", str(tmp_path), "--output", str(tmp_path / "out")]
     defaults = [] if "--max-new-tokens" in arguments else ["--max-new-tokens", "8"]
     assert main([*command, *defaults, *arguments]) == 2
-    assert words in capsys.readouterr().err
+    assert message in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_pipeline_file_runs_the_same_program() -> None:
+def test_the_pipeline_file_runs_the_caption_command() -> None:
     script = Path(__file__).parents[1] / "pipelines" / "caption.py"
     done = subprocess.run([sys.executable, script, "--seed", "1"], capture_output=True, text=True)
     assert done.returncode == 2

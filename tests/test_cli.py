@@ -18,22 +18,10 @@ import pyarrow.dataset as ds
 import pytest
 import shards
 import torch
-from tiny_audio_text import save_clap
-from tiny_clip import save_clip
 
 from mmbeam import __version__
 from mmbeam.cli import _with_options, main
 from mmbeam.process import progress
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(tmp_path_factory.mktemp("models") / "clip")
-
-
-@pytest.fixture(scope="module")
-def clap(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clap(tmp_path_factory.mktemp("models") / "clap")
 
 
 @pytest.fixture(scope="module")
@@ -53,22 +41,22 @@ def as_before() -> Iterator[None]:
     progress.start(0)
 
 
-class Said(NamedTuple):
+class Result(NamedTuple):
     status: int
     out: str
     err: str
 
 
-Mmbeam = Callable[..., Said]
+Mmbeam = Callable[..., Result]
 
 
 @pytest.fixture
 def mmbeam(capfd: pytest.CaptureFixture[str]) -> Mmbeam:
     """The command line in this process, with all output to both file descriptors."""
 
-    def call(*args: str | Path) -> Said:
+    def call(*args: str | Path) -> Result:
         status = main([str(arg) for arg in args])
-        return Said(status, *capfd.readouterr())
+        return Result(status, *capfd.readouterr())
 
     return call
 
@@ -78,32 +66,34 @@ def embed(mmbeam: Mmbeam, good: Path, clip: Path, tmp_path: Path) -> Mmbeam:
     """`mmbeam embed` of good shards with a good model; arguments of the call replace these options."""
     options = {"--input": str(good), "--model": str(clip), "--output": str(tmp_path / "out"), "--device": "cpu"}
 
-    def call(*args: str | Path) -> Said:
-        given = [str(arg) for arg in args]
-        rest = [word for name, value in options.items() if name not in given for word in (name, value)]
-        return mmbeam("embed", *given, *rest)
+    def call(*args: str | Path) -> Result:
+        arguments = [str(arg) for arg in args]
+        rest = [word for name, value in options.items() if name not in arguments for word in (name, value)]
+        return mmbeam("embed", *arguments, *rest)
 
     return call
 
 
-def check_refused(said: Said, status: int, *words: str) -> None:
+def check_error(result: Result, status: int, *words: str) -> None:
     """Check for one message on stderr with all `words`, no traceback, and nothing on stdout."""
-    assert said.status == status, said
-    assert said.out == ""
-    assert said.err.startswith("mmbeam: ")
-    assert "Traceback" not in said.err
+    assert result.status == status, result
+    assert result.out == ""
+    assert result.err.startswith("mmbeam: ")
+    assert "Traceback" not in result.err
     for word in words:
-        assert word in said.err
+        assert word in result.err
 
 
 # Good runs
 
 
-def test_a_good_run_prints_its_summary_on_stdout_and_nothing_on_stderr(embed: Mmbeam, tmp_path: Path) -> None:
-    said = embed()
-    assert (said.status, said.err) == (0, "")
-    assert said.out.startswith("units: 2 written\nsamples: 6 = 6 rows\noutputs: 6 image_embedding, 6 text_embedding\n")
-    assert said.out.endswith(f"rows: {tmp_path}/out/data/\n")
+def test_a_successful_run_prints_its_summary_on_stdout_and_nothing_on_stderr(embed: Mmbeam, tmp_path: Path) -> None:
+    result = embed()
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith(
+        "units: 2 written\nsamples: 6 = 6 rows\noutputs: 6 image_embedding, 6 text_embedding\n"
+    )
+    assert result.out.endswith(f"rows: {tmp_path}/out/data/\n")
     assert ds.dataset(tmp_path / "out" / "data").count_rows() == 6
     again = embed()
     assert (again.status, again.err) == (0, "")
@@ -115,8 +105,8 @@ def test_every_option_reaches_the_job(embed: Mmbeam, clip: Path, clap: Path, tmp
     fields = ["--image-field", "jpg", "--audio-field", "wav", "--text-field", "txt", "--metadata-field", "json"]
     cleaning = ["--clean-text", "nfc,lower", "--where", "image_width >= 1", "--image-filter", "median:3", "--draft"]
     running = ["--dtype", "bfloat16", "--batch-size", "2", "--limit", "5", "--max-failure-rate", "0.5", "--tokens"]
-    said = embed(*models, *fields, *cleaning, *running, "--float16", "--direct_num_workers=1")
-    assert said.status == 0, said
+    result = embed(*models, *fields, *cleaning, *running, "--float16", "--direct_num_workers=1")
+    assert result.status == 0, result
     manifest = json.loads((tmp_path / "out" / "_mmbeam" / "run.json").read_text())
     configuration, recorded = manifest["configuration"], manifest["recorded"]
     assert configuration["modalities"] == {"clip": ["image"], "clap": ["audio"]}
@@ -131,22 +121,22 @@ def test_every_option_reaches_the_job(embed: Mmbeam, clip: Path, clap: Path, tmp
 
 
 def test_a_shard_without_kept_samples_has_an_empty_file(embed: Mmbeam, tmp_path: Path) -> None:
-    said = embed("--where", "image_width >= 1000")
-    assert (said.status, said.err) == (0, "")
-    assert "samples: 6 = 0 rows + 6 skipped (image_width >= 1000)\n" in said.out
+    result = embed("--where", "image_width >= 1000")
+    assert (result.status, result.err) == (0, "")
+    assert "samples: 6 = 0 rows + 6 skipped (image_width >= 1000)\n" in result.out
     data = ds.dataset(tmp_path / "out" / "data")
     assert (len(data.files), data.count_rows(), "image_embedding" in data.schema.names) == (2, 0, True)
 
 
 def test_a_corrupt_image_fails_one_sample_and_not_the_job(embed: Mmbeam, tmp_path: Path) -> None:
     truths = shards.make_truths(5)
-    truths[2] = replace(truths[2], members={"jpg": b"no picture", "txt": b"text"})
+    truths[2] = replace(truths[2], members={"jpg": b"not an image", "txt": b"text"})
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
-    said = embed("--input", tmp_path / "in")
-    assert (said.status, said.err) == (0, "")
-    assert "samples: 5 = 5 rows; 1 rows lack some of their outputs\n" in said.out
-    assert f"failures: 1 decode: DecodeError, for example 000002 of {tmp_path}/in/shard-000000.tar: " in said.out
-    assert f"failure records: {tmp_path}/out/failures/\n" in said.out
+    result = embed("--input", tmp_path / "in")
+    assert (result.status, result.err) == (0, "")
+    assert "samples: 5 = 5 rows; 1 rows lack some of their outputs\n" in result.out
+    assert f"failures: 1 decode: DecodeError, for example 000002 of {tmp_path}/in/shard-000000.tar: " in result.out
+    assert f"failure records: {tmp_path}/out/failures/\n" in result.out
     records = ds.dataset(tmp_path / "out" / "failures").to_table().to_pylist()
     assert [(record["key"], record["modality"]) for record in records] == [("000002", "image")]
 
@@ -154,11 +144,11 @@ def test_a_corrupt_image_fails_one_sample_and_not_the_job(embed: Mmbeam, tmp_pat
 def test_a_shard_that_is_not_a_tar_file_fails_only_its_unit(embed: Mmbeam, good: Path, tmp_path: Path) -> None:
     shutil.copytree(good, tmp_path / "in")
     (tmp_path / "in" / "bad.tar").write_bytes(b"no tar at all" * 100)
-    said = embed("--input", tmp_path / "in")
-    assert (said.status, said.err) == (3, "")
-    assert "units: 2 written, 1 FAILED\n" in said.out
-    assert "bad.tar: not a tar file" in said.out
-    assert "Run the same command again" in said.out
+    result = embed("--input", tmp_path / "in")
+    assert (result.status, result.err) == (3, "")
+    assert "units: 2 written, 1 FAILED\n" in result.out
+    assert "bad.tar: not a tar file" in result.out
+    assert "Run the same command again" in result.out
     assert ds.dataset(tmp_path / "out" / "data").count_rows() == 6
 
 
@@ -166,9 +156,9 @@ def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbea
     """Beam prints a traceback of ninety lines past all logging: it must not come through."""
     truths = [replace(truth, members={"jpg": b"none"}) for truth in shards.make_truths(120)]
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
-    said = embed("--input", tmp_path / "in")
-    check_refused(said, 1, "120 of 120 samples lost outputs", "--max-failure-rate")
-    assert said.err.count("\n") == 1
+    result = embed("--input", tmp_path / "in")
+    check_error(result, 1, "120 of 120 samples lost outputs", "--max-failure-rate")
+    assert result.err.count("\n") == 1
     assert "STOPPED: 120 of 120 samples" in mmbeam("status", tmp_path / "out").out
 
 
@@ -177,13 +167,13 @@ def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbea
 
 def test_no_shard_matches(embed: Mmbeam, tmp_path: Path) -> None:
     pattern = tmp_path / "none-*.tar"
-    check_refused(embed("--input", pattern), 1, "no shard matches --input", f"{pattern}: no match")
+    check_error(embed("--input", pattern), 1, "no shard matches --input", f"{pattern}: no match")
     assert not (tmp_path / "out").exists()
 
 
 def test_the_only_shard_is_not_a_tar_file(embed: Mmbeam, tmp_path: Path) -> None:
     (tmp_path / "bad.tar").write_bytes(b"no tar at all" * 100)
-    check_refused(embed("--input", tmp_path / "bad.tar"), 1, "bad.tar: not a tar file")
+    check_error(embed("--input", tmp_path / "bad.tar"), 1, "bad.tar: not a tar file")
     assert not (tmp_path / "out").exists()
 
 
@@ -228,39 +218,41 @@ def test_a_model_directory_that_cannot_be_used(
 ) -> None:
     model = shutil.copytree(clip, tmp_path / "model")
     spoil(model)
-    check_refused(embed("--model", model), 1, str(model), *words)
+    check_error(embed("--model", model), 1, str(model), *words)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_requested_modality_missing_from_all_shards(embed: Mmbeam, clap: Path, tmp_path: Path) -> None:
     truths = [replace(truth, members={"txt": b"text alone"}) for truth in shards.make_truths(3)]
     shards.make_webdataset(tmp_path / "in", truths)
-    said = embed("--input", tmp_path / "in", "--model", clap, "--modalities", "audio")
-    check_refused(said, 1, "no audio in the first samples", "which hold text", "--audio-field")
-    check_refused(embed("--modalities", "audio"), 2, "encodes none of them")
+    result = embed("--input", tmp_path / "in", "--model", clap, "--modalities", "audio")
+    check_error(result, 1, "no audio in the first samples", "which hold text", "--audio-field")
+    check_error(embed("--modalities", "audio"), 2, "encodes none of them")
     assert not (tmp_path / "out").exists()
 
 
-def test_an_output_that_holds_another_configurations_run(embed: Mmbeam, tmp_path: Path) -> None:
+def test_an_output_of_another_configuration_is_an_error_that_names_the_difference(
+    embed: Mmbeam, tmp_path: Path
+) -> None:
     assert embed().status == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
-    said = embed("--modalities", "image", "--where", "image_width >= 8")
-    check_refused(
-        said, 1, "modalities.model:", '["image", "text"] -> ["image"]', "cleaning.where: [] -> ", "--overwrite"
+    result = embed("--modalities", "image", "--where", "image_width >= 8")
+    check_error(
+        result, 1, "modalities.model:", '["image", "text"] -> ["image"]', "cleaning.where: [] -> ", "--overwrite"
     )
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 
 def test_an_output_that_cannot_be_written(embed: Mmbeam, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    check_refused(embed("--output", tmp_path / "file" / "out"), 1, f"{tmp_path}/file/out", "Not a directory")
-    check_refused(embed("--output", "/proc/out"), 1, "/proc/out", "No such file")
-    check_refused(embed("--output", "nowhere://out"), 2, "--output nowhere://out: Protocol not known")
+    check_error(embed("--output", tmp_path / "file" / "out"), 1, f"{tmp_path}/file/out", "Not a directory")
+    check_error(embed("--output", "/proc/out"), 1, "/proc/out", "No such file")
+    check_error(embed("--output", "nowhere://out"), 2, "--output nowhere://out: Protocol not known")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
-def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
-    check_refused(embed("--device", "cuda"), 1, "--device cuda: this machine has 0 CUDA devices", "--device cpu")
+def test_cuda_without_a_gpu_is_an_error(embed: Mmbeam, tmp_path: Path) -> None:
+    check_error(embed("--device", "cuda"), 1, "--device cuda: this machine has 0 CUDA devices", "--device cpu")
     assert not (tmp_path / "out").exists()
 
 
@@ -289,7 +281,7 @@ def test_cuda_where_there_is_no_gpu(embed: Mmbeam, tmp_path: Path) -> None:
     ],
 )
 def test_invalid_arguments(args: list[str], words: list[str], embed: Mmbeam, tmp_path: Path) -> None:
-    check_refused(embed(*args), 2, *words)
+    check_error(embed(*args), 2, *words)
     assert not (tmp_path / "out").exists()
 
 
@@ -307,35 +299,35 @@ def test_invalid_arguments(args: list[str], words: list[str], embed: Mmbeam, tmp
     ],
 )
 def test_invalid_commands(args: list[str], word: str, mmbeam: Mmbeam) -> None:
-    said = mmbeam(*args)
-    check_refused(said, 2, word)
-    assert said.err.count("\n") == 1
+    result = mmbeam(*args)
+    check_error(result, 2, word)
+    assert result.err.count("\n") == 1
 
 
 # Other output
 
 
 def test_verbose_shows_the_traceback(embed: Mmbeam, tmp_path: Path) -> None:
-    said = embed("--verbose", "--input", tmp_path / "none-*.tar")
-    assert said.status == 1
-    assert said.err.startswith("Traceback")
-    assert "\nmmbeam: no shard matches --input" in said.err
+    result = embed("--verbose", "--input", tmp_path / "none-*.tar")
+    assert result.status == 1
+    assert result.err.startswith("Traceback")
+    assert "\nmmbeam: no shard matches --input" in result.err
 
 
-def test_an_unexpected_error_is_one_line_too(embed: Mmbeam) -> None:
-    check_refused(embed("--runner=NoSuchRunner", "--shared-output"), 1, "NoSuchRunner")
+def test_an_unexpected_error_is_one_line(embed: Mmbeam) -> None:
+    check_error(embed("--runner=NoSuchRunner", "--shared-output"), 1, "NoSuchRunner")
 
 
 def test_status_and_inspect(embed: Mmbeam, mmbeam: Mmbeam, good: Path, tmp_path: Path) -> None:
-    check_refused(mmbeam("status", tmp_path), 1, f"{tmp_path}: not the output of an mmbeam job")
+    check_error(mmbeam("status", tmp_path), 1, f"{tmp_path}: not the output of an mmbeam job")
     assert embed("--limit", "4").status == 0
-    said = mmbeam("status", tmp_path / "out")
-    assert (said.status, said.err) == (0, "")
-    assert "units: 1 planned, 1 committed\nsamples: 4 = 4 rows\n" in said.out
-    said = mmbeam("inspect", good)
-    assert (said.status, said.err) == (0, "")
-    assert "modalities: audio, image, text" in said.out
-    check_refused(mmbeam("inspect", tmp_path / "none"), 1, "does not exist")
+    result = mmbeam("status", tmp_path / "out")
+    assert (result.status, result.err) == (0, "")
+    assert "units: 1 planned, 1 committed\nsamples: 4 = 4 rows\n" in result.out
+    result = mmbeam("inspect", good)
+    assert (result.status, result.err) == (0, "")
+    assert "modalities: audio, image, text" in result.out
+    check_error(mmbeam("inspect", tmp_path / "none"), 1, "does not exist")
 
 
 def test_errors_name_options_for_arguments() -> None:
@@ -394,11 +386,11 @@ def test_a_signal_ends_the_process_and_the_same_command_resumes(
     committed = len(list(data.glob("*.parquet")))
     assert 2 <= committed < 60
     before = signal.getsignal(number)
-    said = mmbeam(*args)
-    assert (said.status, "mmbeam" in said.err) == (0, False)  # a slow machine shows progress
+    result = mmbeam(*args)
+    assert (result.status, "mmbeam" in result.err) == (0, False)  # a slow machine shows progress
     assert (
         f"units: {60 - committed} written, {committed} committed by an earlier run\nsamples: 120 = 120 rows\n"
-        in said.out
+        in result.out
     )
     assert signal.getsignal(number) is before
 

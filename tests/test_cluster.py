@@ -8,8 +8,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from beam_servers import free_port
 from known import Known, make_known, options
+from servers import free_port
 
 from mmbeam.errors import JobError, UsageError
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_error
@@ -66,8 +66,8 @@ def test_the_error_for_an_invalid_address_shows_it_without_secrets(args: list[st
 
 
 @pytest.mark.parametrize("pattern", ["shards/*.tar", "/data/*.tar", "file:///data/a.tar", "gs://b/a.tar::more.tar"])
-def test_local_shards_are_refused_if_the_workers_are_on_other_machines(pattern: str, tmp_path: Path) -> None:
-    """The workers would find none of them, so that every unit would fail."""
+def test_local_shards_are_rejected_if_the_workers_are_on_other_machines(pattern: str, tmp_path: Path) -> None:
+    """The workers could not open them, so that every unit would fail."""
     with pytest.raises(UsageError, match=r"`input` .*: the workers are on other machines and cannot read there"):
         check_input([pattern], ELSEWHERE[0], shared=False)
     check_input([pattern], ELSEWHERE[0], shared=True)
@@ -93,8 +93,8 @@ def test_a_runners_error_of_many_lines_becomes_one_line(text: str, message: str)
     assert re.search(message, str(error))
     assert "\n" not in str(error)
     assert runner_error(OSError("one line"), args) is None
-    gone = runner_error(grpc.RpcError("UNAVAILABLE: Socket closed"), args)
-    assert str(gone).startswith("the job service no longer answers; run the same command again to continue")
+    lost_service = runner_error(grpc.RpcError("UNAVAILABLE: Socket closed"), args)
+    assert str(lost_service).startswith("the job service no longer answers; run the same command again to continue")
 
 
 def test_a_worker_pool_given_by_an_environment_option_is_checked(tmp_path: Path) -> None:
@@ -114,10 +114,10 @@ def test_a_worker_pool_given_by_an_environment_option_is_checked(tmp_path: Path)
             "--runner=FlinkRunner",
             "--flink_master=host:8081",
             "--environment_type=EXTERNAL",
-        ],  # by a job server of its own
+        ],  # starts a job server
         ["--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK"],
         ["--runner=PortableRunner", "--job_endpoint=host:8099", "--environment_type=LOOPBACK"],
-        ["--runner=FlinkRunner", "--flink_submit_uber_jar"],  # whose master is [auto]: a job server of its own
+        ["--runner=FlinkRunner", "--flink_submit_uber_jar"],  # the master is [auto], which starts a job server
     ],
 )
 def test_a_job_that_ends_with_its_launcher_must_be_waited_for(known: Known, args: list[str], tmp_path: Path) -> None:
@@ -140,7 +140,7 @@ def test_a_job_of_a_permanent_service_need_not_be_waited_for(args: list[str]) ->
 
 
 @pytest.mark.parametrize("option", ["--dry_run=True", "--template_location=gs://b/t"])
-def test_dry_runs_and_templates_are_refused_on_other_runners(known: Known, option: str, tmp_path: Path) -> None:
+def test_dry_runs_and_templates_are_rejected_on_other_runners(known: Known, option: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="only Dataflow has these"):
         prepare(options(known.root, tmp_path / "out", option))
     assert not (tmp_path / "out").exists()
@@ -153,7 +153,7 @@ def test_dry_runs_and_templates_are_refused_on_other_runners(known: Known, optio
         "--experiments=worker_accelerator=type:nvidia-tesla-t4;count:16",
     ],
 )
-def test_several_gpus_per_dataflow_machine_are_refused(option: str) -> None:
+def test_several_gpus_per_dataflow_machine_are_rejected(option: str) -> None:
     with pytest.raises(UsageError, match=r"expected count:1, and (2|16) times as many machines"):
         check_cluster(["--runner=DataflowRunner", option])
     check_cluster(["--runner=DataflowRunner", "--experiments=worker_accelerator=type:nvidia-l4;count:1"])
@@ -161,7 +161,7 @@ def test_several_gpus_per_dataflow_machine_are_refused(option: str) -> None:
 
 @pytest.mark.parametrize("args", ELSEWHERE)
 @pytest.mark.parametrize("output", ["out", "/data/out", "file:///data/out", "memory://out"])
-def test_a_local_output_is_refused_if_the_workers_are_on_other_machines(args: list[str], output: str) -> None:
+def test_a_local_output_is_rejected_if_the_workers_are_on_other_machines(args: list[str], output: str) -> None:
     with pytest.raises(UsageError, match=r"`output` .*out: the workers are on other machines.*`shared_output`"):
         check_output(output, args, shared=False)
     check_output(output, args, shared=True)

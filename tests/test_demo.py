@@ -1,5 +1,6 @@
-"""The demo as a user runs it: offline, twice, and then the command that it prints."""
+"""The demo: run offline, compared with the README, and repeated; and the command that it prints."""
 
+import re
 import shlex
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from mmbeam.cli import main
 from mmbeam.corpus.scene import COLOURS
 from mmbeam.demo import nearest_neighbours, sketch_audio, sketch_image
 from mmbeam.names import MODALITIES
+
+README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
 
 def test_the_demo_captions_correctly_and_can_be_repeated(
@@ -29,13 +32,26 @@ def test_the_demo_captions_correctly_and_can_be_repeated(
         assert table[f"{modality}_embedding"].null_count == 0
         assert table[f"caption_{modality}_attribution"].null_count == 0
     assert "  11-000000  text '#Harbour #Noon'" in out
+    check_the_readme(out.replace(str(tmp_path), "..."))
     check_the_printed_command(out, capfd)
     assert main(["demo"]) == 0
     assert "units: 4 written" in capfd.readouterr().out
 
 
+def check_the_readme(out: str) -> None:
+    """The README shows this output, except for numbers and omitted rows."""
+    printed = {without_numbers(line) for line in out.splitlines()}
+    shown = re.findall(r"```text\n(.*?)```", README, re.DOTALL)[0].splitlines()
+    assert len(shown) > 30
+    assert [line for line in shown if without_numbers(line) not in printed | {"  ..."}] == []
+
+
+def without_numbers(line: str) -> str:
+    return re.sub(r"[+-]?\d[\d.,]*(m\d\ds|s\b)?", "#", line)
+
+
 def check_the_printed_command(out: str, capfd: pytest.CaptureFixture[str]) -> None:
-    """The printed command runs as it is, and finds every unit committed."""
+    """The printed command runs unchanged, and every unit is already committed."""
     command = out[out.index("mmbeam caption") : out.index("The rows, in Python")].replace("\\\n", " ")
     assert main(shlex.split(command)[1:]) == 0
     assert "units: 0 written, 4 committed by an earlier run" in capfd.readouterr().out
@@ -45,7 +61,7 @@ def check_the_printed_command(out: str, capfd: pytest.CaptureFixture[str]) -> No
     assert getattr(scope["table"], "num_rows", None) == 48
 
 
-def test_the_demo_refuses_a_directory_with_other_files(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_directory_with_other_files_is_rejected(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "thesis.txt").write_text("precious")
     assert main(["demo", str(tmp_path)]) == 2
     assert "expected an empty directory" in capsys.readouterr().err
@@ -57,14 +73,14 @@ def test_neighbours_are_nearest_by_cosine() -> None:
     assert nearest_neighbours(vectors) == [2, 3, 0, 1]
 
 
-def test_an_image_is_drawn_with_the_letters_of_its_colours() -> None:
+def test_an_image_is_drawn_with_letters_for_colours() -> None:
     image = np.zeros((40, 40, 3), np.uint8)
     image[:20, :20] = COLOURS["red"]
     image[20:, 20:] = COLOURS["pink"]  # P is taken by purple
     assert sketch_image(image, COLOURS, rows=4) == ["RRRR....", "RRRR....", "....IIII", "....IIII"]
 
 
-def test_a_sound_is_drawn_with_high_notes_above_and_loud_ones_darker() -> None:
+def test_audio_is_drawn_with_high_frequencies_above_and_loud_ones_darker() -> None:
     time = np.arange(16000) / 16000
     chirp = np.sin(2 * np.pi * np.where(time < 0.5, 200, 3000) * time).astype(np.float32)
     low, high = (

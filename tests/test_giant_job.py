@@ -1,14 +1,12 @@
-"""The embed command over a giant shard: read in parts, and as one unit by the second run if they were misread."""
+"""The embed command on a giant shard: read in parts, and as one unit by the second run if they were misread."""
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import pyarrow.dataset as ds
 import pytest
 import shards
-from tiny_clip import save_clip
+from outputs import read_rows
 
 from mmbeam.cli import main
 from mmbeam.readers.units import plan_units
@@ -19,7 +17,7 @@ Command = Callable[[str], int]
 
 @pytest.fixture
 def giant(tmp_path: Path) -> Path:
-    """Twelve samples, one with a member that is a tar of eight others, which do not belong to the shard."""
+    """A shard of 12 samples; one has a member that is a tar of 8 samples, which do not belong to the shard."""
     truths = shards.make_truths(20)
     inner = shards.tar_bytes(shards.named_members(truths[12:]))
     members = shards.named_members(truths[:12])
@@ -31,23 +29,21 @@ def giant(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def embed(giant: Path, tmp_path: Path) -> Command:
-    model = save_clip(tmp_path / "clip")
-
+def embed(giant: Path, clip: Path, tmp_path: Path) -> Command:
     def call(output: str) -> int:
         where = ["--input", str(giant), "--output", str(tmp_path / output)]
-        return main(["embed", *where, "--model", str(model), "--device", "cpu"])
+        return main(["embed", *where, "--model", str(clip), "--device", "cpu"])
 
     return call
 
 
 def cut(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Have shards cut into parts of 20 kB, none of which is read from the beginning of its shard."""
+    """Cut shards into parts of 20 kB, and read no part from the beginning of its shard."""
     monkeypatch.setattr("mmbeam.readers.tar.LOOK_BACK", 512)
     monkeypatch.setattr("mmbeam.runs.plan.plan_units", lambda shards, known, _: plan_units(shards, known, 20_000))
 
 
-def test_the_command_twice_gives_the_rows_of_a_whole_read(
+def test_two_runs_in_parts_write_the_rows_of_a_whole_read(
     embed: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     assert embed("whole") == 0
@@ -56,7 +52,7 @@ def test_the_command_twice_gives_the_rows_of_a_whole_read(
     assert list((tmp_path / "cut/data").iterdir()) == []
     assert embed("cut") == 0
     assert len(list((tmp_path / "cut/data").iterdir())) == 1  # the whole shard
-    whole, again = rows(tmp_path / "whole"), rows(tmp_path / "cut")
+    whole, again = read_rows(tmp_path / "whole"), read_rows(tmp_path / "cut")
     assert [row["key"] for row in again] == [f"{number:06d}" for number in range(12)]
     for expected, row in zip(whole, again, strict=True):
         for name in ("image_embedding", "text_embedding"):
@@ -78,9 +74,4 @@ def test_failures_in_a_misread_part_do_not_stop_the_job(
     cut(monkeypatch)
     assert embed("cut") == 3
     assert embed("cut") == 0
-    assert [row["key"] for row in rows(tmp_path / "cut")] == [f"{number:06d}" for number in range(12)]
-
-
-def rows(output: Path) -> list[dict[str, Any]]:
-    table: list[dict[str, Any]] = ds.dataset(output / "data").to_table().to_pylist()
-    return sorted(table, key=lambda row: int(row["offset"]))
+    assert [row["key"] for row in read_rows(tmp_path / "cut")] == [f"{number:06d}" for number in range(12)]

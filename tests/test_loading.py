@@ -18,7 +18,6 @@ from typing import Any
 import fsspec
 import pytest
 import torch
-from tiny_clip import save_clip
 from tiny_models import save_siglip
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, PreTrainedModel
 
@@ -36,11 +35,6 @@ from mmbeam.models.loading import (
 from mmbeam.models.tokenizing import TextTokenizer
 
 CPU = torch.device("cpu")
-
-
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(tmp_path_factory.mktemp("clip"))
 
 
 @pytest.fixture
@@ -221,7 +215,7 @@ def test_a_remote_directory_that_changed_is_copied_again(remote: str) -> None:
 def test_an_incomplete_copy_leaves_nothing(remote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def short(fs: Any, sources: list[str], targets: list[str]) -> None:
         for target in targets:
-            Path(target).write_bytes(b"torn")
+            Path(target).write_bytes(b"truncated")
 
     with monkeypatch.context() as patched:
         patched.setattr(type(fsspec.filesystem("memory")), "get", short)
@@ -265,14 +259,14 @@ def test_the_digest_covers_names_and_contents(copy: Path, clip: Path) -> None:
 
 def test_reading_json(tmp_path: Path) -> None:
     (tmp_path / "good.json").write_text('{"a": "ä"}', encoding="utf-8")
-    (tmp_path / "torn.json").write_text('{"a": ')
+    (tmp_path / "truncated.json").write_text('{"a": ')
     (tmp_path / "bytes.json").write_bytes(b'{"a": "\xff"}')
     (tmp_path / "list.json").write_text("[1]")
     assert read_json(tmp_path, "good.json") == {"a": "ä"}
     assert read_json(tmp_path, "none.json", required=False) == {}
     for name, message in {
         "none.json": "has no none.json",
-        "torn.json": "torn.json: cannot be read as JSON",
+        "truncated.json": "truncated.json: cannot be read as JSON",
         "bytes.json": "bytes.json: cannot be read as JSON",
         "list.json": "expected a JSON object, found list",
     }.items():
@@ -280,7 +274,7 @@ def test_reading_json(tmp_path: Path) -> None:
             read_json(tmp_path, name)
 
 
-def test_pickled_weights_are_refused(copy: Path) -> None:
+def test_pickled_weights_are_rejected(copy: Path) -> None:
     (copy / "model.safetensors").unlink()
     torch.save({}, copy / "pytorch_model.bin")
     with pytest.raises(ModelError, match=r"has no model.safetensors; pickled weights .* never loaded.*convert them"):

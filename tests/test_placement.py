@@ -1,7 +1,7 @@
 """Units on several devices of one process, and one device for each of several processes.
 
-A CPU counts as several devices here, cpu:0, cpu:1 and cpu:2, each with a thread and models of its own; where there
-are GPUs the same tests run on them.
+On a CPU the devices are cpu:0, cpu:1 and cpu:2, each with its thread and models. On a machine with GPUs the tests run
+on these too.
 """
 
 import os
@@ -19,7 +19,7 @@ import torch
 from apache_beam.options.pipeline_options import DirectOptions
 from hypothesis import given
 from hypothesis import strategies as st
-from known import Known, assert_same, counts, make_known, options, read_parts
+from known import Known, assert_same, counts, options, read_parts
 
 from mmbeam import process
 from mmbeam.errors import DeviceError, UsageError
@@ -39,11 +39,6 @@ def fresh_process() -> Iterator[None]:
     process.reset()
     yield
     process.reset()
-
-
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
-    return make_known(tmp_path_factory.mktemp("known"))
 
 
 class Seen:
@@ -179,11 +174,11 @@ def test_more_processes_than_devices_share_them_evenly_with_a_warning(
 
 def test_a_directory_of_locks_of_another_user_is_an_error(tmp_path: Path) -> None:
     """Any user can create it in /tmp, with links in it to our files."""
-    (tmp_path / "elsewhere").mkdir()
-    (tmp_path / "locks").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "target").mkdir()
+    (tmp_path / "locks").symlink_to(tmp_path / "target")
     with pytest.raises(DeviceError, match="locks: expected a directory of this user"):
         placement.claim_least_used(["gpu-a"], tmp_path / "locks")
-    assert not list((tmp_path / "elsewhere").iterdir())
+    assert not list((tmp_path / "target").iterdir())
 
 
 WORKER = """

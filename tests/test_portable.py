@@ -1,4 +1,4 @@
-"""The same rows on runners in processes of their own: a job service, Prism, an external worker pool; and none there."""
+"""Runners in other processes: a job service, Prism, an external worker pool; and errors if they are absent."""
 
 import os
 import signal
@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from beam_servers import Server, free_port, prism_binary
+from beam_servers import Server, prism_binary
 from fsspec.core import url_to_fs
-from known import Known, assert_same, counts, make_known, options, read_parts
-from servers import STORES, fresh_output
+from known import Known, assert_same, counts, options, read_parts
+from servers import STORES, free_port, fresh_output
 
 from mmbeam.errors import JobError
 from mmbeam.jobs.cluster import check_cluster
@@ -24,13 +24,8 @@ from mmbeam.stages.embed import EmbedStage
 from mmbeam.types import Batch
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
-    return make_known(tmp_path_factory.mktemp("known"))
-
-
 class LoudStage(EmbedStage):
-    """An encoder whose library prints more than a pipe holds."""
+    """An encoder that prints more than a pipe holds."""
 
     def run(self, model: Any, batch: Batch) -> Batch:
         os.write(1, b"x" * 200_000)
@@ -39,10 +34,10 @@ class LoudStage(EmbedStage):
 
 @pytest.fixture
 def worker_pool() -> Iterator[list[str]]:
-    """A worker pool on loopback that knows where the stores are, and the options that name it.
+    """A worker pool on loopback with the environment of the stores, and the options that name it.
 
-    One for each test: Prism gives the workers of every first job the same name, so that a job's end, told late, would
-    stop the next one's worker.
+    A new pool per test: Prism gives the workers of every first job the same name, so the late end of one job would
+    stop the worker of the next.
     """
     for store in STORES:
         fresh_output(store, Path())
@@ -53,7 +48,7 @@ def worker_pool() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def job_service() -> Iterator[list[str]]:
-    """A job service on loopback, and the options that send a job there."""
+    """A job service on loopback, and the options that select it."""
     port = free_port()
     with Server("apache_beam.runners.portability.local_job_service_main", f"--port={port}", port=port):
         yield ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}"]
@@ -61,34 +56,34 @@ def job_service() -> Iterator[list[str]]:
 
 @pytest.fixture(scope="module")
 def prism() -> list[str]:
-    """The options that run a job on Prism, of Beam's Go module at this version of Beam."""
+    """The options that select Prism, built from Beam's Go module of the installed version."""
     binary = prism_binary()
     if binary is None:
         pytest.skip("no Prism: neither in .cache/bin nor named by MMBEAM_PRISM, and no Go to build it with")
     return ["--runner=PrismRunner", f"--prism_location={binary}"]
 
 
-def test_a_job_service_with_an_external_worker_pool_gives_the_same_rows(
+def test_a_job_service_with_an_external_worker_pool_writes_the_same_rows(
     known: Known, job_service: list[str], worker_pool: list[str], tmp_path: Path
 ) -> None:
-    """Processes of their own for the job service and the workers; nobody reads the workers' stdout."""
-    there = [*job_service, *worker_pool]
-    job = prepare(options(known.root, tmp_path, *there, shared_output=True))
-    stage = LoudStage(**{each.name: getattr(job.stages[0], each.name) for each in fields(EmbedStage)})
+    """The stage prints because a worker must not block on a stdout that is not read."""
+    beam_args = [*job_service, *worker_pool]
+    job = prepare(options(known.root, tmp_path, *beam_args, shared_output=True))
+    stage = LoudStage(**{field.name: getattr(job.stages[0], field.name) for field in fields(EmbedStage)})
     job = replace(job, stages=(stage,))
-    report = execute_pipeline(job.run, job.units, there, job.build, job.check)
+    report = execute_pipeline(job.run, job.units, beam_args, job.build, job.check)
     assert counts(report) == counts(known.report)
     assert_same(read_parts(tmp_path), known.parts)
 
 
-def test_prism_gives_the_same_rows(known: Known, prism: list[str], tmp_path: Path) -> None:
-    assert_ends_with_the_same_rows(known, tmp_path, prism)
+def test_prism_writes_the_same_rows(known: Known, prism: list[str], tmp_path: Path) -> None:
+    assert_command_writes_the_same_rows(known, tmp_path, prism)
 
 
-def test_prism_with_an_external_worker_pool_gives_the_same_rows(
+def test_prism_with_an_external_worker_pool_writes_the_same_rows(
     known: Known, prism: list[str], worker_pool: list[str], tmp_path: Path
 ) -> None:
-    assert_ends_with_the_same_rows(known, tmp_path, [*prism, *worker_pool, "--shared-output"])
+    assert_command_writes_the_same_rows(known, tmp_path, [*prism, *worker_pool, "--shared-output"])
 
 
 @pytest.mark.parametrize("store", [store for store in STORES if store != "local"])
@@ -99,19 +94,19 @@ def test_from_an_object_store_to_an_object_store(
     source, output = fresh_output(store, tmp_path), fresh_output(store, tmp_path)
     fs, path = url_to_fs(source)
     fs.put(str(known.root / "in"), path, recursive=True)
-    here = replace(options(known.root, tmp_path / "here"), input=(source,))
+    in_process = replace(options(known.root, tmp_path / "in_process"), input=(source,))
     if runner == "two_processes":
-        report = embed(replace(here, output=output, workers=2))
+        report = embed(replace(in_process, output=output, workers=2))
     else:
-        there = (*request.getfixturevalue(runner), *worker_pool)
-        report = embed(replace(here, output=output, beam_args=there))
-    assert counts(report) == counts(embed(here)) == counts(known.report)
+        beam_args = (*request.getfixturevalue(runner), *worker_pool)
+        report = embed(replace(in_process, output=output, beam_args=beam_args))
+    assert counts(report) == counts(embed(in_process)) == counts(known.report)
     fs, path = url_to_fs(output)
     fs.get(f"{path}/data", str(tmp_path / "data"), recursive=True)
-    assert_same(read_parts(tmp_path), read_parts(tmp_path / "here"))
+    assert_same(read_parts(tmp_path), read_parts(tmp_path / "in_process"))
 
 
-def assert_ends_with_the_same_rows(known: Known, output: Path, arguments: list[str]) -> None:
+def assert_command_writes_the_same_rows(known: Known, output: Path, arguments: list[str]) -> None:
     done = run_embed(known, output, arguments)
     assert done.returncode == 0, done.stderr
     assert "samples: 35 = 34 rows + 1 failed" in done.stdout
@@ -119,34 +114,34 @@ def assert_ends_with_the_same_rows(known: Known, output: Path, arguments: list[s
 
 
 def run_embed(known: Known, output: Path, arguments: list[str]) -> "subprocess.CompletedProcess[str]":
-    """`mmbeam embed` over the known corpus, as a process of its own."""
+    """Run `mmbeam embed` on the known corpus in another process."""
     command = [sys.executable, "-m", "mmbeam", "embed", "--input", str(known.root / "in"), "--output", str(output)]
     command += ["--model", str(known.root / "clip"), "--device=cpu", "--batch-size=3", "--max-failure-rate=1"]
     return subprocess.run([*command, *arguments], capture_output=True, text=True, timeout=120, check=False)
 
 
-# What is not there
+# Absent servers
 
 
 def test_an_absent_worker_pool_is_named_before_anything_is_written(
     known: Known, prism: list[str], tmp_path: Path
 ) -> None:
-    """Where the runner is of this machine, so that its `localhost` is ours."""
+    """The runner is on this machine, so its `localhost` can be checked before the start."""
     with pytest.raises(JobError, match=r"no worker pool answers at localhost:\d+ \(--environment_config\)"):
-        embed(options(known.root, tmp_path / "out", *prism, *nobody(), shared_output=True))
+        embed(options(known.root, tmp_path / "out", *prism, *absent_pool(), shared_output=True))
     assert not (tmp_path / "out").exists()
 
 
-def test_an_absent_worker_pool_of_the_runner_is_named_when_the_job_fails(
+def test_an_absent_worker_pool_of_a_job_service_is_named_when_the_job_fails(
     known: Known, job_service: list[str], tmp_path: Path
 ) -> None:
     with pytest.raises(JobError, match=r"no worker pool answers at localhost:\d+ .*the same command again"):
-        embed(options(known.root, tmp_path, *job_service, *nobody(), shared_output=True))
+        embed(options(known.root, tmp_path, *job_service, *absent_pool(), shared_output=True))
     assert not read_parts(tmp_path)
 
 
-def nobody() -> list[str]:
-    """The options of a worker pool that is not there."""
+def absent_pool() -> list[str]:
+    """Return the options that name a worker pool that does not run."""
     return ["--environment_type=EXTERNAL", f"--environment_config=localhost:{free_port()}"]
 
 
@@ -157,7 +152,7 @@ def nobody() -> list[str]:
         (["--runner=FlinkRunner", "--flink_master=localhost:{port}"], "no Flink answers at http://localhost:"),
     ],
 )
-def test_a_cluster_that_does_not_answer_is_named_before_anything_is_written(
+def test_an_absent_cluster_is_named_before_anything_is_written(
     known: Known, tmp_path: Path, runner: list[str], error: str
 ) -> None:
     args = [arg.format(port=free_port()) for arg in runner]
@@ -192,7 +187,7 @@ def test_an_interrupt_ends_the_processes_that_the_command_started(
 
 
 def children_named(name: str, parent: int) -> list[int]:
-    found = [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]
+    pids = [int(pid) for path in Path(f"/proc/{parent}/task").glob("*/children") for pid in path.read_text().split()]
     return [
-        pid for pid in found if Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].endswith(name.encode())
+        pid for pid in pids if Path(f"/proc/{pid}/cmdline").read_bytes().partition(b"\0")[0].endswith(name.encode())
     ]

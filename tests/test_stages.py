@@ -20,11 +20,6 @@ from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.types import Batch, Sample, WorkUnit
 
 
-@pytest.fixture(scope="module")
-def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_clip(tmp_path_factory.mktemp("model") / "clip")
-
-
 def batch_of(count: int, **changes: Any) -> Batch:
     """Samples with images of three sizes and texts of different lengths."""
     samples = tuple(

@@ -1,4 +1,4 @@
-"""The Python API: the whole job in a few lines, rows into a sink of one's own, and each transform alone."""
+"""The Python API: a whole job, rows into another sink, and each transform alone."""
 
 import json
 import logging
@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import shards
 from apache_beam import coders
-from outputs import make_batches, make_run, make_unit
+from outputs import make_batches, make_run, make_unit, read_rows
 from tiny_audio_text import save_clap
 from tiny_clip import save_clip
 
@@ -32,9 +32,9 @@ from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.transforms import BatchCoder, Embed, Plan, ReadShards, Rows, Summarize, WriteParquet
 from mmbeam.types import Batch, Needs, Sample, Tally, UnitReport
 
-# As the README shows them. The names are those of a hub model and of a folder, which the tests put there.
+# The README's two pipelines. The fixture `here` creates the model and the folder that they name.
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
-WHOLE_JOB, OWN_SINK = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import apache_beam" in b)
+WHOLE_JOB, OTHER_SINK = (b for b in re.findall(r"```python\n(.*?)```", README, re.DOTALL) if "import apache_beam" in b)
 MODEL = "openai/clip-vit-base-patch32"
 
 
@@ -44,14 +44,14 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     save_clip(home / MODEL)
     save_clap(home / "clap")
     truths = shards.make_truths(12)
-    truths[4] = replace(truths[4], members={"txt": b"no picture"})
+    truths[4] = replace(truths[4], members={"txt": b"no image"})
     shards.make_webdataset(home / "shards", truths, shards=3)
     return home
 
 
 @pytest.fixture
 def here(home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A working directory of the test's own that holds the shards and the models."""
+    """A fresh working directory with links to the shards and the models."""
     for name in ("openai", "shards", "clap"):
         (tmp_path / name).symlink_to(home / name)
     monkeypatch.chdir(tmp_path)
@@ -66,7 +66,7 @@ def _keep(element: Any) -> None:
 
 
 def collect(*steps: Any) -> list[Any]:
-    """What a pipeline of `steps` ends with; the runner is Beam's in-process one."""
+    """Run a pipeline of `steps` in process and return the elements of the last."""
     _collected.clear()
     with beam.Pipeline(options=pipeline_options()) as pipeline:
         elements = pipeline
@@ -76,34 +76,29 @@ def collect(*steps: Any) -> list[Any]:
     return list(_collected)
 
 
-def rows_in(data: Path) -> list[dict[str, Any]]:
-    rows = ds.dataset(data).to_table().to_pylist()
-    return sorted(rows, key=lambda row: (row["shard"], row["offset"]))
-
-
-def by_command(output: str) -> EmbedOptions:
-    """What the command line makes of --input 'shards/*.tar' --model MODEL."""
+def command_options(output: str) -> EmbedOptions:
+    """Return the options that the command line makes of --input 'shards/*.tar' --model MODEL."""
     return EmbedOptions(input=("shards/*.tar",), output=output, models=(ModelRef(model=MODEL),), device="cpu")
 
 
 def test_the_command_resumes_a_job_written_in_python(here: Path) -> None:
     assert len(WHOLE_JOB.partition("\n\n")[2].splitlines()) <= 6
     exec(WHOLE_JOB, {})
-    by_hand = rows_in(here / "out" / "data")
-    assert [row["key"] for row in by_hand] == [f"{index:06d}" for index in range(12)]
-    report = embed(by_command("out"))
+    rows = read_rows(here / "out")
+    assert [row["key"] for row in rows] == [f"{index:06d}" for index in range(12)]
+    report = embed(command_options("out"))
     assert (report.units_written, report.units_kept) == (0, 3)
-    embed(by_command("other"))
-    assert rows_in(here / "other" / "data") == by_hand
+    embed(command_options("other"))
+    assert read_rows(here / "other") == rows
     exec(WHOLE_JOB, {})
-    assert rows_in(here / "out" / "data") == by_hand
+    assert read_rows(here / "out") == rows
 
 
 def test_rows_as_json_into_another_sink(here: Path) -> None:
-    exec(OWN_SINK, {})
+    exec(OTHER_SINK, {})
     lines = [json.loads(line) for path in here.glob("rows*.jsonl") for line in path.read_text().splitlines()]
-    embed(by_command("out"))
-    assert sorted(lines, key=lambda row: str(row["key"])) == rows_in(here / "out" / "data")
+    embed(command_options("out"))
+    assert sorted(lines, key=lambda row: str(row["key"])) == read_rows(here / "out")
     assert [row["key"] for row in lines if row["image_embedding"] is None] == ["000004"]
 
 
@@ -111,14 +106,14 @@ def test_rows_into_beams_own_parquet(here: Path) -> None:
     stage = embed_stage(MODEL)
     rows = Rows(stage)
     with beam.Pipeline(options=pipeline_options()) as pipeline:
-        found = pipeline | Plan("shards/*.tar") | ReadShards(stage.needs) | Embed(stage) | rows
-        _ = found | beam.io.WriteToParquet("rows", rows.schema, file_name_suffix=".parquet")
-    found = [row for path in here.glob("rows*.parquet") for row in pq.read_table(path).to_pylist()]
-    embed(by_command("out"))
-    assert sorted(found, key=lambda row: str(row["key"])) == rows_in(here / "out" / "data")
+        elements = pipeline | Plan("shards/*.tar") | ReadShards(stage.needs) | Embed(stage) | rows
+        _ = elements | beam.io.WriteToParquet("rows", rows.schema, file_name_suffix=".parquet")
+    written = [row for path in here.glob("rows*.parquet") for row in pq.read_table(path).to_pylist()]
+    embed(command_options("out"))
+    assert sorted(written, key=lambda row: str(row["key"])) == read_rows(here / "out")
 
 
-# Stages and runs made by hand
+# Stages and runs
 
 
 def test_embed_stage_takes_a_model_and_options(here: Path) -> None:
@@ -134,7 +129,7 @@ def test_embed_stage_takes_a_model_and_options(here: Path) -> None:
         embed_stage("./nowhere")
 
 
-def test_contradictory_stages_are_refused(here: Path) -> None:
+def test_contradictory_stages_are_rejected(here: Path) -> None:
     clip, clap = embed_stage(MODEL, name="clip"), embed_stage("clap", name="clap", dtype="bfloat16")
     with pytest.raises(UsageError, match="one dtype"):
         embed_run("out", [clip, clap])
@@ -146,7 +141,7 @@ def test_contradictory_stages_are_refused(here: Path) -> None:
     assert not (here / "out").exists()
 
 
-def test_two_models_by_hand(here: Path) -> None:
+def test_two_models_in_one_pipeline(here: Path) -> None:
     stages = [embed_stage(MODEL, name="clip"), embed_stage("clap", name="clap", count_tokens=False)]
     run = embed_run("out", stages)
     needs = stages[0].needs | stages[1].needs
@@ -175,7 +170,7 @@ def test_plan_lists_patterns_when_it_is_built(here: Path) -> None:
         Plan("nothing/*.tar")
 
 
-def test_plan_takes_units_and_keeps_their_urls_and_marks() -> None:
+def test_plan_takes_units_and_keeps_their_urls_limits_and_replace_marks() -> None:
     unit = replace(make_unit("a-1", path="http://h/a.tar", url="http://h/a.tar?sig=1"), limit=3, replace=True)
     assert collect(Plan([unit])) == [unit]
     with pytest.raises(NoShardsError, match="no pattern was given"):
@@ -183,20 +178,20 @@ def test_plan_takes_units_and_keeps_their_urls_and_marks() -> None:
 
 
 @pytest.mark.parametrize(("task", "units"), [("embed", 1), ("caption", 8)])
-def test_plan_for_a_run_cuts_shards_by_the_task(task: str, units: int, tmp_path: Path) -> None:
+def test_the_task_of_a_run_decides_the_size_of_its_units(task: str, units: int, tmp_path: Path) -> None:
     with (tmp_path / "giant.tar").open("wb") as shard:
         shard.truncate(256 << 20)
     run = make_run(str(tmp_path / "out"), task=task)
     assert len(Plan(str(tmp_path / "giant.tar"), run).units) == units
 
 
-def test_plan_for_a_run_keeps_its_units_and_refuses_another_run(here: Path) -> None:
+def test_plan_extends_a_run_and_rejects_another_configuration(here: Path) -> None:
     run = embed_run("out", [embed_stage(MODEL)])
     first = Plan("shards/*0.tar", run).units
     assert {unit.id for unit in first} < {unit.id for unit in Plan("shards/*.tar", run).units}
     assert len(load_plan(run)) == 3
     stop_run(run, "too many failures")
-    Plan("shards/*.tar", run)  # a new launch: it may go on
+    Plan("shards/*.tar", run)  # a new launch clears the stop
     assert stop_reason(run) is None
     with pytest.raises(RunMismatchError, match="dtype: float32 -> float16"):
         Plan("shards/*.tar", embed_run("out", [embed_stage(MODEL, dtype="float16")]))
@@ -223,15 +218,14 @@ def test_embed_alone(here: Path) -> None:
         Sample(key="b", shard="s", offset=512, present=frozenset({"text"}), text="a cat"),
     )
     batch = Batch(unit=make_unit(), index=0, last=True, samples=samples)
-    (found,) = collect(beam.Create([batch], reshuffle=False), Embed(stage))
-    assert [name for name, array in found.features.items() if array[0].is_valid] == ["image_embedding"]
-    assert found.features["text_embedding"].is_valid().to_pylist() == [False, True]
-    assert found.tally.seconds["compute"] > 0
+    (embedded,) = collect(beam.Create([batch], reshuffle=False), Embed(stage))
+    assert [name for name, array in embedded.features.items() if array[0].is_valid] == ["image_embedding"]
+    assert embedded.features["text_embedding"].is_valid().to_pylist() == [False, True]
+    assert embedded.tally.seconds["compute"] > 0
 
 
-@pytest.mark.parametrize("changes", [{"samples": ()}, {"unit_error": "s.tar: no tar"}, {"report": "kept"}])
-def test_embed_passes_on_batches_without_samples(changes: dict[str, Any]) -> None:
-    """No model is even loaded: there is none."""
+@pytest.mark.parametrize("changes", [{"samples": ()}, {"unit_error": "s.tar: not a tar"}, {"report": "kept"}])
+def test_embed_passes_batches_without_samples_through_without_loading_a_model(changes: dict[str, Any]) -> None:
     if "report" in changes:
         changes = {"report": UnitReport(unit="a-1", status="kept")}
     stage = EmbedStage(model="/nowhere", spec=None, digest="", modalities=("text",))  # type: ignore[arg-type]
@@ -268,43 +262,42 @@ def test_write_parquet_reports_committed_and_unreadable_units(tmp_path: Path) ->
     assert not (tmp_path / "out" / "data").exists() or not list((tmp_path / "out" / "data").iterdir())
 
 
-def refuse(report: Any) -> None:
+def reject(report: Any) -> None:
     raise UsageError(f"{report.tally.samples} samples are not enough")
 
 
-def test_the_check_fails_the_job_after_the_summary_is_written(tmp_path: Path) -> None:
+def test_a_failed_check_ends_the_job_after_the_summary_is_written(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
     open_run(run)
     reports = [UnitReport(unit="a-1", status="kept", tally=Tally(samples=2, rows=2))]
-    with pytest.raises(RuntimeError, match="UsageError: 2 samples are not enough"):  # Beam keeps no type
-        collect(beam.Create(reports), Summarize(run, refuse))
+    with pytest.raises(RuntimeError, match="UsageError: 2 samples are not enough"):  # Beam loses the type
+        collect(beam.Create(reports), Summarize(run, reject))
     assert read_summary(run).tally.samples == 2
 
 
-def test_rows_log_what_they_omit(here: Path, caplog: pytest.LogCaptureFixture) -> None:
-    """A sample that lost everything is a warning; a shard that cannot be read ends the pipeline."""
+def test_rows_log_lost_samples_and_fail_on_an_unreadable_shard(here: Path, caplog: pytest.LogCaptureFixture) -> None:
     (here / "bad").mkdir()
-    (here / "bad" / "a.tar").write_bytes(shards.tar_bytes([("one.jpg", b"no picture"), ("two.txt", b"two")]))
+    (here / "bad" / "a.tar").write_bytes(shards.tar_bytes([("one.jpg", b"not an image"), ("two.txt", b"two")]))
     stage = embed_stage(MODEL)
     with caplog.at_level(logging.WARNING, "mmbeam"):
         (row,) = collect(Plan("bad/*.tar"), ReadShards(stage.needs), Embed(stage), Rows(stage))
     assert row["key"] == "two"
     assert "1 samples gave no row; 'one' of" in caplog.text
-    (here / "bad" / "b.tar").write_bytes(b"no tar at all" * 100)
+    (here / "bad" / "b.tar").write_bytes(b"not a tar" * 100)
     with pytest.raises(RuntimeError, match=r"ShardError: .*b\.tar"):
         collect(Plan("bad/*.tar"), ReadShards(stage.needs), Embed(stage), Rows(stage))
 
 
-def test_rows_have_the_cleaned_text_in_every_row_if_the_reading_cleans(here: Path) -> None:
+def test_rows_include_the_cleaned_text(here: Path) -> None:
     stage = embed_stage(MODEL, modalities=["text"])
     reading = Reading(cleaning=Cleaning(text=("lower",)))
     rows = Rows(stage, cleaning=True)
-    found = collect(Plan("shards/*.tar"), ReadShards(stage.needs, reading), Embed(stage), rows)
-    assert {tuple(row) for row in found} == {tuple(rows.schema.names)}
-    assert [row["text_clean"] for row in found] == [row["text"].lower() for row in found]
+    elements = collect(Plan("shards/*.tar"), ReadShards(stage.needs, reading), Embed(stage), rows)
+    assert {tuple(row) for row in elements} == {tuple(rows.schema.names)}
+    assert [row["text_clean"] for row in elements] == [row["text"].lower() for row in elements]
 
 
-def test_beam_measures_a_batch_without_pickling_it() -> None:
+def test_the_coder_estimates_the_size_of_a_batch_without_pickling() -> None:
     (batch, _) = make_batches(make_unit())
     coder = coders.registry.get_coder(Batch)
     assert isinstance(coder, BatchCoder)
@@ -316,8 +309,8 @@ def test_beam_measures_a_batch_without_pickling_it() -> None:
     assert pa.types.is_fixed_size_list(coder.decode(coder.encode(heavy)).features["image_embedding"].type)
 
 
-def test_rows_of_a_committed_run_are_refused(here: Path) -> None:
-    """They would not be read, and so be missing."""
+def test_rows_of_a_committed_run_are_an_error(here: Path) -> None:
+    """Committed units are not read, so their rows would be missing."""
     exec(WHOLE_JOB, {})
     stage = embed_stage(MODEL)
     run = embed_run("out", [stage])
@@ -325,8 +318,7 @@ def test_rows_of_a_committed_run_are_refused(here: Path) -> None:
         collect(Plan("shards/*.tar", run), ReadShards(stage.needs, run=run), Embed(stage), Rows(stage))
 
 
-def test_a_run_is_read_with_its_own_reading_options(here: Path) -> None:
-    """With the reading that its fingerprint tells of, and no further than its limit."""
+def test_reading_and_limit_are_those_of_the_run(here: Path) -> None:
     stage = embed_stage(MODEL)
     with pytest.raises(UsageError, match="another `reading`"):
         ReadShards(stage.needs, Reading(draft=True), embed_run("out", [stage]))

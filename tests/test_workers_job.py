@@ -1,4 +1,4 @@
-"""Jobs in worker processes of this machine (`workers`); the processes themselves: test_workers.py."""
+"""Jobs in worker processes of this machine (`workers`). The processes alone: test_workers.py."""
 
 import os
 import pickle
@@ -14,7 +14,7 @@ import pytest
 import shards
 from hypothesis import given
 from hypothesis import strategies as st
-from known import Known, assert_same, counts, make_known, options, read_parts
+from known import Known, assert_same, counts, options, read_parts
 from test_workers import children
 
 from mmbeam import process
@@ -31,11 +31,6 @@ from mmbeam.stages.embed import EmbedStage
 from mmbeam.types import Batch, Tally
 
 
-@pytest.fixture(scope="module")
-def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
-    return make_known(tmp_path_factory.mktemp("known"))
-
-
 def kill_one(started_before: set[int], data: Path) -> None:
     """Kill a worker process once the first units are committed."""
     while len(list(data.glob("*.parquet"))) < 2:
@@ -43,9 +38,9 @@ def kill_one(started_before: set[int], data: Path) -> None:
     os.kill(min(children() - started_before), signal.SIGKILL)
 
 
-def test_a_killed_process_ends_the_job_and_the_same_command_does_the_rest(known: Known, tmp_path: Path) -> None:
-    """With any number of processes: most of the rest is done in this process, and the last unit in a worker process."""
-    shards.make_webdataset(tmp_path / "in", shards.make_truths(60), shards=30)
+def test_a_killed_worker_ends_the_job_and_the_same_command_resumes_it(known: Known, tmp_path: Path) -> None:
+    """The number of processes may change: this process does all units but one, and worker processes the last."""
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(20), shards=20)
     job = options(known.root, tmp_path / "out", input=(str(tmp_path / "in"),), workers=2)
     data, before = tmp_path / "out" / "data", children()
     killer = threading.Thread(target=kill_one, args=(before, data))
@@ -54,12 +49,12 @@ def test_a_killed_process_ends_the_job_and_the_same_command_does_the_rest(known:
         embed(job)
     killer.join()
     assert children() == before
-    assert 2 <= len(list(data.glob("*.parquet"))) < 29
+    assert 2 <= len(list(data.glob("*.parquet"))) < 19
     alone = prepare(replace(job, workers=1))
     replace(alone, units=alone.units[:-1]).execute()
     report = embed(job)
-    assert (report.units_written, report.units_kept, report.units_failed) == (1, 29, 0)
-    assert (progress.units_done, progress.tally.samples, progress.kept.samples) == (30, 2, 58)
+    assert (report.units_written, report.units_kept, report.units_failed) == (1, 19, 0)
+    assert (progress.units_done, progress.tally.samples, progress.kept.samples) == (20, 1, 19)
     assert read_summary(alone.run) == report
     assert 0 < report.model_utilisation <= 1
     assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
@@ -68,7 +63,7 @@ def test_a_killed_process_ends_the_job_and_the_same_command_does_the_rest(known:
     assert_same(read_parts(tmp_path / "out"), read_parts(tmp_path / "alone"))
 
 
-def test_a_committed_run_starts_no_process(known: Known, tmp_path: Path) -> None:
+def test_a_finished_run_starts_no_process(known: Known, tmp_path: Path) -> None:
     job = options(known.root, tmp_path)
     embed(job)
     report = embed(replace(job, workers=2))
@@ -101,11 +96,11 @@ def test_a_worker_process_uses_its_devices_and_cores_only(
     used: list[tuple[str, int]] = []
     run = EmbedStage.run
 
-    def noting(stage: EmbedStage, model: Any, batch: Batch) -> Batch:
+    def recorded(stage: EmbedStage, model: Any, batch: Batch) -> Batch:
         used.append((stage.device, cores()))
         return run(stage, model, batch)
 
-    monkeypatch.setattr(EmbedStage, "run", noting)
+    monkeypatch.setattr(EmbedStage, "run", recorded)
     job = prepare(options(known.root, tmp_path))
     try:
         UnitWork(replace(job, units=()).steps, ("cpu:1",), 3)(job.units[0], lambda _: None)
@@ -114,7 +109,7 @@ def test_a_worker_process_uses_its_devices_and_cores_only(
     assert set(used) == {("cpu:1", 3)}
 
 
-def test_worker_processes_caption_too(tmp_path: Path) -> None:
+def test_worker_processes_write_captions(tmp_path: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=2)
     job = CaptionOptions(input=(str(tmp_path / "in"),), output=str(tmp_path / "out"), device="cpu")
     assert sum(tally.samples for tally in in_this_process(job)) == 4
@@ -128,7 +123,7 @@ def captions_of(path: Path) -> list[str]:
     return captions
 
 
-# What is refused
+# Invalid options
 
 
 @pytest.mark.parametrize(
@@ -148,7 +143,7 @@ def test_workers_exclude_other_runners(beam_args: list[str], message: str, tmp_p
     check_workers(options(tmp_path, tmp_path, *beam_args, workers=1))
 
 
-def test_a_store_in_memory_is_refused(tmp_path: Path) -> None:
+def test_a_store_in_memory_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="memory://"):
         check_workers(replace(options(tmp_path, tmp_path), output="memory://out", workers=2))
 
@@ -160,7 +155,7 @@ def test_more_workers_than_cores_are_allowed_with_a_warning(tmp_path: Path, capl
 
 @pytest.mark.parametrize("workers", ["0", "-1", "two"])
 @pytest.mark.parametrize("command", ["embed", "caption"])
-def test_the_command_line_refuses_an_invalid_number_of_processes(
+def test_an_invalid_number_of_workers_is_an_error(
     command: str, workers: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main([command, "--input", "x", "--output", "y", "--workers", workers]) == 2
@@ -169,7 +164,7 @@ def test_the_command_line_refuses_an_invalid_number_of_processes(
         check_workers(options(Path(), Path(), workers=0))
 
 
-# What each process has
+# Cores and devices of a process
 
 
 @given(st.integers(1, 300), st.integers(1, 100))

@@ -56,8 +56,8 @@ def extractor() -> WhisperFeatureExtractor:
 
 def save_qwen2_audio(directory: Path) -> Path:
     """A Qwen2-Audio with a chat template."""
-    named = {name: token for name, token in OMNI_TOKENS.items() if "audio" in name}
-    tokenizer = chat_tokenizer(audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **named)
+    special_tokens = {name: token for name, token in OMNI_TOKENS.items() if "audio" in name}
+    tokenizer = chat_tokenizer(audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **special_tokens)
     config = Qwen2AudioConfig(
         audio_config=AUDIO_TOWER | {"model_type": "qwen2_audio_encoder"},
         text_config=SMALL | {"model_type": "qwen2"} | ids_of(tokenizer),

@@ -91,13 +91,13 @@ def save_florence2(directory: Path) -> Path:
 def save_smolvlm(directory: Path, idefics: bool = False) -> Path:
     """A SmolVLM or Idefics3 with tiles of 32 x 32 pixels, 4 tokens each, of images of at most 96."""
     tiles = [f"<row_{row}_col_{column}>" for row in range(1, 7) for column in range(1, 7)]
-    named = {
+    special_tokens = {
         "image_token": "<image>",
         "fake_image_token": "<fake_token_around_image>",
         "global_image_token": "<global-img>",
         "end_of_utterance_token": "<end_of_utterance>",
     }
-    tokenizer = chat_tokenizer(*tiles, "<video>", image="<image>", **named)
+    tokenizer = chat_tokenizer(*tiles, "<video>", image="<image>", **special_tokens)
     vision = TOWER | {"image_size": 32, "patch_size": 8}
     config = (Idefics3Config if idefics else SmolVLMConfig)(
         text_config=LlamaConfig(**SMALL, **ids_of(tokenizer)).to_dict(),
@@ -159,11 +159,11 @@ def save_qwen3_vl(directory: Path) -> Path:
     return save(Qwen3VLForConditionalGeneration, config, directory, processor)
 
 
-def qwen_tokenizer(**named: str) -> Any:
+def qwen_tokenizer(**special_tokens: str) -> Any:
     """A tokenizer with the image tokens of Qwen-VL."""
     image = "<|vision_start|><|image_pad|><|vision_end|>"
     return chat_tokenizer(
-        image=image, audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **IMAGE_TOKENS, **VISION_TOKENS, **named
+        image=image, audio="<|audio_bos|><|AUDIO|><|audio_eos|>", **IMAGE_TOKENS, **VISION_TOKENS, **special_tokens
     )
 
 
@@ -179,14 +179,23 @@ def limits(side: int) -> dict[str, int]:
     return {"shortest_edge": 2 * side * side, "longest_edge": 16 * side * side}
 
 
-def gemma_tokenizer(named: dict[str, str], image: str, audio: str = "") -> Any:
+def gemma_tokenizer(special_tokens: dict[str, str], image: str, audio: str = "") -> Any:
     """Letters, bytes for everything else, a begin token, and a chat template of Gemma's kind."""
-    tokens = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", *named.values(), "<start_of_turn>", "<end_of_turn>"]
+    tokens = [
+        "<pad>",
+        "<eos>",
+        "<bos>",
+        "<unk>",
+        "<mask>",
+        *special_tokens.values(),
+        "<start_of_turn>",
+        "<end_of_turn>",
+    ]
     tokens += ["<|im_start|>", "<|im_end|>", "<|video|>"]
     tokens += [f"<0x{byte:02X}>" for byte in range(256)] + [*"▁abcdefghijklmnopqrstuvwxyz.,<>|", "\n", "\n\n"]
     merges: Any = [("\n", "\n")]
     tokenizer = GemmaTokenizer(
-        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, extra_special_tokens=named
+        vocab={token: index for index, token in enumerate(tokens)}, merges=merges, extra_special_tokens=special_tokens
     )
     tokenizer.add_tokens(
         [AddedToken(token, special=True, normalized=False) for token in ("<|im_start|>", "<|im_end|>")]

@@ -59,9 +59,9 @@ from mmbeam.prompts.ask import Decoding, Generated, Request
 CPU = torch.device("cpu")
 NEW = 8  # tokens
 HALVES: dict[str, Any] = {
-    f"{half}_{what}": size
+    f"{half}_{kind}": size
     for half in ("encoder", "decoder")
-    for what, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
+    for kind, size in {"layers": 2, "attention_heads": 4, "ffn_dim": 64}.items()
 }
 
 
@@ -140,11 +140,14 @@ def byte_vocabulary(*special: str) -> dict[str, int]:
     return {token: index for index, token in enumerate([*sorted(ByteLevel.alphabet()), *special])}
 
 
-def chat_tokenizer(*special: str, image: str = "", audio: str = "", **named: str) -> Any:
+def chat_tokenizer(*special: str, image: str = "", audio: str = "", **special_tokens: str) -> Any:
     """A byte-level tokenizer like Qwen's with a chat template; `named` are named special tokens."""
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
     tokenizer = Qwen2Tokenizer(
-        vocab=byte_vocabulary(*marks, *named.values()), merges=[], extra_special_tokens=named, eos_token="<|im_end|>"
+        vocab=byte_vocabulary(*marks, *special_tokens.values()),
+        merges=[],
+        extra_special_tokens=special_tokens,
+        eos_token="<|im_end|>",
     )
     tokenizer.add_tokens([AddedToken(mark, special=True, normalized=False) for mark in marks])
     tokenizer.chat_template = chatml(image, audio)
@@ -157,9 +160,9 @@ def save(model: Any, config: Any, directory: Path, *files: Any, **generation: An
     for file in files:
         file.save_pretrained(directory)
     if generation:
-        found = json.loads((directory / "generation_config.json").read_text())
-        found.pop("_from_model_config", None)
-        (directory / "generation_config.json").write_text(json.dumps(found | generation))
+        saved_options = json.loads((directory / "generation_config.json").read_text())
+        saved_options.pop("_from_model_config", None)
+        (directory / "generation_config.json").write_text(json.dumps(saved_options | generation))
     return directory
 
 
