@@ -1,4 +1,4 @@
-"""What surrounds the training loop: options, examples, batches, schedule, checkpoints, scores."""
+"""Around the training loop: options, examples, batches, schedules, checkpoints, scores and searches."""
 
 import json
 import math
@@ -6,6 +6,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -80,17 +81,17 @@ def example(number: int, caption: str = "a cat.", clauses: bool = False, group: 
         ({"output": "gs://bucket/model"}, "local directory"),
     ],
 )
-def test_options_that_cannot_be_meant_are_refused(changed: dict[str, object], message: str) -> None:
+def test_invalid_options_are_rejected(changed: dict[str, object], message: str) -> None:
     with pytest.raises(UsageError, match=message):
         TrainOptions(**({"input": ("a.tar",), "output": "model"} | changed))  # type: ignore[arg-type]
 
 
-def test_the_identity_is_json_and_leaves_out_where_and_on_what_a_run_runs() -> None:
+def test_the_identity_is_json_without_output_device_and_checkpoint_interval() -> None:
     other = TrainOptions(input=("shards/*.tar",), output="elsewhere", device="cpu", checkpoint_seconds=1.0)
     assert json.loads(json.dumps(OPTIONS.identity())) == OPTIONS.identity() == other.identity()
 
 
-def test_a_difference_names_what_differs_however_deep() -> None:
+def test_a_difference_names_nested_options() -> None:
     now = TrainOptions(input=OPTIONS.input, output="model", seed=3, loss_weights={"align": 0.5})
     assert difference(OPTIONS.identity(), now.identity()) == ["loss_weights.align: None -> 0.5", "seed: 0 -> 3"]
 
@@ -98,26 +99,26 @@ def test_a_difference_names_what_differs_however_deep() -> None:
 # examples
 
 
-def test_a_caption_says_what_the_modalities_kept_show() -> None:
+def test_a_caption_is_composed_of_the_clauses_of_the_kept_modalities() -> None:
     whole = example(0, clauses=True)
     assert whole.keeping(MODALITIES).caption == "a cat, with a meow, at home."
     assert whole.keeping(("text", "image")).caption == "a cat, at home."
     assert whole.keeping(("text", "image")).make().text == "image text"
-    assert example(0).keeping(("audio",)).caption == "a cat."  # nobody knows its parts
+    assert example(0).keeping(("audio",)).caption == "a cat."  # it has no clauses
 
 
-def test_a_caption_whose_parts_are_all_dropped_stays_whole() -> None:
-    partly = Example(
+def test_a_caption_whose_clauses_are_all_dropped_stays_whole() -> None:
+    partial = Example(
         key="0",
         caption="a cat.",
         present=frozenset(MODALITIES),
         request=lambda kept: Request(),
         clauses={"image": "a cat"},
     )
-    assert partly.keeping(("audio",)).caption == "a cat."
+    assert partial.keeping(("audio",)).caption == "a cat."
 
 
-def test_clauses_are_strings_by_modality() -> None:
+def test_clauses_keep_strings_of_known_modalities() -> None:
     assert clauses_of({"image": "a cat", "audio": 3, "video": "b"}) == {"image": "a cat"}
     assert [clauses_of(value) for value in (None, "a", {}, {"audio": ""})] == [None] * 4
 
@@ -126,7 +127,7 @@ def test_clauses_are_strings_by_modality() -> None:
 
 
 @given(lengths=st.lists(st.integers(1, 30), max_size=200), batch_size=st.integers(1, 7), dropout=st.floats(0, 0.9))
-def test_every_example_comes_once_and_only_the_last_batch_is_short(
+def test_batches_hold_every_example_once_and_only_the_last_is_short(
     lengths: list[int], batch_size: int, dropout: float
 ) -> None:
     examples = [example(number, "a" * length) for number, length in enumerate(lengths)]
@@ -134,28 +135,26 @@ def test_every_example_comes_once_and_only_the_last_batch_is_short(
         list(training_batches(examples, batch_size, dropout, (1, 2))),
         list(evaluation_batches(examples, batch_size)),
     ):
-        assert sorted(int(each.key) for batch in batches for each in batch) == list(range(len(examples)))
+        assert sorted(int(item.key) for batch in batches for item in batch) == list(range(len(examples)))
         sizes = sorted(map(len, batches), reverse=True)
         assert all(size == batch_size for size in sizes[:-1])
 
 
-def test_batches_are_alike_in_length_in_random_order_and_the_same_for_the_same_seed() -> None:
+def test_batches_hold_similar_lengths_in_a_seeded_random_order() -> None:
     rng = np.random.default_rng(0)
     examples = [example(number, "a" * int(length)) for number, length in enumerate(rng.integers(1, 400, 256))]
 
     def keys(seed: tuple[int, int]) -> list[list[str]]:
-        return [[each.key for each in batch] for batch in training_batches(examples, 16, 0.0, seed)]
+        return [[item.key for item in batch] for batch in training_batches(examples, 16, 0.0, seed)]
 
     first, again, other = keys((0, 0)), keys((0, 0)), keys((0, 1))
     assert first == again != other
     lengths = [[len(examples[int(key)].caption) for key in batch] for batch in first]
-    assert np.mean([max(batch) - min(batch) for batch in lengths]) < 60  # of 400, in random batches 376
+    assert np.mean([max(batch) - min(batch) for batch in lengths]) < 60  # in random batches 376
     assert [sum(batch) for batch in lengths] != sorted(sum(batch) for batch in lengths)
 
 
-def test_a_buffer_of_large_examples_holds_fewer() -> None:
-    from dataclasses import replace
-
+def test_the_shuffle_buffer_is_limited_in_bytes() -> None:
     pulled: list[int] = []
 
     def large() -> Iterator[Example]:
@@ -168,23 +167,25 @@ def test_a_buffer_of_large_examples_holds_fewer() -> None:
 
 
 @given(st.floats(0, 0.99), st.integers(0, 1000))
-def test_dropping_leaves_something_of_every_sample(probability: float, seed: int) -> None:
-    some = [example(number, clauses=True).keeping(kept) for number, kept in enumerate([MODALITIES, ("text",)] * 5)]
-    for before, after in zip(some, drop_modalities(some, probability, np.random.default_rng(seed)), strict=True):
+def test_modality_dropout_keeps_a_modality_of_every_sample(probability: float, seed: int) -> None:
+    examples = [example(number, clauses=True).keeping(kept) for number, kept in enumerate([MODALITIES, ("text",)] * 5)]
+    for before, after in zip(
+        examples, drop_modalities(examples, probability, np.random.default_rng(seed)), strict=True
+    ):
         assert after.present
         assert after.present <= before.present
         assert before.clauses is not None
         assert after.caption == compose(before.clauses, after.present)
 
 
-def test_modalities_are_dropped_as_often_as_asked_for() -> None:
-    some = drop_modalities([example(number) for number in range(4000)], 0.2, np.random.default_rng(0))
-    counts = Counter(modality for each in some for modality in each.present)
+def test_modalities_are_dropped_with_the_requested_probability() -> None:
+    examples = drop_modalities([example(number) for number in range(4000)], 0.2, np.random.default_rng(0))
+    counts = Counter(modality for item in examples for modality in item.present)
     assert all(abs(counts[modality] / 4000 - 0.8) < 0.03 for modality in MODALITIES)
 
 
 class Words:
-    """A processor whose inputs are how many words a request has."""
+    """A processor whose only input is the number of words of a request."""
 
     def __call__(
         self, requests: Sequence[Request], device: torch.device, dtype: torch.dtype
@@ -198,7 +199,7 @@ class Words:
         return [""] * len(ids)
 
 
-def test_a_batch_holds_inputs_labels_and_groups_numbered_by_their_names() -> None:
+def test_a_batch_holds_inputs_labels_and_group_numbers() -> None:
     groups = ["x", None, "y", "x", None]
     batch = collate([example(n, group=group) for n, group in enumerate(groups)], Words(), torch.device("cpu"), 8)
     assert batch.inputs["words"].tolist() == [3] * 5
@@ -213,7 +214,7 @@ def test_a_batch_holds_inputs_labels_and_groups_numbered_by_their_names() -> Non
     assert collate([example(0)], Words(), torch.device("cpu"), 8).groups is None
 
 
-def test_items_are_made_ahead_and_the_thread_ends_with_the_generator() -> None:
+def test_prefetch_makes_items_ahead_and_its_thread_ends_with_the_generator() -> None:
     made: list[int] = []
 
     def numbers() -> Iterator[int]:
@@ -227,12 +228,12 @@ def test_items_are_made_ahead_and_the_thread_ends_with_the_generator() -> None:
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.001)
     time.sleep(0.02)
-    assert len(made) == 4  # one taken, two waiting, one in hand
+    assert len(made) == 4  # one taken, two in the queue, one waiting to be put
     items.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "mmbeam-batches"]
 
 
-def test_what_is_raised_ahead_is_raised_where_the_items_are_taken() -> None:
+def test_prefetch_raises_errors_of_its_thread_in_the_consumer() -> None:
     def broken() -> Iterator[int]:
         yield 1
         raise TrainingError("no more")
@@ -246,16 +247,16 @@ def test_what_is_raised_ahead_is_raised_where_the_items_are_taken() -> None:
 # the corpus as a source
 
 
-def test_the_corpus_has_new_scenes_in_each_epoch_and_each_part_its_own() -> None:
+def test_every_epoch_and_split_of_the_corpus_has_different_scenes() -> None:
     source = CorpusSource(seed=5, epoch_size=10, evaluation_size=4)
-    epochs = [[each.key for each in source.examples("train", epoch)] for epoch in (0, 1)]
-    parts = [[each.key for each in source.examples(part)] for part in ("validation", "test")]
+    epochs = [[item.key for item in source.examples("train", epoch)] for epoch in (0, 1)]
+    parts = [[item.key for item in source.examples(part)] for part in ("validation", "test")]
     assert [len(keys) for keys in (*epochs, *parts)] == [10, 10, 4, 4]
     assert len({key for keys in (*epochs, *parts) for key in keys}) == 28
     assert source.count("train") == 10
 
 
-def test_a_scene_renders_only_what_is_kept() -> None:
+def test_a_scene_renders_only_the_kept_modalities() -> None:
     scene = next(generate_scenes(0))
     request = scene_example(scene).keeping(("image", "text")).make()
     assert request.image is not None
@@ -277,14 +278,14 @@ def test_the_learning_rate_rises_then_falls(schedule: str, total: int, warmup: i
         assert factors[warmup - 1] == 1
 
 
-def test_the_schedules_end_where_they_should() -> None:
+def test_the_schedules_have_their_final_factors() -> None:
     assert [round(learning_rate_factor(99, 100, 0, name), 3) for name in SCHEDULES] == [0.0, 0.01, 1.0]
     assert learning_rate_factor(50, 100, 0, "cosine") == pytest.approx(0.5)
     assert warmup_steps(OPTIONS, 1000) == 50
 
 
 @pytest.mark.parametrize("name", ["adamw", "adam", "sgd"])
-def test_vectors_do_not_decay_and_frozen_weights_are_not_the_optimizers(name: str) -> None:
+def test_the_optimizer_decays_only_matrices_and_leaves_out_frozen_weights(name: str) -> None:
     model = nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 2))
     model[2].requires_grad_(False)
     optimizer = make_optimizer(model, TrainOptions(input=("a",), output="b", optimizer=name))  # type: ignore[arg-type]
@@ -295,7 +296,7 @@ def test_vectors_do_not_decay_and_frozen_weights_are_not_the_optimizers(name: st
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_an_optimizer_goes_on_from_its_checkpoint_as_if_nothing_had_happened(name: str, tmp_path: Path) -> None:
+def test_an_optimizer_resumes_from_its_checkpoint_bit_for_bit(name: str, tmp_path: Path) -> None:
     options = TrainOptions(input=("a",), output="b", optimizer=name, learning_rate=0.1)  # type: ignore[arg-type]
 
     def steps(model: nn.Module, optimizer: torch.optim.Optimizer, count: int) -> None:
@@ -344,7 +345,7 @@ def test_a_checkpoint_is_replaced_whole_or_not_at_all(tmp_path: Path, monkeypatc
 
 
 @pytest.mark.parametrize("content", [b"", b"\x80\x04\x95pickle", b"\x08\x00\x00\x00\x00\x00\x00\x00{}      "])
-def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_not_a_checkpoint_is_rejected(content: bytes, tmp_path: Path) -> None:
     (tmp_path / "at").write_bytes(content)
     with pytest.raises(TrainingError, match=r"not a checkpoint of mmbeam train .*remove the file"):
         checkpoint.load(tmp_path / "at")
@@ -353,7 +354,7 @@ def test_a_file_that_is_no_checkpoint_is_refused(content: bytes, tmp_path: Path)
 # the journal
 
 
-def test_the_journal_forgets_what_will_be_done_again_and_a_line_cut_short(tmp_path: Path) -> None:
+def test_the_journal_drops_later_steps_and_a_truncated_line(tmp_path: Path) -> None:
     journal = Journal(tmp_path)
     for step in range(1, 41):
         journal.step(step, 1 / step, 0.1)
@@ -363,7 +364,7 @@ def test_the_journal_forgets_what_will_be_done_again_and_a_line_cut_short(tmp_pa
     assert [line["step"] for line in Journal(tmp_path).lines()] == [10, 20]
 
 
-def test_the_plot_is_a_picture(tmp_path: Path) -> None:
+def test_the_plot_is_a_png(tmp_path: Path) -> None:
     validation = {"loss": 2.0, "exact_match": 0.25}
     plot(
         [{"step": 10, "loss": 3.0}, {"epoch": 0, "step": 10, "train": {"caption": 2.5}, "validation": validation}],
@@ -376,7 +377,7 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("true", "written", "right"),
+    ("reference", "written", "counts"),
     [
         ("a red cat.", "a red cat.", (3, 3)),
         ("a red cat.", "a blue cat.", (2, 3)),
@@ -385,13 +386,13 @@ def test_the_plot_is_a_picture(tmp_path: Path) -> None:
         ("a cat.", "", (0, 2)),
     ],
 )
-def test_words_count_where_they_stand(true: str, written: str, right: tuple[int, int]) -> None:
-    assert count_words(true, written) == right
+def test_words_are_compared_by_position(reference: str, written: str, counts: tuple[int, int]) -> None:
+    assert count_words(reference, written) == counts
 
 
 def test_every_word_of_the_corpus_has_a_class() -> None:
     scenes = list(generate_scenes(1, count=200))
-    written = [(each, each.caption.replace("red", "blue")) for each in map(scene_example, scenes)]
+    written = [(item, item.caption.replace("red", "blue")) for item in map(scene_example, scenes)]
     shares = word_classes(scenes, written)
     assert set(shares) == {
         *("form", "colour", "size", "position", "kind", "pitch", "tempo", "loudness", "place", "time", "grammar")
@@ -400,8 +401,8 @@ def test_every_word_of_the_corpus_has_a_class() -> None:
     words = single_words(written)
     assert {word for word, share in words.items() if share < 1} == {"red"}
     assert set(words) <= set(VOCABULARY)
-    heard = [each.keeping(("audio",)) for each, _ in written]
-    assert word_classes(scenes, [(each, each.caption) for each in heard]) == dict.fromkeys(
+    audio_only = [item.keeping(("audio",)) for item, _ in written]
+    assert word_classes(scenes, [(item, item.caption) for item in audio_only]) == dict.fromkeys(
         ("grammar", "kind", "loudness", "pitch", "tempo"), 1.0
     )
 
@@ -427,7 +428,7 @@ def recall_of(pairs: list[list[str]], examples: Sequence[Example], tie: bool = T
     torch.manual_seed(0)
     config = FusionConfig(sources=SOURCES, pairs=pairs, vocab_size=8, hidden_size=16, dropout=0.0, embedding_dim=16)
     model = FusionModel(config).eval()
-    if tie:  # both sources are embedded alike
+    if tie:  # give both sources the same weights
         model.encoders["b_embedding"].load_state_dict(model.encoders["a_embedding"].state_dict())
         model.space.project["b_embedding"].load_state_dict(model.space.project["a_embedding"].state_dict())
     retrieval = Retrieval(model)
@@ -436,7 +437,7 @@ def recall_of(pairs: list[list[str]], examples: Sequence[Example], tie: bool = T
     return retrieval.recall()
 
 
-def test_sources_that_are_embedded_alike_find_each_other() -> None:
+def test_recall_is_1_for_sources_with_the_same_embeddings() -> None:
     examples = [example(number, f"caption {number}") for number in range(40)]
     names = {"a_embedding->b_embedding cosine", "b_embedding->a_embedding cosine"}
     pair = [["a_embedding", "b_embedding"]]
@@ -444,12 +445,12 @@ def test_sources_that_are_embedded_alike_find_each_other() -> None:
     assert max(recall_of(pair, examples, tie=False).values()) < 0.5
 
 
-def test_a_candidate_that_says_the_same_is_a_hit() -> None:
+def test_a_candidate_with_the_same_caption_is_a_hit() -> None:
     examples = [example(number, "one caption for all") for number in range(40)]
     assert min(recall_of([["a_embedding", "b_embedding"]], examples, tie=False).values()) == 1.0
 
 
-def test_a_source_finds_its_other_view_or_the_others_of_its_group() -> None:
+def test_recall_within_a_source_is_by_view_or_by_group() -> None:
     alone = [example(number, f"caption {number}") for number in range(40)]
     views = recall_of([["a_embedding", "a_embedding"]], alone)
     assert views["a_embedding->a_embedding (another view) cosine"] > 0.5
@@ -458,7 +459,7 @@ def test_a_source_finds_its_other_view_or_the_others_of_its_group() -> None:
     assert groups["a_embedding->a_embedding cosine"] > 0.8
 
 
-def test_views_change_values_a_little_and_never_hide_a_sample() -> None:
+def test_views_change_values_slightly_and_mask_no_whole_sample() -> None:
     config = FusionConfig.for_media(vocab_size=300)
     inputs = {
         "image": torch.rand(3, 3, 64, 64) * 2 - 1,
@@ -495,7 +496,7 @@ def pretrained(modality: Modality, model_type: str) -> SourceConfig:
     ],
     ids=lambda value: value.model["model_type"] if isinstance(value, SourceConfig) and value.model else "",
 )
-def test_a_sound_moves_in_time_alone(
+def test_a_view_of_audio_shifts_only_in_time(
     source: SourceConfig, shape: tuple[int, ...], axis: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for amount in ("CONTRAST", "BRIGHTNESS", "GRAIN"):
@@ -505,11 +506,11 @@ def test_a_sound_moves_in_time_alone(
     inputs = {"audio": values, "audio_mask": torch.ones(6, dtype=torch.bool)}
     moved = make_views({"audio": source}, ["audio"], inputs, torch.Generator().manual_seed(0))["audio"]
     shifts = moved - values
-    assert shifts.abs().max() <= 3  # of 40 frames, a sixteenth; the bins stay
-    assert len(shifts.select(axis, 20).flatten().unique()) > 1  # each sample by its own
+    assert shifts.abs().max() <= 3  # a sixteenth of 40 frames; the bins stay
+    assert len(shifts.select(axis, 20).flatten().unique()) > 1  # a shift per sample
 
 
-def test_a_pretrained_encoders_scale_is_kept_and_its_special_tokens_stay() -> None:
+def test_views_keep_the_scale_and_special_tokens_of_a_pretrained_encoder() -> None:
     decibels = 30 * torch.randn(4, 1, 40, 8) - 60
     sources = {"audio": pretrained("audio", "clap_audio_model"), "text": pretrained("text", "bert")}
     mask = torch.arange(9) < torch.tensor([9, 5, 2, 0])[:, None]
@@ -527,7 +528,7 @@ def test_a_pretrained_encoders_scale_is_kept_and_its_special_tokens_stay() -> No
     assert any(hidden)
 
 
-def test_another_view_of_the_whole_is_one_of_every_source() -> None:
+def test_a_view_of_the_fused_vector_has_views_of_all_sources() -> None:
     sources = {name: SourceConfig.parse(name, source) for name, source in SOURCES.items()}
     examples = [example(number, f"caption {number}") for number in range(4)]
     inputs = feature_batch(torch.randn(4, 6), examples).inputs
@@ -535,7 +536,7 @@ def test_another_view_of_the_whole_is_one_of_every_source() -> None:
     assert make_views(sources, ["caption"], inputs) == {}
 
 
-def test_a_search_draws_within_the_space_and_tries_what_was_given_first() -> None:
+def test_a_search_tries_the_given_options_first_and_then_draws_within_the_space() -> None:
     options = TrainOptions(input=("a",), output="b", search=30)
     drawn = draw(options)
     assert drawn == draw(options) != draw(TrainOptions(input=("a",), output="b", search=30, seed=1))

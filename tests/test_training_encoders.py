@@ -1,4 +1,4 @@
-"""Trainings with encoders of transformers, from the command line to captions, and what no encoder can be."""
+"""Trainings with encoders of transformers, from the command line to captions, and encoders that are rejected."""
 
 import json
 import shutil
@@ -49,7 +49,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def options(shards: str, output: Path, **changed: Any) -> TrainOptions:
-    given: dict[str, Any] = {
+    defaults: dict[str, Any] = {
         "input": (shards,),
         "output": str(output),
         "shares": (0.6, 0.2, 0.2),
@@ -59,11 +59,11 @@ def options(shards: str, output: Path, **changed: Any) -> TrainOptions:
         "steps": 3,
         "device": "cpu",
     }
-    return TrainOptions(**given | changed)
+    return TrainOptions(**defaults | changed)
 
 
 def tower(weights: Weights, name: str) -> Weights:
-    """The weights of a source's pretrained encoder alone."""
+    """Return the weights of the pretrained encoder of a source."""
     prefix = f"encoders.{name}.model."
     return {key.removeprefix(prefix): value for key, value in weights.items() if key.startswith(prefix)}
 
@@ -73,22 +73,23 @@ def same(a: Weights, b: Weights) -> bool:
     return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
 
 
-def test_the_command_trains_on_encoders_of_every_modality_and_the_model_needs_them_no_more(
+def test_the_command_trains_on_encoders_of_every_modality_and_the_model_is_self_contained(
     shards: str, models: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shutil.copytree(models, tmp_path / "own")
+    shutil.copytree(models, tmp_path / "encoders")
     train_ = ["train", "--input", shards, "--output", str(tmp_path / "m"), "--split", "0.6,0.2,0.2"]
     train_ += ["--steps", "3", "--hidden-size", "32", "--vocab-size", "280", "--batch-size", "8", "--device", "cpu"]
-    for each in ("image=clip", "audio=wav2vec2", "audio=whisper", "text=bert", "text=clip"):
-        modality, name = each.split("=")
-        train_ += ["--encoder", f"{modality}={tmp_path / 'own' / name}"]
+    encoders = (("image", "clip"), ("audio", "wav2vec2"), ("audio", "whisper"), ("text", "bert"), ("text", "clip"))
+    for modality, name in encoders:
+        train_ += ["--encoder", f"{modality}={tmp_path / 'encoders' / name}"]
     assert main(train_) == 0
     clip = load_file(models / "clip" / WEIGHTS)
-    shutil.rmtree(tmp_path / "own")
+    shutil.rmtree(tmp_path / "encoders")
     weights = load_file(tmp_path / "m" / WEIGHTS)
-    own = {name.removeprefix("vision_model."): value for name, value in clip.items() if name.startswith("vision_model")}
+    prefix = "vision_model."
+    vision = {name.removeprefix(prefix): value for name, value in clip.items() if name.startswith(prefix)}
     learned = tower(weights, "image")
-    assert same({name.removeprefix("vision_model."): value for name, value in learned.items()}, own)
+    assert same({name.removeprefix(prefix): value for name, value in learned.items()}, vision)
     assert set(FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()) == {
         "image",
         "audio",
@@ -97,8 +98,8 @@ def test_the_command_trains_on_encoders_of_every_modality_and_the_model_needs_th
         "text_2",
     }
     card = (tmp_path / "m" / "README.md").read_text()
-    assert f"- `text_2` is from {tmp_path}/own/clip (digest " in card
-    assert main(train_) == 0  # it is done already
+    assert f"- `text_2` is from {tmp_path}/encoders/clip (digest " in card
+    assert main(train_) == 0  # finished: not repeated
     for command in ("caption", "embed"):
         argv = [command, "--input", shards, "--output", str(tmp_path / command), "--model", str(tmp_path / "m")]
         assert main([*argv, "--device", "cpu", "--limit", "4"]) == 0
@@ -111,7 +112,7 @@ def test_the_command_trains_on_encoders_of_every_modality_and_the_model_needs_th
 
 @pytest.fixture(scope="module")
 def trained(shards: str, models: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model of a picture's, a sound's and two texts' encoders, one of them its own; each compared with itself."""
+    """A model with an image, an audio and two text encoders (one of them built in), with pairs of views."""
     output = tmp_path_factory.mktemp("trained") / "model"
     encoders = [
         ("image", models / "resnet"),
@@ -119,27 +120,29 @@ def trained(shards: str, models: Path, tmp_path_factory: pytest.TempPathFactory)
         ("text", "lstm"),
         ("text", models / "bert"),
     ]
-    given = tuple((modality, str(encoder)) for modality, encoder in encoders)
+    named_encoders = tuple((modality, str(encoder)) for modality, encoder in encoders)
     pairs = [[name, name] for name in ("image", "audio", "text", "text_2", "fused")]
-    report = train(options(shards, output, encoders=given, model={**MODEL, "pairs": [*pairs, ["text", "text_2"]]}))
+    report = train(
+        options(shards, output, encoders=named_encoders, model={**MODEL, "pairs": [*pairs, ["text", "text_2"]]})
+    )
     views = {f"{name}->{name} (another view) cosine" for name, _ in pairs}
     assert set(report["validation"]["recall"]) == views | {"text->text_2 cosine", "text_2->text cosine"}
     [line] = [json.loads(line) for line in (output / "_training" / "metrics.jsonl").read_text().splitlines()][-1:]
-    assert min(line["train"].values()) > 0  # alignment and reconstruction too
+    assert min(line["train"].values()) > 0  # including alignment and reconstruction
     return output
 
 
-def test_frozen_encoders_stay_and_those_that_are_let_go_learn(
-    shards: str, models: Path, trained: Path, tmp_path: Path
-) -> None:
+def test_only_unfrozen_encoders_change(shards: str, models: Path, trained: Path, tmp_path: Path) -> None:
     before = load_file(trained / WEIGHTS)
     checkpoint = load_file(models / "resnet" / WEIGHTS)
     frozen = tower(before, "image")
-    assert same(frozen, {name: checkpoint[f"resnet.{name}"] for name in frozen})  # running statistics too
+    assert same(frozen, {name: checkpoint[f"resnet.{name}"] for name in frozen})  # including running statistics
     chosen = options(shards, tmp_path / "m", model={}, init=str(trained), unfreeze=("image",), freeze=("audio",))
     train(chosen)
     after = load_file(tmp_path / "m" / WEIGHTS)
-    assert tower(load_file(tmp_path / "m" / "_training" / "best.safetensors"), "text_2")  # --init may change meanwhile
+    assert tower(
+        load_file(tmp_path / "m" / "_training" / "best.safetensors"), "text_2"
+    )  # frozen weights too: --init may change
     changed = [name for name in ("image", "audio", "text_2") if not same(tower(before, name), tower(after, name))]
     assert changed == ["image"]
     sources = FusionConfig.from_pretrained(tmp_path / "m").parsed_sources()
@@ -149,7 +152,7 @@ def test_frozen_encoders_stay_and_those_that_are_let_go_learn(
 
 
 class Cut:
-    """Ends the training after so many steps, as a signal would."""
+    """Interrupts the training after `after` steps."""
 
     def __init__(self, after: int) -> None:
         self.after = after
@@ -161,40 +164,40 @@ class Cut:
 
 def test_an_interrupted_training_ends_with_the_same_weights(shards: str, models: Path, tmp_path: Path) -> None:
     encoders = (("image", str(models / "resnet")), ("text", str(models / "bert")))
-    given = {"encoders": encoders, "modalities": ("image", "text"), "unfreeze": ("image",), "steps": 4}
-    train(options(shards, tmp_path / "whole", **given))
-    cut = options(shards, tmp_path / "cut", checkpoint_seconds=0.0, **given)
+    changed = {"encoders": encoders, "modalities": ("image", "text"), "unfreeze": ("image",), "steps": 4}
+    train(options(shards, tmp_path / "whole", **changed))
+    cut = options(shards, tmp_path / "cut", checkpoint_seconds=0.0, **changed)
     with pytest.raises(KeyboardInterrupt):
         train(cut, reporter=Cut(after=2))
     train(cut)
     assert same(load_file(tmp_path / "whole" / WEIGHTS), load_file(tmp_path / "cut" / WEIGHTS))
-    for name, prefix in (("checkpoint", "model."), ("best", "")):  # what stays as its own files have it is not copied
+    for name, prefix in (("checkpoint", "model."), ("best", "")):  # frozen weights are not copied
         kept = load_file(tmp_path / "cut" / "_training" / f"{name}.safetensors")
-        towers = {each: f"{prefix}encoders.{each}.model." for each in ("image", "text")}
-        held = {each for each, start in towers.items() if any(key.startswith(start) for key in kept)}
-        assert held == {"image"}
+        towers = {source: f"{prefix}encoders.{source}.model." for source in ("image", "text")}
+        saved = {source for source, start in towers.items() if any(key.startswith(start) for key in kept)}
+        assert saved == {"image"}
         assert f"{prefix}encoders.text.project.weight" in kept
 
 
-def test_an_encoder_that_changed_since_is_refused(shards: str, models: Path, tmp_path: Path) -> None:
+def test_an_encoder_that_changed_after_an_interruption_is_rejected(shards: str, models: Path, tmp_path: Path) -> None:
     shutil.copytree(models / "bert", tmp_path / "bert")
-    given = options(shards, tmp_path / "m", encoders=(("text", str(tmp_path / "bert")),), modalities=("text",))
+    chosen = options(shards, tmp_path / "m", encoders=(("text", str(tmp_path / "bert")),), modalities=("text",))
     with pytest.raises(KeyboardInterrupt):
-        train(given, reporter=Cut(after=1))
+        train(chosen, reporter=Cut(after=1))
     (tmp_path / "bert" / "config.json").write_text((tmp_path / "bert" / "config.json").read_text() + "\n")
     with pytest.raises(ModelError, match="its files are not those that the training began with"):
-        train(given)
+        train(chosen)
 
 
 def test_sources_are_named_by_modality_and_number() -> None:
-    asked: Any = (("text", "a"), ("image", "b"), ("text", "conv"), ("text", "a"))
-    assert source_names(asked) == {"text": asked[0], "image": asked[1], "text_2": asked[2], "text_3": asked[3]}
+    encoders: Any = (("text", "a"), ("image", "b"), ("text", "conv"), ("text", "a"))
+    assert source_names(encoders) == dict(zip(("text", "image", "text_2", "text_3"), encoders, strict=True))
 
 
 def without(name: str, *others: str) -> Callable[[Path], None]:
     def remove(directory: Path) -> None:
-        for each in (name, *others):
-            (directory / each).unlink()
+        for file in (name, *others):
+            (directory / file).unlink()
 
     return remove
 
@@ -206,44 +209,47 @@ BROKEN: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "no feature extractor": ("audio", "whisper", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
     "no tokenizer": ("text", "bert", without("tokenizer.json"), r"has no tokenizer; expected tokenizer\.json"),
     "another modality": ("audio", "clip", lambda directory: None, "clip has no audio encoder"),
-    "a text's for pictures": ("image", "bert", lambda directory: None, "bert takes input_ids, expected pixel_values"),
-    "a directory of nothing": ("image", "clip", shutil.rmtree, "no such directory"),
+    "a text encoder for images": (
+        "image",
+        "bert",
+        lambda directory: None,
+        "bert takes input_ids, expected pixel_values",
+    ),
+    "no directory": ("image", "clip", shutil.rmtree, "no such directory"),
 }
 
 
 @pytest.mark.parametrize("case", BROKEN)
-def test_an_encoder_that_cannot_be_used_is_named_before_anything_is_read(
-    case: str, models: Path, tmp_path: Path
-) -> None:
+def test_an_unusable_encoder_is_an_error_before_the_shards_are_read(case: str, models: Path, tmp_path: Path) -> None:
     modality, name, spoil, message = BROKEN[case]
     shutil.copytree(models / name, tmp_path / name)
     spoil(tmp_path / name)
-    given: Any = ((modality, str(tmp_path / name)),)
+    encoders: Any = ((modality, str(tmp_path / name)),)
     with pytest.raises(ModelError, match=f"`encoders` {modality}={tmp_path}.*{message}"):
-        train(options("nowhere.tar", tmp_path / "m", input=(__file__,), encoders=given))
+        train(options("nowhere.tar", tmp_path / "m", input=(__file__,), encoders=encoders))
 
 
-def test_a_name_that_is_nothing_is_refused_with_the_kinds_that_there_are(shards: str, tmp_path: Path) -> None:
+def test_an_unknown_encoder_is_an_error_that_lists_the_kinds(shards: str, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="image=konv: neither one of conv, mlp, lstm, transformer, nor usable: konv: "):
         train(options(shards, tmp_path / "m", encoders=(("image", "konv"),)))
 
 
-def test_a_window_of_sound_that_no_encoder_has_is_refused(shards: str, models: Path, tmp_path: Path) -> None:
-    given = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), audio_seconds=2.0)
+def test_audio_seconds_without_a_built_in_audio_encoder_is_an_error(shards: str, models: Path, tmp_path: Path) -> None:
+    chosen = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), audio_seconds=2.0)
     with pytest.raises(UsageError, match="`audio_seconds`: the model has no built-in audio encoder"):
-        train(given)
+        train(chosen)
 
 
-def test_an_encoder_is_no_model_to_start_from(shards: str, models: Path, tmp_path: Path) -> None:
+def test_init_with_an_encoder_is_an_error(shards: str, models: Path, tmp_path: Path) -> None:
     with pytest.raises(ModelError, match="expected a fusion model, found one of type clip; to use its encoder"):
         train(options(shards, tmp_path / "m", model={}, init=str(models / "clip")))
 
 
-def test_an_encoder_of_what_no_sample_has_is_an_error(shards: str, models: Path, tmp_path: Path) -> None:
+def test_an_encoder_of_a_modality_that_no_sample_has_is_an_error(shards: str, models: Path, tmp_path: Path) -> None:
     silent = Reading(fields=FieldMap(audio="song.wav"))
-    given = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), reading=silent)
+    chosen = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), reading=silent)
     with pytest.raises(MissingModalityError, match="no audio in the 30 samples"):
-        train(given)
+        train(chosen)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +266,6 @@ def test_an_encoder_of_what_no_sample_has_is_an_error(shards: str, models: Path,
         ({"init": "m", "model": {}, "freeze": ("image",), "unfreeze": ("image",)}, "`freeze` and `unfreeze` image"),
     ],
 )
-def test_options_that_contradict_each_other_are_refused(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_contradictory_options_are_rejected(changed: dict[str, Any], message: str, tmp_path: Path) -> None:
     with pytest.raises(UsageError, match=message):
         options("a.tar", tmp_path, **changed)

@@ -1,4 +1,4 @@
-"""Whole trainings: from the corpus, from shards and from features; interrupted, frozen, and gone wrong."""
+"""Trainings on the corpus: convergence, interruption, early stopping, invalid losses and searches."""
 
 import json
 import shutil
@@ -48,7 +48,7 @@ class TwoModalities:
         return self._corpus.count(part)
 
     def of_rank(self, rank: int, world_size: int) -> ExampleSource:
-        return self  # nothing here trains in several processes
+        return self  # these tests train in one process
 
     def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         return (example.keeping(("audio", "text")) for example in self._corpus.examples(part, epoch))
@@ -67,7 +67,7 @@ def trainer(setup: Setup, directory: Path, reporter: Any = None, **changed: Any)
 
 
 class Stop:
-    """Ends the training after a step, as a signal would."""
+    """Interrupts the training after `step`."""
 
     def __init__(self, step: int) -> None:
         self.step = step
@@ -86,7 +86,7 @@ def test_sixty_steps_make_the_loss_fall_and_the_best_weights_are_kept(setup: Set
     epochs = [line for line in lines if "epoch" in line]
     assert losses[-1] < 0.6 * losses[0]
     assert (state.step, state.epoch, state.samples) == (60, 3, 960)
-    assert state.best_epoch == 2  # no caption is right yet, so the loss decides
+    assert state.best_epoch == 2  # no caption is correct yet, so the loss decides
     assert epochs[-1]["validation"]["loss"] < 0.8 * epochs[0]["validation"]["loss"]
     assert set(epochs[-1]["validation"]["subsets"]) == {"audio", "text"}
     assert "text->caption cosine" in epochs[-1]["validation"]["recall"]
@@ -95,10 +95,10 @@ def test_sixty_steps_make_the_loss_fall_and_the_best_weights_are_kept(setup: Set
 
 
 @pytest.mark.parametrize(("stop", "checkpoint_seconds"), [(7, 0.0), (17, 300.0)])
-def test_a_training_that_was_interrupted_ends_with_the_same_weights(
+def test_an_interrupted_training_ends_with_the_same_weights(
     stop: int, checkpoint_seconds: float, setup: Setup, tmp_path: Path
 ) -> None:
-    """After a checkpoint in the middle of the first epoch; after the end of the first, with steps lost."""
+    """Stop within the first epoch, at a checkpoint; and in the second, seven steps after a checkpoint."""
     torch.manual_seed(123)
     whole = trainer(setup, tmp_path / "whole", steps=25, patience=None)
     whole.run()
@@ -111,11 +111,13 @@ def test_a_training_that_was_interrupted_ends_with_the_same_weights(
     assert replace(state, seconds=0.0) == replace(whole.state, seconds=0.0)
     for name, weight in whole.model.state_dict().items():
         assert torch.equal(weight, rest.model.state_dict()[name]), name
-    scores = [[line["validation"] for line in each.journal.lines() if "epoch" in line] for each in (whole, rest)]
+    scores = [[line["validation"] for line in run.journal.lines() if "epoch" in line] for run in (whole, rest)]
     assert scores[0] == scores[1]
 
 
-def test_a_loss_that_is_no_number_stops_it_and_the_last_good_checkpoint_stays(setup: Setup, tmp_path: Path) -> None:
+def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_last_checkpoint(
+    setup: Setup, tmp_path: Path
+) -> None:
     run = trainer(setup, tmp_path, steps=40)
 
     class Poison:
@@ -144,12 +146,12 @@ def test_a_checkpoint_of_another_configuration_is_named(setup: Setup, tmp_path: 
         trainer(replace(setup, config=other), tmp_path, steps=1).run()
 
 
-def test_it_stops_early_when_the_validation_gets_no_better(setup: Setup, tmp_path: Path) -> None:
+def test_the_training_stops_early_when_the_validation_does_not_improve(setup: Setup, tmp_path: Path) -> None:
     run = trainer(setup, tmp_path, epochs=50, patience=2, learning_rate=0.0, weight_decay=0.0)
     assert (run.run().epoch, run.state.best_epoch) == (3, 0)
 
 
-def test_adversaries_views_and_groups_go_with_any_optimizer(setup: Setup, tmp_path: Path) -> None:
+def test_adversaries_and_views_train_with_sgd(setup: Setup, tmp_path: Path) -> None:
     config = FusionConfig.from_dict(
         setup.config.to_dict()
         | {"pairs": [["text", "text"], ["audio", "caption"]], "similarities": ["dot", "bilinear"]}
@@ -168,7 +170,7 @@ def test_adversaries_views_and_groups_go_with_any_optimizer(setup: Setup, tmp_pa
     assert "text->text (another view) bilinear" in epoch["validation"]["recall"]
 
 
-def test_nobody_to_train_on_is_an_error(setup: Setup, tmp_path: Path) -> None:
+def test_an_empty_training_or_validation_split_is_an_error(setup: Setup, tmp_path: Path) -> None:
     empty = replace(setup, source=CorpusSource(seed=0, epoch_size=0, evaluation_size=8))
     with pytest.raises(TrainingError, match="training split has no usable samples"):
         trainer(empty, tmp_path / "a", steps=5).run()
@@ -177,27 +179,27 @@ def test_nobody_to_train_on_is_an_error(setup: Setup, tmp_path: Path) -> None:
         trainer(unmeasured, tmp_path / "b", steps=5).run()
 
 
-def test_a_search_finds_that_a_good_learning_rate_beats_an_absurd_one(setup: Setup, tmp_path: Path) -> None:
-    asked = options(tmp_path, search=3, search_steps=15, learning_rate=1e-8, patience=None)
+def test_a_search_prefers_a_good_learning_rate_to_an_absurd_one(setup: Setup, tmp_path: Path) -> None:
+    chosen_options = options(tmp_path, search=3, search_steps=15, learning_rate=1e-8, patience=None)
     space = {"learning_rate": Span(4e-3, 6e-3)}
-    chosen = search(setup, asked, tmp_path, CPU, space=space)
+    chosen = search(setup, chosen_options, tmp_path, CPU, space=space)
     trials = json.loads((tmp_path / "search.json").read_text())
     assert chosen.learning_rate >= 4e-3
     assert trials[0]["changed"] == {}
     assert trials[0]["score"] < max(trial["score"] for trial in trials)
     for trial in range(3):
         shutil.rmtree(tmp_path / f"search-{trial}")
-    assert search(setup, asked, tmp_path, CPU, space=space) == chosen  # what was tried is not tried again
+    assert search(setup, chosen_options, tmp_path, CPU, space=space) == chosen  # finished trials are not repeated
     assert not (tmp_path / "search-0").exists()
 
 
-def test_a_checkpoint_is_a_file_of_safetensors(setup: Setup, tmp_path: Path) -> None:
+def test_a_checkpoint_is_a_safetensors_file(setup: Setup, tmp_path: Path) -> None:
     trainer(setup, tmp_path, steps=2).run()
     names = {name.split(".")[0] for name in load_file(tmp_path / CHECKPOINT)}
     assert names == {"model", "optimizer", "random"}
 
 
-def test_the_shipped_models_training_writes_a_model_of_half_the_size_and_its_figures(tmp_path: Path) -> None:
+def test_train_shipped_writes_a_bfloat16_model_and_its_figures(tmp_path: Path) -> None:
     chosen = shipped_options(str(tmp_path), steps=2, batch_size=4, validation_samples=4, device="cpu", model=TINY)
     figures = train_shipped(chosen, count=6)
     assert json.loads((tmp_path / "figures.json").read_text()) == figures

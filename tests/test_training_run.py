@@ -1,4 +1,4 @@
-"""Whole trainings from shards and from features, as the command runs them, and what is refused before they start."""
+"""Whole trainings from shards and from features, and options that are rejected before the start."""
 
 import io
 import json
@@ -62,7 +62,7 @@ def trained(shards: str, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path
     return output, train(shard_options(shards, output))
 
 
-def test_shards_make_a_model_that_can_be_loaded_and_used(trained: tuple[Path, dict[str, Any]]) -> None:
+def test_training_on_shards_writes_a_usable_model_with_card_and_plot(trained: tuple[Path, dict[str, Any]]) -> None:
     output, report = trained
     counts = report["data"]["captions"]
     assert sum(counts.values()) == report["data"]["samples"] == 100
@@ -80,30 +80,30 @@ def test_shards_make_a_model_that_can_be_loaded_and_used(trained: tuple[Path, di
     assert (output / "model.safetensors").stat().st_mode & 0o777 == (output / "config.json").stat().st_mode & 0o777
 
 
-def test_a_training_that_is_done_is_not_done_again(shards: str, trained: tuple[Path, dict[str, Any]]) -> None:
+def test_a_finished_training_is_not_repeated(shards: str, trained: tuple[Path, dict[str, Any]]) -> None:
     output, report = trained
     before = (output / "model.safetensors").stat().st_mtime_ns
     assert train(shard_options(shards, output)) == report
     assert (output / "model.safetensors").stat().st_mtime_ns == before
 
 
-def test_other_options_on_the_same_output_are_refused(shards: str, trained: tuple[Path, dict[str, Any]]) -> None:
+def test_other_options_on_the_same_output_are_an_error(shards: str, trained: tuple[Path, dict[str, Any]]) -> None:
     with pytest.raises(RunMismatchError, match=r"seed: 0 -> 1\n"):
         train(shard_options(shards, trained[0], seed=1))
 
 
-def test_each_sample_is_in_one_part_and_the_training_sees_it_once_an_epoch(shards: str, tmp_path: Path) -> None:
+def test_every_sample_is_in_one_split_and_once_in_an_epoch(shards: str, tmp_path: Path) -> None:
     source = set_up(shard_options(shards, tmp_path), tmp_path).source
-    parts = {part: [each.key for each in source.examples(part)] for part in ("train", "validation", "test")}
+    parts = {part: [example.key for example in source.examples(part)] for part in ("train", "validation", "test")}
     assert sorted(key for keys in parts.values() for key in keys) == sorted(f"0-{index:06d}" for index in range(100))
     assert {part: source.count(part) for part in parts} == {part: len(keys) for part, keys in parts.items()}
-    epochs = [[each.key for each in source.examples("train", epoch)] for epoch in (0, 1, 2, 0)]
+    epochs = [[example.key for example in source.examples("train", epoch)] for epoch in (0, 1, 2, 0)]
     assert {tuple(sorted(keys)) for keys in epochs} == {tuple(sorted(parts["train"]))}
     assert epochs[0] == epochs[3]
     assert len({tuple(keys) for keys in epochs}) > 1
 
 
-def test_other_weights_are_the_start_and_frozen_parts_stay_bit_for_bit(
+def test_init_sets_the_initial_weights_and_frozen_parts_do_not_change(
     shards: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     chosen = shard_options(
@@ -119,11 +119,11 @@ def test_other_weights_are_the_start_and_frozen_parts_stay_bit_for_bit(
     assert tokenizers[0] == tokenizers[1]
 
 
-def test_heads_that_the_start_lacks_are_drawn_by_the_seed(
+def test_heads_missing_from_the_initial_model_are_drawn_by_the_seed(
     shards: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
-    given = {"model": {}, "init": str(trained[0]), "loss_weights": {"modality_adversary": 0.1}, "steps": 1}
-    chosen = shard_options(shards, tmp_path, **given)
+    changed = {"model": {}, "init": str(trained[0]), "loss_weights": {"modality_adversary": 0.1}, "steps": 1}
+    chosen = shard_options(shards, tmp_path, **changed)
     setup, drawn = set_up(chosen, tmp_path), []
     for noise in (1, 2):
         torch.manual_seed(noise)
@@ -131,7 +131,7 @@ def test_heads_that_the_start_lacks_are_drawn_by_the_seed(
     assert torch.equal(*drawn)
 
 
-def test_a_part_that_the_model_has_not_cannot_be_frozen_and_the_output_stays_free(
+def test_freezing_an_unknown_part_is_an_error_that_leaves_the_output_unused(
     shards: str, trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     wrong = shard_options(shards, tmp_path, model={}, init=str(trained[0]), freeze=("nose",), steps=1)
@@ -156,7 +156,7 @@ def test_a_field_that_no_sample_has_is_an_error_that_names_the_fields(name: str,
     ("changed", "name"),
     [({"columns": ("image_embedding",)}, "`columns`"), ({"captions_from": "a.csv"}, "`captions_from`")],
 )
-def test_options_of_features_are_refused_for_shards(
+def test_options_of_features_are_rejected_for_shards(
     changed: dict[str, Any], name: str, shards: str, tmp_path: Path
 ) -> None:
     with pytest.raises(UsageError, match=f"{name}: applies to features, and the input is shards"):
@@ -171,13 +171,13 @@ def test_options_of_features_are_refused_for_shards(
         ({"reading": Reading(fields=FieldMap(image="b.jpg"))}, "`image_field` and the other fields"),
     ],
 )
-def test_options_of_shards_are_refused_for_features(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
+def test_options_of_shards_are_rejected_for_features(changed: dict[str, Any], name: str, tmp_path: Path) -> None:
     path = write_features(tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=f"{name}: applies to shards, and the input is features"):
         train(feature_options(path, tmp_path / "m", **changed))
 
 
-def test_a_split_that_leaves_a_part_empty_is_an_error(shards: str, tmp_path: Path) -> None:
+def test_an_empty_split_is_an_error(shards: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="validation split is empty"):
         train(shard_options(shards, tmp_path, shares=(1.0, 0.0, 0.0)))
 
@@ -193,7 +193,7 @@ def test_a_modality_that_no_sample_has_is_an_error(tmp_path: Path) -> None:
         train(shard_options(str(tmp_path / "a.tar"), tmp_path / "out", modalities=("image", "text"), clauses=None))
 
 
-def test_the_text_as_caption_is_no_input(shards: str, tmp_path: Path) -> None:
+def test_the_text_is_not_an_input_if_it_is_the_caption(shards: str, tmp_path: Path) -> None:
     report = train(shard_options(shards, tmp_path, captions="text", clauses=None, steps=2))
     assert set(FusionConfig.from_pretrained(tmp_path).sources or {}) == {"image", "audio"}
     assert report["training"]["step"] == 2
@@ -211,7 +211,7 @@ def test_a_directory_with_another_model_is_not_overwritten(shards: str, tmp_path
 def write_features(
     path: Path, rows: int = 120, width: int = 8, columns: Mapping[str, Any] | None = None, model: str | None = None
 ) -> Path:
-    """Vectors that say which of three things is to be said; made by `model`, if there is one."""
+    """Write vectors of three classes with a caption per class; `model` is recorded as their encoder."""
     rng = np.random.default_rng(0)
     kinds = rng.integers(0, 3, rows)
     names = np.array(["a cat.", "a dog.", "a bird in a tree."])
@@ -219,20 +219,23 @@ def write_features(
         name: (np.eye(width)[kinds + 3 * number] + 0.1 * rng.standard_normal((rows, width))).astype(np.float32)
         for number, name in enumerate(("image_embedding", "text_embedding"))
     }
-    lists = {name: [None if row % 10 == 7 else each for row, each in enumerate(of)] for name, of in vectors.items()}
+    lists = {
+        name: [None if row % 10 == 7 else vector for row, vector in enumerate(matrix)]
+        for name, matrix in vectors.items()
+    }
     lists["text_embedding"][3] = np.full(width, np.nan, np.float32)
     table = pa.table(
         {
             "key": [f"key-{row}" for row in range(rows)],
-            **{name: pa.array(of, pa.list_(pa.float32())) for name, of in lists.items()},
+            **{name: pa.array(vectors_of, pa.list_(pa.float32())) for name, vectors_of in lists.items()},
             "metadata": [json.dumps({"caption": names[kind]}) for kind in kinds],
             **(columns or {}),
         }
     )
-    said: dict[str, Any] = {"mmbeam.dims": dict.fromkeys(vectors, width)}
+    facts: dict[str, Any] = {"mmbeam.dims": dict.fromkeys(vectors, width)}
     if model is not None:
-        said |= {"mmbeam.models": {"model": model}, "mmbeam.digests": {"model": model[-1] * 64}}
-    table = table.replace_schema_metadata({name: json.dumps(value) for name, value in said.items()})
+        facts |= {"mmbeam.models": {"model": model}, "mmbeam.digests": {"model": model[-1] * 64}}
+    table = table.replace_schema_metadata({name: json.dumps(value) for name, value in facts.items()})
     pq.write_table(table, path, row_group_size=32)
     return path
 
@@ -253,7 +256,7 @@ def feature_options(path: Path, output: Path, **changed: Any) -> TrainOptions:
     return replace(base, **changed)
 
 
-def test_features_make_a_model_that_says_what_they_hold(tmp_path: Path) -> None:
+def test_a_model_trained_on_features_captions_them(tmp_path: Path) -> None:
     path = write_features(tmp_path / "a.parquet", rows=400)
     report = train(feature_options(path, tmp_path / "model"))
     assert report["test"]["exact_match"] > 0.9
@@ -265,18 +268,18 @@ def test_features_make_a_model_that_says_what_they_hold(tmp_path: Path) -> None:
     assert processor.decode(ids.tolist()) == ["a dog."]
 
 
-def test_captions_of_features_come_from_a_column_or_another_file(tmp_path: Path) -> None:
-    path = write_features(tmp_path / "a.parquet", columns={"said": ["a fish."] * 120})
-    report = train(feature_options(path, tmp_path / "column", captions="said", steps=2))
+def test_captions_of_features_are_read_from_a_column_or_another_file(tmp_path: Path) -> None:
+    path = write_features(tmp_path / "a.parquet", columns={"title": ["a fish."] * 120})
+    report = train(feature_options(path, tmp_path / "column", captions="title", steps=2))
     assert report["data"]["captions"]["train"] > 50
-    lines = [json.dumps({"key": f"key-{row}", "said": "a fish."}) for row in range(80)]
+    lines = [json.dumps({"key": f"key-{row}", "title": "a fish."}) for row in range(80)]
     (tmp_path / "captions.jsonl").write_text("\n".join(lines))
-    joined = feature_options(path, tmp_path / "file", captions="said", steps=2)
+    joined = feature_options(path, tmp_path / "file", captions="title", steps=2)
     report = train(replace(joined, captions_from=str(tmp_path / "captions.jsonl")))
     assert sum(report["data"]["captions"].values()) == 80
 
 
-def test_features_of_another_width_than_the_models_are_an_error_that_names_both(tmp_path: Path) -> None:
+def test_features_of_another_width_are_an_error_that_names_both_widths(tmp_path: Path) -> None:
     first, wide = write_features(tmp_path / "a.parquet"), write_features(tmp_path / "b.parquet", width=12)
     train(feature_options(first, tmp_path / "model", steps=2))
     other = feature_options(wide, tmp_path / "other", model={}, init=str(tmp_path / "model"))
@@ -284,7 +287,7 @@ def test_features_of_another_width_than_the_models_are_an_error_that_names_both(
         train(other)
 
 
-def test_sequences_of_vectors_are_read_to_their_end(
+def test_the_longest_training_sequence_sets_max_tokens(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     kind = pa.list_(pa.list_(pa.float32(), 4))
@@ -293,7 +296,7 @@ def test_sequences_of_vectors_are_read_to_their_end(
     chosen = feature_options(path, tmp_path / "m", columns=("image_tokens", "text_embedding"), steps=2)
     config = set_up(chosen, tmp_path / "m").config
     longest = max(1 + row * 7 % 90 for row in range(120))
-    assert config.parsed_sources()["image_tokens"].max_tokens == pytest.approx(longest, abs=3)  # of the training part
+    assert config.parsed_sources()["image_tokens"].max_tokens == pytest.approx(longest, abs=3)  # in the training split
     assert "are cut" not in caplog.text
     monkeypatch.setattr("mmbeam.training.sources.MAX_TOKENS", 50)
     report = train(replace(chosen, output=str(tmp_path / "cut")))
@@ -302,15 +305,15 @@ def test_sequences_of_vectors_are_read_to_their_end(
     assert report["training"]["step"] == 2
 
 
-def test_a_model_knows_which_encoder_made_its_features_and_takes_no_others(
+def test_a_model_records_the_encoder_of_its_features_and_rejects_others(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
 ) -> None:
     identity = {"shard": ["a.tar"] * 120, "offset": list(range(120))}
-    own, other, unknown = (
+    same, other, unknown = (
         write_features(tmp_path / f"{number}.parquet", columns=identity, model=model)
         for number, model in enumerate(("org/clip@a", "org/siglip@b", None))
     )
-    train(feature_options(own, tmp_path / "model", steps=2))
+    train(feature_options(same, tmp_path / "model", steps=2))
     sources = FusionConfig.from_pretrained(tmp_path / "model").parsed_sources()
     assert {source.origin for source in sources.values()} == {Origin("org/clip@a", "a" * 64)}
     assert "- `image_embedding` is from org/clip@a (digest aaaaaaaaaaaa)" in (
@@ -347,7 +350,7 @@ def test_features_of_unknown_origin_are_accepted_with_one_warning(
     assert FusionConfig.from_pretrained(tmp_path / "model").parsed_sources()["text_embedding"].origin is None
 
 
-def test_a_model_of_features_does_not_start_from_one_of_media(
+def test_a_model_of_features_cannot_start_from_a_model_of_media(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     path = write_features(tmp_path / "a.parquet")
@@ -358,16 +361,16 @@ def test_a_model_of_features_does_not_start_from_one_of_media(
 # the command
 
 
-def test_the_command_trains_and_says_what_came_of_it(
+def test_the_command_trains_and_prints_the_result(
     shards: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     argv = ["train", "--input", shards, "--output", str(tmp_path / "m"), "--steps", "3", "--hidden-size", "32"]
     argv += ["--modalities", "text", "--clauses", "clauses", "--vocab-size", "280", "--split", "0.7,0.15,0.15"]
     argv += ["--loss-weight", "align=0.2", "--pair", "text:caption", "--fusion", "gated", "--text-tokens", "20"]
     assert main(argv) == 0
-    said = capsys.readouterr().out
-    assert "trained: 3 steps" in said
-    assert "test split" in said
+    printed = capsys.readouterr().out
+    assert "trained: 3 steps" in printed
+    assert "test split" in printed
     config = FusionConfig.from_pretrained(tmp_path / "m")
     assert (config.fusion, config.loss_weights["align"]) == ("gated", 0.2)  # type: ignore[index]
     assert config.aligned_pairs() == [("text", "caption")]
@@ -382,7 +385,7 @@ SIMILARITIES = ("cosine", "dot", "bilinear")
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["views", "groups"])
-def test_relations_within_a_modality_are_learned_and_measured_per_pair_and_similarity(
+def test_pairs_within_a_modality_are_trained_and_measured_by_similarity(
     grouped: bool, shards: str, tmp_path: Path
 ) -> None:
     names = ("image", "text", "fused")
@@ -402,7 +405,7 @@ def test_relations_within_a_modality_are_learned_and_measured_per_pair_and_simil
     assert lines[-1]["train"]["align"] > 0
 
 
-def test_a_caption_is_like_others_of_its_group_or_like_none(shards: str, tmp_path: Path) -> None:
+def test_a_pair_of_captions_requires_groups(shards: str, tmp_path: Path) -> None:
     model = {**TINY, "pairs": [["caption", "caption"]]}
     with pytest.raises(UsageError, match="`pairs` caption:caption: captions have no augmented view; pass `group`"):
         train(shard_options(shards, tmp_path / "a", model=model, modalities=("text",)))
@@ -422,7 +425,7 @@ def test_a_caption_is_like_others_of_its_group_or_like_none(shards: str, tmp_pat
         (["--learning-rate", "fast"], "a number"),
     ],
 )
-def test_a_bad_argument_is_named(
+def test_an_invalid_argument_is_named(
     argument: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["train", "--input", "a.tar", "--output", str(tmp_path), *argument]) == 2

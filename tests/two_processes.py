@@ -1,6 +1,6 @@
-"""What test_training_distributed.py has two processes do together: `torchrun two_processes.py DIRECTORY`.
+"""The program of test_training_distributed.py: `torchrun --nproc-per-node 2 two_processes.py DIRECTORY`.
 
-Each writes what it found to DIRECTORY/<rank>.json; the test compares.
+Each process writes its results to DIRECTORY/<rank>.json, which the test compares.
 """
 
 import json
@@ -35,14 +35,14 @@ from mmbeam.training.train import Span, search
 CPU = torch.device("cpu")
 PAIRS = [["image", "text"], ["image", "fused"], ["text", "caption"], ["text", "text"]]
 WEIGHTS = {"align": 0.5, "reconstruct": 0.5, "modality_adversary": 0.1}
-SPLITS = {"uneven": (3, 2), "one has nothing": (5, 0)}  # of five samples
+SPLITS = {"uneven": (3, 2), "one empty": (5, 0)}  # of five samples
 
 
 # Losses and gradients
 
 
 def whole_batch(model: FusionModel) -> tuple[TrainingBatch, dict[str, torch.Tensor]]:
-    """Five samples, some of a group, some without a picture (the last two) or a sound; and other views of the texts."""
+    """Return five samples, some in a group, some without an image (the last two) or audio, and views of the texts."""
     inputs, labels = tiny_inputs(model, 5), tiny_labels(5)
     inputs["image_mask"][3:] = False
     inputs["audio_mask"][[0, 4]] = False
@@ -55,7 +55,7 @@ def whole_batch(model: FusionModel) -> tuple[TrainingBatch, dict[str, torch.Tens
 
 
 def part(batch: TrainingBatch, begin: int, end: int) -> TrainingBatch | None:
-    """The samples [begin, end), their captions no longer than they need be; None if there are none."""
+    """Return the samples [begin, end) with labels cut to the longest; None if the range is empty."""
     if begin == end:
         return None
     labels = batch.labels[begin:end]
@@ -68,19 +68,21 @@ def part(batch: TrainingBatch, begin: int, end: int) -> TrainingBatch | None:
 
 
 def differentiated(world: World, split: tuple[int, ...], weights: Mapping[str, float]) -> dict[str, Any]:
-    """The losses on the batch, of which each process has its part, and sum and norm of the gradients."""
+    """Return the losses on a batch split over the processes, and the sum and norm of the gradients."""
     weights = {"caption": 1.0, **weights}
     options = {"pairs": PAIRS, "similarities": ["cosine", "bilinear"], "loss_weights": weights, "dropout": 0.0}
     model = tiny_model(media("mlp", text="transformer"), **options)  # without batch norm
     batch, views = whole_batch(model)
     end = sum(split[: world.rank + 1])
-    own, begin = part(batch, end - split[world.rank], end), end - split[world.rank]
+    begin = end - split[world.rank]
+    own_part = part(batch, begin, end)
     losses = world.parallel(Losses(model.train()))
-    (got, share), *_ = world.steps([own] if own else [], list(model.sources))
-    total, each = losses(got, {name: values[begin:end] for name, values in views.items()} if own else {}, share)
+    (got, share), *_ = world.steps([own_part] if own_part else [], list(model.sources))
+    part_views = {name: values[begin:end] for name, values in views.items()} if own_part else {}
+    total, terms = losses(got, part_views, share)
     total.backward()
     return {
-        "losses": world.mean({"sum": total.item(), **{name: value.item() for name, value in each.items()}}),
+        "losses": world.mean({"sum": total.item(), **{name: value.item() for name, value in terms.items()}}),
         "gradients": {
             name: [value.grad.sum().item(), value.grad.norm().item()]
             for name, value in model.named_parameters()
@@ -94,13 +96,13 @@ def differentiated(world: World, split: tuple[int, ...], weights: Mapping[str, f
 
 @dataclass(frozen=True)
 class Lopsided:
-    """The corpus without its pictures; rank 0 has the first `first` samples of an epoch, the other the rest."""
+    """The corpus without images; rank 0 has the first `first` samples of an epoch, rank 1 the rest."""
 
     size: int = 21
     first: int = 6
     measured: int = 4
-    rank: int | None = None  # None: there is one process
-    broken: int | None = None  # rank 1 finds its shard cut off after this number of samples
+    rank: int | None = None  # None: a single process
+    broken: int | None = None  # the shard of rank 1 is truncated after this number of samples
 
     def corpus(self) -> CorpusSource:
         return CorpusSource(seed=0, epoch_size=self.size, evaluation_size=self.measured)
@@ -114,15 +116,15 @@ class Lopsided:
     def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
         first, last = {None: (0, None), 0: (0, self.first), 1: (self.first, None)}[self.rank]
         whole = self.corpus().examples(part, epoch)
-        for number, each in enumerate(islice(whole, first, last) if part == "train" else whole):
+        for number, example in enumerate(islice(whole, first, last) if part == "train" else whole):
             if (self.rank, number) == (1, self.broken):
-                raise ShardError("torn.tar: ends in the middle of a member")
-            yield each.keeping(("audio", "text"))
+                raise ShardError("truncated.tar: ends in the middle of a member")
+            yield example.keeping(("audio", "text"))
 
 
 @cache
 def make_setup(source: Lopsided) -> Setup:
-    """A tiny model of texts and sounds."""
+    """Set up a tiny model of text and audio."""
     sizes: dict[str, Any] = {"hidden_size": 32, "ffn_size": 64, "fusion_layers": 1, "generator_layers": 1}
     config = FusionConfig.for_media(("audio", "text"), kinds={"audio": "mlp"}, **sizes)
     texts = [text for scene in generate_scenes(9, count=60) for text in (scene.caption(), tag(scene))]
@@ -132,18 +134,18 @@ def make_setup(source: Lopsided) -> Setup:
 
 
 class HaltError(Exception):
-    """Stopped at the same step in both processes."""
+    """Raised at the same step in both processes."""
 
 
 class Recorder(Trainer):
-    """A trainer that writes down what it learned from, and to which something happens after a step."""
+    """A trainer that records the keys of its samples, and that stops, spoils its weights or dies after a step."""
 
     halt: int | None = None
-    spoil: int | None = None  # rank 0's weights
-    die: int | None = None  # rank 1
+    spoil: int | None = None  # sets a weight of rank 0 to NaN
+    die: int | None = None  # kills rank 1
 
     def _step(self, batch: TrainingBatch | None, share: GlobalBatch) -> None:
-        self.keys = [*getattr(self, "keys", []), *(each.key for each in (batch.examples if batch else ()))]
+        self.keys = [*getattr(self, "keys", []), *(example.key for example in (batch.examples if batch else ()))]
         super()._step(batch, share)
         if self.state.step == self.spoil and self.world.is_main:
             with torch.no_grad():
@@ -167,7 +169,7 @@ def trainer(source: Lopsided, directory: Path, world: World = ALONE, **changed: 
 
 
 def facts(run: Recorder) -> dict[str, Any]:
-    """Where a training ended, what it saw, and numbers that tell its weights from others."""
+    """Return the final state of a training, the keys of its samples, and the norms of its weights."""
     weights = {name: value.double().norm().item() for name, value in run.model.state_dict().items()}
     return {"state": asdict(run.state) | {"seconds": 0}, "keys": run.keys, "steps": run.steps, "weights": weights}
 
@@ -179,14 +181,14 @@ def trained(directory: Path, world: World) -> dict[str, Any]:
 
 
 def halted(directory: Path, world: World) -> None:
-    """Stop in the second epoch, which has four steps; there is a checkpoint after each."""
+    """Stop within the second epoch, with a checkpoint after each step. An epoch has four steps."""
     run = trainer(Lopsided(), directory, world, checkpoint_seconds=0.0)
     run.halt = 6
     raised(run.run)
 
 
 def raised(action: Callable[[], Any]) -> str:
-    """The class and the message of what it raises."""
+    """Return the class and message of the exception that `action` raises."""
     try:
         action()
     except Exception as error:
@@ -195,14 +197,14 @@ def raised(action: Callable[[], Any]) -> str:
 
 
 def spoiled(directory: Path, world: World) -> str:
-    """Some of rank 0's weights are no numbers after the first step."""
+    """Set a weight of rank 0 to NaN after the first step."""
     run = trainer(Lopsided(), directory, world)
     run.spoil = 1
     return raised(run.run)
 
 
 def killed(directory: Path, world: World) -> str:
-    """Rank 1 dies in the second epoch; what that is to rank 0."""
+    """Kill rank 1 in the second epoch; return the error in rank 0."""
     run = trainer(Lopsided(), directory, world)
     run.die = 6
     return raised(run.run)
@@ -210,31 +212,31 @@ def killed(directory: Path, world: World) -> str:
 
 def searched(directory: Path, world: World) -> float:
     directory.mkdir(exist_ok=True)
-    asked = options(directory, search=2, search_steps=2)
+    chosen = options(directory, search=2, search_steps=2)
     space = {"learning_rate": Span(4e-3, 6e-3)}
-    return search(make_setup(Lopsided()), asked, directory, CPU, space=space, world=world).learning_rate
+    return search(make_setup(Lopsided()), chosen, directory, CPU, space=space, world=world).learning_rate
 
 
 def main(out: Path, world: World) -> None:
-    found: dict[str, Any] = {name: differentiated(world, split, WEIGHTS) for name, split in SPLITS.items()}
-    found["adversary"] = differentiated(world, (3, 2), {"generator_adversary": 0.1})
-    found["trained"] = trained(out / "trained", world)
+    results: dict[str, Any] = {name: differentiated(world, split, WEIGHTS) for name, split in SPLITS.items()}
+    results["adversary"] = differentiated(world, (3, 2), {"generator_adversary": 0.1})
+    results["trained"] = trained(out / "trained", world)
     halted(out / "halted", world)
-    found["resumed"] = trained(out / "halted", world)
+    results["resumed"] = trained(out / "halted", world)
     halted(out / "left", world)
     early = trainer(Lopsided(), out / "early", world, patience=1, learning_rate=0.0, weight_decay=0.0)
-    found["early"] = early.run().epoch
-    found["spoiled"] = spoiled(out / "spoiled", world)
-    found["torn"] = raised(trainer(Lopsided(broken=5), out / "torn", world).run)
-    found["not measured"] = raised(trainer(Lopsided(measured=0), out / "not", world).run)
-    found["search"] = searched(out / "search", world)
-    found["odd"] = raised(lambda: trainer(Lopsided(), out / "odd", world, batch_size=9))
+    results["early"] = early.run().epoch
+    results["spoiled"] = spoiled(out / "spoiled", world)
+    results["truncated"] = raised(trainer(Lopsided(broken=5), out / "truncated", world).run)
+    results["no validation"] = raised(trainer(Lopsided(measured=0), out / "no validation", world).run)
+    results["search"] = searched(out / "search", world)
+    results["odd"] = raised(lambda: trainer(Lopsided(), out / "odd", world, batch_size=9))
     report = out / f"{world.rank}.json"
-    report.write_text(json.dumps(found))
-    found["killed"] = killed(out / "killed", world)
-    report.write_text(json.dumps(found))
+    report.write_text(json.dumps(results))
+    results["killed"] = killed(out / "killed", world)
+    report.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":
-    with joined(local_device("cpu")) as both:
-        main(Path(sys.argv[1]), both)
+    with joined(local_device("cpu")) as world_of_two:
+        main(Path(sys.argv[1]), world_of_two)
