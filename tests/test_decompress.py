@@ -1,4 +1,4 @@
-"""gzip and zstd streams as strangers write them: in many pieces, cut, broken, and much too large."""
+"""gzip and zstd streams: in many frames, truncated, corrupt, and far too large."""
 
 import gzip
 import io
@@ -66,13 +66,13 @@ def test_cut_anywhere(pack: Callable[[bytes], bytes]) -> None:
         assert len(made) >= min(cut, 300_000) - 140_000  # nearly all that had come; a zstd block is 128 KiB
 
 
-def test_gzip_gives_all_that_came_ahead_of_the_cut() -> None:
+def test_a_truncated_gzip_yields_all_data_before_the_cut() -> None:
     made, fault = unpack(PACK["gzip"](DATA)[:200_000])
     assert len(made) > 199_000
     assert fault == ("DecodeError", "cannot be decompressed beyond stored byte 200,000: the gzip stream ends too early")
 
 
-def test_broken_in_the_middle(pack: Callable[[bytes], bytes]) -> None:
+def test_corrupt_data_in_the_middle_is_an_error(pack: Callable[[bytes], bytes]) -> None:
     stored = pack(DATA[:200_000]) + b"this is no frame" * 10_000
     made, fault = unpack(stored)
     assert DATA.startswith(made)

@@ -1,4 +1,4 @@
-"""Rows settled and files published: conservation, attempts that race, die, fail or repeat, on every store."""
+"""Rows and published files: conservation, and attempts that race, die, fail or repeat, on every store."""
 
 import multiprocessing
 import threading
@@ -72,7 +72,7 @@ def files_of(run: Run) -> dict[str, int]:
     return {folder: len(run.store.list(folder)) for folder in folders}
 
 
-# Settling
+# Rows
 
 
 ALL_OUTPUTS = (IMAGE, TEXT, CAPTION)
@@ -80,8 +80,8 @@ STEPS = st.sampled_from(["decode", "embed", "generate"])
 
 
 @st.composite
-def settled_windows(draw: st.DrawFn) -> tuple[Batch, list[str]]:
-    """A window in which every loss has a failure, and what each sample must become: row, impaired or failed."""
+def windows_with_outcomes(draw: st.DrawFn) -> tuple[Batch, list[str]]:
+    """A window in which every loss has a failure, and the outcome of each sample: row, impaired or failed."""
     samples, failures, expected = [], [], []
     values: dict[str, list[bool]] = {output.name: [] for output in ALL_OUTPUTS}
     for number in range(draw(st.integers(0, 12))):
@@ -109,47 +109,47 @@ def settled_windows(draw: st.DrawFn) -> tuple[Batch, list[str]]:
 
 @st.composite
 def causes(draw: st.DrawFn, sample: Sample, lost: list[Output], whole: bool) -> list[Failure]:
-    """Failures that explain the loss of `lost`, some by column and some by modality, and one that costs nothing."""
+    """Failures for the outputs in `lost`, by column or by modality; sometimes one more that costs no output."""
 
     def failure(modality: str, outputs: tuple[str, ...] = ()) -> Failure:
-        place = {"key": sample.key, "shard": sample.shard, "offset": sample.offset}
-        return Failure(**place, modality=modality, step=draw(STEPS), error="E", message="m", outputs=outputs)  # type: ignore[arg-type]
+        identity = {"key": sample.key, "shard": sample.shard, "offset": sample.offset}
+        return Failure(**identity, modality=modality, step=draw(STEPS), error="E", message="m", outputs=outputs)  # type: ignore[arg-type]
 
-    found = [failure("")] if whole else []
+    failures = [failure("")] if whole else []
     for output in lost:
         modality = draw(st.sampled_from(sorted(output.modalities)))
-        found.append(failure(modality, (output.name,)) if draw(st.booleans()) else failure(modality))
-    return [*found, *([failure("metadata")] if draw(st.booleans()) else [])]
+        failures.append(failure(modality, (output.name,)) if draw(st.booleans()) else failure(modality))
+    return [*failures, *([failure("metadata")] if draw(st.booleans()) else [])]
 
 
-@given(settled_windows())
-@settings(max_examples=200, deadline=None)
-def test_every_sample_ends_as_exactly_one_thing(window: tuple[Batch, list[str]]) -> None:
+@given(windows_with_outcomes())
+@settings(max_examples=60, deadline=None)
+def test_every_sample_becomes_one_row_or_one_failure(window: tuple[Batch, list[str]]) -> None:
     batch, expected = window
-    settled = make_rows(batch, ALL_OUTPUTS, build_schema(ALL_OUTPUTS, False, {}))
-    tally = settled.tally
+    result = make_rows(batch, ALL_OUTPUTS, build_schema(ALL_OUTPUTS, False, {}))
+    tally = result.tally
     assert tally.samples == tally.rows + tally.failed + sum(tally.skipped.values())
     assert (tally.rows, tally.failed) == (len(expected) - expected.count("failed"), expected.count("failed"))
     assert tally.impaired == expected.count("impaired")
-    stays = [sample.offset for sample, what in zip(batch.samples, expected, strict=True) if what != "failed"]
-    assert settled.rows["offset"].to_pylist() == stays
-    assert len(settled.failures) == len(batch.failures) == sum(tally.failures.values())
-    for record in settled.failures:
+    kept = [sample.offset for sample, outcome in zip(batch.samples, expected, strict=True) if outcome != "failed"]
+    assert result.rows["offset"].to_pylist() == kept
+    assert len(result.failures) == len(batch.failures) == sum(tally.failures.values())
+    for record in result.failures:
         charged = {output.name for output in ALL_OUTPUTS if record["modality"] in ("", *output.modalities)}
         assert set(record["outputs"]) <= charged  # unreadable metadata costs no vector
-    rows = {row["offset"]: row for row in settled.rows.to_pylist()}
-    for sample, what in zip(batch.samples, expected, strict=True):
-        records = [record for record in settled.failures if record["offset"] == sample.offset]
-        named = {name for record in records for name in record["outputs"]}
-        assert all(record["row"] == (what != "failed") for record in records)
-        if what == "failed":
-            assert named == {output.name for output in ALL_OUTPUTS if output.modalities & sample.present}
+    rows = {row["offset"]: row for row in result.rows.to_pylist()}
+    for sample, outcome in zip(batch.samples, expected, strict=True):
+        records = [record for record in result.failures if record["offset"] == sample.offset]
+        lost = {name for record in records for name in record["outputs"]}
+        assert all(record["row"] == (outcome != "failed") for record in records)
+        if outcome == "failed":
+            assert lost == {output.name for output in ALL_OUTPUTS if output.modalities & sample.present}
             assert records
         else:
             row = rows[sample.offset]
-            assert set(row["errors"]) == named
-            assert all(row[name] is None for name in named)
-            assert bool(named) == (what == "impaired")
+            assert set(row["errors"]) == lost
+            assert all(row[name] is None for name in lost)
+            assert bool(lost) == (outcome == "impaired")
     for name, count in tally.outputs.items():
         assert count == sum(row[name] is not None for row in rows.values())
 
@@ -165,15 +165,15 @@ def test_a_loss_without_a_failure_is_an_error() -> None:
             make_rows(replace(batch, failures=(other,)), OUTPUTS, schema)
 
 
-def test_what_does_not_fit_together_is_an_error() -> None:
+def test_an_inconsistent_batch_is_an_error() -> None:
     batch = make_batches(UNIT)[0]
     schema = build_schema(OUTPUTS, False, {})
-    stranger = replace(batch.failures[0], offset=77)
+    foreign = replace(batch.failures[0], offset=77)
     undue = {**batch.features, "text_embedding": pa.array([vector(1)] * 5, VECTOR)}
     short = {**batch.features, "text_embedding": pa.nulls(4, VECTOR)}
     twice = (*batch.samples[:4], batch.samples[3])
     for wrong, message in [
-        (replace(batch, failures=(*batch.failures, stranger)), "not in window 0"),
+        (replace(batch, failures=(*batch.failures, foreign)), "not in window 0"),
         (replace(batch, features=undue), "only .* were due"),
         (replace(batch, features=short), "expected 5 values of text_embedding"),
         (replace(batch, features={}), "no stage made the column image_embedding"),
@@ -183,7 +183,7 @@ def test_what_does_not_fit_together_is_an_error() -> None:
             make_rows(wrong, OUTPUTS, schema)
 
 
-def test_a_row_says_what_its_sample_was() -> None:
+def test_a_row_holds_the_fields_of_its_sample() -> None:
     sample = replace(
         make_sample(UNIT, 1),
         key="\udcff/ключ",
@@ -215,7 +215,7 @@ def test_a_row_says_what_its_sample_was() -> None:
     }
 
 
-def test_vectors_are_stored_as_their_field_says() -> None:
+def test_vectors_are_stored_in_the_type_of_their_column() -> None:
     half = Output(modalities=frozenset({"image"}), columns=(pa.field("image_embedding", pa.list_(pa.float16(), DIM)),))
     schema = build_schema((half, TEXT), False, {})
     rows = make_rows(make_batches(UNIT)[0], (half, TEXT), schema).rows
@@ -224,8 +224,8 @@ def test_vectors_are_stored_as_their_field_says() -> None:
     assert schema.metadata[b"mmbeam.dims"] == b'{"image_embedding": 4, "text_embedding": 4}'
 
 
-def test_vectors_are_stored_so_that_they_are_quick_to_read(tmp_path: Path) -> None:
-    """No number of a vector is null, and none is compressed; all else is."""
+def test_vectors_are_uncompressed_and_their_numbers_not_nullable(tmp_path: Path) -> None:
+    """All other columns are compressed."""
     tokens = Output(modalities=frozenset({"image"}), columns=(IMAGE.columns[0], pa.field("tokens", pa.list_(VECTOR))))
     run = make_run(str(tmp_path), (tokens, TEXT))
     [batch] = make_batches(UNIT, windows=1)
@@ -245,13 +245,13 @@ def test_vectors_are_stored_so_that_they_are_quick_to_read(tmp_path: Path) -> No
     }
     assert {codecs[path] for path in codecs if path not in vectors} == {"ZSTD"}
     levels = {column.path: column.max_definition_level for column in map(file.schema.column, range(len(file.schema)))}
-    assert {levels[path] for path in vectors} == {2, 3}  # the list may be null, and empty; of tokens both lists
+    assert {levels[path] for path in vectors} == {2, 3}  # a list may be null or empty; for tokens both lists
 
 
-# Writing
+# The writer
 
 
-def test_a_unit_written_is_read_back(run: Run) -> None:
+def test_a_written_unit_is_read_back(run: Run) -> None:
     report = write_unit(run, UNIT).commit()
     rows = rows_of(run)
     assert rows.schema.equals(run.schema)
@@ -348,7 +348,7 @@ def interrupted(run: Run, batch: Batch) -> None:
 
 
 def check_committed_once(run: Run, orphans: int = 0) -> None:
-    """One Parquet with every row once, and, once swept, the failure file it names and no other."""
+    """Check that the Parquet has every row once and, after a sweep, that only its failure file is left."""
     report = report_of(run, UNIT.id)
     assert report is not None
     assert rows_of(run)["offset"].to_pylist() == [number * 1024 for number in range(10)]
@@ -358,22 +358,22 @@ def check_committed_once(run: Run, orphans: int = 0) -> None:
     assert len(failures_of(run, report.failures_file)) == 2
 
 
-def test_of_attempts_in_threads_one_commits(run: Run) -> None:
+def test_one_of_several_attempts_in_threads_commits(run: Run) -> None:
     barrier = threading.Barrier(4)
 
-    def commit_with_the_others(_: int) -> UnitReport:
+    def commit_together_with_others(_: int) -> UnitReport:
         writer = write_unit(run, UNIT)
         barrier.wait()
         return writer.commit()
 
     with ThreadPoolExecutor(4) as pool:
-        reports = list(pool.map(commit_with_the_others, range(4)))
+        reports = list(pool.map(commit_together_with_others, range(4)))
     assert sorted(report.status for report in reports) == ["kept", "kept", "kept", "written"]
     assert len({report.failures_file for report in reports}) == 1
     check_committed_once(run)
 
 
-def test_of_attempts_in_processes_one_commits(run: Run) -> None:
+def test_one_of_several_attempts_in_processes_commits(run: Run) -> None:
     results: Any = multiprocessing.get_context("forkserver").Queue()
     barrier = new_barrier(3)
     processes = [start(commit_together, run.output, UNIT, barrier, results) for _ in range(3)]
@@ -389,7 +389,7 @@ def test_of_attempts_in_processes_one_commits(run: Run) -> None:
     ("folder", "status", "orphans"),
     [("failures/", "written", 0), ("data/", "written", 1), ("_mmbeam/commits/", "kept", 0)],
 )
-def test_an_attempt_that_is_killed_leaves_the_unit_to_the_next(
+def test_the_next_attempt_commits_the_unit_of_a_killed_attempt(
     run: Run, folder: str, status: str, orphans: int
 ) -> None:
     process = start(commit_and_die, run.output, UNIT, folder)
@@ -402,7 +402,7 @@ def test_an_attempt_that_is_killed_leaves_the_unit_to_the_next(
     assert run.store.list("_mmbeam/tmp") == {}
 
 
-def test_any_fsspec_store_holds_a_run() -> None:
+def test_a_run_works_on_any_fsspec_store() -> None:
     run = make_run(f"memory://out-{uuid.uuid4().hex[:8]}")
     open_run(run)
     open_run(run)
@@ -411,8 +411,8 @@ def test_any_fsspec_store_holds_a_run() -> None:
     check_committed_once(run)
 
 
-def test_an_answer_that_was_lost_does_not_make_a_winner_a_loser(local: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store's client that repeats its own conditional put is told that the file exists."""
+def test_a_repeated_put_whose_first_response_was_lost_is_a_commit(local: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A client that repeats its conditional put gets the error that the file exists."""
     publish = type(local.store)._publish
 
     def repeating(store: Any, name: str, source: Path | bytes, exclusive: bool) -> None:
@@ -426,7 +426,7 @@ def test_an_answer_that_was_lost_does_not_make_a_winner_a_loser(local: Run, monk
     check_committed_once(local)
 
 
-def test_no_torn_file_is_ever_visible(run: Run) -> None:
+def test_no_partial_file_is_ever_visible(run: Run) -> None:
     seen: list[int] = []
     done = threading.Event()
 
@@ -457,7 +457,7 @@ def test_a_retry_of_failures_replaces_the_part(run: Run) -> None:
     check_committed_once(run, orphans=1)
 
 
-def test_a_replacement_that_is_killed_leaves_no_old_report(local: Run) -> None:
+def test_a_killed_replacement_leaves_no_outdated_report(local: Run) -> None:
     before = write_unit(local, UNIT).commit()
     process = start(commit_and_die, local.output, replace(UNIT, replace=True), "_mmbeam/commits/")
     process.join(30)
@@ -491,15 +491,15 @@ def test_a_retry_that_cannot_be_read_keeps_the_rows(local: Run) -> None:
     check_committed_once(local)
 
 
-def test_failure_files_of_all_kinds_have_one_schema(local: Run) -> None:
-    named = write_unit(local, UNIT).commit().failures_file
-    failed = report_failed_unit(local, make_unit("b-2"), "gone").failures_file
-    for name in (named, failed):
+def test_all_failure_files_have_one_schema(local: Run) -> None:
+    committed_file = write_unit(local, UNIT).commit().failures_file
+    failed_file = report_failed_unit(local, make_unit("b-2"), "gone").failures_file
+    for name in (committed_file, failed_file):
         assert pq.read_schema(BytesIO(local.store.read(f"failures/{name}"))).equals(FAILURE_SCHEMA)
 
 
-def test_settling_is_quick() -> None:
-    """A window of 1,000 samples takes some 5 ms, little beside the model; the limit leaves room for a busy machine."""
+def test_rows_of_1000_samples_are_made_in_a_tenth_of_a_second() -> None:
+    """A window of 1,000 samples takes about 5 ms; the limit allows for a busy machine."""
     samples = tuple(make_sample(UNIT, number) for number in range(1000))
     vectors = pa.FixedSizeListArray.from_arrays(pa.array(np.zeros(512 * 1000, np.float32)), 512)
     outputs = [replace(output, columns=(pa.field(output.name, vectors.type),)) for output in OUTPUTS]

@@ -111,7 +111,7 @@ def look_back(request: pytest.FixtureRequest) -> Iterator[None]:
 
 
 @given(PLAIN, CUTS)
-def test_any_cut_of_a_tar_gives_every_sample_once(tar: bytes, cuts: Cuts) -> None:
+def test_parts_of_a_tar_cut_anywhere_hold_every_sample_once(tar: bytes, cuts: Cuts) -> None:
     data = tar + bytes(1024)
     samples, join = in_parts(data, cuts)
     assert join or tar_reader.LOOK_BACK == 0  # without it, a long name's header before the cut is not seen
@@ -119,7 +119,9 @@ def test_any_cut_of_a_tar_gives_every_sample_once(tar: bytes, cuts: Cuts) -> Non
 
 
 @given(ANY, ENDS, CUTS, st.integers(0, 600))
-def test_parts_of_anything_that_join_hold_every_sample_once(tar: bytes, end: bytes, cuts: Cuts, lost: int) -> None:
+def test_parts_of_arbitrary_bytes_that_join_hold_every_sample_once(
+    tar: bytes, end: bytes, cuts: Cuts, lost: int
+) -> None:
     data = tar + end
     data = data[: len(data) - lost] if lost else data
     try:
@@ -211,7 +213,7 @@ def test_parts_without_headers(packed: bool) -> None:
         ([(0, 1024), (1024, 2048), (None, None)], False),
     ],
 )
-def test_parts_join_if_each_begins_where_the_one_before_ended(
+def test_parts_join_if_every_part_begins_where_the_previous_ended(
     reads: list[tuple[int | None, int | None]], join: bool
 ) -> None:
     assert parts_join(InputRead(first_sample=first, next_sample=after) for first, after in reads) == join
@@ -224,7 +226,7 @@ def v7(header: tarfile.TarInfo) -> bytes:
     return bytes(block)
 
 
-def test_the_parts_within_a_large_member_hold_nothing_in_memory() -> None:
+def test_parts_within_a_large_member_are_not_buffered() -> None:
     data = write([("a.bin", bytes(16 << 20)), ("b.jpg", b"1"), ("c.jpg", b"2")])
     tracemalloc.start()
     try:

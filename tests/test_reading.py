@@ -23,8 +23,8 @@ IMAGES = Needs(modalities=frozenset({"image"}))
 
 def unit_of(directory: Path, samples: int = 12, limit: int | None = None) -> WorkUnit:
     shards.make_webdataset(directory, shards.make_truths(samples), shards=1)
-    found = list_shards([str(directory)])
-    return plan_units(found, [])[0] if limit is None else limited_unit(found, limit)
+    listed = list_shards([str(directory)])
+    return plan_units(listed, [])[0] if limit is None else limited_unit(listed, limit)
 
 
 def read(unit: WorkUnit, reading: Reading | None = None, windows: Windows | None = None) -> list[Batch]:
@@ -42,7 +42,7 @@ def test_windows_close_by_count_or_by_decoded_bytes_and_the_last_one_ends_the_un
 
 
 @pytest.mark.parametrize("limit", [3, 12, 15])
-def test_a_limit_reads_so_many_samples_and_no_further(tmp_path: Path, limit: int) -> None:
+def test_reading_stops_at_the_limit(tmp_path: Path, limit: int) -> None:
     """Not even the next shard is opened: not a tar here."""
     shards.make_webdataset(tmp_path, shards.make_truths(15), shards=1)
     (tmp_path / "shard-x.tar").write_bytes(b"not a tar" * 200)
@@ -51,10 +51,10 @@ def test_a_limit_reads_so_many_samples_and_no_further(tmp_path: Path, limit: int
     assert batches[-1].unit_error is None
 
 
-def test_what_a_condition_cannot_decide_fails_and_what_it_decides_is_skipped(tmp_path: Path) -> None:
-    """A picture that cannot be read has no width; a bad text does not make a small picture's skip a failure."""
+def test_an_undecidable_condition_is_a_failure_and_a_false_condition_a_skip(tmp_path: Path) -> None:
+    """A broken image has no width. A bad text does not turn the skip of a small image into a failure."""
     good = shards.make_truths(4)
-    broken = replace(good[0], key="broken", members={"jpg": b"\xff\xd8 none"})
+    broken = replace(good[0], key="broken", members={"jpg": b"\xff\xd8 not an image"})
     small = replace(good[1], key="small", members={**good[1].members, "txt": b"\xff\xfe\xfd"})
     shards.make_webdataset(tmp_path, [broken, small, *good[2:]], shards=1)
     unit = plan_units(list_shards([str(tmp_path)]), [])[0]
@@ -72,9 +72,7 @@ def test_a_shard_that_cannot_be_read_ends_its_unit_with_the_reason(tmp_path: Pat
     assert "a.tar" in batch.unit_error
 
 
-def test_closing_ends_the_thread_and_an_error_in_a_decoder_comes_out(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_closing_ends_the_thread_and_decoder_errors_are_raised(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unit = unit_of(tmp_path, samples=40)
     batches = prefetch(read_batches(unit, Reading(), IMAGES, Windows(samples=2)), "mmbeam-read-it")
     next(batches)
@@ -94,7 +92,7 @@ def readers() -> list[str]:
     return [thread.name for thread in threading.enumerate() if thread.name.startswith("mmbeam-read-")]
 
 
-def test_one_window_is_made_ahead_and_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_at_most_one_window_is_made_ahead(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     unit, made = unit_of(tmp_path, samples=40), [0]
     decode = module.decode_sample
 
@@ -105,14 +103,14 @@ def test_one_window_is_made_ahead_and_no_more(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr(module, "decode_sample", counted)
     batches = prefetch(read_batches(unit, Reading(), IMAGES, Windows(samples=2)), "mmbeam-read-it")
     next(batches)
-    time.sleep(0.5)
+    time.sleep(0.2)
     depth = 2 * cores() + 2
-    assert made[0] <= 2 + 2 + depth  # the window taken, the one made ahead, and what waits behind it
+    assert made[0] <= 2 + 2 + depth  # the window taken, the window made ahead, and the decoder's queue
     batches.close()
 
 
-def test_where_results_are_large_few_wait() -> None:
-    """Once a result says so: here each may wait alone."""
+def test_few_large_results_wait() -> None:
+    """The size is known from the first result on; then at most one may wait."""
     running, most = [0], [0]
     lock = threading.Lock()
 
@@ -148,14 +146,14 @@ def test_a_member_over_the_limit_is_a_failure_of_its_sample(tmp_path: Path) -> N
 
 
 @pytest.mark.parametrize(("count", "kept"), [(2, 2), (6, 3)])
-def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end(count: int, kept: int) -> None:
-    """Samples of 3 MiB, of which 8 MiB are enough: two to the end of their shard, or three and a wait."""
-    found, taken, enough = [0], [0], threading.Event()
+def test_a_paused_unit_reads_ahead_up_to_a_limit(count: int, kept: int) -> None:
+    """The samples are 3 MiB and the limit is 8 MiB: a shard of two is read to its end, one of six up to the third."""
+    stored_count, taken, enough = [0], [0], threading.Event()
 
     def stored() -> Iterator[RawSample]:
         for number in range(count):
-            found[0] += 1
-            if found[0] == kept:
+            stored_count[0] += 1
+            if stored_count[0] == kept:
                 enough.set()
             members = {"bin": bytes(3 << 20)}
             yield RawSample(key=str(number), shard="a.tar", offset=number, members=members, fields=("bin",))
@@ -176,11 +174,11 @@ def test_while_decoding_is_paused_a_unit_reads_on_but_not_without_end(count: int
                 keys = thread.submit(take)
                 assert enough.wait(10)
             time.sleep(0.1)  # one of two pauses is over
-            assert (found[0], taken[0]) == (kept, 0)
+            assert (stored_count[0], taken[0]) == (kept, 0)
         assert keys.result(timeout=10) == [str(number) for number in range(count)]
 
 
-def test_a_unit_waits_while_decoding_is_paused_and_goes_on_after_it(tmp_path: Path) -> None:
+def test_a_unit_waits_while_decoding_is_paused(tmp_path: Path) -> None:
     unit = unit_of(tmp_path)
     with ThreadPoolExecutor(1) as thread:
         with decoding_paused():

@@ -1,6 +1,6 @@
 """The job on stores: shards read from and rows written to S3, GCS, memory, file URLs and a web server.
 
-The rows are those of local shards, a second launch finds them, and no secret of a URL or of the environment
+The rows equal those of local shards, a second launch keeps them, and no secret of a URL or of the environment
 is in any file, row or log line.
 """
 
@@ -39,7 +39,7 @@ Rows = list[dict[str, Any]]
 
 @dataclass(frozen=True)
 class Local:
-    """Shards, a model, and the rows that a local job makes of them."""
+    """Shards, a model, and the rows of a local job on them."""
 
     root: Path
     rows: Rows
@@ -56,7 +56,7 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Local:
     root = tmp_path_factory.mktemp("local")
     save_clip(root / "clip")
     truths = shards.make_truths(12)
-    truths[4] = replace(truths[4], members={"txt": b"no picture"})
+    truths[4] = replace(truths[4], members={"txt": b"no image"})
     paths = shards.make_webdataset(root / "in", truths, shards=3).paths
     bare = Local(root, [], paths)
     embed(bare.options(str(root / "in"), str(root / "out")))
@@ -64,12 +64,12 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Local:
 
 
 def rows_in(output: str) -> Rows:
-    """The rows, by pyarrow through fsspec, with the shard's name in the place of its path."""
+    """Read the rows with pyarrow through fsspec, with the name of the shard instead of its path."""
     fs, path = fsspec.core.url_to_fs(output)
     fs.invalidate_cache()
     rows: Rows = ds.dataset(f"{path}/data", filesystem=fs, format="parquet").to_table().to_pylist()
-    named = [{**row, "shard": row["shard"].rpartition("/")[2]} for row in rows]
-    return sorted(named, key=lambda row: (row["shard"], row["offset"]))
+    rows = [{**row, "shard": row["shard"].rpartition("/")[2]} for row in rows]
+    return sorted(rows, key=lambda row: (row["shard"], row["offset"]))
 
 
 def shards_named_in(output: str) -> set[str]:
@@ -79,7 +79,7 @@ def shards_named_in(output: str) -> set[str]:
 
 
 def everything_in(output: str) -> Iterator[tuple[str, bytes]]:
-    """Every file of the output, and the uncompressed text of every Parquet's rows and metadata."""
+    """Yield every file of the output, and the text of the rows and metadata of every Parquet."""
     fs, path = fsspec.core.url_to_fs(output)
     for name in fs.find(path):
         content = fs.cat_file(name)
@@ -90,11 +90,11 @@ def everything_in(output: str) -> Iterator[tuple[str, bytes]]:
             yield name, repr((table.to_pylist(), table.schema.metadata, metadata)).encode()
 
 
-def assert_no_secret(output: str, *said: str) -> None:
+def assert_no_secret(output: str, *logged: str) -> None:
     files = list(everything_in(output))
     assert any(name.endswith("run.json") for name, _ in files)
     assert [name for name, content in files if SECRET.encode() in content] == []
-    assert not any(SECRET in text for text in said)
+    assert not any(SECRET in text for text in logged)
 
 
 def put_shards(local: Local, folder: str) -> None:
@@ -122,8 +122,8 @@ def test_shards_and_rows_in_a_bucket(local: Local, store: str, tmp_path: Path) -
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_names_that_look_like_queries_fragments_and_escapes(local: Local, store: str, tmp_path: Path) -> None:
-    """A bucket's names hold what they like; only a web server's URL ends where its query begins."""
+def test_names_with_query_fragment_and_escape_characters_are_read(local: Local, store: str, tmp_path: Path) -> None:
+    """Names in a bucket may hold any character; only the path of an HTTP URL ends at its query."""
     root = fresh_output(store, tmp_path)
     fs, folder = fsspec.core.url_to_fs(f"{root}/in")
     names = ["a#1.tar", "a#2.tar", "b?x=1.tar", "b?x=2.tar", "c%20d.tar", "c d.tar"]
@@ -134,13 +134,13 @@ def test_names_that_look_like_queries_fragments_and_escapes(local: Local, store:
     assert embed(options).units_written == len(names)
     assert shards_named_in(f"{root}/out") == {f"{root}/in/{name}" for name in names}
     for number, name in enumerate(names[::2]):
-        one = local.options(f"{root}/in/{name.replace('?', '[?]')}", f"{root}/out-{number}")
-        assert embed(one).tally.rows == 4
+        single = local.options(f"{root}/in/{name.replace('?', '[?]')}", f"{root}/out-{number}")
+        assert embed(single).tally.rows == 4
         assert shards_named_in(f"{root}/out-{number}") == {f"{root}/in/{name}"}
 
 
 def test_the_command_with_fsspecs_environment_for_endpoint_and_keys(local: Local, tmp_path: Path) -> None:
-    """FSSPEC_<PROTOCOL>_<ARGUMENT> reaches every process that mmbeam starts, and no file of its own."""
+    """FSSPEC_<PROTOCOL>_<ARGUMENT> reaches every process that mmbeam starts, and no file that it writes."""
     bucket = fresh_output("s3", tmp_path)
     put_shards(local, f"{bucket}/in")
     environment = {name: value for name, value in os.environ.items() if not name.startswith("AWS_")}
@@ -181,7 +181,7 @@ def test_shards_and_rows_in_memory_and_by_file_urls(
 
 @dataclass
 class Web:
-    """A server of a folder that answers only what is signed, and who is named."""
+    """A server of a folder that serves only signed URLs and authenticated users."""
 
     server: ThreadingHTTPServer
 
@@ -190,7 +190,7 @@ class Web:
 
 
 class SignedOnly(SimpleHTTPRequestHandler):
-    """Serves a file whose URL is signed or whose user has said the password; whole files, no ranges."""
+    """Serves whole files, without ranges, if the URL is signed or the password is right."""
 
     def send_head(self) -> Any:
         if SECRET not in self.path and "Authorization" not in self.headers:
@@ -227,24 +227,24 @@ def test_signed_urls_are_opened_and_nowhere_written_down(
     names = "shard-{000000..000002}.tar"
     url = web.url(f"{names}?{SIGNED}") if how == "query" else web.url(names, user=f"me:{SECRET}@")
     output = str(tmp_path / "out")
-    report, said = run_logged(local.options(url, output), caplog)
+    report, logged = run_logged(local.options(url, output), caplog)
     assert (report.units_written, report.units_failed) == (3, 0)
     assert rows_in(output) == local.rows
     assert shards_named_in(output) == {web.url(path.name) for path in local.paths}
-    assert_no_secret(output, said, repr(report))
+    assert_no_secret(output, logged, repr(report))
     renewed = url.replace("Expires=60", "Expires=90")  # tomorrow's signature is the same shard
     again, _ = run_logged(local.options(renewed, output), caplog)
     assert (again.units_written, again.units_kept) == (0, 3)
 
 
-def test_what_cannot_be_opened_is_named_without_its_signature(
+def test_an_unreadable_url_is_named_without_its_signature(
     local: Local, web: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     output = str(tmp_path / "out")
-    report, said = run_logged(local.options(web.url(f"shard-{{000002..000003}}.tar?{SIGNED}"), output), caplog)
+    report, logged = run_logged(local.options(web.url(f"shard-{{000002..000003}}.tar?{SIGNED}"), output), caplog)
     assert (report.units_written, report.units_failed) == (1, 1)
     assert "shard-000003.tar: does not exist" in json.dumps(report.to_json())
-    assert_no_secret(output, said, repr(report))
+    assert_no_secret(output, logged, repr(report))
     with pytest.raises(NoShardsError) as nothing:
         embed(local.options(web.url(f"none.tar?{SIGNED}"), output))
     with pytest.raises(NoShardsError, match="access is denied") as refused:

@@ -1,6 +1,6 @@
-"""Giant shards in parts and tiny ones in packs, through whole runs: what is misread is withdrawn and read again.
+"""Giant shards in parts and tiny ones in packs: misread parts are withdrawn and their shard is read whole.
 
-A launch here is a job without a model: it plans, reads, writes and sums up units one after the other.
+A launch here is a job without a model: it plans, reads, writes and summarizes units one after the other.
 """
 
 import os
@@ -43,7 +43,7 @@ Row = tuple[str, int, str]  # key, offset, text
 
 @pytest.fixture(autouse=True)
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Parts are small here, so reading must not look back to the beginning of the shard. Nothing is synchronised."""
+    """Look back 512 bytes, because the parts are small, and do not synchronise files."""
     monkeypatch.setattr(tar, "LOOK_BACK", 512)
     monkeypatch.setattr(os, "fsync", lambda descriptor: None)
 
@@ -63,8 +63,8 @@ def samples(*numbers: int) -> bytes:
 
 
 def nested(number: int, count: int = 12, end: bytes = bytes(1024)) -> bytes:
-    """A sample with a member that is a tar."""
-    inner = b"".join(sample(900 + each) for each in range(count)) + end
+    """Make a sample with a member that is a tar."""
+    inner = b"".join(sample(900 + index) for index in range(count)) + end
     return member_bytes(f"{number:04d}.tar", inner) + sample(number)
 
 
@@ -111,7 +111,7 @@ def attempt(run: Run, unit: WorkUnit) -> UnitReport:
 
 
 def rows(output: str) -> list[tuple[str, Row]]:
-    """All published rows, by shard and then by offset."""
+    """Read all published rows, by shard and offset."""
     store = Store(output)
     published = []
     for name in store.list("data"):
@@ -151,7 +151,7 @@ def test_a_giant_shard_is_read_in_parts(store: str, tmp_path: Path) -> None:
 def test_a_web_server_without_ranges_is_read_from_the_beginning_by_every_part(output: str, tmp_path: Path) -> None:
     put(tmp_path, giant=samples(*range(10)))
     with served(tmp_path, Quiet) as url:
-        assert launch(output, f"{url}/giant.tar").units_written == 5  # too small to be asked for ranges
+        assert launch(output, f"{url}/giant.tar").units_written == 5  # too small for range requests
         assert rows(output) == whole(f"{url}/giant.tar", tmp_path)
 
 
@@ -172,7 +172,7 @@ class Quiet(SimpleHTTPRequestHandler):
 
 
 class Ranges(Quiet):
-    """Sends the bytes that are asked for."""
+    """Sends the requested range."""
 
     def do_GET(self) -> None:
         begin, end = map(int, self.headers["Range"].removeprefix("bytes=").split("-"))
@@ -186,7 +186,7 @@ class Ranges(Quiet):
 
 
 class BreaksOff(Ranges):
-    """Does not send the second half of one file."""
+    """Fails for the second half of one file."""
 
     broken = "tiny-2.tar"
 
@@ -200,7 +200,7 @@ class BreaksOff(Ranges):
 
 @contextmanager
 def served(folder: Path, handler: type[Quiet], port: int = 0) -> Iterator[str]:
-    """The URL of a web server over a folder."""
+    """Serve a folder on loopback; yield the URL."""
     with ThreadingHTTPServer(("127.0.0.1", port), partial(handler, directory=str(folder))) as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
@@ -211,7 +211,7 @@ def served(folder: Path, handler: type[Quiet], port: int = 0) -> Iterator[str]:
             thread.join()
 
 
-def test_parts_keep_their_names_when_shards_come(output: str, tmp_path: Path) -> None:
+def test_parts_keep_their_ids_when_shards_are_added(output: str, tmp_path: Path) -> None:
     source = put(tmp_path, giant=samples(*range(40)))
     launch(output, source)
     before = set(committed(make(output)))
@@ -248,8 +248,8 @@ def status(output: str) -> Iterator[str]:
     return status_text(output)
 
 
-def test_samples_behind_an_end_mark_are_not_read(output: str, tmp_path: Path) -> None:
-    """They do not belong to the tar, although a part that begins there finds them."""
+def test_samples_after_the_end_of_archive_marker_are_not_read(output: str, tmp_path: Path) -> None:
+    """They do not belong to the tar, although a part that begins after the marker reads them."""
     source = put(tmp_path, two_in_one=samples(*range(10)) + bytes(1024) + samples(*range(20, 60)))
     launch(output, source)
     assert launch(output, source).units_failed == 0
@@ -261,14 +261,14 @@ def test_warnings_of_a_shard_are_counted_once(output: str, tmp_path: Path) -> No
     assert launch(output, str(tmp_path)).tally.warnings == {"shards without an end-of-archive marker": 1}
 
 
-def test_a_truncated_giant_loses_its_last_sample_only(output: str, tmp_path: Path) -> None:
+def test_a_truncated_giant_loses_only_its_last_sample(output: str, tmp_path: Path) -> None:
     (tmp_path / "x.tar").write_bytes(samples(*range(40))[:-700])
     report = launch(output, str(tmp_path))
     assert (report.units_failed, report.tally.samples) == (0, 40)
     assert report.tally.failures == {"read: DecodeError": 1}
 
 
-def test_a_member_larger_than_parts_leaves_them_empty(output: str, tmp_path: Path) -> None:
+def test_parts_within_a_large_member_are_empty(output: str, tmp_path: Path) -> None:
     giant = member_bytes("0001.mp4", random.Random(0).randbytes(50_000))
     source = put(tmp_path, x=samples(0) + giant + samples(1, 2, 3))
     report = launch(output, source)
@@ -296,27 +296,27 @@ def test_any_shard_is_complete_after_two_runs(seed: int, output: str, tmp_path: 
     assert rows(output) == whole(source, tmp_path)
 
 
-# Killed, overtaken, unreadable
+# Kills, slow attempts, unreadable parts
 
 
 class Killed(BaseException):
-    """The process ends, as seen from the store."""
+    """Raised where the process would end."""
 
 
 def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
-    """End the process just before the store's change number `step` / 2, or just after it if `step` is odd."""
-    left = step
+    """Raise Killed just before change number `step` / 2 of the store, or just after it if `step` is odd."""
+    remaining = step
 
     def dying(name: str) -> Any:
         change = getattr(Store, name)
 
         def changed(*args: Any, **options: Any) -> Any:
-            nonlocal left
-            left -= 2
-            if left < -1:
+            nonlocal remaining
+            remaining -= 2
+            if remaining < -1:
                 raise Killed
             change(*args, **options)
-            if left == -1:
+            if remaining == -1:
                 raise Killed
 
         return changed
@@ -326,7 +326,7 @@ def kill_at(monkeypatch: pytest.MonkeyPatch, step: int) -> None:
 
 
 @pytest.mark.parametrize("before", ["the summary", "the second launch", "a launch that withdraws"])
-def test_a_kill_at_any_step_neither_loses_nor_repeats_rows(before: str, tmp_path: Path) -> None:
+def test_a_kill_at_any_step_loses_and_repeats_no_row(before: str, tmp_path: Path) -> None:
     source = put(tmp_path, misleading=samples(*range(3)) + nested(3, 5) + nested(4, 5) + samples(5))
     expected = whole(source, tmp_path)
     template = fresh_output("local", tmp_path)
@@ -349,7 +349,7 @@ def test_a_kill_at_any_step_neither_loses_nor_repeats_rows(before: str, tmp_path
 
 
 def commit_all(output: str, source: str) -> None:
-    """A launch that ends before its summary."""
+    """Commit all units without a summary."""
     run = make(output)
     open_run(run)
     for unit in extend_plan(run, list_shards([source]), unit_bytes=PART):
@@ -357,7 +357,7 @@ def commit_all(output: str, source: str) -> None:
 
 
 def survive(output: str, source: str, step: int, again: int = 9) -> int | None:
-    """The number of further launches needed after one that is killed at `step`; None if it ends by itself."""
+    """Return the number of launches needed after one that is killed at `step`; None if it is not killed."""
     with pytest.MonkeyPatch.context() as patch:
         kill_at(patch, step)
         try:
@@ -369,7 +369,7 @@ def survive(output: str, source: str, step: int, again: int = 9) -> int | None:
     return next((number for number in range(1, again + 1) if not launch(output, source).units_failed), again)
 
 
-def test_a_process_is_killed_while_it_withdraws(output: str, tmp_path: Path) -> None:
+def test_a_process_killed_while_it_withdraws_parts_is_resumed(output: str, tmp_path: Path) -> None:
     source = put(tmp_path, misleading=MISLEADING)
     process = start(launch_and_die, output, source)
     process.join()
@@ -394,7 +394,7 @@ def launch_and_die(output: str, source: str) -> None:
 
 
 @pytest.mark.parametrize("launches", [1, 2])
-def test_rows_of_a_withdrawn_part_that_a_slow_attempt_commits_are_removed(
+def test_rows_that_a_slow_attempt_commits_for_a_withdrawn_part_are_removed(
     launches: int, output: str, tmp_path: Path
 ) -> None:
     source = put(tmp_path, misleading=MISLEADING)
@@ -416,7 +416,7 @@ def test_rows_of_a_withdrawn_part_that_a_slow_attempt_commits_are_removed(
 
 
 def test_a_slow_launch_does_not_withdraw_the_whole_shard(output: str, tmp_path: Path) -> None:
-    """Its reports describe parts that another launch has withdrawn, and replaced by the whole shard."""
+    """Its reports describe parts that another launch has withdrawn and replaced by the whole shard."""
     source = put(tmp_path, misleading=MISLEADING)
     run = make(output)
     open_run(run)
@@ -448,7 +448,7 @@ def test_parts_are_compared_only_if_all_are_committed(source_tar: str, output: s
     assert rows(output) == whole(source, tmp_path)
 
 
-def test_units_done_again_replace_the_whole_shard(output: str, tmp_path: Path) -> None:
+def test_repeated_units_replace_the_whole_shard(output: str, tmp_path: Path) -> None:
     source = put(tmp_path, misleading=MISLEADING)
     run = make(output)
     launch(output, source)
@@ -480,7 +480,7 @@ def test_tiny_shards_share_a_unit(output: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_shard_that_cannot_be_read_becomes_a_unit_of_its_own(output: str, tmp_path: Path) -> None:
+def test_an_unreadable_shard_of_a_pack_becomes_a_separate_unit(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     bad, good = tmp_path / "tiny-2.tar", (tmp_path / "tiny-2.tar").read_bytes()
     bad.write_bytes(b"<html>not found</html>".ljust(len(good)))
@@ -499,10 +499,10 @@ def test_a_shard_that_cannot_be_read_becomes_a_unit_of_its_own(output: str, tmp_
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_shard_that_breaks_off_is_removed_from_its_pack(
+def test_a_shard_whose_read_fails_halfway_is_removed_from_its_pack(
     output: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its samples cannot be removed from a unit that is being written, so the pack is read again without it."""
+    """Its samples are in a unit that is being written, so the pack is read again without the shard."""
     folder = put(tmp_path, **{f"tiny-{number}": samples(2 * number, 2 * number + 1) for number in range(8)})
     monkeypatch.setattr("mmbeam.readers.windows.open_shard", partial(open_shard, waits=()))
     monkeypatch.setattr("mmbeam.readers.stream.BLOCK_BYTES", 512)
@@ -510,7 +510,7 @@ def test_a_shard_that_breaks_off_is_removed_from_its_pack(
     with served(tmp_path, BreaksOff) as url:
         source = f"{url}/tiny-{{0..7}}.tar"
         first = launch(output, source, part_bytes=100_000)
-        assert (first.units_written, first.units_failed) == (1, 2)  # the pack, and what broke off in it
+        assert (first.units_written, first.units_failed) == (1, 2)  # the pack, and its interrupted shard
         second = launch(output, source, part_bytes=100_000)
         assert (second.units_kept, second.units_written, second.units_failed) == (1, 1, 1)
         assert rows(output) == [row for row in whole(folder, tmp_path) if row[0] != "tiny-2.tar"]
@@ -524,7 +524,7 @@ def test_a_shard_that_breaks_off_is_removed_from_its_pack(
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_pack_done_again_does_not_read_a_shard_that_is_its_own_unit(output: str, tmp_path: Path) -> None:
+def test_a_repeated_pack_does_not_read_a_shard_that_is_a_separate_unit(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     bad, good = tmp_path / "tiny-2.tar", (tmp_path / "tiny-2.tar").read_bytes()
     bad.write_bytes(b"x" * len(good))
@@ -538,7 +538,7 @@ def test_a_pack_done_again_does_not_read_a_shard_that_is_its_own_unit(output: st
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_removed_shard_is_not_reported(output: str, tmp_path: Path) -> None:
+def test_a_deleted_shard_is_not_reported(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     bad = tmp_path / "tiny-2.tar"
     bad.write_bytes(b"x" * bad.stat().st_size)
@@ -550,7 +550,7 @@ def test_a_removed_shard_is_not_reported(output: str, tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("packing")
-def test_a_pack_runs_although_one_of_its_shards_was_removed(output: str, tmp_path: Path) -> None:
+def test_a_pack_is_read_after_one_of_its_shards_was_deleted(output: str, tmp_path: Path) -> None:
     source = tiny(tmp_path)
     run = make(output)
     open_run(run)

@@ -1,4 +1,4 @@
-"""The manifest, the plan, what is committed and what stops a run, on every store."""
+"""The manifest, the plan, the commits, the stop mark, the lock and the summary of a run, on every store."""
 
 import json
 import logging
@@ -47,7 +47,7 @@ def commit(run: Run, name: str) -> UnitReport:
 # The manifest
 
 
-def test_the_same_run_opens_again(output: str) -> None:
+def test_a_run_with_the_same_configuration_opens_again(output: str) -> None:
     open_run(make_run(output))
     open_run(make_run(output))
     manifest = read_manifest(Store(output))
@@ -57,7 +57,7 @@ def test_the_same_run_opens_again(output: str) -> None:
     assert manifest["fingerprint"] == make_run(output).fingerprint
 
 
-def test_another_configuration_is_refused_by_name(output: str) -> None:
+def test_another_configuration_is_an_error_that_lists_the_differences(output: str) -> None:
     open_run(make_run(output))
     with pytest.raises(RunMismatchError) as caught:
         open_run(make_run(output, models={"clip": {"digest": "34cd"}, "clap": {}}, limit=5))
@@ -66,13 +66,13 @@ def test_another_configuration_is_refused_by_name(output: str) -> None:
     assert "`overwrite`" in lines[-1]
 
 
-def test_the_fingerprint_is_of_the_configuration_alone(local: str) -> None:
-    one = make_run(local, a={"x": 1, "y": [1, 2]}, b=2)
+def test_the_fingerprint_depends_on_the_configuration_only(local: str) -> None:
+    run = make_run(local, a={"x": 1, "y": [1, 2]}, b=2)
     other = make_run(f"{local}-2", b=2, a={"y": (1, 2), "x": 1})
-    assert one.fingerprint == other.fingerprint
-    assert len(one.fingerprint) == 16
-    assert make_run(local, a={"x": 1, "y": [2, 1]}, b=2).fingerprint != one.fingerprint
-    assert one.schema.metadata[b"mmbeam.fingerprint"] == one.fingerprint.encode()
+    assert run.fingerprint == other.fingerprint
+    assert len(run.fingerprint) == 16
+    assert make_run(local, a={"x": 1, "y": [2, 1]}, b=2).fingerprint != run.fingerprint
+    assert run.schema.metadata[b"mmbeam.fingerprint"] == run.fingerprint.encode()
 
 
 def test_a_run_pickles(local: str) -> None:
@@ -92,7 +92,7 @@ def test_other_package_versions_are_a_warning(local: str, caplog: pytest.LogCapt
     assert "torch: 2.12 -> 2.13" in caplog.text
 
 
-def test_rows_of_no_known_run_are_not_touched(output: str) -> None:
+def test_rows_without_a_manifest_are_an_error_and_are_kept(output: str) -> None:
     store = Store(output)
     store.create("data/theirs.parquet", b"theirs")
     for overwrite in (False, True):
@@ -101,21 +101,21 @@ def test_rows_of_no_known_run_are_not_touched(output: str) -> None:
     assert store.read("data/theirs.parquet") == b"theirs"
 
 
-def test_a_manifest_that_is_none_is_refused(local: str) -> None:
+def test_a_file_that_is_not_a_manifest_is_an_error(local: str) -> None:
     Store(local).create("_mmbeam/run.json", b"{}")
     with pytest.raises(RunMismatchError, match="expected the manifest"):
         open_run(make_run(local))
     open_run(make_run(local), overwrite=True)
 
 
-def test_overwrite_removes_what_mmbeam_made_and_nothing_else(output: str) -> None:
+def test_overwrite_removes_only_files_of_mmbeam(output: str) -> None:
     run = make_run(output)
     open_run(run)
     extend_plan(run, make_shards(2))
     write_summary(run, [commit(run, "a-1")], 1.0)
     run.store.create("data/notes.txt", b"theirs")
     run.store.create("failures/notes.txt", b"theirs")
-    with pytest.raises(RunMismatchError, match=r"notes\.txt"):  # they could be rows: say so, rather than mix
+    with pytest.raises(RunMismatchError, match=r"notes\.txt"):  # it could hold rows
         open_run(make_run(output, limit=5), overwrite=True)
     assert run.store.list("data") == run.store.list("failures") == {"notes.txt": 6}
     run.store.remove("data/notes.txt")
@@ -126,29 +126,29 @@ def test_overwrite_removes_what_mmbeam_made_and_nothing_else(output: str) -> Non
     assert set(run.store.list("_mmbeam")) == {"run.json"}
 
 
-def test_of_two_launches_at_once_one_makes_the_run(local: str) -> None:
-    barrier, refused = threading.Barrier(2), []
+def test_one_of_two_simultaneous_launches_creates_the_run(local: str) -> None:
+    barrier, rejected = threading.Barrier(2), []
 
     def launch(limit: int) -> None:
         barrier.wait()
         try:
             open_run(make_run(local, limit=limit))
         except RunMismatchError:
-            refused.append(limit)
+            rejected.append(limit)
 
     threads = [threading.Thread(target=launch, args=(limit,)) for limit in (1, 2)]
     for thread in threads:
         thread.start()
     for thread in threads:
         thread.join()
-    assert len(refused) == 1
-    open_run(make_run(local, limit=3 - refused[0]))
+    assert len(rejected) == 1
+    open_run(make_run(local, limit=3 - rejected[0]))
 
 
 # The plan
 
 
-def test_a_plan_grows_and_never_changes(output: str) -> None:
+def test_new_shards_extend_the_plan_and_planned_units_never_change(output: str) -> None:
     run = make_run(output)
     first = extend_plan(run, make_shards(3))
     assert extend_plan(run, make_shards(3)) == first
@@ -159,7 +159,7 @@ def test_a_plan_grows_and_never_changes(output: str) -> None:
     assert [unit["id"] for unit in load_plan(run)] == [unit.id for unit in grown]
 
 
-def test_a_shard_that_is_no_input_any_more_is_not_run(local: str, caplog: pytest.LogCaptureFixture) -> None:
+def test_a_planned_shard_that_is_no_longer_input_is_not_run(local: str, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(local)
     extend_plan(run, make_shards(3))
     with caplog.at_level(logging.WARNING):
@@ -168,7 +168,7 @@ def test_a_shard_that_is_no_input_any_more_is_not_run(local: str, caplog: pytest
     assert "1 planned units are not run" in caplog.text
 
 
-def test_credentials_are_opened_with_and_not_written(local: str) -> None:
+def test_credentials_in_urls_are_used_and_never_written(local: str) -> None:
     run = make_run(local)
     shard = Shard(path="https://host/a.tar", url="https://user:secret@host/a.tar?key=secret")
     for _ in range(2):
@@ -179,12 +179,12 @@ def test_credentials_are_opened_with_and_not_written(local: str) -> None:
     assert b"secret" not in written
 
 
-def test_a_committed_shard_that_has_changed_is_an_error(output: str) -> None:
+def test_a_changed_committed_shard_is_an_error(output: str) -> None:
     run = make_run(output)
     units = extend_plan(run, make_shards(3))
     write_unit(run, units[1]).commit()
     changed = make_shards(3, size=2048, etag="e2")
-    assert len(extend_plan(run, [*make_shards(2), changed[2]])) == 3  # not committed: read as it is now
+    assert len(extend_plan(run, [*make_shards(2), changed[2]])) == 3  # an uncommitted shard may change
     with pytest.raises(RunMismatchError) as caught:
         extend_plan(run, changed)
     assert "/shards/00001.tar: size 1024 -> 2048" in str(caught.value)
@@ -192,17 +192,17 @@ def test_a_committed_shard_that_has_changed_is_an_error(output: str) -> None:
     assert "00000.tar" not in str(caught.value)
 
 
-def test_a_changed_shard_committed_as_it_is_now_is_none(local: str) -> None:
+def test_a_shard_that_changed_before_its_commit_is_not_an_error(local: str) -> None:
     run = make_run(local)
     extend_plan(run, make_shards(1))
     (unit,) = extend_plan(run, make_shards(1, etag="e2"))
     assert unit.inputs[0].shard.etag == "e2"
     write_unit(run, unit).commit()
     assert extend_plan(run, make_shards(1, etag="e2")) == [unit]
-    assert len(extend_plan(run, make_shards(1, size=None, etag=None))) == 1  # nothing known: nothing differs
+    assert len(extend_plan(run, make_shards(1, size=None, etag=None))) == 1  # unknown size and etag do not differ
 
 
-def test_two_processes_that_plan_at_once_agree(output: str) -> None:
+def test_simultaneous_planning_in_two_processes_gives_one_plan(output: str) -> None:
     results: Any = multiprocessing.get_context("forkserver").Queue()
     barrier = new_barrier(2)
     inputs = [make_shards(20), make_shards(21)[1:]]
@@ -225,7 +225,7 @@ def test_reports_are_rebuilt_from_footers(output: str) -> None:
     written = [commit(run, name) for name in names]
     assert [report.status for report in written] == ["written"] * 4
     run.store.remove("_mmbeam/commits/u-0.json")
-    run.store.replace("_mmbeam/commits/u-1.json", b"{torn")
+    run.store.replace("_mmbeam/commits/u-1.json", b"{truncated")
     run.store.replace("_mmbeam/commits/u-2.json", b'{"report": {}}')
     assert committed(run) == set(names)
     read = list(load_reports(run, names))
@@ -243,7 +243,7 @@ def test_the_parquet_is_the_commit(output: str) -> None:
     assert report_of(run, "a-1") is None
 
 
-def test_a_part_of_another_configuration_is_refused(output: str) -> None:
+def test_a_part_of_another_configuration_is_an_error(output: str) -> None:
     commit(make_run(output), "a-1")
     other = make_run(output, limit=5)
     with pytest.raises(RunMismatchError, match="rows of configuration"):
@@ -254,17 +254,17 @@ def test_a_part_of_another_configuration_is_refused(output: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"\xff" * 64, b"x" * 100_000])
-def test_a_part_that_is_no_parquet_is_refused(local: str, content: bytes) -> None:
+def test_a_part_that_is_not_parquet_is_an_error(local: str, content: bytes) -> None:
     run = make_run(local)
     run.store.create("data/part-a-1.parquet", content)
     with pytest.raises(RunMismatchError, match=r"part-a-1\.parquet"):
         report_of(run, "a-1")
 
 
-# What stops a run, and what keeps jobs apart
+# The stop mark and the lock
 
 
-def test_a_stop_mark_is_seen_by_all_and_keeps_the_first_reason(output: str) -> None:
+def test_the_stop_mark_keeps_the_first_reason_until_it_is_cleared(output: str) -> None:
     run = make_run(output)
     assert stop_reason(run) is None
     stop_run(run, "first")
@@ -274,11 +274,11 @@ def test_a_stop_mark_is_seen_by_all_and_keeps_the_first_reason(output: str) -> N
     assert stop_reason(run) is None
 
 
-def test_the_failure_rate_is_judged_once_there_is_something_to_judge(local: str) -> None:
+def test_the_failure_rate_is_checked_from_100_samples_on(local: str) -> None:
     run = make_run(local)
     count_window(run, Tally(rows=50, failed=49))
     assert stop_reason(run) is None
-    copy = pickle.loads(pickle.dumps(run))  # as the other thread's worker has it
+    copy = pickle.loads(pickle.dumps(run))  # as in another worker thread
     (failure,) = make_batches(make_unit())[0].failures
     with pytest.raises(
         FailureRateError, match=r"50 of 100 samples .* 1 decode: DecodeError; 00000 of .* truncated JPEG"
@@ -287,17 +287,17 @@ def test_the_failure_rate_is_judged_once_there_is_something_to_judge(local: str)
     assert "50 of 100" in str(stop_reason(run))
 
 
-def test_the_limit_of_failures_itself_is_allowed(local: str) -> None:
+def test_a_failure_rate_at_the_limit_is_allowed(local: str) -> None:
     run = make_run(local)
     count_window(run, Tally(rows=98, failed=2, impaired=3, skipped={"too small": 50}))
     with pytest.raises(FailureRateError, match="6 of 101"):
         count_window(run, Tally(rows=1, impaired=1))
     clear_stop(run)
     assert stop_reason(run) is None
-    count_window(run, Tally(rows=95, failed=5))  # a new launch counts anew
+    count_window(run, Tally(rows=95, failed=5))  # a new launch counts from 0
 
 
-def test_one_job_holds_the_lock(output: str) -> None:
+def test_the_lock_excludes_another_job(output: str) -> None:
     run = make_run(output)
     with lock_run(run):
         with pytest.raises(JobError, match=f"process {os.getpid()}"), lock_run(make_run(output)):
@@ -308,21 +308,21 @@ def test_one_job_holds_the_lock(output: str) -> None:
     assert not run.store.exists("_mmbeam/lock")
 
 
-def test_a_lock_whose_process_is_gone_is_taken_over_once(output: str) -> None:
-    gone = subprocess.Popen(["true"])
-    gone.wait()
+def test_the_lock_of_an_ended_process_is_taken_over_once(output: str) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
     run = make_run(output)
-    dead = {"host": socket.gethostname(), "pid": gone.pid, "time": 0.0, "token": "dead"}
+    dead = {"host": socket.gethostname(), "pid": ended.pid, "time": 0.0, "token": "dead"}
     run.store.create("_mmbeam/lock", json.dumps(dead).encode())
     with lock_run(run):
         assert json.loads(run.store.read("_mmbeam/lock"))["pid"] == os.getpid()
-    run.store.create("_mmbeam/lock", json.dumps(dead).encode())  # as one who read it before still sees it
-    with pytest.raises(JobError, match=str(gone.pid)), lock_run(run):
+    run.store.create("_mmbeam/lock", json.dumps(dead).encode())  # as in a process that read it earlier
+    with pytest.raises(JobError, match=str(ended.pid)), lock_run(run):
         pass
     assert json.loads(run.store.read("_mmbeam/lock")) == dead
 
 
-def test_a_lock_of_another_host_is_left_alone(local: str) -> None:
+def test_the_lock_of_another_host_is_respected(local: str) -> None:
     run = make_run(local)
     run.store.create("_mmbeam/lock", json.dumps({"host": "elsewhere", "pid": 1, "token": "t"}).encode())
     with pytest.raises(JobError, match="elsewhere"), lock_run(run):
@@ -332,7 +332,7 @@ def test_a_lock_of_another_host_is_left_alone(local: str) -> None:
 # The summary
 
 
-def test_the_summary_adds_up(output: str) -> None:
+def test_the_summary_sums_the_reports(output: str) -> None:
     run = make_run(output)
     commit(run, "a-1")
     reports = [
@@ -351,7 +351,7 @@ def test_the_summary_adds_up(output: str) -> None:
     assert read_summary(run) == summary
 
 
-def test_the_speed_of_light_is_of_what_was_written(local: str) -> None:
+def test_model_utilisation_counts_only_written_units(local: str) -> None:
     def report(status: Any) -> UnitReport:
         return UnitReport(unit="u", status=status, tally=Tally(samples=1, rows=1, seconds={"compute": 6.0}))
 
@@ -367,7 +367,7 @@ def test_counts_that_do_not_add_up_are_an_error(local: str) -> None:
         write_summary(make_run(local), [lost], 1.0)
 
 
-def test_failure_files_that_no_footer_names_are_swept(output: str) -> None:
+def test_failure_files_that_no_footer_names_are_removed(output: str) -> None:
     run = make_run(output)
     report = commit(run, "a-1")
     for name in ("part-a-1-000000000000", "part-a-1-failed", "part-b-2-000000000000", "part-a-10-000000000000"):

@@ -206,13 +206,13 @@ class TestListShards:
         assert names(list_shards(["memory://corpus/d[1].tar"])) == ["d[1].tar"]
         assert names(list_shards(["memory://corpus/d[12].tar"])) == ["d1.tar"]
 
-    @pytest.mark.parametrize("pattern", ["", "*.tar", "{good,gone}.tar"])
-    @pytest.mark.parametrize("target", ["nowhere.tar", "gone.tar"])  # the latter is a loop
+    @pytest.mark.parametrize("pattern", ["", "*.tar", "{good,dangling}.tar"])
+    @pytest.mark.parametrize("target", ["nowhere.tar", "dangling.tar"])  # the latter is a loop
     def test_a_broken_link_is_a_shard_that_fails_later(self, tmp_path: Path, pattern: str, target: str) -> None:
         (tmp_path / "good.tar").write_bytes(b"x")
-        (tmp_path / "gone.tar").symlink_to(target)
+        (tmp_path / "dangling.tar").symlink_to(target)
         listed = list_shards([f"{tmp_path}/{pattern}"])
-        assert {shard.path.rpartition("/")[2]: shard.size for shard in listed} == {"good.tar": 1, "gone.tar": None}
+        assert {shard.path.rpartition("/")[2]: shard.size for shard in listed} == {"good.tar": 1, "dangling.tar": None}
 
     def test_links_in_a_listed_folder_have_the_etag_of_their_targets(self, tmp_path: Path) -> None:
         (tmp_path / "links").mkdir()
@@ -253,13 +253,13 @@ class TestListShards:
 
     def test_web_server_is_asked_a_bounded_number_of_times(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(shards_module, "HTTP_PROBES", 3)
-        asked: list[str] = []
+        opened: list[str] = []
 
         def info(place: Any) -> dict[str, Any]:
-            asked.append(place.url)
+            opened.append(place.url)
             return {"name": place.url, "size": 7, "type": "file"}
 
         monkeypatch.setattr(shards_module, "_info", info)
         listed = list_shards(["http://127.0.0.1:9/{0..9}.tar"])
-        assert sorted(asked) == [f"http://127.0.0.1:9/{number}.tar" for number in range(3)]
+        assert sorted(opened) == [f"http://127.0.0.1:9/{number}.tar" for number in range(3)]
         assert [shard.size for shard in listed] == [7, 7, 7] + [None] * 7

@@ -1,4 +1,4 @@
-"""The verbs of an output directory, on every store."""
+"""The operations of an output directory, on every store."""
 
 import os
 import pickle
@@ -22,7 +22,7 @@ def store(request: pytest.FixtureRequest, tmp_path: Path) -> Store:
     return Store(fresh_output(request.param, tmp_path))
 
 
-def test_the_verbs(store: Store) -> None:
+def test_files_are_created_read_listed_replaced_and_removed(store: Store) -> None:
     assert store.list("data") == {}
     assert not store.exists("data/a")
     with pytest.raises(FileNotFoundError):
@@ -43,7 +43,7 @@ def test_the_verbs(store: Store) -> None:
     assert store.list("data") == {"empty": 0}
 
 
-def test_create_is_for_the_first_alone(store: Store) -> None:
+def test_create_fails_if_the_file_exists(store: Store) -> None:
     store.create("data/a", b"first")
     loser = store.scratch_file()
     loser.write_bytes(b"second")
@@ -56,7 +56,7 @@ def test_create_is_for_the_first_alone(store: Store) -> None:
     assert set(store.list("data")) == {"a"}
 
 
-def test_of_many_threads_one_creates(store: Store) -> None:
+def test_exactly_one_of_several_threads_creates_a_file(store: Store) -> None:
     def create(number: int) -> bool:
         barrier.wait()
         try:
@@ -68,15 +68,15 @@ def test_of_many_threads_one_creates(store: Store) -> None:
     for _ in range(5):
         barrier = threading.Barrier(4)
         with ThreadPoolExecutor(4) as pool:
-            won = list(pool.map(create, range(4)))
-        assert won.count(True) == 1
-        assert store.read("data/a") == str(won.index(True)).encode() * 1000
+            created = list(pool.map(create, range(4)))
+        assert created.count(True) == 1
+        assert store.read("data/a") == str(created.index(True)).encode() * 1000
         store.remove("data/a")
 
 
-@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs hands aiohttp the whole part
-def test_a_file_of_several_requests_is_created_once(store: Store) -> None:
-    """Stores upload what is large in parts, where the condition holds for the last request."""
+@pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # gcsfs passes whole parts to aiohttp
+def test_a_multipart_upload_is_created_once(store: Store) -> None:
+    """A large file is uploaded in parts; the condition applies to the last request."""
     size = (110 if store.url.startswith("s3") else 6) << 20
     for first in (True, False):
         file = store.scratch_file()
@@ -91,13 +91,13 @@ def test_a_file_of_several_requests_is_created_once(store: Store) -> None:
 
 
 @pytest.mark.parametrize("store", STORES, indirect=True)
-def test_nothing_is_published_by_a_rename_or_a_copy(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Neither is exclusive on a store: of two that come together both would be told that they were first."""
+def test_files_are_published_without_rename_or_copy(store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither is exclusive on a store: two simultaneous attempts would both succeed."""
 
     def refused(*args: object, **_: object) -> None:
         raise AssertionError(f"moved or copied: {args}")
 
-    store.create("data/earlier", b"x")  # what is asked for the first time imports and connects
+    store.create("data/earlier", b"x")  # the first use imports modules and connects
     for name in ("mv", "copy", "cp_file", "mv_file", "_mv", "_copy", "_cp_file", "_mv_file"):
         monkeypatch.setattr(type(store._at("data")[0]), name, refused, raising=False)
     for name in ("rename", "renames", "replace"):
@@ -111,12 +111,12 @@ def test_nothing_is_published_by_a_rename_or_a_copy(store: Store, monkeypatch: p
     assert store.read("data/a") == b"first"
 
 
-def test_a_pickled_store_is_the_same(store: Store) -> None:
+def test_a_store_pickles(store: Store) -> None:
     store.create("a", b"x")
     assert pickle.loads(pickle.dumps(store)).read("a") == b"x"
 
 
-def test_a_local_store_keeps_its_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_local_store_does_not_follow_the_working_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     store = Store("out")
     monkeypatch.chdir("/")
@@ -133,18 +133,18 @@ def test_published_files_have_ordinary_permissions(tmp_path: Path) -> None:
     assert (tmp_path / "data/a").stat().st_nlink == 1
 
 
-def test_nothing_of_a_url_but_its_place_is_shown() -> None:
+def test_credentials_and_queries_of_a_url_are_not_shown() -> None:
     store = Store("ftp://user:secret@host/out?token=secret")
     assert str(store) == "ftp://host/out"
     assert "secret" not in repr(store)
 
 
-def test_stale_scratch_is_swept(tmp_path: Path) -> None:
+def test_stale_scratch_files_are_removed(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
     live, dead, old, recent = (store.scratch_file() for _ in range(4))
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    dead = dead.with_name(dead.name.replace(f"-{os.getpid()}-", f"-{gone.pid}-"))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    dead = dead.with_name(dead.name.replace(f"-{os.getpid()}-", f"-{ended.pid}-"))
     old = old.with_name(f"mmbeam-elsewhere-1-{uuid.uuid4().hex}")
     recent = recent.with_name(f"mmbeam-else-where-1-{uuid.uuid4().hex}")
     for path in (live, dead, old, recent):
@@ -154,14 +154,14 @@ def test_stale_scratch_is_swept(tmp_path: Path) -> None:
     assert sorted(store.scratch().iterdir()) == sorted([live, recent])
 
 
-def test_sweeping_touches_no_file_of_another_name(tmp_path: Path) -> None:
+def test_the_sweep_keeps_files_with_other_names(tmp_path: Path) -> None:
     store = Store(str(tmp_path))
-    mine, others = store.scratch_file(".parquet"), store.scratch() / "mmbeam-results-2024-05.parquet"
-    folder = store.scratch() / f"mmbeam-{mine.stem.removeprefix('mmbeam-')}"
-    for path in (mine, others):
+    scratch, other = store.scratch_file(".parquet"), store.scratch() / "mmbeam-results-2024-05.parquet"
+    folder = store.scratch() / f"mmbeam-{scratch.stem.removeprefix('mmbeam-')}"
+    for path in (scratch, other):
         path.write_bytes(b"x")
     folder.mkdir()
-    for path in (mine, others, folder):
+    for path in (scratch, other, folder):
         os.utime(path, (0, 0))
     store.sweep_scratch()
-    assert sorted(store.scratch().iterdir()) == sorted([others, folder])
+    assert sorted(store.scratch().iterdir()) == sorted([other, folder])

@@ -33,7 +33,7 @@ DATA = np.random.default_rng(0).bytes(3_000_000)
 
 @dataclass
 class Web:
-    """What a web server does to whoever reads from it. `requests` is what it was asked, ranges as "a-b"."""
+    """The behaviour of a web server. `requests` holds the requested ranges, as "a-b"."""
 
     data: bytes = DATA
     ranges: bool = True
@@ -57,13 +57,13 @@ def handler(web: Web) -> type[BaseHTTPRequestHandler]:
             return self.answer(200, 0, len(web.data))
 
         def do_GET(self) -> None:
-            asked = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
-            web.requests.append("-".join(asked.groups()) if asked else "all")
+            requested = re.match(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+            web.requests.append("-".join(requested.groups()) if requested else "all")
             if web.statuses or web.always:
                 return self.send_error(web.statuses.pop(0) if web.statuses else web.always or 500)
-            begin, end, ranged = 0, len(web.data), asked is not None and web.ranges
-            if asked is not None and ranged:
-                begin, end = int(asked[1]), min(int(asked[2]) + 1, end)
+            begin, end, ranged = 0, len(web.data), requested is not None and web.ranges
+            if requested is not None and ranged:
+                begin, end = int(requested[1]), min(int(requested[2]) + 1, end)
             self.answer(206 if ranged else 200, begin, end)
             body = web.data[begin:end]
             if web.cut_after is not None and web.cuts and len(body) > web.cut_after:
@@ -321,9 +321,9 @@ class TestShardStream:
             assert stream.bytes_read <= 500_000
 
     def test_two_readers_at_once(self, shard: Shard) -> None:
-        with open_shard(shard) as one, open_shard(shard) as two:
-            assert one.read(10) == two.read(10) == DATA[:10]
-            assert one.read() == two.read() == DATA[10:]
+        with open_shard(shard) as first, open_shard(shard) as second:
+            assert first.read(10) == second.read(10) == DATA[:10]
+            assert first.read() == second.read() == DATA[10:]
 
     def test_a_folder_is_no_shard(self, tmp_path: Path) -> None:
         with pytest.raises(ShardError, match="does not exist, or is not a file"):

@@ -1,4 +1,4 @@
-"""Tars that are broken, cut, or made to harm: no error but ShardError, no wrong byte, nothing lost in silence."""
+"""Damaged, truncated and hostile tars: only ShardError is raised, no byte is wrong, and every loss is recorded."""
 
 import gzip
 import io
@@ -31,10 +31,10 @@ class TestEnds:
                 read(data)
 
     @pytest.mark.parametrize("zeros", [512, 1024, 10240])
-    def test_only_zeros(self, zeros: int) -> None:
+    def test_only_zero_blocks_are_an_empty_tar(self, zeros: int) -> None:
         assert read(b"\0" * zeros) == []
 
-    def test_no_end_mark(self) -> None:
+    def test_a_missing_end_of_archive_marker_is_noted(self) -> None:
         pairs = corpus()
         reader = TarReader(io.BytesIO(write(pairs, end=False)), "x", everything, Limits())
         assert content(list(reader)) == grouped(pairs)
@@ -42,47 +42,47 @@ class TestEnds:
 
     @pytest.mark.parametrize("pad", [BLOCK, 2 * BLOCK, 10240])
     def test_one_zero_block_is_the_end_as_for_tarfile(self, pad: int) -> None:
-        one, two = [("a.jpg", b"1")], [("b.jpg", b"2")]
-        data = write(one, end=False) + b"\0" * pad + write(two)
+        before, after = [("a.jpg", b"1")], [("b.jpg", b"2")]
+        data = write(before, end=False) + b"\0" * pad + write(after)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             assert tar.getnames() == ["a.jpg"]
         reader = TarReader(io.BytesIO(data), "x", everything, Limits())
-        assert content(list(reader)) == grouped(one)
+        assert content(list(reader)) == grouped(before)
         assert reader.trailing_data
         assert not reader.unterminated
 
 
 class TestDamage:
-    def test_header_in_the_middle(self) -> None:
+    def test_a_damaged_header_costs_one_member(self) -> None:
         pairs = corpus(count=5)
         data = bytearray(write(pairs, "ustar"))
         samples = read(bytes(data))
         broken = samples[2].offset  # the header of 00002.jpg
         data[broken + 10] ^= 1
-        found = read(bytes(data))
+        remaining = read(bytes(data))
         rest = {field: value for field, value in samples[2].members.items() if field != "jpg"}
-        assert content(found) == [*content(samples[:2]), ("00002", rest), *content(samples[3:])]
-        [damage] = found[1].damages
+        assert content(remaining) == [*content(samples[:2]), ("00002", rest), *content(samples[3:])]
+        [damage] = remaining[1].damages
         assert (damage.field, damage.offset, damage.error) == ("", broken, "DecodeError")
         assert f"byte {broken:,}: expected a tar header, found a bad checksum" in damage.message
-        assert f"the next header is at byte {found[2].offset:,}" in damage.message
-        assert not any(sample.damages for sample in found if sample is not found[1])
+        assert f"the next header is at byte {remaining[2].offset:,}" in damage.message
+        assert not any(sample.damages for sample in remaining if sample is not remaining[1])
 
-    def test_what_follows_damage_is_another_sample(self) -> None:
+    def test_members_after_damage_are_another_sample(self) -> None:
         data = bytearray(write([("a.jpg", b"1"), ("a.txt", b"2"), ("a.json", b"3")], "ustar"))
         data[1024] ^= 1
         samples = read(bytes(data))
         assert content(samples) == [("a", {"jpg": b"1"}), ("a", {"json": b"3"})]
         assert [(len(sample.damages), sample.repeated) for sample in samples] == [(1, False), (0, True)]
 
-    def test_garbage_to_the_end(self) -> None:
+    def test_garbage_up_to_the_end_truncates_the_shard(self) -> None:
         data = write([("a.jpg", b"1")], end=False)
         [sample] = read(data + b"garbage" * 10_000)
         assert sample.members == {"jpg": b"1"}
         assert sample.truncated
         assert "no header follows: the shard ends at byte 71,024" in sample.damages[0].message
 
-    def test_ahead_of_the_first_sample(self) -> None:
+    def test_damage_before_the_first_sample_belongs_to_it(self) -> None:
         readme = write([("README", b"no sample")], end=False)
         [sample] = read(readme + b"garbage!" * 64 + write([("a.jpg", b"1")]))
         assert sample.members == {"jpg": b"1"}
@@ -91,7 +91,7 @@ class TestDamage:
             read(readme + b"garbage!" * 640)
 
     @pytest.mark.parametrize("wanted", [True, False])
-    def test_member_that_is_cut(self, wanted: bool) -> None:
+    def test_a_truncated_member_is_a_failure(self, wanted: bool) -> None:
         data = write([("a.jpg", b"1"), ("b.jpg", b"2" * 1000), ("b.txt", b"3" * 5000)], "ustar")
         offset = 1024 + 512 + 1024
         whole, cut = read(data[: offset + 512 + 4000], lambda field: wanted)
@@ -111,7 +111,7 @@ class TestDamage:
         assert content(list(reader)) == [("a", {"jpg": b"1" * 100})]
         assert reader.unterminated
 
-    def test_sizes_that_cannot_be(self) -> None:
+    def test_impossible_sizes_are_damage(self) -> None:
         for size in (-5, 1 << 62, 1 << 80):
             header = bytearray(info("b.jpg").tobuf(tarfile.GNU_FORMAT))
             header[124:136] = (b"\xff" if size < 0 else b"\x80") + (size & ((1 << 88) - 1)).to_bytes(11, "big")
@@ -146,7 +146,7 @@ samples_of = st.lists(
 
 class TestProperties:
     @given(samples_of, st.sampled_from(["gnu", "pax"]), st.sampled_from(list(PACK)), st.booleans())
-    @settings(deadline=None, max_examples=150)
+    @settings(deadline=None, max_examples=60)
     def test_round_trip(
         self, made: list[tuple[str, Mapping[str, bytes]]], format: str, packing: str, end: bool
     ) -> None:
@@ -160,7 +160,7 @@ class TestProperties:
     @pytest.mark.parametrize("packing", list(PACK))
     @pytest.mark.parametrize("format", list(FORMATS))
     def test_cut_at_any_byte(self, format: str, packing: str) -> None:
-        """What is left are the samples so far, and at most one more that is incomplete and says so."""
+        """The samples before the cut are complete, and at most one more is marked as truncated."""
         pairs = [
             *corpus(count=3),
             *((f"{'ü' * 60 if format != 'ustar' else 'u'}.{x}", b"long" * 300) for x in ("a", "b")),
@@ -169,20 +169,20 @@ class TestProperties:
         for cut in range(1, len(data), 3 if packing == "plain" else 37):
             reader = TarReader(io.BytesIO(data[:cut]), "x", everything, Limits())
             try:
-                found = list(reader)
+                samples = list(reader)
             except ShardError:
                 assert packing != "plain" or cut < BLOCK
                 continue
-            if not found:
+            if not samples:
                 continue
-            *complete, last = found
+            *complete, last = samples
             assert content(complete) == whole[: len(complete)]
             assert not any(sample.damages for sample in complete)
             key, members = whole[len(complete)]
             assert last.key == key
             assert last.members.items() <= members.items()
             assert bool(last.damages) == last.truncated
-            assert last.truncated or reader.unterminated or content(found) == whole
+            assert last.truncated or reader.unterminated or content(samples) == whole
 
     def test_one_flipped_bit_in_a_header_costs_one_member(self) -> None:
         source = random.Random(1)
@@ -191,14 +191,14 @@ class TestProperties:
         whole = set(pairs)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
             headers = [(member.offset, member.name) for member in tar][1:]
-        for _ in range(300):
+        for _ in range(100):
             offset, name = source.choice(headers)
             broken = bytearray(data)
             broken[offset + source.randrange(148)] ^= 1 << source.randrange(8)
-            found = read(bytes(broken))
-            left = {(f"{sample.key}.{field}", value) for sample in found for field, value in sample.members.items()}
-            assert left == {pair for pair in whole if pair[0] != name}
-            assert sum(len(sample.damages) for sample in found) == 1
+            samples = read(bytes(broken))
+            kept = {(f"{sample.key}.{field}", value) for sample in samples for field, value in sample.members.items()}
+            assert kept == {pair for pair in whole if pair[0] != name}
+            assert sum(len(sample.damages) for sample in samples) == 1
 
     def check_fuzzed(self, data: bytes) -> None:
         try:
@@ -217,25 +217,25 @@ class TestProperties:
     def test_flipped_bytes(self, format: str, packing: str) -> None:
         source = random.Random(f"{format} {packing}")
         data = PACK[packing](write([*corpus(count=4), ("n" * 90 + "/" + "m" * 90 + ".jpg", b"1")], format))
-        for _ in range(150):
+        for _ in range(50):
             broken = bytearray(data)
             for _ in range(source.choice([1, 3, 30])):
                 broken[source.randrange(len(broken))] ^= 1 << source.randrange(8)
             self.check_fuzzed(bytes(broken))
 
-    def test_blocks_moved_lost_and_doubled(self) -> None:
+    def test_moved_lost_and_repeated_blocks(self) -> None:
         source = random.Random(5)
         data = b"".join(write(corpus(seed, 3), format) for seed, format in enumerate(FORMATS))
         blocks = [data[begin : begin + BLOCK] for begin in range(0, len(data), BLOCK)]
-        for _ in range(300):
+        for _ in range(100):
             self.check_fuzzed(b"".join(source.choices(blocks, k=source.randrange(1, 60))))
 
-    def test_headers_of_any_kind_with_right_checksums(self) -> None:
+    def test_headers_of_any_kind_with_valid_checksums(self) -> None:
         source = random.Random(6)
         kinds = [b"0", b"\0", b"7", b"5", b"1", b"S", b"x", b"g", b"L", b"K", b"X", b"V", b"M", b"D", b"?"]
         sizes = [0, 1, 511, 512, 700, 3000, 1 << 20, 1 << 33]
         payloads = [b"", b"11 path=ab\n", b"20 GNU.sparse.major=", b"\xff" * 512, b"long name\0", b"12 size=999\n"]
-        for _ in range(400):
+        for _ in range(150):
             parts = []
             for _ in range(source.randrange(1, 12)):
                 header = info(
@@ -248,7 +248,7 @@ class TestProperties:
     @given(st.binary(min_size=BLOCK, max_size=BLOCK))
     @settings(deadline=None)
     def test_random_header(self, block: bytes) -> None:
-        """With its checksum put right, it is a header or damage, never another error."""
+        """With a valid checksum it is a header or damage, never another error."""
         header = bytearray(block)
         header[148:156] = b" " * 8
         header[148:156] = b"%06o\0 " % sum(header)

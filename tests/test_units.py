@@ -42,10 +42,10 @@ def test_id_is_a_safe_file_name(name: str, begin: int) -> None:
 
 
 def test_id_depends_on_path_and_range_only() -> None:
-    one = Input(shard=make_shard("/a/x.tar"))
-    assert unit_id(one) == unit_id(Input(shard=Shard(path="/a/x.tar", url="elsewhere")))
-    others = [Input(shard=make_shard("/b/x.tar")), Input(shard=one.shard, begin=1), Input(shard=one.shard, end=1)]
-    assert len({unit_id(each) for each in [one, *others]}) == 4
+    whole = Input(shard=make_shard("/a/x.tar"))
+    assert unit_id(whole) == unit_id(Input(shard=Shard(path="/a/x.tar", url="elsewhere")))
+    others = [Input(shard=make_shard("/b/x.tar")), Input(shard=whole.shard, begin=1), Input(shard=whole.shard, end=1)]
+    assert len({unit_id(part) for part in [whole, *others]}) == 4
 
 
 def test_only_new_shards_are_planned() -> None:
@@ -60,7 +60,7 @@ def test_only_new_shards_are_planned() -> None:
 def test_limit_is_one_unit() -> None:
     shards = [make_shard(f"/d/{number}.tar") for number in range(3)]
     unit = limited_unit(shards, 10)
-    assert (unit.limit, [each.shard for each in unit.inputs]) == (10, shards)
+    assert (unit.limit, [source.shard for source in unit.inputs]) == (10, shards)
     assert unit.id.startswith("first-10-0-")
     assert len({unit.id, limited_unit(shards, 11).id, limited_unit(shards[:2], 10).id}) == 3
 
@@ -69,7 +69,7 @@ def test_json_round_trip() -> None:
     for unit in [*plan_units([make_shard("s3://b/x.tar")], []), limited_unit([make_shard("s3://b/y.tar")], 3)]:
         text = json.dumps(unit_to_json(unit))
         assert "secret" not in text
-        urls = {each.shard.path: each.shard.url for each in unit.inputs}
+        urls = {source.shard.path: source.shard.url for source in unit.inputs}
         assert unit_from_json(json.loads(text), urls) == unit
         assert unit_from_json(json.loads(text)).inputs[0].shard.url == unit.inputs[0].shard.path
 
@@ -87,7 +87,7 @@ def test_planning_is_quick(tmp_path: Path) -> None:
 
 
 @given(st.integers(1, 10**12), st.integers(1, 10**9))
-def test_parts_follow_each_other_and_are_about_as_large_as_asked(size: int, part_bytes: int) -> None:
+def test_parts_are_adjacent_and_near_the_target_size(size: int, part_bytes: int) -> None:
     size = min(size, 1000 * part_bytes)
     parts = cut(make_shard("/d/x.tar", size), part_bytes)
     ends = [part.end for part in parts]
@@ -99,7 +99,7 @@ def test_parts_follow_each_other_and_are_about_as_large_as_asked(size: int, part
     assert len(parts) == 1 or min(lengths) >= part_bytes * 2 / 3 - 512
 
 
-def test_what_is_compressed_or_of_unknown_size_or_not_large_is_not_cut() -> None:
+def test_compressed_small_and_unsized_shards_are_not_cut() -> None:
     for path, size in [("x.tar.gz", 10**9), ("x.tgz", 10**9), ("x", 10**9), ("x.tar", None), ("x.tar", 150)]:
         shard = make_shard(path, size)
         assert cut(shard, 101) == [Input(shard=shard)]
@@ -117,15 +117,15 @@ def test_parts_keep_their_names_when_shards_are_added_and_the_target_changes() -
     ]
     assert len({unit.id for unit in known}) == 4
     added = plan_units([giant, make_shard("/d/new.tar", 10**9)], known, 10**8)
-    assert {each.shard.path for unit in added for each in unit.inputs} == {"/d/new.tar"}
+    assert {source.shard.path for unit in added for source in unit.inputs} == {"/d/new.tar"}
     assert [unit.id for unit in plan_units([giant], [], 256 << 20)] == [unit.id for unit in known]
 
 
-def test_without_a_size_asked_for_nothing_is_cut() -> None:
+def test_without_a_target_size_nothing_is_cut() -> None:
     assert plan_units([make_shard("/d/giant.tar", 10**12)], [])[0].inputs[0].end is None
 
 
-def test_a_corpus_too_large_for_so_many_units_gets_larger_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_units_grow_to_stay_below_the_maximum_number(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "MAX_UNITS", 10)
     shards = [make_shard(f"/d/{number}.tar", 10**9) for number in range(10)]
     assert len(plan_units(shards, [], 10**8)) == 10
@@ -158,17 +158,17 @@ def test_footers_of_mmbeam_0_1_load() -> None:
 def test_tiny_neighbours_are_packed_while_enough_units_remain() -> None:
     shards = [make_shard(f"/d/{number:05d}.tar", 1000) for number in range(20_000)]
     made = plan_units(shards, [], 256 << 20)
-    assert [each.shard for unit in made for each in unit.inputs] == shards
+    assert [source.shard for unit in made for source in unit.inputs] == shards
     assert {len(unit.inputs) for unit in made} == {20}
     assert len({unit.id for unit in made}) == len(made) == 1000
     assert plan_units(shards, made, 256 << 20) == []
 
 
-def test_packs_hold_no_more_than_was_asked_for_nor_too_many(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_packs_are_limited_in_bytes_and_in_shards(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(units, "UNPACKED_SHARDS", 1)
     sizes = [10, 10, 200, 30, None, 0, 5, 5, 5, 1000]
     shards = [make_shard(f"/d/{number}.tar.gz", size) for number, size in enumerate(sizes)]
-    packs = [[each.shard.size for each in unit.inputs] for unit in plan_units(shards, [], 40)]
+    packs = [[source.shard.size for source in unit.inputs] for unit in plan_units(shards, [], 40)]
     assert packs == [[10, 10], [200], [30], [None], [0], [5, 5, 5], [1000]]
     assert (
         max(len(unit.inputs) for unit in plan_units([make_shard(f"/{n}.tar", 1) for n in range(500)], [], 499)) == 100
