@@ -1,7 +1,7 @@
-"""Dataflow without Dataflow: what a launch would send there, looked at, and a template written by the launcher itself.
+"""Dataflow by dry run: the job that a launch would send, and the template that the launcher writes.
 
-A dry run makes the job as it would be sent, without credentials. The template is written to a GCS server of this
-machine (see servers.py), by Beam's own client. That Dataflow's service takes it is not tested here.
+A dry run builds the job without credentials. Beam's client writes the template to a GCS server on loopback (see
+servers.py). The Dataflow service itself is not tested.
 """
 
 import argparse
@@ -55,7 +55,7 @@ ON_DATAFLOW = (
     f"--dataflow_service_options={ACCELERATOR}",
 )
 DRY = (*ON_DATAFLOW, "--dry_run=True")
-LARGE = 16_384  # bytes; a tiny model's weights are 200 KB
+LARGE = 16_384  # bytes; the weights of a tiny model are 200 KB
 
 
 @pytest.fixture(scope="module")
@@ -95,32 +95,32 @@ def caption_job(home: Path, output: Path | str, **changes: Any) -> Job:
 JOBS = {"embed": (embed_job, "Embed0"), "caption": (caption_job, "Generate0")}
 
 
-def described(job: Job) -> Any:
-    """The job as Beam would hand it to Dataflow."""
+def describe(job: Job) -> Any:
+    """Return the job that Beam would send to Dataflow."""
     return job.submit().job
 
 
-def message(job: Any) -> Any:
-    """The environment in the request that would go to Dataflow's service."""
-    made = apiclient.Environment(
+def environment_of(job: Any) -> Any:
+    """Return the environment in the request to the Dataflow service."""
+    environment = apiclient.Environment(
         packages=[],
         options=job.options,
         environment_version="8",
         proto_pipeline_staged_url="gs://my-bucket/temp/pipeline.pb",
         proto_pipeline=job.proto_pipeline,
     )
-    return made.proto
+    return environment.proto
 
 
-# What a dry run shows
+# The job
 
 
 @pytest.mark.parametrize("task", JOBS)
-def test_one_fused_chain_in_one_environment(home: Path, tmp_path: Path, task: str) -> None:
+def test_the_steps_fuse_into_one_stage_in_one_environment(home: Path, tmp_path: Path, task: str) -> None:
     make, model = JOBS[task]
-    proto = described(make(home, tmp_path)).proto_pipeline
+    proto = describe(make(home, tmp_path)).proto_pipeline
     (environment,) = proto.components.environments.values()
-    assert not environment.resource_hints  # one step with hints would be an environment of its own, and break the chain
+    assert not environment.resource_hints  # a step with hints has another environment, which breaks fusion
     payload = beam_runner_api_pb2.DockerPayload.FromString(environment.payload)
     assert payload.container_image == IMAGE
     _, stages = FnApiRunner().create_stages(proto)
@@ -131,8 +131,8 @@ def test_one_fused_chain_in_one_environment(home: Path, tmp_path: Path, task: st
 
 
 @pytest.mark.parametrize("task", JOBS)
-def test_one_process_per_machine_with_two_threads_and_a_gpu(home: Path, tmp_path: Path, task: str) -> None:
-    sent = message(described(JOBS[task][0](home, tmp_path)))
+def test_a_worker_has_one_process_two_threads_and_a_gpu(home: Path, tmp_path: Path, task: str) -> None:
+    sent = environment_of(describe(JOBS[task][0](home, tmp_path)))
     (pool,) = sent.worker_pools
     (image,) = pool.sdk_harness_container_images
     assert (image.container_image, pool.worker_harness_container_image) == (IMAGE, IMAGE)
@@ -145,22 +145,22 @@ def test_one_process_per_machine_with_two_threads_and_a_gpu(home: Path, tmp_path
 
 @pytest.mark.parametrize("task", JOBS)
 def test_the_job_description_is_small(home: Path, tmp_path: Path, task: str) -> None:
-    job = described(JOBS[task][0](home, tmp_path))
+    job = describe(JOBS[task][0](home, tmp_path))
     proto = job.proto_pipeline
-    sizes = {each.unique_name: len(each.spec.payload) for each in proto.components.transforms.values()}
+    sizes = {step.unique_name: len(step.spec.payload) for step in proto.components.transforms.values()}
     assert {name: size for name, size in sizes.items() if size > LARGE} == {}
     assert len(proto.SerializeToString()) < 8 * LARGE
     (environment,) = proto.components.environments.values()
-    (artifact,) = environment.dependencies  # a list of packages, which the worker logs
+    (artifact,) = environment.dependencies  # the list of packages that the worker logs
     sent = beam_runner_api_pb2.ArtifactFilePayload.FromString(artifact.type_payload)
     assert sent.path.endswith("submission_environment_dependencies.txt")
     assert Path(sent.path).stat().st_size < LARGE
 
 
 def test_the_description_of_100_000_units_is_small(home: Path, tmp_path: Path) -> None:
-    """Below the 10 MB that Dataflow takes, with etags of which none compresses."""
+    """Dataflow accepts 10 MB. The etags are random, so that they do not compress."""
     job = replace(embed_job(home, tmp_path), units=tuple(make_unit(number) for number in range(100_000)))
-    assert len(described(job).proto_pipeline.SerializeToString()) < 10_000_000
+    assert len(describe(job).proto_pipeline.SerializeToString()) < 10_000_000
 
 
 def make_unit(number: int) -> WorkUnit:
@@ -172,7 +172,7 @@ def make_unit(number: int) -> WorkUnit:
     )
 
 
-def test_a_users_options_override_the_defaults() -> None:
+def test_beam_options_override_the_defaults() -> None:
     args = [*ON_DATAFLOW, "--number_of_worker_harness_threads=7", "--experiments=a", "--experiments=b"]
     debug = pipeline_options(args).view_as(DebugOptions)
     assert debug.number_of_worker_harness_threads == 7
@@ -183,7 +183,7 @@ def test_a_users_options_override_the_defaults() -> None:
     assert elsewhere.number_of_worker_harness_threads is None
 
 
-# A launch without waiting
+# Launches that do not wait for the job
 
 
 @pytest.mark.parametrize("option", ["--template_location=gs://b/t", "--dry_run=True", "--no_wait_until_finish"])
@@ -195,7 +195,7 @@ def test_a_launch_without_waiting_has_no_report(home: Path, tmp_path: Path, opti
         job.execute()
 
 
-def test_a_launch_without_waiting_submits_the_job_and_prints_so(
+def test_a_launch_without_waiting_submits_the_job_and_says_so(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     arguments = ["embed", "--input", str(home / "in"), "--output", str(tmp_path), "--model", str(home / "clip")]
@@ -214,7 +214,9 @@ def test_a_launch_without_waiting_cannot_retry_failures(home: Path, tmp_path: Pa
 
 
 def metadata() -> dict[str, dict[str, Any]]:
-    return {each["name"]: each for each in json.loads((DEPLOY / "metadata.json").read_text())["parameters"]}
+    return {
+        parameter["name"]: parameter for parameter in json.loads((DEPLOY / "metadata.json").read_text())["parameters"]
+    }
 
 
 def launcher() -> ModuleType:
@@ -226,21 +228,21 @@ def launcher() -> ModuleType:
     return module
 
 
-def test_the_metadata_match_dataflows_schema() -> None:
-    """Read strictly into the message of Dataflow's own API, which refuses a name or a value that it does not know."""
+def test_the_metadata_match_the_schema_of_dataflow() -> None:
+    """The message type of Dataflow's API rejects unknown names and values."""
     text = (DEPLOY / "metadata.json").read_text()
-    read = TemplateMetadata.from_json(text, ignore_unknown_fields=False)
-    assert len({each.name for each in read.parameters}) == len(read.parameters)
-    for each in read.parameters:
-        assert each.name.isidentifier()
-        assert each.label, each.name
-        assert each.help_text, each.name
-        assert bool(each.enum_options) == (each.param_type.name == "ENUM"), each.name
+    parameters = TemplateMetadata.from_json(text, ignore_unknown_fields=False).parameters
+    assert len({parameter.name for parameter in parameters}) == len(parameters)
+    for parameter in parameters:
+        assert parameter.name.isidentifier()
+        assert parameter.label, parameter.name
+        assert parameter.help_text, parameter.name
+        assert bool(parameter.enum_options) == (parameter.param_type.name == "ENUM"), parameter.name
     with pytest.raises(Exception, match="helpTxt"):
         TemplateMetadata.from_json(text.replace("helpText", "helpTxt"), ignore_unknown_fields=False)
 
 
-GIVEN = {
+VALUES = {
     "input": "gs://my-bucket/shards/{000..099}.tar::gs://my-bucket/more/*.tar",
     "output": "gs://my-bucket/out",
     "model": "clip=openai/clip-vit-base-patch32@0123abc,clap=/opt/models/clap",
@@ -260,10 +262,11 @@ GIVEN = {
 
 
 def value_of(parameter: dict[str, Any]) -> str:
+    """Return a valid value of a parameter."""
     if "enumOptions" in parameter:
         return str(parameter["enumOptions"][0]["value"])
     default = {"NUMBER": "7", "BOOLEAN": "true"}.get(parameter["paramType"], "txt")
-    return GIVEN.get(parameter["name"], default)
+    return VALUES.get(parameter["name"], default)
 
 
 @pytest.mark.parametrize("parameter", metadata().values(), ids=metadata().keys())
@@ -275,78 +278,83 @@ def test_a_parameters_pattern_matches_the_values_of_its_option(parameter: dict[s
 
 @pytest.mark.parametrize("task", ["embed", "caption"])
 def test_every_parameter_is_an_option_of_mmbeam_or_of_beam(task: str) -> None:
-    """With all of them, of each command those that it has; --verbose and what a local run needs are left out."""
     only = {"embed": ("modalities", "tokens", "float16"), "caption": caption_only()}
     others = only["caption" if task == "embed" else "embed"]
-    given = [f"--{name}={value_of(each)}" for name, each in metadata().items() if name not in ("command", *others)]
-    args = parse(launcher().command_line([f"--command={task}", *given]))
+    options = [f"--{name}={value_of(p)}" for name, p in metadata().items() if name not in ("command", *others)]
+    args = parse(launcher().command_line([f"--command={task}", *options]))
     assert args.command == task
-    assert args.input == [GIVEN["input"]]
-    assert args.where == [GIVEN["where"]]
+    assert args.input == [VALUES["input"]]
+    assert args.where == [VALUES["where"]]
     assert not args.overwrite
-    beam = [name for name, each in metadata().items() if each.get("groupName") == "Apache Beam"]
+    beam = [name for name, parameter in metadata().items() if parameter.get("groupName") == "Apache Beam"]
     assert list(args.beam_args) == [f"--{name}={value_of(metadata()[name])}" for name in beam]
-    pipeline_options(args.beam_args)  # raises for what Beam does not know
+    pipeline_options(args.beam_args)  # raises for an option unknown to Beam
     if task == "embed":
-        assert args.model == GIVEN["model"].split(",")
+        assert args.model == VALUES["model"].split(",")
         assert args.tokens
     else:
         assert args.top_p == 1.0
 
 
 def caption_only() -> tuple[str, ...]:
-    return tuple(name for name, each in metadata().items() if each.get("groupName") == "Captions")
+    return tuple(name for name, parameter in metadata().items() if parameter.get("groupName") == "Captions")
 
 
-def test_options_that_the_launcher_adds_go_to_beam() -> None:
+def test_beam_options_pass_the_launcher_unchanged() -> None:
     added = ["--runner=DataflowRunner", "--template_location=gs://b/t", "--requirements_cache_only_sources"]
     assert launcher().command_line(["--input=a", *added, "--output=b"]) == ["embed", "--input=a", "--output=b", *added]
 
 
-def test_options_unknown_to_beam_are_dropped(capsys: pytest.CaptureFixture[str]) -> None:
-    """A user's parameters Dataflow checks by the metadata; what it adds of its own must not end each launch."""
-    given = ["--input=a", "--some_new_option=1", "--output=b", "--num_workers=2"]
-    assert launcher().command_line(given) == ["embed", "--input=a", "--output=b", "--num_workers=2"]
+def test_the_launcher_drops_options_unknown_to_beam(capsys: pytest.CaptureFixture[str]) -> None:
+    """Dataflow checks the user's parameters by the metadata; options that it adds itself must not fail the launch."""
+    arguments = ["--input=a", "--some_new_option=1", "--output=b", "--num_workers=2"]
+    assert launcher().command_line(arguments) == ["embed", "--input=a", "--output=b", "--num_workers=2"]
     assert capsys.readouterr().err == "dropped --some_new_option: not an option of Beam\n"
 
 
 def test_only_embed_takes_several_models() -> None:
-    given = ["--input=a", "--model=b,c", "--output=d"]
-    assert launcher().command_line(given) == ["embed", "--input=a", "--model=b", "--model=c", "--output=d"]
-    assert launcher().command_line([*given, "--command=caption"]) == ["caption", *given]
+    arguments = ["--input=a", "--model=b,c", "--output=d"]
+    assert launcher().command_line(arguments) == ["embed", "--input=a", "--model=b", "--model=c", "--output=d"]
+    assert launcher().command_line([*arguments, "--command=caption"]) == ["caption", *arguments]
 
 
-NOT_OF_A_TEMPLATE = {
-    "verbose", "help", "workers", "shared_output",  # of a machine, and of a terminal
+NOT_IN_THE_TEMPLATE = {
+    "verbose", "help", "workers", "shared_output",  # for one machine, or a terminal
     "retry_failures",  # holds a lock while the job runs
     "engine",  # the image has no vLLM
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("command", ["embed", "caption"])
-def test_every_option_is_a_parameter(command: str) -> None:
+def test_every_option_is_a_parameter_of_the_template(command: str) -> None:
     parser = argparse.ArgumentParser()
     importlib.import_module(f"mmbeam.commands.{command}").add_arguments(parser)
     options = {action.dest for action in parser._actions}
-    assert options - metadata().keys() - NOT_OF_A_TEMPLATE == set()
+    assert options - metadata().keys() - NOT_IN_THE_TEMPLATE == set()
 
 
 needs_gcs = pytest.mark.skipif("gcs" not in servers.STORES, reason=servers.report_header())
 
 
 @needs_gcs
-def test_the_launcher_writes_the_job_for_dataflow_and_returns(home: Path, tmp_path: Path) -> None:
-    """As Dataflow's launcher starts it; the bucket is a server's of this machine."""
+def test_the_launcher_writes_the_job_and_returns(home: Path, tmp_path: Path) -> None:
+    """The arguments are those that Dataflow passes; the bucket is on a local GCS server."""
     bucket = servers.fresh_output("gcs", tmp_path)
     fs, path = fsspec.core.url_to_fs(f"{bucket}/in")
     fs.put(str(home / "in"), path, recursive=True)
-    given = [f"--input={bucket}/in", f"--output={bucket}/out", f"--model={home / 'clip'}", "--device=cuda"]
-    given += ["--command=embed", "--runner=DataflowRunner", "--project=my-project", "--region=us-central1", "--no_auth"]
-    given += ["--job_name=mmbeam-1", f"--staging_location={bucket}/staging", f"--temp_location={bucket}/temp"]
-    given += [f"--template_location={bucket}/staging/template_launches/1/job_object"]
-    given += ["--requirements_cache_only_sources", f"--sdk_container_image={IMAGE}"]
+    arguments = [f"--input={bucket}/in", f"--output={bucket}/out", f"--model={home / 'clip'}", "--device=cuda"]
+    arguments += [
+        "--command=embed",
+        "--runner=DataflowRunner",
+        "--project=my-project",
+        "--region=us-central1",
+        "--no_auth",
+    ]
+    arguments += ["--job_name=mmbeam-1", f"--staging_location={bucket}/staging", f"--temp_location={bucket}/temp"]
+    arguments += [f"--template_location={bucket}/staging/template_launches/1/job_object"]
+    arguments += ["--requirements_cache_only_sources", f"--sdk_container_image={IMAGE}"]
     done = subprocess.run(
-        [sys.executable, DEPLOY / "launcher.py", *given],
+        [sys.executable, DEPLOY / "launcher.py", *arguments],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},
         capture_output=True,
         text=True,
@@ -362,6 +370,6 @@ def test_the_launcher_writes_the_job_for_dataflow_and_returns(home: Path, tmp_pa
     assert pool["workerHarnessContainerImage"] == IMAGE
     url = job["environment"]["sdkPipelineOptions"]["options"]["pipelineUrl"]
     proto = beam_runner_api_pb2.Pipeline.FromString(fs.cat_file(url))
-    names = {each.unique_name for each in proto.components.transforms.values()}
+    names = {step.unique_name for step in proto.components.transforms.values()}
     assert {"ReadShards/Read", "Embed0/Run", "WriteParquet/Write"} <= names
     assert len(json.dumps(job)) < 2 * LARGE

@@ -1,6 +1,6 @@
-"""deploy/docker and deploy/dataflow without Docker and without Google: linted, read, and run with recording stand-ins.
+"""deploy/docker and deploy/dataflow: linters, consistency checks, and the scripts with recording stand-ins.
 
-That the image builds and that its harness runs a job was tried by hand: deploy/docker/README.md says how.
+Building the image and running a job in it are manual: see deploy/docker/README.md.
 """
 
 import json
@@ -21,7 +21,7 @@ DATAFLOW = ROOT / "deploy" / "dataflow"
 DOCKERFILE = (DOCKER / "Dockerfile").read_text()
 SCRIPTS = [path.name for path in sorted(DATAFLOW.glob("*.sh"))]
 
-# In the place of gcloud and docker: writes its name and arguments down, one JSON line for each call.
+# Replaces gcloud and docker: appends its name and arguments to a file, one JSON line per call.
 STAND_IN = f"""#!{sys.executable}
 import json, os, sys
 with open(os.environ["CALLS"], "a") as calls:
@@ -30,7 +30,7 @@ with open(os.environ["CALLS"], "a") as calls:
 
 
 def tool(name: str) -> str:
-    """A linter that came with the test group."""
+    """Return the path of a linter from the test group."""
     return str(Path(sys.executable).parent / name)
 
 
@@ -52,7 +52,7 @@ def test_the_scripts_pass_shellcheck(script: str) -> None:
 @pytest.mark.parametrize(
     ("name", "text"), [("hadolint", "FROM debian\nRUN cd /tmp\n"), ("shellcheck", "#!/bin/sh\nrm $1\n")]
 )
-def test_the_linters_see_a_fault(name: str, text: str, tmp_path: Path) -> None:
+def test_the_linters_report_a_fault(name: str, text: str, tmp_path: Path) -> None:
     (tmp_path / "file").write_text(text)
     assert subprocess.run([tool(name), tmp_path / "file"], capture_output=True).returncode == 1
 
@@ -61,12 +61,12 @@ def test_the_linters_see_a_fault(name: str, text: str, tmp_path: Path) -> None:
 
 
 def stages() -> dict[str, str]:
-    """The Dockerfile's stages by name, each with its instructions."""
+    """Return the stages of the Dockerfile by name, with their instructions."""
     parts = re.split(r"^FROM (\S+) AS (\S+)$", DOCKERFILE, flags=re.MULTILINE)[1:]
     return {name: f"FROM {base}\n{text}" for base, name, text in zip(parts[::3], parts[1::3], parts[2::3], strict=True)}
 
 
-def test_boot_is_of_the_version_of_beam_that_is_installed_beside_it() -> None:
+def test_the_boot_binary_has_the_pinned_version_of_beam() -> None:
     pinned = re.search(r"^apache-beam==(\S+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)
     image = re.search(r"^ARG BEAM_IMAGE=apache/beam_python(\S+)_sdk:(\S+)$", DOCKERFILE, re.MULTILINE)
     python = re.search(r"^ARG PYTHON_IMAGE=python:([\d.]+)-slim", DOCKERFILE, re.MULTILINE)
@@ -79,16 +79,16 @@ def test_boot_is_of_the_version_of_beam_that_is_installed_beside_it() -> None:
     assert {image[1], python[1], f"{launcher[1][0]}.{launcher[1][1:]}"} == {"3.11"}
 
 
-def test_what_is_installed_by_name_is_there() -> None:
-    """pip only warns of an extra that a package does not have."""
+def test_the_extras_in_dockerfile_and_documents_exist() -> None:
+    """pip only warns about an unknown extra."""
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     texts = [DOCKERFILE, *(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("d*/**/*.md")])]
-    named = {name for text in texts for found in re.findall(r"'\.\[([\w,]+)\]'", text) for name in found.split(",")}
-    assert named == {"s3", "eval", "dataflow"} == set(extras)
-    assert extras["dataflow"] == ["apache-beam[gcp]"]  # which knows what its Dataflow runner wants
+    names = {name for text in texts for group in re.findall(r"'\.\[([\w,]+)\]'", text) for name in group.split(",")}
+    assert names == {"s3", "eval", "dataflow"} == set(extras)
+    assert extras["dataflow"] == ["apache-beam[gcp]"]  # the dependencies of the Dataflow runner
 
 
-def test_what_docker_builds_by_default_is_the_harness_without_root() -> None:
+def test_the_default_image_is_the_harness_without_root() -> None:
     *_, last = stages()
     assert last == "worker"
     assert re.findall(r"^USER (\S+)$", stages()["worker"], re.MULTILINE) == ["10001"]
@@ -103,13 +103,13 @@ def test_what_docker_builds_by_default_is_the_harness_without_root() -> None:
 def test_the_launcher_is_only_in_the_image_for_dataflow() -> None:
     users = [name for name, text in stages().items() if "--from=launcher" in text]
     assert users == ["dataflow"]
-    named = re.search(r"FLEX_TEMPLATE_PYTHON_PY_FILE=(\S+)", stages()["dataflow"])
-    assert named is not None
-    assert named[1] == "/opt/mmbeam/launcher.py"
+    launcher = re.search(r"FLEX_TEMPLATE_PYTHON_PY_FILE=(\S+)", stages()["dataflow"])
+    assert launcher is not None
+    assert launcher[1] == "/opt/mmbeam/launcher.py"
     assert "COPY deploy/dataflow/launcher.py deploy/dataflow/metadata.json /opt/mmbeam/" in stages()["dataflow"]
 
 
-def test_what_is_copied_is_there_and_reaches_the_build() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     rules = [
         line for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line[:1] not in ("", "#")
     ]
@@ -123,7 +123,7 @@ def test_what_is_copied_is_there_and_reaches_the_build() -> None:
 
 
 @pytest.mark.parametrize("readme", [DOCKER / "README.md", DATAFLOW / "README.md"])
-def test_every_argument_is_explained(readme: Path) -> None:
+def test_the_readme_names_every_argument_and_file(readme: Path) -> None:
     text = readme.read_text()
     if readme.parent == DOCKER:
         names = set(re.findall(r"^ARG (\w+)", DOCKERFILE, re.MULTILINE))
@@ -136,7 +136,7 @@ def test_every_argument_is_explained(readme: Path) -> None:
 
 
 def run(script: str, tmp_path: Path, *arguments: str, **settings: str) -> list[list[str]]:
-    """What the script calls, in order. Raises CalledProcessError."""
+    """Run a script and return its calls in order. Raises CalledProcessError."""
     for name in ("gcloud", "docker"):
         (tmp_path / name).write_text(STAND_IN)
         (tmp_path / name).chmod(0o755)
@@ -149,23 +149,23 @@ PLACE = {"PROJECT": "my-project", "REGION": "us-central1", "BUCKET": "my-bucket"
 
 
 def flags(call: list[str]) -> dict[str, list[str]]:
-    """The values of each --flag VALUE."""
-    found: dict[str, list[str]] = {}
+    """Return the values by flag."""
+    values: dict[str, list[str]] = {}
     for flag, value in pairwise(call):
         if flag.startswith("--"):
-            found.setdefault(flag, []).append(value)
-    return found
+            values.setdefault(flag, []).append(value)
+    return values
 
 
 def test_build_makes_the_image_for_dataflow_and_pushes_it(tmp_path: Path) -> None:
     build, push = run("build.sh", tmp_path, IMAGE=PLACE["IMAGE"], MODELS="a/b@1 c/d", HF_TOKEN="secret")
-    given = flags(build)
+    options = flags(build)
     assert build[:2] == ["docker", "build"]
     assert build[-1] == "."
-    assert given["--target"] == ["dataflow"]
-    assert (ROOT / given["--file"][0]).exists()
-    assert given["--build-arg"] == ["DEVICE=cuda", "MODELS=a/b@1 c/d"]
-    assert given["--secret"] == ["id=hf_token,env=HF_TOKEN"]
+    assert options["--target"] == ["dataflow"]
+    assert (ROOT / options["--file"][0]).exists()
+    assert options["--build-arg"] == ["DEVICE=cuda", "MODELS=a/b@1 c/d"]
+    assert options["--secret"] == ["id=hf_token,env=HF_TOKEN"]
     assert "secret" not in json.dumps([build, push]).replace("--secret", "")
     assert push == ["docker", "push", PLACE["IMAGE"]]
 
@@ -178,18 +178,20 @@ def test_template_names_the_image_and_the_parameters(tmp_path: Path) -> None:
 
 
 def parameters(call: list[str]) -> dict[str, str]:
-    """What the template gets; gcloud splits each flag's value where its own separator says."""
+    """Return the parameters of the template; the value of a flag starts with its separator."""
     pairs: dict[str, str] = {}
     for value in flags(call)["--parameters"]:
         _, separator, rest = value.split("^", 2)
         for pair in rest.split(separator):
             name, _, text = pair.partition("=")
-            assert name not in pairs  # gcloud refuses one that comes twice
+            assert name not in pairs  # gcloud rejects a repeated parameter
             pairs[name] = text
     return pairs
 
 
-METADATA = {each["name"]: each for each in json.loads((DATAFLOW / "metadata.json").read_text())["parameters"]}
+METADATA = {
+    parameter["name"]: parameter for parameter in json.loads((DATAFLOW / "metadata.json").read_text())["parameters"]
+}
 
 
 @pytest.mark.parametrize(
@@ -200,26 +202,30 @@ METADATA = {each["name"]: each for each in json.loads((DATAFLOW / "metadata.json
         ({"GPU": "nvidia-tesla-t4", "MACHINE": "n1-standard-8"}, "cuda", "n1-standard-8"),
     ],
 )
-def test_run_gives_the_template_what_it_wants(
+def test_run_passes_valid_parameters_to_the_template(
     tmp_path: Path, settings: dict[str, str], device: str, machine: str
 ) -> None:
-    given = ["input=gs://my-bucket/{00..99}.tar::gs://b/*.tar", "output=gs://my-bucket/out", "modalities=image,text"]
-    (call,) = run("run.sh", tmp_path, *given, **PLACE, **settings)
+    arguments = [
+        "input=gs://my-bucket/{00..99}.tar::gs://b/*.tar",
+        "output=gs://my-bucket/out",
+        "modalities=image,text",
+    ]
+    (call,) = run("run.sh", tmp_path, *arguments, **PLACE, **settings)
     assert call[:4] == ["gcloud", "dataflow", "flex-template", "run"]
     assert flags(call)["--worker-machine-type"] == [machine]
     sent = parameters(call)
-    assert sent["input"] == given[0].partition("=")[2]
+    assert sent["input"] == arguments[0].partition("=")[2]
     assert sent["modalities"] == "image,text"
     assert sent["device"] == device
     assert ("dataflow_service_options" in sent) == (device == "cuda")
     assert sent.keys() <= METADATA.keys()
-    assert {name for name, each in METADATA.items() if not each.get("isOptional")} <= sent.keys()
+    assert {name for name, parameter in METADATA.items() if not parameter.get("isOptional")} <= sent.keys()
     for name, value in sent.items():
         assert all(re.fullmatch(pattern, value) for pattern in METADATA[name].get("regexes", [])), (name, value)
 
 
-def test_what_is_given_stands_before_what_run_sets(tmp_path: Path) -> None:
-    given = {
+def test_arguments_override_the_defaults_of_run(tmp_path: Path) -> None:
+    arguments = {
         "device": "cpu",
         "disk_size_gb": "500",
         "element_processing_timeout_minutes": "600",
@@ -227,16 +233,16 @@ def test_what_is_given_stands_before_what_run_sets(tmp_path: Path) -> None:
         "prompt": "<|image|> 100% of it, ^what^ is it = ?",
         "where": "image_width > 1 or text_words < 5 | 6",
     }
-    (call,) = run("run.sh", tmp_path, *(f"{name}={value}" for name, value in given.items()), **PLACE, DISK="7")
+    (call,) = run("run.sh", tmp_path, *(f"{name}={value}" for name, value in arguments.items()), **PLACE, DISK="7")
     sent = parameters(call)
-    assert {name: sent[name] for name in given} == given
+    assert {name: sent[name] for name in arguments} == arguments
     assert sent["sdk_container_image"] == PLACE["IMAGE"]
 
 
 @pytest.mark.parametrize(
     ("setting", "driver"), [({}, "install-nvidia-driver"), ({"DRIVER": "5xx"}, "install-nvidia-driver:5xx")]
 )
-def test_run_asks_for_a_driver(tmp_path: Path, setting: dict[str, str], driver: str) -> None:
+def test_run_requests_a_driver(tmp_path: Path, setting: dict[str, str], driver: str) -> None:
     (call,) = run("run.sh", tmp_path, "input=a", "output=gs://b", **PLACE, **setting)
     assert parameters(call)["dataflow_service_options"] == f"worker_accelerator=type:nvidia-l4;count:1;{driver}"
 
@@ -251,7 +257,7 @@ def test_run_uses_a_subnetwork_without_public_addresses(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_says_what_it_lacks_and_calls_nothing(script: str, tmp_path: Path) -> None:
+def test_a_script_names_missing_settings_and_calls_nothing(script: str, tmp_path: Path) -> None:
     with pytest.raises(subprocess.CalledProcessError) as failed:
         run(script, tmp_path)
     assert b": set " in failed.value.stderr

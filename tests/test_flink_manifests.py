@@ -69,7 +69,7 @@ def test_one_process_per_gpu_of_the_image_that_also_submits(args: Any, job: Any,
 
 def worker_pool(cluster: Any) -> Any:
     containers = cluster["spec"]["taskManager"]["podTemplate"]["spec"]["containers"]
-    assert [each["name"] for each in containers] == ["flink-main-container", "worker-pool"]
+    assert [container["name"] for container in containers] == ["flink-main-container", "worker-pool"]
     return containers[1]
 
 
@@ -83,23 +83,23 @@ def test_restarts_are_those_that_the_tests_on_flink_run_with(cluster: Any) -> No
     assert {name: written.get(name) for name in shared} == {name: str(tested[name]) for name in shared}
 
 
-def test_only_who_needs_them_reaches_the_pods(job: Any, cluster: Any) -> None:
+def test_only_the_cluster_and_its_jobs_reach_the_pods(job: Any, cluster: Any) -> None:
     _, policy = yaml.safe_load_all((MANIFESTS / "cluster.yaml").read_text())
     name = cluster["metadata"]["name"]
     assert policy["spec"]["podSelector"]["matchLabels"] == {"app": name}
-    own, rest = policy["spec"]["ingress"]
-    assert own == {"from": [{"podSelector": {"matchLabels": {"app": name}}}]}
+    cluster_rule, rest = policy["spec"]["ingress"]
+    assert cluster_rule == {"from": [{"podSelector": {"matchLabels": {"app": name}}}]}
     assert rest["ports"] == [{"port": 8081}]
     assert rest["from"][0]["podSelector"]["matchLabels"] == {"job-name": job["metadata"]["name"]}
 
 
-def test_wrong_arguments_are_not_tried_again(job: Any) -> None:
-    """Exit status 2; 1 and 3 are worth another pod."""
+def test_invalid_arguments_are_not_retried(job: Any) -> None:
+    """Exit status 2 is final; 1 and 3 may succeed in another pod."""
     (rule,) = job["spec"]["podFailurePolicy"]["rules"]
     assert (rule["action"], rule["onExitCodes"]["values"]) == ("FailJob", [2])
-    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # what a podFailurePolicy asks for
+    assert job["spec"]["template"]["spec"]["restartPolicy"] == "Never"  # required by podFailurePolicy
 
 
-def test_maven_can_read_what_brings_the_job_server() -> None:
-    """A fresh clone builds it; a machine that has the jar never looks."""
+def test_the_pom_of_the_job_server_is_valid() -> None:
+    """Only a machine without the jar reads it."""
     assert ET.parse(MANIFESTS.parent / "pom.xml").getroot().tag == "{http://maven.apache.org/POM/4.0.0}project"

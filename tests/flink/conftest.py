@@ -1,4 +1,4 @@
-"""What the tests on Flink share: one cluster, one corpus, and what a run in this process makes of it."""
+"""Fixtures of the tests on Flink: a cluster, a corpus, and the rows of an in-process run of it."""
 
 import os
 import sys
@@ -26,16 +26,16 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
 
 @pytest.fixture(scope="session")
 def stores(tmp_path_factory: pytest.TempPathFactory) -> None:
-    """The stores' servers, before the workers start: they find them by the environment."""
+    """Start the servers of the stores before the workers, which find them by the environment."""
     for store in servers.STORES:
         servers.fresh_output(store, tmp_path_factory.mktemp("stores"))
 
 
 @pytest.fixture(scope="session")
 def running(stores: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """The cluster that all tests here share, started once."""
-    found = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
-    os.environ["PYTHONPATH"] = os.pathsep.join(found)  # the workers must find the traced stage
+    """A cluster for all tests."""
+    paths = [str(Path(__file__).parent), *filter(None, [os.environ.get("PYTHONPATH")])]
+    os.environ["PYTHONPATH"] = os.pathsep.join(paths)  # so that the workers can import the traced stage
     cluster = Cluster(tmp_path_factory.mktemp("flink") / "cluster")
     try:
         cluster.start()
@@ -46,6 +46,6 @@ def running(stores: None, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 @pytest.fixture
 def flink(running: Cluster) -> Cluster:
-    """The cluster, whole again whatever the test before has killed of it."""
+    """The cluster, with processes restarted that an earlier test killed."""
     running.start()
     return running

@@ -30,20 +30,20 @@ ROOT = HERE.parents[1]
 CONSOLE = re.findall(r"^\$ (.*)", (ROOT / "deploy" / "flink" / "README.md").read_text(), re.MULTILINE)
 UBER_JAR = "--flink_submit_uber_jar"  # no job server: the jar goes to Flink's REST interface with the job in it
 MMBEAM = [sys.executable, "-m", "mmbeam"]
-SECONDS = 500  # for one job; on a machine that does nothing else it takes half a minute
+SECONDS = 500  # for one job; half a minute on an idle machine
 pytestmark = pytest.mark.timeout(2 * SECONDS)
 
 
 def command(known: Known, name: str, output: str, options: list[str], source: str | None = None) -> list[str]:
-    """`mmbeam embed` or `mmbeam caption` over the known corpus, wherever it lies."""
+    """Return the arguments of `mmbeam embed` or `mmbeam caption` on the known corpus, or on a copy at `source`."""
     model = known.root / {"embed": "clip", "caption": "fusion"}[name]
-    given = ["--input", source or str(known.root / "in"), "--output", output, "--model", str(model)]
-    given += ["--max-new-tokens=8"] if name == "caption" else []
-    return [name, *given, "--device=cpu", "--batch-size=3", "--max-failure-rate=1", *options]
+    arguments = ["--input", source or str(known.root / "in"), "--output", output, "--model", str(model)]
+    arguments += ["--max-new-tokens=8"] if name == "caption" else []
+    return [name, *arguments, "--device=cpu", "--batch-size=3", "--max-failure-rate=1", *options]
 
 
 def run(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[str]":
-    """A process, to its end; one that hangs is ended with what it has started, the job server too."""
+    """Run a process to its end; on a timeout kill it with its children, including the job server."""
     process = subprocess.Popen(arguments, stdout=PIPE, stderr=PIPE, text=True, cwd=cwd, start_new_session=True)
     try:
         out, err = process.communicate(timeout=SECONDS)
@@ -56,18 +56,18 @@ def run(*arguments: str, cwd: Path | None = None) -> "subprocess.CompletedProces
 
 @pytest.fixture(scope="session")
 def captions(known: Known) -> Rows:
-    """What `mmbeam caption` makes in this machine's own way, without a runner named."""
+    """The rows of `mmbeam caption` without a runner option."""
     output = known.root / "captions"
     done = run(*MMBEAM, *command(known, "caption", str(output), []))
     assert done.returncode == 0, done.stderr
     return read_parts(output)
 
 
-# The README's own commands
+# The commands of the README
 
 
-def test_every_command_of_the_readme_runs_and_nothing_is_left(known: Known, tmp_path: Path) -> None:
-    """On the embedded cluster, and on one that the script starts and stops, through a job server."""
+def test_every_command_of_the_readme_runs_and_no_process_remains(known: Known, tmp_path: Path) -> None:
+    """On the embedded cluster, and through a job server on a cluster that the script starts and stops."""
     (tmp_path / "deploy").symlink_to(ROOT / "deploy")
     (tmp_path / ".cache").symlink_to(ROOT / ".cache")
     cluster = Cluster(tmp_path / "cluster")
@@ -98,14 +98,14 @@ def test_from_an_object_store_to_an_object_store(store: str, known: Known, flink
     source, output = servers.fresh_output(store, tmp_path), servers.fresh_output(store, tmp_path)
     fs, path = url_to_fs(source)
     fs.put(str(known.root / "in"), path, recursive=True)
-    for there, options in ((output, [*flink.beam_options, UBER_JAR]), (str(tmp_path / "here"), [])):
-        done = run(*MMBEAM, *command(known, name, there, options, source=source))
+    for destination, options in ((output, [*flink.beam_options, UBER_JAR]), (str(tmp_path / "in_process"), [])):
+        done = run(*MMBEAM, *command(known, name, destination, options, source=source))
         assert done.returncode == 0, done.stderr
-    assert_same(read_parts(fetched(output, tmp_path / "fetched")), read_parts(tmp_path / "here"))
+    assert_same(read_parts(fetched(output, tmp_path / "fetched")), read_parts(tmp_path / "in_process"))
 
 
 def fetched(output: str, folder: Path) -> Path:
-    """The rows' files, brought here."""
+    """Copy the files of the rows to `folder`."""
     fs, path = url_to_fs(output)
     fs.get(f"{path}/data", str(folder / "data"), recursive=True)
     return folder
@@ -113,22 +113,22 @@ def fetched(output: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("embedded", [True, False])
 def test_captions_are_the_same(embedded: bool, known: Known, flink: Cluster, captions: Rows, tmp_path: Path) -> None:
-    there = [*flink.beam_options, UBER_JAR, "--shared-output"]
-    if embedded:  # the workers are this machine's own then
-        there = ["--flink_master=[local]" if "flink_master" in option else option for option in flink.beam_options]
-        there = [option for option in there if "environment" not in option]
-    done = run(*MMBEAM, *command(known, "caption", str(tmp_path), there))
+    options = [*flink.beam_options, UBER_JAR, "--shared-output"]
+    if embedded:  # with workers on this machine
+        options = ["--flink_master=[local]" if "flink_master" in option else option for option in flink.beam_options]
+        options = [option for option in options if "environment" not in option]
+    done = run(*MMBEAM, *command(known, "caption", str(tmp_path), options))
     assert done.returncode == 0, done.stderr
     assert_same(read_parts(tmp_path), captions)
 
 
-# How the work lies
+# Distribution of the work
 
 
 def test_one_fused_stage_over_both_task_managers_and_one_model_per_process(
     known: Known, flink: Cluster, tmp_path: Path
 ) -> None:
-    """With two slots in each TaskManager, so that one process does two units at once."""
+    """Each TaskManager has two slots, so that a process runs two units simultaneously."""
     job = Traced(known, flink, tmp_path, seconds=0.5, parallelism=4)
     assert job.wait() == 0, job.errors
     assert_same(read_parts(job.output), known.parts)
@@ -137,16 +137,16 @@ def test_one_fused_stage_over_both_task_managers_and_one_model_per_process(
     assert "{Plan, ReadShards, Embed0, WriteParquet, Summarize}" in fused["name"]
     assert fused["parallelism"] == 4
     task_managers = flink.get(f"jobs/{job.id}/vertices/{fused['id']}/taskmanagers")["taskmanagers"]
-    read = {each["taskmanager-id"]: each["metrics"]["read-records"] for each in task_managers}
+    read = {manager["taskmanager-id"]: manager["metrics"]["read-records"] for manager in task_managers}
     assert set(read) == {"taskmanager1", "taskmanager2"}
     assert min(read.values()) > 0
-    loads = Counter(pid for pid, what, _ in job.trace if what == "load")
+    loads = Counter(pid for pid, step, _ in job.trace if step == "load")
     assert list(loads.values()) == [1, 1]
-    assert {pid for pid, what, _ in job.trace if what == "run"} == set(loads)
+    assert {pid for pid, step, _ in job.trace if step == "run"} == set(loads)
 
 
 class Traced:
-    """`mmbeam embed` as a process, with a slow model step that leaves a trace."""
+    """`mmbeam embed` in another process, with a slow model step that writes a trace."""
 
     def __init__(self, known: Known, flink: Cluster, folder: Path, seconds: float = 1.5, parallelism: int = 2) -> None:
         self.flink = flink
@@ -170,7 +170,7 @@ class Traced:
 
     @property
     def id(self) -> str:
-        """Flink's name of the job."""
+        """The id of the job in Flink."""
         (new,) = self._jobs() - self.before
         return new
 
@@ -179,9 +179,9 @@ class Traced:
 
     @property
     def trace(self) -> list[tuple[int, str, str]]:
-        """Process, what it did, and to which unit."""
+        """The trace: process, step, and unit."""
         lines = [line.split() for line in self.trace_file.read_text().splitlines()]
-        return [(int(pid), what, unit) for pid, what, unit in lines]
+        return [(int(pid), step, unit) for pid, step, unit in lines]
 
     @property
     def committed(self) -> set[str]:
@@ -191,7 +191,7 @@ class Traced:
         return self.process.wait(SECONDS)
 
     def wait_for(self, ready: Callable[[], bool]) -> None:
-        """Until something is so of the job that runs."""
+        """Wait until `ready` returns true; fail if the job ends first."""
         deadline = time.monotonic() + SECONDS
         while not ready():
             assert self.process.poll() is None, self.errors
@@ -199,30 +199,30 @@ class Traced:
             time.sleep(0.02)
 
     def wait_for_the_middle(self) -> tuple[set[str], int]:
-        """Until something is committed and something is being computed; what is committed, and the trace's length."""
+        """Wait for two commits; return the committed units and the length of the trace."""
         self.wait_for(lambda: len(self.committed) >= 2)
         committed = self.committed
         return committed, len(self.trace)
 
     @property
     def failures(self) -> list[str]:
-        """What Flink has seen fail of it, and has started over for."""
+        """The failures after which Flink restarted the job."""
         history = self.flink.get(f"jobs/{self.id}/exceptions")["exceptionHistory"]["entries"]
         return [entry["exceptionName"] for entry in history]
 
 
 def assert_nothing_lost(job: Traced, known: Known, committed: set[str], seen: int) -> None:
     assert_same(read_parts(job.output), known.parts)
-    again = {unit for _, what, unit in job.trace[seen:] if what == "run"}
-    assert again
-    assert not again & committed
+    repeated = {unit for _, step, unit in job.trace[seen:] if step == "run"}
+    assert repeated
+    assert not repeated & committed
 
 
-# What is killed
+# Kills
 
 
 def kill_task_manager(job: Traced) -> None:
-    """Its worker, whose orders came from there, ends by itself."""
+    """Its worker ends by itself when the connection is lost."""
     job.flink.kill("taskmanager1")
 
 
@@ -231,7 +231,7 @@ def kill_worker(job: Traced) -> None:
 
 
 def kill_pool(job: Traced) -> None:
-    """With all its workers, as a sidecar's container ends; and started again, as Kubernetes does."""
+    """Kill a pool with its workers, as the end of a sidecar container does, and start it again, as Kubernetes does."""
     job.flink.kill("pool1")
     job.flink.start_pool(1)
 
@@ -240,7 +240,7 @@ def kill_pool(job: Traced) -> None:
 def test_a_kill_in_the_middle_loses_nothing_and_repeats_nothing_committed(
     kill: Callable[[Traced], None], known: Known, flink: Cluster, tmp_path: Path
 ) -> None:
-    """By Flink's restart strategy: the job itself ends well."""
+    """Flink restarts the job, which then succeeds."""
     job = Traced(known, flink, tmp_path)
     committed, seen = job.wait_for_the_middle()
     assert not job.failures
@@ -251,7 +251,7 @@ def test_a_kill_in_the_middle_loses_nothing_and_repeats_nothing_committed(
 
 
 def test_a_worker_killed_while_it_starts_is_started_again(known: Known, flink: Cluster, tmp_path: Path) -> None:
-    """Flink itself would wait for it for ever."""
+    """Flink alone would wait for it without end."""
     job = Traced(known, flink, tmp_path)
     job.wait_for(lambda: bool(workers_of(flink)))
     for pid in workers_of(flink):
@@ -262,13 +262,13 @@ def test_a_worker_killed_while_it_starts_is_started_again(known: Known, flink: C
 
 
 def workers_of(flink: Cluster) -> list[int]:
-    """The worker processes that the pools have started and that run."""
-    found = []
+    """Return the ids of the running worker processes of the pools."""
+    workers: list[int] = []
     for pod in flink.pods:
         pid = flink.state["processes"][f"pool{pod}"][0]
-        for each in Path(f"/proc/{pid}/task").glob("*/children"):
-            found += [int(child) for child in each.read_text().split() if is_worker(int(child))]
-    return found
+        for children in Path(f"/proc/{pid}/task").glob("*/children"):
+            workers += [int(child) for child in children.read_text().split() if is_worker(int(child))]
+    return workers
 
 
 def is_worker(pid: int) -> bool:
@@ -284,40 +284,38 @@ def test_without_worker_pools_the_job_fails_within_a_minute_and_names_them(
     done = run(*MMBEAM, *command(known, "embed", str(tmp_path), [*flink.beam_options, UBER_JAR, "--shared-output"]))
     assert time.monotonic() - began < 60
     assert done.returncode == 1
-    (said,) = [line for line in done.stderr.splitlines() if line.startswith("mmbeam: ")]
-    assert said.startswith("mmbeam: no worker pool answers at worker-pool:")
+    (message,) = [line for line in done.stderr.splitlines() if line.startswith("mmbeam: ")]
+    assert message.startswith("mmbeam: no worker pool answers at worker-pool:")
 
 
-def test_a_job_server_that_finds_no_flink_is_told_from_a_missing_pool(
+def test_a_job_server_without_flink_is_distinguished_from_a_missing_pool(
     known: Known, flink: Cluster, tmp_path: Path
 ) -> None:
     port, *more = free_ports(3)
     ports = [f"--job-port={port}", f"--artifact-port={more[0]}", f"--expansion-port={more[1]}"]
     server = ["java", "-jar", str(job_server_jar()), "--flink-master=127.0.0.1:9", *ports]
     pool = [option for option in flink.beam_options if "environment" in option]
-    there = ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *pool, "--shared-output"]
+    options = ["--runner=PortableRunner", f"--job_endpoint=localhost:{port}", *pool, "--shared-output"]
     with subprocess.Popen(server, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         try:
             while not listens("localhost", port):
                 assert process.poll() is None
                 time.sleep(0.1)
-            done = run(*MMBEAM, *command(known, "embed", str(tmp_path), there))
+            done = run(*MMBEAM, *command(known, "embed", str(tmp_path), options))
         finally:
             process.kill()
     assert done.returncode == 1
     assert f"mmbeam: the job service at localhost:{port} cannot reach its cluster" in done.stderr
 
 
-def test_a_worker_that_ends_each_time_is_named(known: Known, flink: Cluster, tmp_path: Path) -> None:
+def test_a_worker_that_always_dies_is_named(known: Known, flink: Cluster, tmp_path: Path) -> None:
     job = Traced(known, flink, tmp_path, seconds=-1)
     assert job.wait() == 1
-    (said,) = [line for line in job.errors.splitlines() if line.startswith("mmbeam: ")]
-    assert said.startswith("mmbeam: a worker process ended, perhaps because it ran out of memory or its GPU failed")
+    (message,) = [line for line in job.errors.splitlines() if line.startswith("mmbeam: ")]
+    assert message.startswith("mmbeam: a worker process ended, perhaps because it ran out of memory or its GPU failed")
 
 
-def test_a_worker_pool_that_stays_away_is_named_and_the_same_command_again_goes_on(
-    known: Known, flink: Cluster, tmp_path: Path
-) -> None:
+def test_a_lost_worker_pool_is_named_and_the_same_command_resumes(known: Known, flink: Cluster, tmp_path: Path) -> None:
     job = Traced(known, flink, tmp_path)
     committed, seen = job.wait_for_the_middle()
     flink.kill("pool1")
@@ -331,11 +329,11 @@ def test_a_worker_pool_that_stays_away_is_named_and_the_same_command_again_goes_
     assert_nothing_lost(job, known, committed, seen)
 
 
-# What is wrong
+# Errors
 
 
-def test_a_job_that_must_stop_says_why_through_flink(known: Known, flink: Cluster, tmp_path: Path) -> None:
-    broken = [replace(truth, members={"jpg": b"no picture"}) for truth in shards.make_truths(120)]
+def test_the_reason_of_a_stopped_job_is_reported_through_flink(known: Known, flink: Cluster, tmp_path: Path) -> None:
+    broken = [replace(truth, members={"jpg": b"not an image"}) for truth in shards.make_truths(120)]
     shards.make_webdataset(tmp_path / "in", broken, shards=1)
     options = [*flink.beam_options, UBER_JAR, "--shared-output", "--max-failure-rate=0.1"]
     arguments = command(replace(known, root=tmp_path), "embed", str(tmp_path / "out"), options)
@@ -357,7 +355,7 @@ def test_another_version_of_flink_is_named_before_anything_is_written(
     assert not (tmp_path / "out").exists()
 
 
-def test_the_jar_says_which_flink_it_is_for(flink: Cluster) -> None:
+def test_the_version_of_flink_is_read_from_the_name_of_the_jar(flink: Cluster) -> None:
     options = [option for option in flink.beam_options if "version" not in option]
     check_cluster(options)
     with pytest.raises(JobError, match=r"the job server is for Flink 2\.1"):

@@ -1,4 +1,4 @@
-"""The Kubernetes manifests against the schema that the Flink operator publishes, unknown fields refused."""
+"""The Kubernetes manifests against the schema that the Flink operator publishes, with unknown fields rejected."""
 
 import subprocess
 import zipfile
@@ -18,7 +18,7 @@ CRD = "META-INF/fabric8/flinkdeployments.flink.apache.org-v1.yml"
 
 @pytest.fixture(scope="module")
 def schema() -> Any:
-    """Of a FlinkDeployment, out of the operator's jar."""
+    """The schema of a FlinkDeployment, from the jar of the operator."""
     if not JAR.exists():
         copy = "org.apache.maven.plugins:maven-dependency-plugin:3.6.1:copy"
         command = ["mvn", "--batch-mode", "--quiet", copy, f"-Dartifact={OPERATOR}", f"-DoutputDirectory={JAR.parent}"]
@@ -27,33 +27,35 @@ def schema() -> Any:
         versions = yaml.safe_load(jar.read(CRD))["spec"]["versions"]
     (served,) = [version for version in versions if version["name"] == "v1beta1"]
     schema = strict(served["schema"]["openAPIV3Schema"])
-    schema["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {}}  # Kubernetes' own
+    schema["properties"] |= {"apiVersion": {}, "kind": {}, "metadata": {}}  # defined by Kubernetes
     return schema
 
 
 def strict(schema: Any) -> Any:
-    """The schema with unknown fields refused, as the API server drops or refuses them."""
+    """Return the schema with unknown fields rejected, as the API server drops or rejects them."""
     if isinstance(schema, list):
-        return [strict(each) for each in schema]
+        return [strict(item) for item in schema]
     if not isinstance(schema, dict):
         return schema
     closed = {} if "additionalProperties" in schema else {"additionalProperties": False}
     return {name: strict(value) for name, value in schema.items()} | (closed if "properties" in schema else {})
 
 
-def test_the_cluster_is_as_the_operator_wants_it(schema: Any) -> None:
+def test_the_cluster_matches_the_schema_of_the_operator(schema: Any) -> None:
     deployment, _ = yaml.safe_load_all((MANIFESTS / "cluster.yaml").read_text())
     jsonschema.validate(deployment, schema)
     (pool,) = [
-        each for each in deployment["spec"]["taskManager"]["podTemplate"]["spec"]["containers"] if "args" in each
+        container
+        for container in deployment["spec"]["taskManager"]["podTemplate"]["spec"]["containers"]
+        if "args" in container
     ]
     pool["arg"] = pool.pop("args")
     with pytest.raises(jsonschema.ValidationError, match="'arg' was unexpected"):
         jsonschema.validate(deployment, schema)
 
 
-def test_the_jobs_pod_is_a_pod(schema: Any) -> None:
-    """The operator's schema holds that of a pod, for its templates."""
+def test_the_pod_of_the_job_matches_the_schema_of_a_pod(schema: Any) -> None:
+    """The schema of the operator includes that of a pod, for its templates."""
     job = yaml.safe_load((MANIFESTS / "embed.yaml").read_text())
     pod = schema["properties"]["spec"]["properties"]["podTemplate"]["properties"]["spec"]
     jsonschema.validate(job["spec"]["template"]["spec"], pod)

@@ -1,4 +1,4 @@
-"""`mmbeam embed` whose model step is slow and leaves a trace: which process loaded the model, and which did which unit.
+"""`mmbeam embed` with a slow model step that writes a trace: the process of every model load and of every unit.
 
 python traced.py TRACE SECONDS embed --input ...
 """
@@ -19,7 +19,7 @@ from mmbeam.types import Batch
 
 @dataclass(frozen=True, kw_only=True)
 class TracedStage(EmbedStage):
-    """An encoder that notes in a file what it is asked for, and takes its time."""
+    """An encoder that appends its calls to a file, and sleeps."""
 
     trace: str
     seconds: float
@@ -30,7 +30,7 @@ class TracedStage(EmbedStage):
 
     def run(self, model: Any, batch: Batch) -> Batch:
         self._note("run", batch.unit.id)
-        if self.seconds < 0:  # as the kernel ends a process that takes too much memory
+        if self.seconds < 0:  # like the OOM killer
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
         return super().run(model, batch)
@@ -45,14 +45,14 @@ def _traced(trace: str, seconds: float) -> Any:
     def make(model: str, **options: Any) -> TracedStage:
         stage = embed_stage(model, **options)
         return TracedStage(
-            **{each.name: getattr(stage, each.name) for each in fields(stage)}, trace=trace, seconds=seconds
+            **{field.name: getattr(stage, field.name) for field in fields(stage)}, trace=trace, seconds=seconds
         )
 
     return make
 
 
 if __name__ == "__main__":
-    import traced  # this module by the name that a worker finds it by
+    import traced  # so that workers can unpickle its classes by module name
 
     mmbeam.jobs.embed.embed_stage = traced._traced(sys.argv[1], float(sys.argv[2]))
     sys.exit(main(sys.argv[3:]))
