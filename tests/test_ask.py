@@ -68,7 +68,7 @@ def held(request: Request) -> set[str]:
         (TEXT, instruct("dialogue"), set(), set(), set()),
     ],
 )
-def test_a_request_holds_what_the_task_is_about(
+def test_a_request_holds_the_inputs_of_its_task(
     spec: GeneratorSpec,
     instruction: Instruction,
     complete: set[str],

@@ -114,7 +114,7 @@ def text_content(markup: str) -> str:
 
 
 class TestMarkup:
-    @settings(max_examples=300)
+    @settings(max_examples=100)
     @given(HTML)
     def test_equals_lxml_but_for_whitespace(self, markup: str) -> None:
         assert "".join(TEXT_STEPS["markup"](markup).split()) == "".join(text_content(markup).split())
@@ -320,7 +320,7 @@ def sample(row: Mapping[str, Any]) -> Sample:
 
 
 class TestSelect:
-    @settings(max_examples=200, deadline=None)
+    @settings(max_examples=80, deadline=None)
     @given(st.recursive(CONDITIONS, combined, max_leaves=4), st.lists(ROWS, min_size=1, max_size=8))
     def test_equals_duckdb(self, condition: tuple[str, str], rows: list[Mapping[str, Any]]) -> None:
         python, sql = condition

@@ -248,7 +248,7 @@ def test_tempo_is_the_number_of_pulses(kind: str, tempo: str, pulses: set[int]) 
         assert (np.diff(open_now.astype(int)) == 1).sum() in pulses
 
 
-def test_small_images_and_low_rates_are_refused() -> None:
+def test_small_images_and_low_rates_are_rejected() -> None:
     with pytest.raises(UsageError, match="expected at least 32"):
         render_image(Scene.draw(0, 0), 16)
     with pytest.raises(UsageError, match="expected at least 8000"):

@@ -35,7 +35,7 @@ def test_shards_are_complete_tars(corpus: list[Path]) -> None:
     assert counts == [12, 12, 12, 16]
 
 
-def test_webdataset_reads_what_was_written(corpus: list[Path]) -> None:
+def test_webdataset_reads_the_written_shards(corpus: list[Path]) -> None:
     samples = []
     for path in corpus:
         with path.open("rb") as stream:
@@ -81,7 +81,7 @@ def test_ranges_of_a_corpus_can_be_joined(tmp_path: Path) -> None:
         assert {name.split(".")[0] for name in tar.getnames()} == {"3-000012", "3-000013"}
 
 
-def test_a_shard_without_samples_is_refused(tmp_path: Path) -> None:
+def test_a_shard_without_samples_is_rejected(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="1 to 3 shards"):
         write_corpus(tmp_path, samples=3, shards=4)
 

@@ -30,7 +30,7 @@ TOKENS: dict[str, Any] = {"vocab_size": VOCABULARY, "pad_token_id": PAD, "eos_to
 
 
 def _bart() -> Any:
-    size = {f"{half}_{what}": 2 for half in ("encoder", "decoder") for what in ("layers", "attention_heads")}
+    size = {f"{half}_{kind}": 2 for half in ("encoder", "decoder") for kind in ("layers", "attention_heads")}
     size |= {f"{half}_ffn_dim": 32 for half in ("encoder", "decoder")}
     # It must begin with token 2 and never repeat two tokens, for which `generate` changes the logits.
     config = BartConfig(d_model=16, max_position_embeddings=64, decoder_start_token_id=EOS, **size, **TOKENS)

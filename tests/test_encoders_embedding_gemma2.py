@@ -96,7 +96,7 @@ def test_patches_equal_the_processor(plain: Path, device: torch.device) -> None:
     assert torch.equal(ours.mask_BN.cpu().bool(), (theirs["image_position_ids"] != -1).all(-1))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(height=st.integers(1, 3000), width=st.integers(1, 3000), tokens=st.sampled_from([70, 280, 1120]))
 def test_sizes_equal_the_processor(height: int, width: int, tokens: int) -> None:
     patching = PooledPatching(patch_size=16, max_patches=9 * tokens, pooling=3)

@@ -1,4 +1,4 @@
-"""The evaluate job and command, on rows that were committed as a job commits them."""
+"""The evaluate job and command, on committed runs."""
 
 import json
 import sys
@@ -33,7 +33,7 @@ Row = dict[str, Any]  # caption, text, metadata, and vectors by column
 
 
 def write_run(output: Path | str, parts: Sequence[Sequence[Row]], *outputs: Output) -> Path:
-    """A committed run of these rows; a row without a value of an output has a failure for that output."""
+    """Commit a run of `rows`; a row without a value of an output gets a failure for that output."""
     run = make_run(str(output), outputs)
     open_run(run)
     for number, rows in enumerate(parts):
@@ -59,11 +59,11 @@ def write_run(output: Path | str, parts: Sequence[Sequence[Row]], *outputs: Outp
                 step="generate",
                 error="SampleError",
                 message="lost",
-                outputs=(each.name,),
+                outputs=(output.name,),
             )
             for sample, row in zip(samples, rows, strict=True)
-            for each in outputs
-            if row.get(each.name) is None
+            for output in outputs
+            if row.get(output.name) is None
         )
         batch = Batch(
             unit=unit,
@@ -90,13 +90,13 @@ SCENES = ("a red dog runs on the grass", "two people sit on a bench", "a plate o
 
 
 def caption_rows(number: int, count: int) -> list[Row]:
-    """Correct, nearly correct and wrong captions, with one to three references."""
+    """Make correct, nearly correct and wrong captions, with one to three references."""
     rows = []
     for n in range(count):
         truth = SCENES[(n + number) % 4]
-        made = (truth, truth.replace("a ", "one "), SCENES[(n + 1) % 4])[n % 3]
+        caption = (truth, truth.replace("a ", "one "), SCENES[(n + 1) % 4])[n % 3]
         references = [truth, f"{truth}, in the sun", f"there is {truth}"][: 1 + n % 3]
-        rows.append({"caption": made, "text": f"Alt {n}", "metadata": {"truth": references, "width": 64}})
+        rows.append({"caption": caption, "text": f"Alt {n}", "metadata": {"truth": references, "width": 64}})
     return rows
 
 
@@ -117,24 +117,24 @@ def scores_of(output: Path) -> list[dict[str, Any]]:
 # Texts
 
 
-def test_scores_summed_by_beam_equal_those_of_the_whole_list(captions: Path) -> None:
-    found = pairs_of([caption_rows(n, count) for n, count in enumerate((30, 1, 17))])
+def test_scores_summed_by_beam_equal_those_of_the_whole_corpus(captions: Path) -> None:
+    pairs = pairs_of([caption_rows(n, count) for n, count in enumerate((30, 1, 17))])
     text = evaluate(EvaluateOptions(run=str(captions), reference="truth"))["text"]
-    hypotheses = [caption for caption, _ in found]
-    references: Any = [[dict(enumerate(each)).get(n) for _, each in found] for n in range(3)]
+    hypotheses = [caption for caption, _ in pairs]
+    references: Any = [[dict(enumerate(texts)).get(n) for _, texts in pairs] for n in range(3)]
     assert text["scores"]["bleu"] == sacrebleu.BLEU().corpus_score(hypotheses, references).score
     assert text["scores"]["chrf"] == sacrebleu.CHRF().corpus_score(hypotheses, references).score
-    cider = CiderD(document_frequencies(each for _, each in found))
-    assert text["scores"]["cider"] == pytest.approx(np.mean([cider.score(*pair) for pair in found]), abs=1e-12)
-    assert text["scores"]["exact_match"] == np.mean([caption in each for caption, each in found])
+    cider = CiderD(document_frequencies(texts for _, texts in pairs))
+    assert text["scores"]["cider"] == pytest.approx(np.mean([cider.score(*pair) for pair in pairs]), abs=1e-12)
+    assert text["scores"]["exact_match"] == np.mean([caption in texts for caption, texts in pairs])
     rouge = text_metrics(("rouge",))["rouge"]
-    single = [rouge.sample_scores(rouge.measure(*pair)) for pair in found]
+    single = [rouge.sample_scores(rouge.measure(*pair)) for pair in pairs]
     for name in rouge.names:
         assert text["scores"][name] == pytest.approx(np.mean([score[name] for score in single]), abs=1e-12)
-    assert (text["rows"], text["scored"], text["references"]) == (48, 48, sum(len(each) for _, each in found))
+    assert (text["rows"], text["scored"], text["references"]) == (48, 48, sum(len(texts) for _, texts in pairs))
 
 
-def test_each_sample_has_its_scores_and_the_worst_come_first(captions: Path) -> None:
+def test_every_sample_is_scored_and_the_worst_are_listed_first(captions: Path) -> None:
     text = evaluate(EvaluateOptions(run=str(captions), reference="truth"))["text"]
     rows = scores_of(captions)
     assert set(rows[0]) == {
@@ -146,21 +146,21 @@ def test_each_sample_has_its_scores_and_the_worst_come_first(captions: Path) -> 
     for row in rows:
         assert row["chrf"] == sacrebleu.sentence_chrf(row["hypothesis"], row["references"]).score
     worst = sorted((row["chrf"], row["shard"], row["offset"], row["key"]) for row in rows)[:5]
-    assert [(each["badness"], each["shard"], each["offset"], each["key"]) for each in text["worst"]] == worst
+    assert [tuple(row[name] for name in ("badness", "shard", "offset", "key")) for row in text["worst"]] == worst
 
 
 @pytest.mark.parametrize("store", STORES)
-def test_rows_and_scores_may_be_in_any_store(store: str, tmp_path: Path) -> None:
+def test_rows_and_scores_are_in_any_store(store: str, tmp_path: Path) -> None:
     rows = [{**row, "image_embedding": [1.0] * WIDTH} for row in caption_rows(0, 3)]
     outputs = (CAPTION, vector_output("image"), vector_output("text"))
     out = fresh_output(store, tmp_path)
     write_run(out, [[{**row, "text_embedding": row["image_embedding"]} for row in rows]], *outputs)
     options = EvaluateOptions(run=out, reference="truth", metrics=("exact_match",), retrieval=("all",))
-    found = evaluate(options)
-    assert found["text"]["scores"] == {"exact_match": 1 / 3}
-    assert found["retrieval"][0]["left_to_right"]["median_rank"] == 2
+    report = evaluate(options)
+    assert report["text"]["scores"] == {"exact_match": 1 / 3}
+    assert report["retrieval"][0]["left_to_right"]["median_rank"] == 2
     kept = json.loads(Store(out).read("_mmbeam/evaluation.json"))
-    assert kept == json.loads(json.dumps({name: value for name, value in found.items() if name != "report"}))
+    assert kept == json.loads(json.dumps({name: value for name, value in report.items() if name != "report"}))
     scores = pq.read_table(pa.BufferReader(Store(out).read("_mmbeam/evaluation/part-0-part.parquet")))
     assert scores["exact_match"].to_pylist() == [1, 0, 0]
 
@@ -171,50 +171,50 @@ def test_rows_lost_by_the_runner_are_an_error(captions: Path, monkeypatch: pytes
         evaluate(EvaluateOptions(run=str(captions), reference="truth"))
 
 
-def test_a_column_may_be_the_reference(captions: Path) -> None:
+def test_the_reference_may_be_a_column(captions: Path) -> None:
     text = evaluate(EvaluateOptions(run=str(captions), reference="text", metrics=("exact_match",)))["text"]
     assert text["references"] == 48
     assert text["scores"] == {"exact_match": 0}
 
 
-def test_a_reference_with_the_name_of_the_column_is_read_from_the_metadata(tmp_path: Path) -> None:
+def test_a_reference_named_like_the_measured_column_is_read_from_the_metadata(tmp_path: Path) -> None:
     rows: list[Row] = [{"caption": "a dog", "metadata": {"caption": "a dog \udcff"}}]
     out = write_run(tmp_path / "out", [rows], CAPTION)
-    found = evaluate(EvaluateOptions(run=str(out), reference="caption", metrics=("wer", "exact_match")))
-    assert found["text"]["scores"] == {"wer": 1 / 3, "exact_match": 0}
+    report = evaluate(EvaluateOptions(run=str(out), reference="caption", metrics=("wer", "exact_match")))
+    assert report["text"]["scores"] == {"wer": 1 / 3, "exact_match": 0}
     assert scores_of(out)[0]["references"] == ["a dog ?"]
 
 
-def test_rows_without_a_text_or_a_reference_are_counted_and_left_out(tmp_path: Path) -> None:
+def test_rows_without_a_text_or_a_reference_are_counted_and_not_scored(tmp_path: Path) -> None:
     rows: list[Row] = [
         {"caption": "a dog", "metadata": {"truth": "a dog"}},
         {"caption": "a dog", "metadata": {"truth": ["a cat", None, 3, "a dog"]}},
         {"caption": "", "metadata": {"truth": "a cat"}},
         {"caption": None, "metadata": {"truth": "a bus"}, "image_embedding": [1.0] * WIDTH},
-        {"caption": None, "metadata": {"truth": "a bus"}},  # has lost all that was due: no row
+        {"caption": None, "metadata": {"truth": "a bus"}},  # every output lost: no row
         {"caption": "a bus", "metadata": {"other": "a bus"}},
         {"caption": "a bus", "metadata": {"truth": ["", "  "]}},
         {"caption": "a bus", "metadata": {"truth": {"deep": "a bus"}}},
         {"caption": "a bus", "metadata": None},
     ]
     out = write_run(tmp_path / "out", [rows], CAPTION, vector_output("image"))
-    found = evaluate(EvaluateOptions(run=str(out), reference="truth"))
-    text = found["text"]
-    assert found["failed_samples"] == 1
+    report = evaluate(EvaluateOptions(run=str(out), reference="truth"))
+    text = report["text"]
+    assert report["failed_samples"] == 1
     counts = {name: text[name] for name in ("rows", "scored", "without_hypothesis", "without_reference", "empty")}
     assert counts == {"rows": 8, "scored": 3, "without_hypothesis": 1, "without_reference": 4, "empty": 1}
     assert text["scores"]["exact_match"] == 2 / 3
     assert [row["hypothesis"] for row in scores_of(out)] == ["a dog", "a dog", ""]
 
 
-def test_transcripts_are_scored_by_error_rates_with_silence_as_a_reference(tmp_path: Path) -> None:
+def test_transcripts_are_scored_by_error_rates_and_references_may_be_empty(tmp_path: Path) -> None:
     output = Output(modalities=frozenset({"image"}), columns=(pa.field("transcript", pa.string()),))
     rows: list[Row] = [
-        {"transcript": "the cat sat", "metadata": {"said": "the cat sat down"}},
-        {"transcript": "", "metadata": {"said": ""}},
-        {"transcript": "thank you", "metadata": {"said": ""}},
+        {"transcript": "the cat sat", "metadata": {"truth": "the cat sat down"}},
+        {"transcript": "", "metadata": {"truth": ""}},
+        {"transcript": "thank you", "metadata": {"truth": ""}},
     ]
-    text = evaluate(EvaluateOptions(run=str(write_run(tmp_path / "out", [rows], output)), reference="said"))["text"]
+    text = evaluate(EvaluateOptions(run=str(write_run(tmp_path / "out", [rows], output)), reference="truth"))["text"]
     assert text["metrics"] == ("wer", "cer", "exact_match")
     assert text["scores"] == {"wer": 3 / 4, "cer": (5 + 9) / 16, "exact_match": 1 / 3}
     assert text["worst"][0]["hypothesis"] == "thank you"
@@ -222,7 +222,7 @@ def test_transcripts_are_scored_by_error_rates_with_silence_as_a_reference(tmp_p
 
 @pytest.mark.parametrize("kind", ["parquet", "jsonl", "csv"])
 def test_references_come_from_a_file_joined_by_key(captions: Path, tmp_path: Path, kind: str) -> None:
-    """A repeated key has several references; keys without a row are counted."""
+    """A repeated key adds references; keys without a row are counted."""
     rows = pq.read_table(captions / "data", columns=["key", "caption"]).to_pylist()[:20]
     table = [{"key": row["key"], "truth": row["caption"]} for row in rows]
     table += [{"key": rows[0]["key"], "truth": "another"}, {"key": "nowhere", "truth": "x"}, {"key": "0", "truth": "y"}]
@@ -259,10 +259,10 @@ def test_scores_of_an_earlier_evaluation_are_removed(captions: Path) -> None:
 
 
 def test_the_portable_runner_computes_the_same_scores(captions: Path) -> None:
-    """Every value that crosses a boundary is pickled there, and workers are other threads of another service."""
-    here = evaluate(EvaluateOptions(run=str(captions), reference="truth"))
+    """It pickles every value between stages."""
+    in_process = evaluate(EvaluateOptions(run=str(captions), reference="truth"))
     options = ("--runner=PortableRunner", "--job_endpoint=embed", "--environment_type=LOOPBACK")
-    assert evaluate(EvaluateOptions(run=str(captions), reference="truth", beam_args=options)) == here
+    assert evaluate(EvaluateOptions(run=str(captions), reference="truth", beam_args=options)) == in_process
 
 
 # Bad input
@@ -322,8 +322,8 @@ def test_an_output_without_rows_is_an_error(tmp_path: Path) -> None:
         evaluate(EvaluateOptions(run=str(tmp_path), reference="truth"))
 
 
-def test_a_missing_library_is_named(captions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "jiwer", None)  # as if it were not installed
+def test_a_missing_optional_dependency_is_named(captions: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "jiwer", None)  # not installed
     with pytest.raises(UsageError, match=r"needs jiwer; install it with: pip install 'mmbeam\[eval\]'"):
         evaluate(EvaluateOptions(run=str(captions), reference="truth", metrics=("wer",)))
 
@@ -332,7 +332,7 @@ def test_a_missing_library_is_named(captions: Path, monkeypatch: pytest.MonkeyPa
 
 
 def vector_rows(count: int, noise: float = 0.0) -> list[Row]:
-    """Pairs of similar vectors, and a class that can be predicted from them."""
+    """Make pairs of similar vectors, and a class that they predict."""
     random = np.random.default_rng(3)
     labels = random.integers(0, 3, count)
     image = 3 * np.eye(WIDTH)[labels] + random.normal(size=(count, WIDTH))
@@ -348,23 +348,23 @@ def vector_rows(count: int, noise: float = 0.0) -> list[Row]:
     ]
 
 
-def test_the_default_is_retrieval_of_all_pairs(tmp_path: Path) -> None:
+def test_all_pairs_are_measured_by_default(tmp_path: Path) -> None:
     rows = vector_rows(50)
     rows[3]["image_embedding"] = None
     rows[4]["text_embedding"] = [float("nan")] * WIDTH
     out = write_run(tmp_path / "out", [rows[:20], [], rows[20:]], vector_output("image"), vector_output("text"))
-    (found,) = evaluate(EvaluateOptions(run=str(out)))["retrieval"]
-    assert (found["left"], found["right"], found["rows"], found["left_out"]) == (
+    (pair,) = evaluate(EvaluateOptions(run=str(out)))["retrieval"]
+    assert (pair["left"], pair["right"], pair["rows"], pair["left_out"]) == (
         "image_embedding",
         "text_embedding",
         48,
         2,
     )
     perfect = {"recall@1": 1.0, "recall@5": 1.0, "recall@10": 1.0, "median_rank": 1.0, "mrr": 1.0}
-    assert found["left_to_right"] == found["right_to_left"] == perfect
+    assert pair["left_to_right"] == pair["right_to_left"] == perfect
 
 
-def test_pairs_are_of_one_model_and_width_unless_named(tmp_path: Path) -> None:
+def test_default_pairs_have_the_same_model_and_width(tmp_path: Path) -> None:
     outputs = [
         vector_output(name) for name in ("clip_image", "clip_text", "clap_audio", "clap_text", "clipimage", "cliptext")
     ]
@@ -375,9 +375,9 @@ def test_pairs_are_of_one_model_and_width_unless_named(tmp_path: Path) -> None:
         ("clip_image_embedding", "clip_text_embedding"),
         ("clap_audio_embedding", "clap_text_embedding"),
     ]
-    named = ("clip_image_embedding:clap_text_embedding",)
-    assert len(evaluate(EvaluateOptions(run=str(out), retrieval=named))["retrieval"]) == 1
-    assert len(evaluate(EvaluateOptions(run=str(out), retrieval=("all", *named)))["retrieval"]) == 3
+    mixed = ("clip_image_embedding:clap_text_embedding",)
+    assert len(evaluate(EvaluateOptions(run=str(out), retrieval=mixed))["retrieval"]) == 1
+    assert len(evaluate(EvaluateOptions(run=str(out), retrieval=("all", *mixed)))["retrieval"]) == 3
     with pytest.raises(UsageError, match=r"two columns of one width, among .*clap_image_embedding \(4 numbers\)"):
         evaluate(EvaluateOptions(run=str(out), retrieval=("clip_image_embedding:clap_image_embedding",)))
 
@@ -398,7 +398,7 @@ def test_no_row_with_both_vectors_is_an_error(tmp_path: Path) -> None:
         evaluate(EvaluateOptions(run=str(out)))
 
 
-def test_a_probe_of_each_column(tmp_path: Path) -> None:
+def test_a_probe_is_fitted_to_every_column_of_vectors(tmp_path: Path) -> None:
     out = write_run(tmp_path / "out", [vector_rows(400, noise=9.0)], vector_output("image"), vector_output("text"))
     image, text = evaluate(EvaluateOptions(run=str(out), label="class"))["probes"]
     assert (image["embedding"], image["label"], image["classes"], image["left_out"]) == (
@@ -453,10 +453,10 @@ def test_rouge_of_another_script_is_a_warning(tmp_path: Path, capsys: pytest.Cap
         (["--reference", "nothing"], 2, "no row has nothing"),
         (["--metrics", "meteor", "--reference", "truth"], 2, "unknown metric 'meteor'"),
         (["--referense", "truth"], 2, "unknown argument --referense"),
-        (["--references", "nothere.csv"], 1, "nothere.csv"),
+        (["--references", "absent.csv"], 1, "absent.csv"),
     ],
 )
-def test_a_bad_argument_ends_it(
+def test_an_invalid_argument_is_an_error(
     captions: Path, arguments: list[str], status: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["evaluate", str(captions), *arguments]) == status

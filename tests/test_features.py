@@ -37,7 +37,7 @@ def vector(seed: int, *shape: int) -> np.ndarray[Any, Any]:
 
 
 def make_row(index: int, **changes: Any) -> dict[str, Any]:
-    """A row as `mmbeam embed` writes it."""
+    """Make a row as `mmbeam embed` writes it."""
     return {
         "key": f"{index:03d}",
         "shard": "/shards/a.tar",
@@ -104,7 +104,7 @@ def test_outputs_folders_and_parquet_files_are_features_and_tars_are_not(tmp_pat
     (tmp_path / "shards").mkdir()
     (tmp_path / "shards" / "a.tar").write_bytes(bytes(1024))
     out = str(tmp_path / "out")
-    for place in (
+    for path in (
         out,
         out + "/",
         f"{out}/data",
@@ -112,7 +112,7 @@ def test_outputs_folders_and_parquet_files_are_features_and_tars_are_not(tmp_pat
         f"{out}/data/*.parquet",
         f"{out}/data/part-a-1.parquet",
     ):
-        assert names([place]) == ["part-a-1.parquet"]
+        assert names([path]) == ["part-a-1.parquet"]
     (tmp_path / "spark [1].parquet").mkdir()
     for name in "ab":
         write(tmp_path / "spark [1].parquet" / f"{name}.parquet", [])
@@ -175,7 +175,7 @@ def test_a_column_may_be_in_any_file_and_must_be_in_one(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("column", "words"),
+    ("column", "message"),
     [
         (FeatureColumn(name="image_embedding", modality="image", width=512), "4 wide, and the model takes 512"),
         (FeatureColumn(name="text_tokens", modality="text", width=768, tokens=True), "3 wide, and the model takes 768"),
@@ -185,21 +185,19 @@ def test_a_column_may_be_in_any_file_and_must_be_in_one(tmp_path: Path) -> None:
         (FeatureColumn(name="errors", modality="text", width=4), "list<"),
     ],
 )
-def test_features_of_another_shape_than_the_models_are_refused(
-    tmp_path: Path, column: FeatureColumn, words: str
-) -> None:
-    with pytest.raises(UsageError, match=words):
+def test_features_of_another_shape_are_rejected(tmp_path: Path, column: FeatureColumn, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
         check_columns(files(write(tmp_path / "a.parquet", [make_row(0)])), [column])
 
 
-def test_a_file_without_the_identity_columns_is_refused(tmp_path: Path) -> None:
+def test_a_file_without_the_identity_columns_is_rejected(tmp_path: Path) -> None:
     pq.write_table(pa.table({"key": ["a"], "image_embedding": [[1.0]]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match="expected the columns key, shard, offset"):
         check_columns(files(tmp_path / "a.parquet"), [IMAGE])
 
 
-def test_a_damaged_file_is_left_to_its_unit_unless_all_are_damaged(tmp_path: Path) -> None:
-    (tmp_path / "bad.parquet").write_bytes(b"PAR1 no more")
+def test_a_damaged_file_fails_its_unit_and_only_all_damaged_fail_the_job(tmp_path: Path) -> None:
+    (tmp_path / "bad.parquet").write_bytes(b"PAR1 truncated")
     good = write(tmp_path / "good.parquet", [make_row(0)])
     check_columns(files(tmp_path / "bad.parquet", good), [IMAGE])
     with pytest.raises(ShardError, match="cannot be read as Parquet"):
@@ -210,17 +208,17 @@ def test_a_damaged_file_is_left_to_its_unit_unless_all_are_damaged(tmp_path: Pat
 
 
 def with_models(path: Path, models: Any, digests: Any) -> Path:
-    """The file, with metadata that names the models."""
+    """Add metadata that names the models to a file; return its path."""
     table = pq.read_table(path)
-    said = {"mmbeam.models": json.dumps(models), "mmbeam.digests": json.dumps(digests)}
-    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **said}), path)
+    metadata = {"mmbeam.models": json.dumps(models), "mmbeam.digests": json.dumps(digests)}
+    pq.write_table(table.replace_schema_metadata({**(table.schema.metadata or {}), **metadata}), path)
     return path
 
 
-def test_features_of_another_encoder_of_equal_width_are_refused_and_both_are_named(tmp_path: Path) -> None:
+def test_features_of_another_encoder_of_equal_width_are_an_error_that_names_both(tmp_path: Path) -> None:
     path = with_models(write(tmp_path / "a.parquet", [make_row(0)]), {"model": "org/clip@1"}, {"model": "a" * 64})
-    own = replace(IMAGE, origin=Origin("org/clip@1", "a" * 64))
-    check_columns(files(path), [own, TOKENS])
+    recorded = replace(IMAGE, origin=Origin("org/clip@1", "a" * 64))
+    check_columns(files(path), [recorded, TOKENS])
     other = replace(IMAGE, origin=Origin("org/siglip@2", "b" * 64))
     both = r"was made by org/clip@1 \(digest a{12}\), and the model takes what org/siglip@2 \(digest b{12}\) makes"
     with pytest.raises(UsageError, match=both):
@@ -236,8 +234,8 @@ def test_features_of_an_unknown_model_are_accepted_with_one_warning(
     check_columns(files(*paths), [IMAGE, TOKENS])
     assert not caplog.messages
     check_columns(files(*paths), [replace(IMAGE, origin=Origin("org/clip", "a" * 64))])
-    [said] = caplog.messages
-    assert "the model that made image_embedding is unknown; expected features of org/clip (digest" in said
+    [warning] = caplog.messages
+    assert "the model that made image_embedding is unknown; expected features of org/clip (digest" in warning
 
 
 @pytest.mark.parametrize(
@@ -254,20 +252,20 @@ def test_features_of_an_unknown_model_are_accepted_with_one_warning(
 )
 def test_a_column_belongs_to_the_model_whose_name_it_begins_with(column: str, model: str | None) -> None:
     names = ("model", "clip", "my_text")
-    said = {"mmbeam.models": json.dumps({name: f"org/{name}" for name in names})}
-    said["mmbeam.digests"] = json.dumps({name: f"digest of {name}" for name in names})
-    found = origin_of(pa.schema([(column, pa.float32())], metadata=said), column)
-    assert found == (None if model is None else Origin(f"org/{model}", f"digest of {model}"))
+    metadata = {"mmbeam.models": json.dumps({name: f"org/{name}" for name in names})}
+    metadata["mmbeam.digests"] = json.dumps({name: f"digest of {name}" for name in names})
+    origin = origin_of(pa.schema([(column, pa.float32())], metadata=metadata), column)
+    assert origin == (None if model is None else Origin(f"org/{model}", f"digest of {model}"))
 
 
 @given(st.binary(max_size=30) | st.sampled_from([b"[]", b"{}", b'{"model": 3}', b'"model"']), st.booleans())
-def test_invalid_metadata_names_no_model(said: bytes, both: bool) -> None:
-    known = said if both else b'{"model": "a"}'
-    schema = pa.schema([("image_embedding", pa.float32())], {b"mmbeam.models": said, b"mmbeam.digests": known})
+def test_invalid_metadata_names_no_model(models: bytes, both: bool) -> None:
+    digests = models if both else b'{"model": "a"}'
+    schema = pa.schema([("image_embedding", pa.float32())], {b"mmbeam.models": models, b"mmbeam.digests": digests})
     assert origin_of(schema, "image_embedding") is None
 
 
-def test_a_run_names_the_models_of_its_columns(tmp_path: Path) -> None:
+def test_a_run_records_the_models_of_its_columns(tmp_path: Path) -> None:
     models = {"clip": {"family": "clip", "digest": "a" * 64}}
     run = Run.create(
         output=str(tmp_path),
@@ -317,9 +315,9 @@ def test_missing_values_are_absent_and_invalid_ones_are_failures(tmp_path: Path)
         make_row(8),
     ]
     batches = read(unit_of(write(tmp_path / "a.parquet", rows)))
-    found = {sample.key: (sorted(sample.present), sorted(sample.features)) for sample in samples_of(batches)}
+    contents = {sample.key: (sorted(sample.present), sorted(sample.features)) for sample in samples_of(batches)}
     both = ["image_embedding", "text_tokens"]
-    assert found == {
+    assert contents == {
         "000": (["text"], ["text_tokens"]),
         "001": (["image", "text"], ["text_tokens"]),
         "002": (["image", "text"], ["text_tokens"]),
@@ -396,7 +394,7 @@ VECTORS = st.lists(NUMBERS, min_size=3, max_size=3) | st.lists(NUMBERS, max_size
 
 
 @given(st.lists(st.none() | VECTORS, min_size=1))
-def test_each_vector_is_returned_or_the_reason_it_is_not(rows: list[list[float] | None]) -> None:
+def test_every_vector_is_returned_or_a_reason(rows: list[list[float] | None]) -> None:
     column = FeatureColumn(name="x", modality="image", width=3)
     values = column_values(pa.array(rows, pa.list_(pa.float32())), column)
     for row, value in zip(rows, values, strict=True):
@@ -411,7 +409,7 @@ def test_each_vector_is_returned_or_the_reason_it_is_not(rows: list[list[float] 
 
 
 @given(st.lists(st.none() | st.lists(VECTORS, max_size=4), min_size=1))
-def test_each_sequence_is_returned_or_the_reason_it_is_not(rows: list[list[list[float]] | None]) -> None:
+def test_every_sequence_is_returned_or_a_reason(rows: list[list[list[float]] | None]) -> None:
     column = FeatureColumn(name="x", modality="image", width=3, tokens=True)
     values = column_values(pa.array(rows, pa.list_(pa.list_(pa.float32()))), column)
     for row, value in zip(rows, values, strict=True):

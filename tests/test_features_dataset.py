@@ -84,12 +84,12 @@ def test_an_epoch_is_the_same_for_the_same_seed_and_differs_from_the_next(out: P
 
 
 def test_ranks_and_workers_divide_the_rows(out: Path) -> None:
-    found: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     for rank in range(3):
         part = keys(DataLoader(dataset(out, rank=rank, world_size=3), batch_size=None, num_workers=2))
         assert len(part) == 60
-        found.update(part)
-    assert found == Counter(f"k{row}" for row in range(2 * ROWS))
+        counts.update(part)
+    assert counts == Counter(f"k{row}" for row in range(2 * ROWS))
 
 
 @pytest.mark.parametrize("taken", [0, 1, 5, 13])
@@ -119,7 +119,7 @@ def test_splits_are_by_key_and_divide_the_rows(out: Path) -> None:
         dataset(out, split="train", shares=(0.5, 0.5, 0.5))
 
 
-def test_rows_without_a_caption_are_left_out_and_counted(out: Path, tmp_path: Path) -> None:
+def test_rows_without_a_caption_are_omitted_and_counted(out: Path, tmp_path: Path) -> None:
     (tmp_path / "more.tsv").write_text("key\tcaption\nk1\tone\nk2\ttwo\n")
     places = [
         (Captions(column="caption"), 120, "caption 1"),
@@ -141,7 +141,7 @@ def test_values_are_cast_and_the_last_batch_is_dropped_on_request(out: Path) -> 
     assert batches[0]["image_embedding"].dtype == batches[0]["text_tokens"].dtype == torch.bfloat16
 
 
-def test_a_column_whose_name_states_no_modality_is_read(tmp_path: Path) -> None:
+def test_a_column_without_a_modality_in_its_name_is_read(tmp_path: Path) -> None:
     path = write(tmp_path / "a.parquet", mine=pa.array([[[1.0, 2.0]]] * ROWS, pa.list_(pa.list_(pa.float32(), 2))))
     data = dataset(path, features=["mine"])
     assert (data.features["mine"].modality, data.features["mine"].width) == (None, 2)

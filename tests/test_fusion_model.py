@@ -251,7 +251,7 @@ def test_batched_beam_search_equals_single_beam_search(generator: str) -> None:
 
 
 @pytest.mark.parametrize("generator", GENERATORS)
-def test_greedy_generation_takes_the_most_likely_token(generator: str) -> None:
+def test_greedy_generation_chooses_the_most_likely_token(generator: str) -> None:
     model = tiny_model(generator_kind=generator)
     inputs = tiny_inputs(model)
     written = model.generate(**inputs, max_new_tokens=8)
@@ -409,7 +409,7 @@ def test_wrong_feature_width_error_names_both_widths() -> None:
         model.encode(t5_text_tokens=torch.zeros(2, 65, 6))
 
 
-def test_invalid_inputs_are_refused() -> None:
+def test_invalid_inputs_are_rejected() -> None:
     model = tiny_model()
     with pytest.raises(ModelError, match="input video: the model's sources are image, audio, text"):
         model(labels=tiny_labels(), video=torch.zeros(2, 3))
@@ -482,7 +482,7 @@ def test_configuration_error_names_field_and_expected_values(case: str) -> None:
         tiny_config(sources, **options)
 
 
-def test_unknown_name_in_a_pair_is_refused() -> None:
+def test_unknown_name_in_a_pair_is_rejected() -> None:
     with pytest.raises(ModelError, match="pairs: unknown film; expected some of image, audio, text, fused, caption"):
         tiny_config(pairs=[["image", "film"]]).aligned_pairs()
 

@@ -221,8 +221,8 @@ def test_truncation_is_logged_once_per_source(caplog: pytest.LogCaptureFixture) 
 
 
 def test_wrong_feature_width_error_names_both_widths(processor: FusionProcessor) -> None:
-    for shape, found in (((16,), r"\[16\]"), ((2, 12), r"\[2, 12\]")):
-        with pytest.raises(ModelError, match=rf"features clip_image_embedding: expected shape \[12\], found {found}"):
+    for shape, message in (((16,), r"\[16\]"), ((2, 12), r"\[2, 12\]")):
+        with pytest.raises(ModelError, match=rf"features clip_image_embedding: expected shape \[12\], found {message}"):
             processor([Request(features={"clip_image_embedding": np.zeros(shape, np.float32)})], CPU)
     with pytest.raises(ModelError, match=r"features t5_text_tokens: expected shape \[tokens, 6\], found \[6\]"):
         processor([Request(features={"t5_text_tokens": np.zeros(6, np.float32)})], CPU)

@@ -265,14 +265,14 @@ def test_unsupported_encoder_error_says_what_to_do(case: str, tmp_path: Path) ->
         read_source(save(tmp_path), modality)
 
 
-def test_slow_tokenizer_is_refused(tmp_path: Path) -> None:
+def test_slow_tokenizer_is_rejected(tmp_path: Path) -> None:
     directory = pictures.save_siglip(tmp_path)
     source = SourceConfig.parse("tower", read_source(directory, "text"))
     with pytest.raises(ModelError, match=r"SiglipTokenizer has no tokenizer\.json to save"):
         read_preprocessing(directory, source)
 
 
-def test_images_of_varying_shape_are_refused(tmp_path: Path) -> None:
+def test_images_of_varying_shape_are_rejected(tmp_path: Path) -> None:
     directory = pictures.save_siglip2(tmp_path)
     source = SourceConfig.parse("tower", read_source(directory, "image"))
     with pytest.raises(ModelError, match=r"differ in shape.*mmbeam embed"):
@@ -287,7 +287,7 @@ def test_preprocessing_must_fit_the_encoder(tmp_path: Path) -> None:
         read_preprocessing(directory, SourceConfig.parse("tower", source))
 
 
-def test_weights_of_another_configuration_are_refused(tmp_path: Path) -> None:
+def test_weights_of_another_configuration_are_rejected(tmp_path: Path) -> None:
     source = read_source(pictures.save_vit(tmp_path / "vit"), "image")
     source["model"] = {**source["model"], "hidden_size": 16, "intermediate_size": 8}
     model = FusionModel(tiny_config({"tower": source}, **{"hidden_size": SIZES["hidden_size"]}))

@@ -67,7 +67,7 @@ def test_captions_do_not_depend_on_the_batches(fusion: Path, decoding: Decoding)
     assert len(set(column(together, "caption"))) > 8
 
 
-def test_a_sample_without_any_input_gets_null_and_no_failure(fusion: Path) -> None:
+def test_a_sample_without_inputs_has_a_null_caption_and_no_failure(fusion: Path) -> None:
     result = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
     missing = [position for position, text in enumerate(column(result, "caption")) if text is None]
     assert missing == [7, 15]
@@ -78,7 +78,7 @@ def test_a_sample_without_any_input_gets_null_and_no_failure(fusion: Path) -> No
     assert column(run(generate_stage(str(fusion), decoding=GREEDY), nothing), "caption") == [None, None]
 
 
-def test_a_modality_that_could_not_be_decoded_costs_the_caption(fusion: Path) -> None:
+def test_a_modality_that_cannot_be_decoded_fails_the_caption(fusion: Path) -> None:
     """Its failure is already recorded; a caption without the image would be misleading."""
     broken = replace(make_sample(0), image=None)
     failure = Failure(

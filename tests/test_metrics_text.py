@@ -58,7 +58,7 @@ def streams(cases: Sequence[Case]) -> tuple[list[str], Any]:
 
 
 @given(case_lists)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_corpus_bleu_and_chrf_equal_sacrebleu(cases: list[Case]) -> None:
     cases = [*cases, *CASES]
     scores = corpus_scores(cases, ("bleu", "chrf"))
@@ -67,7 +67,7 @@ def test_corpus_bleu_and_chrf_equal_sacrebleu(cases: list[Case]) -> None:
 
 
 @given(case_lists)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_corpus_rouge_is_the_mean_of_rouge_score(cases: list[Case]) -> None:
     cases = [*cases, *CASES]
     names = ("rouge1", "rouge2", "rougeL")
@@ -79,7 +79,7 @@ def test_corpus_rouge_is_the_mean_of_rouge_score(cases: list[Case]) -> None:
 
 
 @given(st.lists(st.tuples(words, words), min_size=1, max_size=12))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_corpus_error_rates_equal_jiwer(pairs: list[tuple[str, str]]) -> None:
     hypotheses, references = [text for text, _ in pairs], [text for _, text in pairs]
     scores = corpus_scores([(text, [reference]) for text, reference in pairs], ("wer", "cer"))
@@ -142,7 +142,7 @@ def reference_cider(cases: Sequence[tuple[list[str], list[list[str]]]]) -> list[
 
 
 @given(case_lists)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_cider_equals_its_definition(cases: list[Case]) -> None:
     cases = [*cases, *CASES]
     tokens = [(tokenize(text), [tokenize(reference) for reference in references]) for text, references in cases]

@@ -47,7 +47,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     """Three parts of rows with every column: nulls among vectors, tokens and lists of errors; one part has no row."""
     root = tmp_path_factory.mktemp("readers")
     truths = shards.make_truths(11)
-    truths[2] = replace(truths[2], members={"txt": b"no picture"})
+    truths[2] = replace(truths[2], members={"txt": b"no image"})
     truths[3] = replace(truths[3], members={"jpg": b"broken", "txt": "ein Text für ein kaputtes Bild".encode()})
     truths[4] = replace(truths[4], members={"json": b"{}"})
     shards.make_webdataset(root / "in", truths, shards=2)
@@ -67,7 +67,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(data, sorted(rows, key=lambda row: str(row["key"])), request.param)
 
 
-def test_the_rows_hold_the_cases_that_readers_get_wrong(written: Written) -> None:
+def test_the_rows_hold_nulls_and_failures(written: Written) -> None:
     by_key = {row["key"]: row for row in written.rows}
     assert len(list(written.data.iterdir())) == 3
     assert by_key["000002"]["image_embedding"] is None
@@ -90,9 +90,9 @@ def plain(value: Any) -> Any:
     return None if isinstance(value, float) and np.isnan(value) else value
 
 
-def assert_same(found: Rows, written: Written) -> None:
+def assert_same(rows: Rows, written: Written) -> None:
     """Every value is equal; sizes may be floats where a reader has no missing integer."""
-    assert [{name: plain(value) for name, value in row.items()} for row in in_order(found)] == written.rows
+    assert [{name: plain(value) for name, value in row.items()} for row in in_order(rows)] == written.rows
 
 
 def test_pyarrow_dataset_and_table(written: Written) -> None:
@@ -119,8 +119,8 @@ def test_duckdb(written: Written) -> None:
     files = f"{written.data}/*.parquet"
     with duckdb.connect() as connection:
         names = [column[0] for column in connection.sql(f"DESCRIBE FROM '{files}'").fetchall()]
-        found = connection.sql(f"FROM '{files}'").fetchall()
-        assert_same([dict(zip(names, row, strict=True)) for row in found], written)
+        rows = connection.sql(f"FROM '{files}'").fetchall()
+        assert_same([dict(zip(names, row, strict=True)) for row in rows], written)
         first = written.vectors[0]
         nearest = connection.execute(
             f"SELECT key, array_cosine_similarity(image_embedding::FLOAT[{DIM}], ?::FLOAT[{DIM}]) AS alike "
@@ -151,11 +151,11 @@ def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 def test_datasets(written: Written, datasets: Any, tmp_path: Path) -> None:
-    found = datasets.load_dataset(
+    dataset = datasets.load_dataset(
         "parquet", data_files=f"{written.data}/*.parquet", split="train", cache_dir=str(tmp_path / "cache")
     )
-    assert_same(found.to_list(), written)
-    have = found.filter(lambda row: row["image_embedding"] is not None).with_format("torch")
+    assert_same(dataset.to_list(), written)
+    have = dataset.filter(lambda row: row["image_embedding"] is not None).with_format("torch")
     vectors = {row["key"]: row["image_embedding"].tolist() for row in have}
     assert vectors == {row["key"]: row["image_embedding"] for row in written.vectors}
     folder = datasets.load_dataset(str(written.data), split="train", cache_dir=str(tmp_path / "cache"))

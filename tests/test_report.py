@@ -73,7 +73,7 @@ def test_the_rate_is_that_of_the_last_half_minute(ticking: Clock) -> None:
     assert "6,600 samples  10/s" in progress_line(seen)
 
 
-def test_the_time_left_is_that_of_units_like_those_that_are_done(ticking: Clock) -> None:
+def test_the_remaining_time_is_estimated_from_finished_units(ticking: Clock) -> None:
     seen = Progress()
     seen.start(5)
     assert "left" not in progress_line(seen)
@@ -90,12 +90,12 @@ def test_the_time_left_is_that_of_units_like_those_that_are_done(ticking: Clock)
     assert progress_line(seen) == "5/5 units  250 samples  20/s  3 samples failed  1 units FAILED"
 
 
-@pytest.mark.parametrize(("seconds", "said"), [(0.4, "0s"), (59.4, "59s"), (200, "3m20s"), (7530, "2h05m")])
-def test_seconds_as_a_person_says_them(seconds: float, said: str) -> None:
-    assert clock(seconds) == said
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.4, "59s"), (200, "3m20s"), (7530, "2h05m")])
+def test_durations_are_formatted_for_people(seconds: float, text: str) -> None:
+    assert clock(seconds) == text
 
 
-def test_what_workers_elsewhere_commit_is_seen(tmp_path: Path) -> None:
+def test_commits_of_workers_on_other_machines_are_counted(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
     open_run(run)
     write_unit(run, make_unit("a-1")).commit()
@@ -164,7 +164,7 @@ def test_a_terminal_shows_one_line_that_is_rewritten_and_removed() -> None:
     assert max(map(len, lines)) == 39  # cut, or it would wrap and could not be rewritten
 
 
-def test_off_a_terminal_plain_lines_come_and_a_quick_job_has_none() -> None:
+def test_without_a_terminal_progress_is_plain_lines_and_a_short_job_has_none() -> None:
     stream = io.StringIO()
     progress.start(2)
     progress.add(Tally(samples=5))
@@ -179,7 +179,7 @@ def test_off_a_terminal_plain_lines_come_and_a_quick_job_has_none() -> None:
     assert all(line.startswith("0/2 units  5 samples") for line in lines)
 
 
-def test_the_line_comes_from_the_commits_while_this_process_counts_nothing(
+def test_progress_is_read_from_the_commits_if_this_process_has_no_counts(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(module, "POLL_SECONDS", 0.01)
@@ -196,7 +196,7 @@ def test_the_line_comes_from_the_commits_while_this_process_counts_nothing(
     terminal.close()
 
 
-def test_looking_takes_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_polling_takes_at_most_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A store bills the pages of a listing, and of 100,000 units there are 100."""
     looks: list[float] = []
 
@@ -217,7 +217,7 @@ def test_looking_takes_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pyte
 # The summary
 
 
-def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path) -> None:
+def test_the_summary_names_counts_failures_and_paths(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
     open_run(run)
     reports = [write_unit(run, make_unit(f"a-{number}")).commit() for number in range(2)]
@@ -242,7 +242,7 @@ def test_a_summary_says_what_was_done_what_failed_and_where_it_is(tmp_path: Path
     assert text.endswith(f"rows: {tmp_path}/out/data/")
 
 
-def test_a_summary_of_a_run_that_found_all_done_is_short(tmp_path: Path) -> None:
+def test_the_summary_of_a_finished_run_is_short(tmp_path: Path) -> None:
     report = RunReport(
         units_written=0,
         units_kept=4,
@@ -304,8 +304,8 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     assert text.endswith("STOPPED: too many failures")
     clear_stop(run)
     assert listing(run) == before  # looking wrote nothing
-    for each in units[1:]:
-        write_unit(run, each).commit()
+    for unit in units[1:]:
+        write_unit(run, unit).commit()
     text = "\n".join(status_text(output))
     assert "units: 4 planned, 4 committed\n" in text
     assert "FAILED" not in text
@@ -315,14 +315,14 @@ def listing(run: Run) -> dict[str, dict[str, int]]:
     return {folder: run.store.list(folder) for folder in ("data", "failures", "_mmbeam", "_mmbeam/commits")}
 
 
-def test_status_of_a_limited_run_that_has_not_begun(tmp_path: Path) -> None:
+def test_status_of_a_limited_run_before_its_first_commit(tmp_path: Path) -> None:
     open_run(make_run(str(tmp_path / "out"), limit=8))
     text = "\n".join(status_text(str(tmp_path / "out")))
     assert 'options: "limit": 8' in text
     assert "units: 1 planned, 0 committed, 1 to do" in text
 
 
-def test_status_of_a_directory_that_holds_no_run(tmp_path: Path) -> None:
+def test_status_of_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
     with pytest.raises(JobError, match="holds no run"):
         list(status_text(str(tmp_path)))
     assert not list(tmp_path.iterdir())
@@ -331,7 +331,7 @@ def test_status_of_a_directory_that_holds_no_run(tmp_path: Path) -> None:
 # Inspect
 
 
-def test_inspect_says_what_shards_hold(tmp_path: Path) -> None:
+def test_inspect_describes_the_contents_of_shards(tmp_path: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=1)
     text = "\n".join(inspect_text([str(tmp_path / "in")], FieldMap()))
     assert "keys: 000000, 000001, 000002" in text

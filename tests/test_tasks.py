@@ -180,7 +180,9 @@ def test_a_text_follows_its_prefix(models: Models, name: str, options: dict[str,
     ("name", "language", "other"),
     [("m2m_100", "de", "fr"), ("nllb", "deu_Latn", "fra_Latn"), ("mbart", "de_DE", "fr_XX")],
 )
-def test_a_multilingual_model_gets_both_languages(models: Models, name: str, language: str, other: str) -> None:
+def test_the_prompt_of_a_multilingual_model_names_both_languages(
+    models: Models, name: str, language: str, other: str
+) -> None:
     model = models.load(name)
     requests = [
         Request(text=text, task="translate", language=into, source_language=out_of)
@@ -294,11 +296,11 @@ def test_image_and_audio_are_in_the_users_last_turn(models: Models, name: str) -
     content = [[{"type": "text", "text": turn.text}] for turn in DIALOGUE]
     parts = [{"type": kind, kind: value if kind == "image" else value[0]} for kind, value in media.items()]
     content[-1] = [*parts, *content[-1]]
-    messages = [{"role": turn.role, "content": each} for turn, each in zip(DIALOGUE, content, strict=True)]
+    messages = [{"role": turn.role, "content": part} for turn, part in zip(DIALOGUE, content, strict=True)]
     processor: Any = AutoProcessor.from_pretrained(models.saved(name))
     text = processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-    given = {"images" if kind == "image" else "audio": [part[kind]] for part in parts for kind in [part["type"]]}
-    inputs = processor(text=text, add_special_tokens=False, **given)
+    arguments = {"images" if kind == "image" else "audio": [part[kind]] for part in parts for kind in [part["type"]]}
+    inputs = processor(text=text, add_special_tokens=False, **arguments)
     request = Request(turns=DIALOGUE, task="dialogue", **media)
     ids = inputs["input_ids"]
     assert model.prompt(request) == (ids[0] if isinstance(ids[0], list) else torch.as_tensor(ids)[0].tolist())

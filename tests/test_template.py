@@ -74,7 +74,7 @@ def test_a_missing_field_is_named_in_the_error(template: str) -> None:
         parse_template(f"a {template}").fill(VALUES)
 
 
-def test_missing_text_and_missing_metadata_raise_too() -> None:
+def test_missing_text_and_missing_metadata_raise() -> None:
     for template, name in (("{metadata[title]}", "metadata"), ("{text}", "text"), ("{metadata}", "metadata")):
         with pytest.raises(PromptError, match=name):
             parse_template(template).fill({"text": None, "key": "k", "metadata": None})

@@ -222,7 +222,7 @@ def stage_of(directory: Path) -> GenerateStage:
     return generate_stage(str(directory), decoding=GREEDY, task="caption", batch_size=2)
 
 
-def test_a_whole_window_is_enqueued_and_gives_the_same_texts(saved: dict[str, Path]) -> None:
+def test_a_window_is_enqueued_whole_and_yields_the_same_texts(saved: dict[str, Path]) -> None:
     stage, engine = stage_of(saved["qwen2"]), Engine(saved["qwen2"])
     batch = samples_of(TEXTS)
     expected = stage.run(stage.load(), batch)

@@ -1,4 +1,4 @@
-"""The architecture, checked on the syntax tree of every module: who may import what, and who may print.
+"""The architecture, checked on the syntax tree of every module: imports, layers and printing.
 
 An import inside a function, or one for annotations only, counts like any other. Each rule is also run on
 a planted breach, so that none of them is blind.
@@ -60,7 +60,7 @@ class Module:
     @cached_property
     def imports(self) -> list[tuple[str, int]]:
         """Every name that is imported, dotted, with its line."""
-        return [found for node in ast.walk(self.tree) for found in _imported(node)]
+        return [name for node in ast.walk(self.tree) for name in _imported(node)]
 
     @property
     def part(self) -> str:
@@ -119,19 +119,19 @@ def breached_walls(modules: dict[str, Module]) -> list[str]:
 
 def climbs(modules: dict[str, Module]) -> list[str]:
     """Imports that do not go down the floors, parts that no floor names, and relative imports."""
-    found = []
+    breaches = []
     for module in modules.values():
-        found += [f"{module.name}:{line} is a relative import" for name, line in module.imports if name[0] == "."]
+        breaches += [f"{module.name}:{line} is a relative import" for name, line in module.imports if name[0] == "."]
         if not _within(module.name, "mmbeam"):
             continue
         if module.part not in FLOOR_OF:
-            found.append(f"{module.name} is on no floor; add {module.part} to FLOORS")
+            breaches.append(f"{module.name} is on no floor; add {module.part} to FLOORS")
             continue
         for name, line in inner_imports(module, modules):
-            own, other = FLOOR_OF[module.part], FLOOR_OF.get(_part(name), len(FLOORS))
-            if other >= own and _part(name) != module.part:
-                found.append(f"{module.name}:{line} imports {name}, which is not below it")
-    return found
+            floor, imported_floor = FLOOR_OF[module.part], FLOOR_OF.get(_part(name), len(FLOORS))
+            if imported_floor >= floor and _part(name) != module.part:
+                breaches.append(f"{module.name}:{line} imports {name}, which is not below it")
+    return breaches
 
 
 def cycle(modules: dict[str, Module]) -> list[str]:
@@ -186,9 +186,9 @@ CHECKS: tuple[Check, ...] = (breached_walls, climbs, cycle, long_chains, future_
 
 @pytest.fixture(scope="module")
 def modules() -> dict[str, Module]:
-    found = read_modules(ROOT)
-    assert {"mmbeam.types", "mmbeam.config", "mmbeam.corpus.scene"} <= set(found)
-    return found
+    modules = read_modules(ROOT)
+    assert {"mmbeam.types", "mmbeam.config", "mmbeam.corpus.scene"} <= set(modules)
+    return modules
 
 
 @pytest.mark.parametrize("check", CHECKS)
@@ -222,7 +222,7 @@ def test_the_tree_keeps_the_rule(check: Check, modules: dict[str, Module]) -> No
         (prints, {"pipelines/embed.py": "import sys\nsys.stdout.write('1')"}),
     ],
 )
-def test_the_rule_sees_a_breach(check: Check, files: dict[str, str], tmp_path: Path) -> None:
+def test_a_forbidden_import_is_reported(check: Check, files: dict[str, str], tmp_path: Path) -> None:
     for name, source in files.items():
         path = tmp_path / name
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -37,8 +37,8 @@ def count(unit: WorkUnit, tell: Tell) -> UnitReport:
 class OddError(Exception):
     """An error that cannot be pickled."""
 
-    def __init__(self, what: str, why: str) -> None:
-        super().__init__(f"{what}: {why}")
+    def __init__(self, subject: str, reason: str) -> None:
+        super().__init__(f"{subject}: {reason}")
 
 
 def fail(unit: WorkUnit, tell: Tell) -> UnitReport:
@@ -47,7 +47,7 @@ def fail(unit: WorkUnit, tell: Tell) -> UnitReport:
     if unit.id == "odd":
         raise OddError("it", "is odd")
     if unit.id == "quit":
-        sys.exit("a library gives up")
+        sys.exit("a library exits")
     if unit.id == "die":
         os.kill(os.getpid(), signal.SIGKILL)
     if unit.id == "exit":
@@ -134,7 +134,7 @@ def test_no_units_yield_no_reports(counting: tuple[Workers, set[int]]) -> None:
 
 
 def test_a_slow_unit_delays_no_other(tmp_path: Path) -> None:
-    """The other process does all nine other units: none may be assigned to the slow one's beforehand."""
+    """The fast process does all nine other units: none is assigned to the slow process beforehand."""
     work = Slow(tmp_path, others=9)
     with Workers([work, work], threads=[1, 1], units_per_process=1) as workers:
         reports = list(workers.do([unit("slow"), *map(unit, "abcdefghi")], lambda _: None))
@@ -148,7 +148,7 @@ def test_a_slow_unit_delays_no_other(tmp_path: Path) -> None:
     [
         ("device", DeviceError, "^cuda:1: lost"),
         ("odd", JobError, "^OddError: it: is odd"),
-        ("quit", JobError, "^SystemExit: a library gives up"),
+        ("quit", JobError, "^SystemExit: a library exits"),
         ("die", JobError, r"worker process \d+ was killed by SIGKILL, .* reduce `workers`. Run the same command again"),
         ("exit", JobError, r"worker process \d+ ended with status 7. Run the same command again"),
     ],
