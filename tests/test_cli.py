@@ -52,7 +52,7 @@ Mmbeam = Callable[..., Result]
 
 @pytest.fixture
 def mmbeam(capfd: pytest.CaptureFixture[str]) -> Mmbeam:
-    """The command line in this process, with all output to both file descriptors."""
+    """Run the command line in this process and capture both file descriptors."""
 
     def call(*args: str | Path) -> Result:
         status = main([str(arg) for arg in args])
@@ -84,7 +84,7 @@ def check_error(result: Result, status: int, *words: str) -> None:
         assert word in result.err
 
 
-# Good runs
+# Successful runs
 
 
 def test_a_successful_run_prints_its_summary_on_stdout_and_nothing_on_stderr(embed: Mmbeam, tmp_path: Path) -> None:
@@ -153,7 +153,7 @@ def test_a_shard_that_is_not_a_tar_file_fails_only_its_unit(embed: Mmbeam, good:
 
 
 def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbeam, tmp_path: Path) -> None:
-    """Beam prints a traceback of ninety lines past all logging: it must not come through."""
+    """Beam prints a traceback of ninety lines without logging; it must be suppressed."""
     truths = [replace(truth, members={"jpg": b"none"}) for truth in shards.make_truths(120)]
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
     result = embed("--input", tmp_path / "in")
@@ -162,7 +162,7 @@ def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbea
     assert "STOPPED: 120 of 120 samples" in mmbeam("status", tmp_path / "out").out
 
 
-# Refused before anything is written
+# Errors before anything is written
 
 
 def test_no_shard_matches(embed: Mmbeam, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ TSV = "key\ttext\n1\ta cat\n2\tein Hund, groß\n".encode()
 
 
 def both(path: Path) -> tuple[list[str | None], dict[str, Any]]:
-    """The captions and the references that a file holds for the keys of ROWS."""
+    """Return the captions and the references of a file for the keys of ROWS."""
     reader = CaptionReader(Captions(file=str(path), file_caption="text"))
     return reader.of(pa.record_batch({"key": [key for key, _ in ROWS]})), dict(
         ReferenceFile(url=str(path), field="text").load()

@@ -1,4 +1,4 @@
-"""The data loader of pre-computed features: every row once, in any division, resumable, with captions and splits."""
+"""The data loader of features: every row once over ranks and workers, resumable, with captions and splits."""
 
 import json
 from collections import Counter
@@ -23,7 +23,7 @@ def tokens_of(row: int) -> list[list[float]] | None:
 
 
 def write(path: Path, first: int = 0, width: int = 3, **changes: Any) -> Path:
-    """Rows whose values state their number; every fifth vector and every seventh sequence is missing."""
+    """Make rows with their number as values; every fifth vector and every seventh sequence is null."""
     rows = range(first, first + ROWS)
     columns = {
         "key": [f"k{row}" for row in rows],

@@ -1,4 +1,4 @@
-"""The parts of a tar: if they join, they hold each sample once, in order, as the whole tar does.
+"""The parts of a tar: if they join, they hold every sample once, in the order of the tar.
 
 The parts of any tar join unless a part is misled by a member that is itself a tar, or cannot find or interpret headers.
 """
@@ -30,7 +30,7 @@ def whole(data: bytes) -> list[RawSample]:
 
 
 def plain(sample: RawSample) -> RawSample:
-    """The sample without `repeated`, which is counted per input."""
+    """Return the sample without `repeated`, which is counted per input."""
     return replace(sample, repeated=False)
 
 
@@ -49,7 +49,7 @@ def read_part(data: bytes, source: Input) -> tuple[list[RawSample], InputRead]:
 
 
 def in_parts(data: bytes, cuts: Cuts) -> tuple[list[RawSample], bool]:
-    """The samples of all parts, and whether the parts join."""
+    """Return the samples of all parts, and whether the parts join."""
     parts = [read_part(data, source) for source in inputs_of(cuts)]
     return [sample for samples, _ in parts for sample in samples], parts_join(read for _, read in parts)
 
@@ -62,11 +62,11 @@ FORMATS = st.sampled_from([tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX
 
 @st.composite
 def files(draw: st.DrawFn) -> bytes:
-    """A member of a sample, with the extended headers that a long or non-ASCII name needs."""
+    """Draw a member, with the extended headers that a long or non-ASCII name needs."""
     name = f"{draw(KEYS)}.{draw(FIELDS)}"
     try:
         return member_bytes(name, bytes([draw(st.integers(0, 255))]) * draw(SIZES), draw(FORMATS))
-    except ValueError:  # too long a name for ustar
+    except ValueError:  # the name is too long for ustar
         return member_bytes(name, b"", tarfile.PAX_FORMAT)
 
 
@@ -80,12 +80,12 @@ OTHERS = st.sampled_from(
 )
 TROUBLE = st.one_of(
     st.just(b"\xff" * 512),
-    st.just(bytes(512)),  # an end mark inside the tar
+    st.just(bytes(512)),  # an end-of-archive block inside the tar
     st.just(bytes(1024)),
     st.binary(min_size=512, max_size=512),
     st.just(tarfile.TarInfo.create_pax_global_header({"comment": "harmless"})),
     st.just(tarfile.TarInfo.create_pax_global_header({"path": "all.jpg"})),
-    st.just(tarfile.TarInfo("v7.jpg").tobuf()[:257] + bytes(255)),  # whose checksum is wrong
+    st.just(tarfile.TarInfo("v7.jpg").tobuf()[:257] + bytes(255)),  # with an invalid checksum
 )
 CUTS = st.lists(st.integers(1, 40_000), max_size=6)
 PLAIN = st.lists(st.one_of(files(), files(), files(), OTHERS), max_size=25).map(b"".join)
@@ -93,7 +93,7 @@ PLAIN = st.lists(st.one_of(files(), files(), files(), OTHERS), max_size=25).map(
 
 @st.composite
 def nested(draw: st.DrawFn) -> bytes:
-    """A member that is a tar, with or without its end."""
+    """Draw a member that is a tar, with or without its end-of-archive marker."""
     data = draw(PLAIN) + draw(st.sampled_from([b"", bytes(1024)]))
     return member_bytes(f"{draw(KEYS)}.{draw(st.sampled_from(['jpg', 'tar']))}", data)
 
@@ -104,7 +104,7 @@ ENDS = st.sampled_from([b"", bytes(512), bytes(1024), bytes(1024) + member_bytes
 
 @pytest.fixture(params=[0, 1024, 4096], autouse=True, scope="module")
 def look_back(request: pytest.FixtureRequest) -> Iterator[None]:
-    """A reader that looks back far would read small tars from their beginning."""
+    """Look back over few bytes, because otherwise small tars are read from their beginning."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tar_reader, "LOOK_BACK", request.param)
         yield
@@ -142,7 +142,7 @@ def test_parts_behind_the_first_never_fail(tar: bytes, cuts: Cuts) -> None:
 
 
 def joins_of_every_cut(data: bytes) -> set[bool]:
-    """Whether the parts join, over each single cut, on block edges and beside them. Those that join are whole."""
+    """Return whether the parts join, for every cut at and beside block edges; check the samples of those that do."""
     expected = whole(data)
     joins = set()
     for block in range(512, len(data), 512):
@@ -203,7 +203,7 @@ def test_parts_without_headers(packed: bool) -> None:
         ([(0, None)], True),
         ([(0, 1024), (1024, 2048), (2048, None)], True),
         ([(0, 1024), (None, None), (1024, None)], True),  # a part inside a large member
-        ([(0, 1024), (1024, 1024), (1024, None)], True),  # a part whose samples all belong to the part before
+        ([(0, 1024), (1024, 1024), (1024, None)], True),  # all samples belong to the previous part
         ([(0, None), (None, None)], True),
         ([(0, 1024)], False),
         ([(0, 1024), (None, None)], False),
@@ -233,7 +233,9 @@ def test_parts_within_a_large_member_are_not_buffered() -> None:
         inside, last = inputs_of([4 << 20, 12 << 20])[1:]
         assert read_part(data, inside) == ([], InputRead())
         samples, _ = read_part(data, last)
-        assert [sample.key for sample in samples] == ["c"]  # the first behind the cut belongs to the part before
+        assert [sample.key for sample in samples] == [
+            "c"
+        ]  # the first sample after the cut belongs to the previous part
         assert tracemalloc.get_traced_memory()[1] < (3 << 20)
     finally:
         tracemalloc.stop()

@@ -1,4 +1,4 @@
-"""The rows of a real run, opened by each reader as its users do: the same keys, vectors and nulls.
+"""The rows of a real run in every reader, opened as its users do: the same keys, vectors and nulls.
 
 The expectation is what pyarrow reads; test_embed_job checks what a run writes. Every reader opens OUT/data: from OUT,
 `datasets` would also read the Parquet of OUT/failures and the JSON of OUT/_mmbeam.
@@ -67,7 +67,7 @@ def written(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
     return Written(data, sorted(rows, key=lambda row: str(row["key"])), request.param)
 
 
-def test_the_rows_hold_nulls_and_failures(written: Written) -> None:
+def test_the_rows_hold_nulls_failures_and_an_empty_part(written: Written) -> None:
     by_key = {row["key"]: row for row in written.rows}
     assert len(list(written.data.iterdir())) == 3
     assert by_key["000002"]["image_embedding"] is None
@@ -82,7 +82,7 @@ def in_order(rows: Rows) -> Rows:
 
 
 def plain(value: Any) -> Any:
-    """A reader's value as plain Python: NumPy arrays as lists, missing values of pandas and NumPy as None."""
+    """Convert a value to plain Python: NumPy arrays to lists, missing values of pandas and NumPy to None."""
     if isinstance(value, np.ndarray | list):
         return [plain(element) for element in value]
     if isinstance(value, np.generic):
@@ -91,7 +91,7 @@ def plain(value: Any) -> Any:
 
 
 def assert_same(rows: Rows, written: Written) -> None:
-    """Every value is equal; sizes may be floats where a reader has no missing integer."""
+    """Compare all values; sizes may be floats in a reader without nullable integers."""
     assert [{name: plain(value) for name, value in row.items()} for row in in_order(rows)] == written.rows
 
 
@@ -142,7 +142,7 @@ def test_polars(written: Written) -> None:
 
 @pytest.fixture
 def datasets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Hugging Face's library, offline, with a cache for this test."""
+    """The library `datasets`, offline, with a cache for this test."""
     monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
     import datasets
@@ -163,7 +163,7 @@ def test_datasets(written: Written, datasets: Any, tmp_path: Path) -> None:
 
 
 def test_torch(written: Written) -> None:
-    """From Arrow's buffer: [samples, dim], without a copy per row."""
+    """Arrow's buffer becomes an array [samples, dim] without a copy per row."""
     table = ds.dataset(written.data).to_table(filter=ds.field("image_embedding").is_valid()).sort_by("key")
     flat = table["image_embedding"].combine_chunks().flatten().to_numpy()
     vectors = torch.tensor(flat).view(len(table), -1)

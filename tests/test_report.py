@@ -1,4 +1,4 @@
-"""What a person sees of a run: the progress line on a real terminal and off it, the summary, the status."""
+"""The progress line with and without a terminal, the summary, the status, and `inspect`."""
 
 import fcntl
 import io
@@ -42,7 +42,7 @@ def unit(samples: int, status: Any = "written", name: str = "a") -> UnitReport:
 
 
 class Clock:
-    """Stands in the place of time.monotonic."""
+    """Replaces time.monotonic."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -120,7 +120,7 @@ def fresh_progress() -> Iterator[None]:
 
 
 class Terminal:
-    """A pseudo-terminal of 40 columns, and what a person would have seen on it."""
+    """A pseudo-terminal of 40 columns, and the text that it shows."""
 
     def __init__(self) -> None:
         self.master, slave = os.openpty()
@@ -161,7 +161,7 @@ def test_a_terminal_shows_one_line_that_is_rewritten_and_removed() -> None:
     lines = terminal.seen.split("\r\x1b[K")
     assert "\n" not in terminal.seen
     assert (lines[0], lines[-1]) == ("", "")
-    assert max(map(len, lines)) == 39  # cut, or it would wrap and could not be rewritten
+    assert max(map(len, lines)) == 39  # truncated: a wrapped line cannot be rewritten
 
 
 def test_without_a_terminal_progress_is_plain_lines_and_a_short_job_has_none() -> None:
@@ -186,7 +186,7 @@ def test_progress_is_read_from_the_commits_if_this_process_has_no_counts(
     run = make_run(str(tmp_path / "out"))
     terminal = Terminal()
     with ProgressLine(str(tmp_path / "out"), terminal.stream, seconds=0.01):
-        progress.start(2)  # and the output is not there yet
+        progress.start(2)  # before the output exists
         terminal.wait_for("0/2 units")
         open_run(run)
         write_unit(run, make_unit("a-1")).commit()
@@ -197,7 +197,7 @@ def test_progress_is_read_from_the_commits_if_this_process_has_no_counts(
 
 
 def test_polling_takes_at_most_a_hundredth_of_the_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A store bills the pages of a listing, and of 100,000 units there are 100."""
+    """A store bills every page of a listing; 100,000 units are 100 pages."""
     looks: list[float] = []
 
     class Slow(Committed):
@@ -261,7 +261,7 @@ def test_the_summary_of_a_finished_run_is_short(tmp_path: Path) -> None:
 
 
 def test_a_summary_of_an_unknown_number_of_workers_has_no_utilisation(tmp_path: Path) -> None:
-    """Ten GPUs elsewhere compute for longer than the job takes."""
+    """Ten GPUs on other machines compute for longer than the job takes."""
     run = make_run(str(tmp_path / "out"))
     open_run(run)
     report = write_summary(run, [write_unit(run, make_unit("a-1")).commit()], 2.0, devices=None)
@@ -303,7 +303,7 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     text = "\n".join(status_text(output))
     assert text.endswith("STOPPED: too many failures")
     clear_stop(run)
-    assert listing(run) == before  # looking wrote nothing
+    assert listing(run) == before  # status writes nothing
     for unit in units[1:]:
         write_unit(run, unit).commit()
     text = "\n".join(status_text(output))

@@ -1,4 +1,4 @@
-"""Reading a shard on after faults: a web server that cuts connections, a store that fails on purpose."""
+"""Reading a shard despite faults: a web server that cuts connections, and a store that fails."""
 
 import io
 import logging
@@ -41,8 +41,8 @@ class Web:
     etag: str | None = '"one"'
     cut_after: int | None = None  # bytes of a body, at `cuts` requests
     cuts: int = 0
-    statuses: list[int] = field(default_factory=list)  # of the next GET requests, instead of an answer
-    always: int | None = None  # the status of every answer
+    statuses: list[int] = field(default_factory=list)  # of the next GET requests, instead of a response
+    always: int | None = None  # the status of every response
     requests: list[str] = field(default_factory=list)
 
 
@@ -69,7 +69,7 @@ def handler(web: Web) -> type[BaseHTTPRequestHandler]:
             if web.cut_after is not None and web.cuts and len(body) > web.cut_after:
                 web.cuts -= 1
                 body = body[: web.cut_after]
-            with suppress(ConnectionError):  # the reader had what it wanted
+            with suppress(ConnectionError):  # the reader closed the connection
                 self.wfile.write(body)
             return None
 
@@ -120,7 +120,7 @@ class TestHttp:
         assert ends[-1] == len(DATA)
 
     def test_cut_connections(self) -> None:
-        """A server that lets no answer of more than 180,000 bytes through, and one that cuts now and then."""
+        """A server that cuts every response after 180,000 bytes, and one that cuts some."""
         with serve(Web(cut_after=180_000, cuts=10**9)) as shard:
             assert read_all(shard, 30_000) == DATA
         with serve(web := Web(cut_after=300_000, cuts=0)) as shard, open_shard(shard, waits=NO_WAIT) as stream:
@@ -135,7 +135,7 @@ class TestHttp:
 
     @pytest.mark.parametrize("sizes", [True, False])
     def test_server_without_ranges_that_cuts(self, sizes: bool) -> None:
-        """Without a length either, the end of a cut connection looks like the end of the shard."""
+        """Without a length, a cut connection looks like the end of the shard."""
         with serve(Web(ranges=False, sizes=sizes, cut_after=1_500_000, cuts=2 if sizes else 0)) as shard:
             assert read_all(shard) == DATA
 
@@ -187,7 +187,7 @@ class TestHttp:
     def test_refused_from_the_start(self, status: int, error: type[Exception]) -> None:
         with serve(web := Web(always=status)) as shard, pytest.raises(error) as raised:
             read_all(shard)
-        assert len(web.requests) == 1  # no second try
+        assert len(web.requests) == 1  # no retry
         assert "SECRET" not in str(raised.value)
 
     def test_listing_asks_for_sizes(self) -> None:
@@ -197,7 +197,7 @@ class TestHttp:
 
 
 class Flaky(AbstractFileSystem):
-    """A store whose objects are in a dictionary, and whose requests fail as `faults` says, in order."""
+    """A store in a dictionary, whose requests fail in the order of `faults`."""
 
     protocol = "flaky"
     cachable = False

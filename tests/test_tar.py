@@ -143,7 +143,7 @@ class TestGrouping:
 
     @pytest.mark.parametrize("format", ["gnu", "pax"])
     def test_offset_is_that_of_the_first_header(self, format: str) -> None:
-        """A reader that begins at a sample's offset finds that sample first."""
+        """A reader that begins at the offset of a sample returns that sample first."""
         data = write([("a.jpg", b"1" * 700), ("ü" * 120 + ".jpg", b"2"), ("ü" * 120 + ".txt", b"3")], format)
         samples = read(data)
         assert [sample.offset for sample in samples] == [0, 512 + 1024]
@@ -164,7 +164,7 @@ class TestGrouping:
             )
             for kind in kinds:
                 tar.addfile(info("a.txt", type=kind, linkname="/etc/passwd"))
-            tar.addfile(info("a.png", b"2", type=b"Z"), io.BytesIO(b"2"))  # of no known type
+            tar.addfile(info("a.png", b"2", type=b"Z"), io.BytesIO(b"2"))  # an unknown type
             tar.addfile(info("a.json", b"3", type=tarfile.CONTTYPE), io.BytesIO(b"3"))
         assert content(read(buffer.getvalue())) == [("a", {"jpg": b"1", "json": b"3"})]
 
@@ -250,7 +250,7 @@ class TestLimits:
 
     @pytest.mark.parametrize("kind", [b"x", b"L", b"g"])
     def test_extension_header(self, kind: bytes) -> None:
-        """The name of its member is unknown: the damage counts for the sample before, and reading continues."""
+        """The name of the member is unknown: the damage counts for the previous sample, and reading continues."""
         size = 2 << 20
         data = (
             write([("a.jpg", b"1")], end=False)
@@ -271,7 +271,7 @@ class TestLimits:
 
     def test_memory_does_not_depend_on_the_tar(self) -> None:
         class Endless(io.RawIOBase):
-            """The same 3 MB of samples again and again, 300 MB in all."""
+            """The same 3 MB of samples, repeated to 300 MB."""
 
             def __init__(self) -> None:
                 self.blocks = 100

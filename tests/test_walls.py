@@ -92,7 +92,7 @@ def _within(name: str, package: str) -> bool:
 
 
 def read_modules(root: Path) -> dict[str, Module]:
-    """Every module of mmbeam and pipelines, by its dotted name."""
+    """Parse every module of mmbeam and pipelines, by dotted name."""
     modules = {}
     for path in sorted([*root.glob("mmbeam/**/*.py"), *root.glob("pipelines/**/*.py")]):
         name = ".".join(path.relative_to(root).with_suffix("").parts).removesuffix(".__init__")
@@ -118,7 +118,7 @@ def breached_walls(modules: dict[str, Module]) -> list[str]:
 
 
 def climbs(modules: dict[str, Module]) -> list[str]:
-    """Imports that do not go down the floors, parts that no floor names, and relative imports."""
+    """Return the imports that do not go down the floors, the parts without a floor, and the relative imports."""
     breaches = []
     for module in modules.values():
         breaches += [f"{module.name}:{line} is a relative import" for name, line in module.imports if name[0] == "."]
@@ -135,7 +135,7 @@ def climbs(modules: dict[str, Module]) -> list[str]:
 
 
 def cycle(modules: dict[str, Module]) -> list[str]:
-    """The modules of one import cycle, empty if there is none."""
+    """Return the modules of an import cycle; empty without a cycle."""
     graph = {name: {other for other, _ in inner_imports(module, modules)} for name, module in modules.items()}
     try:
         TopologicalSorter(graph).prepare()
@@ -145,7 +145,7 @@ def cycle(modules: dict[str, Module]) -> list[str]:
 
 
 def long_chains(modules: dict[str, Module]) -> list[str]:
-    """The longest chain of imports, if it has more than MAX_CHAIN modules. Not for a graph with cycles."""
+    """Return the longest chain of imports if it exceeds MAX_CHAIN modules. The graph must have no cycle."""
     graph = {name: {other for other, _ in inner_imports(module, modules)} for name, module in modules.items()}
     chains: dict[str, list[str]] = {}
     try:
@@ -169,7 +169,7 @@ def future_annotations(modules: dict[str, Module]) -> list[str]:
 
 
 def prints(modules: dict[str, Module]) -> list[str]:
-    """Calls of print, and sys.stdout, outside the command line."""
+    """Return the uses of print and sys.stdout outside the command line."""
     return [
         f"{module.name}:{node.lineno}"
         for module in modules.values()

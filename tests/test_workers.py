@@ -86,14 +86,14 @@ def _refuse() -> object:
 
 
 def children() -> set[int]:
-    """The processes that this process started and that are alive."""
+    """Return the ids of the living child processes."""
     pids = {int(pid) for path in Path("/proc/self/task").glob("*/children") for pid in path.read_text().split()}
     return {pid for pid in pids if exists(pid)}
 
 
 @contextmanager
 def started(workers: Workers) -> Iterator[tuple[Workers, set[int]]]:
-    """The workers, and their process ids."""
+    """Start the workers; yield them and their process ids."""
     before = children()
     with workers:
         yield workers, children() - before
@@ -113,7 +113,7 @@ def test_every_unit_is_done_once_and_all_processes_do_some(
     assert sorted(report.unit for report in reports) == sorted(f"u{number}" for number in range(20))
     assert sum(counts, Tally()).samples == 20
     assert {report.batch_plan["pid"] for report in reports} == counting[1]
-    assert capfd.readouterr().out == ""  # stdout is the command's output, and may be a pipe
+    assert capfd.readouterr().out == ""  # stdout holds the output of the command
 
 
 def test_each_process_has_the_thread_count_of_its_cores_in_the_environment(counting: tuple[Workers, set[int]]) -> None:
