@@ -38,7 +38,7 @@ def sample(without: str = "", metadata: str | None = METADATA) -> Sample:
 
 
 def instruct(task: Task = "caption", prompt: str | None = None) -> Instruction:
-    return Instruction(task=task, prompt=None if prompt is None else parse_template(prompt))
+    return Instruction(task=task, template=None if prompt is None else parse_template(prompt))
 
 
 def held(request: Request) -> set[str]:

@@ -46,7 +46,7 @@ requests += [Request(image=images[1]), Request(text="say a word"), Request(text=
 model = hub.load_tiny(Path(sys.argv[1]))
 hub.check_scores(model, requests, hub.check_batches(model, requests))
 hub.check_batches(model, requests, num_beams=2)
-words = model.prompt(Request(image=images[0], text="a<image>b"))
+words = model.encode_prompt(Request(image=images[0], text="a<image>b"))
 assert words.count(model.model.config.image_token_id) == model.tokens
 sys.exit(main(sys.argv[2:]))
 """  # the checks of every family, then a command

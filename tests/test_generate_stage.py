@@ -139,7 +139,7 @@ def test_out_of_memory_halves_the_batch_and_is_counted(fusion: Path, monkeypatch
     change(monkeypatch, limited)
     halved = run(generate_stage(str(fusion), decoding=GREEDY), every_subset())
     assert column(halved, "caption") == column(whole, "caption")
-    assert halved.tally.warnings["batches halved for lack of memory"] >= 3
+    assert halved.tally.warnings["batches halved because memory ran out"] >= 3
     assert not halved.failures
 
 
@@ -405,7 +405,7 @@ def test_files_that_changed_since_launch_are_not_loaded(tmp_path: Path) -> None:
     stage = generate_stage(str(save_fusion(tmp_path)), decoding=GREEDY)
     config = json.loads((tmp_path / "config.json").read_text())
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match="found other ones"):
+    with pytest.raises(ModelError, match="found different files"):
         stage.load()
 
 

@@ -120,7 +120,7 @@ def test_longer_prompts_weigh_more(model: Generator, name: str) -> None:
 def test_special_tokens_in_a_text_are_words(model: Generator, name: str, special: str) -> None:
     attack, plain = (Request(image=IMAGES[0], text=text) for text in (f"a {special} b", "a b"))
     token = AutoTokenizer.from_pretrained(model.spec.directory).convert_tokens_to_ids(special)
-    ids, others = (model.prompt(request) for request in (attack, plain))  # type: ignore[attr-defined]
+    ids, others = (model.encode_prompt(request) for request in (attack, plain))  # type: ignore[attr-defined]
     assert ids.count(token) == others.count(token)
     assert len(ids) > len(others)
 
@@ -135,7 +135,7 @@ def test_an_image_token_in_a_text_is_dropped_even_if_not_declared_special(tmp_pa
     file.write_text(json.dumps(content))
     model: Any = hub.load_tiny(directory)
     assert image["id"] == model.model.config.image_token_index
-    ids = model.prompt(Request(image=IMAGES[0], text="a <image> b"))
+    ids = model.encode_prompt(Request(image=IMAGES[0], text="a <image> b"))
     assert ids.count(image["id"]) == 4
 
 
@@ -173,8 +173,8 @@ def test_florence_prompts_are_the_questions_of_its_tasks(saved: dict[str, Path])
         "how many": "how many",
     }
     for text, words in questions.items():
-        assert words in model.tokenizer.decode(model.prompt(Request(image=IMAGES[0], text=text)))
-    ids = model.prompt(Request(image=IMAGES[0], task="transcribe"))
+        assert words in model.tokenizer.decode(model.encode_prompt(Request(image=IMAGES[0], text=text)))
+    ids = model.encode_prompt(Request(image=IMAGES[0], task="transcribe"))
     assert "text in the image" in model.tokenizer.decode(ids)
 
 

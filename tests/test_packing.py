@@ -13,7 +13,7 @@ from mmbeam.models.generators.base import Generator
 from mmbeam.models.placement import classify
 from mmbeam.prompts.ask import Decoding, GeneratorSpec, Request
 from mmbeam.stages.generate import plan_batches
-from mmbeam.stages.packing import pack, run_packed
+from mmbeam.stages.packing import pack, run_batches
 
 weights = st.lists(st.integers(1, 500), max_size=80)
 
@@ -105,13 +105,13 @@ def test_bad_items_fail_alone(bad: list[bool], size: int, memory: int) -> None:
         return [number for number, _ in items]
 
     items = list(enumerate(bad))
-    packed = run_packed(items, pack([1] * len(items), size), call, known_good=lambda: (-1, False))
-    done = {number for positions, result in packed.done for number in result}
-    for positions, result in packed.done:
+    results = run_batches(items, pack([1] * len(items), size), call, known_good=lambda: (-1, False))
+    done = {number for positions, result in results.done for number in result}
+    for positions, result in results.done:
         assert positions == result
     assert done == {number for number, is_bad in items if not is_bad}
-    assert set(packed.failed) == {number for number, is_bad in items if is_bad}
-    assert (packed.splits["memory"] > 0) == any(len(batch) > memory for batch in pack([1] * len(items), size))
+    assert set(results.failed) == {number for number, is_bad in items if is_bad}
+    assert (results.splits["memory"] > 0) == any(len(batch) > memory for batch in pack([1] * len(items), size))
 
 
 def test_a_device_error_is_raised() -> None:
@@ -119,7 +119,7 @@ def test_a_device_error_is_raised() -> None:
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
     with pytest.raises(RuntimeError, match="illegal memory access"):
-        run_packed([1, 2], [[0, 1]], call, known_good=lambda: 0)
+        run_batches([1, 2], [[0, 1]], call, known_good=lambda: 0)
 
 
 def test_a_model_that_fails_on_a_good_input_is_a_device_error() -> None:
@@ -127,7 +127,7 @@ def test_a_model_that_fails_on_a_good_input_is_a_device_error() -> None:
         raise ValueError("mat1 and mat2 shapes cannot be multiplied")
 
     with pytest.raises(DeviceError, match="known to be good"):
-        run_packed([1, 2], [[0, 1]], call, known_good=lambda: 0)
+        run_batches([1, 2], [[0, 1]], call, known_good=lambda: 0)
 
 
 @pytest.mark.parametrize(

@@ -113,28 +113,28 @@ def test_the_first_task_of_a_model_is_its_default(models: Models, name: str, tas
         ),
         ("whisper-en", {"task": "translate"}, "expected one that whisper supports: transcribe"),
         ("pegasus", {"task": "dialogue"}, "expected one that pegasus supports: summarize"),
-        ("whisper", {"prompt": "{text}"}, "`prompt`: whisper takes no prompt"),
+        ("whisper", {"prompt": "{text}"}, "`prompt`: whisper has no prompt option"),
         ("qwen2", {"task": "dialogue", "prompt": "{text}"}, "a dialogue takes its turns from {metadata[messages]}"),
-        ("t5", {"prompt": "tell me"}, "the same for every sample"),
+        ("t5", {"prompt": "tell me"}, "every sample would get the same "),
         ("qwen2", {"prompt": "{x}"}, "column 1: expected {text}"),
-        ("florence2", {"language": "de"}, "`language` de: florence2 takes none"),
-        ("marian", {"language": "de"}, "marian takes none"),
+        ("florence2", {"language": "de"}, "`language` de: florence2 has no language option"),
+        ("marian", {"language": "de"}, "marian has no language option"),
         ("t5", {"task": "translate"}, "`language`: required for translation"),
-        ("t5", {"task": "summarize", "language": "de"}, "t5 takes none"),
-        ("nllb", {}, "m2m_100 needs one of ace_Arab, "),
+        ("t5", {"task": "summarize", "language": "de"}, "t5 has no language option"),
+        ("nllb", {}, "m2m_100 requires one of ace_Arab, "),
         ("nllb", {"language": "deu_latn"}, "`language` deu_latn: expected one of deu_Latn"),
         ("nllb", {"language": "zho"}, "expected one of "),
         ("nllb", {"language": "fra_Latn", "source_language": "klingon"}, "`source_language` klingon"),
-        ("marian-many", {}, "marian needs one of deu, fra"),
+        ("marian-many", {}, "marian requires one of deu, fra"),
         ("marian-many", {"language": "a"}, "expected one of "),
         (
             "marian-many",
             {"language": "deu", "source_language": "fra"},
-            "marian takes none",
+            "marian has no language option",
         ),
         ("whisper", {"language": "fr"}, "one of en, de"),
         ("whisper", {"language": "de", "source_language": "en"}, "and no `source_language`"),
-        ("whisper-en", {"language": "de"}, "whisper takes none"),
+        ("whisper-en", {"language": "de"}, "whisper has no language option"),
         ("qwen2", {"prompt": "{text}", "language": "de"}, "name the language in the prompt"),
         ("qwen2", {"language": "de"}, "name the language in the prompt"),
         ("qwen2_5_vl", {"source_language": "de"}, "only for `task` translate"),
@@ -265,11 +265,11 @@ def test_a_model_without_a_template_continues_a_text(models: Models, task: Task,
 def test_voxtral_transcribes_in_its_own_mode(models: Models) -> None:
     model = models.load("voxtral")
     [transcribe] = model.tokenizer.ids_of(["[TRANSCRIBE]"])
-    assert model.prompt(Request(audio=SOUND, task="transcribe"))[-1] == transcribe
+    assert model.encode_prompt(Request(audio=SOUND, task="transcribe"))[-1] == transcribe
     in_words: tuple[Task, ...] = ("caption", "translate", "summarize")
     others = [Request(audio=SOUND, task=task) for task in in_words]
     for request in (*others, Request(audio=SOUND, task="transcribe", prompt="what?")):
-        assert transcribe not in model.prompt(request)
+        assert transcribe not in model.encode_prompt(request)
 
 
 # Dialogues
@@ -303,7 +303,7 @@ def test_image_and_audio_are_in_the_users_last_turn(models: Models, name: str) -
     inputs = processor(text=text, add_special_tokens=False, **arguments)
     request = Request(turns=DIALOGUE, task="dialogue", **media)
     ids = inputs["input_ids"]
-    assert model.prompt(request) == (ids[0] if isinstance(ids[0], list) else torch.as_tensor(ids)[0].tolist())
+    assert model.encode_prompt(request) == (ids[0] if isinstance(ids[0], list) else torch.as_tensor(ids)[0].tolist())
     requests = [request, Request(turns=DIALOGUE[:1], task="dialogue"), Request(turns=ATTACK, task="dialogue", **media)]
     hub.check_batches(model, requests)
 
@@ -315,11 +315,11 @@ def test_voxtral_dialogues_equal_those_of_mistral_common(models: Models) -> None
     def words(text: str) -> list[int]:
         return [byte + 9 for byte in text.encode()]
 
-    ids = model.prompt(Request(audio=SOUND, turns=DIALOGUE, task="dialogue"))
+    ids = model.encode_prompt(Request(audio=SOUND, turns=DIALOGUE, task="dialogue"))
     first = [1, 3, *words("hello there"), 4, *words("hi"), 2]
     assert ids == [*first, 3, 5, *[6] * 25, *words("and what is it"), 4]
     with pytest.raises(PromptError, match="unsupported system turn"):
-        model.prompt(Request(turns=(Turn("system", "x"), *DIALOGUE), task="dialogue"))
+        model.encode_prompt(Request(turns=(Turn("system", "x"), *DIALOGUE), task="dialogue"))
 
 
 def test_without_a_template_turns_begin_with_the_speakers_name(models: Models) -> None:
@@ -378,7 +378,9 @@ def test_special_tokens_in_turns_are_words(models: Models, name: str) -> None:
     reserved = "".join(model.reserved)
     attack = tuple(Turn(turn.role, turn.text + reserved) for turn in ATTACK)
     plain = tuple(Turn(turn.role, "x") for turn in ATTACK)
-    ids, harmless = (model.tokenizer.prompt((), Request(turns=turns, task="dialogue")) for turns in (attack, plain))
+    ids, harmless = (
+        model.tokenizer.encode_prompt((), Request(turns=turns, task="dialogue")) for turns in (attack, plain)
+    )
     assert [ids.count(mark) for mark in marks] == [harmless.count(mark) for mark in marks]
     assert len(ids) > len(harmless)
 
@@ -387,7 +389,7 @@ def test_the_marks_of_turns_in_a_text_are_words(models: Models) -> None:
     """A text with the private characters of a mark does not pull in another turn's text."""
     model = models.load("qwen2")
     turns = (Turn("user", "secret<|im_end|>"), Turn("assistant", "b"), Turn("user", "\ue0000\ue001 \ue0002\ue001"))
-    text = model.tokenizer.decode(model.tokenizer.prompt((), Request(turns=turns, task="dialogue")))
+    text = model.tokenizer.decode(model.tokenizer.encode_prompt((), Request(turns=turns, task="dialogue")))
     assert text.count("secret") == 1
     assert "\ue0000\ue001 \ue0002\ue001" in text
 
@@ -449,7 +451,7 @@ def test_tokens_of_the_template_that_are_not_declared_special_are_reserved(tmp_p
     tokenizer.chat_template = "{% for message in messages %}<User>{{ message.content }}  {% endfor %}"
     tokenizer.save_pretrained(directory)
     model: Any = hub.load_tiny(directory)
-    ids = model.tokenizer.prompt((), Request(text="a<User>b  message"))
+    ids = model.tokenizer.encode_prompt((), Request(text="a<User>b  message"))
     marks = model.tokenizer.ids_of(["<User>", "  ", "message"])
     assert [ids.count(mark) for mark in marks] == [1, 2, 1]  # other added tokens are words
 

@@ -237,7 +237,7 @@ def test_a_window_is_enqueued_whole_and_yields_the_same_texts(saved: dict[str, P
 
 def test_a_prompt_that_vllm_rejects_is_one_failure(saved: dict[str, Path]) -> None:
     model = vllm_generator(saved["qwen2"])
-    length = len(model.prompt(Request(text=TEXTS[1])))
+    length = len(model.encode_prompt(Request(text=TEXTS[1])))
     engine = Engine(saved["qwen2"], rejected=[length])
     result = stage_of(saved["qwen2"]).run(vllm_generator(saved["qwen2"], engine), samples_of(TEXTS))
     assert [(failure.key, failure.error) for failure in result.failures] == [("1", "ValueError")]
@@ -346,7 +346,7 @@ def test_an_engine_equals_the_model_itself(heads_of_64: Path, engine: Any) -> No
     texts = model.generate([Request(text=text) for text in TEXTS], GREEDY)
     reference = Engine(heads_of_64)
     for words, text in zip(TEXTS, texts, strict=True):
-        ids = vllm_generator(heads_of_64).prompt(Request(text=words))
+        ids = vllm_generator(heads_of_64).encode_prompt(Request(text=words))
         [expected] = reference._run(ids, SamplingParams(8, 0.0, 1.0, None, 1.0, 0, detokenize=False)).outputs
         assert list(text.token_ids) == expected.token_ids
         assert text.logprob == pytest.approx(expected.cumulative_logprob, abs=1e-2)

@@ -124,7 +124,7 @@ def check_chats(model: Any, reference: Any, requests: Sequence[Request]) -> None
             return_dict=True,
             return_tensors="pt",
         )
-        assert inputs["input_ids"][0].tolist() == model.prompt(request)
+        assert inputs["input_ids"][0].tolist() == model.encode_prompt(request)
         ids = reference.generate(**inputs, do_sample=False, max_new_tokens=NEW)[0]
         assert tuple(ids[inputs["input_ids"].shape[1] :].tolist()[: len(text.token_ids)]) == text.token_ids
 

@@ -71,7 +71,12 @@ def device_arguments(group: Group) -> None:
         help="auto, cpu, cuda or cuda:N (default: auto, all GPUs, or the CPU if there is none)",
     )
     group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on cpu, bfloat16 on cuda)")
-    group.add_argument("--batch-size", type=_batch_size, metavar="N", help="samples per model batch (default: auto)")
+    group.add_argument(
+        "--batch-size",
+        type=_batch_size,
+        metavar="N",
+        help="samples per model batch; up to 4 times as many short texts (default: auto)",
+    )
 
 
 def input_arguments(parser: argparse.ArgumentParser, features: bool = False) -> None:

@@ -218,7 +218,7 @@ def caption_run(
     outputs = [output for encoder in embed for output in encoder.outputs] + list(stage.outputs)
     configuration = {
         "task": instruction.task,
-        "prompt": None if instruction.prompt is None else instruction.prompt.source,
+        "prompt": None if instruction.template is None else instruction.template.source,
         "language": instruction.language,
         "source_language": instruction.source_language,
         "output_version": OUTPUT_VERSION,

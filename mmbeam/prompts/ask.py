@@ -76,10 +76,10 @@ class Decoding:
 
 @dataclass(frozen=True, kw_only=True)
 class Instruction:
-    """What a job asks of the model, the same for every sample."""
+    """The task, prompt and languages of a job, the same for every sample."""
 
     task: Task = "caption"
-    prompt: Template | None = None  # None: the task's own prompt
+    template: Template | None = None  # of the prompt; None: the task's own prompt
     language: str | None = None  # see Request
     source_language: str | None = None
 
@@ -136,17 +136,20 @@ def make_instruction(
     template = None if prompt is None else parse_template(prompt)
     supported = [name for name in spec.tasks if template is None or name != "dialogue"]
     if template is not None and not (spec.takes_prompt and supported):
-        raise UsageError(f"`prompt`: {spec.family} takes no prompt; its tasks are {', '.join(spec.tasks)}")
+        raise UsageError(f"`prompt`: {spec.family} has no prompt option; its tasks are {', '.join(spec.tasks)}")
     task = supported[0] if task is None else task
     if task not in spec.tasks:
         raise UsageError(f"`task` {task}: expected one that {spec.family} supports: {', '.join(spec.tasks)}")
     if template is not None and task == "dialogue":
         raise UsageError(
-            f"`prompt`: a dialogue takes its turns from {{{MESSAGES}}}; give either `prompt` or `task` dialogue"
+            f"`prompt`: a dialogue takes its turns from {{{MESSAGES}}}; pass either `prompt` or `task` dialogue"
         )
     if template is not None and not template.fields and spec.modalities == ("text",):
-        raise UsageError("`prompt`: the same for every sample; put {text} or {metadata[name]} into it")
-    return Instruction(task=task, prompt=template, language=language, source_language=source_language)
+        raise UsageError(
+            "`prompt`: the model reads text only, and this prompt has no field, so every sample would get the same "
+            "prompt; use {text} or {metadata[name]}"
+        )
+    return Instruction(task=task, template=template, language=language, source_language=source_language)
 
 
 def with_default_tokens(decoding: Decoding, spec: GeneratorSpec, instruction: Instruction) -> Decoding:
@@ -177,12 +180,12 @@ def prompt_fields(instruction: Instruction) -> tuple[PromptField, ...]:
     """Return the fields of a sample, besides its media, that the prompt or the dialogue is made of."""
     if instruction.task == "dialogue":
         return (MESSAGES,)
-    return () if instruction.prompt is None else instruction.prompt.fields
+    return () if instruction.template is None else instruction.template.fields
 
 
 def request_modalities(spec: GeneratorSpec, instruction: Instruction) -> tuple[Modality, ...]:
     """Return the modalities of a request, besides the prompt's fields, in order of preference."""
-    if instruction.prompt is not None or instruction.task == "dialogue":
+    if instruction.template is not None or instruction.task == "dialogue":
         return tuple(modality for modality in spec.modalities if modality != "text")
     if not spec.takes_prompt:
         return spec.modalities
@@ -197,7 +200,7 @@ def make_output(spec: GeneratorSpec, instruction: Instruction, columns: tuple[pa
     """
     media = frozenset(request_modalities(spec, instruction))
     fields = {field.name for field in prompt_fields(instruction)}
-    has_words = instruction.prompt is not None or instruction.task == "dialogue"  # then the sample's text is optional
+    has_words = instruction.template is not None or instruction.task == "dialogue"  # then the sample's text is optional
     kinds: tuple[Kind, ...] = ("text", "metadata")
     return Output(
         modalities=frozenset() if fields else media,
@@ -212,14 +215,14 @@ def make_request(sample: Sample, spec: GeneratorSpec, instruction: Instruction, 
     present = [modality for modality in request_modalities(spec, instruction) if sample.has(modality)]
     if sample.audio is not None and not sample.audio.waves and "audio" in present:  # decoded for its length only
         present.remove("audio")
-    if spec.takes_prompt and instruction.prompt is None and instruction.task not in ("caption", "dialogue"):
+    if spec.takes_prompt and instruction.template is None and instruction.task not in ("caption", "dialogue"):
         present = present[:1]
     values = SampleValues(sample)
     return Request(
         image=sample.image if "image" in present else None,
         audio=sample.audio.at(spec.sampling_rate) if sample.audio is not None and "audio" in present else None,
         text=sample.model_text if "text" in present else None,
-        prompt=None if instruction.prompt is None else instruction.prompt.fill(values),
+        prompt=None if instruction.template is None else instruction.template.fill(values),
         turns=parse_turns(MESSAGES.value_in(values), present) if instruction.task == "dialogue" else (),
         features=sample.features,
         seed=seed,

@@ -22,8 +22,8 @@ from mmbeam.types import Batch, Failure, ImageHWC, Needs, Tally, Waveform
 # Default samples per batch: on a CPU larger batches gain nothing, on a GPU they fill it.
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
 SPLIT_WARNINGS: Mapping[Fault, str] = {
-    "memory": "batches halved for lack of memory",
-    "sample": "batches that failed on a sample",
+    "memory": "batches halved because memory ran out",
+    "sample": "batches halved to isolate a failing sample",
 }
 
 
@@ -33,7 +33,7 @@ class ModelStage:
 
     model: str  # where workers find its files: a directory, or a hub name with its @revision
     spec: Any  # of encoders or generators
-    digest: str  # of the files: another model in the same directory is another model
+    digest: str  # of the files; it tells apart the models that one directory held at different times
     device: str = "cpu"
     dtype: str | None = None  # None: float32 on a CPU, bfloat16 on a GPU
     batch_size: int | None = None  # None: see AUTO_BATCH_SIZE
@@ -58,11 +58,15 @@ class ModelStage:
     def load_arguments(self) -> tuple[Any, torch.device, torch.dtype]:
         """Return the spec of the model's files on this machine, the device and the dtype.
 
-        Downloads the files if need be. Raises ModelError unless they are those of the launch.
+        Downloads the files if need be. Raises ModelError if they differ from the files that the launching process
+        described.
         """
         directory = resolve(self.model).directory
         if digest(directory) != self.digest:
-            raise ModelError(f"{directory}: expected the files that {self.model} had at launch, found other ones")
+            raise ModelError(
+                f"{directory}: expected the files that {self.model} had at launch, found different files; "
+                "launch the job again"
+            )
         spec = replace(self.spec, directory=str(directory))
         return spec, torch.device(resolve_device(self.device)), parse_dtype(self.dtype, self.device)
 
@@ -79,7 +83,7 @@ class ModelStage:
         if self.count_tokens:
             positions = [index for index, sample in enumerate(batch.samples) if sample.text is not None]
             counts = model.count_tokens([batch.samples[index].model_text or "" for index in positions])
-            added["text_num_tokens"] = spread(pa.array(counts, pa.int32()), positions, len(batch.samples))
+            added["text_num_tokens"] = scatter_values(pa.array(counts, pa.int32()), positions, len(batch.samples))
         warnings = {SPLIT_WARNINGS[fault]: count for fault, count in splits.items()}
         return replace(
             batch,
@@ -100,7 +104,7 @@ def good_audio() -> tuple[Waveform, int]:
     return wave, 16000
 
 
-def spread(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
+def scatter_values(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
     """Return an array of `count` values with those of `array` at `positions`, and null elsewhere."""
     if len(positions) == count:
         return array

@@ -1,7 +1,7 @@
 """The stage that adds vectors: each modality of a window through one encoder.
 
-Failures are recorded per modality and sample: an undecodable image does not cost the vector of its text, and the
-failure of one model does not cost another model's column.
+Failures are recorded per modality and sample: if an image cannot be decoded, the text of the sample still gets its
+vector, and if one model fails, the columns of the other models are not affected.
 """
 
 from collections import Counter
@@ -20,11 +20,11 @@ from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import digest, dtype_name, resolve
 from mmbeam.models.placement import Fault, resolve_device
 from mmbeam.names import MODALITIES, Modality
-from mmbeam.stages.base import ModelStage, good_audio, good_image, spread
-from mmbeam.stages.packing import Packed, pack, run_packed
+from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_values
+from mmbeam.stages.packing import BatchResults, pack, run_batches
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
-TEXT_TOKENS_PER_SAMPLE = 128  # padded tokens of a text batch, per sample of the batch size
+TEXT_TOKENS_PER_SAMPLE = 128  # maximum number of padded tokens in a batch of texts, divided by the batch size
 
 FloatTD = np.ndarray[Any, np.dtype[np.float32]]  # [tokens, width]
 Values = Sequence[Any]  # the inputs of one modality: images, (wave, rate) pairs, token ids
@@ -37,7 +37,7 @@ class EmbedStage(ModelStage):
     spec: EncoderSpec
     modalities: tuple[Modality, ...]
     name: str | None = None  # prefix of the columns, if several models run in one pass
-    tokens: bool = False  # whether to keep the sequence of token or patch vectors beside the pooled vector
+    tokens: bool = False  # whether to keep the sequence of token or patch vectors in addition to the pooled vector
     vector_type: str = "float32"  # of the stored numbers: float32 or float16
 
     @property
@@ -79,22 +79,22 @@ class EmbedStage(ModelStage):
         for modality in self.modalities:
             positions = [index for index, sample in enumerate(batch.samples) if sample.has(modality)]
             values = self._values(model, modality, [batch.samples[index] for index in positions])
-            packed = run_packed(
+            results = run_batches(
                 values,
                 pack(*self._limits(modality, values)),
                 lambda some, modality=modality: _encode(model, modality, some, self.tokens),  # type: ignore[misc]
                 lambda modality=modality: _known_good(model, modality),  # type: ignore[misc]
             )
-            columns, errors = self._collect(modality, packed, len(values), model.normalized)
+            columns, errors = self._collect(modality, results, len(values), model.normalized)
             if any(isinstance(error, FloatingPointError) for error in errors.values()):
                 self._check_finite(model, modality)
-            features |= {name: spread(array, positions, len(batch.samples)) for name, array in columns.items()}
+            features |= {name: scatter_values(array, positions, len(batch.samples)) for name, array in columns.items()}
             outputs = (self._column(modality, "embedding"),)
             failures += [
                 Failure.of(batch.samples[positions[index]], "embed", error, modality=modality, outputs=outputs)
                 for index, error in errors.items()
             ]
-            splits += packed.splits
+            splits += results.splits
         return self.finish(model, batch, features, failures, splits)
 
     def _values(self, model: Encoder, modality: Modality, samples: Sequence[Sample]) -> Values:
@@ -111,6 +111,7 @@ class EmbedStage(ModelStage):
             return [image.shape[0] * image.shape[1] for image in values], size, None
         if modality == "audio":
             return [len(wave) for wave, _ in values], size, None
+        # Up to 4 times as many short texts as `batch_size`, limited by their padded tokens.
         return [len(ids) for ids in values], 4 * size, size * TEXT_TOKENS_PER_SAMPLE
 
     def _check_finite(self, model: Encoder, modality: Modality) -> None:
@@ -123,14 +124,14 @@ class EmbedStage(ModelStage):
             )
 
     def _collect(
-        self, modality: Modality, packed: Packed[Encoded], count: int, is_normalized: bool
+        self, modality: Modality, results: BatchResults[Encoded], count: int, is_normalized: bool
     ) -> tuple[dict[str, pa.Array], dict[int, Exception]]:
         """Return the columns of `count` values in the window's order, and the errors by position."""
-        errors = dict(packed.failed)
+        errors = dict(results.failed)
         pooled = np.zeros((count, self.spec.dims[modality]), np.float32)
         empty = np.zeros((0, self.spec.token_dims.get(modality, 1)), np.float32)
         sequences = [empty] * count
-        for positions, encoded in packed.done:
+        for positions, encoded in results.done:
             vectors = encoded.pooled.float()
             pooled[positions] = (F.normalize(vectors, dim=-1) if is_normalized else vectors).cpu().numpy()
             for position, tokens in zip(positions, encoded.tokens or (), strict=bool(encoded.tokens)):
@@ -194,9 +195,10 @@ def embed_stage(
 ) -> EmbedStage:
     """Return the stage of a model, a hub name with optional @revision or a directory. Reads no weights.
 
-    `modalities` defaults to all that the model encodes. `device` is the workers': "cpu" or "cuda[:N]"; "auto" chooses
-    by this machine's. `options` are other fields of EmbedStage: name, dtype, batch_size, tokens, vector_type,
-    image_filter. If a pipeline has several stages, give each a `name`, and let one of them count tokens.
+    `modalities` defaults to all that the model encodes. `device` is the device on the workers: "cpu" or "cuda[:N]".
+    "auto" selects it by the devices of this machine. `options` are other fields of EmbedStage: name, dtype, batch_size,
+    tokens, vector_type, image_filter. If a pipeline has several stages, give each a `name`, and let one of them count
+    tokens.
 
     Raises ModelError for an unusable model, UsageError if it encodes none of `modalities`.
     """
@@ -205,7 +207,8 @@ def embed_stage(
     encoded = tuple(m for m in MODALITIES if m in spec.dims and (modalities is None or m in modalities))
     if not encoded:
         raise UsageError(
-            f"`modalities` {', '.join(modalities or ())}: {model} encodes none of them, but {', '.join(spec.dims)}"
+            f"`modalities` {', '.join(modalities or ())}: {model} encodes none of these; "
+            f"it encodes {', '.join(spec.dims)}"
         )
     return EmbedStage(
         model=resolved.reference,

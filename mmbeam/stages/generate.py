@@ -1,7 +1,7 @@
 """The stage that adds text: each sample of a window through one generator, with all modalities that it has.
 
-A modality that a sample lacks is masked. A modality that is present and could not be decoded costs the text, which
-would otherwise omit what the sample shows without a trace.
+A modality that a sample lacks is masked. If a modality is present but could not be decoded, no text is generated: a
+text made without it would be incomplete, and its row would not show that.
 """
 
 import hashlib
@@ -34,14 +34,14 @@ from mmbeam.prompts.ask import (
 )
 from mmbeam.prompts.turns import Turn
 from mmbeam.runs.rows import covers
-from mmbeam.stages.base import ModelStage, good_audio, good_image, spread
-from mmbeam.stages.packing import pack, run_packed
+from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_values
+from mmbeam.stages.packing import pack, run_batches
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
-# A batch holds at most batch_size times as many padded tokens, those to generate included: the key-value cache of a 7 B
-# model takes about 57 kB per token, 29 MB per sample.
+# Maximum number of padded tokens in a batch, divided by batch_size. Tokens to generate count: the key-value cache of a
+# 7 B model takes about 57 kB per token, 29 MB per sample.
 TOKENS_PER_SAMPLE = 512
-# A batch holds at most batch_size times as many pixels of decoded images: 3 MB per sample, 12 MB while resizing.
+# Maximum number of decoded pixels in a batch, divided by batch_size: 3 MB per sample, 12 MB while resizing.
 PIXELS_PER_SAMPLE = 1 << 20
 
 Attribution = Mapping[Modality, float]
@@ -114,17 +114,17 @@ class GenerateStage(ModelStage):
         """Return `batch` with this stage's columns, and a Failure for each lost text."""
         requests, failures = self._requests(batch)
         positions = list(requests)
-        packed = run_packed(
+        results = run_batches(
             list(requests.values()),
             plan_batches(model, list(requests.values()), self.decoding, self.batch_limit),
             lambda some: self._generate(model, some),
             self._known_good,
         )
         texts: dict[int, tuple[Generated, Attribution]] = {}
-        for indices, results in packed.done:
-            texts.update(zip((positions[index] for index in indices), results, strict=True))
-        failures += [self._failure(batch.samples[positions[index]], error) for index, error in packed.failed.items()]
-        return self.finish(model, batch, self._columns(texts, len(batch.samples)), failures, packed.splits)
+        for indices, generated in results.done:
+            texts.update(zip((positions[index] for index in indices), generated, strict=True))
+        failures += [self._failure(batch.samples[positions[index]], error) for index, error in results.failed.items()]
+        return self.finish(model, batch, self._columns(texts, len(batch.samples)), failures, results.splits)
 
     def _requests(self, batch: Batch) -> tuple[dict[int, Request], list[Failure]]:
         """Return the requests by position, and the failures of samples that lack a field of the prompt.
@@ -147,12 +147,12 @@ class GenerateStage(ModelStage):
 
     def _known_good(self) -> Request:
         """Return a request that every working model accepts."""
-        shapes = {column.name: (1,) * column.tokens + (column.width,) for column in self.spec.columns}
+        shapes = {column.name: (1, column.width) if column.tokens else (column.width,) for column in self.spec.columns}
         return Request(
             image=good_image() if "image" in self.media else None,
             audio=good_audio() if "audio" in self.media else None,
             text="a" if "text" in self.media else None,
-            prompt=None if self.instruction.prompt is None else "a",
+            prompt=None if self.instruction.template is None else "a",
             turns=(Turn("user", "a"),) if self.instruction.task == "dialogue" else (),
             features={name: np.ones(shape, np.float32) for name, shape in shapes.items()},
             task=self.instruction.task,
@@ -185,38 +185,38 @@ class GenerateStage(ModelStage):
             f"{self.column}_logprob": pa.array([text.logprob for text in generated], pa.float32()),
         }
         for modality in self.modalities if self.explain else ():
-            parts = [texts[position][1].get(modality) for position in positions]
-            values[self._attribution_column(modality)] = pa.array(parts, pa.float32())
-        return {name: spread(array, positions, count) for name, array in values.items()}
+            attributions = [texts[position][1].get(modality) for position in positions]
+            values[self._attribution_column(modality)] = pa.array(attributions, pa.float32())
+        return {name: scatter_values(array, positions, count) for name, array in values.items()}
 
     def _failure(self, sample: Sample, error: Exception) -> Failure:
         return Failure.of(sample, "generate", error, outputs=(self.column,))
 
 
 def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Generated]) -> list[Attribution]:
-    """Return, for each text, the part of it that is attributed to each modality of its request.
+    """Return, for each text, the attribution to each modality of its request.
 
-    A modality's part is the log-probability that the text loses when the modality is masked (a gain counts as 0),
-    divided by the sum of these losses; all parts are 0 if the text loses nothing. A single modality has part 1.
+    It is the drop of the text's log-probability when the modality is masked (a rise counts as 0), divided by the sum of
+    the drops of all modalities. If that sum is 0, all attributions are 0. A single modality has attribution 1.
     """
     columns = {column.name: column.modality for column in model.spec.columns if column.modality}
-    losses: list[dict[Modality, float]] = []
+    drops: list[dict[Modality, float]] = []
     for request in requests:
         of_features = {columns[name] for name in request.features if name in columns}
         present = [m for m in MODALITIES if m in of_features or getattr(request, m) is not None]
-        losses.append(dict.fromkeys(present, 1.0))
+        drops.append(dict.fromkeys(present, 1.0))
     for modality in model.spec.modalities:
-        rows = [row for row, loss in enumerate(losses) if modality in loss and len(loss) > 1]
+        rows = [row for row, row_drops in enumerate(drops) if modality in row_drops and len(row_drops) > 1]
         if rows:
             masked = [requests[row].without(modality, columns) for row in rows]
             for row, logprob in zip(rows, model.score(masked, [texts[row] for row in rows]), strict=True):
-                losses[row][modality] = max(0.0, texts[row].logprob - logprob)
+                drops[row][modality] = max(0.0, texts[row].logprob - logprob)
     attributions: list[Attribution] = []
-    for loss in losses:
-        total = sum(loss.values())
+    for row_drops in drops:
+        total = sum(row_drops.values())
         if not math.isfinite(total):
-            raise FloatingPointError(f"the text's log-probability without a modality is not finite: {loss}")
-        attributions.append({modality: value / total if total else 0.0 for modality, value in loss.items()})
+            raise FloatingPointError(f"the text's log-probability without a modality is not finite: {row_drops}")
+        attributions.append({modality: value / total if total else 0.0 for modality, value in row_drops.items()})
     return attributions
 
 
@@ -224,7 +224,7 @@ def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decodi
     """Return batches of at most `size` requests of similar length, within the limits of tokens and pixels.
 
     The length of a text is unknown in advance. For translations, summaries and transcripts it grows with the length
-    of the request, so that texts of similar length share a batch. A generator with its own scheduler gets one batch.
+    of the request, and so texts of similar length share a batch. A generator with its own scheduler gets one batch.
     """
     if model.has_scheduler:
         return [list(range(len(requests)))] if requests else []
@@ -234,7 +234,7 @@ def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decodi
 
 
 def weigh_requests(model: Generator, requests: Sequence[Request]) -> list[int]:
-    """Return the tokens of each request; 1 for a request that cannot be weighed, which fails when it is generated."""
+    """Return the number of tokens of each request; 1 for a request that raises an error, which `generate` reports."""
     try:
         return model.weigh(requests)
     except Exception:
@@ -265,9 +265,9 @@ def generate_stage(
     """Return the stage of a model, a hub name with optional @revision or a directory. Reads no weights.
 
     `decoding` defaults to greedy, `task` to the model's first. `prompt` is a template over the sample
-    (prompts/template.py) that replaces the task's prompt. `device` is the workers': "cpu" or "cuda[:N]"; "auto"
-    chooses by this machine's. `explain` adds the attribution of the text to each modality. For the others see
-    ModelStage and Request.
+    (prompts/template.py) that replaces the task's prompt. `device` is the device on the workers: "cpu" or "cuda[:N]".
+    "auto" selects it by the devices of this machine. `explain` adds the attribution of the text to each modality. For
+    the others see ModelStage and Request.
 
     Raises ModelError for an unusable model, UsageError for options that contradict each other or the model.
     """
@@ -278,7 +278,7 @@ def generate_stage(
     decoding = with_default_tokens(decoding or Decoding(), spec, instruction)
     if explain and spec.required:
         raise UsageError(
-            f"`explain`: {model} requires {' and '.join(spec.required)}, so that no modality can be masked"
+            f"`explain`: {model} requires {' and '.join(spec.required)}, and a required modality cannot be masked"
         )
     device = resolve_device(device) if device == "auto" else device
     check_engine(engine, spec, decoding, device, explain)

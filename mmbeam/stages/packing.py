@@ -1,4 +1,4 @@
-"""Order a window by size, pack it into batches under a limit, run them, and isolate what fails.
+"""Order a window by size, pack it into batches under a limit, run them, and isolate items that fail.
 
 Batches of mixed lengths waste computation on padding. Ordering a window and limiting the padded size of a batch removes
 nearly all of it: at batch size 64, real tokens rise from 0.48 to 0.95 of all tokens.
@@ -21,7 +21,7 @@ ResultT = TypeVar("ResultT")
 
 
 @dataclass
-class Packed(Generic[ResultT]):
+class BatchResults(Generic[ResultT]):
     """The results of a window."""
 
     done: list[tuple[list[int], ResultT]] = field(default_factory=list)  # positions and result of each batch that ran
@@ -38,17 +38,18 @@ def pack(
 ) -> list[list[int]]:
     """Group positions into batches of similar weight, heaviest first.
 
-    The heaviest batch comes first, so that one too large for the memory fails at the start. A batch of more than one
-    item keeps three limits: `batch_size` items; a padded weight, its length times its heaviest item, of `max_weight`;
-    and a sum of its items' `sizes`, which are not padded, of `max_size`. Within the limits, the remaining batches are
-    equally large. Items of equal weight are ordered by size.
+    The heaviest batch comes first, so that one too large for the memory fails at the start. A batch has at most
+    `batch_size` items, at most `max_weight` padded weight (number of items times the heaviest item) and at most
+    `max_size` in the sum of `sizes`. A batch of one item may exceed the last two. Batches under the same limit have
+    nearly equal numbers of items. Items of equal weight are ordered by size.
     """
     sizes = sizes if sizes is not None else [0] * len(weights)
     order = sorted(range(len(weights)), key=lambda position: (-weights[position], -sizes[position]))
     batches: list[list[int]] = []
     while order:
         fits = batch_size if max_weight is None else min(batch_size, max_weight // max(1, weights[order[0]]))
-        count = math.ceil(len(order) / math.ceil(len(order) / max(1, fits)))  # the items in as few, equal batches
+        # Divide the remaining items equally among the fewest batches that hold `fits` items each.
+        count = math.ceil(len(order) / math.ceil(len(order) / max(1, fits)))
         if max_size is not None:
             totals = accumulate(sizes[position] for position in order[:count])
             count = max(1, sum(total <= max_size for total in totals))
@@ -57,29 +58,29 @@ def pack(
     return batches
 
 
-def run_packed(
+def run_batches(
     items: Sequence[ItemT],
     batches: Sequence[list[int]],
     call: Callable[[list[ItemT]], ResultT],
     known_good: Callable[[], ItemT],
-) -> Packed[ResultT]:
+) -> BatchResults[ResultT]:
     """Call `call` on each batch of `items`, and halve a batch that does not fit into memory or that fails.
 
     An item that fails alone is recorded in `failed` only if the item of `known_good` passes. Otherwise, or if the
     device is broken, DeviceError is raised. Errors of the environment are raised unchanged.
     """
-    packed: Packed[ResultT] = Packed()
+    results: BatchResults[ResultT] = BatchResults()
     todo = list(reversed(batches))
     while todo:
         positions = todo.pop()
         try:
-            packed.done.append((positions, call([items[position] for position in positions])))
+            results.done.append((positions, call([items[position] for position in positions])))
         except Exception as error:
             fault = classify(error)
             if fault in ("device", "environment"):
                 raise
-            packed.splits[fault] += 1
-            error.with_traceback(None)  # whose frames keep the batch in memory
+            results.splits[fault] += 1
+            error.with_traceback(None)  # its frames keep the batch in memory
             if len(positions) > 1:
                 logger.info("halving a batch of %d: %s", len(positions), error)
                 middle = (len(positions) + 1) // 2
@@ -93,5 +94,5 @@ def run_packed(
                 raise DeviceError(
                     f"the model fails on an input known to be good ({second_error}), after: {error}"
                 ) from second_error
-            packed.failed[positions[0]] = error
-    return packed
+            results.failed[positions[0]] = error
+    return results

@@ -1,8 +1,8 @@
 """The interface between the generate stage and a family of generators.
 
 A family is a subclass of Generator. `describe` reads configuration files at launch, without weights; `load` reads the
-weights, once per process and device; `generate` runs one batch. Windows, order, failures and memory are the business
-of stages/generate.py.
+weights, once per process and device; `generate` runs one batch. Windows, order, failures and memory are handled
+by stages/generate.py.
 """
 
 from collections.abc import Mapping, Sequence
@@ -33,10 +33,10 @@ class Generator:
 
     @classmethod
     def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
-        """Raise UsageError for languages that the model does not support; the spec tells its tasks and prompts."""
+        """Raise UsageError for languages that the model does not support; `spec` declares its tasks and prompts."""
         for name, language in (("language", instruction.language), ("source_language", instruction.source_language)):
             if language is not None:
-                raise UsageError(f"`{name}` {language}: {spec.family} takes none; leave it out")
+                raise unsupported_language(spec, name, language)
 
     @classmethod
     def load(cls, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> "Generator":
@@ -64,3 +64,8 @@ class Generator:
         Raises ModelError if the family does not support it; `explain` needs it.
         """
         raise NotImplementedError
+
+
+def unsupported_language(spec: GeneratorSpec, name: str, language: str) -> UsageError:
+    """Return the error for the argument `name`, "language" or "source_language", of a model that lacks it."""
+    return UsageError(f"`{name}` {language}: {spec.family} has no {name.replace('_', ' ')} option; omit it")

@@ -45,14 +45,14 @@ class BlipGenerator(ImageGenerator):
         text = self.model.config.text_config
         return {"eos_token_id": text.sep_token_id, "pad_token_id": text.pad_token_id}
 
-    def prompt(self, request: Request) -> list[int]:
+    def encode_prompt(self, request: Request) -> list[int]:
         """Return the begin token and the first words of the caption."""
         return [self.model.config.text_config.bos_token_id, *self.tokenizer.encode_words(request.words)]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the prompts and the encoded images."""
         hidden_BLD = self.model.vision_model(pixel_values=self.pixels(requests)).last_hidden_state
-        prompts = self.left_padded([self.prompt(request) for request in requests])
+        prompts = self.left_padded([self.encode_prompt(request) for request in requests])
         return {**prompts, "encoder_hidden_states": hidden_BLD}
 
 
@@ -72,7 +72,7 @@ class Blip2Generator(ImageGenerator):
         """The language model."""
         return self.model.language_model
 
-    def prompt(self, request: Request) -> list[int]:
+    def encode_prompt(self, request: Request) -> list[int]:
         """Return the image's tokens and the words with the tokenizer's special tokens, or a begin token alone."""
         config = self.model.config
         image = [config.image_token_index] * config.num_query_tokens
@@ -83,7 +83,7 @@ class Blip2Generator(ImageGenerator):
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the prompts as embeddings, those of the images in place of their tokens."""
-        padded = self.left_padded([self.prompt(request) for request in requests])
+        padded = self.left_padded([self.encode_prompt(request) for request in requests])
         images_BQD = self.model.get_image_features(pixel_values=self.pixels(requests)).pooler_output
         words_BPD = self.model.get_input_embeddings()(padded["input_ids"])
         is_image_BP1 = (padded["input_ids"] == self.model.config.image_token_index)[..., None]

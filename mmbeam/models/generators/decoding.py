@@ -44,46 +44,47 @@ def decode(
     """Generate tokens for each row of a batch; `seeds` start the rows' random streams if tokens are sampled.
 
     `model` has GenerationMixin: an encoder-decoder, or a decoder whose prompts are padded on the left, as input_ids or
-    inputs_embeds. `inputs` and `options` are arguments of its `generate`, logits processors among them. Its
-    generation_config is obeyed, such as suppressed tokens and penalties on repetition.
+    inputs_embeds. `inputs` and `options` are arguments of its `generate`, logits processors among them. The
+    model's generation_config applies, for example suppressed tokens and repetition penalties.
 
-    The log-probability is that of the model's own distribution, before processors, temperature and top-p. It is taken
-    at each step, for beams by `score`, so that no [T, B, V] is kept.
+    The log-probability is that of the model's own distribution, before processors, temperature and top-p. It is
+    recorded at each step; for beam search, `score` computes it afterwards. Either way, the logits [T, B, V] are not
+    kept.
     """
-    steps = _Steps(decoding, seeds)
-    processors = LogitsProcessorList([*options.pop("logits_processor", ()), steps])
+    recorder = _SampleAndRecord(decoding, seeds)
+    processors = LogitsProcessorList([*options.pop("logits_processor", ()), recorder])
     # A beam search repeats the encoder's outputs in place, hence the copy.
     arguments = {name: copy(value) if isinstance(value, ModelOutput) else value for name, value in inputs.items()}
-    with _raw_logits(steps, model):
+    with _raw_logits(recorder, model):
         ids_BL = model.generate(
             **arguments,
             **options,
-            do_sample=False,  # `steps` samples
+            do_sample=False,  # `recorder` samples
             num_beams=decoding.num_beams,
             num_return_sequences=1,
             max_new_tokens=decoding.limit,
             return_dict_in_generate=False,
             logits_processor=processors,
         )
-    assert steps.prompt_BP is not None
+    assert recorder.prompt_BP is not None
     eos = options.get("eos_token_id", model.generation_config.eos_token_id)
     ends = frozenset() if eos is None else frozenset(torch.as_tensor(eos).reshape(-1).tolist())
     rows: list[list[int]] = []
-    for row in ids_BL[:, steps.prompt_BP.shape[1] :].tolist():
+    for row in ids_BL[:, recorder.prompt_BP.shape[1] :].tolist():
         length = next((number for number, token in enumerate(row, 1) if token in ends), len(row))
         rows.append(row[:length])
     if decoding.num_beams > 1:
-        logprobs = score(model, inputs, rows, steps.prompt_BP[:: decoding.num_beams])
+        logprobs = score(model, inputs, rows, recorder.prompt_BP[:: decoding.num_beams])
     else:
-        logprobs = steps.sums(ids_BL, [len(row) for row in rows])
+        logprobs = recorder.sequence_logprobs(ids_BL, [len(row) for row in rows])
     return [
         GeneratedTokens(token_ids=tuple(row), num_tokens=len(row) - (row[-1] in ends), logprob=logprob)
         for row, logprob in zip(rows, logprobs, strict=True)
     ]
 
 
-class _Steps(LogitsProcessor):
-    """The last processor of each step of `generate`: samples the token, and records its log-probability.
+class _SampleAndRecord(LogitsProcessor):
+    """The last logits processor of `generate`. At each step, sample the token and record its log-probability.
 
     A token is sampled by inverting the cumulative probabilities at a uniform number. Each row has its own stream of
     numbers, one per step.
@@ -109,7 +110,8 @@ class _Steps(LogitsProcessor):
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
         if self.prompt_BP is None:
             self.prompt_BP = input_ids
-        logits_BV, self.logits_BV = (scores if self.logits_BV is None else self.logits_BV), None
+        logits_BV = scores if self.logits_BV is None else self.logits_BV
+        self.logits_BV = None
         if self._is_recording:
             self._record(input_ids)
             self._logprobs_BV = logits_BV.float().log_softmax(-1)
@@ -130,16 +132,19 @@ class _Steps(LogitsProcessor):
         sampled_B1 = torch.searchsorted(cumulative_BV, uniform_B1 * cumulative_BV[:, -1:], right=True)
         return sampled_B1.clamp(max=scores_BV.shape[-1] - 1)  # past the end only if a logit is NaN
 
-    def sums(self, ids_BL: torch.Tensor, lengths: Sequence[int]) -> list[float]:
-        """Return the log-probability of each row's first `lengths` tokens; `ids_BL` is the output of `generate`."""
+    def sequence_logprobs(self, ids_BL: torch.Tensor, lengths: Sequence[int]) -> list[float]:
+        """Return the log-probability of each row's first `lengths` tokens. `ids_BL` is the output of `generate`.
+
+        Call it once, at the end: it records the last token.
+        """
         self._record(ids_BL)
         rows = torch.stack(self._chosen_B, dim=1).tolist()
         return [math.fsum(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 
 @contextmanager
-def _raw_logits(steps: _Steps, model: Any) -> Iterator[None]:
-    """Set `steps.logits_BV` at each step of `generate`, before the model's own processors change the logits.
+def _raw_logits(recorder: _SampleAndRecord, model: Any) -> Iterator[None]:
+    """Set `recorder.logits_BV` at each step of `generate`, before the model's own processors change the logits.
 
     `output_logits` would keep them all, [T, B, V]. Some models delegate generation to a language model inside them, so
     every module with GenerationMixin has a hook.
@@ -148,7 +153,7 @@ def _raw_logits(steps: _Steps, model: Any) -> Iterator[None]:
     def hook(module: Any, args: Any, output: Any) -> None:
         logits = getattr(output, "logits", None)
         if isinstance(logits, torch.Tensor):
-            steps.logits_BV = logits[:, -1]
+            recorder.logits_BV = logits[:, -1]
 
     generating: list[Any] = [module for module in model.modules() if isinstance(module, GenerationMixin)]
     with ExitStack() as hooks:

@@ -51,7 +51,7 @@ class Florence2Generator(ImageGenerator):
         limit = context_length(read_config(directory))
         return cls.make_spec(directory, tasks=tuple(TASKS), max_text_tokens=limit, max_new_tokens=limit)
 
-    def prompt(self, request: Request) -> list[int]:
+    def encode_prompt(self, request: Request) -> list[int]:
         """Return the image's tokens and the question. Raises LimitError for a prompt that does not fit."""
         config = self.model.config
         question = request.words.strip() or TASKS[request.task]
@@ -65,7 +65,7 @@ class Florence2Generator(ImageGenerator):
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the padded prompts and the images' pixels."""
-        ids_BL, mask_BL = pad([self.prompt(request) for request in requests], self.tokenizer.pad_id, self.device)
+        ids_BL, mask_BL = pad([self.encode_prompt(request) for request in requests], self.tokenizer.pad_id, self.device)
         return {"input_ids": ids_BL, "attention_mask": mask_BL, "pixel_values": self.pixels(requests)}
 
 

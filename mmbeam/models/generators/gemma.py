@@ -48,7 +48,7 @@ class Gemma3Generator(ChatGenerator):
             raise ModelError(f"{directory}: unsupported image processor option do_pan_and_scan")
         return cls.make_spec(directory)
 
-    def kinds(self) -> dict[int, int]:
+    def token_types(self) -> dict[int, int]:
         """Return the kind of image tokens."""
         return {self.model.config.image_token_id: 1}
 
@@ -101,7 +101,7 @@ class Gemma4Generator(ChatGenerator):
         recipe = read_gemma_recipe(directory)
         return AudioWindow(recipe.sampling_rate, GEMMA_SECONDS * recipe.sampling_rate, recipe.frame_length // 2 + 1)
 
-    def kinds(self) -> dict[int, int]:
+    def token_types(self) -> dict[int, int]:
         """Return the kinds of image and audio tokens."""
         return {self.model.config.image_token_id: 1, self.model.config.audio_token_id: 3}
 

@@ -1,6 +1,7 @@
-"""Base classes of families of transformers' models: any model, one with an image, a chat, a text-only decoder.
+"""Base classes for model families of the transformers library: PretrainedGenerator (any model), ImageGenerator (one
+image), ChatGenerator (media in a chat), CausalGenerator (text only).
 
-A family supplies its model's inputs; the choice of tokens is decoding.py's.
+A family supplies the inputs of its model; decoding.py chooses the tokens.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,7 +27,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_s
 
 
 class PretrainedGenerator(Generator):
-    """A model of transformers with a `generate`. Subclasses write `describe`, `prompt` and `inputs`."""
+    """A model of transformers with a `generate`. Subclasses implement `describe`, `encode_prompt` and `inputs`."""
 
     model_class: ClassVar[Any]  # of transformers
 
@@ -41,18 +42,18 @@ class PretrainedGenerator(Generator):
         return PromptTokenizer(directory)
 
     @classmethod
-    def make_spec(cls, directory: Path, **facts: Any) -> GeneratorSpec:
-        """Return the spec of a checkpoint, with `facts` as its other fields. Checks the tokenizer."""
+    def make_spec(cls, directory: Path, **fields: Any) -> GeneratorSpec:
+        """Return the spec of a checkpoint, with `fields` as its other fields. Checks the tokenizer."""
         parsed = read_config(directory)
         cls.read_tokenizer(directory)
-        return GeneratorSpec(family=parsed.model_type, directory=str(directory), **facts)
+        return GeneratorSpec(family=parsed.model_type, directory=str(directory), **fields)
 
     @classmethod
     def load(cls, spec: GeneratorSpec, device: torch.device, dtype: torch.dtype) -> Self:
         """Load the weights; `__init__` reads the other files from the directory."""
         return cls(spec, load_pretrained(cls.model_class, Path(spec.directory), device, dtype))
 
-    def prompt(self, request: Request) -> list[int]:
+    def encode_prompt(self, request: Request) -> list[int]:
         """Return the ids of the whole prompt, placeholders of the media included."""
         raise NotImplementedError
 
@@ -72,7 +73,7 @@ class PretrainedGenerator(Generator):
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """Return the length of each prompt."""
-        return [len(self.prompt(request)) for request in requests]
+        return [len(self.encode_prompt(request)) for request in requests]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text."""
@@ -122,10 +123,10 @@ class ImageGenerator(PretrainedGenerator):
         self._pixels = PixelReader(Path(spec.directory))
 
     @classmethod
-    def make_spec(cls, directory: Path, **facts: Any) -> GeneratorSpec:
-        """Return the spec of a model that takes an image and a prompt, unless `facts` differ. Checks its files."""
+    def make_spec(cls, directory: Path, **fields: Any) -> GeneratorSpec:
+        """Return the spec of a model that takes an image and a prompt, unless `fields` differ. Checks its files."""
         shared = {"modalities": ("image", "text"), "required": ("image",), "takes_prompt": True}
-        return super().make_spec(directory, image_side=PixelReader(directory).shorter_side, **{**shared, **facts})
+        return super().make_spec(directory, image_side=PixelReader(directory).shorter_side, **{**shared, **fields})
 
     def pixels(self, requests: Sequence[Request]) -> torch.Tensor:
         """Return the preprocessed images, [B, 3, height, width]."""
@@ -133,10 +134,10 @@ class ImageGenerator(PretrainedGenerator):
 
 
 class ChatGenerator(PretrainedGenerator):
-    """A decoder whose prompt holds media as tokens. Subclasses write `describe`, `media` and `tensors`."""
+    """A decoder whose prompt holds media as tokens. Subclasses implement `describe`, `media` and `tensors`."""
 
     modalities: ClassVar[tuple[Modality, ...]]
-    reserved: ClassVar[tuple[str, ...]] = ()  # tokens that stand for media, and that no sample's words may become
+    reserved: ClassVar[tuple[str, ...]] = ()  # tokens that the words of a sample are never encoded as
     placeholders: ClassVar[tuple[Placeholder, ...]] = ()  # of the media that the model takes
     type_ids: ClassVar[str | None] = None  # the model's argument for the kind of each token, if it has one
 
@@ -146,20 +147,20 @@ class ChatGenerator(PretrainedGenerator):
         return PromptTokenizer(directory, cls.reserved, cls.placeholders)
 
     @classmethod
-    def make_spec(cls, directory: Path, **facts: Any) -> GeneratorSpec:
-        """Return the spec of a model with all tasks and the class's modalities, unless `facts` differ."""
+    def make_spec(cls, directory: Path, **fields: Any) -> GeneratorSpec:
+        """Return the spec of a model with all tasks and the class's modalities, unless `fields` differ."""
         shared = {"modalities": cls.modalities, "tasks": TASKS, "takes_prompt": True}
         limits = text_limits(context_length(read_config(directory)))
-        return super().make_spec(directory, **limits, **{**shared, **facts})
+        return super().make_spec(directory, **limits, **{**shared, **fields})
 
     @classmethod
     def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
-        """Raise UsageError for languages that the prompt does not tell the model."""
+        """Raise UsageError for a language option that the prompt would not contain."""
         source = instruction.source_language
         if source is not None and instruction.task != "translate":
             raise UsageError(f"`source_language` {source}: only for `task` translate")
         language = instruction.language or source
-        if language is not None and (instruction.prompt is not None or instruction.task == "dialogue"):
+        if language is not None and (instruction.template is not None or instruction.task == "dialogue"):
             raise UsageError(
                 f"`language` {language}: {spec.family} has no language option; name the language in the prompt"
             )
@@ -177,20 +178,20 @@ class ChatGenerator(PretrainedGenerator):
         """Return the model's arguments that hold the media, in the requests' order; {} without any."""
         return {}
 
-    def kinds(self) -> dict[int, int]:
+    def token_types(self) -> dict[int, int]:
         """Return the kind of each media token by its id, for `type_ids`; words are of kind 0."""
         return {}
 
-    def prompt(self, request: Request) -> list[int]:
+    def encode_prompt(self, request: Request) -> list[int]:
         """Return the ids of the whole prompt, placeholders of the media included."""
-        return self.tokenizer.prompt(self.media(request), request)
+        return self.tokenizer.encode_prompt(self.media(request), request)
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the padded prompts, the kinds of their tokens, and the media."""
-        inputs = self.left_padded([self.prompt(request) for request in requests])
+        inputs = self.left_padded([self.encode_prompt(request) for request in requests])
         if self.type_ids is not None:
             types = torch.zeros_like(inputs["input_ids"])
-            for token, kind in self.kinds().items():
+            for token, kind in self.token_types().items():
                 types[inputs["input_ids"] == token] = kind
             inputs[self.type_ids] = types
         return {**inputs, **self.tensors(requests)}
@@ -229,7 +230,7 @@ def trim_answers(
 
 
 def context_length(config: Any) -> int | None:
-    """Return the tokens, prompt and answer, that a decoder's positions hold; None if its configuration has no limit."""
+    """Return the context length of a decoder in tokens, prompt and answer together; None if it has no limit."""
     text = config.get_text_config(decoder=True)
     limits = [getattr(text, name, None) for name in _CONTEXT_NAMES]
     return next((limit for limit in limits if isinstance(limit, int) and limit > 0), None)

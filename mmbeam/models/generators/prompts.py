@@ -67,14 +67,15 @@ def find_language(names: Mapping[str, int], language: str) -> str | None:
 def task_prompt(request: Request) -> str:
     """Return the words that a chat model is asked: the user's prompt, or the task's for the media of the request.
 
-    Translation and summary are of the text; for any other task a text is itself the prompt.
+    For translation and summary, the text is the material. For any other task, a text that is not blank is the prompt,
+    and the task's own prompt is not used.
     """
     if request.prompt is not None:
         return request.prompt
     text = request.text or ""
     has_audio, has_image = request.audio is not None, request.image is not None
     is_about_text = request.task in ("translate", "summarize")
-    if not (has_audio or has_image or is_about_text) or (text.strip() and not is_about_text):
+    if not is_about_text and (text.strip() or not (has_audio or has_image)):
         return text
     parts = {
         "the image": has_image,
@@ -97,8 +98,8 @@ def task_prompt(request: Request) -> str:
 class PromptTokenizer(TextTokenizer):
     """A checkpoint's tokenizer and chat template.
 
-    `reserved` are tokens that no sample's words may become, `placeholders` those that stand for media. A model with
-    reserved tokens takes media, so that its template expects a list of parts.
+    `reserved` are tokens that the words of a sample are never encoded as. `placeholders` are the tokens that stand for
+    media. A model with reserved tokens accepts media, so its chat template expects the content as a list of parts.
     """
 
     def __init__(self, directory: Path, reserved: Sequence[str] = (), placeholders: Sequence[Placeholder] = ()) -> None:
@@ -134,11 +135,17 @@ class PromptTokenizer(TextTokenizer):
         vocabulary = self._tokenizer.get_vocab()
         missing = [token for token in tokens if token not in vocabulary]
         if missing:
-            raise ModelError(f"{self._tokenizer.name_or_path}: the tokenizer has no {', '.join(missing)}")
+            raise ModelError(
+                f"{self._tokenizer.name_or_path}: expected a tokenizer with {', '.join(missing)}, found one without; "
+                "use the tokenizer files of the checkpoint"
+            )
         return [vocabulary[token] for token in tokens]
 
     def encode_from(self, text: str, max_length: int, language: int) -> list[int]:
-        """Return the ids of a text in the language with token id `language`, with the marks of a multilingual model."""
+        """Return the ids of `text` with the prefix and suffix tokens of the language whose token id is `language`.
+
+        The text is truncated, so that there are at most `max_length` ids.
+        """
         names = {id: name for name, id in self.languages.items()}
         with self._lock:
             default = self._tokenizer.src_lang  # a state of the tokenizer, restored below
@@ -158,11 +165,11 @@ class PromptTokenizer(TextTokenizer):
         return text.strip()
 
     def encode_words(self, text: str) -> list[int]:
-        """Return the ids of a text on its own, none of them a token with a meaning to the model."""
+        """Return the ids of a text on its own, without any of the model's special tokens."""
         [ids] = self._ids([text], add_special_tokens=False, verbose=False)
         return [id for id in ids if id not in self._reserved_ids]
 
-    def prompt(self, media: Sequence[Medium], request: Request) -> list[int]:
+    def encode_prompt(self, media: Sequence[Medium], request: Request) -> list[int]:
         """Return the ids of a dialogue, or of a request's single turn, up to the beginning of the model's answer."""
         if request.turns:
             turns = request.turns
@@ -189,7 +196,7 @@ class PromptTokenizer(TextTokenizer):
         return [int(end if begin is None else begin)]
 
     def _is_plain(self, text: str) -> bool:
-        """Whether the reference processor, too, reads nothing but words in the text."""
+        """Return whether the text contains no special token. If so, the reference processor gives the same ids."""
         if any(token in text for token in self._reserved):
             return False
         return self._encode_tokens(text, add_special_tokens=False) == self.encode_words(text)
@@ -215,8 +222,8 @@ class PromptTokenizer(TextTokenizer):
             before, separator, rendered = rendered.partition(placeholder)
             if not separator:
                 raise ModelError(
-                    f"{self._tokenizer.name_or_path}: the chat template writes no {placeholder} for {medium.kind}; "
-                    "expected one per medium"
+                    f"{self._tokenizer.name_or_path}: expected the chat template to write one {placeholder} per "
+                    f"{medium.kind}; found fewer"
                 )
             filled += before + medium.tokens
         return filled + rendered

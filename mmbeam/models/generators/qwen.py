@@ -88,7 +88,7 @@ class QwenVlGenerator(QwenGenerator):
     placeholders = (Placeholder("image", VL_IMAGE, f"<|vision_start|>{VL_IMAGE}<|vision_end|>"),)
     type_ids = "mm_token_type_ids"
 
-    def kinds(self) -> dict[int, int]:
+    def token_types(self) -> dict[int, int]:
         """Return the kind of image tokens."""
         return {self.model.config.image_token_id: 1}
 

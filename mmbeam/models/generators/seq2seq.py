@@ -1,13 +1,12 @@
 """Text to text with any encoder-decoder: T5, BART, mBART, Marian, Pegasus ..., and EncoderDecoder (BERT to BERT).
 
-A text longer than the encoder's positions is truncated, as in transformers' pipelines; a dialogue or a prompt of that
-length, whose end matters, is a failure. The configuration (T5) may name a prefix for each task. Multilingual models
-are told languages by tokens: M2M100, NLLB and mBART before the text and before the translation, Marian before the
-text.
+A text longer than the encoder's positions is truncated, as in transformers' pipelines; a dialogue or a prompt that is
+longer becomes a failure, because its end must not be lost. The configuration (T5) may name a prefix for each task.
+Multilingual models read languages as tokens: M2M100, NLLB and mBART before the text and before the translation, Marian
+before the text.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from mmbeam.errors import LimitError, UsageError
+from mmbeam.models.generators.base import unsupported_language
 from mmbeam.models.generators.pretrained import PretrainedGenerator
 from mmbeam.models.generators.prompts import PromptTokenizer, find_language, language_code, language_name
 from mmbeam.models.loading import read_config, read_json
@@ -70,31 +70,31 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
     @classmethod
     def check(cls, spec: GeneratorSpec, instruction: Instruction) -> None:
-        """Raise UsageError for languages that the model has no token or prefix for, or that it needs."""
+        """Raise UsageError for an unsupported language, and for a missing language that the model requires."""
         directory = Path(spec.directory)
         tokenizer, prefixes = cls.read_tokenizer(directory), Prefixes(directory)
         is_translation = instruction.task == "translate"
-        if spec.family == "marian":  # has one source language
-            super().check(spec, replace(instruction, language=None if tokenizer.languages else instruction.language))
+        if spec.family == "marian" and instruction.source_language is not None:  # each has one source language
+            raise unsupported_language(spec, "source_language", instruction.source_language)
         if tokenizer.languages:
             if instruction.language is not None:
                 _language_id(tokenizer, instruction.language)
             if instruction.source_language is not None:
                 _language_id(tokenizer, instruction.source_language, "source_language")
             if instruction.language is None and is_translation and not _has_target(directory, tokenizer):
-                raise UsageError(f"`language`: {spec.family} needs one of {_shortened(tokenizer.languages)}")
-        elif is_translation and instruction.prompt is None and prefixes.has_translation:
+                raise UsageError(f"`language`: {spec.family} requires one of {_shortened(tokenizer.languages)}")
+        elif is_translation and instruction.template is None and prefixes.has_translation:
             prefixes.prefix(instruction.task, instruction.language, instruction.source_language)
         else:
             super().check(spec, instruction)
 
-    def prompt(self, request: Request) -> list[int]:
+    def encode_prompt(self, request: Request) -> list[int]:
         """Return the ids that the encoder reads. Raises LimitError for a dialogue or a prompt that does not fit."""
         assert self.spec.max_text_tokens is not None
         limit, language, source = self.spec.max_text_tokens, request.language, request.source_language
         if request.turns:
             if self.tokenizer.template is not None:
-                ids = self.tokenizer.prompt((), request)
+                ids = self.tokenizer.encode_prompt((), request)
             else:
                 turns = [turn._replace(text=one_speaker(turn.text)) for turn in request.turns]
                 [ids] = self.tokenizer.encode([write_dialogue(turns)], MAX_TOKENS)
@@ -106,7 +106,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
             text = self.prefixes.prefix(request.task, language, source) + (request.text or "")
         if self.has_language_in_source:
             front = [_language_id(self.tokenizer, language)] if language else []
-            if text.startswith(">>"):  # after a space, a text that spells a language token (">>deu<<") is words
+            if text.startswith(">>"):  # prepend a space, or a text like ">>deu<< ..." is read as a language token
                 text = f" {text}"
             return front + self.tokenizer.encode([text], limit - len(front))[0]
         if source is not None and self.tokenizer.languages:
@@ -115,7 +115,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the padded texts, and the decoders' first tokens for mBART, M2M100 and NLLB."""
-        ids_BL, mask_BL = pad([self.prompt(request) for request in requests], self.tokenizer.pad_id, self.device)
+        ids_BL, mask_BL = pad([self.encode_prompt(request) for request in requests], self.tokenizer.pad_id, self.device)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if (
             not self.has_language_in_source
@@ -163,7 +163,7 @@ class Prefixes:
 
 
 def _within(limit: int, kind: str, ids: list[int]) -> list[int]:
-    """Return the ids. Raises LimitError if they are more than the encoder reads: truncated, they mean another thing."""
+    """Return the ids. Raises LimitError if there are more than `limit`: truncation would change the meaning."""
     if len(ids) > limit:
         raise LimitError(f"a {kind} of {len(ids):,} tokens; expected at most {limit:,}")
     return ids

@@ -125,7 +125,7 @@ class VllmGenerator(ChatGenerator):
         windows = self._window_count(request)
         if windows > MAX_WINDOWS:
             raise LimitError(f"audio of {windows} windows; expected at most {MAX_WINDOWS} with `engine` vllm")
-        prompt: dict[str, Any] = {"prompt_token_ids": self.prompt(request)}
+        prompt: dict[str, Any] = {"prompt_token_ids": self.encode_prompt(request)}
         data: dict[str, Any] = {}
         if request.image is not None and "image" in self.spec.modalities:
             data["image"] = Image.fromarray(request.image)

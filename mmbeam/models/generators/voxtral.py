@@ -51,7 +51,7 @@ class VoxtralGenerator(ChatGenerator):
         """Return the windows of 30 s of the request's audio, the last one padded."""
         return [Medium("audio", AUDIO * self.window_tokens) for _ in self.mels.frames(request)]
 
-    def prompt(self, request: Request) -> list[int]:
+    def encode_prompt(self, request: Request) -> list[int]:
         """Return the ids of the prompt: earlier turns, the audio, and the question or the mode of transcription."""
         windows = len(self.media(request))
         audio = [self.ids[BEGIN_AUDIO], *[self.ids[AUDIO]] * (windows * self.window_tokens)] if windows else []

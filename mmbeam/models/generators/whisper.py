@@ -2,8 +2,8 @@
 
 The request's language is the spoken one, as in OpenAI's program; without it, the model detects the language in the
 first 30 s. Audio of up to 30 s is one window, transcribed without timestamps. Longer audio is read window by window
-as in section 3.8 of the paper: each window begins where the last whole segment of the one before ended, by the
-model's timestamps. The result equals that of transformers' `generate` with its defaults (no fallback to higher
+as in section 3.8 of the paper: by the model's timestamps, each window begins where the last whole segment of the
+previous window ended. The result equals that of transformers' `generate` with its defaults (no fallback to higher
 temperatures, no condition on previous text). `max_new_tokens` limits each window.
 """
 
@@ -60,7 +60,7 @@ class WhisperGenerator(PretrainedGenerator):
     def __init__(self, spec: GeneratorSpec, model: Any) -> None:
         super().__init__(spec, model)
         self.recipe: WhisperRecipe = read_whisper_recipe(Path(spec.directory))
-        self.frames = self.recipe.n_samples // self.recipe.hop_length  # of a window
+        self.frames = self.recipe.n_samples // self.recipe.hop_length  # per window
         model.generation_config.forced_decoder_ids = None  # of older files; `_starts` makes the first tokens
 
     @classmethod
@@ -69,7 +69,10 @@ class WhisperGenerator(PretrainedGenerator):
         parsed = read_config(directory)
         generation = read_json(directory, "generation_config.json")
         if "no_timestamps_token_id" not in generation:
-            raise ModelError(f"{directory}/generation_config.json: no no_timestamps_token_id; use a newer checkpoint")
+            raise ModelError(
+                f"{directory}/generation_config.json: expected no_timestamps_token_id, which is missing; "
+                "use a newer checkpoint"
+            )
         recipe = read_whisper_recipe(directory)
         if recipe.n_mels != parsed.num_mel_bins:
             raise ModelError(
@@ -147,7 +150,7 @@ class WhisperGenerator(PretrainedGenerator):
         ]
 
     def _transcribe_windows(self, audio: Sequence[_LongAudio], decoding: Decoding) -> None:
-        """Transcribe the next window of each; what follows its last whole segment is read again in the next one."""
+        """Transcribe the next window of each. The window after it begins at the end of its last whole segment."""
         windows = [item.mel_MT[:, item.position : item.position + self.frames] for item in audio]
         padded = [functional.pad(mel_MT, (0, self.frames - mel_MT.shape[1])) for mel_MT in windows]
         inputs = self._decoder_inputs(self._encode(torch.stack(padded)), [item.start for item in audio])
@@ -168,8 +171,9 @@ class WhisperGenerator(PretrainedGenerator):
     def _whole_segments(self, tokens: Sequence[int], frames: int) -> tuple[list[int], int]:
         """Return the tokens of a window's whole segments, and the frames that they cover.
 
-        Two successive timestamps end a segment and begin the next, which the end of the window may cut. Without any,
-        or if a single timestamp ends the text, the whole window is transcribed.
+        Two adjacent timestamps end one segment and begin the next; the last segment may be incomplete at the end of the
+        window. If there is no such pair, or the text ends with a single timestamp, all tokens are kept and the whole
+        window counts as done.
         """
         first = self.model.generation_config.no_timestamps_token_id + 1
         is_stamp = [token >= first for token in tokens]
