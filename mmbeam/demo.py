@@ -30,7 +30,7 @@ from mmbeam.types import ImageHWC, Needs, Sample, Waveform
 
 SAMPLES, SHARDS = 48, 4
 SEED = 11  # of scenes used neither to train nor to select the shipped model
-RATE = 16000  # Hz, of the sounds in the corpus
+RATE = 16000  # Hz, of the audio in the corpus
 SHOWN = 3  # samples and neighbours
 SHADES = " ░▒▓█"  # of a spectrogram, from silence to full scale
 RANGE = 4.0  # powers of ten below full scale that are drawn
@@ -64,7 +64,7 @@ def describe_rows(shards: Path, output: Path) -> Iterator[str]:
 
     by_key = {row["key"]: row for row in rows}
     letters = ", ".join(f"{name[0].upper()} {name}" for name in ("red", "green", "blue"))
-    yield f"\nThe first {SHOWN} samples. Left the image ({letters}, ...), right the spectrogram of the sound:"
+    yield f"\nThe first {SHOWN} samples. Left the image ({letters}, ...), right the spectrogram of the audio:"
     unit = replace(plan_units(list_shards([str(sorted(shards.glob("*.tar"))[0])]), [])[0], limit=SHOWN)
     needs = Needs(modalities=frozenset(("image", "audio")), sampling_rates=frozenset((RATE,)))
     with closing(read_batches(unit, Reading(), needs, Windows())) as batches:
@@ -144,7 +144,7 @@ def _letters(names: Iterable[str]) -> list[str]:
 
 
 def sketch_audio(wave: Waveform, rate: int, rows: int = 12, columns: int = 32) -> list[str]:
-    """Draw a sound, float32 [frames], as a spectrogram of `rows` lines: time to the right, frequency upwards.
+    """Draw audio, float32 [frames], as a spectrogram of `rows` lines: time to the right, frequency upwards.
 
     Rows divide the range from 60 Hz to half the rate evenly in octaves. Each shade is a power of ten; the darkest is
     that of a sine at full scale.

@@ -113,7 +113,7 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
         "--audio-seconds",
         type=_number,
         metavar="S",
-        help="longer sounds are truncated (default: the longest of 100 sounds)",
+        help="longer audio is truncated (default: the longest of the first 100 clips)",
     )
     group.add_argument("--init", metavar="MODEL", help="start from the weights and architecture of this model")
     group.add_argument(

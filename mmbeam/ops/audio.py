@@ -115,11 +115,11 @@ def _resampling_kernel(source: int, target: int, device: torch.device) -> torch.
 def to_rate(
     waves: Sequence[Waveform], rates: Sequence[int], target_rate: int, device: torch.device
 ) -> list[torch.Tensor]:
-    """Return decoded sounds on the device at one rate, float32 [frames] each. Raises DecodeError if one is empty."""
+    """Return decoded clips on the device at one rate, float32 [frames] each. Raises DecodeError if one is empty."""
     groups: dict[tuple[int, int], list[int]] = {}
     for position, (wave, rate) in enumerate(zip(waves, rates, strict=True)):
         if len(wave) == 0:
-            raise DecodeError("the sound has no samples; expected at least one")
+            raise DecodeError("the audio has no samples; expected at least one")
         groups.setdefault((rate, len(wave)), []).append(position)
     resampled: dict[int, torch.Tensor] = {}
     for (rate, _), positions in groups.items():
@@ -140,11 +140,11 @@ class WaveRecipe:
     """The options of a Wav2Vec2FeatureExtractor, for models whose input is the waveform itself."""
 
     sampling_rate: int  # Hz
-    normalize: bool  # each sound to mean 0 and variance 1
+    normalize: bool  # each clip to mean 0 and variance 1
 
 
 def standardize(wave_N: torch.Tensor) -> torch.Tensor:
-    """Return the sound with mean 0 and variance 1, equal to Wav2Vec2FeatureExtractor's within 1e-5."""
+    """Return the clip with mean 0 and variance 1, equal to Wav2Vec2FeatureExtractor's within 1e-5."""
     variance, mean = torch.var_mean(wave_N, correction=0)
     return (wave_N - mean) / torch.sqrt(variance + 1e-7)
 

@@ -1,6 +1,6 @@
 """Log-mel spectrograms of Whisper, CLAP, AST and Gemma 4, by the recipes that models/recipes.py reads.
 
-Each function equals the family's feature extractor in transformers. Where that is random or truncates sounds, the
+Each function equals the family's feature extractor in transformers. Where that is random or truncates clips, the
 docstring states the rule that replaces it. Pure kernels on float tensors, batched, on any device.
 
 Shapes: B batch, N samples of a waveform, F frequency bins, M mel bins, T frames, C channels.
@@ -53,9 +53,9 @@ class WhisperRecipe:
 
 
 def whisper_windows(wave_N: torch.Tensor, recipe: WhisperRecipe) -> list[torch.Tensor]:
-    """Return the sound as consecutive windows [n_samples], the last one padded with silence.
+    """Return the clip as consecutive windows [n_samples], the last one padded with silence.
 
-    The reference truncates a sound to one window.
+    The reference truncates a clip to one window.
     """
     return [_pad_end(piece, recipe.n_samples) for piece in torch.split(wave_N, recipe.n_samples)]
 
@@ -84,15 +84,15 @@ class ClapRecipe:
     n_samples: int  # in the model's window, 10 s
     low: float  # Hz
     high: float  # Hz
-    truncation: Truncation  # of longer sounds
-    padding: Padding  # of shorter sounds
+    truncation: Truncation  # of longer clips
+    padding: Padding  # of shorter clips
 
 
 def clap_windows(wave_N: torch.Tensor, recipe: ClapRecipe) -> list[torch.Tensor]:
-    """Return the windows of a sound, [n_samples] each; the vectors of a sound's windows are averaged.
+    """Return the windows of a clip, [n_samples] each; the vectors of a clip's windows are averaged.
 
-    A sound shorter than a window is padded like the reference. With "rand_trunc", the reference takes a random window
-    of a longer one; here it is the fewest evenly spread windows that cover it. With "fusion", a longer sound is whole.
+    A clip shorter than a window is padded like the reference. With "rand_trunc", the reference takes a random window
+    of a longer one; here it is the fewest evenly spread windows that cover it. With "fusion", a longer clip is whole.
     """
     length, window = len(wave_N), recipe.n_samples
     if length > window:
@@ -131,7 +131,7 @@ def clap_log_mel(wave_BN: torch.Tensor, recipe: ClapRecipe) -> torch.Tensor:
 def clap_features(windows: Sequence[torch.Tensor], recipe: ClapRecipe) -> tuple[torch.Tensor, torch.Tensor]:
     """Return ClapModel's inputs for windows from `clap_windows`: features [B, C, T, M] and is_longer [B, 1].
 
-    C is 1, or 4 for "fusion". There a longer sound is the whole spectrogram shrunk to one window, and its first, middle
+    C is 1, or 4 for "fusion". There a longer clip is the whole spectrogram shrunk to one window, and its first, middle
     and last window (the reference takes a random window of each third). A shorter one is four times the same, and is
     never marked as longer (the reference marks a random one).
     """
@@ -174,9 +174,9 @@ class AstRecipe:
 
 
 def ast_windows(wave_N: torch.Tensor, recipe: AstRecipe) -> list[torch.Tensor]:
-    """Return the fewest evenly spread windows that cover a sound; one shorter than a frame (25 ms) is padded to it.
+    """Return the fewest evenly spread windows that cover a clip; one shorter than a frame (25 ms) is padded to it.
 
-    The reference truncates a sound to one window.
+    The reference truncates a clip to one window.
     """
     wave_N = _pad_end(wave_N, max(len(wave_N), AST_FRAME))
     return [wave_N[start : start + recipe.n_samples] for start in even_starts(len(wave_N), recipe.n_samples)]
@@ -232,9 +232,9 @@ class GemmaRecipe:
 
 
 def gemma_windows(wave_N: torch.Tensor, recipe: GemmaRecipe) -> list[torch.Tensor]:
-    """Return the fewest evenly spread windows of 30 s that cover a sound; one shorter than a frame is padded to it.
+    """Return the fewest evenly spread windows of 30 s that cover a clip; one shorter than a frame is padded to it.
 
-    The reference truncates a sound to one window.
+    The reference truncates a clip to one window.
     """
     wave_N = _pad_end(wave_N, max(len(wave_N), recipe.frame_length // 2 + 1))
     window = GEMMA_SECONDS * recipe.sampling_rate

@@ -92,7 +92,7 @@ class Request:
     audio: tuple[Waveform, int] | None = None  # waveform and sampling rate in Hz
     text: str | None = None  # the sample's text, which is translated, summarized or continued
     prompt: str | None = None  # the filled-in template; None: the task's own prompt
-    turns: tuple[Turn, ...] = ()  # of a dialogue; the last is the user's, with the image and the sound
+    turns: tuple[Turn, ...] = ()  # of a dialogue; the last is the user's, with the image and the audio
     features: Mapping[str, Feature] = field(default_factory=dict)  # by column; absent if the sample has none
     seed: int = 0  # of the sample's random stream: 64 bits
     task: Task = "caption"

@@ -176,7 +176,7 @@ def _drain(ready: "queue.SimpleQueue[T | _End]", room: threading.Semaphore) -> G
         raise item.error
 
 
-SHIFT = 1 / 16  # largest shift, as a fraction of an image's height and width, or of a sound's length
+SHIFT = 1 / 16  # largest shift, as a fraction of an image's height and width, or of a clip's length
 CONTRAST, BRIGHTNESS, GRAIN = 0.2, 0.2, 0.05  # for values from -1 to about 1
 HIDDEN = 0.15  # fraction of text tokens or feature values that are masked
 Inputs = Mapping[str, torch.Tensor]

@@ -42,7 +42,7 @@ class TrainOptions:
     model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig
     vocab_size: int = 2000  # tokens; enough for the captions of a few thousand samples
     text_tokens: int = 64  # longer texts are truncated
-    audio_seconds: float | None = None  # audio window; None: the longest of the first sounds, at most 30
+    audio_seconds: float | None = None  # audio window; None: the longest of the first clips, at most 30
     init: str | None = None  # directory of the model to start from
     freeze: tuple[str, ...] = ()  # parts that are not trained: names of sources, "fusion", "generator", ...
 

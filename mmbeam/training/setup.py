@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 SHARED = ("words", "space", "fusion", "generator")  # parts of a model beside its sources' encoders
 START, FACTS = "start", "samples.json"
-SURVEYED_SOUNDS = 100  # sounds whose lengths determine the model's audio window
+SURVEYED_SOUNDS = 100  # clips whose lengths determine the model's audio window
 MAX_AUDIO_SECONDS = 30.0  # longest audio window
 TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # used only by the losses
 

@@ -136,7 +136,7 @@ class ShardSource:
         return survey
 
     def longest_audio_seconds(self, limit: int, most: float) -> float:
-        """Return the seconds of the longest of the first `limit` sounds, at most `most`; 1 without sounds."""
+        """Return the seconds of the longest of the first `limit` clips, at most `most`; 1 if there is none."""
         source = replace(self, needs=Needs(modalities=frozenset(("audio",))))
         found = (s.audio.seconds for s in source._samples(self.units, None) if s.audio is not None)
         return min(most, max(islice(found, limit), default=1.0))

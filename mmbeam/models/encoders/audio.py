@@ -1,7 +1,7 @@
 """Audio encoders without a text tower: AST, Whisper's encoder, and wav2vec 2.0, HuBERT and WavLM.
 
-Sounds longer than the model's window, which the reference feature extractors cut, are encoded whole, in several
-windows. A sound's vector never depends on the sounds beside it in a batch.
+Audio clips longer than the model's window, which the reference feature extractors truncate, are encoded whole, in
+several windows. The vector of a clip never depends on the other clips of its batch.
 """
 
 from collections.abc import Mapping, Sequence
@@ -36,7 +36,7 @@ from mmbeam.ops.log_mel import (
 from mmbeam.types import Waveform
 
 AST_WINDOWS_PER_BATCH = 16  # of 10 s: computing their spectrograms takes 300 MB
-WHISPER_WINDOWS_PER_BATCH = 8  # at least; a batch of more sounds encodes as many windows at a time as it has sounds
+WHISPER_WINDOWS_PER_BATCH = 8  # minimum number of windows per forward pass; a batch of N > 8 clips uses N
 WHISPER_STRIDE = 2  # mel frames per frame of Whisper's encoder: the stride of its second convolution
 
 SPEECH_PIECE_SECONDS = 30  # the longest piece that wav2vec 2.0 encodes: attention costs the square of the length
@@ -66,8 +66,8 @@ def _check_frames(directory: Path, expected: tuple[int, int], found: tuple[int, 
 class AstEncoder(TransformersEncoder):
     """AST, the Audio Spectrogram Transformer (Gong et al., 2021, arXiv:2104.01778).
 
-    The vector is the model's pooler_output, the mean of its class and distillation tokens. That of a sound longer than
-    the window of 10 s is the mean over the evenly spread windows that cover it.
+    The vector is the model's pooler_output, the mean of its class and distillation tokens. For a clip longer than
+    the window of 10 s, the vector is the mean over the evenly spread windows that cover it.
     """
 
     recipe: AstRecipe
@@ -82,21 +82,21 @@ class AstEncoder(TransformersEncoder):
 
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode sounds; tokens are class token, distillation token and patches, window after window."""
+        """Encode audio clips; tokens are class token, distillation token and patches, window after window."""
 
         def encode(windows: list[torch.Tensor]) -> Encoded:
             output = self.model(ast_log_mel(windows, self.recipe).to(self.dtype))
             return Encoded(pooled=output.pooler_output, tokens=list(output.last_hidden_state) if tokens else None)
 
-        windows = [ast_windows(sound, self.recipe) for sound in to_rate(waves, rates, AST_RATE, self.device)]
+        windows = [ast_windows(clip, self.recipe) for clip in to_rate(waves, rates, AST_RATE, self.device)]
         return encode_windows(windows, AST_WINDOWS_PER_BATCH, encode)
 
 
 class WhisperEncoder(TransformersEncoder):
     """The encoder half of Whisper (Radford et al., 2022, arXiv:2212.04356).
 
-    Whisper defines no pooled vector. Here it is the mean over the encoder's frames of 20 ms that contain sound, not
-    those that see only the padding up to 30 s. A longer sound is encoded in consecutive windows of 30 s; the mean is
+    Whisper defines no pooled vector. Here it is the mean over the encoder's frames of 20 ms that contain audio, without
+    the frames of the padding up to 30 s. A longer clip is encoded in consecutive windows of 30 s; the mean is
     over all of its frames. Vectors are compared by cosine, as is usual for mean-pooled features.
     """
 
@@ -120,16 +120,16 @@ class WhisperEncoder(TransformersEncoder):
 
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode sounds; tokens are the frames that contain sound, 20 ms each."""
-        sounds = to_rate(waves, rates, self.recipe.sampling_rate, self.device)
+        """Encode audio clips; tokens are the frames that contain audio, 20 ms each."""
+        clips = to_rate(waves, rates, self.recipe.sampling_rate, self.device)
         windows = [
-            (position, window, self._frames(len(sound) - index * self.recipe.n_samples))
-            for position, sound in enumerate(sounds)
-            for index, window in enumerate(whisper_windows(sound, self.recipe))
+            (position, window, self._frames(len(clip) - index * self.recipe.n_samples))
+            for position, clip in enumerate(clips)
+            for index, window in enumerate(whisper_windows(clip, self.recipe))
         ]
-        sums_BD = torch.zeros(len(sounds), self.spec.dims["audio"], device=self.device)
-        frames: list[list[torch.Tensor]] = [[] for _ in sounds]
-        step = max(len(sounds), WHISPER_WINDOWS_PER_BATCH)
+        sums_BD = torch.zeros(len(clips), self.spec.dims["audio"], device=self.device)
+        frames: list[list[torch.Tensor]] = [[] for _ in clips]
+        step = max(len(clips), WHISPER_WINDOWS_PER_BATCH)
         for first in range(0, len(windows), step):
             batch = windows[first : first + step]
             mel_BMT = whisper_log_mel(torch.stack([window for _, window, _ in batch]), self.recipe)
@@ -138,9 +138,9 @@ class WhisperEncoder(TransformersEncoder):
                 sums_BD[position] += hidden_LD[:count].float().sum(0)
                 if tokens:
                     frames[position].append(hidden_LD[:count].float())
-        counts_B = torch.tensor([self._frames(len(sound)) for sound in sounds], device=self.device)
+        counts_B = torch.tensor([self._frames(len(clip)) for clip in clips], device=self.device)
         pooled_BD = sums_BD / counts_B[:, None]
-        return Encoded(pooled=pooled_BD, tokens=[torch.cat(of_sound) for of_sound in frames] if tokens else None)
+        return Encoded(pooled=pooled_BD, tokens=[torch.cat(of_clip) for of_clip in frames] if tokens else None)
 
     def _frames(self, samples: int) -> int:
         """Return how many of the encoder's frames begin within the first `samples` samples."""
@@ -151,17 +151,17 @@ class SpeechEncoder(TransformersEncoder):
     """wav2vec 2.0, HuBERT and WavLM: convolutions over the waveform, then a transformer.
 
     They define no pooled vector. Here it is the mean over the frames (20 ms each) of the last hidden states, as in
-    SUPERB (Yang et al., 2021, arXiv:2105.01051). A sound longer than 30 s is encoded in pieces of equal length, and the
-    mean is over all of its frames. One shorter than the first frame (25 ms) is padded with silence.
+    SUPERB (Yang et al., 2021, arXiv:2105.01051). A clip longer than 30 s is encoded in pieces of equal length, and the
+    mean is over all of its frames. A clip shorter than the first frame (25 ms) is padded with silence.
 
-    The convolutions get unpadded sounds of one length at a time, because padding would change the result where they
+    The convolutions get unpadded clips of one length at a time, because padding would change the result where they
     normalise over time (feat_extract_norm "group": the base models, which have no mask). Only the transformer's batch
     is padded, and masked.
     """
 
     recipe: WaveRecipe
     read_recipe = staticmethod(read_wave_recipe)
-    unused_weights = (r"(^|\.)masked_spec_embed$",)
+    optional_weights = (r"(^|\.)masked_spec_embed$",)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
@@ -172,12 +172,12 @@ class SpeechEncoder(TransformersEncoder):
 
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode sounds; tokens are the frames, 20 ms each."""
-        sounds = to_rate(waves, rates, self.recipe.sampling_rate, self.device)
-        pieces = [self._pieces(sound) for sound in sounds]
-        hidden = iter(self._transform(self._convolve([piece for of_sound in pieces for piece in of_sound])))
-        frames = [torch.cat([next(hidden).float() for _ in of_sound]) for of_sound in pieces]
-        pooled_BD = torch.stack([of_sound.mean(0) for of_sound in frames])
+        """Encode audio clips; tokens are the frames, 20 ms each."""
+        clips = to_rate(waves, rates, self.recipe.sampling_rate, self.device)
+        pieces = [self._pieces(clip) for clip in clips]
+        hidden = iter(self._transform(self._convolve([piece for of_clip in pieces for piece in of_clip])))
+        frames = [torch.cat([next(hidden).float() for _ in of_clip]) for of_clip in pieces]
+        pooled_BD = torch.stack([of_clip.mean(0) for of_clip in frames])
         return Encoded(pooled=pooled_BD, tokens=frames if tokens else None)
 
     def _pieces(self, wave_N: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -215,5 +215,7 @@ class SpeechEncoder(TransformersEncoder):
             lengths_B = torch.tensor([len(features[position]) for position in batch], device=self.device)
             mask_BT = torch.arange(longest, device=self.device) < lengths_B[:, None]
             hidden_BTD = self.model.encoder(batch_BTD, attention_mask=mask_BT).last_hidden_state
-            hidden.update((place, row[: len(features[place])]) for place, row in zip(batch, hidden_BTD, strict=True))
+            hidden.update(
+                (position, row[: len(features[position])]) for position, row in zip(batch, hidden_BTD, strict=True)
+            )
         return [hidden[position] for position in range(len(features))]

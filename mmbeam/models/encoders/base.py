@@ -98,7 +98,7 @@ class Encoder:
 class TransformersEncoder(Encoder):
     """An encoder whose model AutoModel loads, with its preprocessing recipe and, if it encodes text, its tokenizer."""
 
-    unused_weights: ClassVar[tuple[str, ...]] = ()  # patterns of weights that a checkpoint may lack
+    optional_weights: ClassVar[tuple[str, ...]] = ()  # patterns of weights that are not needed: files may lack them
 
     def __init__(
         self, spec: EncoderSpec, model: Any, recipe: Any = None, tokenizer: TextTokenizer | None = None
@@ -117,7 +117,7 @@ class TransformersEncoder(Encoder):
     def load(cls, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> Encoder:
         """Load the weights without the heads for other tasks. Preprocessing keeps its own precision."""
         directory = Path(spec.directory)
-        model = load_pretrained(AutoModel, directory, device, dtype, ignore_missing=cls.unused_weights)
+        model = load_pretrained(AutoModel, directory, device, dtype, ignore_missing=cls.optional_weights)
         tokenizer = TextTokenizer(directory) if "text" in spec.dims else None
         return cls(spec, model, cls.read_recipe(directory), tokenizer)
 

@@ -1,10 +1,10 @@
-"""EmbeddingGemma 2: texts, images and sounds in one space, through one model.
+"""EmbeddingGemma 2: texts, images and audio in one space, through one model.
 
-An image or a sound becomes a sequence of tokens between its begin and end marks, inside the tokens that begin and end a
-text, as EmbeddingGemma2Processor lays it out. It is pooled like a text, as modules.json says (the mean over all tokens,
-at unit length). A default prompt is put before texts only, as in sentence-transformers. The reference cuts a sound at
-30 s; here the vector of a longer sound is the mean over the windows of 30 s that cover it. A checkpoint without a tower
-(its config is null) encodes the remaining modalities. Video is unsupported.
+An image or an audio clip becomes a sequence of tokens between its begin and end marks, inside the tokens that begin and
+end a text, as EmbeddingGemma2Processor lays it out. It is pooled like a text, as modules.json says (the mean over all
+tokens, at unit length). A default prompt is put before texts only, as in sentence-transformers. The reference truncates
+a clip at 30 s; here the vector of a longer clip is the mean over the windows of 30 s that cover it. A checkpoint
+without a tower (its config is null) encodes the remaining modalities. Video is unsupported.
 """
 
 from collections.abc import Mapping, Sequence
@@ -94,7 +94,7 @@ class EmbeddingGemma2Encoder(TextEncoder):
 
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode sounds, window after window; tokens of 40 ms, the marks, and the begin and end tokens."""
+        """Encode audio clips, window after window; tokens of 40 ms, the marks, and the begin and end tokens."""
         recipe, config = self.audio_recipe, self.model.config
         assert recipe is not None
 
@@ -104,8 +104,8 @@ class EmbeddingGemma2Encoder(TextEncoder):
             ids = self._layout(config.boa_token_id, config.audio_token_id, config.eoa_token_index, counts)
             return self._encode(ids, tokens, 0, input_features=mel_BTM, input_features_mask=mask_BT)
 
-        sounds = to_rate(waves, rates, recipe.sampling_rate, self.device)
-        return encode_windows([gemma_windows(sound, recipe) for sound in sounds], BATCH_SIZE, encode)
+        clips = to_rate(waves, rates, recipe.sampling_rate, self.device)
+        return encode_windows([gemma_windows(clip, recipe) for clip in clips], BATCH_SIZE, encode)
 
     def _layout(self, first: int, placeholder: int, last: int, counts: Sequence[int]) -> list[list[int]]:
         """Return a sequence per count: begin token, first mark, `count` placeholders, last mark, end token."""

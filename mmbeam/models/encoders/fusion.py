@@ -1,4 +1,4 @@
-"""The fusion model as an encoder: images, sounds and texts in its shared space."""
+"""The fusion model as an encoder: images, audio and texts in its shared space."""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -63,8 +63,8 @@ class FusionEncoder(Encoder):
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
         """Encode waveforms, float32 [frames] at `rates` Hz."""
-        sounds = list(zip(waves, rates, strict=True))
-        values, mask = self.processor.audio_values(self._sources["audio"], sounds, self.device)
+        clips = list(zip(waves, rates, strict=True))
+        values, mask = self.processor.audio_values(self._sources["audio"], clips, self.device)
         return self._encode("audio", values.to(self.dtype), mask, tokens)
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:

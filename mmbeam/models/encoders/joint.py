@@ -29,7 +29,7 @@ from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
 from mmbeam.ops.log_mel import ClapRecipe, clap_features, clap_windows
 from mmbeam.types import ImageHWC, Waveform
 
-CLAP_WINDOWS_PER_BATCH = 8  # at least; a batch of more sounds encodes as many windows at a time as it has sounds
+CLAP_WINDOWS_PER_BATCH = 8  # minimum number of windows per forward pass; a batch of N > 8 clips uses N
 BLIP_RETRIEVAL = "BlipForImageTextRetrieval"
 BLIP_IMAGES_ONLY = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
 
@@ -37,7 +37,8 @@ BLIP_IMAGES_ONLY = ("BlipForConditionalGeneration", "BlipForQuestionAnswering")
 class JointEncoder(TransformersEncoder):
     """The text tower that all families here have."""
 
-    pads_to_max_length: ClassVar[bool] = False  # as the model was trained; otherwise to the longest of the batch
+    # True: pad texts to the maximum length, as the model was trained; False: pad to the longest text of the batch.
+    pads_to_max_length: ClassVar[bool] = False
 
     @torch.inference_mode()
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
@@ -209,10 +210,11 @@ def _blip_architecture(directory: Path, config: Mapping[str, Any]) -> str:
 
 
 class ClapEncoder(JointEncoder):
-    """CLAP: sounds and texts; its vectors are unit vectors.
+    """CLAP: audio and texts; its vectors are unit vectors.
 
-    The reference takes a random window of a sound longer than the model's window of 10 s. Here such a sound is encoded
-    whole, by the fixed rules of ops/log_mel.py; with "rand_trunc" its vector is the mean of its windows' vectors.
+    The reference takes a random window of an audio clip longer than the model's window of 10 s. Here such a clip is
+    encoded whole, by the fixed rules of ops/log_mel.py; with "rand_trunc" its vector is the mean of its windows'
+    vectors.
     """
 
     recipe: ClapRecipe
@@ -248,7 +250,7 @@ class ClapEncoder(JointEncoder):
 
     @torch.inference_mode()
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode sounds; tokens are the last stage's cells, by frequency then time, window after window."""
+        """Encode audio clips; tokens are the last stage's cells, by frequency then time, window after window."""
 
         def encode(windows: list[torch.Tensor]) -> Encoded:
             features_BCTM, is_longer_B1 = clap_features(windows, self.recipe)
@@ -256,6 +258,6 @@ class ClapEncoder(JointEncoder):
             cells_BLD = output.last_hidden_state.flatten(2).transpose(1, 2)
             return Encoded(pooled=output.pooler_output, tokens=list(cells_BLD) if tokens else None)
 
-        sounds = to_rate(waves, rates, self.recipe.sampling_rate, self.device)
-        windows = [clap_windows(sound, self.recipe) for sound in sounds]
+        clips = to_rate(waves, rates, self.recipe.sampling_rate, self.device)
+        windows = [clap_windows(clip, self.recipe) for clip in clips]
         return encode_windows(windows, max(len(waves), CLAP_WINDOWS_PER_BATCH), encode)

@@ -22,7 +22,7 @@ from mmbeam.models.loading import check_weights, read_json
 
 logger = logging.getLogger(__name__)
 
-# Pooling modes by the flags of older files, in the order in which those concatenate them.
+# Pooling mode by flag of older files; several modes are concatenated in this order.
 LEGACY_MODES: Mapping[str, str] = {
     "pooling_mode_cls_token": "cls",
     "pooling_mode_max_tokens": "max",
@@ -70,9 +70,11 @@ class SentenceRecipe:
 
 
 def read_sentence_recipe(directory: Path, inputs: frozenset[str] = TEXT_ONLY) -> SentenceRecipe:
-    """Return how the checkpoint in `directory` makes one vector of a text; `inputs` are the kinds of its inputs.
+    """Return the recipe by which the checkpoint in `directory` pools a text into one vector.
 
-    Raises ModelError for what the files lack or set and is unsupported.
+    `inputs` are the modalities that the transformer accepts.
+
+    Raises ModelError if a file is missing, or sets an option that is unsupported.
     """
     path = directory / "modules.json"
     if not path.exists():

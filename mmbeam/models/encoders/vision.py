@@ -25,7 +25,7 @@ class VisionEncoder(TransformersEncoder):
 
     recipe: ImageRecipe
     read_recipe = staticmethod(read_image_recipe)
-    unused_weights = (r"(^|\.)pooler\.",)  # ViT's
+    optional_weights = (r"(^|\.)pooler\.",)  # ViT's
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:

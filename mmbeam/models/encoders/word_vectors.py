@@ -119,8 +119,8 @@ def _text_file(directory: Path) -> Path | None:
     paths = sorted({path for pattern in TEXT_FILES for path in directory.glob(pattern)})
     if not paths and not all((directory / name).is_file() for name in (TABLE_FILE, WORDS_FILE)):
         raise ModelError(
-            f"{directory}: has no config.json; give a model directory as save_pretrained writes it, or one of word "
-            f"vectors ({', '.join(TEXT_FILES)}, or {TABLE_FILE} with {WORDS_FILE})"
+            f"{directory}: expected config.json (a model saved by save_pretrained) or word vectors "
+            f"({', '.join(TEXT_FILES)}, or {TABLE_FILE} with {WORDS_FILE}); found neither"
         )
     if len(paths) > 1:
         names = ", ".join(path.name for path in paths)

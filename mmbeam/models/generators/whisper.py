@@ -111,22 +111,22 @@ class WhisperGenerator(PretrainedGenerator):
         """Return the transcripts; `score` does not support this family."""
         audio = [request.audio for request in requests if request.audio is not None]
         waves = [wave for wave, _ in audio]
-        sounds = to_rate(waves, [rate for _, rate in audio], self.recipe.sampling_rate, self.device)
-        short = [index for index, sound in enumerate(sounds) if len(sound) <= self.recipe.n_samples]
-        long = [index for index in range(len(sounds)) if index not in short]
+        clips = to_rate(waves, [rate for _, rate in audio], self.recipe.sampling_rate, self.device)
+        short = [index for index, clip in enumerate(clips) if len(clip) <= self.recipe.n_samples]
+        long = [index for index in range(len(clips)) if index not in short]
         transcripts: dict[int, GeneratedTokens] = {}
         for indices, method in ((short, self._transcribe_short), (long, self._transcribe_long)):
             if indices:
                 some = [requests[index] for index in indices]
-                results = method(some, [sounds[index] for index in indices], decoding)
+                results = method(some, [clips[index] for index in indices], decoding)
                 transcripts.update(zip(indices, results, strict=True))
         return self.to_texts([transcripts[index] for index in range(len(requests))])
 
     def _transcribe_short(
-        self, requests: Sequence[Request], sounds: Sequence[torch.Tensor], decoding: Decoding
+        self, requests: Sequence[Request], clips: Sequence[torch.Tensor], decoding: Decoding
     ) -> list[GeneratedTokens]:
         """Return the transcripts of audio of one window each."""
-        windows = [whisper_windows(sound, self.recipe)[0] for sound in sounds]
+        windows = [whisper_windows(clip, self.recipe)[0] for clip in clips]
         memory = self._encode(whisper_log_mel(torch.stack(windows), self.recipe))
         no_timestamps = self.model.generation_config.no_timestamps_token_id
         starts = [[*start, no_timestamps] for start in self._starts(requests, memory)]
@@ -134,10 +134,10 @@ class WhisperGenerator(PretrainedGenerator):
         return decode(self.model, self._decoder_inputs(memory, starts), decoding, seeds)
 
     def _transcribe_long(
-        self, requests: Sequence[Request], sounds: Sequence[torch.Tensor], decoding: Decoding
+        self, requests: Sequence[Request], clips: Sequence[torch.Tensor], decoding: Decoding
     ) -> list[GeneratedTokens]:
         """Return the transcripts of audio of several windows; a batch holds the next window of each."""
-        mels = [whisper_log_mel(sound[None], self.recipe)[0] for sound in sounds]
+        mels = [whisper_log_mel(clip[None], self.recipe)[0] for clip in clips]
         starts = self._starts(requests, self._encode(torch.stack([mel[:, : self.frames] for mel in mels])))
         audio = [
             _LongAudio(mel, request.seed, start) for mel, request, start in zip(mels, requests, starts, strict=True)
