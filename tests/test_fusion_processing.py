@@ -154,7 +154,7 @@ def test_log_mel_bin_of_a_tone() -> None:
 
 def test_audio_is_cut_or_padded_with_silence() -> None:
     processor = fitted(media())
-    recipe = processor.sounds["audio"]
+    recipe = processor.audio_recipes["audio"]
     assert recipe.n_samples == 8000
     window, short = noise(8000, 1.0), noise(8000, 0.5)
     waves = [window, np.concatenate([window, noise(8000, 3.0, seed=1)]), short]
@@ -183,7 +183,7 @@ def test_mel_recipe_has_the_shape_of_the_source(seconds: float) -> None:
     processor = fitted(media(), audio_seconds=seconds)
     values = processor([request()], CPU)["audio"]
     assert values.shape == (1, 1, 32, 32)
-    assert processor.sounds["audio"].n_samples == pytest.approx(max(512, 8000 * seconds), abs=32)
+    assert processor.audio_recipes["audio"].n_samples == pytest.approx(max(512, 8000 * seconds), abs=32)
 
 
 def test_features_are_padded_cut_and_masked(processor: FusionProcessor) -> None:
@@ -213,7 +213,10 @@ def test_truncation_is_logged_once_per_source(caplog: pytest.LogCaptureFixture) 
     assert sorted(message.partition(":")[0] for message in caplog.messages) == sorted(
         ["audio", "captions", "t5_text_tokens", "text"]
     )
-    assert "audio: an input of 12000 samples at 8000 Hz is cut to 8000, as are all longer ones" in caplog.messages
+    assert (
+        "audio: inputs longer than 8000 samples at 8000 Hz are truncated (longest in this batch: 12000)"
+        in caplog.messages
+    )
     caplog.clear()
     processor([request(text="ring")], CPU)
     processor.labels(["a"], CPU, max_length=2 + len(processor.token_ids(["a"])[0]))
@@ -258,11 +261,15 @@ def test_saved_processor_prepares_the_same_inputs(processor: FusionProcessor, tm
     [
         ("preprocessing.json", None, r"has no preprocessing\.json"),
         ("preprocessing.json", "[]", "expected a JSON object"),
-        ("preprocessing.json", '{"images": {}}', "not that of a fusion model"),
-        ("preprocessing.json", '{"images": [], "sounds": {}, "tokenizers": []}', "not that of a fusion model"),
+        ("preprocessing.json", '{"images": {}}', "expected the preprocessing of a fusion model"),
+        (
+            "preprocessing.json",
+            '{"images": [], "sounds": {}, "tokenizers": []}',
+            "expected the preprocessing of a fusion model",
+        ),
         ("preprocessing.json", '{"images": {"image": {"side": 2}}, "sounds": {}, "tokenizers": []}', "not that of a"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
-        ("config.json", '{"model_type": "mmbeam-fusion"}', "not that of a fusion model"),
+        ("config.json", '{"model_type": "mmbeam-fusion"}', "expected the preprocessing of a fusion model"),
     ],
 )
 def test_damaged_files_are_named(

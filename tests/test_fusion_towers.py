@@ -130,7 +130,7 @@ def test_batched_waveforms_equal_the_checkpoint(name: str, tmp_path: Path) -> No
     values, mask = inputs["tower"], inputs["tower" + MASK]
     assert mask.any(1).tolist() == [True, True, True, False, True]
     present = mask.any(1)
-    states, real = encoder.read(values[present], mask[present])
+    states, real = encoder.hidden_states(values[present], mask[present])
     whole = AutoModel.from_pretrained(tmp_path).eval()
     for row, is_real, wave, is_sample in zip(states, real, values[present], mask[present], strict=True):
         with torch.no_grad():
@@ -186,7 +186,7 @@ def test_frozen_and_unfrozen_encoders_train_and_reload_without_the_checkpoint(
     changed = [key for key, value in encoder.model.state_dict().items() if not torch.equal(value, before[key])]
     assert bool(changed) != frozen
     assert encoder.model.training != frozen
-    assert encoder.read(inputs["tower"], inputs["tower" + MASK])[0].requires_grad != frozen
+    assert encoder.hidden_states(inputs["tower"], inputs["tower" + MASK])[0].requires_grad != frozen
     model.save_pretrained(tmp_path / "fusion")
     processor.save(tmp_path / "fusion")
     shutil.rmtree(tmp_path / "own")
@@ -204,7 +204,7 @@ def test_reconstruction_learns_pretrained_states(frozen: bool, tmp_path: Path) -
     model.eval()
     inputs = processor([*REQUESTS, Request()], CPU)
     encoder: Any = model.encoders["tower"]
-    states, mask = encoder.read(inputs["tower"][:3], inputs["tower" + MASK][:3])
+    states, mask = encoder.hidden_states(inputs["tower"][:3], inputs["tower" + MASK][:3])
     means = torch.stack([state[real].mean(0) for state, real in zip(states, mask, strict=True)])
     code = F.normalize(model.encode(**inputs).embeddings["tower"][:3], dim=-1)
     guess = model.reconstruction.heads["tower"](code)

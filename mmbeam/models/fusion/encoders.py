@@ -23,8 +23,8 @@ from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
 
 Tokens = tuple[torch.Tensor, torch.Tensor]  # [B, T, D], and bool [B, T]: False is padding
 
-# Encoders that AutoModel does not build from the configuration of one half of a model: class by model_type.
-HALVES: Mapping[str, str] = {
+# Class by model_type, for text, vision and audio towers whose configuration AutoModel does not map to an encoder class.
+TOWER_CLASSES: Mapping[str, str] = {
     "siglip_text_model": "SiglipTextModel",
     "siglip2_text_model": "Siglip2TextModel",
     "blip_text_model": "BlipTextModel",
@@ -175,10 +175,10 @@ class TokenEncoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size)
         self.mixer = build_mixer(source, config)
 
-    def forward(self, words: torch.Tensor, mask: torch.Tensor) -> Tokens:
+    def forward(self, embeddings: torch.Tensor, mask: torch.Tensor) -> Tokens:
         """Encode token embeddings [B, T, D]."""
-        positions = self.positions(torch.arange(words.shape[1], device=words.device))
-        return self.mixer(self.norm(words + positions), mask), mask
+        positions = self.positions(torch.arange(embeddings.shape[1], device=embeddings.device))
+        return self.mixer(self.norm(embeddings + positions), mask), mask
 
 
 class PatchEncoder(nn.Module):
@@ -277,7 +277,7 @@ class PretrainedEncoder(nn.Module):
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:
         super().__init__()
-        self.model = build_tower(source.model or {})
+        self.model = build_tower(source.model or {})  # a checkpoint key
         self.input_name = self.model.main_input_name
         self.takes_is_longer = "is_longer" in inspect.signature(self.model.forward).parameters  # CLAP's audio encoder
         self.takes_waveforms = hasattr(self.model, "feature_extractor")  # wav2vec 2.0, HuBERT, WavLM
@@ -287,26 +287,26 @@ class PretrainedEncoder(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "PretrainedEncoder":
-        """Set training mode, and freeze again what is frozen: `from_pretrained` resets requires_grad."""
+        """Set training mode, and freeze the encoder again if it is frozen: `from_pretrained` resets requires_grad."""
         super().train(mode)
         if self.frozen:
             self.model.eval().requires_grad_(False)
         return self
 
-    def read(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def hidden_states(self, inputs: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the last hidden states [B, T, width] and their mask [B, T]."""
         with torch.no_grad() if self.frozen else nullcontext():
             if self.takes_waveforms:
-                return self._read_waveforms(inputs, mask)
+                return self._states_of_waveforms(inputs, mask)
             masks = {"attention_mask": mask.long()} if mask.dim() > 1 else {}
             if self.takes_is_longer:
-                masks["is_longer"] = mask.new_zeros(len(mask), 1)  # False: audio is cut to one window
+                masks["is_longer"] = mask.new_zeros(len(mask), 1)  # False: audio is truncated to one window
             states: torch.Tensor = self.model(**{self.input_name: inputs}, **masks).last_hidden_state
         if states.dim() == 4:  # [B, C, H, W] of a convolutional encoder
             states = states.flatten(2).transpose(1, 2)
         return states, mask if mask.dim() > 1 else mask.new_ones(states.shape[:2])
 
-    def _read_waveforms(self, waves_BN: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def _states_of_waveforms(self, waves_BN: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Run the convolutions on each waveform by itself: some normalise over time, so padding would change them."""
         lengths = mask.sum(1).tolist() if mask.dim() > 1 else [waves_BN.shape[1]] * len(mask)
         maps = [self.model.feature_extractor(wave[None, :n]) for wave, n in zip(waves_BN, lengths, strict=True)]
@@ -318,7 +318,7 @@ class PretrainedEncoder(nn.Module):
         return states, real
 
     def forward(self, states: torch.Tensor, mask: torch.Tensor) -> Tokens:
-        """Project the states that `read` returned to the model's width."""
+        """Project the result of `hidden_states` to the model's width."""
         return self.norm(self.project(states)), mask
 
 
@@ -326,11 +326,11 @@ def build_tower(model: Mapping[str, Any]) -> Any:
     """Return the encoder of transformers that a configuration describes, with new weights."""
     options = dict(model)
     config = AutoConfig.for_model(options.pop("model_type"), **options)
-    half = HALVES.get(config.model_type)
-    return encoder_of(AutoModel.from_config(config) if half is None else getattr(transformers, half)(config))
+    name = TOWER_CLASSES.get(config.model_type)
+    return tower_of(AutoModel.from_config(config) if name is None else getattr(transformers, name)(config))
 
 
-def encoder_of(model: Any) -> Any:
+def tower_of(model: Any) -> Any:
     """Return the part of a model that computes last_hidden_state, without a decoder and pooling layers."""
     if model.config.is_encoder_decoder or type(model).__name__.endswith("T5EncoderModel"):
         model = model.get_encoder()

@@ -40,6 +40,7 @@ class AttentionFusion(nn.Module):
     def __init__(self, names: Sequence[str], config: FusionConfig) -> None:
         super().__init__()
         self.names = list(names)
+        # One embedding per source, and the pooling token. Their names are checkpoint keys.
         self.marks = nn.Parameter(0.02 * torch.randn(len(self.names), config.hidden_size))
         self.gather = nn.Parameter(0.02 * torch.randn(config.hidden_size))
         self.layers = transformer(config, config.fusion_layers)

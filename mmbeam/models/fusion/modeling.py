@@ -56,10 +56,12 @@ class TransformerDecoder(nn.Module):
         )
         self.decoder.embed_tokens = nn.Identity()  # FusionModel embeds the tokens
 
-    def forward(self, words: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        """Return hidden states of token embeddings [B, T, D], which with a cache are those not in it yet."""
+    def forward(
+        self, embeddings: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        """Return the hidden states [B, T, D] of token embeddings. With a cache, pass only the tokens not in it."""
         out = self.decoder(
-            inputs_embeds=words,
+            inputs_embeds=embeddings,
             encoder_hidden_states=memory,
             encoder_attention_mask=mask.long(),
             past_key_values=cache,
@@ -80,9 +82,11 @@ class LstmDecoder(nn.Module):
         self.norm = nn.LayerNorm(config.hidden_size)  # without it, training stalls on the small embeddings
         self.layers = nn.ModuleList(_LstmLayer(config) for _ in range(config.generator_layers))
 
-    def forward(self, words: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor, cache: Any = None) -> torch.Tensor:
-        """Return hidden states of all token embeddings so far, [B, T, D]."""
-        states: torch.Tensor = self.norm(words)
+    def forward(
+        self, embeddings: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor, cache: Any = None
+    ) -> torch.Tensor:
+        """Return the hidden states [B, T, D] of the embeddings of all tokens so far."""
+        states: torch.Tensor = self.norm(embeddings)
         for layer in self.layers:
             states = layer(states, memory, mask)
         return states
@@ -91,8 +95,8 @@ class LstmDecoder(nn.Module):
 class _LstmLayer(nn.Module):
     """LSTM, attention and a feed-forward block, each with a residual connection and layer norm.
 
-    Residual connections make the difference: where the attention only entered the feed-forward block, 200 steps on
-    texts alone made 60 % of the captions right; with them, all.
+    Without the residual connection around attention, 60 % of the captions were correct after 200 steps on texts alone;
+    with it, all were.
     """
 
     def __init__(self, config: FusionConfig) -> None:
@@ -130,7 +134,7 @@ class FusedEncoding:
     memory_mask: torch.Tensor  # bool [B, M]
     embeddings: dict[str, torch.Tensor]  # by source, and "fused": [B, E], not normalised
     present: dict[str, torch.Tensor]  # by the same names: bool [B]
-    states: dict[str, torch.Tensor]  # of pretrained encoders: the mean of their last hidden states, [B, width]
+    pretrained_means: dict[str, torch.Tensor]  # means of pretrained encoders' last hidden states, [B, width]
 
 
 class FusionModel(PreTrainedModel, GenerationMixin):
@@ -155,7 +159,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         self.pairs = config.aligned_pairs()
         self.weights = {name: weight for name, weight in (config.loss_weights or {}).items() if weight}
         self.text_tower = text_tower(self.sources)
-        self.words = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.words = nn.Embedding(config.vocab_size, config.hidden_size)  # embeds token ids; a checkpoint key
         self.encoders = nn.ModuleDict({name: build_encoder(source, config) for name, source in self.sources.items()})
         self.fuser = build_fuser(list(self.sources), config)
         decoder = TransformerDecoder if config.generator_kind == "transformer" else LstmDecoder
@@ -194,24 +198,26 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             raise ModelError(f"input {unknown[0]}: the model's sources are {', '.join(self.sources)}")
         sizes = {len(value) for value in inputs.values() if value is not None}
         if len(sizes) != 1:
-            raise ModelError(f"inputs of {sorted(sizes)} samples; expected one batch, of at least one source")
+            found = f"batch sizes {', '.join(map(str, sorted(sizes)))}" if sizes else "no input"
+            raise ModelError(f"expected inputs of one batch size for at least one source, found {found}")
         (batch,) = sizes
         tokens: dict[str, Tokens] = {}
         present: dict[str, torch.Tensor] = {}
-        states: dict[str, torch.Tensor] = {}
+        pretrained_means: dict[str, torch.Tensor] = {}
         for name in self.sources:
             if inputs.get(name) is not None:
                 mask = self._mask(name, inputs)
                 has_source = mask if mask.dim() == 1 else mask.any(1)
                 if has_source.any():
                     present[name] = has_source
-                    tokens[name], state = self._encode_source(name, inputs[name], mask, has_source)
-                    states |= {} if state is None else {name: state}
+                    tokens[name], mean = self._encode_source(name, inputs[name], mask, has_source)
+                    if mean is not None:
+                        pretrained_means[name] = mean
         fused: Fused = self.fuser(tokens, batch)
         embeddings = {name: self.space.project[name](_mean(*source_tokens)) for name, source_tokens in tokens.items()}
         embeddings["fused"] = self.space.project["fused"](fused.pooled)
         present["fused"] = torch.stack([*present.values()]).any(0) if present else fused.mask.new_zeros(batch)
-        return FusedEncoding(fused.memory, fused.mask, embeddings, present, states)
+        return FusedEncoding(fused.memory, fused.mask, embeddings, present, pretrained_means)
 
     def _mask(self, name: str, inputs: Mapping[str, Any]) -> torch.Tensor:
         """Return the mask of a source among the inputs; by default every value is real."""
@@ -237,17 +243,20 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             raise ModelError(f"source {name}: expected at most {source.max_tokens} tokens, found {mask.shape[1]}")
         if not present.all():
             values, mask = values[present], mask[present]
-        if values.is_floating_point():
+        if values.is_floating_point():  # not token ids
             values = values.to(self.dtype)
-        elif source.kind != "pretrained":
-            values = self.words(values)
-        state = None
+        mean = None
         if source.kind == "pretrained":
-            values, mask = encoder.read(values, mask)
-            state = scatter_rows(_mean(values, mask), present)
-        takes_mask = source.kind in ("features", "pretrained") or source.modality == "text"
-        tokens, real = encoder(values, mask) if takes_mask else encoder(values)
-        return (scatter_rows(tokens, present), scatter_rows(real, present)), state
+            hidden_states, mask = encoder.hidden_states(values, mask)
+            mean = scatter_rows(_mean(hidden_states, mask), present)
+            tokens, real = encoder(hidden_states, mask)
+        elif source.kind == "features":
+            tokens, real = encoder(values, mask)
+        elif source.modality == "text":
+            tokens, real = encoder(self.words(values), mask)
+        else:
+            tokens, real = encoder(values)
+        return (scatter_rows(tokens, present), scatter_rows(real, present)), mean
 
     def embed(self, name: str, values: torch.Tensor, mask: torch.Tensor | None = None) -> tuple[Tokens, torch.Tensor]:
         """Return the tokens of one source and its vectors in the shared space [B, E]; every sample must have it."""
@@ -257,13 +266,13 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         return tokens, embedding
 
     def embed_captions(self, labels: torch.Tensor) -> torch.Tensor | None:
-        """Return captions [B, T] in the shared space, [B, E], by the model's own text encoder; None without one."""
+        """Return the embeddings [B, E] of captions [B, T] by the model's own text encoder; None without one."""
         if self.text_tower is None:
             return None
         limit = self.sources[self.text_tower].max_tokens
         mask = (labels != IGNORED)[:, :limit]
-        words = self.words(labels[:, :limit].clamp(min=0))
-        embedding: torch.Tensor = self.space.project["caption"](_mean(*self.encoders[self.text_tower](words, mask)))
+        tokens = self.encoders[self.text_tower](self.words(labels[:, :limit].clamp(min=0)), mask)
+        embedding: torch.Tensor = self.space.project["caption"](_mean(*tokens))
         return embedding
 
     def forward(
@@ -299,8 +308,8 @@ class FusionModel(PreTrainedModel, GenerationMixin):
                 raise ModelError("the model needs labels or decoder_input_ids")
             decoder_input_ids = self.shift(labels)
         cache = past_key_values if use_cache else None
-        states = self.decoder(self.words(decoder_input_ids), memory, mask.bool(), cache)
-        logits = F.linear(states, self.words.weight, self.bias)
+        decoder_states = self.decoder(self.words(decoder_input_ids), memory, mask.bool(), cache)
+        logits = F.linear(decoder_states, self.words.weight, self.bias)
         output = FusionOutput(logits=logits, past_key_values=cache)
         if labels is not None:
             caption_loss = F.cross_entropy(
@@ -311,7 +320,9 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             )
             output.losses = {"caption": global_batch.rescale_by_tokens(caption_loss)}
             if encoding is not None:
-                output.losses |= self._other_losses(encoding, inputs, labels, states, groups, views or {}, global_batch)
+                output.losses |= self._other_losses(
+                    encoding, inputs, labels, decoder_states, groups, views or {}, global_batch
+                )
             output.loss = sum(
                 (self.weights.get(name, 0.0) * loss for name, loss in output.losses.items()), start=logits.new_zeros(())
             )
@@ -327,12 +338,12 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         encoding: FusedEncoding,
         inputs: Mapping[str, torch.Tensor],
         labels: torch.Tensor,
-        states: torch.Tensor,
+        decoder_states: torch.Tensor,
         groups: torch.Tensor | None,
         views: Mapping[str, torch.Tensor],
         global_batch: GlobalBatch,
     ) -> dict[str, torch.Tensor]:
-        """Return the configured losses beside the caption loss; `states` are the decoder's on the labels."""
+        """Return the configured losses other than the caption loss; `decoder_states` are those on the labels."""
         losses = {}
         if "align" in self.weights:
             embeddings, present = dict(encoding.embeddings), dict(encoding.present)
@@ -345,7 +356,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             losses["align"] = self.space.loss(self.pairs, embeddings, present, view_embeddings, keys, global_batch)
         if "reconstruct" in self.weights:
             masks = {f"{name}{MASK}": self._mask(name, inputs) for name in encoding.present if name != "fused"}
-            targets = {**inputs, **masks, **encoding.states}
+            targets = {**inputs, **masks, **encoding.pretrained_means}
             losses["reconstruct"] = self.reconstruction.loss(
                 targets, encoding.embeddings, encoding.present, global_batch
             )
@@ -358,16 +369,16 @@ class FusionModel(PreTrainedModel, GenerationMixin):
                 sampled = self._sample_tokens(encoding, labels.shape[1])
             sampled_states = self.decoder(self.words(sampled), encoding.memory, encoding.memory_mask)
             before_end = sampled.eq(EOS).cumsum(1) == 0
-            loss = self.generator_adversary.loss(states, labels != IGNORED, sampled_states, before_end)
+            loss = self.generator_adversary.loss(decoder_states, labels != IGNORED, sampled_states, before_end)
             losses["generator_adversary"] = global_batch.rescale_by_rows(loss)
         return losses
 
     def _sample_tokens(self, encoding: FusedEncoding, length: int) -> torch.Tensor:
-        """Return the decoder's inputs [B, length] while it samples `length` tokens."""
+        """Sample `length` tokens. Return the decoder inputs that produced them, [B, length], beginning with BOS."""
         training = self.decoder.training
         self.decoder.eval()  # the decoder alone: a frozen encoder keeps its mode
         try:
-            words: torch.Tensor = super().generate(
+            token_ids: torch.Tensor = super().generate(
                 encoder_outputs=BaseModelOutput(last_hidden_state=encoding.memory.detach()),
                 attention_mask=encoding.memory_mask,
                 do_sample=True,
@@ -377,7 +388,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             )
         finally:
             self.decoder.train(training)
-        return words[:, :length]
+        return token_ids[:, :length]
 
     @torch.no_grad()
     def generate(self, inputs: torch.Tensor | None = None, generation_config: Any = None, **kwargs: Any) -> Any:

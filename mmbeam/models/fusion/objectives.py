@@ -1,4 +1,4 @@
-"""The training losses beside the caption loss: alignment, reconstruction, and two adversaries.
+"""The training losses other than the caption loss: alignment, reconstruction, and two adversaries.
 
 DistributedDataParallel averages gradients over processes. Each loss is therefore scaled so that this average
 equals the gradient of one process with the whole batch: a mean over a process's items is weighted by their
@@ -26,7 +26,7 @@ Present = Mapping[str, torch.Tensor]  # by name, bool [B]
 
 @dataclass(frozen=True, kw_only=True)
 class GlobalBatch:
-    """The number of items that each process has of a batch, in the order of their ranks. By default, one process."""
+    """How a batch is divided among processes: item counts by rank. The default describes a single process."""
 
     rank: int = 0
     rows: Sequence[int] = (0,)  # samples
@@ -134,22 +134,12 @@ class SharedSpace(nn.Module):
     ) -> torch.Tensor:
         """Return symmetric InfoNCE, the mean over pairs and similarities, on samples that have both names of a pair.
 
-        Samples of equal `keys` [B, 1 + T] are positives (see `positive_keys`). For a pair of a name with itself,
-        the other side is `views`, or without a view the other positives. The loss covers the samples of all
-        processes; all of them must call this.
+        Samples of equal `keys` [B, 1 + T] are positives (see `positive_keys`). For a pair (a, a), each embedding is
+        compared with its augmented view; if there is no view, with the other samples. The loss covers the samples of
+        all processes; all of them must call this.
         """
         if not global_batch.is_single_process:
-            # All processes exchange tensors of one shape, whatever names they have.
-            names = list(dict.fromkeys(name for pair in pairs for name in pair))
-            same = [a for a, b in pairs if a == b]
-            blocks = [self._block(name, embeddings, present, keys) for name in names]
-            blocks += [self._block(name, views, present, keys) for name in same]
-            packed = global_batch.gather(torch.stack(blocks, 1))
-            vectors, masks, end = packed[..., :-1].unbind(1), (packed[..., -1] > 0).unbind(1), len(names)
-            embeddings = {name: rows for name, rows, mask in zip(names, vectors, masks, strict=False) if mask.any()}
-            present = dict(zip(names, masks, strict=False))
-            view_blocks = zip(same, vectors[end:], masks[end:], strict=True)
-            views = {name: rows for name, rows, mask in view_blocks if mask.any()}
+            embeddings, present, views = self._gather_all(pairs, embeddings, present, views, keys, global_batch)
             keys = global_batch.gather(F.pad(keys, (0, 1 + global_batch.longest - keys.shape[1]), value=IGNORED))
         groups, captions = keys[:, 0], keys[:, 1:]
         same_group = (groups[:, None] == groups[None]) & (groups >= 0)[:, None]
@@ -170,6 +160,36 @@ class SharedSpace(nn.Module):
                 logits = self.similarity(kind, pair, embeddings[a][rows], other[rows])
                 losses.append(info_nce(logits, positives, skip))
         return torch.stack(losses).mean() if losses else self.scale.new_zeros(())
+
+    def _gather_all(
+        self,
+        pairs: Sequence[tuple[str, str]],
+        embeddings: Embeddings,
+        present: Present,
+        views: Embeddings,
+        keys: torch.Tensor,
+        global_batch: GlobalBatch,
+    ) -> tuple[Embeddings, Present, Embeddings]:
+        """Return the embeddings, masks and views of the samples of all processes.
+
+        All processes exchange one tensor [B, N, E + 1], even if their samples have different sources. It holds a block
+        (see `_block`) for the embedding of each name in `pairs`, then one for the view of each name that is paired with
+        itself.
+        """
+        names = list(dict.fromkeys(name for pair in pairs for name in pair))
+        viewed = [a for a, b in pairs if a == b]
+        blocks = [self._block(name, embeddings, present, keys) for name in names]
+        blocks += [self._block(name, views, present, keys) for name in viewed]
+        gathered = global_batch.gather(torch.stack(blocks, 1))
+        vectors, masks = gathered[..., :-1].unbind(1), (gathered[..., -1] > 0).unbind(1)
+        count = len(names)
+        rows_of = zip(names, vectors[:count], masks[:count], strict=True)
+        views_of = zip(viewed, vectors[count:], masks[count:], strict=True)
+        return (
+            {name: rows for name, rows, mask in rows_of if mask.any()},
+            dict(zip(names, masks[:count], strict=True)),
+            {name: rows for name, rows, mask in views_of if mask.any()},
+        )
 
     def _block(self, name: str, embeddings: Embeddings, present: Present, keys: torch.Tensor) -> torch.Tensor:
         """Return the vectors of a name, each followed by 1 if it is present: [B, E + 1]."""
@@ -254,16 +274,16 @@ class Reconstruction(nn.Module):
                 losses.append(zero)
         return torch.stack(losses).mean() if losses else zero
 
-    def _error(self, name: str, guess: torch.Tensor, true: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    def _error(self, name: str, prediction: torch.Tensor, target: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         source = self.sources[name]
         if source.kind in ("features", "pretrained"):
             if source.tokens:
-                true = true.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
-            return F.mse_loss(guess, F.layer_norm(true.detach(), true.shape[-1:]))
+                target = target.masked_fill(~mask[..., None], 0).sum(1) / mask.sum(1, keepdim=True)
+            return F.mse_loss(prediction, F.layer_norm(target.detach(), target.shape[-1:]))
         if source.modality == "text":
-            counts = torch.zeros_like(guess).scatter_add_(1, true, mask.to(guess.dtype))
-            return F.cross_entropy(guess, counts / counts.sum(1, keepdim=True))
-        return F.mse_loss(guess, F.adaptive_avg_pool2d(true, THUMBNAIL).flatten(1))
+            counts = torch.zeros_like(prediction).scatter_add_(1, target, mask.to(prediction.dtype))
+            return F.cross_entropy(prediction, counts / counts.sum(1, keepdim=True))
+        return F.mse_loss(prediction, F.adaptive_avg_pool2d(target, THUMBNAIL).flatten(1))
 
 
 class ModalityAdversary(nn.Module):
@@ -286,8 +306,8 @@ class ModalityAdversary(nn.Module):
         if not by_class:
             return next(iter(embeddings.values())).new_zeros(())
         vectors = torch.cat([F.normalize(rows, dim=-1) for _, rows in by_class])
-        truth = torch.cat([torch.full((len(rows),), i, device=rows.device) for i, rows in by_class])
-        error = F.cross_entropy(self.net(scale_gradient(vectors, -1.0)), truth)
+        target = torch.cat([torch.full((len(rows),), i, device=rows.device) for i, rows in by_class])
+        error = F.cross_entropy(self.net(scale_gradient(vectors, -1.0)), target)
         return global_batch.rescale_by_present(error, *self.names)
 
 
@@ -307,8 +327,8 @@ class GeneratorAdversary(nn.Module):
     ) -> torch.Tensor:
         """Return the cross-entropy of states [B, T, D] with bool masks [B, T]; log(2) is chance."""
         logits = [self._classify(real, real_mask), self._classify(sampled, sampled_mask)]
-        truth = torch.cat([torch.ones_like(logits[0]), torch.zeros_like(logits[1])])
-        return F.binary_cross_entropy_with_logits(torch.cat(logits), truth)
+        target = torch.cat([torch.ones_like(logits[0]), torch.zeros_like(logits[1])])
+        return F.binary_cross_entropy_with_logits(torch.cat(logits), target)
 
     def _classify(self, states: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         lengths = mask.sum(1).clamp(min=1)

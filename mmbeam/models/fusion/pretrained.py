@@ -19,7 +19,7 @@ from transformers import AutoModel
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion.audio import AST, MAX_WAVEFORM, AudioRecipe, Preparation, WaveformRecipe, audio_inputs
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig
-from mmbeam.models.fusion.encoders import HALVES, PretrainedEncoder, encoder_of, output_width
+from mmbeam.models.fusion.encoders import TOWER_CLASSES, PretrainedEncoder, output_width, tower_of
 from mmbeam.models.loading import load_pretrained, read_config
 from mmbeam.models.recipes import (
     check_layers,
@@ -40,7 +40,7 @@ AUDIO_READERS: Mapping[str, Callable[[Path], AudioRecipe]] = {  # by model_type
     "clap_audio_model": read_clap_recipe,
     AST: read_ast_recipe,
 }
-WAVEFORM_MODELS = ("wav2vec2", "hubert", "wavlm")  # model_type of those whose input is the waveform
+WAVEFORM_MODELS = ("wav2vec2", "hubert", "wavlm")  # by model_type; their input is the waveform
 PARTS: Mapping[Modality, str] = {"image": "vision", "audio": "audio", "text": "text"}  # of a joint model
 IGNORED_FIELDS = ("transformers_version", "architectures", "dtype", "_name_or_path")  # of a configuration
 UNUSED = r"(^|\.)(pooler\.|masked_spec_embed$)"  # weights that a checkpoint may lack
@@ -50,7 +50,7 @@ ADVICE = "compute its vectors with `mmbeam embed`, and train on those"
 def read_source(directory: Path, modality: Modality, *, frozen: bool = True, max_tokens: int = 64) -> dict[str, Any]:
     """Return the source for a checkpoint's encoder of `modality`, which may be one tower of a model such as CLIP.
 
-    Texts are cut to `max_tokens`, or to the encoder's maximum if that is less. Only configuration files are
+    Texts are truncated to `max_tokens`, or to the encoder's maximum if that is less. Only configuration files are
     read. Raises ModelError if there is no such encoder, or its input is not supported.
     """
     full, part = read_config(directory), f"{PARTS[modality]}_config"
@@ -113,7 +113,7 @@ def _try(directory: Path, source: SourceConfig, values: torch.Tensor) -> None:
     encoder = _on_meta(directory, source.model or {}).eval()
     try:
         with torch.inference_mode():
-            encoder.read(values.to("meta"), torch.ones(1, dtype=torch.bool, device="meta"))
+            encoder.hidden_states(values.to("meta"), torch.ones(1, dtype=torch.bool, device="meta"))
     except NotImplementedError:
         return
     except Exception as error:  # the error depends on the encoder
@@ -142,7 +142,8 @@ def load_weights(encoder: nn.Module, modality: Modality, directory: Path) -> Non
     Raises ModelError if the checkpoint's architecture differs.
     """
     config, part = read_config(directory), PARTS[modality]
-    family = getattr(transformers, HALVES[config.model_type]) if config.model_type in HALVES else AutoModel
+    name = TOWER_CLASSES.get(config.model_type)
+    family = AutoModel if name is None else getattr(transformers, name)
     tower = f"{part}_model"
     if (config.model_type, part) == ("blip", "text"):
         family, tower = transformers.BlipForImageTextRetrieval, "text_encoder"
@@ -150,6 +151,6 @@ def load_weights(encoder: nn.Module, modality: Modality, directory: Path) -> Non
     model: Any = encoder.model
     full = load_pretrained(family, directory, torch.device("cpu"), torch.float32, ignore_missing=unused)
     try:
-        model.load_state_dict(encoder_of(getattr(full, tower, full)).state_dict())
+        model.load_state_dict(tower_of(getattr(full, tower, full)).state_dict())
     except RuntimeError as error:
         raise ModelError(f"{directory}: its weights do not fit the {modality} encoder of the model: {error}") from error

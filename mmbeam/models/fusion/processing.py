@@ -1,6 +1,6 @@
 """Preprocessing of images, audio, texts and features for a fusion model, and captions to labels and back.
 
-It is saved beside the weights, as preprocessing.json and tokenizer.json. Shapes: B batch, N samples of a
+It is saved next to the weights, as preprocessing.json and tokenizer.json. Shapes: B batch, N samples of a
 waveform, T tokens.
 """
 
@@ -40,7 +40,7 @@ log = logging.getLogger(__name__)
 
 PREPROCESSING = "preprocessing.json"
 SPECIAL_TOKENS = {PAD: "<pad>", BOS: "<s>", EOS: "</s>"}
-Inputs = tuple[torch.Tensor, torch.Tensor]  # values and mask of one source
+SourceInput = tuple[torch.Tensor, torch.Tensor]  # values and mask of one source
 
 
 class FusionProcessor:
@@ -51,14 +51,14 @@ class FusionProcessor:
         sources: Mapping[str, SourceConfig],
         tokenizer: Tokenizer,
         images: Mapping[str, ImageRecipe] | None = None,
-        sounds: Mapping[str, AudioRecipe] | None = None,
+        audio_recipes: Mapping[str, AudioRecipe] | None = None,
         tokenizers: Mapping[str, Tokenizer] | None = None,
     ) -> None:
         """Take recipes by source; `tokenizers` are those of pretrained text encoders."""
         self.sources = dict(sources)
         self.tokenizer = tokenizer
         self.images = dict(images or {})
-        self.sounds = dict(sounds or {})
+        self.audio_recipes = dict(audio_recipes or {})
         self.tokenizers = dict(tokenizers or {})
         self._warned: set[str] = set()  # names for which a warning of truncation was logged
         for any_tokenizer in (tokenizer, *self.tokenizers.values()):
@@ -96,9 +96,9 @@ class FusionProcessor:
                 recipes[name] = ImageRecipe(size=(source.shape[1], source.shape[2]), scale=1 / 255, mean=half, std=half)
         recipes |= pretrained or {}
         images = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, ImageRecipe)}
-        sounds = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, AudioRecipe)}
+        audio_recipes = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, AudioRecipe)}
         tokenizers = {name: recipe for name, recipe in recipes.items() if isinstance(recipe, Tokenizer)}
-        return cls(sources, tokenizer, images, sounds, tokenizers)
+        return cls(sources, tokenizer, images, audio_recipes, tokenizers)
 
     @classmethod
     def from_directory(cls, directory: Path) -> "FusionProcessor":
@@ -114,10 +114,12 @@ class FusionProcessor:
                 {name: _read_tokenizer(directory / f"{name}.tokenizer.json") for name in data["tokenizers"]},
             )
         except (KeyError, TypeError, AttributeError) as error:
-            raise ModelError(f"{directory / PREPROCESSING}: not that of a fusion model: {error!r}") from error
+            raise ModelError(
+                f"{directory / PREPROCESSING}: expected the preprocessing of a fusion model: {error!r}"
+            ) from error
 
     def save(self, directory: Path) -> None:
-        """Write preprocessing.json and the tokenizer files beside the weights."""
+        """Write preprocessing.json and the tokenizer files next to the weights."""
         directory.mkdir(parents=True, exist_ok=True)
         special = {"pad_token": PAD, "bos_token": BOS, "eos_token": EOS}
         PreTrainedTokenizerFast(
@@ -127,7 +129,9 @@ class FusionProcessor:
             tokenizer.save(str(directory / f"{name}.tokenizer.json"))
         data = {
             "images": {name: asdict(recipe) for name, recipe in self.images.items()},
-            "sounds": {name: {"kind": type(recipe).__name__, **asdict(recipe)} for name, recipe in self.sounds.items()},
+            "sounds": {
+                name: {"kind": type(recipe).__name__, **asdict(recipe)} for name, recipe in self.audio_recipes.items()
+            },
             "tokenizers": sorted(self.tokenizers),
         }
         (directory / PREPROCESSING).write_text(json.dumps(data, indent=2) + "\n")
@@ -145,7 +149,7 @@ class FusionProcessor:
     @property
     def sampling_rate(self) -> int | None:
         """The sampling rate of the audio sources in Hz; the highest if they differ."""
-        return max(map(sampling_rate_of, self.sounds.values()), default=None)
+        return max(map(sampling_rate_of, self.audio_recipes.values()), default=None)
 
     @property
     def image_side(self) -> int | None:
@@ -176,42 +180,44 @@ class FusionProcessor:
             inputs[name + MASK] = mask
         return inputs
 
-    def _media(self, name: str, source: SourceConfig, requests: Sequence[Request], device: torch.device) -> Inputs:
+    def _media(self, name: str, source: SourceConfig, requests: Sequence[Request], device: torch.device) -> SourceInput:
         present = torch.tensor([getattr(request, source.modality) is not None for request in requests], device=device)
         if not present.any():
             return torch.zeros(len(requests), 1, device=device), present
         if source.modality == "image":
             images = [request.image for request in requests if request.image is not None]
             values = preprocess(images, self.images[name], device, torch.float32)
-            mask = present[present]
+            mask = torch.ones(len(images), dtype=torch.bool, device=device)
         else:
-            sounds = [request.audio for request in requests if request.audio is not None]
-            values, mask = self.audio_values(name, sounds, device)
+            clips = [request.audio for request in requests if request.audio is not None]
+            values, mask = self.audio_values(name, clips, device)
         return scatter_rows(values, present), scatter_rows(mask, present)
 
-    def audio_values(self, name: str, sounds: Sequence[tuple[Waveform, int]], device: torch.device) -> Inputs:
+    def audio_values(self, name: str, clips: Sequence[tuple[Waveform, int]], device: torch.device) -> SourceInput:
         """Return the input of the source `name` for waveforms and their rates in Hz; the mask is [B] or [B, N].
 
         Raises DecodeError for an empty waveform.
         """
-        recipe = self.sounds[name]
+        recipe = self.audio_recipes[name]
         rate = sampling_rate_of(recipe)
-        waves = to_rate([wave for wave, _ in sounds], [rate for _, rate in sounds], rate, device)
-        self._warn_if_cut(name, max(map(len, waves), default=0), recipe.n_samples, f"samples at {rate} Hz")
+        waves = to_rate([wave for wave, _ in clips], [rate for _, rate in clips], rate, device)
+        self._warn_if_truncated(name, max(map(len, waves), default=0), recipe.n_samples, f"samples at {rate} Hz")
         values = audio_inputs(waves, recipe)
         if not isinstance(recipe, WaveformRecipe):
             return values, torch.ones(len(values), dtype=torch.bool, device=device)
         lengths = torch.tensor([recipe.length(len(wave)) for wave in waves], device=device)
         return values, torch.arange(values.shape[1], device=device) < lengths[:, None]
 
-    def _text(self, name: str, source: SourceConfig, texts: Sequence[str | None], device: torch.device) -> Inputs:
+    def _text(self, name: str, source: SourceConfig, texts: Sequence[str | None], device: torch.device) -> SourceInput:
         ids = self.input_ids([text or "" for text in texts], name)
         tokens, mask = pad([row if text else [] for row, text in zip(ids, texts, strict=True)], PAD, device)
         if not tokens.shape[1]:  # no sample has text
             tokens = torch.full((len(texts), 1), PAD, device=device)
         return tokens, mask.bool() if mask.shape[1] else torch.zeros_like(tokens, dtype=torch.bool)
 
-    def _features(self, name: str, source: SourceConfig, requests: Sequence[Request], device: torch.device) -> Inputs:
+    def _features(
+        self, name: str, source: SourceConfig, requests: Sequence[Request], device: torch.device
+    ) -> SourceInput:
         features = [request.features.get(name) for request in requests]
         for feature in features:
             if feature is not None and (feature.shape[-1] != source.width or feature.ndim != 1 + source.tokens):
@@ -225,7 +231,7 @@ class FusionProcessor:
                     values[row] = feature
             return torch.from_numpy(values).to(device), torch.from_numpy(mask).to(device)
         lengths = [0 if feature is None else len(feature) for feature in features]
-        self._warn_if_cut(name, max(lengths, default=0), source.max_tokens, "vectors")
+        self._warn_if_truncated(name, max(lengths, default=0), source.max_tokens, "vectors")
         lengths = [min(length, source.max_tokens) for length in lengths]
         longest = max([1, *lengths])
         sequences = np.zeros((len(requests), longest, source.width), np.float32)
@@ -235,14 +241,16 @@ class FusionProcessor:
         real = np.arange(longest) < np.array(lengths)[:, None]
         return torch.from_numpy(sequences).to(device), torch.from_numpy(real).to(device)
 
-    def _warn_if_cut(self, name: str, longest: int, limit: int, unit: str) -> None:
+    def _warn_if_truncated(self, name: str, longest: int, limit: int, unit: str) -> None:
         """Log a warning, once per name, that inputs are truncated."""
         if longest > limit and name not in self._warned:
             self._warned.add(name)
-            log.warning("%s: an input of %d %s is cut to %d, as are all longer ones", name, longest, unit, limit)
+            log.warning(
+                "%s: inputs longer than %d %s are truncated (longest in this batch: %d)", name, limit, unit, longest
+            )
 
     def token_ids(self, texts: Sequence[str], source: str | None = None) -> list[list[int]]:
-        """Return token ids without special tokens, not cut, by the tokenizer of `source` if it has one of its own."""
+        """Return token ids without special tokens, not truncated, by the tokenizer of `source` if it has one."""
         tokenizer = self.tokenizers.get(source or "", self.tokenizer)
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids[: sum(encoding.attention_mask)] for encoding in encoded]  # without padding
@@ -250,12 +258,12 @@ class FusionProcessor:
     def input_ids(self, texts: Sequence[str], source: str) -> list[list[int]]:
         """Return token ids for `source`, with the special tokens of a pretrained encoder.
 
-        Longer texts are cut to the maximum of the source; a special token at the end stays.
+        Longer texts are truncated to the maximum of the source; a special token at the end is kept.
         """
         limit = self.sources[source].max_tokens
         tokenizer = self.tokenizers.get(source, self.tokenizer)
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=source in self.tokenizers)
-        self._warn_if_cut(source, max(map(len, encoded), default=0), limit, "tokens")
+        self._warn_if_truncated(source, max(map(len, encoded), default=0), limit, "tokens")
         rows = []
         for encoding in encoded:
             end = encoding.ids[-1:] if len(encoding) > limit and encoding.special_tokens_mask[-1] else []
@@ -263,11 +271,11 @@ class FusionProcessor:
         return rows
 
     def labels(self, captions: Sequence[str], device: torch.device, max_length: int | None = None) -> torch.Tensor:
-        """Return captions as int64 [B, T] with the end-of-text token, padded with -100, cut to `max_length` tokens."""
+        """Return captions as int64 [B, T] with the end-of-text token, padded with -100, truncated to `max_length`."""
         rows = self.token_ids(captions)
         longest = 1 + max(map(len, rows), default=0)
         limit = longest if max_length is None else max_length
-        self._warn_if_cut("captions", longest, limit, "tokens")
+        self._warn_if_truncated("captions", longest, limit, "tokens")
         return pad([[*row[: limit - 1], EOS] for row in rows], IGNORED, device)[0]
 
     def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
