@@ -331,7 +331,10 @@ def test_features_that_do_not_fit_the_model_are_rejected_before_the_job_starts(
     absent = save_fusion(tmp_path / "absent", features(dino_embedding=("image", 24, False)))
     with pytest.raises(UsageError, match="image_embedding is 24 wide, and the model takes 512"):
         run(tmp_path, wide, embedded)
-    with pytest.raises(MissingModalityError, match=r"dino_embedding, which the model takes; .*image_embedding"):
+    with pytest.raises(
+        MissingModalityError,
+        match=r"dino_embedding, which the model takes, in a file of the input; found .*image_embedding",
+    ):
         run(tmp_path, absent, embedded)
     with pytest.raises(UsageError, match="takes raw image and audio, not features"):
         run(tmp_path, fusion, embedded)

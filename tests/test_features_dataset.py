@@ -105,7 +105,7 @@ def test_a_state_continues_with_the_next_batch(out: Path, taken: int) -> None:
     older = {("window" if name == "buffer" else name): value for name, value in state.items()}
     resumed.load_state_dict(older)
     assert keys(resumed) == keys(batches[taken:])
-    with pytest.raises(UsageError, match="batch_size 8, this one has 9"):
+    with pytest.raises(UsageError, match="batch_size 8; expected 9"):
         dataset(out, batch_size=9).load_state_dict(state)
 
 
@@ -152,10 +152,10 @@ def test_a_column_without_a_modality_in_its_name_is_read(tmp_path: Path) -> None
     ("changes", "message"),
     [
         ({"batch_size": 0}, "`batch_size`"),
-        ({"features": ["image"]}, "has no column image; found key"),
+        ({"features": ["image"]}, "expected columns image, found key"),
         ({"features": ["caption"]}, "column caption is string; expected list<fixed_size_list<float>>"),
         ({"rank": 1}, "`rank` and `world_size`"),
-        ({"columns": ["caption"], "captions": Captions(column="caption")}, "leave out one of the two"),
+        ({"columns": ["caption"], "captions": Captions(column="caption")}, "omit one of the two"),
     ],
 )
 def test_invalid_arguments_are_named(out: Path, changes: dict[str, Any], message: str) -> None:

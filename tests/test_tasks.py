@@ -130,7 +130,7 @@ def test_the_first_task_of_a_model_is_its_default(models: Models, name: str, tas
         (
             "marian-many",
             {"language": "deu", "source_language": "fra"},
-            "marian has no language option",
+            "marian has no source language option",
         ),
         ("whisper", {"language": "fr"}, "one of en, de"),
         ("whisper", {"language": "de", "source_language": "en"}, "and no `source_language`"),

@@ -54,7 +54,7 @@ class Captions:
 class CaptionReader:
     """Looks up the captions of rows. A file is read once, and held: about 200 bytes per row.
 
-    Of several captions of one key in a file the first counts. Raises what `read_keyed` raises.
+    If a file has several captions of one key, the first is used. Raises what `read_keyed` raises.
     """
 
     def __init__(self, captions: Captions) -> None:

@@ -48,7 +48,7 @@ class FeatureCounts:
 
 
 class FeatureDataset(IterableDataset[FeatureBatch]):
-    """Batches of pre-computed embeddings, with captions and other columns beside them.
+    """Batches of pre-computed embeddings, with captions and other columns of their rows.
 
     A batch is a dict. A feature `name` is a float tensor [B, width] with `name_mask`, bool [B]; a sequence of tokens
     is [B, T, width] with [B, T], where T is the longest of the batch. Missing values are zeros under a mask of False.
@@ -70,8 +70,8 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
     rank has a batch more than another.
 
     To resume, take `state_dict()` after any batch, and call `load_state_dict()` on a data set made with the same
-    arguments: it continues with the next batch. With DataLoader workers each has its own state, for which
-    torchdata's StatefulDataLoader asks.
+    arguments: it continues with the next batch. Each DataLoader worker has its own state; use
+    torchdata's StatefulDataLoader to collect them.
 
     Memory per worker: `buffer_bytes`, a row group, and the captions' file.
     """
@@ -95,7 +95,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         rank: int | None = None,
         world_size: int | None = None,
     ) -> None:
-        """Read the footers of all files and, with `captions`, look for the first one.
+        """Read the footers of all files. With `captions`, check that at least one row has a caption.
 
         Args:
             paths: outputs of `mmbeam embed`, folders, globs or Parquet files; local or any URL fsspec opens.
@@ -104,8 +104,9 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             columns: other columns, returned as lists.
             captions: where captions come from; rows without one are left out (`count` returns their number).
             split, shares, split_seed: the split to read, by a hash of the key (see split_of).
-            shuffle, seed: a new order in each epoch, or the files' own.
-            buffer_bytes: decompressed size of the rows that are shuffled together; more mixes better.
+            shuffle, seed: whether each epoch has a new random order, a function of `seed`; otherwise rows come in the
+                order of the files.
+            buffer_bytes: decompressed size of the rows that are shuffled together; a larger buffer shuffles better.
             dtype: of the values; None for the dtype in which they are stored.
             rank, world_size: None for those of torch.distributed if it is initialised, else 0 of 1.
 
@@ -117,7 +118,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
                 "expected `batch_size` and `buffer_bytes` of at least 1, and a `seed` of at least 0, found "
                 f"{batch_size}, {buffer_bytes} and {seed}"
             )
-        self._rank, self._world_size = _place(rank, world_size)
+        self._rank, self._world_size = _rank_and_world_size(rank, world_size)
         self._batch_size, self._drop_last, self._dtype = batch_size, drop_last, dtype
         self._seed = seed if shuffle else None
         self._buffer_bytes = buffer_bytes if shuffle else 1
@@ -179,7 +180,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         for name, expected in self._identity().items():
             value = state["dataset"].get(name)
             if value != expected:
-                raise UsageError(f"the state is of a data set with {name} {value}, this one has {expected}")
+                raise UsageError(f"the state is of a data set with {name} {value}; expected {expected}")
         self.set_epoch(state["epoch"])
         buffer = state["buffer"] if "buffer" in state else state["window"]  # as mmbeam 0.1 called it
         self._resume = buffer, state["row"]
@@ -202,11 +203,11 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             yield self._finish(parts)
 
     def _buffers(self, start: int, row: int) -> Iterator[tuple[int, "RowBuffer", int]]:
-        """Yield the buffers from `start` on: number, the one buffer object, filled anew, and the row to begin with."""
-        epoch, (share, shares) = self.epoch, self._share()
+        """Yield (number, buffer, first row) from buffer `start` on. Every item is the same RowBuffer, filled again."""
+        epoch, (reader, num_readers) = self.epoch, self._reader()
         files, groups = self._rows.files, self._rows.files.groups
         order = self._order(epoch)(len(groups)).tolist()
-        pieces = pieces_of([group.rows for group in groups], order, share, shares)
+        pieces = pieces_of([group.rows for group in groups], order, reader, num_readers)
         fills = list(fills_of(pieces, [group.nbytes for group in groups], self._buffer_bytes))[start:]
         capacities = [
             max((sum(groups[piece.group].vectors[i] for piece in fill) for fill in fills), default=0)
@@ -215,23 +216,26 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         buffer = RowBuffer(files.features, capacities, self._rows.columns)
         for number, fill in enumerate(fills, start):
             rows = (batch for piece in fill for batch in self._rows.read(piece))
-            buffer.fill(rows, self._order(epoch, share, number))
+            buffer.fill(rows, self._order(epoch, reader, number))
             yield number, buffer, row if number == start else 0
 
     def _order(self, *which: int) -> Callable[[int], Order]:
-        """Return a function from a count to an order, the same for the same `which`; the identity without shuffling."""
+        """Return a function that maps a number of rows to a permutation, determined by the seed and `which`.
+
+        Without shuffling, it is the identity.
+        """
         if self._seed is None:
             return np.arange
         return np.random.default_rng((len(which), self._seed, *which)).permutation
 
-    def _share(self) -> tuple[int, int]:
-        """Return the number of this process's share of the rows, and the number of shares."""
+    def _reader(self) -> tuple[int, int]:
+        """Return the number of this reader, a DataLoader worker of a rank, and the number of readers."""
         worker = get_worker_info()
         number, workers = (0, 1) if worker is None else (worker.id, worker.num_workers)
         return self._rank * workers + number, self._world_size * workers
 
     def _identity(self) -> dict[str, Any]:
-        return {**self._about, "share": list(self._share())}
+        return {**self._about, "share": list(self._reader())}
 
     def _finish(self, parts: Sequence[FeatureBatch]) -> FeatureBatch:
         batch = parts[0] if len(parts) == 1 else {name: _join([part[name] for part in parts]) for name in parts[0]}
@@ -240,7 +244,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         return batch
 
 
-def _place(rank: int | None, world_size: int | None) -> tuple[int, int]:
+def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
     if rank is None and world_size is None:
         ready = distributed.is_available() and distributed.is_initialized()
         return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
@@ -274,8 +278,8 @@ def _join(values: Sequence[Any]) -> Any:
 def split_of(key: str, seed: int, shares: Shares) -> Split:
     """Return the split of a key: stable over machines, runs and order, and the same for samples of the same key.
 
-    The first 8 bytes of the BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), are a fraction of 1, and the
-    splits lie side by side in proportion to `shares`. Raises UsageError for invalid shares.
+    The first 8 bytes of the BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), are a fraction of 1; the
+    splits are consecutive intervals of [0, 1) in proportion to `shares`. Raises UsageError for invalid shares.
     """
     check_shares(shares)
     return next(splits_of((key,), seed, shares))
@@ -306,14 +310,14 @@ class Piece(NamedTuple):
     end: int
 
 
-def pieces_of(rows: Sequence[int], order: Sequence[int], share: int, shares: int) -> list[Piece]:
-    """Return the pieces of one of `shares` readers, when row groups of `rows` are laid end to end in `order`.
+def pieces_of(rows: Sequence[int], order: Sequence[int], reader: int, num_readers: int) -> list[Piece]:
+    """Return the pieces of the rows that reader `reader` of `num_readers` reads.
 
-    Every row is in exactly one share, and shares differ by at most one row. A row group on the border of two shares is
-    decoded by both readers; there are fewer of those than readers.
+    The row groups, of `rows` rows each, are concatenated in `order`, and their rows are divided into `num_readers`
+    ranges of equal size (to within a row). A row group on the border of two ranges is decoded by both readers.
     """
     total = sum(rows)
-    first, last = total * share // shares, total * (share + 1) // shares
+    first, last = total * reader // num_readers, total * (reader + 1) // num_readers
     pieces, start = [], 0
     for group in order:
         begin, end = max(first - start, 0), min(last - start, rows[group])
@@ -340,7 +344,7 @@ def fills_of(pieces: Sequence[Piece], sizes: Sequence[int], limit: int) -> Itera
 def units_of_rank(order: Sequence[int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
     """Return the units, in `order`, that a rank reads alone, and those that all ranks read for their own samples.
 
-    Every rank has the same number of the former. The latter are the remainder, fewer than there are ranks.
+    Every rank reads the same number of units alone. The remaining units are fewer than there are ranks.
     """
     whole = len(order) - len(order) % world_size
     return list(order[rank:whole:world_size]), list(order[whole:])
@@ -364,11 +368,12 @@ class _SelectedRows:
         split: tuple[Split, int, Shares] | None,  # with the seed and the shares
     ) -> None:
         if captions is not None and CAPTION in columns:
-            raise UsageError(f"`columns` names {CAPTION!r}, which is where `captions` go; leave out one of the two")
+            raise UsageError(f"`columns` names {CAPTION!r}, which is where `captions` go; omit one of the two")
         self._captions = None if captions is None else CaptionReader(captions)
         self._split = split
-        self._deciding = {*(["key"] if split else []), *([self._captions.column] if self._captions else [])}
-        self.files = FeatureFiles.open(paths, features, sorted({*columns, *self._deciding}))
+        # Columns that decide whether a row is selected.
+        self._selection_columns = {*(["key"] if split else []), *([self._captions.column] if self._captions else [])}
+        self.files = FeatureFiles.open(paths, features, sorted({*columns, *self._selection_columns}))
         self.columns = (*columns, *([CAPTION] if captions else []))
         if captions is not None and not any(self._has_caption(group) for group in self.files.groups):
             rows = sum(group.rows for group in self.files.groups)
@@ -391,11 +396,11 @@ class _SelectedRows:
 
     def count(self) -> FeatureCounts:
         """Count the selected rows. Reads keys and captions, if rows are selected by them."""
-        if not self._deciding:
+        if not self._selection_columns:
             return FeatureCounts(rows=sum(group.rows for group in self.files.groups), without_caption=0)
         rows = without = 0
         for group in self.files.groups:
-            for batch in map(self._of_split, self.files.read(group, sorted(self._deciding))):
+            for batch in map(self._of_split, self.files.read(group, sorted(self._selection_columns))):
                 rows += batch.num_rows
                 without += 0 if self._captions is None else self._captions.of(batch).count(None)
         return FeatureCounts(rows=rows - without, without_caption=without)

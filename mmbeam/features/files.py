@@ -1,7 +1,7 @@
 """The Parquet files that an input of features names: listed, checked against a model, and opened.
 
-Two ways to open a file: `opened`, through the job's own stream, which counts bytes and reports damage as a ShardError;
-and `FeatureFiles` for the data loader, which reads single row groups as fast as pyarrow can.
+Two ways to open a file: `open_counted`, through the job's own stream, which counts bytes and reports damage as a
+ShardError; and `FeatureFiles` for the data loader, which reads single row groups as fast as pyarrow can.
 """
 
 import re
@@ -75,15 +75,15 @@ def _parquets(names: Iterable[str]) -> list[str]:
 def check_columns(files: Sequence[Shard], columns: Iterable[FeatureColumn]) -> None:
     """Check that each column is in some file, as the model takes it. A damaged file is left to the unit that reads it.
 
-    Raises MissingModalityError if a column is in no file, UsageError if its width or its model differs or if rows are
-    not samples, ShardError if no file can be read.
+    Raises MissingModalityError if a column is in no file, UsageError if its width or its model differs, or if the files
+    lack the columns that identify a sample (key, shard, offset), ShardError if no file can be read.
     """
     wanted = {column.name: column for column in columns}
     known: dict[str, None] = {}
     errors: list[ShardError] = []
     for file in files:
         try:
-            with opened(file) as (parquet, _):
+            with open_counted(file) as (parquet, _):
                 schema = parquet.schema_arrow
         except ShardError as error:
             errors.append(error)
@@ -99,13 +99,13 @@ def check_columns(files: Sequence[Shard], columns: Iterable[FeatureColumn]) -> N
         raise errors[0]
     missing = [name for name in wanted if name not in known]
     raise MissingModalityError(
-        f"no file of the input has {' or '.join(missing)}, which the model takes; the columns are {', '.join(known)}"
+        f"expected {' and '.join(missing)}, which the model takes, in a file of the input; found {', '.join(known)}"
     )
 
 
 @contextmanager
-def opened(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
-    """Open a Parquet file, and return the stream it is read from too. Damage, here or in the body, is a ShardError."""
+def open_counted(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
+    """Open a Parquet file; yield it and the stream that counts its bytes. Damage is a ShardError, in the body too."""
     with open_shard(file) as stream:
         if not stream.seekable():
             raise ShardError(f"{file.path}: a Parquet file cannot be read from a server that ignores range requests")
@@ -157,7 +157,7 @@ class FeatureFiles:
             if [replace(feature, origin=None) for feature in features_of_file] != expected:
                 raise UsageError(
                     f"{public_path(url)}: has {_names(features_of_file)}, but {public_path(urls[0])} has "
-                    f"{_names(expected)}; give features of one run, or name the columns that all files have"
+                    f"{_names(expected)}; pass features of one run, or name the columns that all files have"
                 )
             for feature in features_of_file:
                 if feature.origin is None:
@@ -166,7 +166,7 @@ class FeatureFiles:
                 if feature.origin.digest != known.digest:
                     raise UsageError(
                         f"{public_path(url)}: {feature.name} was made by {feature.origin}, but in another file by "
-                        f"{known}; give features of one model"
+                        f"{known}; pass features of one model"
                     )
         return cls(
             features=tuple(replace(feature, origin=origins.get(feature.name)) for feature in expected),
@@ -175,7 +175,7 @@ class FeatureFiles:
         )
 
     def read(self, group: RowGroup, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Read the rows of a group, about 2 MiB at a time: the given columns, or all that were asked for."""
+        """Read the rows of a group, about 2 MiB at a time: these columns, or all columns of the data set."""
         names = [*(feature.name for feature in self.features), *self.columns] if columns is None else list(columns)
         step = max(64, STEP_BYTES * group.rows // max(group.nbytes, 1))
         with open_parquet(group.url) as file:
@@ -183,7 +183,7 @@ class FeatureFiles:
 
 
 def open_parquet(url: str) -> pq.ParquetFile:
-    """Open a file as pyarrow reads it fastest: memory and threads for prefetching only where requests are slow."""
+    """Open a file with the fastest settings of pyarrow: pre-buffering for remote files only."""
     fs, path = url_to_fs(url)
     local = isinstance(fs, LocalFileSystem)
     try:
@@ -201,7 +201,9 @@ def _read_footer(
         schema, metadata = file.schema_arrow, file.metadata
         missing = [name for name in (*(names or ()), *columns) if name not in schema.names]
         if missing:
-            raise UsageError(f"{public_path(url)}: has no column {', '.join(missing)}; found {', '.join(schema.names)}")
+            raise UsageError(
+                f"{public_path(url)}: expected columns {', '.join(missing)}, found {', '.join(schema.names)}"
+            )
         features = feature_columns(schema, names, public_path(url))
         read = {*(feature.name for feature in features), *columns}
         leaves = [file.schema.column(i).path.partition(".")[0] for i in range(len(file.schema))]

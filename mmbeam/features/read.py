@@ -16,7 +16,7 @@ from mmbeam.clean.text import clean_text
 from mmbeam.clean.where import compile_where, rejecting_expression
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import JobError, ShardError, UsageError
-from mmbeam.features.files import opened
+from mmbeam.features.files import open_counted
 from mmbeam.features.schema import FACTS, IDENTITY, check_schema, widths_of
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.run import find_run, part_name
@@ -31,9 +31,9 @@ Vectors = npt.NDArray[np.float32]  # [rows, width]
 def read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
     """Yield the unit's rows as windows of samples, then an empty last one, with a `unit_error` if a file is damaged.
 
-    A modality is present where one of its columns in `needs` has a value; text also where there is a text, if `needs`
-    names it. A feature becomes a Failure of its modality if it was lost when the file was written, has another width
-    than the model's, or is not finite. Where windows close depends on the file alone.
+    A modality is present if one of its columns in `needs` has a value. Text is also present if the row has a text and
+    `needs.modalities` contains text. A feature becomes a Failure of its modality if it was lost when the file was
+    written, has another width than the model's, or is not finite. The boundaries of windows depend on the file alone.
     """
     columns = sorted(needs.columns, key=lambda column: column.name)
     wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
@@ -70,13 +70,13 @@ def read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windo
 
 @dataclass
 class _Cost:
-    """Seconds and stored bytes that reading took since they were last taken."""
+    """Seconds and stored bytes of reading since the last call of `take`."""
 
     seconds: float = 0.0
     nbytes: int = 0
 
     def take(self) -> Tally:
-        """Return the cost so far, and begin again at zero."""
+        """Return the cost, and reset it to zero."""
         tally = Tally(seconds={"read": self.seconds}, bytes_read=self.nbytes)
         self.seconds, self.nbytes = 0.0, 0
         return tally
@@ -88,7 +88,7 @@ def _tables(
     """Yield the rows of each window, up to the unit's limit."""
     left = unit.limit
     for source in unit.inputs:
-        with opened(source.shard) as (parquet, stream):
+        with open_counted(source.shard) as (parquet, stream):
             schema, footer = parquet.schema_arrow, parquet.metadata
             try:
                 check_schema(source.shard.path, schema, {column.name: column for column in columns})
@@ -190,11 +190,13 @@ class WrittenRows:
 
     @classmethod
     def of(cls, output: str) -> Self:
-        """Return the rows in the output of a job. Raises JobError if it holds no run or no committed unit."""
+        """Return the rows in the output of a job. Raises JobError unless it holds a run with a committed unit."""
         run = find_run(output)
         units = sorted(committed(run))
         if not units:
-            raise JobError(f"{run.store}: no unit is committed, so there are no rows; run the job to its end first")
+            raise JobError(
+                f"{run.store}: expected the rows of a job, found no committed unit; run the job to its end first"
+            )
         parts = tuple(part_name(unit) for unit in units)
         with run.store.open(parts[0]) as file:
             schema = pq.read_schema(file)
@@ -232,7 +234,7 @@ def to_vectors(column: pa.ListArray, width: int) -> Vectors:
     return np.asarray(flat, dtype=np.float32).reshape(len(column), width)
 
 
-def with_all(batch: pa.RecordBatch, widths: Mapping[str, int]) -> pa.RecordBatch:
+def rows_with_vectors(batch: pa.RecordBatch, widths: Mapping[str, int]) -> pa.RecordBatch:
     """Return the rows that have a finite vector in each of these columns."""
     keep = np.ones(batch.num_rows, dtype=np.bool_)
     for name, width in widths.items():

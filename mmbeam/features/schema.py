@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 _is_text: Callable[[pa.DataType], bool] = pa.types.is_string
 _is_count: Callable[[pa.DataType], bool] = pa.types.is_integer
-IDENTITY = {"key": _is_text, "shard": _is_text, "offset": _is_count}  # required of a row that is a sample
+IDENTITY = {"key": _is_text, "shard": _is_text, "offset": _is_count}  # required: they identify a sample
 FACTS = {  # read from files that have them with this type
     "text": _is_text,
     "metadata": _is_text,
@@ -84,7 +84,7 @@ def feature_columns(schema: pa.Schema, names: Sequence[str] | None, where: str) 
     columns = tuple(_feature_column(schema, name, widths, where) for name in (widths if names is None else names))
     if not columns:
         raise UsageError(
-            f"{where}: the metadata (mmbeam.dims) lists no columns of vectors; give an output of mmbeam embed, or name "
+            f"{where}: the metadata (mmbeam.dims) lists no columns of vectors; pass an output of mmbeam embed, or name "
             "the columns"
         )
     return columns
@@ -135,7 +135,7 @@ def _check_type(where: str, schema: pa.Schema, column: FeatureColumn) -> None:
     width = vector.list_size if pa.types.is_fixed_size_list(vector) else widths_of(schema).get(column.name)
     if width not in (None, column.width):
         raise UsageError(
-            f"{where}: {column.name} is {width} wide, and the model takes {column.width}; give the features "
+            f"{where}: {column.name} is {width} wide, and the model takes {column.width}; pass the features "
             "that it was trained on, or the model that was trained on these"
         )
 
@@ -148,7 +148,7 @@ def check_origin(where: str, expected: Origin | None, origin: Origin | None) -> 
     """Raise UsageError if the features at `where` come from another model than the one expected."""
     if expected is not None and origin is not None and origin.digest != expected.digest:
         raise UsageError(
-            f"{where} was made by {origin}, and the model takes what {expected} makes; give the features that it was "
+            f"{where} was made by {origin}, and the model takes what {expected} makes; pass the features that it was "
             "trained on, or the model that was trained on these"
         )
 

@@ -9,7 +9,7 @@ from typing import Any
 from mmbeam.clean.where import SampleValues
 from mmbeam.config import MIB, FieldMap, Reading, Windows
 from mmbeam.errors import ShardError, UsageError
-from mmbeam.features.files import check_columns, feature_files, opened
+from mmbeam.features.files import check_columns, feature_files, open_counted
 from mmbeam.features.schema import FACTS, IDENTITY
 from mmbeam.jobs.cluster import workers_are_here
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_found, plan, versions
@@ -163,7 +163,7 @@ def _probe_rows(files: Sequence[Shard]) -> Probe:
     wanted = {**IDENTITY, "text": FACTS["text"], "metadata": FACTS["metadata"]}
     for file in files[:PROBED_SHARDS]:
         try:
-            with opened(file) as (parquet, _):
+            with open_counted(file) as (parquet, _):
                 schema = parquet.schema_arrow
                 names = [name for name in wanted if name in schema.names and wanted[name](schema.field(name).type)]
                 rows = next(parquet.iter_batches(batch_size=PROBED_SAMPLES, columns=names), None)

@@ -18,7 +18,7 @@ from apache_beam.runners.runner import PipelineState
 
 from mmbeam.errors import FlowError, JobError, UsageError
 from mmbeam.features.captions import json_object
-from mmbeam.features.read import WrittenRows, to_vectors, with_all
+from mmbeam.features.read import WrittenRows, rows_with_vectors, to_vectors
 from mmbeam.features.schema import parse_name
 from mmbeam.jobs.execute import plain_error, versions
 from mmbeam.jobs.options import pipeline_options
@@ -250,7 +250,7 @@ def _evaluate_retrieval(rows: WrittenRows, left: str, right: str) -> dict[str, A
     total, filled = rows.count(), 0
     arrays = {name: np.empty((total, width), np.float32) for name, width in widths.items()}
     for batch in rows.read(list(widths)):
-        kept = with_all(batch, widths)
+        kept = rows_with_vectors(batch, widths)
         for name, width in widths.items():
             arrays[name][filled : filled + kept.num_rows] = to_vectors(kept.column(name), width)
         filled += kept.num_rows
@@ -274,7 +274,7 @@ def _evaluate_probe(rows: WrittenRows, column: str, label: RowField) -> dict[str
     keys: list[str] = []
     labels: list[str] = []
     for batch in rows.read(list(dict.fromkeys((KEY, column, label.column)))):
-        batch = with_all(batch, {column: width})
+        batch = rows_with_vectors(batch, {column: width})
         texts = [label_text(value) for value in label.values(batch)]
         kept = batch.filter(pa.array([text is not None for text in texts], pa.bool_()))
         vectors[len(keys) : len(keys) + kept.num_rows] = to_vectors(kept.column(column), width)
