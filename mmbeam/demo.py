@@ -46,13 +46,15 @@ def make_corpus(directory: Path) -> Path:
     """
     shards = directory / "shards"
     if directory.exists() and any(directory.iterdir()) and not shards.is_dir():
-        raise UsageError(f"{directory}: expected an empty directory or that of an earlier demo; name another one")
+        raise UsageError(
+            f"{directory}: expected an empty directory or the directory of an earlier demo; name another one"
+        )
     write_corpus(shards, samples=SAMPLES, shards=SHARDS, seed=SEED, rate=RATE)
     return shards
 
 
 def describe_rows(shards: Path, output: Path) -> Iterator[str]:
-    """Yield lines on what the job wrote: its columns, captions beside their samples, nearest neighbours."""
+    """Yield lines on what the job wrote: its columns, captions next to their samples, nearest neighbours."""
     table = ds.dataset(output / "data").to_table().sort_by("key")
     rows: list[Row] = table.to_pylist()
     yield f"\n{len(rows)} rows in {len(list((output / 'data').glob('*.parquet')))} Parquet files, with these columns:"
@@ -147,7 +149,7 @@ def sketch_audio(wave: Waveform, rate: int, rows: int = 12, columns: int = 32) -
     """Draw audio, float32 [frames], as a spectrogram of `rows` lines: time to the right, frequency upwards.
 
     Rows divide the range from 60 Hz to half the rate evenly in octaves. Each shade is a power of ten; the darkest is
-    that of a sine at full scale.
+    the level of a sine at full scale.
     """
     size = 1 << max(6, (len(wave) // columns * 2).bit_length() - 1)
     padded = np.pad(wave, (size // 2, size))

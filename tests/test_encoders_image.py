@@ -350,7 +350,7 @@ def test_the_nested_processor_file_is_read(checkpoints: Checkpoints, tmp_path: P
     ("name", "message"),
     [
         ("preprocessor_config.json", "has no preprocessor_config.json or processor_config.json"),
-        ("tokenizer.json", "has no tokenizer; expected tokenizer.json, or vocab.json with merges.txt"),
+        ("tokenizer.json", r"expected a tokenizer \(tokenizer.json, or vocab.json with merges.txt\), found none"),
         ("model.safetensors", "has no model.safetensors; pickled weights"),
         ("config.json", "has no config.json"),
     ],

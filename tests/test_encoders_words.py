@@ -115,7 +115,7 @@ def test_a_file_of_vectors_is_part_of_the_models_digest(tmp_path: Path) -> None:
         ({"vectors.txt": b"1 " + b"9" * 5000 + b"\n"}, "row 1 has a number that is not finite"),
         ({"vectors.txt": b"a 1e39 1\n"}, "row 1 has a number that is not finite"),
         ({"vectors.txt": b""}, "expected lines of a word and its numbers"),
-        ({"vectors.txt": b"3 300\n"}, "has no words"),
+        ({"vectors.txt": b"3 300\n"}, "expected words and their vectors, found none"),
         ({"vectors.txt": b"a 1\n" + b"b" * (1 << 20)}, "line 2: longer than 1,048,576 bytes"),
         ({"a.vec": b"a 1\n", "glove.txt": b"a 1\n"}, "expected one file of word vectors, found a.vec, glove.txt"),
         ({"model.safetensors": b"x" * 20, "vocab.txt": b"a\n"}, "cannot be read as safetensors"),

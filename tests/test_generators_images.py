@@ -182,7 +182,7 @@ def test_florence_needs_the_number_of_image_tokens(tmp_path: Path) -> None:
     directory = save_florence2(tmp_path / "florence2")
     config = directory / "processor_config.json"
     config.write_text(config.read_text().replace('"image_seq_length"', '"other"'))
-    with pytest.raises(ModelError, match="has no image_seq_length"):
+    with pytest.raises(ModelError, match="expected image_seq_length"):
         describe(directory)
 
 

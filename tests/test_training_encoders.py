@@ -207,7 +207,7 @@ BROKEN: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "no configuration": ("image", "clip", without("config.json"), r"has no config\.json"),
     "no image processor": ("image", "resnet", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
     "no feature extractor": ("audio", "whisper", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
-    "no tokenizer": ("text", "bert", without("tokenizer.json"), r"has no tokenizer; expected tokenizer\.json"),
+    "no tokenizer": ("text", "bert", without("tokenizer.json"), r"expected a tokenizer \(tokenizer\.json"),
     "another modality": ("audio", "clip", lambda directory: None, "clip has no audio encoder"),
     "a text encoder for images": (
         "image",

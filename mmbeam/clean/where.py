@@ -96,7 +96,7 @@ def _usage_error(source: str, column: int, problem: str) -> UsageError:
 
 
 class _Compiler:
-    """Turns the supported syntax nodes into functions, and refuses all others."""
+    """Turns the supported syntax nodes into functions, and raises for all others."""
 
     def __init__(self, expression: str) -> None:
         self._source = _one_line(expression)

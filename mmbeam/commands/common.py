@@ -1,6 +1,6 @@
 """Argument groups and types that the commands share, and the job options made from them.
 
-Nothing slow is imported before the options are made, so that --help and an invalid argument are answered immediately.
+Nothing slow is imported before the options are made; --help and errors about arguments are printed immediately.
 """
 
 import argparse
@@ -30,7 +30,10 @@ Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
 def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> None:
-    """Add the arguments of every job over shards, or over `features` too, and accept Apache Beam's options."""
+    """Add the arguments that all jobs share, and accept Apache Beam's options.
+
+    With `features`, the input may also be features.
+    """
     parser.set_defaults(takes_beam_options=True)
     parser.epilog = "Every Apache Beam pipeline option is accepted as Beam spells it, for example --runner=FlinkRunner."
     input_arguments(parser, features)
@@ -70,7 +73,9 @@ def device_arguments(group: Group) -> None:
         metavar="DEVICE",
         help="auto, cpu, cuda or cuda:N (default: auto, all GPUs, or the CPU if there is none)",
     )
-    group.add_argument("--dtype", choices=DTYPES, help="of the weights (default: float32 on cpu, bfloat16 on cuda)")
+    group.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights (default: float32 on cpu, bfloat16 on cuda)"
+    )
     group.add_argument(
         "--batch-size",
         type=_batch_size,
@@ -119,7 +124,7 @@ def _cleaning_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--draft",
         action="store_true",
-        help="decode large JPEGs at a fraction of their size: faster, but with other pixels",
+        help="decode large JPEGs at a fraction of their size: faster, but pixel values differ slightly",
     )
 
 
@@ -221,7 +226,7 @@ def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool
 def libraries_quiet(verbose: bool) -> Iterator[None]:
     """Discard what libraries print on stderr without logging it, such as Beam's traceback of each error of a step.
 
-    mmbeam's own log and progress line hold the stream itself and are not affected.
+    mmbeam's log and progress line are not affected: they keep a reference to the original stream.
     """
     if verbose:
         yield
@@ -243,7 +248,7 @@ def check_url(name: str, url: str) -> None:
 
 
 def _check_beam(args: Sequence[str]) -> None:
-    """Raise UsageError for an argument that Apache Beam refuses; Beam's argparse would end the process."""
+    """Raise UsageError for an argument that Apache Beam rejects; Beam's argparse would end the process."""
     from mmbeam.jobs.options import pipeline_options
 
     message = io.StringIO()

@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--reference",
         metavar="FIELD",
-        help="the true text: an entry of the metadata or a column; a string or a list of strings",
+        help="JSON field or column with the reference text, a string or a list of strings",
     )
     parser.add_argument(
         "--references",
@@ -102,7 +102,7 @@ def _texts(text: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _short(text: str) -> str:
-    """Return the text on one line, cut to _TEXT_WIDTH characters."""
+    """Return the text on one line, truncated to _TEXT_WIDTH characters."""
     line = " ".join(text.split())
     return line if len(line) <= _TEXT_WIDTH else f"{line[:_TEXT_WIDTH]}..."
 

@@ -7,7 +7,7 @@ The conversion is the same everywhere:
 - 32-bit integer grey is clipped to 0 to 65535 and treated as 16-bit. Floating-point grey is clipped to
   0 (black, also NaN) to 1 (white).
 
-A truncated or damaged JPEG is refused, although libjpeg would fill the missing part with grey. Warnings
+A truncated or damaged JPEG is an error, although libjpeg would fill the missing part with grey. Warnings
 that leave the pixels unchanged (stray bytes, an odd marker) are accepted, as by Pillow. Only chunks that
 change pixels can make a PNG fail: colour profiles, texts and animation chunks are skipped unread.
 """
@@ -122,9 +122,9 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
 
 
 def _split_png(data: bytes) -> tuple[bytes, bytes]:
-    """Split a PNG into one with the chunks that make its pixels, and one with those that may hold its orientation.
+    """Split a PNG into one with the chunks that make its pixels, and one with the chunks that may hold its orientation.
 
-    Pillow refuses an image for faults in the other chunks, and for a text or profile of more than 1 MiB.
+    Pillow rejects an image for faults in the other chunks, and for a text or profile of more than 1 MiB.
     """
     view = memoryview(data)
     pixel_chunks, metadata = [view[:8]], [view[:33]]  # the signature; the signature and IHDR
@@ -229,7 +229,7 @@ def _orientation(image: Image.Image, kind: str, metadata: bytes) -> int:
         orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
     except MemoryError:
         raise
-    except Exception:  # damaged metadata must not cost the pixels
+    except Exception:  # if metadata are damaged, the pixels are still used
         return 1
     return orientation if orientation in range(1, 9) else 1
 

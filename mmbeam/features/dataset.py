@@ -108,7 +108,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
                 order of the files.
             buffer_bytes: decompressed size of the rows that are shuffled together; a larger buffer shuffles better.
             dtype: of the values; None for the dtype in which they are stored.
-            rank, world_size: None for those of torch.distributed if it is initialised, else 0 of 1.
+            rank, world_size: None for the values of torch.distributed if it is initialised, else 0 and 1.
 
         Raises NoShardsError if there is no file, and UsageError for files or columns that cannot be read as features,
         contradictory arguments, and captions that no row has.
@@ -342,7 +342,7 @@ def fills_of(pieces: Sequence[Piece], sizes: Sequence[int], limit: int) -> Itera
 
 
 def units_of_rank(order: Sequence[int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
-    """Return the units, in `order`, that a rank reads alone, and those that all ranks read for their own samples.
+    """Return the units, in `order`, that a rank reads alone, and the units that all ranks read for their own samples.
 
     Every rank reads the same number of units alone. The remaining units are fewer than there are ranks.
     """
@@ -357,7 +357,7 @@ def rank_of(key: str, world_size: int) -> int:
 
 
 class _SelectedRows:
-    """The rows to read: those of a split, and with captions those that have one."""
+    """The rows to read: all, or the rows of a split; with `captions`, only rows with a caption."""
 
     def __init__(
         self,
@@ -437,7 +437,7 @@ class RowBuffer:
         self.rows = 0
 
     def fill(self, batches: Iterable[pa.RecordBatch], order: Callable[[int], Order]) -> None:
-        """Replace the rows by those of `batches`, in the order that `order` returns for their number."""
+        """Replace the rows by the rows of `batches`, in the order that `order` returns for their number."""
         chunks: dict[str, list[pa.Array]] = {name: [] for name in self._columns}
         self.rows = 0
         for vectors in self._features:

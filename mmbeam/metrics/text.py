@@ -279,7 +279,7 @@ class TextTotals:
     without_reference: int = 0  # of rows with a hypothesis
     empty: int = 0  # of scored rows: the hypothesis is blank
     references: int = 0  # of scored rows
-    foreign: int = 0  # of scored rows: no reference has an ASCII letter or digit, so that ROUGE sees no token
+    foreign: int = 0  # of scored rows: no reference has an ASCII letter or digit, and so ROUGE sees no token
     counts: Mapping[str, Counts] = field(default_factory=dict)  # by metric
     worst: tuple[Worst, ...] = ()
 
@@ -312,7 +312,7 @@ class TextTotals:
 def score_pair(pair: Pair, metrics: Mapping[str, TextMetric]) -> tuple[TextTotals, Scores]:
     """Return the totals and the scores of one row; there are no scores without a hypothesis or a reference.
 
-    The worst samples are those of the first metric.
+    The first metric determines the worst samples.
     """
     if pair.hypothesis is None:
         return TextTotals(rows=1, without_hypothesis=1), {}

@@ -104,7 +104,7 @@ class Device:
             raise DeviceError(f"{self.name} failed before: {self._failure}")
         begin = time.perf_counter()
         is_cuda = self.name.startswith("cuda")
-        # Threads of a model on all cores of a CPU wait for each other, so decoding beside them would slow them all.
+        # Threads of a model on all cores of a CPU wait for each other, so concurrent decoding would slow them all.
         takes_all_cores = not is_cuda and torch.get_num_threads() >= max(2, cores())
         try:
             with torch.cuda.device(self.name) if is_cuda else nullcontext():
@@ -163,7 +163,7 @@ def devices_of(name: str) -> tuple[str, ...]:
 
 
 def lease_device(name: str, unit: str) -> Device:
-    """Return the device that the unit uses, of those that `name` means: the least busy one if it has none yet."""
+    """Return the device of the unit, one of the devices that `name` means. A new unit gets the least busy one."""
     with _lock:
         if (name, unit) not in _leases:
             units = Counter(_leases.values())
@@ -199,6 +199,7 @@ def claim_least_used(ids: Sequence[str], directory: Path | None = None) -> int:
     directory.mkdir(mode=0o700, exist_ok=True)
     if directory.is_symlink() or directory.stat().st_uid != os.getuid():  # it could hold links to our files
         raise DeviceError(f"{directory}: expected a directory of this user; remove it, or set TMPDIR")
+    # Lock N of a device is taken by its N-th process (from 0), so the first free N is the smallest number of claims.
     for others in count():
         for index, name in enumerate(ids):
             lock = FileLock(directory / f"{name}.{others}")
@@ -214,5 +215,5 @@ def claim_least_used(ids: Sequence[str], directory: Path | None = None) -> int:
 
 
 def compute_on_one_thread() -> None:
-    """Run torch's CPU kernels on one thread from now on: those of a tiny model are too short to be divided."""
+    """Run torch's CPU kernels on one thread from now on: the kernels of a tiny model are too short to be divided."""
     torch.set_num_threads(1)

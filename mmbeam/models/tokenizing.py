@@ -105,7 +105,7 @@ def check_vocabulary(directory: Path) -> None:
     """Raise ModelError unless the directory has a tokenizer's files."""
     if not any(all((directory / name).is_file() for name in names) for names in _VOCABULARIES):
         expected = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
-        raise ModelError(f"{directory}: has no tokenizer; expected {expected}")
+        raise ModelError(f"{directory}: expected a tokenizer ({expected}), found none; copy the whole directory")
 
 
 def load_tokenizer(directory: Path) -> Any:
@@ -137,7 +137,7 @@ def text_limit(directory: Path, config: Any, max_tokens: int | None = None) -> i
 def pad(
     ids: Sequence[Sequence[int]], pad_id: int, device: torch.device, length: int | None = None, side: Side = "right"
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return token ids as int64 [B, L] and their mask (1 for a token); L is `length` or that of the longest sequence.
+    """Return token ids as int64 [B, L] and their mask (1 for a token); L is `length`, or the longest sequence's.
 
     Raises ValueError if a sequence is longer than `length`.
     """

@@ -26,7 +26,7 @@ PixelFilter = Callable[[torch.Tensor], torch.Tensor]  # uint8 [B, C, H, W] to th
 
 # An image of 1 x 65535 pixels, resized to a shorter side of 224, would have 3.3 billion pixels.
 MAX_RESIZED_PIXELS = 1 << 25
-# CUDA's antialiasing kernel keeps its weights in shared memory, which is too small for those of a larger scale.
+# CUDA's antialiasing kernel keeps its weights in shared memory, which is too small for the weights of a larger scale.
 MAX_DEVICE_SCALE = 64.0
 
 STRIP_ELEMENTS = 1 << 24  # values of a strip of rows that is filtered at a time, without padding: 64 MB in float32

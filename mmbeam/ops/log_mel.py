@@ -63,7 +63,7 @@ def whisper_windows(wave_N: torch.Tensor, recipe: WhisperRecipe) -> list[torch.T
 def whisper_log_mel(wave_BN: torch.Tensor, recipe: WhisperRecipe) -> torch.Tensor:
     """Return log-mel features [B, M, T] of windows of n_samples, float32 (Radford et al., 2022, section 2.2).
 
-    On the CPU they are bit for bit those of WhisperFeatureExtractor (its torch path).
+    On the CPU they equal the output of WhisperFeatureExtractor (its torch path) bit for bit.
     """
     power_BFT = power_spectrogram(wave_BN.float(), recipe.n_fft, recipe.hop_length)[..., :-1].contiguous()
     rate = recipe.sampling_rate

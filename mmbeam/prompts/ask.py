@@ -1,4 +1,4 @@
-"""What a job asks of a generator, and the request that is made of each sample.
+"""The instruction of a job to a generator, and the request that is made of each sample.
 
 A prompt or a dialogue is sent with all images and audio that the model takes. A task without a prompt is about
 what the sample holds: a caption is about all of its media, any other task about the first modality present.
@@ -37,7 +37,7 @@ ABOUT: Mapping[Task, tuple[Modality, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class GeneratorSpec:
-    """What a generator's configuration files tell, without its weights."""
+    """A generator as its configuration files describe it, without its weights."""
 
     family: str  # config.model_type: "mmbeam-fusion", "whisper", ...
     directory: str  # local directory of configuration, weights and processor files
@@ -163,7 +163,7 @@ def with_default_tokens(decoding: Decoding, spec: GeneratorSpec, instruction: In
         raise UsageError("`temperature` and `num_beams` are mutually exclusive: sampling, or beam search")
     if decoding.temperature is not None and not 0 < decoding.temperature < math.inf:
         raise UsageError(
-            f"`temperature` {decoding.temperature}: expected a number above 0; leave it out for greedy decoding"
+            f"`temperature` {decoding.temperature}: expected a number above 0; omit it for greedy decoding"
         )
     if not 0 < decoding.top_p <= 1 or (decoding.top_p < 1 and not decoding.is_sampled):
         raise UsageError(f"`top_p` {decoding.top_p}: expected a number above 0 and at most 1, with `temperature`")

@@ -1,7 +1,7 @@
-"""The progress line: what is done of the run so far, how fast it goes, and how long it will take.
+"""The progress line: the units done, the throughput, and the time remaining.
 
-Runners give metrics only at the end, so live progress is what the steps of this process put here, and,
-for workers elsewhere, what is committed in the output. Nothing here decides anything.
+Runners report metrics only at the end. Live progress therefore comes from the steps of this process, and for workers
+elsewhere from the units that are committed in the output. It does not affect the job.
 """
 
 import logging
@@ -38,7 +38,7 @@ def progress_line(progress: Progress) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Seconds as a person says them: 41s, 3m20s, 2h05m."""
+    """Return a duration in short form: 41s, 3m20s, 2h05m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -48,7 +48,7 @@ def clock(seconds: float) -> str:
 
 
 class Committed:
-    """The progress of workers that are not of this process, seen from what they commit."""
+    """The progress of workers of other processes, from the units that they commit."""
 
     def __init__(self, run: Run, units: int) -> None:
         self.progress = Progress()
@@ -103,7 +103,7 @@ class ProgressLine:
             self._write(f"{CLEAR_LINE}{line[: self._columns() - 1]}" if self._terminal else f"{line}\n")
 
     def _progress(self) -> Progress:
-        """What this process has counted; if that is nothing, what is committed."""
+        """The counts of this process; if it has none, the counts of the committed units."""
         if progress.units_done or progress.tally.samples:
             return progress
         if time.monotonic() >= self._next_look:
@@ -118,8 +118,8 @@ class ProgressLine:
             if self._elsewhere is None:
                 self._elsewhere = Committed(find_run(self._output), progress.units)
             self._elsewhere.look()
-        except Exception as error:  # a line that is not up to date is no reason to end a job
-            log.debug("%s: cannot see what is committed: %s", self._output, error)
+        except Exception as error:  # an outdated line must not end the job
+            log.debug("%s: cannot read the committed units: %s", self._output, error)
 
     def _columns(self) -> int:
         return os.get_terminal_size(self._stream.fileno()).columns or 80

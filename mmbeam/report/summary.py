@@ -82,7 +82,7 @@ def find_examples(store: Store, kinds: Mapping[str, int]) -> dict[str, dict[str,
         if examples.keys() >= kinds.keys():
             break
         for record in pq.read_table(pa.BufferReader(store.read(f"failures/{name}"))).to_pylist():
-            if record["key"]:  # a record without a key is that of a unit
+            if record["key"]:  # a record without a key belongs to a unit
                 examples.setdefault(f"{record['step']}: {record['error']}", record)
     return examples
 

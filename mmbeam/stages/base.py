@@ -105,7 +105,7 @@ def good_audio() -> tuple[Waveform, int]:
 
 
 def scatter_values(array: pa.Array, positions: Sequence[int], count: int) -> pa.Array:
-    """Return an array of `count` values with those of `array` at `positions`, and null elsewhere."""
+    """Return `count` values: the values of `array` at `positions`, and null elsewhere."""
     if len(positions) == count:
         return array
     sources: list[int | None] = [None] * count

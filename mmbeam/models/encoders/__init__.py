@@ -71,7 +71,7 @@ def family_of(model_type: str | None) -> type[Encoder]:
 
 
 def describe(directory: Path) -> EncoderSpec:
-    """Return what the configuration files in `directory` tell about its model, without loading weights.
+    """Return the spec of a model from the configuration files in `directory`, without loading weights.
 
     A directory with modules.json is a sentence-transformers model, whatever model it wraps (but for
     READS_MODULES_JSON). One with neither modules.json nor config.json has word vectors (word_vectors.py).

@@ -27,7 +27,7 @@ TokensTD = torch.Tensor  # [tokens, dim] of one sample, padding removed
 
 @dataclass(frozen=True, kw_only=True)
 class EncoderSpec:
-    """What an encoder's configuration files tell about it."""
+    """An encoder as its configuration files describe it."""
 
     family: str  # config.model_type: "clip", "bert", ...
     directory: str  # local directory of configuration, weights and processor files
@@ -49,7 +49,7 @@ class Encoded:
 class Encoder:
     """A loaded model on one device. Subclasses override `describe`, `load` and the `encode_*` that they support.
 
-    Pooled vectors are those of the checkpoint's own API: projected where the model projects, pooled as the checkpoint
+    Pooled vectors equal those of the checkpoint's own API: projected where the model projects, pooled as the checkpoint
     defines. The stage normalises them if the space is a normalised one.
     """
 
@@ -147,7 +147,7 @@ def encode_windows(
 ) -> Encoded:
     """Encode the windows of several samples, `batch_size` windows at a time.
 
-    A sample's vector is the mean of its windows' vectors, in float32. Its tokens are those of all its windows.
+    A sample's vector is the mean of its windows' vectors, in float32. Its tokens are the tokens of all its windows.
     """
     flat = [window for of_sample in windows for window in of_sample]
     parts = [encode(flat[first : first + batch_size]) for first in range(0, len(flat), batch_size)]

@@ -1,7 +1,7 @@
 """EmbeddingGemma 2: texts, images and audio in one space, through one model.
 
 An image or an audio clip becomes a sequence of tokens between its begin and end marks, inside the tokens that begin and
-end a text, as EmbeddingGemma2Processor lays it out. It is pooled like a text, as modules.json says (the mean over all
+end a text, as EmbeddingGemma2Processor lays it out. It is pooled like a text, as modules.json states (the mean over all
 tokens, at unit length). A default prompt is put before texts only, as in sentence-transformers. The reference truncates
 a clip at 30 s; here the vector of a longer clip is the mean over the windows of 30 s that cover it. A checkpoint
 without a tower (its config is null) encodes the remaining modalities. Video is unsupported.

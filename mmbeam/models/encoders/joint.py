@@ -101,11 +101,11 @@ class ImageTextEncoder(JointEncoder):
 
 
 class ClipEncoder(ImageTextEncoder):
-    """CLIP and MetaCLIP 2. A text's vector is that of its end token. The model is causal, so padding has no effect."""
+    """CLIP and MetaCLIP 2. The end token gives a text's vector. The model is causal, so padding has no effect."""
 
 
 class SiglipEncoder(ImageTextEncoder):
-    """SigLIP, and SigLIP 2 at a fixed resolution. A text's vector is that of the last position, padding or not."""
+    """SigLIP, and SigLIP 2 at a fixed resolution. The last position, padding or not, gives a text's vector."""
 
     pads_to_max_length = True
 
@@ -133,7 +133,7 @@ class Siglip2Encoder(SiglipEncoder):
 
     @torch.inference_mode()
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
-        """Encode images of any sizes, uint8 [H, W, 3]; tokens are those of the image's patches, padding removed."""
+        """Encode images of any sizes, uint8 [H, W, 3]; tokens are the image's patches, without padding."""
         patches = preprocess_patches(images, self.recipe, self.device, self.dtype, self.pixel_filter)
         output = self.model.get_image_features(
             pixel_values=patches.pixels_BND,

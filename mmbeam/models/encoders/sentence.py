@@ -49,7 +49,7 @@ TEXT_ONLY = frozenset(("text",))
 
 @dataclass(frozen=True, kw_only=True)
 class SentenceRecipe:
-    """What precedes and follows the transformer. The defaults are those of a directory without modules.json."""
+    """The modules before and after the transformer. The defaults are for a directory without modules.json."""
 
     transformer: Path  # its directory
     modes: tuple[str, ...] = ("mean",)  # how tokens are pooled; the vectors of several modes are concatenated

@@ -83,7 +83,7 @@ class TextEncoder(TransformersEncoder):
         return "".join(map(str.lower, text)) if self.recipe.lower_case else text
 
     def _prompt_tokens(self) -> int:
-        """Return how many tokens the prompt puts before those of the text: without the special token that ends it."""
+        """Return the number of the prompt's tokens before the text, without the special token at its end."""
         if not self.recipe.prompt:
             return 0
         ids, empty = super().tokenize([self._prepare(self.recipe.prompt), ""])

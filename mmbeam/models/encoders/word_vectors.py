@@ -160,7 +160,7 @@ def _read_text(path: Path) -> WordVectors:
             rows.setdefault(word.decode("utf-8", errors="replace"), count)
             count += 1
     if not count:
-        raise ModelError(f"{path}: has no words")
+        raise ModelError(f"{path}: expected words and their vectors, found none")
     return WordVectors(rows, table[:count])
 
 

@@ -205,7 +205,7 @@ class PatchEncoder(nn.Module):
 class GridConv(nn.Module):
     """Stages of residual convolutions (He et al., 2016, arXiv:1512.03385), each of which halves height and width.
 
-    The first stage is a convolution without a residual block, so that shapes of a few pixels survive.
+    The first stage is a convolution without a residual block, because one would destroy shapes of a few pixels.
     """
 
     def __init__(self, source: SourceConfig, config: FusionConfig) -> None:

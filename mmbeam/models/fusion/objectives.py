@@ -312,7 +312,7 @@ class ModalityAdversary(nn.Module):
 
 
 class GeneratorAdversary(nn.Module):
-    """Tells the decoder's states on sampled text from those on real text (professor forcing).
+    """Tells the decoder's states on sampled text from its states on real text (professor forcing).
 
     Lamb et al., 2016, arXiv:1610.09038. Reversed gradients train both kinds of states to be alike.
     """

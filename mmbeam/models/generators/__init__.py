@@ -94,7 +94,7 @@ def _text_family(model_type: str, architecture: str | None) -> str | None:
 
 
 def describe(directory: Path) -> GeneratorSpec:
-    """Return what the files in `directory` tell of a model, without its weights.
+    """Return the spec of a model from the files in `directory`, without its weights.
 
     Raises ModelError if files are missing, weights are pickled, or the family is unknown.
     """
@@ -122,7 +122,7 @@ def check_instruction(spec: GeneratorSpec, instruction: Instruction) -> None:
 
 
 def check_engine(engine: Engine, spec: GeneratorSpec, decoding: Decoding, device: str, explain: bool) -> None:
-    """Raise UsageError for what the engine does not support for the model, whatever this machine has."""
+    """Raise UsageError if the engine does not support the model or an option. It does not look at this machine."""
     if engine == "vllm":
         _vllm().check(_family(spec), spec, decoding, device, explain)
 

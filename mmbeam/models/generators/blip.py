@@ -82,7 +82,7 @@ class Blip2Generator(ImageGenerator):
         return [*image, *(token for token in words if token != config.image_token_index)]
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Return the prompts as embeddings, those of the images in place of their tokens."""
+        """Return the prompts as embeddings, with the image embeddings at the positions of the image tokens."""
         padded = self.left_padded([self.encode_prompt(request) for request in requests])
         images_BQD = self.model.get_image_features(pixel_values=self.pixels(requests)).pooler_output
         words_BPD = self.model.get_input_embeddings()(padded["input_ids"])

@@ -20,7 +20,7 @@ from mmbeam.models.tokenizing import pad
 from mmbeam.names import Task
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
-QUESTIONS: Mapping[str, str] = {  # those of Florence2Processor that are answered in words
+QUESTIONS: Mapping[str, str] = {  # the tasks of Florence2Processor that are answered in words
     "<CAPTION>": "What does the image describe?",
     "<DETAILED_CAPTION>": "Describe in detail what is shown in the image.",
     "<MORE_DETAILED_CAPTION>": "Describe with a paragraph what is shown in the image.",
@@ -58,7 +58,7 @@ class Florence2Generator(ImageGenerator):
         words = self.tokenizer.encode_words(QUESTIONS.get(question, question))
         room = (self.spec.max_text_tokens or self.image_tokens) - self.image_tokens - 2
         if request.prompt is not None and len(words) > room:
-            raise LimitError(f"a prompt of {len(words):,} tokens; expected at most {room:,} beside the image")
+            raise LimitError(f"a prompt of {len(words):,} tokens; expected at most {room:,} besides the image")
         image = [config.image_token_id] * self.image_tokens
         begin, end = config.text_config.bos_token_id, config.text_config.eos_token_id
         return [*image, begin, *words[:room], end]
@@ -70,8 +70,10 @@ class Florence2Generator(ImageGenerator):
 
 
 def _image_tokens(directory: Path) -> int:
-    """Read the number of tokens of an image, which only the image processor's file tells."""
+    """Read the number of tokens of an image; only the image processor's file states it."""
     count = getattr(PixelReader(directory).processor, "image_seq_length", None)
     if not isinstance(count, int):
-        raise ModelError(f"{directory}: the image processor has no image_seq_length; use the checkpoint's own files")
+        raise ModelError(
+            f"{directory}: expected image_seq_length in the image processor's file; use the checkpoint's own files"
+        )
     return count

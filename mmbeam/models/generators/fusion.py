@@ -97,7 +97,7 @@ class FusionGenerator(Generator):
         return score(self.model, self._memory(requests), [text.token_ids for text in texts])
 
     def _memory(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Return what the decoder attends to: the sources, encoded and fused."""
+        """Return the memory that the decoder attends to: the sources, encoded and fused."""
         encoding = self.model.encode(**self.processor(requests, self.device, self.dtype))
         memory = BaseModelOutput(last_hidden_state=encoding.memory)
         return {"encoder_outputs": memory, "attention_mask": encoding.memory_mask}

@@ -1,7 +1,7 @@
 """Gemma 3 and Gemma 4: images, and audio of Gemma 4, in a chat's prompt.
 
 Gemma 3 takes an image as 256 tokens. Gemma 4 takes images at their own aspect ratio, and audio in windows of 30 s,
-where the reference truncates it. Pan and scan (crops beside the whole image) and video are not implemented.
+where the reference truncates it. Pan and scan (crops besides the whole image) and video are not implemented.
 """
 
 from collections.abc import Mapping, Sequence
@@ -43,7 +43,7 @@ class Gemma3Generator(ChatGenerator):
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
-        """Read configuration and processor files. Raises ModelError if they ask for pan and scan."""
+        """Read configuration and processor files. Raises ModelError if they enable pan and scan."""
         if read_image_processor(directory).do_pan_and_scan:
             raise ModelError(f"{directory}: unsupported image processor option do_pan_and_scan")
         return cls.make_spec(directory)

@@ -69,7 +69,7 @@ class PixelReader:
 
 
 class AudioWindow(NamedTuple):
-    """The windows that audio is cut into, one after the other, so that nothing is truncated."""
+    """The consecutive windows that audio is divided into, so that nothing is truncated."""
 
     rate: int  # Hz
     longest: int  # samples of a window

@@ -129,7 +129,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
 
 class Prefixes:
-    """The words before a text that name its task: those of T5, by its configuration or as it was trained."""
+    """The prefix of a text that names its task, for T5: from its configuration, or as it was trained."""
 
     def __init__(self, directory: Path) -> None:
         config = read_json(directory, "config.json")

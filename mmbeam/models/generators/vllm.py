@@ -5,9 +5,9 @@ audio window, which vLLM replaces by the model's tokens; the checkpoint's proces
 the offline interface of vLLM 0.33 (`LLM`, `enqueue`, `wait_for_completion`). vLLM pins its own torch, and is imported
 when a model is loaded.
 
-Log-probabilities are those of the model itself, as with the engine transformers. In low precision, another batch size
-may change a text where two tokens are nearly tied, unless VLLM_BATCH_INVARIANT=1. Each sample has its own random
-stream, a different one than with the engine transformers. Beam search, `score` and models that read no prompt
+Log-probabilities come from the model's own distribution, as with the engine transformers. In low precision, another
+batch size may change a text where two tokens are nearly tied, unless VLLM_BATCH_INVARIANT=1. Each sample has its own
+random stream, a different one than with the engine transformers. Beam search, `score` and models that read no prompt
 (Whisper, T5, BLIP) are not supported.
 """
 
@@ -106,7 +106,7 @@ class VllmGenerator(ChatGenerator):
         return 0 if self.window is None else len(self.window.lengths(request))
 
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
-        """Return one text per request. Raises vLLM's errors for invalid prompts, DeviceError for those of a run."""
+        """Return one text per request. Raises vLLM's errors for invalid prompts, DeviceError for errors of a run."""
         prompts = [self.vllm_prompt(request) for request in requests]
         params = [self._sampling_params(**sampling(decoding, request.seed, self._penalty)) for request in requests]
         self.engine.enqueue(prompts, params, use_tqdm=False)
@@ -158,7 +158,7 @@ def sampling(decoding: Decoding, seed: int, penalty: float) -> dict[str, Any]:
         "top_p": decoding.top_p,
         "seed": seed % SEEDS if decoding.is_sampled else None,
         "repetition_penalty": penalty,
-        "logprobs": 0,  # that of the chosen token only
+        "logprobs": 0,  # only of the chosen token
         "detokenize": False,
     }
 

@@ -191,7 +191,7 @@ class WhisperGenerator(PretrainedGenerator):
         return {"encoder_outputs": memory, "decoder_input_ids": torch.tensor(starts, device=self.device)}
 
     def _starts(self, requests: Sequence[Request], memory: BaseModelOutput) -> list[list[int]]:
-        """Return the first tokens of each transcript; those of a multilingual model name the language and the task."""
+        """Return the first tokens of each transcript; in a multilingual model they name the language and the task."""
         config = self.model.generation_config
         if not getattr(config, "is_multilingual", False):
             return [[config.decoder_start_token_id] for _ in requests]
