@@ -267,7 +267,11 @@ def test_saved_processor_prepares_the_same_inputs(processor: FusionProcessor, tm
             '{"images": [], "sounds": {}, "tokenizers": []}',
             "expected the preprocessing of a fusion model",
         ),
-        ("preprocessing.json", '{"images": {"image": {"side": 2}}, "sounds": {}, "tokenizers": []}', "unexpected keyword argument"),
+        (
+            "preprocessing.json",
+            '{"images": {"image": {"side": 2}}, "sounds": {}, "tokenizers": []}',
+            "unexpected keyword argument",
+        ),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
         ("config.json", '{"model_type": "mmbeam-fusion"}', "expected the preprocessing of a fusion model"),
     ],
