@@ -18,13 +18,18 @@ class FieldMap:
 
     By default the field's last part decides (`b.jpg` is an image). If a sample has several fields of one kind,
     the plain one (`jpg`) wins, then the first in the tar. A field named here is used whatever its extension, and
-    no other field of that kind is.
+    no other field of that kind is. Case does not matter.
     """
 
     image: str | None = None
     audio: str | None = None
     text: str | None = None
     metadata: str | None = None
+
+    def __post_init__(self) -> None:
+        for kind in KINDS:
+            if (name := getattr(self, kind)) is not None:
+                object.__setattr__(self, kind, name.lower())  # as readers return the fields of a sample
 
     def kind(self, name: str) -> Kind | None:
         """Return the kind of the field `name` (lower case); None if no stage can use it."""

@@ -40,9 +40,10 @@ SELECTIONS: tuple[Selection, ...] = get_args(Selection)
 SHIPPED_MODEL = "shipped"  # the small fusion model that is part of this package
 UNNAMED_MODEL = "model"  # stands for a model without a name in run.json and in the Parquet's metadata
 
+_NETPBM = ("ppm", "pgm", "pbm", "pnm")
 EXTENSIONS: Mapping[Kind, tuple[str, ...]] = {
-    "image": ("jpg", "jpeg", "png", "webp", "gif", "bmp", "tif", "tiff"),
-    "audio": ("wav", "flac", "mp3", "ogg", "opus", "m4a"),
+    "image": ("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "avif", "gif", "bmp", "tif", "tiff", *_NETPBM),
+    "audio": ("wav", "flac", "mp3", "ogg", "oga", "opus", "m4a"),
     "text": ("txt",),
     "metadata": ("json",),
 }

@@ -21,10 +21,12 @@ from PIL import Image, ImageOps, features
 
 from mmbeam.config import Cleaning, FieldMap, Limits, Reading
 from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.decode import image as image_module
 from mmbeam.decode.audio import audio_seconds, decode_audio
 from mmbeam.decode.image import decode_image, image_size
 from mmbeam.decode.text import decode_metadata, decode_text
 from mmbeam.errors import DecodeError, FlowError, LimitError, SampleError
+from mmbeam.names import KINDS
 from mmbeam.types import Damage, Needs, RawSample
 
 LIMITS = Limits()
@@ -327,6 +329,26 @@ class TestImage:
         pixels, size = decode_image(data, LIMITS)
         assert size == (40, 30)
         assert (pixels == (200, 0, 0)).all()
+
+    @pytest.mark.parametrize(
+        ("format", "mode"), [("PPM", "RGB"), ("PPM", "L"), ("PPM", "1"), ("PPM", "I;16"), ("AVIF", "RGB")]
+    )
+    def test_further_formats(self, format: str, mode: str) -> None:
+        grey16 = Image.fromarray(np.arange(0, 65536, 16, dtype=np.uint16).reshape(64, 64))
+        data = saved(grey16 if mode == "I;16" else photo(mode="RGB").convert(mode), format)
+        expected = np.asarray(opened(data)) / 257 if mode == "I;16" else np.asarray(opened(data).convert("RGB"))
+        image, size = decode_image(data, LIMITS)
+        np.testing.assert_allclose(image[..., 0] if mode == "I;16" else image, expected, atol=0.5)
+        assert size == image_size(data, LIMITS) == (image.shape[1], image.shape[0])
+        with pytest.raises(DecodeError):
+            decode_image(data[:-20], LIMITS)
+        with pytest.raises(LimitError, match=f"{format} of .* pixels"):
+            decode_image(data, Limits(pixels=100))
+
+    def test_avif_without_its_codec(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.delitem(image_module._OPENERS, "AVIF")  # type: ignore[attr-defined]
+        with pytest.raises(DecodeError, match="AVIF is not supported by the installed Pillow"):
+            decode_image(b"\0\0\0\x1cftypmif1\0\0\0\0mif1avif" + bytes(99), LIMITS)
 
     @pytest.mark.parametrize("name", IMAGES)
     def test_truncated_image_is_refused(self, name: str) -> None:
@@ -812,6 +834,11 @@ class TestSample:
     def test_member_that_was_not_read_is_a_flow_error(self) -> None:
         with pytest.raises(FlowError, match=r"k\.jpg is needed but was not read"):
             decode_sample(raw_sample({}, fields=("jpg",)), Reading(), self.ALL)
+
+    def test_named_fields_match_in_any_case(self) -> None:
+        fields = FieldMap(image="B.JPG", audio="Sound", text="TXT", metadata="JSON")
+        assert fields == FieldMap(image="b.jpg", audio="sound", text="txt", metadata="json")
+        assert [fields.kind(name) for name in ("b.jpg", "sound", "txt", "json")] == list(KINDS)
 
     def test_named_fields(self) -> None:
         fields = {"b.jpg": IMAGES["jpeg"], "jpg": IMAGES["png"], "caption": b"x"}

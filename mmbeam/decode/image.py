@@ -18,6 +18,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
 import numpy as np
@@ -29,8 +30,10 @@ from PIL import (
     ImageFile,
     JpegImagePlugin,
     PngImagePlugin,
+    PpmImagePlugin,
     TiffImagePlugin,
     WebPImagePlugin,
+    features,
 )
 
 from mmbeam.config import Limits
@@ -46,7 +49,10 @@ _OPENERS: Mapping[str, type[ImageFile.ImageFile]] = {
     "GIF": GifImagePlugin.GifImageFile,
     "BMP": BmpImagePlugin.BmpImageFile,
     "TIFF": TiffImagePlugin.TiffImageFile,
+    "PPM": PpmImagePlugin.PpmImageFile,  # also PGM and PBM
 }
+if features.check("avif"):  # from Pillow 11.3 on, unless it was built without libavif
+    _OPENERS = {**_OPENERS, "AVIF": import_module("PIL.AvifImagePlugin").AvifImageFile}
 _SIGNATURES = (
     (b"\xff\xd8\xff", "JPEG"),
     (b"\x89PNG\r\n\x1a\n", "PNG"),
@@ -58,6 +64,8 @@ _SIGNATURES = (
     (b"II+\0", "TIFF"),  # BigTIFF
     (b"MM\0+", "TIFF"),
 )
+_PPM = re.compile(rb"P[1-6]\s")
+_AVIF = re.compile(rb"....ftyp(....)*?(avif|avis)", re.DOTALL)  # the major brand, or a compatible one
 _ORIENTATION = 0x0112  # EXIF tag
 _PNG_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of text chunks
 # Each scan of a progressive JPEG is a pass over all pixels and may take 10 bytes; encoders write about 10 scans.
@@ -107,6 +115,11 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
     """Return the image with its header read and its pixels counted, its format, and its EXIF orientation."""
     kind = "WebP" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
     kind = kind or next((kind for signature, kind in _SIGNATURES if data.startswith(signature)), None)
+    kind = "PPM" if kind is None and _PPM.match(data) else kind
+    if kind is None and _AVIF.match(data[: min(256, int.from_bytes(data[:4], "big"))]):
+        kind = "AVIF"
+        if kind not in _OPENERS:
+            raise DecodeError("AVIF is not supported by the installed Pillow; version 11.3 and later read it")
     if kind is None:
         raise DecodeError(f"not an image of a known format ({', '.join(_OPENERS)}): {first_bytes(data)}")
     # Warning filters are global and `catch_warnings` is not thread-safe, so the filter is set and stays.
