@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tiny_generators_hub as hub
+from shards import encode_image, natural_image
 from tiny_audio_text import save_bert, save_clap
 from tiny_chat_models import save_qwen2_5_vl
 from tiny_clip import save_clip
@@ -39,6 +40,7 @@ def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Shards, and tiny models in directories with the names of the README's hub models."""
     home = tmp_path_factory.mktemp("home")
     write_corpus(home / "shards", samples=SAMPLES, shards=2, image_side=64, rate=8000)
+    (home / "query.jpg").write_bytes(encode_image(natural_image(0)))
     for name, save in MODELS.items():
         save(home / name)
     return home

@@ -64,8 +64,8 @@ def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> No
     _cleaning_arguments(parser)
 
 
-def device_arguments(group: Group) -> None:
-    """Add the arguments for device, dtype and batch size."""
+def device_argument(group: Group) -> None:
+    """Add the argument for the device."""
     group.add_argument(
         "--device",
         type=_device,
@@ -73,6 +73,11 @@ def device_arguments(group: Group) -> None:
         metavar="DEVICE",
         help="auto, cpu, cuda or cuda:N (default: auto, all GPUs, or the CPU if there is none)",
     )
+
+
+def device_arguments(group: Group) -> None:
+    """Add the arguments for device, dtype and batch size."""
+    device_argument(group)
     group.add_argument(
         "--dtype", choices=DTYPES, help="dtype of the weights (default: float32 on cpu, bfloat16 on cuda)"
     )
