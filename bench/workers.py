@@ -126,9 +126,9 @@ def job_seconds(directory: Path, workers: int) -> float:
 
 def in_processes(job: "EmbedJob", workers: int) -> float:
     from mmbeam.jobs.options import UNITS_PER_DEVICE
-    from mmbeam.jobs.workers import start_workers
+    from mmbeam.jobs.workers import make_workers
 
-    with start_workers(replace(job, units=()).steps, ["cpu"], workers, UNITS_PER_DEVICE) as started:
+    with make_workers(replace(job, units=()).steps, ["cpu"], workers, UNITS_PER_DEVICE) as started:
         list(started.do(job.units[:WARM], lambda _: None))
         begin = time.perf_counter()
         list(started.do(job.units[WARM:], lambda _: None))

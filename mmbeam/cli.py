@@ -1,7 +1,7 @@
 """The command line. It starts fast: a command imports what it needs when it runs.
 
-Exit status: 0 done, 1 the job failed, 2 bad arguments, 3 done but some units failed (run again), 128 + its number after
-a signal (130 Ctrl-C, 143 SIGTERM).
+Exit status: 0 done, 1 failed, 2 invalid arguments, 3 done but some work units failed (run again to retry), 130
+interrupted (Ctrl-C), 143 terminated (SIGTERM).
 """
 
 import argparse
@@ -29,11 +29,12 @@ _exiting = threading.Lock()
 
 
 def entry() -> NoReturn:
-    """Run `main` as the shell does, and exit without waiting for threads of libraries.
+    """Run `main`, and exit the process with its status without joining threads that libraries left.
 
     Threads of Beam and gRPC outlive a job. If the interpreter shuts down while one of them is in C++ code, the process
-    aborts after its work is done (about one run in fifty). Python has no public way to run the exit handlers, which end
-    child processes and remove temporary files, without joining all threads first; hence the private one.
+    aborts after its work is done (about one run in fifty). `atexit._run_exitfuncs` is private, but Python has
+    no public function that runs the exit handlers, which end child processes and remove temporary files, without
+    joining all threads first.
     """
     status = main()
     atexit._run_exitfuncs()
@@ -68,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
     except (MmbeamError, OSError) as error:
         return _report_error(error, 1, args)
-    except Exception as error:  # of a store, a runner, or a bug: one line instead of a traceback
+    except Exception as error:  # raised by a store or a runner, or a bug: print one line instead of a traceback
         return _report_error(f"{type(error).__name__}: {error} (--verbose shows where)", 1, args)
 
 
@@ -85,6 +86,7 @@ def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
 def _with_options(message: str, args: argparse.Namespace) -> str:
     """Return the message of a library error with the arguments it names (`batch_size`) as options (--batch-size)."""
     options = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
+    # Messages also name plurals (`models`), and `shares`, which --split sets. Exact names win.
     options = {f"{name}s": option for name, option in options.items()} | {"shares": "--split"} | options
     return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 

@@ -1,4 +1,4 @@
-"""Process-wide state: cores, decoding threads and progress counters. `reset` returns it to its beginning.
+"""Process-wide state: cores, decoding threads and progress counters. `reset` restores its initial values.
 
 State whose types this module cannot import (torch devices, runs, file systems) is kept where those types are, and
 registered by `on_reset`.
@@ -72,7 +72,7 @@ _pauses = 0
 
 @contextmanager
 def decoding_paused() -> Iterator[None]:
-    """Submit no further samples of any unit to the decoding threads meanwhile; units still read a little ahead.
+    """Pause decoding: readers submit no samples to the decoding threads, but still read a little ahead.
 
     For a model that computes on all cores: its threads synchronise many times a second, so that one core
     taken by decoding delays all of them.
@@ -102,7 +102,7 @@ class Progress:
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
-        self.relay: Callable[[Tally], None] | None = None  # in a worker process: sends its launcher what is added
+        self.relay: Callable[[Tally], None] | None = None  # in a worker process: sends each tally to the launcher
         self.start(0)
 
     def start(self, units: int) -> None:

@@ -57,7 +57,7 @@ class InputRead:
     """What reading an input reports besides its samples: the boundaries of a part, or the error."""
 
     first_sample: int | None = None  # of a part: byte of its first sample (0 if it begins the shard); None: no sample
-    next_sample: int | None = None  # of a part: byte of the first sample behind it; None: no sample
+    next_sample: int | None = None  # of a part: byte of the first sample after it; None: no sample
     error: str | None = None  # why it could not be read, if other inputs of the unit could
 
 

@@ -342,7 +342,7 @@ def test_features_that_do_not_fit_the_model_are_rejected_before_the_job_starts(
         run(tmp_path, of_features, tmp_path / "in")
     with pytest.raises(UsageError, match="embeddings already"):
         run(tmp_path, of_features, embedded, with_embeddings=True)
-    with pytest.raises(UsageError, match="the features are there"):
+    with pytest.raises(UsageError, match="the directory of the input features"):
         run(tmp_path, of_features, embedded, output=str(embedded), overwrite=True)
     with pytest.raises(UsageError, match="`image_field`"):
         run(tmp_path, of_features, embedded, reading=Reading(fields=FieldMap(image="png")))

@@ -226,7 +226,7 @@ def test_a_requested_modality_missing_from_all_shards(embed: Mmbeam, clap: Path,
     truths = [replace(truth, members={"txt": b"text alone"}) for truth in shards.make_truths(3)]
     shards.make_webdataset(tmp_path / "in", truths)
     result = embed("--input", tmp_path / "in", "--model", clap, "--modalities", "audio")
-    check_error(result, 1, "no audio in the first samples", "which hold text", "--audio-field")
+    check_error(result, 1, "expected audio in the first samples", "found text", "--audio-field")
     check_error(embed("--modalities", "audio"), 2, "encodes none of these")
     assert not (tmp_path / "out").exists()
 

@@ -95,7 +95,7 @@ def _split(data: bytes) -> tuple[str, list[bytes]]:
     match kind:
         case "WAV":
             _check_wav_is_whole(data)
-        case "FLAC":  # libsndfile fails on tags behind it
+        case "FLAC":  # libsndfile fails on tags after it
             data = data[: _end_without_tags(data)]
         case "Ogg":
             return kind, _split_ogg(data)
@@ -116,7 +116,7 @@ def _kind(data: bytes, start: int) -> str | None:
 
 
 def _skip_tags(data: bytes, start: int) -> int:
-    """Return where the audio begins behind ID3v2, ID3v1 and APEv2 tags (https://id3.org/id3v2.4.0-structure)."""
+    """Return where the audio begins after ID3v2, ID3v1 and APEv2 tags (https://id3.org/id3v2.4.0-structure)."""
     for _ in range(_MAX_TAGS):
         if data.startswith(b"ID3", start):
             header = data[start : start + 10].ljust(10, b"\0")
@@ -124,7 +124,7 @@ def _skip_tags(data: bytes, start: int) -> int:
             syncsafe = sum(byte << shift for byte, shift in zip(header[6:], (21, 14, 7, 0), strict=True))
             ends = [start + 10 + size + footer for size in (syncsafe, int.from_bytes(header[6:], "big"))]
             ends += [_ZEROS.match(data, end).end() for end in ends]  # type: ignore[union-attr]  # it matches anywhere
-            # Some programs write the size as a plain integer, or zeros behind the tag.
+            # Some programs write the size as a plain integer, or zeros after the tag.
             known = (end for end in ends if _kind(data, end) or data[end : end + 3] in (b"ID3", b"TAG", b"APE"))
             end = next(known, ends[0])
             name = "ID3v2"

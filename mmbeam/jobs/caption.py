@@ -12,7 +12,7 @@ from mmbeam.errors import ShardError, UsageError
 from mmbeam.features.files import check_columns, feature_files, open_counted
 from mmbeam.features.schema import FACTS, IDENTITY
 from mmbeam.jobs.cluster import workers_are_here
-from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_found, plan, versions
+from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
 from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.models.placement import devices_of
@@ -108,7 +108,7 @@ def prepare(options: CaptionOptions) -> CaptionJob:
         stages=(*embed, generate),
         units=plan(run, shards, options, unit_bytes=None if files else GENERATE_UNIT_BYTES),
         options=options,
-        check=partial(check_found, modalities=modalities, required=required),
+        check=partial(check_present, modalities=modalities, required=required),
         features=bool(files),
     )
 
@@ -142,12 +142,14 @@ def _check_features(stage: GenerateStage, files: Sequence[Shard], options: Capti
     if options.with_embeddings:
         raise UsageError("`with_embeddings`: the input is embeddings already")
     if any(file.path.startswith(f"{public_path(options.output)}/") for file in files):
-        raise UsageError(f"`output` {public_path(options.output)}: the features are there; choose another place")
+        raise UsageError(
+            f"`output` {public_path(options.output)}: this is the directory of the input features; choose another one"
+        )
     reading = options.reading
     if reading.fields != FieldMap() or reading.draft or reading.cleaning.image_filter is not None:
         raise UsageError(
-            "features hold no fields and no pictures: leave out `image_field` and the other fields, `draft` and "
-            "`image_filter`"
+            "`image_field`, `audio_field`, `text_field`, `metadata_field`, `draft` and `image_filter` apply to shards, "
+            "but the input is features; omit them"
         )
     check_columns(files, stage.spec.columns)
     if prompt_fields(stage.instruction):
@@ -155,7 +157,7 @@ def _check_features(stage: GenerateStage, files: Sequence[Shard], options: Capti
 
 
 def _probe_rows(files: Sequence[Shard]) -> Probe:
-    """What the first rows of the first files of features hold of what a prompt can name.
+    """Probe the first rows of the first feature files for the fields that a prompt can use.
 
     A file that cannot be read is skipped: it will be reported as its unit's failure.
     """

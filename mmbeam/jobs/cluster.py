@@ -115,7 +115,7 @@ def check_cluster(args: Sequence[str]) -> None:
 
 
 def check_ended(args: Sequence[str], waited_for: bool) -> None:
-    """Raise UsageError if a job that is not `waited_for` would end with this process, or needs Dataflow."""
+    """Raise UsageError if a job that is not `waited_for` would end with this process, or uses an option of Dataflow."""
     options = PipelineOptions(list(args))
     if waited_for or runner_of(args) == "dataflow":
         return
@@ -136,10 +136,10 @@ def check_ended(args: Sequence[str], waited_for: bool) -> None:
 def runner_error(error: Exception, args: Sequence[str]) -> JobError | None:
     """Return a one-line error if the runner found no worker pool, lost a worker, or shows a stack trace; else None.
 
-    Only the runner can tell whether a pool answers: `localhost` is the pool beside each of its own machines.
+    Only the runner can tell whether a pool answers: `localhost` in its address means each of the runner's machines.
     """
     portable, text = PipelineOptions(list(args)).view_as(PortableOptions), str(error)
-    reason = f"run the same command again to continue from the committed units ({_first_line(text)})"
+    reason = f"run the same command again to resume ({_first_line(text)})"
     if isinstance(error, grpc.RpcError):  # of the connection from this process
         return JobError(f"the job service no longer answers; {reason}")
     if portable.environment_type == "EXTERNAL" and _NO_POOL.search(text):

@@ -8,7 +8,7 @@ from typing import Any
 from mmbeam.clean import parse_image_filter
 from mmbeam.config import ModelRef, Reading
 from mmbeam.errors import UsageError
-from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_found, plan, versions
+from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
 from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.names import UNNAMED_MODEL, Modality
@@ -67,7 +67,7 @@ def prepare(options: EmbedOptions) -> EmbedJob:
         stages=stages,
         units=plan(run, shards, options),
         options=options,
-        check=partial(check_found, modalities=modalities, required=modalities if required else ()),
+        check=partial(check_present, modalities=modalities, required=modalities if required else ()),
     )
 
 
@@ -90,10 +90,10 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
             count_tokens=not any(stage.count_tokens for stage in stages),
         )
         stages.append(stage)
-    served = {modality for stage in stages for modality in stage.modalities}
-    unserved = [modality for modality in options.modalities or () if modality not in served]
-    if unserved:
-        raise UsageError(f"`modalities`: none of the models encodes {', '.join(unserved)}")
+    encoded = {modality for stage in stages for modality in stage.modalities}
+    not_encoded = [modality for modality in options.modalities or () if modality not in encoded]
+    if not_encoded:
+        raise UsageError(f"`modalities`: none of the models encodes {', '.join(not_encoded)}")
     return tuple(stages)
 
 
@@ -114,14 +114,17 @@ def embed_run(
     """
     reading = reading or Reading()
     # The fingerprint has one place for these, so all stages must agree on them.
-    kinds = {(dtype_name(s.dtype, s.device), s.tokens, s.vector_type, s.device, s.batch_size) for s in stages}
-    if len(kinds) != 1:
-        raise UsageError(f"expected stages of one dtype, device, batch size, tokens and vector type, found {kinds}")
+    for setting in ("dtype", "device", "batch_size", "tokens", "vector_type"):
+        values = {dtype_name(s.dtype, s.device) if setting == "dtype" else getattr(s, setting) for s in stages}
+        if len(values) != 1:
+            raise UsageError(f"stages of one run must agree on {setting}, found {', '.join(sorted(map(str, values)))}")
     name = reading.cleaning.image_filter
     expected = None if name is None else parse_image_filter(name)
     for stage in stages:
         if stage.image_filter != expected:
-            raise UsageError(f"image_filter of {stage.model}: {stage.image_filter}, but the reading's is {expected}")
+            raise UsageError(
+                f"{stage.model}: expected image_filter {expected}, as in `reading`, found {stage.image_filter}"
+            )
     configuration = {
         "task": "embed",
         "output_version": OUTPUT_VERSION,

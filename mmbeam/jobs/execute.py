@@ -17,7 +17,7 @@ from mmbeam import errors
 from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
 from mmbeam.jobs.cluster import runner_error, workers_are_here
 from mmbeam.jobs.options import UNITS_PER_DEVICE, JobOptions, is_waited_for, pipeline_options
-from mmbeam.jobs.workers import start_workers
+from mmbeam.jobs.workers import make_workers
 from mmbeam.models.placement import devices_of
 from mmbeam.names import Modality
 from mmbeam.process import progress
@@ -64,7 +64,9 @@ class Job:
     stages: tuple[Stage, ...]
     units: tuple[WorkUnit, ...]
     options: JobOptions
-    check: Callable[[RunReport], None]  # of the finished run: raises what makes the job fail
+    check: Callable[
+        [RunReport], None
+    ]  # called with the report of the finished run; raises an error if the job must fail
     features: bool = False  # the units are rows of features, not shards
 
     def build(self, pipeline: beam.Pipeline) -> beam.PCollection[RunReport]:
@@ -109,7 +111,7 @@ class Job:
         progress.start(len(self.units))
         left = _to_do(self.run, self.units)
         if not left:
-            return _confirm(self.run, self.units, self.check)
+            return _finish_committed(self.run, self.units, self.check)
         clear_stop(self.run)
         started, ids = time.time(), {unit.id for unit in left}
         reports = list(load_reports(self.run, [unit.id for unit in self.units if unit.id not in ids]))
@@ -117,7 +119,7 @@ class Job:
             progress.unit_done(report)
         count = min(self.options.workers, len(left))
         steps = replace(self, units=()).steps  # the units are sent one by one
-        with start_workers(steps, devices, count, UNITS_PER_DEVICE) as workers:
+        with make_workers(steps, devices, count, UNITS_PER_DEVICE) as workers:
             for report in workers.do(left, progress.add):
                 progress.unit_done(report)
                 reports.append(report)
@@ -129,7 +131,7 @@ class Job:
         return read(needs, self.options.reading, self.run, self.options.windows)
 
     def _devices(self) -> tuple[str, ...]:
-        """The devices that compute; if the workers are on other machines, the name of each worker's device."""
+        """Return the devices of this machine that the job uses; for workers elsewhere, the name that each resolves."""
         device = self.stages[0].device
         return devices_of(device) if workers_are_here(self.options.beam_args) else (device,)
 
@@ -151,7 +153,7 @@ def plan(
     return tuple(replace(unit, replace=unit.id in failed) for unit in units)
 
 
-def check_found(report: RunReport, modalities: Sequence[Modality], required: Sequence[Modality]) -> None:
+def check_present(report: RunReport, modalities: Sequence[Modality], required: Sequence[Modality]) -> None:
     """Raise MissingModalityError if no sample of the run has any of `modalities`, or none has one of `required`."""
     missing = [modality for modality in modalities if not report.tally.present.get(modality)]
     none = modalities and len(missing) == len(modalities)
@@ -190,7 +192,7 @@ def execute_pipeline(
         )
     progress.start(len(units))
     if not _to_do(run, units):
-        return _confirm(run, units, check)
+        return _finish_committed(run, units, check)
     clear_stop(run)
     pipeline = beam.Pipeline(options=pipeline_options(args, devices))
     build(pipeline)
@@ -212,8 +214,8 @@ def _to_do(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
     return [unit for unit in units if unit.replace or unit.id not in done]
 
 
-def _confirm(run: Run, units: Sequence[WorkUnit], check: Callable[[RunReport], None]) -> RunReport:
-    """The report of a run in which every unit is committed."""
+def _finish_committed(run: Run, units: Sequence[WorkUnit], check: Callable[[RunReport], None]) -> RunReport:
+    """Write and check the summary of a run in which every unit is committed already."""
     log.info("every unit is committed already")
     report = confirm_summary(run, repair(run, list(load_reports(run, [unit.id for unit in units]))))
     check(report)
@@ -229,4 +231,4 @@ def plain_error(error: Exception, args: Sequence[str] = ()) -> Exception:
     kind = getattr(errors, name.rpartition(".")[2], None)
     if isinstance(kind, type) and issubclass(kind, JobError):
         return kind(message)
-    return JobError(f"step {step}: {name}: {message} (run the same command again to continue from the committed units)")
+    return JobError(f"step {step}: {name}: {message} (run the same command again to resume)")

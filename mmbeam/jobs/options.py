@@ -117,7 +117,7 @@ def is_waited_for(args: Sequence[str]) -> bool:
 
 
 def device_of(options: JobOptions) -> str:
-    """Return the workers' device; of several GPUs, their kind. Only devices of this machine can be looked for."""
+    """Return the workers' device, such as "cuda:0", or "cuda" for several. Checked only if they run on this machine."""
     if workers_are_here(options.beam_args):
         devices = devices_of(options.device)
         return devices[0] if len(devices) == 1 else devices[0].partition(":")[0]
@@ -173,8 +173,8 @@ def check_modalities(probe: Probe, modalities: Sequence[Modality], required: boo
     missing = [modality for modality in modalities if modality not in probe.modalities]
     if not probe.samples or not missing or (not required and len(missing) < len(modalities)):
         return
-    present = ", ".join(sorted(probe.modalities)) or "no image, audio or text"
-    message = f"no {' and no '.join(missing)} in the first samples of the input, which hold {present}"
+    present = ", ".join(sorted(probe.modalities)) or "none of image, audio and text"
+    message = f"expected {' and '.join(missing)} in the first samples of the input, found {present}"
     if probe.whole:
         raise MissingModalityError(f"{message}; see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`")
     log.warning("%s; continuing, since there are more samples", message)

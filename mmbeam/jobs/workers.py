@@ -96,13 +96,13 @@ def share_devices(devices: Sequence[str], workers: int) -> list[tuple[str, ...]]
     return [tuple(devices[number::workers]) or (devices[number % len(devices)],) for number in range(workers)]
 
 
-def start_workers(
+def make_workers(
     steps: Callable[[], Sequence["beam.DoFn"]], devices: Sequence[str], count: int, units_per_device: int
 ) -> "Workers":
     """Return `count` worker processes, not yet started, that run units through the steps."""
-    spread, threads = share_devices(devices, count), share_cores(cores(), count)
-    works = [UnitWork(steps, *share) for share in zip(spread, threads, strict=True)]
-    return Workers(works, threads, units_per_process=units_per_device * max(map(len, spread)))
+    devices_of_workers, cores_of_workers = share_devices(devices, count), share_cores(cores(), count)
+    works = [UnitWork(steps, *share) for share in zip(devices_of_workers, cores_of_workers, strict=True)]
+    return Workers(works, cores_of_workers, units_per_process=units_per_device * max(map(len, devices_of_workers)))
 
 
 # The launcher's side

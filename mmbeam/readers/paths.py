@@ -40,7 +40,7 @@ def public_path(url: str) -> str:
 
 
 def plain_url(url: str) -> str:
-    """Return the public path if that loses nothing but the spelling, so that spellings compare equal; else `url`."""
+    """Return the normalised URL, or `url` itself if that would drop credentials or a query string."""
     host = url.partition("://")[2].partition("/")[0]
     return url if "@" in host or without_query(url) != url else public_path(url)
 

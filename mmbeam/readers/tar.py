@@ -27,7 +27,7 @@ from mmbeam.readers.decompress import Decompressed, is_compressed
 from mmbeam.types import Damage, InputRead, RawSample
 
 BLOCK = 512
-LOOK_BACK = 4096  # bytes read before a part's cut, to find the extended header of a member right behind the cut
+LOOK_BACK = 4096  # bytes read before a part's cut, to find the extended header of a member directly after the cut
 EXTENSION_BYTES = MIB  # limit of a pax or GNU header; Linux limits paths to 4 KiB
 READ_BYTES = MIB  # per read of decompressed or skipped data
 TRAILING_BYTES = 64 << 10  # examined after the end-of-archive marker, for more members; tar pads to 10 KiB
@@ -60,7 +60,7 @@ class Member:
 
 @dataclass(slots=True)
 class Break:
-    """Damage at `offset`; `truncated` if nothing behind it can be read."""
+    """Damage at `offset`; `truncated` if nothing after it can be read."""
 
     offset: int
     error: str  # class of error
@@ -128,7 +128,7 @@ class Members:
 
     @property
     def global_pax(self) -> bool:
-        """Whether a pax global header has occurred. It holds for every member behind it."""
+        """Whether a pax global header has occurred. It applies to every later member."""
         return bool(self._global_pax)
 
     def __iter__(self) -> Iterator[Member | Break]:
@@ -145,7 +145,7 @@ class Members:
                         problem = str(error)
                     self._block = self._source.read(BLOCK)
                     info = parse(self._block)
-                if info is None:  # the end mark
+                if info is None:  # the end-of-archive marker
                     self.trailing_data = self._source.read(TRAILING_BYTES).strip(b"\0") != b""
                     return
                 begin = self._source.position - BLOCK if prefix is None else prefix
@@ -165,7 +165,7 @@ class Members:
                 return
             self._block = self._source.read(BLOCK)
             if len(self._block) < BLOCK and not self._block.strip(b"\0"):
-                self._block = b""  # half an end mark: unterminated, but not damage
+                self._block = b""  # half an end-of-archive marker: unterminated, but not damage
         self.unterminated = True
 
     def _extend(self, info: tarfile.TarInfo, pax: dict[str, str]) -> None:
@@ -230,7 +230,7 @@ def _member(info: tarfile.TarInfo, pax: dict[str, str], offset: int, data_offset
 
 
 def parse(block: bytes) -> tarfile.TarInfo | None:
-    """Parse a header; None for a block of zeros, the end mark. Names that are not UTF-8 get backslash escapes."""
+    """Parse a header; None for a block of zeros, the end marker. Names that are not UTF-8 get backslash escapes."""
     if len(block) < BLOCK:
         raise _BadHeaderError(f"{len(block)} of its {BLOCK} bytes")
     if block.count(0) == BLOCK:
@@ -253,7 +253,7 @@ def find_header(source: ByteReader, stop: int | None = None) -> bytes:
 
 
 def is_header(block: bytes) -> bool:
-    """Return whether `block` is a header or the end mark, as at the beginning of a tar."""
+    """Return whether `block` is a header or the end-of-archive marker, as at the beginning of a tar."""
     try:
         parse(block)
     except _BadHeaderError:
@@ -317,9 +317,9 @@ class _Group:
 
 
 class _Cut:
-    """The boundary between the parts before and behind a cut; see the top of this file."""
+    """The boundary between the parts before and after a cut; see the top of this file."""
 
-    def __init__(self, byte: int | None) -> None:  # None: no cut, so no member is behind it
+    def __init__(self, byte: int | None) -> None:  # None: no cut, so no member is after it
         self._byte = sys.maxsize if byte is None else byte
         self._key: str | None = None  # of the first member at or after the cut
 
@@ -382,10 +382,10 @@ class TarReader:
         self._seen: set[int] = set()  # hashes of keys, smaller than keys
         # Set by iterating:
         self.first_sample: int | None = 0 if begin == 0 else None  # byte of the part's first sample; None: no sample
-        self.next_sample: int | None = None  # byte of the first sample behind the part; None: no sample
-        self.unterminated = False  # the tar ended between two members, without its end mark
-        # There are data behind the end mark. Like tar and webdataset, mmbeam does not read them. Concatenated tars are
-        # like this, and a tar whose middle was overwritten with zeros.
+        self.next_sample: int | None = None  # byte of the first sample after the part; None: no sample
+        self.unterminated = False  # the tar ended between two members, without its end-of-archive marker
+        # There is data after the end-of-archive marker. Like tar and webdataset, mmbeam does not read them.
+        # Concatenated tars are like this, and a tar whose middle was overwritten with zeros.
         self.trailing_data = False
 
     def __iter__(self) -> Iterator[RawSample]:
