@@ -162,7 +162,7 @@ def test_embeddings_equal_tokens(method: str) -> None:
 
 
 def test_an_encoder_decoder_continues_decoder_tokens() -> None:
-    """Such as Whisper's task and language; they are not part of the generated text."""
+    """Whisper's task and language are forced tokens, which are not part of the generated text."""
     model = make("t5")
     inputs = inputs_of("t5", PROMPTS) | {"decoder_input_ids": torch.tensor([[PAD, 7, 8]] * len(PROMPTS))}
     for method in ("greedy", "beams"):

@@ -1,4 +1,4 @@
-"""What Flink's Kubernetes manifests say to each other and to mmbeam; tests/flink has the operator's schema."""
+"""The consistency of the Kubernetes manifests for Flink; tests/flink checks them against the operator's schema."""
 
 import xml.etree.ElementTree as ET
 from pathlib import Path
@@ -27,7 +27,7 @@ def job() -> Any:
 
 @pytest.fixture
 def args(job: Any) -> Any:
-    """The job's command as mmbeam takes it."""
+    """The arguments of mmbeam in the manifest of the job."""
     (container,) = job["spec"]["template"]["spec"]["containers"]
     program, *arguments = container["command"]
     assert program == "mmbeam"

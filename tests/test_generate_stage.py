@@ -232,7 +232,7 @@ def test_images_are_filtered(fusion: Path) -> None:
 
 
 def test_audio_decoded_for_its_length_only_counts_as_missing(fusion: Path) -> None:
-    """Such as for a `where` expression, or in rows of features."""
+    """It is decoded for a condition, or the rows are features."""
     duration_only = replace(make_sample(0), audio=Audio(waves={}, seconds=3.0))
     without = replace(make_sample(0, "audio"), offset=8)
     assert (
@@ -357,7 +357,7 @@ def test_attribution_of_a_real_model_follows_from_its_scores(fusion: Path) -> No
         assert attribution == pytest.approx([loss / sum(lost.values()) for loss in lost.values()], abs=1e-3)
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -95,7 +95,7 @@ def test_batches_are_ordered_by_weight_and_even(weights: list[int], size: int) -
 
 @given(st.lists(st.booleans(), max_size=60), st.integers(1, 16), st.integers(1, 16))
 def test_bad_items_fail_alone(bad: list[bool], size: int, memory: int) -> None:
-    """With any failures and any amount of memory, each item is either done or failed."""
+    """For any failures and any amount of memory, every item is either done or failed."""
 
     def call(items: list[tuple[int, bool]]) -> list[int]:
         if len(items) > memory:

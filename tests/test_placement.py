@@ -35,7 +35,7 @@ SEVERAL = {"cpu": ("cpu:0", "cpu:1", "cpu:2"), "cuda": tuple(f"cuda:{i}" for i i
 
 @pytest.fixture(autouse=True)
 def fresh_process() -> Iterator[None]:
-    """No loaded models and no leases, before and after each test."""
+    """Drop loaded models and leases before and after the test."""
     process.reset()
     yield
     process.reset()

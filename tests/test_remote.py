@@ -133,10 +133,9 @@ def test_names_with_query_fragment_and_escape_characters_are_read(local: Local, 
     options = local.options(f"{root}/in/*.tar", f"{root}/out")
     assert embed(options).units_written == len(names)
     assert shards_named_in(f"{root}/out") == {f"{root}/in/{name}" for name in names}
-    for number, name in enumerate(names[::2]):
-        single = local.options(f"{root}/in/{name.replace('?', '[?]')}", f"{root}/out-{number}")
-        assert embed(single).tally.rows == 4
-        assert shards_named_in(f"{root}/out-{number}") == {f"{root}/in/{name}"}
+    listed = "::".join(f"{root}/in/{name.replace('?', '[?]')}" for name in names[::2])
+    assert embed(local.options(listed, f"{root}/out-listed")).tally.rows == 12
+    assert shards_named_in(f"{root}/out-listed") == {f"{root}/in/{name}" for name in names[::2]}
 
 
 def test_the_command_with_fsspecs_environment_for_endpoint_and_keys(local: Local, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Shards to units: names, cuts, packs, and how a plan writes them down."""
+"""Shards to units: ids, parts, packs, and their JSON in a plan."""
 
 import json
 import re
@@ -75,7 +75,7 @@ def test_json_round_trip() -> None:
 
 
 def test_planning_is_quick(tmp_path: Path) -> None:
-    """100,000 shards in under 30 s is the requirement; a tenth of them here."""
+    """The requirement is 100,000 shards in 30 s; this is a tenth."""
     for number in range(10_000):
         (tmp_path / f"{number:05d}.tar").touch()
     begin = time.process_time()
@@ -132,7 +132,7 @@ def test_units_grow_to_stay_below_the_maximum_number(monkeypatch: pytest.MonkeyP
 
 
 def test_plans_of_mmbeam_0_1_load() -> None:
-    """Its plans recorded the boundary at which a misread part truly begins."""
+    """These plans recorded the offset at which a misread part really begins."""
     (unit,) = plan_units([make_shard("/d/x.tar", 2000)], [], 2000)
     line = unit_to_json(unit)
     line["inputs"][0]["seam"] = [1536, 1024]
@@ -152,7 +152,7 @@ def test_footers_of_mmbeam_0_1_load() -> None:
     assert input_read_from_json({"begin": 0, "to": [1536, 1024]}) == InputRead(first_sample=0, next_sample=1536)
 
 
-# Packs of tiny ones
+# Packs of tiny shards
 
 
 def test_tiny_neighbours_are_packed_while_enough_units_remain() -> None:
@@ -176,6 +176,6 @@ def test_packs_are_limited_in_bytes_and_in_shards(monkeypatch: pytest.MonkeyPatc
 
 
 def test_few_shards_are_not_packed() -> None:
-    """One that cannot be read is then alone."""
+    """So that a shard that cannot be read fails alone."""
     shards = [make_shard(f"/d/{number}.tar", 10) for number in range(units.UNPACKED_SHARDS)]
     assert len(plan_units(shards, [], 256 << 20)) == len(shards)

@@ -251,7 +251,7 @@ def test_a_broken_engine_is_a_device_error(saved: dict[str, Path]) -> None:
         )
 
 
-# What is refused
+# Errors
 
 
 @pytest.mark.parametrize(

@@ -141,7 +141,7 @@ def byte_vocabulary(*special: str) -> dict[str, int]:
 
 
 def chat_tokenizer(*special: str, image: str = "", audio: str = "", **special_tokens: str) -> Any:
-    """A byte-level tokenizer like Qwen's with a chat template; `named` are named special tokens."""
+    """A byte-level tokenizer like Qwen's with a chat template; `special_tokens` have names."""
     marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", *special]
     tokenizer = Qwen2Tokenizer(
         vocab=byte_vocabulary(*marks, *special_tokens.values()),
