@@ -64,7 +64,8 @@ class TestDamage:
         assert content(remaining) == [*content(samples[:2]), ("00002", rest), *content(samples[3:])]
         [damage] = remaining[1].damages
         assert (damage.field, damage.offset, damage.error) == ("", broken, "DecodeError")
-        assert f"byte {broken:,}: expected a tar header, found a bad checksum" in damage.message
+        assert f"byte {broken:,}: expected a tar header, found " in damage.message
+        assert "bad checksum" in damage.message
         assert f"the next header is at byte {remaining[2].offset:,}" in damage.message
         assert not any(sample.damages for sample in remaining if sample is not remaining[1])
 
