@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol, cast
 from mmbeam import __version__
 from mmbeam.errors import UsageError
 
-COMMANDS = ("caption", "demo", "embed", "evaluate", "inspect", "search", "status", "train")
+COMMANDS = ("caption", "demo", "embed", "evaluate", "export", "inspect", "search", "status", "train")
 
 
 class Command(Protocol):
