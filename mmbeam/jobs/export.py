@@ -56,7 +56,7 @@ def export(options: ExportOptions) -> Exported:
     Raises UsageError for an unknown format or column, or if the target exists; JobError if the run has no rows.
     """
     kind = options.format or next((name for name in FORMATS if options.target.lower().endswith(f".{name}")), None)
-    if kind not in FORMATS:
+    if kind is None or kind not in FORMATS:
         raise UsageError(
             f"TARGET {public_path(options.target)}: ends in neither .csv nor .jsonl; "
             f"set `format` to one of {', '.join(FORMATS)}"
