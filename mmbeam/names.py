@@ -1,6 +1,6 @@
 """The vocabulary: names that the command line, the library and the files on disk share. It imports nothing of mmbeam.
 
-What is closed (a Literal) is listed here once, so that `--help` and the checks of arguments show the same names.
+Each closed set of names is a Literal, listed here once, so that `--help` and the checks of arguments agree.
 """
 
 from collections.abc import Mapping
@@ -30,6 +30,14 @@ DTYPES: tuple[DType, ...] = get_args(DType)
 
 BuiltinEncoder = Literal["conv", "mlp", "lstm", "transformer"]  # of a fusion model, trained from scratch
 BUILTIN_ENCODERS: tuple[BuiltinEncoder, ...] = get_args(BuiltinEncoder)
+Fusion = Literal["attention", "concat", "gated", "bilinear"]  # makes one sequence of the tokens of all sources
+FUSIONS: tuple[Fusion, ...] = get_args(Fusion)
+GeneratorKind = Literal["transformer", "lstm"]  # the text decoder of a fusion model
+GENERATOR_KINDS: tuple[GeneratorKind, ...] = get_args(GeneratorKind)
+Loss = Literal["caption", "align", "reconstruct", "modality_adversary", "generator_adversary"]
+LOSSES: tuple[Loss, ...] = get_args(Loss)
+Similarity = Literal["cosine", "dot", "bilinear"]  # of two embeddings of a fusion model
+SIMILARITIES: tuple[Similarity, ...] = get_args(Similarity)
 Optimizer = Literal["adamw", "adam", "sgd"]
 OPTIMIZERS: tuple[Optimizer, ...] = get_args(Optimizer)
 Schedule = Literal["cosine", "linear", "constant"]  # of the learning rate

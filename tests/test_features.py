@@ -220,7 +220,7 @@ def test_features_of_another_encoder_of_equal_width_are_an_error_that_names_both
     recorded = replace(IMAGE, origin=Origin("org/clip@1", "a" * 64))
     check_columns(files(path), [recorded, TOKENS])
     other = replace(IMAGE, origin=Origin("org/siglip@2", "b" * 64))
-    both = r"was made by org/clip@1 \(digest a{12}\), and the model takes what org/siglip@2 \(digest b{12}\) makes"
+    both = r"was made by org/clip@1 \(digest a{12}\), and the model takes features of org/siglip@2 \(digest b{12}\)"
     with pytest.raises(UsageError, match=both):
         check_columns(files(path), [other])
     batches = read(unit_of(path), Needs(columns=frozenset({other})))  # a file that the launch did not check

@@ -131,7 +131,7 @@ def test_rows_without_a_caption_are_omitted_and_counted(out: Path, tmp_path: Pat
         captioned = {key: text for batch in data for key, text in zip(batch["key"], batch["caption"], strict=True)}
         assert (len(captioned), captioned["k1"]) == (rows, caption)
         assert (data.count().rows, data.count().without_caption) == (rows, 2 * ROWS - rows)
-    with pytest.raises(UsageError, match=r"none of the 180 rows has a caption; looked for the field 'name'"):
+    with pytest.raises(UsageError, match=r"none of the 180 rows has a caption; expected it in the field 'name'"):
         dataset(out, captions=Captions(metadata="name"))
 
 

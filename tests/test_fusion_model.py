@@ -10,8 +10,6 @@ import pytest
 import torch
 from tiny_fusion import (
     BATCH,
-    FUSIONS,
-    GENERATORS,
     KINDS,
     SIDE,
     SIZES,
@@ -32,7 +30,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionConfig, FusionModel
 from mmbeam.models.fusion.configuration import MASK, feature_source
 from mmbeam.models.loading import load_pretrained
-from mmbeam.names import MODALITIES
+from mmbeam.names import FUSIONS, GENERATOR_KINDS, MODALITIES
 
 CPU = torch.device("cpu")
 SUBSETS = [s for size in range(4) for s in itertools.combinations(MODALITIES, size)]
@@ -65,7 +63,7 @@ def model(request: pytest.FixtureRequest) -> FusionModel:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 @pytest.mark.parametrize("fusion", FUSIONS)
 def test_every_configuration_trains_all_parameters_and_reloads_unchanged(
     fusion: str, generator: str, kind: str, tmp_path: Path
@@ -242,7 +240,7 @@ def test_batched_generation_equals_single_generation(model: FusionModel) -> None
     _writes_alone(model.eval())
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 def test_batched_beam_search_equals_single_beam_search(generator: str) -> None:
     _writes_alone(tiny_model(generator_kind=generator, fusion="gated"), num_beams=3)
 
@@ -250,7 +248,7 @@ def test_batched_beam_search_equals_single_beam_search(generator: str) -> None:
 # Generation
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 def test_greedy_generation_chooses_the_most_likely_token(generator: str) -> None:
     model = tiny_model(generator_kind=generator)
     inputs = tiny_inputs(model)
@@ -279,7 +277,7 @@ def test_beam_search_scores_at_least_as_high_as_greedy() -> None:
     assert (beams > greedy + 1e-3).any()
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 def test_sampling_depends_on_the_seed(generator: str) -> None:
     model = tiny_model(generator_kind=generator)
     inputs = only(tiny_inputs(model), 0)
@@ -300,7 +298,7 @@ def test_static_cache_generates_the_same() -> None:
 
 
 @pytest.mark.parametrize("how", [{}, {"num_beams": 3}], ids=["greedy", "beams"])
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 def test_precomputed_memory_generates_and_scores_the_same(generator: str, how: dict[str, Any]) -> None:
     model = tiny_model(generator_kind=generator)
     inputs, _ = _mixed(model)
@@ -490,7 +488,7 @@ def test_unknown_name_in_a_pair_is_rejected() -> None:
 # Training
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 def test_model_overfits_a_small_corpus(generator: str) -> None:
     """Return samples whose captions have two words from the image, two from the audio and two from the text."""
     torch.manual_seed(0)

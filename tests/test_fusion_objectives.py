@@ -8,14 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_fusion import BATCH, GENERATORS, TOKENS, media, tiny_config, tiny_inputs, tiny_labels, tiny_model
+from tiny_fusion import BATCH, TOKENS, media, tiny_config, tiny_inputs, tiny_labels, tiny_model
 from torch.nn import functional as F
 
 from mmbeam.models.fusion import FusionModel
 from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.fusion.objectives import GeneratorAdversary, ModalityAdversary, info_nce, scale_gradient
+from mmbeam.names import GENERATOR_KINDS, SIMILARITIES
 
-SIMILARITIES = ("cosine", "dot", "bilinear")
 IMAGES = {"image": media()["image"]}
 
 
@@ -273,7 +273,7 @@ def test_adversary_ignores_rows_without_the_source() -> None:
     torch.testing.assert_close(loss, expected)
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 def test_professor_forcing_trains_the_decoder_and_keeps_module_modes(generator: str) -> None:
     model = tiny_model(generator_kind=generator, loss_weights={"generator_adversary": 0.1}).train()
     frozen: Any = model.encoders["image"].eval()
@@ -287,7 +287,7 @@ def test_professor_forcing_trains_the_decoder_and_keeps_module_modes(generator: 
     assert not any(module.training for module in frozen.modules())
 
 
-@pytest.mark.parametrize("generator", GENERATORS)
+@pytest.mark.parametrize("generator", GENERATOR_KINDS)
 def test_professor_forcing_samples_as_generate_does(generator: str) -> None:
     model = tiny_model(IMAGES, generator_kind=generator, loss_weights={"generator_adversary": 0.1})
     image = tiny_inputs(model)["image"][:1]

@@ -100,11 +100,11 @@ def test_commits_of_workers_on_other_machines_are_counted(tmp_path: Path) -> Non
     open_run(run)
     write_unit(run, make_unit("a-1")).commit()
     seen = Committed(find_run(str(tmp_path / "out")), 3)
-    seen.look()
+    seen.update()
     assert (seen.progress.units_done, seen.progress.kept.samples, seen.progress.tally.samples) == (1, 10, 0)
     write_unit(run, make_unit("a-2")).commit()
-    seen.look()
-    seen.look()
+    seen.update()
+    seen.update()
     assert (seen.progress.units_done, seen.progress.kept.samples, seen.progress.tally.samples) == (2, 10, 10)
     assert progress_line(seen.progress).startswith("2/3 units  20 samples")
 
@@ -201,7 +201,7 @@ def test_polling_takes_at_most_a_hundredth_of_the_time(tmp_path: Path, monkeypat
     looks: list[float] = []
 
     class Slow(Committed):
-        def look(self) -> None:
+        def update(self) -> None:
             looks.append(time.monotonic())
             time.sleep(0.05)
 

@@ -26,7 +26,7 @@ sys.path.append(str(ROOT / "bench"))
 
 import scale  # noqa: E402
 import scale_model  # noqa: E402
-from scale_model import COMMIT, JOBS, KEPT, LAUNCH, LOOK, OPEN, Job, Requests, simulate, simulate_restarts  # noqa: E402
+from scale_model import COMMIT, JOBS, KEPT, LAUNCH, CHECK, OPEN, Job, Requests, simulate, simulate_restarts  # noqa: E402
 
 UNITS = 60
 FLEETS = {
@@ -50,21 +50,21 @@ def test_the_simulated_fleet_takes_as_long_as_the_model_predicts(job: Job) -> No
         fleet = simulate(job, dealt)
         assert fleet.seconds >= job.start_seconds + job.ideal_seconds * 0.98
         assert fleet.seconds == pytest.approx(seconds, rel=0.05)
-        share = fleet.lost_seconds / (job.ideal_seconds * job.workers * job.at_once)
-        assert share == pytest.approx(job.lost_share, abs=0.01)
+        share = fleet.lost_seconds / (job.ideal_seconds * job.workers * job.concurrency)
+        assert share == pytest.approx(job.lost_fraction, abs=0.01)
 
 
 @pytest.mark.parametrize(("rate", "losses"), [(1_000, 0.05), (1_000, 0.2), (100, 0.05)])
 def test_simulated_restarts_cost_as_much_as_the_model_predicts(rate: float, losses: float) -> None:
     job = Job(workers=50, rate=rate, losses_per_hour=losses)
-    assert 0.02 < job.restart_share < 0.4
+    assert 0.02 < job.restart_fraction < 0.4
     assert simulate_restarts(job).seconds == pytest.approx(job.restarted_seconds, rel=0.1)
 
 
 def test_the_model_underestimates_frequent_restarts() -> None:
     """The document warns of it: units that take longer than the time between restarts hardly ever end."""
     job = JOBS["caption, 20/s, losses"]
-    assert job.restart_share > 0.9
+    assert job.restart_fraction > 0.9
     assert simulate_restarts(job).seconds > 5 * job.restarted_seconds
 
 
@@ -105,12 +105,12 @@ def test_the_requests_of_a_run_and_of_a_resume(tmp_path: Path, monkeypatch: pyte
         open_run(run)
         units = extend_plan(run, shards)
     assert_within(requests, LAUNCH)
-    for status, per_unit in (("written", LOOK + COMMIT), ("kept", LOOK + KEPT)):
+    for status, per_unit in (("written", CHECK + COMMIT), ("kept", CHECK + KEPT)):
         with counted(monkeypatch) as requests:
             assert [report.status for report in run_units(run, units)] == [status] * 3
         assert_within(requests, per_unit * 3)
     resumed = scale_model.requests_of_resume(Job(units=3))
-    assert resumed == LAUNCH + scale_model.listing(3) * 2 + (LOOK + KEPT) * 3
+    assert resumed == LAUNCH + scale_model.listing(3) * 2 + (CHECK + KEPT) * 3
     with counted(monkeypatch) as requests:
         assert len(committed(run)) == 3
     assert_within(requests, scale_model.listing(3))
@@ -118,7 +118,7 @@ def test_the_requests_of_a_run_and_of_a_resume(tmp_path: Path, monkeypatch: pyte
 
 def run_units(run: Run, units: list[WorkUnit]) -> list[UnitReport]:
     """Call the DoFns of the steps as a worker does."""
-    reader, writer = scale.read_nothing(run), scale.WriteParquet(run).dofn
+    reader, writer = scale.read_constant(run), scale.WriteParquet(run).dofn
     batches: Iterator[Batch] = (batch for unit in units for batch in reader.process(unit))
     return [report for batch in batches for report in writer.process(batch)]
 
@@ -147,7 +147,7 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The directory of a run that was killed when half of its units were written."""
     directory = tmp_path_factory.mktemp("scale")
     scale.make_shards(directory / "shards", UNITS)
-    assert scale.in_a_process("write", directory, UNITS // 2) is None
+    assert scale.run_step("write", directory, UNITS // 2) is None
     return directory
 
 

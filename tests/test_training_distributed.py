@@ -26,7 +26,7 @@ from mmbeam.features.captions import Captions
 from mmbeam.features.dataset import rank_of, units_of_rank
 from mmbeam.names import Modality
 from mmbeam.readers.listing import list_shards
-from mmbeam.training.distributed import ALONE, local_device, process_count
+from mmbeam.training.distributed import SINGLE, local_device, process_count
 from mmbeam.training.examples import ExampleSource
 from mmbeam.training.sources import CorpusSource, FeatureSource, Labelling, ShardSource
 from mmbeam.types import Input, Needs, WorkUnit
@@ -51,7 +51,7 @@ def test_every_unit_belongs_to_one_rank_or_is_shared_by_all(count: int, world_si
 
 def test_keys_of_a_split_spread_evenly_over_the_ranks() -> None:
     labelling = Labelling(captions="caption", shares=(0.5, 0.25, 0.25))
-    counts = Counter((labelling.part(str(n)), rank_of(str(n), 4)) for n in range(8000))
+    counts = Counter((labelling.split(str(n)), rank_of(str(n), 4)) for n in range(8000))
     assert all(0.9 < counts["train", rank] / 1000 < 1.1 for rank in range(4))
     assert [rank_of(str(n), 4) for n in range(8, 16)] == [3, 2, 2, 0, 0, 0, 3, 2]  # fixed, so that runs can resume
 
@@ -139,7 +139,7 @@ Together = tuple[Path, list[dict[str, Any]]]
 @pytest.mark.parametrize("split", SPLITS)
 def test_losses_and_gradients_equal_those_of_one_process(split: str, together: Together) -> None:
     """Some sources are in one process only, negatives and groups span both, and one process may have no samples."""
-    alone = differentiated(ALONE, (5,), WEIGHTS)
+    alone = differentiated(SINGLE, (5,), WEIGHTS)
     assert set(alone["losses"]) == {"caption", *WEIGHTS, "sum"}
     for results in together[1]:
         assert results[split]["losses"] == pytest.approx(alone["losses"], rel=1e-6)
@@ -177,7 +177,7 @@ def test_a_training_resumes_bit_for_bit_within_an_epoch(together: Together) -> N
 
 def test_another_number_of_processes_resumes_only_at_the_end_of_an_epoch(together: Together) -> None:
     directory, _ = together
-    with pytest.raises(RunMismatchError, match="--nproc-per-node 2 to the end of an epoch"):
+    with pytest.raises(RunMismatchError, match="--nproc-per-node 2 to the end of the epoch"):
         trainer(Lopsided(), directory / "left").run()
     more = trainer(Lopsided(), directory / "trained", epochs=4)
     assert (more.run().samples, len(more.keys)) == (4 * 21, 21)
@@ -186,7 +186,7 @@ def test_another_number_of_processes_resumes_only_at_the_end_of_an_epoch(togethe
 def test_a_killed_process_ends_the_other_and_one_process_resumes_from_the_checkpoint(together: Together) -> None:
     directory, (first, second) = together
     assert "killed" not in second
-    assert first["killed"].startswith("JobError: rank 0 of 2: another process is gone or hangs (")
+    assert first["killed"].startswith("JobError: rank 0 of 2: another process died or hangs (")
     rest = trainer(Lopsided(), directory / "killed")
     assert (rest.run().epoch, rest.state.samples, len(rest.keys)) == (3, 3 * 21, 2 * 21)
 
@@ -200,7 +200,7 @@ def test_both_processes_stop_at_the_same_step(together: Together) -> None:
         )
     assert second["truncated"] == "ShardError: truncated.tar: ends in the middle of a member"
     assert first["truncated"] == f"JobError: rank 1 stopped: {second['truncated']}"
-    assert first["no validation"].startswith("TrainingError: the validation part gave no samples")
+    assert first["no validation"].startswith("TrainingError: the validation split has no usable samples")
     assert second["no validation"] == f"TrainingError: rank 0 stopped: {first['no validation']}"
 
 
@@ -268,5 +268,5 @@ def test_processes_do_not_share_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, "1")
     monkeypatch.setenv("WORLD_SIZE", "2")
     assert local_device("cpu").type == "cpu"
-    with pytest.raises(UsageError, match="`device` cuda:1: each of 2 processes has a GPU of its own; expected cuda"):
+    with pytest.raises(UsageError, match="cuda:1: expected cuda, auto or cpu, because each of 2 processes needs a GPU"):
         local_device("cuda:1")

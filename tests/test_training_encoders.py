@@ -98,7 +98,7 @@ def test_the_command_trains_on_encoders_of_every_modality_and_the_model_is_self_
         "text_2",
     }
     card = (tmp_path / "m" / "README.md").read_text()
-    assert f"- `text_2` is from {tmp_path}/encoders/clip (digest " in card
+    assert f"- `text_2` comes from {tmp_path}/encoders/clip (digest " in card
     assert main(train_) == 0  # finished: not repeated
     for command in ("caption", "embed"):
         argv = [command, "--input", shards, "--output", str(tmp_path / command), "--model", str(tmp_path / "m")]
@@ -185,7 +185,7 @@ def test_an_encoder_that_changed_after_an_interruption_is_rejected(shards: str, 
     with pytest.raises(KeyboardInterrupt):
         train(chosen, reporter=Cut(after=1))
     (tmp_path / "bert" / "config.json").write_text((tmp_path / "bert" / "config.json").read_text() + "\n")
-    with pytest.raises(ModelError, match="its files are not those that the training began with"):
+    with pytest.raises(ModelError, match="its files have changed since the training started"):
         train(chosen)
 
 
@@ -241,7 +241,7 @@ def test_audio_seconds_without_a_built_in_audio_encoder_is_an_error(shards: str,
 
 
 def test_init_with_an_encoder_is_an_error(shards: str, models: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="expected a fusion model, found one of type clip; to use its encoder"):
+    with pytest.raises(ModelError, match="expected a fusion model, found a model of type clip; to use its encoder"):
         train(options(shards, tmp_path / "m", model={}, init=str(models / "clip")))
 
 

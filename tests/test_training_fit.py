@@ -142,7 +142,7 @@ def test_a_loss_that_is_not_finite_stops_the_training_and_keeps_the_last_checkpo
 def test_a_checkpoint_of_another_configuration_is_named(setup: Setup, tmp_path: Path) -> None:
     trainer(setup, tmp_path, steps=1).run()
     other = FusionConfig.from_dict(setup.config.to_dict() | {"fusion": "concat"})
-    with pytest.raises(TrainingError, match=r"checkpoint\.safetensors: is of another configuration; remove it"):
+    with pytest.raises(TrainingError, match=r"checkpoint\.safetensors: its weights do not fit this model; remove it"):
         trainer(replace(setup, config=other), tmp_path, steps=1).run()
 
 

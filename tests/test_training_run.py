@@ -21,6 +21,7 @@ from mmbeam.config import FieldMap, Reading
 from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import MissingModalityError, ModelError, RunMismatchError, TrainingError, UsageError
 from mmbeam.models.fusion import FusionConfig, FusionModel, FusionProcessor
+from mmbeam.names import SIMILARITIES
 from mmbeam.prompts.ask import Request
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.setup import new_model, set_up
@@ -316,10 +317,10 @@ def test_a_model_records_the_encoder_of_its_features_and_rejects_others(
     train(feature_options(same, tmp_path / "model", steps=2))
     sources = FusionConfig.from_pretrained(tmp_path / "model").parsed_sources()
     assert {source.origin for source in sources.values()} == {Origin("org/clip@a", "a" * 64)}
-    assert "- `image_embedding` is from org/clip@a (digest aaaaaaaaaaaa)" in (
+    assert "- `image_embedding` comes from org/clip@a (digest aaaaaaaaaaaa)" in (
         (tmp_path / "model" / "README.md").read_text()
     )
-    both = r"image_embedding was made by org/siglip@b \(digest b{12}\), and the model takes what org/clip@a"
+    both = r"image_embedding was made by org/siglip@b \(digest b{12}\), and the model takes features of org/clip@a"
     further = {"model": {}, "init": str(tmp_path / "model"), "steps": 2}
     with pytest.raises(UsageError, match=both):
         train(feature_options(other, tmp_path / "further", **further))
@@ -354,7 +355,7 @@ def test_a_model_of_features_cannot_start_from_a_model_of_media(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     path = write_features(tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"the model takes image, audio, text, which `input` is not"):
+    with pytest.raises(UsageError, match=r"the model takes image, audio, text, and `input` is features"):
         train(feature_options(path, tmp_path / "out", model={}, init=str(trained[0])))
 
 
@@ -379,9 +380,6 @@ def test_the_command_trains_and_prints_the_result(
     assert "seed: 0 -> 1" in capsys.readouterr().err
     assert open_run(shard_options(shards, tmp_path / "m"), overwrite=True).exists()
     assert not (tmp_path / "m" / "_training" / "report.json").exists()
-
-
-SIMILARITIES = ("cosine", "dot", "bilinear")
 
 
 @pytest.mark.parametrize("grouped", [False, True], ids=["views", "groups"])
@@ -420,7 +418,7 @@ def test_a_pair_of_captions_requires_groups(shards: str, tmp_path: Path) -> None
         (["--encoder", "nose=conv"], "expected image=, audio= or text= and an encoder"),
         (["--encoder", "image="], "expected image=, audio= or text= and an encoder"),
         (["--pair", "image"], "A:B"),
-        (["--split", "0.5,0.5"], "three shares"),
+        (["--split", "0.5,0.5"], "three fractions"),
         (["--input", "nosuch://x/*.tar"], "nosuch"),
         (["--learning-rate", "fast"], "a number"),
     ],

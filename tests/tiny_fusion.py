@@ -1,18 +1,16 @@
 """Tiny fusion models with random weights, and inputs for them."""
 
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 import torch
 
 from mmbeam.models.fusion import FusionConfig, FusionModel
-from mmbeam.models.fusion.configuration import MASK, Fusion, GeneratorKind
+from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.placement import compute_on_one_thread
 from mmbeam.names import MODALITIES
 
 compute_on_one_thread()
-FUSIONS: tuple[str, ...] = get_args(Fusion)
-GENERATORS: tuple[str, ...] = get_args(GeneratorKind)
 KINDS = ("conv", "mlp", "lstm", "transformer")  # of the model's own encoders
 VOCABULARY, BATCH, TOKENS, SIDE = 40, 4, 6, 32
 SIZES: dict[str, Any] = {

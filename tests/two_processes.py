@@ -24,7 +24,7 @@ from mmbeam.models.fusion.objectives import GlobalBatch
 from mmbeam.names import Split
 from mmbeam.prompts.ask import Request
 from mmbeam.training.batching import TrainingBatch
-from mmbeam.training.distributed import ALONE, Losses, World, joined, local_device
+from mmbeam.training.distributed import SINGLE, Losses, World, joined, local_device
 from mmbeam.training.examples import Example
 from mmbeam.training.fit import Trainer
 from mmbeam.training.options import TrainOptions
@@ -161,7 +161,7 @@ def options(directory: Path, **changed: Any) -> TrainOptions:
     return replace(base, **changed)
 
 
-def trainer(source: Lopsided, directory: Path, world: World = ALONE, **changed: Any) -> Recorder:
+def trainer(source: Lopsided, directory: Path, world: World = SINGLE, **changed: Any) -> Recorder:
     directory.mkdir(exist_ok=True, parents=True)
     setup, chosen = make_setup(source), options(directory, **changed)
     model, _ = new_model(chosen, setup, CPU)

@@ -1,7 +1,7 @@
 """The commands, one module each: parsing and printing only.
 
 To add a command, write a module with ABOUT, `add_arguments` and `run`, and add its name to COMMANDS. `run` yields the
-lines to print and returns the exit status. Slow imports belong into `run`.
+lines to print and returns the exit status. Slow imports belong in `run`.
 """
 
 import argparse
@@ -33,14 +33,14 @@ def command(name: str) -> Command:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """Parse the arguments: the command's name is in `command`, those left for Apache Beam in `beam_args`.
+    """Parse the arguments. `command` is the command's name, `beam_args` are the arguments left for Apache Beam.
 
     Raise UsageError for invalid arguments.
     """
-    args, rest = _parser().parse_known_args(argv)
-    if rest and not args.takes_beam_options:
-        raise UsageError(f"unknown argument {rest[0]} (see `mmbeam {args.command} --help`)")
-    args.beam_args = tuple(rest)
+    args, unknown = _parser().parse_known_args(argv)
+    if unknown and not args.takes_beam_options:
+        raise UsageError(f"unknown argument {unknown[0]} (see `mmbeam {args.command} --help`)")
+    args.beam_args = tuple(unknown)
     return args
 
 

@@ -1,4 +1,4 @@
-"""mmbeam train."""
+"""The command `mmbeam train`."""
 
 import argparse
 import sys
@@ -7,7 +7,17 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from mmbeam.commands.common import field_arguments, fields_of, fraction, modalities_of, positive
-from mmbeam.names import BUILTIN_ENCODERS, MODALITIES, OPTIMIZERS, SCHEDULES, SELECTIONS
+from mmbeam.names import (
+    BUILTIN_ENCODERS,
+    FUSIONS,
+    GENERATOR_KINDS,
+    LOSSES,
+    MODALITIES,
+    OPTIMIZERS,
+    SCHEDULES,
+    SELECTIONS,
+    SIMILARITIES,
+)
 
 if TYPE_CHECKING:
     from mmbeam.training.options import TrainOptions
@@ -20,22 +30,17 @@ the same command again. To use the model: mmbeam caption --model MODEL_DIR
 
 Several processes or GPUs: torchrun --nproc-per-node N -m mmbeam train ...
 """
-CHOICES = {  # options of the model that have a few values
-    "fusion": ("attention", "concat", "gated", "bilinear"),
-    "generator": ("transformer", "lstm"),
-}
-LOSSES = ("caption", "align", "reconstruct", "modality_adversary", "generator_adversary")
-SIMILARITIES = ("cosine", "dot", "bilinear")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments of `mmbeam train`."""
     parser.epilog = EPILOG
     parser.add_argument(
         "--input",
         action="append",
         required=True,
         metavar="SHARDS_OR_FEATURES",
-        help="shards, or what `mmbeam embed` wrote (its output, or Parquet files); may be repeated",
+        help="shards, or features: an output of `mmbeam embed`, or Parquet files of it; may be repeated",
     )
     parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="local directory for the model")
     parser.add_argument("--overwrite", action="store_true", help="discard any earlier training in --output")
@@ -49,21 +54,22 @@ def _data_arguments(group: argparse._ArgumentGroup) -> None:
         "--captions",
         default="caption",
         metavar="FIELD",
-        help="caption: a field of the samples' JSON or a column; text: the samples' text (default: caption)",
+        help="field of the samples' JSON, or column of features, that holds the caption; `text` is the samples' own "
+        "text (default: caption)",
     )
     group.add_argument(
         "--captions-from",
         metavar="FILE",
-        help="captions of features: .parquet, .jsonl or .csv with key and FIELD",
+        help="read the captions of features from a Parquet, JSON lines, CSV or TSV file with `key` and FIELD",
     )
     group.add_argument(
         "--clauses",
         metavar="FIELD",
-        help='field of the JSON like {"image": ..., "audio": ..., "text": ...}: the parts of the caption, which is '
-        "composed of those of the modalities present",
+        help='field of the JSON with one clause per modality, {"image": ..., "audio": ..., "text": ...}; the caption '
+        "is composed of the clauses of the modalities present",
     )
     group.add_argument("--group", metavar="FIELD", help="field of the JSON; samples with the same value form a group")
-    group.add_argument("--modalities", metavar="LIST", help="of image,audio,text (default: all present)")
+    group.add_argument("--modalities", metavar="LIST", help="subset of image,audio,text (default: all present)")
     group.add_argument(
         "--column",
         action="append",
@@ -71,30 +77,39 @@ def _data_arguments(group: argparse._ArgumentGroup) -> None:
         help="column of features; may be repeated (default: all columns of vectors)",
     )
     group.add_argument(
-        "--split", type=_shares, default="0.9,0.05,0.05", metavar="T,V,T", help="shares (default: 0.9,0.05,0.05)"
+        "--split",
+        type=_fractions,
+        default="0.9,0.05,0.05",
+        metavar="T,V,T",
+        help="fractions of training, validation and test (default: 0.9,0.05,0.05)",
     )
     field_arguments(group)
 
 
 def _model_arguments(group: argparse._ArgumentGroup) -> None:
-    for name, choices in CHOICES.items():
-        group.add_argument(f"--{name}", choices=choices, help=f"default: {choices[0]}")
+    group.add_argument("--fusion", choices=FUSIONS, help=f"how the sources are combined (default: {FUSIONS[0]})")
+    group.add_argument("--generator", choices=GENERATOR_KINDS, help=f"text decoder (default: {GENERATOR_KINDS[0]})")
     group.add_argument(
         "--encoder",
         action="append",
         type=_encoder,
         metavar="MODALITY=KIND|MODEL",
         help=f"encoder for shards: {', '.join(BUILTIN_ENCODERS)}, or a transformers model, hub name or directory "
-        "(default: image=conv, audio=conv, text=transformer); may be repeated, also for one modality: its sources are "
-        "then text, text_2, text_3",
+        "(default: image=conv, audio=conv, text=transformer); may be repeated; several sources of one modality are "
+        "named text, text_2, text_3",
     )
     group.add_argument(
         "--unfreeze",
         metavar="LIST",
-        help="sources whose pretrained encoders are trained, best with a lower --learning-rate (default: none)",
+        help="sources whose pretrained encoders are trained too; lower --learning-rate for them (default: none)",
     )
     group.add_argument("--hidden-size", type=positive, metavar="N", help="width of the model (default: 128)")
-    group.add_argument("--similarity", action="append", choices=SIMILARITIES, help="may be repeated (default: cosine)")
+    group.add_argument(
+        "--similarity",
+        action="append",
+        choices=SIMILARITIES,
+        help="similarity function to train; may be repeated (default: cosine)",
+    )
     group.add_argument(
         "--pair",
         action="append",
@@ -124,7 +139,7 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
 
 
 def _training_arguments(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--epochs", type=positive, default=20, metavar="N", help="default: 20")
+    group.add_argument("--epochs", type=positive, default=20, metavar="N", help="number of epochs (default: 20)")
     group.add_argument("--steps", type=positive, metavar="N", help="number of optimizer steps, instead of --epochs")
     group.add_argument(
         "--batch-size",
@@ -134,12 +149,16 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
         help="samples per batch, over all processes (default: 64)",
     )
     group.add_argument(
-        "--learning-rate", type=_number, default=1e-3, metavar="R", help="highest learning rate (default: 0.001)"
+        "--learning-rate", type=_number, default=1e-3, metavar="R", help="peak learning rate (default: 0.001)"
     )
-    group.add_argument("--warmup-steps", type=int, metavar="N", help="default: 5 %% of all steps")
-    group.add_argument("--schedule", choices=SCHEDULES, default="cosine", help="default: cosine")
-    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="default: adamw")
-    group.add_argument("--weight-decay", type=_number, default=0.01, metavar="W", help="default: 0.01")
+    group.add_argument(
+        "--warmup-steps", type=int, metavar="N", help="steps of linear warmup (default: 5 %% of all steps)"
+    )
+    group.add_argument(
+        "--schedule", choices=SCHEDULES, default="cosine", help="learning rate after the warmup (default: cosine)"
+    )
+    group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
+    group.add_argument("--weight-decay", type=_number, default=0.01, metavar="W", help="(default: 0.01)")
     group.add_argument(
         "--clip-norm",
         type=_number,
@@ -147,28 +166,29 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="gradient clipping: largest norm; 0: off (default: 1)",
     )
-    group.add_argument("--dropout", type=fraction, default=0.1, metavar="P", help="default: 0.1")
-    group.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="P", help="default: 0")
+    group.add_argument("--dropout", type=fraction, default=0.1, metavar="P", help="probability (default: 0.1)")
+    group.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="P", help="(default: 0)")
     group.add_argument(
         "--modality-dropout",
         type=fraction,
         default=0.15,
         metavar="P",
-        help="per modality of a sample (default: 0.15)",
+        help="probability of masking each modality of a training sample (default: 0.15)",
     )
     group.add_argument(
         "--loss-weight",
         action="append",
         type=_weight,
         metavar="LOSS=W",
-        help=f"of {', '.join(LOSSES)} (default: caption=1, align=0.1, reconstruct=0.1, the others 0)",
+        help=f"weight of a loss: {', '.join(LOSSES)}; may be repeated (default: caption=1, align=0.1, "
+        "reconstruct=0.1, the others 0)",
     )
     group.add_argument(
         "--patience",
         type=int,
         default=5,
         metavar="N",
-        help="early stopping: epochs without a better score; 0: off (default: 5)",
+        help="early stopping: stop after N epochs without a better validation score; 0: off (default: 5)",
     )
     group.add_argument(
         "--select",
@@ -182,12 +202,13 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--search-steps", type=positive, default=200, metavar="N", help="steps of each configuration (default: 200)"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="default: 0")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
     group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--no-mixed-precision", action="store_true", help="compute in float32 on a GPU too")
 
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
+    """Train, and yield the scores of the model. In other processes than rank 0, yield nothing."""
     options = _options(args)
 
     from mmbeam.report.progress import TrainingLine
@@ -203,16 +224,17 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
         return 0
     training, test = report["training"], report["test"]
     yield f"trained: {training['step']:,} steps, {training['samples']:,} samples, {training['seconds']:,.0f} s"
-    yield f"best: epoch {training['best_epoch'] + 1} of {training['epoch']}; {_scores(report['validation'])}"
+    yield f"best: epoch {training['best_epoch'] + 1} of {training['epoch']}; {_scores_text(report['validation'])}"
     if test["samples"]:
-        yield f"test split, {test['samples']:,} samples: {_scores(test)}"
+        yield f"test split, {test['samples']:,} samples: {_scores_text(test)}"
     yield f"model: {options.output}"
     return 0
 
 
-def _scores(scores: dict[str, Any]) -> str:
-    right = f"exact match {scores['exact_match']:.1%}, words right {scores['words_right']:.1%}"
-    return f"loss {scores['loss']:.3f}, {right}"
+def _scores_text(scores: dict[str, Any]) -> str:
+    return (
+        f"loss {scores['loss']:.3f}, exact match {scores['exact_match']:.1%}, words right {scores['words_right']:.1%}"
+    )
 
 
 def _options(args: argparse.Namespace) -> "TrainOptions":
@@ -221,8 +243,8 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
 
     model = {"fusion": args.fusion, "generator_kind": args.generator, "hidden_size": args.hidden_size}
     model |= {"pairs": args.pair, "similarities": args.similarity}
-    same = {field.name for field in fields(TrainOptions)}
-    other = {
+    names = {field.name for field in fields(TrainOptions)}
+    converted = {
         "input": tuple(args.input),
         "reading": Reading(fields=fields_of(args)),
         "modalities": modalities_of(args.modalities),
@@ -237,7 +259,7 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
         "search": args.search or 0,
         "mixed_precision": not args.no_mixed_precision,
     }
-    return TrainOptions(**({name: value for name, value in vars(args).items() if name in same} | other))
+    return TrainOptions(**({name: value for name, value in vars(args).items() if name in names} | converted))
 
 
 def _names(text: str | None) -> tuple[str, ...]:
@@ -251,7 +273,7 @@ def _number(text: str) -> float:
         raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
 
 
-def _shares(text: str) -> tuple[float, ...]:
+def _fractions(text: str) -> tuple[float, ...]:
     return tuple(_number(number) for number in text.split(","))
 
 

@@ -1,4 +1,4 @@
-"""Training: the loader of pre-computed features, which stands alone, and the fitting of the fusion model."""
+"""Training of the fusion model. The data loader of precomputed features, usable alone, is exported here too."""
 
 from mmbeam.features.captions import Captions
 from mmbeam.features.dataset import FeatureCounts, FeatureDataset, split_of

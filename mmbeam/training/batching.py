@@ -23,12 +23,12 @@ from mmbeam.training.examples import Example
 
 T = TypeVar("T")
 
-BUFFER_BATCHES = 16  # in a shuffle buffer, which is cut into batches of similar length
-BUFFER_BYTES = 256 * MIB  # a shuffle buffer of this size is cut early
+BUFFER_BATCHES = 16  # batches in a shuffle buffer
+BUFFER_BYTES = 256 * MIB  # a shuffle buffer that reaches this size is cut early
 # Width of a length bucket. Finer buckets pad less, but fill a batch with nearly identical captions, which slows
 # learning: sorted by single characters, the corpus took twice the steps.
 BUCKET_CHARS = 32
-PREFETCHED_BATCHES = 2  # made while the model computes
+PREFETCHED_BATCHES = 2
 
 
 class Processor(Protocol):
@@ -36,22 +36,24 @@ class Processor(Protocol):
 
     def __call__(
         self, requests: Sequence[Request], device: torch.device, dtype: torch.dtype
-    ) -> dict[str, torch.Tensor]: ...
+    ) -> dict[str, torch.Tensor]:
+        """Return the model's inputs, [batch, ...] each."""
 
-    def labels(self, captions: Sequence[str], device: torch.device, max_length: int | None = None) -> torch.Tensor: ...
+    def labels(self, captions: Sequence[str], device: torch.device, max_length: int | None = None) -> torch.Tensor:
+        """Return the token ids of the captions, int64 [batch, tokens], padded by -100, at most `max_length` tokens."""
 
-    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]: ...
+    def decode(self, ids: Sequence[Sequence[int]]) -> list[str]:
+        """Return the texts of sequences of token ids."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingBatch:
-    """The tensors of a batch and the examples it was made of."""
+    """The tensors of a batch, and the examples it was made from."""
 
     inputs: dict[str, torch.Tensor]
     labels: torch.Tensor  # int64 [batch, tokens], padded by -100
-    groups: (
-        torch.Tensor | None
-    )  # int64 [batch]: samples of one group share a number; -1: no group; None: no groups at all
+    # int64 [batch], the same number for samples of the same group; -1: no group. None if no sample has a group.
+    groups: torch.Tensor | None
     examples: Sequence[Example]
 
 
@@ -62,8 +64,7 @@ def shuffle_buffers(examples: Iterable[Example], batch_size: int) -> Iterator[li
     for example in examples:
         pool.append(example)
         size += example.nbytes
-        full = len(pool) >= BUFFER_BATCHES * batch_size or (size >= BUFFER_BYTES and len(pool) % batch_size == 0)
-        if full:
+        if len(pool) >= BUFFER_BATCHES * batch_size or (size >= BUFFER_BYTES and len(pool) % batch_size == 0):
             yield pool
             pool, size = [], 0
     if pool:
@@ -86,7 +87,10 @@ def _dropped(example: Example, draws: Sequence[float], probability: float) -> Ex
 def training_batches(
     examples: Iterable[Example], batch_size: int, dropout: float, seed: tuple[int, ...]
 ) -> Iterator[list[Example]]:
-    """Yield training batches of similar caption length in random order, from one shuffle buffer after another."""
+    """Yield training batches of captions of similar length, in random order within each shuffle buffer.
+
+    `dropout` is the probability of dropping a modality of an example.
+    """
     for number, pool in enumerate(shuffle_buffers(examples, batch_size)):
         rng = np.random.default_rng((*seed, number))
         shuffled = [pool[index] for index in rng.permutation(len(pool))]
@@ -95,20 +99,19 @@ def training_batches(
 
 
 def evaluation_batches(examples: Iterable[Example], batch_size: int) -> Iterator[list[Example]]:
-    """Yield evaluation batches of similar caption length, with all modalities."""
+    """Yield evaluation batches of captions of similar length, with all modalities."""
     for pool in shuffle_buffers(examples, batch_size):
         yield from _by_length(pool, batch_size)
 
 
 def _by_length(examples: Sequence[Example], batch_size: int) -> list[list[Example]]:
-    ordered = sorted(
-        examples, key=lambda example: len(example.caption) // BUCKET_CHARS
-    )  # a stable sort keeps ties shuffled
+    # The sort is stable, so the examples of a bucket stay shuffled.
+    ordered = sorted(examples, key=lambda example: len(example.caption) // BUCKET_CHARS)
     return [ordered[begin : begin + batch_size] for begin in range(0, len(ordered), batch_size)]
 
 
 def collate(examples: Sequence[Example], processor: Processor, device: torch.device, max_tokens: int) -> TrainingBatch:
-    """Make the tensors of a batch; captions are cut to `max_tokens`."""
+    """Return the batch of the examples. Captions are truncated to `max_tokens`."""
     return TrainingBatch(
         inputs=processor([example.make() for example in examples], device, torch.float32),
         labels=processor.labels([example.caption for example in examples], device, max_tokens),
@@ -118,16 +121,15 @@ def collate(examples: Sequence[Example], processor: Processor, device: torch.dev
 
 
 def _groups(examples: Sequence[Example], device: torch.device) -> torch.Tensor | None:
-    """Return a number per group, a hash of its name and so the same in every batch and process; -1: no group."""
+    """Return 63 bits of a hash of each example's group, the same in every batch and process; -1: no group."""
     names = [example.group for example in examples]
     if all(name is None for name in names):
         return None
-    return torch.tensor([-1 if name is None else _number(name) for name in names], device=device)
-
-
-def _number(name: str) -> int:
-    """Return 63 bits of a hash."""
-    return int.from_bytes(blake2b(name.encode("utf-8", "backslashreplace"), digest_size=8).digest(), "big") >> 1
+    numbers = []
+    for name in names:
+        hashed = blake2b((name or "").encode("utf-8", "backslashreplace"), digest_size=8).digest()
+        numbers.append(-1 if name is None else int.from_bytes(hashed, "big") >> 1)
+    return torch.tensor(numbers, device=device)
 
 
 def prefetch(make: Callable[[], Iterator[T]], depth: int = PREFETCHED_BATCHES) -> Generator[T]:
@@ -178,18 +180,18 @@ def _drain(ready: "queue.SimpleQueue[T | _End]", room: threading.Semaphore) -> G
 
 SHIFT = 1 / 16  # largest shift, as a fraction of an image's height and width, or of a clip's length
 CONTRAST, BRIGHTNESS, GRAIN = 0.2, 0.2, 0.05  # for values from -1 to about 1
-HIDDEN = 0.15  # fraction of text tokens or feature values that are masked
+MASKED = 0.15  # fraction of text tokens or feature values that are masked
 Inputs = Mapping[str, torch.Tensor]
 
 
 def make_views(
     sources: Mapping[str, SourceConfig], names: Iterable[str], inputs: Inputs, generator: torch.Generator | None = None
 ) -> dict[str, torch.Tensor]:
-    """Return an augmented view, values and mask, of each of the sources `names` that a sample has.
+    """Return the values and mask of an augmented view, for each of the sources `names` that the batch contains.
 
-    Images and spectrograms are shifted, changed in brightness and contrast, and get noise. Text tokens and feature
-    values are masked. What a caption may ask for (left and right, say) is kept. A view of "fused" is a view of every
-    source; captions have none.
+    Images and spectrograms are shifted, their brightness and contrast change, and noise is added. Text tokens and
+    feature values are masked. Properties that a caption may describe, such as left and right, are preserved. A view
+    of "fused" is a view of every source; captions have none.
 
     Shapes: B batch, then those of the source: C channels, H height, W width; T frames and M mel bins in either order;
     T tokens.
@@ -206,13 +208,13 @@ def _view(
     name: str, source: SourceConfig, values: torch.Tensor, mask: torch.Tensor, generator: torch.Generator | None
 ) -> dict[str, torch.Tensor]:
     if source.kind == "features":
-        values = values * (_random(values.shape, values, generator) >= HIDDEN)
+        values = values * (_random(values.shape, values, generator) >= MASKED)
     elif source.modality == "text":
-        mask = _hide(mask, source.kind == "pretrained", generator)
+        mask = _mask_tokens(mask, source.kind == "pretrained", generator)
     else:
         axes = (-2, -1) if source.modality == "image" else (time_axis(source, values),)
-        for axis in axes if values.dim() > 2 else ():  # waveforms are not shifted: their mask would no longer fit
-            values = _move(values, axis, generator)
+        for axis in axes if values.dim() > 2 else ():  # waveforms are not shifted: their mask would not fit any more
+            values = _shift(values, axis, generator)
         values = _jitter(values, source.kind == "pretrained", generator)
     return {name: values, name + MASK: mask}
 
@@ -221,20 +223,20 @@ def _random(shape: Iterable[int], like: torch.Tensor, generator: torch.Generator
     return torch.rand(tuple(shape), generator=generator, device=like.device)
 
 
-def _hide(mask_BT: torch.Tensor, framed: bool, generator: torch.Generator | None) -> torch.Tensor:
+def _mask_tokens(mask_BT: torch.Tensor, has_special_tokens: bool, generator: torch.Generator | None) -> torch.Tensor:
     """Mask tokens at random; a text that would lose all tokens stays whole.
 
-    If special tokens frame the text (`framed`), the first and the last stay: causal encoders need them.
+    With special tokens around the text, the first and the last token stay: causal encoders need them.
     """
-    kept = _random(mask_BT.shape, mask_BT, generator) >= HIDDEN
-    if framed:
+    kept = _random(mask_BT.shape, mask_BT, generator) >= MASKED
+    if has_special_tokens:
         positions = mask_BT * torch.arange(1, mask_BT.shape[1] + 1, device=mask_BT.device)
         kept |= (positions == 1) | (positions == positions.amax(1, keepdim=True))
     left = mask_BT & kept
     return torch.where(left.any(1, keepdim=True), left, mask_BT)
 
 
-def _move(values: torch.Tensor, axis: int, generator: torch.Generator | None) -> torch.Tensor:
+def _shift(values: torch.Tensor, axis: int, generator: torch.Generator | None) -> torch.Tensor:
     """Shift each sample along the axis by its own random distance, repeating the edge."""
     batch, length = len(values), values.shape[axis]
     shifts = ((2 * _random((batch, 1), values, generator) - 1) * length * SHIFT).round().long()
@@ -244,9 +246,9 @@ def _move(values: torch.Tensor, axis: int, generator: torch.Generator | None) ->
     return values.gather(axis, positions.view(shape).expand_as(values))
 
 
-def _jitter(values: torch.Tensor, scaled: bool, generator: torch.Generator | None) -> torch.Tensor:
-    """Change contrast and brightness and add noise; relative to the statistics of the batch if `scaled`."""
-    centre, unit = (values.mean(), values.std()) if scaled else (0.0, 1.0)
+def _jitter(values: torch.Tensor, is_relative: bool, generator: torch.Generator | None) -> torch.Tensor:
+    """Change contrast and brightness and add noise, relative to the mean and deviation of the batch or to 0 and 1."""
+    centre, unit = (values.mean(), values.std()) if is_relative else (0.0, 1.0)
     gain, offset = (2 * _random((2, len(values), *[1] * (values.dim() - 1)), values, generator) - 1).unbind(0)
     grain = 2 * _random(values.shape, values, generator) - 1
     return values + (values - centre) * CONTRAST * gain + unit * (BRIGHTNESS * offset + GRAIN * grain)

@@ -11,7 +11,7 @@ _DEFAULTS = TrainOptions(input=("",), output="").identity()
 
 
 def model_card(report: Mapping[str, Any]) -> str:
-    """Return the card of a report of `train`: the model, its training and its scores."""
+    """Return the text of the card for a report of `train`: the model, its training and its scores."""
     options, data = report["options"], report["data"]
     changed = {name: value for name, value in options.items() if value != _DEFAULTS.get(name)}
     modalities = " and ".join(sorted(data.get("modalities", {}))) or "stored features"
@@ -21,9 +21,9 @@ def model_card(report: Mapping[str, Any]) -> str:
             "library_name: mmbeam",
             "tags: [multimodal, captioning]",
             "---",
-            "# A fusion model made by `mmbeam train`",
+            "# A fusion model trained by `mmbeam train`",
             "",
-            f"It writes a caption from {modalities}; any of them may be missing.",
+            f"The model writes a caption from {modalities}; any of them may be missing.",
             f"It has {report['parameters']:,} parameters. Use it with `mmbeam caption --model DIRECTORY`.",
             "",
             "## Training",
@@ -53,24 +53,24 @@ def model_card(report: Mapping[str, Any]) -> str:
 
 def _training(report: Mapping[str, Any]) -> list[str]:
     training, data, versions = report["training"], report["data"], report["versions"]
-    captions = ", ".join(f"{count:,} {part}" for part, count in data.get("captions", {}).items())
+    captions = ", ".join(f"{count:,} {split}" for split, count in data.get("captions", {}).items())
     return [
-        *(f"- `{name}` is from {Origin(**of)}" for name, of in data.get("origins", {}).items()),
+        *(f"- `{name}` comes from {Origin(**origin)}" for name, origin in data.get("origins", {}).items()),
         f"- samples with a caption: {captions or data['samples']}",
         f"- {training['step']:,} steps, {training['samples']:,} samples seen, {training['seconds']:,.0f} s on "
         f"{report['device']}; the weights are those of epoch {training['best_epoch'] + 1} of {training['epoch']}",
-        f"- seed {report['options']['seed']}; {', '.join(f'{name} {of}' for name, of in versions.items())}",
+        f"- seed {report['options']['seed']}; {', '.join(f'{name} {version}' for name, version in versions.items())}",
     ]
 
 
 def _figures(report: Mapping[str, Any]) -> list[str]:
     lines = ["| | validation | test |", "|---|---|---|"]
-    parts = [report["validation"], report["test"]]
+    splits = [report["validation"], report["test"]]
     for name in ("samples", "loss", "exact_match", "words_right"):
-        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(_number(part[name]) for part in parts) + " |")
+        lines.append(f"| {name.replace('_', ' ')} | " + " | ".join(_number(scores[name]) for scores in splits) + " |")
     for kind, title in (("subsets", "exact match, {} alone"), ("recall", "recall@1, {}")):
-        for name in dict.fromkeys(name for part in parts for name in part[kind]):
-            values = " | ".join(_number(part[kind].get(name)) for part in parts)
+        for name in dict.fromkeys(name for scores in splits for name in scores[kind]):
+            values = " | ".join(_number(scores[kind].get(name)) for scores in splits)
             lines.append(f"| {title.format(name)} | {values} |")
     return lines
 

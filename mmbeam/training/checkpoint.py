@@ -1,7 +1,7 @@
-"""Files of a training: checkpoints, metrics.jsonl and its plot. All are written atomically; no pickle is used.
+"""Files of a training: checkpoints, metrics.jsonl and its plot. Checkpoints are replaced atomically, without pickle.
 
 A checkpoint is one safetensors file: model weights, optimizer moments and the states of the random number
-generators. Its JSON metadata hold the state of the training (`facts`).
+generators. Its JSON metadata holds the state of the training (`facts`).
 
 A line of metrics.jsonl is the mean loss of some steps, {"step", "loss", "learning_rate"}, or an epoch, {"epoch",
 "step", "seconds", "train": losses, "validation": scores}.
@@ -24,10 +24,9 @@ Tensors = Mapping[str, torch.Tensor]
 
 
 def save(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> None:
-    """Write `path` atomically: a reader finds the old file or the new one, also after a power failure."""
-    copies = {
-        name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()
-    }  # tied tensors apart
+    """Write `path` atomically: it holds the old content or the new, even after a power failure."""
+    # safetensors refuses tensors that share memory, so tied weights are copied.
+    copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     scratch = path.with_name(f"{path.name}.tmp")
     save_file(copies, scratch, metadata={"facts": json.dumps(dict(facts))})
     _publish(scratch, path)
@@ -81,12 +80,12 @@ def restore_model(model: torch.nn.Module, tensors: Tensors, path: Path, excluded
         model.load_state_dict({**unchanged, **tensors})
     except RuntimeError as error:  # its message lists every tensor
         raise TrainingError(
-            f"{path}: is of another configuration; remove it to start over, or choose another `output`"
+            f"{path}: its weights do not fit this model; remove it to start over, or choose another `output`"
         ) from error
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return the optimizer's state, "<number of the parameter>.<name>": tensor; hyperparameters are not part of it."""
+    """Return the optimizer's tensors by "<parameter's number>.<name>", without hyperparameters."""
     state = optimizer.state_dict()["state"]
     return {
         f"{number}.{name}": value
@@ -123,7 +122,7 @@ def restore_random(tensors: Tensors) -> None:
 
 METRICS, PLOT = "metrics.jsonl", "loss.png"
 STEPS_PER_LINE = 10
-PLOT_SECONDS = 60.0  # between two plots; drawing one takes a second
+PLOT_SECONDS = 60.0  # at least, between two plots; a plot takes a second
 
 
 class Journal:
@@ -188,8 +187,8 @@ def plot(lines: Sequence[Mapping[str, Any]], path: Path) -> None:
     steps = [line for line in lines if "loss" in line]
     epochs = [line for line in lines if "epoch" in line]
     left.plot([line["step"] for line in steps], [line["loss"] for line in steps], label="training, all losses")
-    for name, of in (("training", "train"), ("validation", "validation")):
-        losses = [line[of].get("caption", line[of].get("loss")) for line in epochs]
+    for name, key in (("training", "train"), ("validation", "validation")):
+        losses = [line[key].get("caption", line[key].get("loss")) for line in epochs]
         left.plot([line["step"] for line in epochs], losses, marker="o", label=f"{name}, caption")
     left.set(xlabel="step", ylabel="loss (nats per token)", yscale="log")
     right = left.twinx()

@@ -1,14 +1,16 @@
-"""One training in several processes, as torchrun starts them: who they are, and what they agree on.
+"""Distributed training: one training in several processes started by torchrun.
 
-Each reads its share of the training part and takes its share of each batch; DistributedDataParallel averages
-the gradients, so that all have the same weights (gloo on a CPU; nccl on GPUs, a process for each). Rank 0 alone
-measures and writes. Processes may have different numbers of rows: before a step each says how many it has for
-it, one that has none left takes part with nothing, and the epoch ends when none has any. So no row is lost and
-none is seen twice. Not here: what a loss makes of a share (GlobalBatch in models/fusion/objectives.py).
+The processes partition the training split, and each batch holds samples of all of them. DistributedDataParallel
+averages the gradients, so that all processes keep the same weights. The backend is gloo on a CPU, and nccl with one
+process per GPU. Only rank 0 validates and writes files.
 
-The losses are those of one process on the same batches, but where random draws differ (dropout and views are
-drawn by seed, step and rank), and but for batch norm, which convolutional encoders have: as usual in such
-trainings it goes by a process's own rows, and rank 0's running statistics are kept.
+Processes may have different numbers of samples. Before each step they exchange the sizes of their local batches. A
+process without a batch takes part with an empty one, and the epoch ends when all local batches are empty, so every
+sample is seen exactly once. GlobalBatch in models/fusion/objectives.py scales the losses accordingly.
+
+The losses equal those of a single process on the same batches, with two exceptions. Dropout and augmented views are
+drawn from seed, step and rank. Batch norm, in convolutional encoders, normalises by the local batch; the running
+statistics of rank 0 are kept.
 """
 
 import json
@@ -33,12 +35,13 @@ from mmbeam.models.placement import resolve_device
 from mmbeam.training.batching import TrainingBatch
 
 T = TypeVar("T")
-Step = tuple[TrainingBatch | None, GlobalBatch]  # what a process has for a step, if anything, and what all have
+Step = tuple[TrainingBatch | None, GlobalBatch]  # the local batch, None if it is empty, and the counts of all processes
 
-TIMEOUT = timedelta(minutes=30)  # for a step; reading from slow storage is part of it
-PATIENCE = timedelta(days=1)  # while rank 0 looks at samples or measures. A process that dies is noticed at once
-LOST = re.compile("gloo|nccl|connection|timed out", re.IGNORECASE)  # in what is raised when another is gone
-ENVIRONMENT = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # beside WORLD_SIZE, as torchrun sets them
+STEP_TIMEOUT = timedelta(minutes=30)  # includes reading the samples from slow storage
+# For the other processes while rank 0 surveys the samples or validates. A dead process is detected immediately.
+MAIN_TIMEOUT = timedelta(days=1)
+CONNECTION_LOST = re.compile("gloo|nccl|connection|timed out", re.IGNORECASE)  # in torch's error messages
+TORCHRUN_VARIABLES = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # torchrun sets them with WORLD_SIZE
 
 
 @dataclass(frozen=True)
@@ -47,7 +50,7 @@ class World:
 
     rank: int = 0
     size: int = 1
-    patient: Any = None  # the process group in which the others wait for rank 0
+    slow_group: Any = None  # the process group for broadcasts, whose timeout is MAIN_TIMEOUT
 
     @property
     def is_main(self) -> bool:
@@ -72,7 +75,8 @@ class World:
         if self.size == 1:
             return losses
         with self.connected():
-            return DistributedDataParallel(losses, find_unused_parameters=True)  # those of what a share has nothing of
+            # A local batch that lacks a source does not use the parameters of its encoder.
+            return DistributedDataParallel(losses, find_unused_parameters=True)
 
     def steps(self, batches: Iterable[TrainingBatch], sources: Sequence[str]) -> Iterator[Step]:
         """Yield this process's batches with the counts of all processes, until no process has a batch left.
@@ -89,10 +93,14 @@ class World:
             failed = [rank for rank, (flag, *_) in enumerate(counts) if flag]
             if failed:
                 self._stop(failed[0], error)
-            share = _share(self.rank, [rest for _, *rest in counts], sources)
-            if not any(share.rows):
+            _, rows, longest, tokens, *present = zip(*counts, strict=True)
+            if not any(rows):
                 return
-            yield batch, share
+            by_source = dict(zip(sources, present, strict=True))
+            yield (
+                batch,
+                GlobalBatch(rank=self.rank, rows=rows, tokens=tokens, longest=max(longest), present=by_source),
+            )
 
     def mean(self, values: Mapping[str, float]) -> dict[str, float]:
         """Return the means over the processes; all processes have the same names."""
@@ -106,7 +114,7 @@ class World:
 
     @contextmanager
     def main_first(self) -> Iterator[None]:
-        """Run the block on rank 0, then on the others. If rank 0 raises, they raise TrainingError or JobError."""
+        """Run the block on rank 0, then on the other ranks. If rank 0 raises, they raise TrainingError or JobError."""
         if not self.is_main:
             _raise_remote(0, self.broadcast(None))
         try:
@@ -120,12 +128,12 @@ class World:
 
     def from_main(self, action: Callable[[], T]) -> T:
         """Return on all ranks the JSON value that `action` returns on rank 0. Errors as in `main_first`."""
-        value: Any = None
+        value: T | None = None
         with self.main_first():
             if self.is_main:
                 value = action()
-        given: T = self.broadcast(value)
-        return given
+        received: T = self.broadcast(value)
+        return received
 
     def wait(self) -> None:
         """Wait until all processes have reached this call."""
@@ -139,11 +147,11 @@ class World:
         data = json.dumps(value if self.rank == source else None).encode()
         with self.connected():
             size = torch.tensor([len(data)])
-            distributed.broadcast(size, source, self.patient)
+            distributed.broadcast(size, source, self.slow_group)
             buffer = torch.zeros(int(size), dtype=torch.uint8)
             if self.rank == source:
                 buffer[:] = torch.frombuffer(bytearray(data), dtype=torch.uint8)
-            distributed.broadcast(buffer, source, self.patient)
+            distributed.broadcast(buffer, source, self.slow_group)
         return json.loads(bytes(buffer.tolist()))
 
     @contextmanager
@@ -152,11 +160,11 @@ class World:
         try:
             yield
         except RuntimeError as error:
-            if self.size == 1 or not LOST.search(f"{type(error).__name__}: {error}"):
+            if self.size == 1 or not CONNECTION_LOST.search(f"{type(error).__name__}: {error}"):
                 raise
-            reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # without where in its source
+            reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # without the position in torch's source
             raise JobError(
-                f"rank {self.rank} of {self.size}: another process is gone or hangs ({reason}). "
+                f"rank {self.rank} of {self.size}: another process died or hangs ({reason}). "
                 "To resume from the last checkpoint, run the same command again"
             ) from error
 
@@ -169,25 +177,28 @@ class World:
         return [tensor.tolist() for tensor in gathered]
 
     def _stop(self, failed: int, error: BaseException | None) -> None:
-        told = self.broadcast(None if error is None else _error_facts(error), failed)
+        """Raise `error` on rank `failed`, and a TrainingError or JobError with its message on the other ranks."""
+        facts = self.broadcast(None if error is None else _error_facts(error), failed)
         if error is not None:
             raise error
-        _raise_remote(failed, told)
+        _raise_remote(failed, facts)
 
 
-ALONE = World()
+SINGLE = World()
 
 
 def _error_facts(error: BaseException) -> dict[str, Any]:
     return {"message": f"{type(error).__name__}: {error}", "training": isinstance(error, TrainingError)}
 
 
-def _raise_remote(rank: int, told: Mapping[str, Any] | None) -> None:
-    if told is not None:
-        raise (TrainingError if told["training"] else JobError)(f"rank {rank} stopped: {told['message']}")
+def _raise_remote(rank: int, facts: Mapping[str, Any] | None) -> None:
+    """Raise the error that `_error_facts` described on another rank; return if `facts` is None."""
+    if facts is not None:
+        raise (TrainingError if facts["training"] else JobError)(f"rank {rank} stopped: {facts['message']}")
 
 
 def _next(batches: Iterator[TrainingBatch]) -> tuple[TrainingBatch | None, Exception | None]:
+    """Return the next batch, None at the end, and the exception that making it raised, if any."""
     try:
         return next(batches, None), None
     except Exception as error:
@@ -195,7 +206,7 @@ def _next(batches: Iterator[TrainingBatch]) -> tuple[TrainingBatch | None, Excep
 
 
 def _counts(batch: TrainingBatch | None, sources: Sequence[str]) -> list[int]:
-    """Samples, tokens of the longest caption, tokens, and of each source the samples that have it."""
+    """Return the number of samples, the tokens of the longest caption, all tokens, and the samples with each source."""
     if batch is None:
         return [0] * (3 + len(sources))
     masks = [batch.inputs.get(name + MASK) for name in sources]
@@ -203,37 +214,32 @@ def _counts(batch: TrainingBatch | None, sources: Sequence[str]) -> list[int]:
     return [len(batch.labels), batch.labels.shape[1], int((batch.labels != IGNORED).sum()), *map(int, counts)]
 
 
-def _share(rank: int, counts: Sequence[Sequence[int]], sources: Sequence[str]) -> GlobalBatch:
-    rows, longest, tokens, *present = zip(*counts, strict=True)
-    return GlobalBatch(
-        rank=rank, rows=rows, tokens=tokens, longest=max(longest), present=dict(zip(sources, present, strict=True))
-    )
-
-
 class Losses(nn.Module):
-    """A model's losses on what this process has of a batch; the form in which DistributedDataParallel calls it."""
+    """A model's losses on the local batch, as a module that DistributedDataParallel can wrap."""
 
     def __init__(self, model: FusionModel) -> None:
         super().__init__()
         self.model = model
-        self.nothing = nn.Parameter(torch.zeros((), device=model.device))  # to differentiate, where there is no sample
+        self.nothing = nn.Parameter(torch.zeros((), device=model.device))  # gives an empty batch a loss with a gradient
 
     def forward(
-        self, batch: TrainingBatch | None, views: Mapping[str, torch.Tensor], share: GlobalBatch
+        self, batch: TrainingBatch | None, views: Mapping[str, torch.Tensor], global_batch: GlobalBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """The weighted sum, and each loss by its name."""
+        """Return the weighted sum of the losses, and the losses by name, all scalars. `batch` is None if empty."""
         if batch is None:
-            return self._of_nothing(share)
-        output = self.model(labels=batch.labels, groups=batch.groups, views=views, global_batch=share, **batch.inputs)
+            return self._losses_of_empty_batch(global_batch)
+        output = self.model(
+            labels=batch.labels, groups=batch.groups, views=views, global_batch=global_batch, **batch.inputs
+        )
         return output.loss, output.losses
 
-    def _of_nothing(self, share: GlobalBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Of no samples: zeros, but for the alignment, which is that of all samples wherever it is computed."""
+    def _losses_of_empty_batch(self, global_batch: GlobalBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        """Return zeros, except for the alignment loss, which every process computes over the samples of all."""
         model, loss = self.model, 1 * self.nothing
         losses = dict.fromkeys(("caption", *model.weights), torch.zeros_like(loss))
         if "align" in model.weights:
-            labels = torch.empty(0, share.longest, dtype=torch.int64, device=loss.device)
-            losses["align"] = model.space.loss(model.pairs, {}, {}, {}, positive_keys(labels, None), share)
+            labels = torch.empty(0, global_batch.longest, dtype=torch.int64, device=loss.device)
+            losses["align"] = model.space.loss(model.pairs, {}, {}, {}, positive_keys(labels, None), global_batch)
             loss = loss + model.weights["align"] * losses["align"]
         return loss, losses
 
@@ -241,45 +247,45 @@ class Losses(nn.Module):
 def process_count() -> int:
     """Return the number of processes of torchrun, 1 without it. Raises UsageError for other launchers."""
     count = int(os.environ.get("WORLD_SIZE", "1"))
-    missing = [name for name in ENVIRONMENT if count > 1 and name not in os.environ]
+    missing = [name for name in TORCHRUN_VARIABLES if count > 1 and name not in os.environ]
     if missing:
         raise UsageError(f"WORLD_SIZE is {count}, but {', '.join(missing)} not set: start the processes with torchrun")
     return count
 
 
 def is_main_process() -> bool:
-    """Whether this process is rank 0, before the processes have joined."""
+    """Whether this process is rank 0, by torchrun's environment; usable before `joined`."""
     return process_count() == 1 or os.environ["RANK"] == "0"
 
 
 def local_device(name: str) -> torch.device:
-    """The device that `name` means for this process: of several on GPUs, each has one of its own.
+    """Return the device of this process for the option `device`. Several processes on GPUs have one GPU each.
 
-    Raises DeviceError if there are fewer, UsageError if one GPU is named for all.
+    Raises DeviceError if there are fewer GPUs than processes, UsageError if `name` is a single GPU for all of them.
     """
     count = process_count()
     if count == 1 or name == "cpu" or (name == "auto" and not torch.cuda.is_available()):
         return torch.device(resolve_device(name))
     if name not in ("auto", "cuda"):
-        raise UsageError(f"`device` {name}: each of {count} processes has a GPU of its own; expected cuda, or cpu")
+        raise UsageError(f"`device` {name}: expected cuda, auto or cpu, because each of {count} processes needs a GPU")
     return torch.device(resolve_device(f"cuda:{os.environ['LOCAL_RANK']}"))
 
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[World]:
-    """The processes that torchrun started, connected while this lasts. Raises JobError if they do not come together."""
+    """Connect the processes of torchrun for the block. Raises JobError if they cannot connect."""
     size = process_count()
     if size == 1:
-        yield ALONE
+        yield SINGLE
         return
     rank, backend = int(os.environ["RANK"]), "gloo"
     if device.type == "cuda":
         torch.cuda.set_device(device)
         backend = "cpu:gloo,cuda:nccl"
     with World(rank, size).connected():
-        distributed.init_process_group(backend, timeout=TIMEOUT)
-        patient = distributed.new_group(backend="gloo", timeout=PATIENCE)
+        distributed.init_process_group(backend, timeout=STEP_TIMEOUT)
+        slow_group = distributed.new_group(backend="gloo", timeout=MAIN_TIMEOUT)
     try:
-        yield World(rank, size, patient)
+        yield World(rank, size, slow_group)
     finally:
         distributed.destroy_process_group()

@@ -1,9 +1,10 @@
-"""The encoders of a new model by name: built-in kinds, or pretrained encoders of transformers models.
+"""The encoders of a new model, by name: built-in kinds, or pretrained encoders of transformers models.
 
 Built-in kinds are trained from scratch. Any other name is a transformers model, whose encoder of the modality is
 used with its weights; models/fusion/pretrained.py reads its configuration.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +14,7 @@ from mmbeam.models.fusion.audio import Preparation
 from mmbeam.models.fusion.configuration import FusionConfig, SourceConfig, media_source
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.pretrained import load_weights, read_preprocessing, read_source
-from mmbeam.models.loading import Resolved, check_weights, digest, resolve
+from mmbeam.models.loading import check_weights, digest, resolve
 from mmbeam.names import BUILTIN_ENCODERS, Modality
 from mmbeam.training.options import EncoderName, TrainOptions
 from mmbeam.types import Origin
@@ -21,27 +22,27 @@ from mmbeam.types import Origin
 
 @dataclass(frozen=True, kw_only=True)
 class Encoders:
-    """The configurations of the encoders by the names of their sources."""
+    """The configurations of the encoders, by the names of their sources."""
 
     sources: dict[str, dict[str, Any]] = field(default_factory=dict)
-    preparations: dict[str, Preparation] = field(default_factory=dict)  # of those that are pretrained
+    preparations: dict[str, Preparation] = field(default_factory=dict)  # of the pretrained encoders
 
 
 def source_names(encoders: Sequence[EncoderName]) -> dict[str, EncoderName]:
     """Return the encoders by the names of their sources: text, text_2, text_3 for three text encoders."""
-    named: dict[str, EncoderName] = {}
+    sources: dict[str, EncoderName] = {}
+    counts: Counter[Modality] = Counter()
     for modality, encoder in encoders:
-        number = 1 + sum(other == modality for other, _ in named.values())
-        named[modality if number == 1 else f"{modality}_{number}"] = (modality, encoder)
-    return named
+        counts[modality] += 1
+        sources[modality if counts[modality] == 1 else f"{modality}_{counts[modality]}"] = (modality, encoder)
+    return sources
 
 
 def read_encoders(encoders: Sequence[EncoderName], text_tokens: int) -> Encoders:
     """Read the configurations and preprocessing of the encoders. Weights must exist, but are not read.
 
-    Texts are cut to `text_tokens`, or to the limit of a pretrained encoder if that is lower.
-
-    Raises ModelError with the encoder and what is missing or unsupported.
+    Texts are truncated to `text_tokens`, or to the limit of a pretrained encoder if that is lower. Raises ModelError
+    if a file of an encoder is missing or unsupported.
     """
     result = Encoders()
     for name, (modality, encoder) in source_names(encoders).items():
@@ -53,7 +54,9 @@ def read_encoders(encoders: Sequence[EncoderName], text_tokens: int) -> Encoders
             result.sources[name], result.preparations[name] = _read(name, modality, encoder, text_tokens)
         except ModelError as error:
             kinds = ", ".join(BUILTIN_ENCODERS)
-            raise ModelError(f"`encoders` {modality}={encoder}: neither one of {kinds}, nor usable: {error}") from error
+            raise ModelError(
+                f"`encoders` {modality}={encoder}: expected one of {kinds}, or a supported model: {error}"
+            ) from error
     return result
 
 
@@ -62,12 +65,8 @@ def _read(name: str, modality: Modality, encoder: str, text_tokens: int) -> tupl
     source = read_source(files.directory, modality, max_tokens=text_tokens)
     check_weights(files.directory)
     preparation = read_preprocessing(files.directory, SourceConfig.parse(name, source))
-    return source | {"origin": _origin(files)._asdict()}, preparation
-
-
-def _origin(files: Resolved) -> Origin:
-    name = files.name if files.revision is None else f"{files.name}@{files.revision}"
-    return Origin(name, digest(files.directory))
+    model = files.name if files.revision is None else f"{files.name}@{files.revision}"
+    return source | {"origin": Origin(model, digest(files.directory))._asdict()}, preparation
 
 
 def unfreeze(config: FusionConfig, names: Sequence[str]) -> None:
@@ -77,13 +76,13 @@ def unfreeze(config: FusionConfig, names: Sequence[str]) -> None:
         if name not in pretrained:
             known = ", ".join(pretrained) or "none"
             raise UsageError(f"`unfreeze` {name}: the pretrained encoders of this model are {known}; see `encoders`")
-        config.sources[name]["frozen"] = False  # type: ignore[index]  # a configuration that is made has sources
+        config.sources[name]["frozen"] = False  # type: ignore[index]  # `sources` is set after construction
 
 
 def unsaved_prefixes(model: FusionModel, options: TrainOptions) -> tuple[str, ...]:
-    """Return the name prefixes of weights that a checkpoint leaves out: those of frozen pretrained encoders.
+    """Return the name prefixes of the weights that a checkpoint omits: those of frozen pretrained encoders.
 
-    Their files are verified by digest (see `load_encoders`). With `init` nothing is left out.
+    `load_encoders` reads them again and verifies their digest. With `init` nothing is omitted.
     """
     frozen = [name for name, source in model.sources.items() if source.kind == "pretrained" and source.frozen]
     return tuple(f"encoders.{name}.model." for name in frozen if options.init is None)
@@ -92,7 +91,7 @@ def unsaved_prefixes(model: FusionModel, options: TrainOptions) -> tuple[str, ..
 def load_encoders(model: FusionModel, encoders: Sequence[EncoderName]) -> None:
     """Load the weights of the pretrained encoders into the model.
 
-    A hub name is resolved at the commit of the training's start. Raises ModelError if the files have changed.
+    A hub name is resolved at the commit that the training started with. Raises ModelError if the files have changed.
     """
     for name, (modality, encoder) in source_names(encoders).items():
         origin = model.sources[name].origin
@@ -102,7 +101,7 @@ def load_encoders(model: FusionModel, encoders: Sequence[EncoderName]) -> None:
         files = resolve(origin.model if pinned else encoder)
         if digest(files.directory) != origin.digest:
             raise ModelError(
-                f"`encoders` {modality}={encoder}: its files are not those that the training began with; restore "
-                "them, or start over with `overwrite`"
+                f"`encoders` {modality}={encoder}: its files have changed since the training started; restore them, or "
+                "start over with `overwrite`"
             )
         load_weights(model.encoders[name], modality, files.directory)

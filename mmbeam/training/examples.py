@@ -1,7 +1,7 @@
 """Training examples: a request and its target caption.
 
-The request is made lazily, for the modalities that are kept. Nothing is rendered or copied for a dropped
-modality, and a buffer of examples takes little memory.
+The request is made lazily, from the kept modalities only. Nothing is rendered or copied for a dropped modality, and a
+buffer of examples takes little memory.
 """
 
 from collections.abc import Callable, Collection, Iterator, Mapping
@@ -14,20 +14,21 @@ from mmbeam.prompts.ask import Request
 
 @dataclass(frozen=True, kw_only=True)
 class Example:
-    """One training sample. `clauses` are the parts of its caption by the modality that they describe."""
+    """One training sample."""
 
     key: str
     caption: str
     present: frozenset[Modality]  # modalities of the sample
     request: Callable[[frozenset[Modality]], Request]  # makes the model input from these modalities only
-    clauses: Mapping[Modality, str] | None = None
+    clauses: Mapping[Modality, str] | None = None  # parts of the caption, by the modality that they describe
     group: str | None = None
     nbytes: int = 0  # memory held
 
     def keeping(self, modalities: Collection[Modality]) -> "Example":
         """Return the example restricted to `modalities`.
 
-        If its clauses are known, the caption is composed of those of the kept modalities. Without any, it stays whole.
+        If clauses are known, the caption is composed of those of the kept modalities. If none of these has a clause,
+        the caption stays whole.
         """
         kept = self.present.intersection(modalities)
         caption = self.caption if self.clauses is None or kept == self.present else compose(self.clauses, kept)
@@ -56,7 +57,7 @@ class ExampleSource(Protocol):
     def of_rank(self, rank: int, world_size: int) -> "ExampleSource":
         """Return the source of one process.
 
-        The processes partition the training split. Other splits and all counts are whole.
+        The processes partition the training split. Other splits, and `count`, cover all samples.
         """
 
 

@@ -1,8 +1,8 @@
 """The training loop of a fusion model: optimizer steps, validation after every epoch, checkpoints, early stopping.
 
 The loop is independent of the source of examples and of the model directory. A loop that is interrupted anywhere
-and restarted on the same files has the same result as an uninterrupted one. With several processes each runs the
-loop in lockstep; only rank 0 validates and writes files.
+and restarted on the same files has the same result as an uninterrupted one. Several processes run the loop in
+lockstep; only rank 0 validates and writes files.
 """
 
 import logging
@@ -26,7 +26,7 @@ from mmbeam.names import Schedule
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import TrainingBatch, collate, make_views, prefetch, training_batches
 from mmbeam.training.checkpoint import Journal
-from mmbeam.training.distributed import ALONE, Losses, World
+from mmbeam.training.distributed import SINGLE, Losses, World
 from mmbeam.training.encoders import unsaved_prefixes
 from mmbeam.training.examples import ExampleSource
 from mmbeam.training.options import TrainOptions
@@ -34,7 +34,7 @@ from mmbeam.training.scores import Evaluator, Scores
 
 log = logging.getLogger(__name__)
 
-BETAS = (0.9, 0.98)  # of Adam; 0.98 as in Vaswani et al. 2017: it adapts faster, which suits short trainings
+BETAS = (0.9, 0.98)  # of Adam; 0.98 as in Vaswani et al., 2017, adapts faster than 0.999, which suits short trainings
 MOMENTUM = 0.9  # of SGD
 
 
@@ -115,12 +115,12 @@ class Trainer:
         *,
         frozen: Sequence[torch.nn.Module] = (),
         reporter: ProgressReporter | None = None,
-        world: World = ALONE,
+        world: World = SINGLE,
     ) -> None:
         """Prepare a training.
 
-        `directory` is for the checkpoint and the journal, `frozen` are the modules that are not trained. `source` is
-        that of all processes of `world`.
+        `directory` holds the checkpoint and the journal. `frozen` are the modules that are not trained. `source`
+        yields the samples of all processes of `world`.
         """
         self.model, self.processor, self.options, self.world = model, processor, options, world
         self.source = source if world.size == 1 else source.of_rank(world.rank, world.size)
@@ -141,9 +141,8 @@ class Trainer:
     def run(self) -> State:
         """Train to the end, from the last checkpoint if one exists. Raises TrainingError."""
         if not self._resume():
-            torch.manual_seed(
-                self.options.seed + 1
-            )  # for dropout and views; the weights were drawn with the seed itself
+            # For dropout and views. The weights were drawn with the seed itself.
+            torch.manual_seed(self.options.seed + 1)
             self._save()
         while not self._finished():
             self._epoch()
@@ -159,22 +158,23 @@ class Trainer:
         state, options = self.state, self.options
         if state.batch or not state.epoch:
             return False
-        since = state.epoch - 1 - (state.best_epoch or 0)
-        out_of_patience = options.patience is not None and since >= options.patience
-        return self._out_of_steps or out_of_patience or (options.steps is None and state.epoch >= options.epochs)
+        epochs_since_best = state.epoch - 1 - (state.best_epoch or 0)
+        out_of_patience = options.patience is not None and epochs_since_best >= options.patience
+        out_of_epochs = options.steps is None and state.epoch >= options.epochs
+        return self._is_last_step or out_of_patience or out_of_epochs
 
     @property
-    def _out_of_steps(self) -> bool:
+    def _is_last_step(self) -> bool:
         return self.options.steps is not None and self.state.step >= self.options.steps
 
     def _epoch(self) -> None:
-        """Run the rest of an epoch, and validate."""
+        """Run the epoch from its next batch, and validate."""
         begin, before = time.monotonic(), self.state.seconds
         with closing(self._batches()) as batches:
             for batch, global_batch in self.world.steps(batches, list(self.model.sources)):
                 self._step(batch, global_batch)
                 self.state.seconds = before + time.monotonic() - begin
-                if self._out_of_steps:
+                if self._is_last_step:
                     break
                 if time.monotonic() - self._saved >= self.options.checkpoint_seconds:
                     self._save()
@@ -207,7 +207,7 @@ class Trainer:
         self.world.seed(options.seed, state.step)
         self.model.train()
         for part in self._frozen:
-            part.eval()  # its running statistics stay unchanged too
+            part.eval()  # leaves its running statistics unchanged too
         loss, losses = self._learn(batch, global_batch)
         state.step, state.batch = state.step + 1, state.batch + 1
         state.samples += sum(global_batch.rows)
@@ -277,7 +277,7 @@ class Trainer:
         return scores
 
     def _close(self, scores: Scores) -> None:
-        """Record the epoch's scores, save its weights if they are the best, and begin the next epoch."""
+        """Record the epoch's scores, save the weights if they are the best so far, and start the next epoch."""
         state = self.state
         value = [scores.exact_match, -scores.loss] if self.options.select == "exact_match" else [-scores.loss]
         if state.best is None or value > state.best:
@@ -320,20 +320,20 @@ class Trainer:
         log.info("resuming after step %d", self.state.step)
         return True
 
-    def _check_processes(self, then: int, batch: int) -> None:
+    def _check_processes(self, saved: int, batch: int) -> None:
         """Raise RunMismatchError if the number of processes changed within an epoch, whose samples they partition."""
-        if batch and then != self.world.size:
+        if batch and saved != self.world.size:
             raise RunMismatchError(
-                f"{self.directory / CHECKPOINT}: expected {then} processes, found {self.world.size}: the checkpoint is "
-                f"from the middle of an epoch. Resume with --nproc-per-node {then} to the end of an epoch"
+                f"{self.directory / CHECKPOINT}: expected {saved} processes, found {self.world.size}: the checkpoint "
+                f"is from the middle of an epoch. Resume with --nproc-per-node {saved} to the end of the epoch"
             )
 
 
 def total_steps(options: TrainOptions, source: ExampleSource, longest: int = 0) -> int:
     """Return the number of steps of the training: `steps`, or epochs times batches per epoch.
 
-    With several processes an epoch may have more steps than the count of samples implies; `longest` is the most
-    that an epoch has had.
+    With several processes an epoch may have more steps than the number of samples implies. `longest` is the number of
+    steps of the longest epoch so far. Raises TrainingError if the number of samples is unknown.
     """
     if options.steps is not None:
         return options.steps

@@ -14,8 +14,8 @@ COUNTS = (
     *("batch_size", "epochs", "steps", "patience", "validation_samples"),
     *("vocab_size", "search_steps", "text_tokens"),
 )
-OF_NEW_MODELS = ("audio_seconds", "columns", "modalities", "text_tokens")
-SHARES = ("modality_dropout", "dropout", "label_smoothing")
+NEW_MODEL_ONLY = ("audio_seconds", "columns", "modalities", "text_tokens")
+PROBABILITIES = ("modality_dropout", "dropout", "label_smoothing")
 EncoderName = tuple[Modality, str]  # one of BUILTIN_ENCODERS, or a transformers model: hub name or directory
 
 
@@ -27,18 +27,17 @@ class TrainOptions:
     output: str  # a local directory
     reading: Reading = field(default_factory=Reading)  # shards only
     modalities: tuple[Modality, ...] | None = None  # None: all that the samples have
-    columns: tuple[str, ...] | None = None  # of features; None: every one whose name ends in _embedding
+    columns: tuple[str, ...] | None = None  # of features; None: all columns whose names end in _embedding
 
-    captions: str = (
-        "caption"  # field of the sample's JSON, or column; "text": the sample's text, which is then no input
-    )
-    captions_from: str | None = None  # of features: a file that holds `key` and that field, joined by key
+    # A field of the sample's JSON, or a column of features. "text" is the sample's text, which then is not an input.
+    captions: str = "caption"
+    captions_from: str | None = None  # features only: a file with `key` and the captions, joined by key
     clauses: str | None = None  # field of the sample's JSON: {"image": ..., "audio": ..., "text": ...}
     group: str | None = None  # field of the sample's JSON; samples with the same value form a group
     shares: tuple[float, float, float] = (0.9, 0.05, 0.05)  # of training, validation, test
 
-    encoders: tuple[EncoderName, ...] = ()  # shards only; several of one modality are fused; (): built-in encoders
-    unfreeze: tuple[str, ...] = ()  # sources whose pretrained encoders are trained; others are frozen
+    encoders: tuple[EncoderName, ...] = ()  # shards only; may have several of one modality; (): built-in encoders
+    unfreeze: tuple[str, ...] = ()  # sources whose pretrained encoders are trained; the other encoders are frozen
     model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig
     vocab_size: int = 2000  # tokens; enough for the captions of a few thousand samples
     text_tokens: int = 64  # longer texts are truncated
@@ -46,7 +45,7 @@ class TrainOptions:
     init: str | None = None  # directory of the model to start from
     freeze: tuple[str, ...] = ()  # parts that are not trained: names of sources, "fusion", "generator", ...
 
-    loss_weights: Mapping[str, float] = field(default_factory=dict)  # override those of the configuration
+    loss_weights: Mapping[str, float] = field(default_factory=dict)  # override the weights of the model's configuration
     modality_dropout: float = 0.15  # probability that a modality of a sample is masked
     dropout: float = 0.1
     label_smoothing: float = 0.0
@@ -55,45 +54,45 @@ class TrainOptions:
     warmup_steps: int | None = None  # None: 5 % of all steps
     schedule: Schedule = "cosine"
     weight_decay: float = 0.01
-    clip_norm: float = 1.0  # of the norm of all gradients
+    clip_norm: float = 1.0  # largest norm of all gradients; 0: no clipping
     batch_size: int = 64
     epochs: int = 20
     steps: int | None = None  # optimizer steps; replaces `epochs`
     patience: int | None = 5  # epochs without a better validation score; None: never stop early
-    select: Selection = "loss"  # score on the validation split that selects the best weights
-    validation_samples: int = 1000  # at most, of the validation split, after each epoch
-    search: int = 0  # number of configurations to try first; the best on the validation split is trained
+    select: Selection = "loss"  # the validation score that selects the best weights
+    validation_samples: int = 1000  # largest number of validation samples that are scored after each epoch
+    search: int = 0  # number of configurations to try first; the best by validation score is trained
     search_steps: int = 200  # of each configuration
     seed: int = 0
 
     device: str = "auto"
     mixed_precision: bool = True  # bfloat16 where the device is a GPU; a CPU computes in float32
-    checkpoint_seconds: float = 300.0  # between two checkpoints; each epoch ends with one as well
+    checkpoint_seconds: float = 300.0  # between two checkpoints; every epoch ends with a checkpoint too
 
     def __post_init__(self) -> None:
         check(self)
 
     def identity(self) -> dict[str, Any]:
         """Return the options that determine the weights, as JSON values."""
-        free = ("output", "device", "checkpoint_seconds")
-        values = {f.name: _plain(getattr(self, f.name)) for f in fields(self) if f.name not in free}
-        encoders = [[of, public_path(name) if "://" in name else name] for of, name in self.encoders]
+        excluded = ("output", "device", "checkpoint_seconds")
+        values = {f.name: _to_json(getattr(self, f.name)) for f in fields(self) if f.name not in excluded}
+        encoders = [[modality, public_path(name) if "://" in name else name] for modality, name in self.encoders]
         return values | {"input": [public_path(path) for path in self.input], "encoders": encoders}
 
 
-def _plain(value: Any) -> Any:
+def _to_json(value: Any) -> Any:
     if is_dataclass(value):
-        return {f.name: _plain(getattr(value, f.name)) for f in fields(value)}
+        return {f.name: _to_json(getattr(value, f.name)) for f in fields(value)}
     if isinstance(value, Mapping):
-        return {str(name): _plain(item) for name, item in value.items()}
-    return [_plain(item) for item in value] if isinstance(value, tuple | list) else value
+        return {str(name): _to_json(item) for name, item in value.items()}
+    return [_to_json(item) for item in value] if isinstance(value, tuple | list) else value
 
 
 def check(options: TrainOptions) -> None:
     """Raise UsageError for invalid or contradictory options."""
-    _one_of("optimizer", options.optimizer, OPTIMIZERS)
-    _one_of("schedule", options.schedule, SCHEDULES)
-    _one_of("select", options.select, SELECTIONS)
+    _check_choice("optimizer", options.optimizer, OPTIMIZERS)
+    _check_choice("schedule", options.schedule, SCHEDULES)
+    _check_choice("select", options.select, SELECTIONS)
     if not options.loss_weights.get("caption", 1.0) > 0:
         raise UsageError("`loss_weights` caption: expected more than 0, or no captions are learned")
     for name, weight in options.loss_weights.items():
@@ -108,10 +107,10 @@ def _check_numbers(options: TrainOptions) -> None:
         value = getattr(options, name)
         if value is not None and value < 1:
             raise UsageError(f"`{name}` {value}: expected at least 1")
-    for name in (*SHARES, "seed", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
+    for name in (*PROBABILITIES, "seed", "warmup_steps", "learning_rate", "weight_decay", "clip_norm"):
         value = getattr(options, name)
-        if value is not None and (not (math.isfinite(value) and value >= 0) or (name in SHARES and value >= 1)):
-            below = ", below 1" if name in SHARES else ""
+        if value is not None and (not (math.isfinite(value) and value >= 0) or (name in PROBABILITIES and value >= 1)):
+            below = ", below 1" if name in PROBABILITIES else ""
             raise UsageError(f"`{name}` {value}: expected 0 or more{below}")
     if options.audio_seconds is not None and not (math.isfinite(options.audio_seconds) and options.audio_seconds > 0):
         raise UsageError(f"`audio_seconds` {options.audio_seconds}: expected more than 0")
@@ -122,35 +121,35 @@ def _check_together(options: TrainOptions) -> None:
     if options.captions == "text" and "text" in {*(options.modalities or ()), *encoded}:
         raise UsageError("`captions` text: the text is the target, so it cannot be an input; leave it out")
     if options.modalities is not None and not encoded <= set(options.modalities):
-        left = ", ".join(sorted(encoded - set(options.modalities)))
-        raise UsageError(f"`encoders` {left}: not in `modalities` {','.join(options.modalities)}")
+        excess = ", ".join(sorted(encoded - set(options.modalities)))
+        raise UsageError(f"`encoders` {excess}: not in `modalities` {','.join(options.modalities)}")
     if options.freeze and options.init is None:
         raise UsageError("`freeze`: requires `init`; random weights cannot be frozen")
     both = sorted(set(options.freeze) & set(options.unfreeze))
     if both:
         raise UsageError(f"`freeze` and `unfreeze` {', '.join(both)}: mutually exclusive")
     architecture = [*sorted(options.model), *["`encoders`"] * bool(options.encoders)]
-    architecture += [f"`{name}`" for name in OF_NEW_MODELS if getattr(options, name) != getattr(TrainOptions, name)]
+    architecture += [f"`{name}`" for name in NEW_MODEL_ONLY if getattr(options, name) != getattr(TrainOptions, name)]
     if options.init is not None and architecture:
         raise UsageError(f"`init` has its own architecture; leave out {', '.join(architecture)}")
     if len(options.shares) != 3 or min(options.shares) < 0 or not math.isclose(sum(options.shares), 1, abs_tol=1e-9):
-        raise UsageError(f"`shares` {options.shares}: expected three shares that add up to 1")
+        raise UsageError(f"`shares` {options.shares}: expected three fractions that add up to 1")
     if "://" in options.output:
         raise UsageError(f"`output` {public_path(options.output)}: expected a local directory")
 
 
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+def _check_choice(name: str, value: str, known: tuple[str, ...]) -> None:
     if value not in known:
         raise UsageError(f"`{name}` {value}: expected one of {', '.join(known)}")
 
 
-def difference(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:
+def difference(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
     """Return the differences of two identities, one line each: "learning_rate: 0.001 -> 0.002"."""
     lines: list[str] = []
-    for name in dict.fromkeys((*then, *now)):
-        old, new = then.get(name), now.get(name)
-        if isinstance(old, Mapping) and isinstance(new, Mapping):
-            lines += difference(old, new, f"{prefix}{name}.")
-        elif old != new:
-            lines.append(f"{prefix}{name}: {old} -> {new}")
+    for name in dict.fromkeys((*old, *new)):
+        before, after = old.get(name), new.get(name)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += difference(before, after, f"{prefix}{name}.")
+        elif before != after:
+            lines.append(f"{prefix}{name}: {before} -> {after}")
     return lines

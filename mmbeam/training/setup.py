@@ -1,6 +1,6 @@
 """Preparation of a training: configuration, processor, source of examples, and the new model.
 
-The vocabulary and the sample counts are saved beside the checkpoint, so that a resumed run uses the same.
+The vocabulary and the sample counts are saved beside the checkpoint, so that a resumed run uses the same ones.
 """
 
 import json
@@ -43,11 +43,11 @@ from mmbeam.types import Needs
 
 log = logging.getLogger(__name__)
 
-SHARED = ("words", "space", "fusion", "generator")  # parts of a model beside its sources' encoders
+SHARED = ("words", "space", "fusion", "generator")  # parts of a model besides the encoders of its sources
 START, FACTS = "start", "samples.json"
 SURVEYED_SOUNDS = 100  # clips whose lengths determine the model's audio window
 MAX_AUDIO_SECONDS = 30.0  # longest audio window
-TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # used only by the losses
+TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # used only by losses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,23 +57,25 @@ class Setup:
     config: FusionConfig
     processor: FusionProcessor
     source: ExampleSource
-    facts: Mapping[str, Any]  # of the samples, for the model card
+    facts: Mapping[str, Any]  # about the samples, for the model card
 
 
 def set_up(options: TrainOptions, directory: Path) -> Setup:
-    """Return the setup of the run in `directory`: that of an earlier launch, or a new one, which is saved.
+    """Return the setup saved in `directory` by an earlier launch, or make and save a new one.
 
     Raises NoShardsError, TrainingError, MissingModalityError, ModelError, UsageError.
     """
     start = directory / START
     features = bool(feature_files(options.input))
-    begun = (start / FACTS).exists()
-    facts = json.loads((start / FACTS).read_text()) if begun else _begin(options, features, start)
+    is_saved = (start / FACTS).exists()
+    facts = json.loads((start / FACTS).read_text()) if is_saved else _begin(options, features, start)
     config = FusionConfig.from_pretrained(start)
     processor = FusionProcessor.from_directory(start)
     if bool(processor.columns) != features:
-        takes = f"features ({', '.join(processor.columns)})" if processor.columns else ", ".join(processor.modalities)
-        raise UsageError(f"`init` {options.init}: the model takes {takes}, which `input` is not")
+        inputs = f"features ({', '.join(processor.columns)})" if processor.columns else ", ".join(processor.modalities)
+        raise UsageError(
+            f"`init` {options.init}: the model takes {inputs}, and `input` is {'features' if features else 'shards'}"
+        )
     counts = facts["captions"] if facts["counted"] else {}
     source: ShardSource | FeatureSource
     if features:
@@ -81,7 +83,7 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
         check_origins(processor, source)
     else:
         source = shard_source(options, processor, counts)
-    if not begun:
+    if not is_saved:
         write_text(start / FACTS, json.dumps(facts, indent=2) + "\n")
     return Setup(config=config, processor=processor, source=source, facts=facts)
 
@@ -91,31 +93,32 @@ def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]
     _check_kind(options, features)
     encoders = read_encoders(options.encoders, options.text_tokens)
     initial = None if options.init is None else _initial(options, options.init)
-    source = row_source(options) if features else shard_source(options)
-    survey = source.survey(SURVEYED if options.steps is not None else None)
+    examples = row_source(options) if features else shard_source(options)
+    survey = examples.survey(SURVEYED if options.steps is not None else None)
     survey.check(options.captions)
     _check_labels(options, survey)
-    config, processor = initial or _new(options, source, survey, encoders)
+    config, processor = initial or _new(options, examples, survey, encoders)
     unfreeze(config, options.unfreeze)
     _check_freeze(config, options.freeze)
     if ("caption", "caption") in config.aligned_pairs() and options.group is None:
         raise UsageError("`pairs` caption:caption: captions have no augmented view; pass `group`")
     config.save_pretrained(start)
     processor.save(start)
-    origins = {name: of.origin._asdict() for name, of in config.parsed_sources().items() if of.origin is not None}
+    sources = config.parsed_sources()
+    origins = {name: source.origin._asdict() for name, source in sources.items() if source.origin is not None}
     return survey.facts() | {"origins": origins}
 
 
 def _check_kind(options: TrainOptions, features: bool) -> None:
-    """Raise UsageError for an option that does not apply to such an input."""
-    of_shards = {
+    """Raise UsageError for an option that does not apply to this kind of input."""
+    shards_only = {
         "`encoders`": options.encoders,
         "`audio_seconds`": options.audio_seconds,
         "`text_tokens`": options.text_tokens != TrainOptions.text_tokens,
         "`image_field` and the other fields": options.reading.fields != FieldMap(),
     }
-    of_features = {"`columns`": options.columns, "`captions_from`": options.captions_from}
-    for name, value in (of_shards if features else of_features).items():
+    features_only = {"`columns`": options.columns, "`captions_from`": options.captions_from}
+    for name, value in (shards_only if features else features_only).items():
         if value:
             expected, actual = ("shards", "features") if features else ("features", "shards")
             raise UsageError(f"{name}: applies to {expected}, and the input is {actual}; leave it out")
@@ -123,22 +126,25 @@ def _check_kind(options: TrainOptions, features: bool) -> None:
 
 def _check_labels(options: TrainOptions, survey: Survey) -> None:
     """Raise TrainingError if no sample has the requested clauses or group."""
-    for name, field, found in (
+    for name, field, count in (
         ("clauses", options.clauses, survey.clauses),
         ("group", options.group, survey.groups),
     ):
-        if field is not None and not found:
+        if field is not None and not count:
             present = f"; their JSON has {', '.join(sorted(survey.fields)[:12])}" if survey.fields else ""
             raise TrainingError(f"`{name}` {field}: none of the {survey.samples:,} samples has a usable value{present}")
 
 
 def _initial(options: TrainOptions, model: str) -> tuple[FusionConfig, FusionProcessor]:
-    """Return configuration and processor of the model that the training starts from."""
+    """Return the configuration and processor of the model that the training starts from.
+
+    Raises ModelError if it is not a fusion model, UsageError if its input would be the target.
+    """
     directory = resolve(model).directory
     values = read_json(directory, "config.json")
     if values.get("model_type") != FusionConfig.model_type:
         raise ModelError(
-            f"`init` {model}: expected a fusion model, found one of type {values.get('model_type')}; to use its "
+            f"`init` {model}: expected a fusion model, found a model of type {values.get('model_type')}; to use its "
             "encoder, pass it in `encoders`"
         )
     processor, config = read_processor(directory, values), FusionConfig.from_pretrained(directory)
@@ -150,6 +156,7 @@ def _initial(options: TrainOptions, model: str) -> tuple[FusionConfig, FusionPro
 def _new(
     options: TrainOptions, source: ShardSource | FeatureSource, survey: Survey, encoders: Encoders
 ) -> tuple[FusionConfig, FusionProcessor]:
+    """Return the configuration and processor of a new model for the surveyed samples."""
     config = _config(options, source, survey, encoders)
     seconds = _audio_seconds(options, config, source)
     processor = FusionProcessor.fit(
@@ -166,42 +173,47 @@ def _config(
     if isinstance(source, FeatureSource):
         return FusionConfig(sources=column_sources(source, modalities), **options.model)
     config = FusionConfig.for_media(modalities, sources=encoders.sources, **options.model)
-    for name, of in config.parsed_sources().items():
-        if of.modality == "text" and of.kind != "pretrained":
-            config.sources[name]["max_tokens"] = options.text_tokens  # type: ignore[index]  # they are made by now
+    for name, source_config in config.parsed_sources().items():
+        if source_config.modality == "text" and source_config.kind != "pretrained":
+            config.sources[name]["max_tokens"] = options.text_tokens  # type: ignore[index]  # set after construction
     return config
 
 
 def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSource | FeatureSource) -> float:
-    hears = any(of.modality == "audio" and of.kind != "pretrained" for of in config.parsed_sources().values())
-    if options.audio_seconds is not None and not hears:
+    """Return the length of the audio window; 1 if no encoder needs it. Raises UsageError."""
+    sources = config.parsed_sources().values()
+    has_builtin = any(
+        source_config.modality == "audio" and source_config.kind != "pretrained" for source_config in sources
+    )
+    if options.audio_seconds is not None and not has_builtin:
         raise UsageError(
-            "`audio_seconds`: the model has no built-in audio encoder; pretrained ones have their own window"
+            "`audio_seconds`: the model has no built-in audio encoder, and the window of a pretrained encoder is "
+            "fixed; leave it out"
         )
-    if options.audio_seconds is None and hears and isinstance(source, ShardSource):
+    if options.audio_seconds is None and has_builtin and isinstance(source, ShardSource):
         return source.longest_audio_seconds(SURVEYED_SOUNDS, MAX_AUDIO_SECONDS)
     return options.audio_seconds or 1.0
 
 
 def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
     """Return the requested modalities, or all modalities present. Raises MissingModalityError."""
-    found = [modality for modality in MODALITIES if survey.modalities[modality]]
+    present = [modality for modality in MODALITIES if survey.modalities[modality]]
     if options.captions == CAPTION_IS_TEXT:
-        found = [modality for modality in found if modality != "text"]
-    asked = options.modalities or [modality for modality, _ in options.encoders]
-    missing = [modality for modality in dict.fromkeys(asked) if modality not in found]
-    if missing or not found:
+        present = [modality for modality in present if modality != "text"]
+    requested = options.modalities or [modality for modality, _ in options.encoders]
+    missing = [modality for modality in dict.fromkeys(requested) if modality not in present]
+    if missing or not present:
         raise MissingModalityError(
             f"no {', '.join(missing) or 'image, audio or text'} in the {survey.samples:,} samples; "
             "see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`"
         )
-    return tuple(options.modalities or found)
+    return tuple(options.modalities or present)
 
 
 def shard_source(
     options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Split, int] | None = None
 ) -> ShardSource:
-    """Return the samples of the shards, decoded as `processor` needs them; without a processor, texts only."""
+    """Return the source of the shards' samples, decoded as `processor` needs them; without a processor, texts only."""
     source = ShardSource(
         units=plan_units(list_shards(options.input), []),
         labelling=_labelling(options),
@@ -223,7 +235,7 @@ def shard_source(
 def row_source(
     options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Split, int] | None = None
 ) -> FeatureSource:
-    """Return the rows of the Parquet files, with the columns of the processor, or else of the options."""
+    """Return the source of the Parquet files' rows, with the columns of the processor, or else of the options."""
     columns: Mapping[str, Modality | None] | None = processor.columns if processor else None
     if processor is None and options.columns is not None:
         columns = dict(map(column_modality, options.columns))
@@ -244,7 +256,7 @@ def _labelling(options: TrainOptions) -> Labelling:
 def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tuple[FusionModel, list[torch.nn.Module]]:
     """Return the initial model and its frozen modules.
 
-    Weights come from `init` where it has them; others are drawn with the options' seed. Raises UsageError,
+    Weights come from `init` where it has them; the others are drawn with the seed of the options. Raises UsageError or
     ModelError.
     """
     config = configured(setup.config, options)
@@ -262,14 +274,14 @@ def configured(config: FusionConfig, options: TrainOptions) -> FusionConfig:
     """Return the configuration with the losses and dropout of the options."""
     weights = {**(config.loss_weights or {}), **options.loss_weights}
     changed = {"dropout": options.dropout, "label_smoothing": options.label_smoothing, "loss_weights": weights}
-    made: FusionConfig = FusionConfig.from_dict({**config.to_dict(), **changed})
-    return made
+    result: FusionConfig = FusionConfig.from_dict({**config.to_dict(), **changed})
+    return result
 
 
 def frozen_parts(model: FusionModel, names: Sequence[str]) -> list[torch.nn.Module]:
-    """Return the modules of these names: encoders of sources, or parts in SHARED. Raises UsageError for other names.
+    """Return the modules with these names: encoders of sources, or parts in SHARED. Raises UsageError for other names.
 
-    "words" is the token embedding that text encoders and the decoder share.
+    "words" is the token embedding that the text encoders and the decoder share.
     """
     _check_freeze(model.config, names)
     shared = {"words": model.words, "space": model.space, "fusion": model.fuser, "generator": model.decoder}

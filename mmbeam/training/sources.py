@@ -1,6 +1,6 @@
-"""Sources of examples: shards, rows of pre-computed features, and the procedural corpus.
+"""Sources of examples: shards, rows of precomputed features, and the procedural corpus.
 
-Memory holds only the windows that are being read. A feature vector with a value that is not finite counts as missing.
+Only the windows that are being read are in memory. A feature vector with a value that is not finite counts as missing.
 """
 
 import logging
@@ -28,28 +28,27 @@ from mmbeam.names import MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.readers.windows import prefetch, read_batches
 from mmbeam.training.examples import Example, clauses_of
-from mmbeam.types import Audio, Feature, FeatureColumn, Needs, Sample, Waveform, WorkUnit
+from mmbeam.types import Feature, FeatureColumn, Needs, Sample, WorkUnit
 
 log = logging.getLogger(__name__)
 
-
-CAPTION_IS_TEXT = "text"  # as the name of the caption's field: the sample's text itself
-SPLIT_SEED = 0  # the same for every run, so that no model's test part is part of another's training
-SURVEYED = 50_000  # samples whose texts are enough to learn a vocabulary from
-TEXT_ONLY = Needs()  # of a sample; its JSON always comes along
+CAPTION_IS_TEXT = "text"  # the value of `captions` that makes the sample's text the caption
+SPLIT_SEED = 0  # the same for every run, so that no training contains samples of another model's test split
+SURVEYED = 50_000  # samples whose texts suffice to learn a vocabulary
+TEXT_ONLY = Needs()  # text and metadata, which every sample has without decoding
 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling:
-    """The JSON fields of targets (caption, clauses, group), and the split of a key."""
+    """The JSON fields of the targets (caption, clauses, group), and the split of a key."""
 
     captions: str
     clauses: str | None = None
     group: str | None = None
     shares: tuple[float, float, float] = (0.9, 0.05, 0.05)
 
-    def part(self, key: str) -> Split:
-        """Return the split of the sample, a function of its key."""
+    def split(self, key: str) -> Split:
+        """Return the split of the sample with this key."""
         return split_of(key, SPLIT_SEED, self.shares)
 
     def caption(self, sample: Sample) -> str | None:
@@ -72,9 +71,9 @@ class Survey:
     samples: int = 0
     captions: dict[Split, int] = field(default_factory=lambda: dict.fromkeys(SPLITS, 0))
     modalities: Counter[Modality] = field(default_factory=Counter)
-    clauses: int = 0  # samples whose captions come in parts
-    groups: int = 0  # samples that belong to one
-    texts: list[str] = field(default_factory=list)  # of the training part: captions and texts
+    clauses: int = 0  # samples whose caption has clauses
+    groups: int = 0  # samples with a group
+    texts: list[str] = field(default_factory=list)  # captions and texts of the training split
     fields: set[str] = field(default_factory=set)  # of the samples' JSON
     whole: bool = True  # whether all samples were counted
 
@@ -86,18 +85,18 @@ class Survey:
                 f"{', '.join(sorted(self.fields)[:12]) or 'no fields'}. Name a field in `captions`, or text for "
                 "the samples' own text"
             )
-        for part in ("train", "validation"):
-            if not self.captions[part]:
+        for split in ("train", "validation"):
+            if not self.captions[split]:
                 raise TrainingError(
-                    f"the {part} split is empty: {self.captions}. Add samples with a caption, or raise its fraction in "
-                    "`shares`"
+                    f"the {split} split is empty: {self.captions}. Add samples with a caption, or raise its fraction "
+                    "in `shares`"
                 )
 
     def facts(self) -> dict[str, Any]:
-        """Return the counts as JSON values."""
-        without = self.samples - sum(self.captions.values())
-        if without:
-            log.warning("%d of %d samples have no caption and are left out", without, self.samples)
+        """Return the counts as JSON values, and log how many samples have no caption."""
+        without_caption = self.samples - sum(self.captions.values())
+        if without_caption:
+            log.warning("%d of %d samples have no caption and are left out", without_caption, self.samples)
         return {
             "samples": self.samples,
             "captions": self.captions,
@@ -109,10 +108,10 @@ class Survey:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardSource:
-    """Samples of shards, prefetched; each training epoch has its own order of units.
+    """Samples of shards, prefetched. Every training epoch has a different order of units.
 
-    Several processes partition the units of an epoch. The remainder, fewer units than processes, is read by all, and
-    each process decodes its part of the samples by a hash of the key.
+    Several processes partition the units of an epoch. The remainder, fewer units than processes, is read by all
+    processes, and each decodes the samples that a hash of the key assigns to it.
     """
 
     units: Sequence[WorkUnit]
@@ -126,7 +125,7 @@ class ShardSource:
     world_size: int = 1
 
     def survey(self, limit: int | None = None) -> Survey:
-        """Survey the texts and JSON of the samples, of at most `limit` of them."""
+        """Count the samples, or the first `limit` of them, and collect their texts and JSON fields."""
         survey = Survey()
         for sample in self._samples(self.units, None):
             if limit is not None and survey.samples >= limit:
@@ -138,36 +137,41 @@ class ShardSource:
     def longest_audio_seconds(self, limit: int, most: float) -> float:
         """Return the seconds of the longest of the first `limit` clips, at most `most`; 1 if there is none."""
         source = replace(self, needs=Needs(modalities=frozenset(("audio",))))
-        found = (s.audio.seconds for s in source._samples(self.units, None) if s.audio is not None)
-        return min(most, max(islice(found, limit), default=1.0))
+        durations = (s.audio.seconds for s in source._samples(self.units, None) if s.audio is not None)
+        return min(most, max(islice(durations, limit), default=1.0))
 
     def count(self, split: Split) -> int | None:
+        """Return the number of the split's samples with a caption, None if unknown."""
         return self.counts.get(split)
 
     def of_rank(self, rank: int, world_size: int) -> "ShardSource":
+        """Return the source of one process; see ExampleSource."""
         return replace(self, rank=rank, world_size=world_size)
 
     def examples(self, split: Split, epoch: int = 0) -> Iterator[Example]:
-        """Yield the split's samples with a caption and at least one decoded modality."""
-        for sample in self._of_split(split, epoch):
+        """Yield the split's samples with a caption and at least one decoded modality.
+
+        Raises ShardError if a shard cannot be read.
+        """
+        for sample in self._samples_of_split(split, epoch):
             example = self._example(sample)
             if example is not None:
                 yield example
 
-    def _of_split(self, split: Split, epoch: int) -> Iterator[Sample]:
-        def wanted(key: str) -> bool:
-            return self.labelling.part(key) == split
+    def _samples_of_split(self, split: Split, epoch: int) -> Iterator[Sample]:
+        def is_in_split(key: str) -> bool:
+            return self.labelling.split(key) == split
 
-        def own(key: str) -> bool:
-            return wanted(key) and rank_of(key, self.world_size) == self.rank
+        def is_in_split_of_rank(key: str) -> bool:
+            return is_in_split(key) and rank_of(key, self.world_size) == self.rank
 
         if split != "train":
-            return self._samples(self.units, wanted)
+            return self._samples(self.units, is_in_split)
         order = np.random.default_rng((self.seed, epoch)).permutation(len(self.units)).tolist()
-        alone, shared = units_of_rank(order, self.rank, self.world_size)
+        exclusive, shared = units_of_rank(order, self.rank, self.world_size)
         return chain(
-            self._samples([self.units[place] for place in alone], wanted),
-            self._samples([self.units[place] for place in shared], own),
+            self._samples([self.units[index] for index in exclusive], is_in_split),
+            self._samples([self.units[index] for index in shared], is_in_split_of_rank),
         )
 
     def _samples(self, units: Sequence[WorkUnit], wanted: Callable[[str], bool] | None) -> Iterator[Sample]:
@@ -202,14 +206,14 @@ def _survey_sample(sample: Sample, labelling: Labelling, survey: Survey) -> None
     survey.samples += 1
     survey.modalities.update(sample.present)
     survey.fields.update(json_object(sample.metadata))
-    caption, part = labelling.caption(sample), labelling.part(sample.key)
+    caption, split = labelling.caption(sample), labelling.split(sample.key)
     if caption is None:
         return
-    survey.captions[part] += 1
+    survey.captions[split] += 1
     clauses, group = labelling.facts(sample)
     survey.clauses += clauses is not None
     survey.groups += group is not None
-    if part == "train" and len(survey.texts) < 2 * SURVEYED:
+    if split == "train" and len(survey.texts) < 2 * SURVEYED:
         survey.texts += [caption, *filter(None, [sample.model_text])]
 
 
@@ -222,24 +226,21 @@ def _usable(sample: Sample, modality: Modality) -> bool:
 
 
 def request_of(sample: Sample, modalities: frozenset[Modality]) -> Request:
-    """Return the model input of a sample of shards."""
+    """Return the model input of a sample of shards: these modalities, and audio at its highest sampling rate."""
+    audio = None
+    if sample.audio is not None and "audio" in modalities:
+        rate, wave = max(sample.audio.waves.items())
+        audio = (wave, rate)
     return Request(
         image=sample.image if "image" in modalities else None,
-        audio=_sound(sample.audio) if "audio" in modalities else None,
+        audio=audio,
         text=sample.model_text if "text" in modalities else None,
     )
 
 
-def _sound(audio: Audio | None) -> tuple[Waveform, int] | None:
-    if audio is None:
-        return None
-    rate, wave = max(audio.waves.items())
-    return wave, rate
-
-
 @dataclass(frozen=True, kw_only=True)
 class CorpusSource:
-    """The endless procedural corpus: every training epoch has new scenes.
+    """The procedural corpus, which is endless: every training epoch has new scenes.
 
     The splits differ by seed: training has `seed`, validation `seed` + 1, test `seed` + 2.
     """
@@ -247,19 +248,22 @@ class CorpusSource:
     seed: int
     epoch_size: int
     evaluation_size: int
-    modalities: Collection[Modality] | None = None  # no clauses but theirs are in the captions; None: all
+    modalities: Collection[Modality] | None = None  # captions contain only the clauses of these modalities; None: all
     side: int = 64  # pixels
     rate: int = 8000  # Hz
     rank: int = 0  # of `world_size` processes, which partition the training split
     world_size: int = 1
 
     def count(self, split: Split) -> int | None:
+        """Return the number of scenes in an epoch of the split."""
         return self.epoch_size if split == "train" else self.evaluation_size
 
     def of_rank(self, rank: int, world_size: int) -> "CorpusSource":
+        """Return the source of one process; see ExampleSource."""
         return replace(self, rank=rank, world_size=world_size)
 
     def examples(self, split: Split, epoch: int = 0) -> Iterator[Example]:
+        """Yield the scenes of an epoch of the split. Evaluation splits are the same in every epoch."""
         start, end = 0, self.evaluation_size
         if split == "train":
             begin, size = epoch * self.epoch_size, self.epoch_size
@@ -269,7 +273,7 @@ class CorpusSource:
 
 
 def scene_example(scene: Scene, side: int = 64, rate: int = 8000) -> Example:
-    """Return the example of a scene, rendered when its request is made."""
+    """Return the example of a scene, which is rendered when its request is made; `side` in pixels, `rate` in Hz."""
     return Example(
         key=scene.key,
         caption=scene.caption(),
@@ -287,7 +291,7 @@ def _render(scene: Scene, side: int, rate: int, modalities: frozenset[Modality])
     )
 
 
-ROWS = 1024  # taken from the files at once
+ROWS = 1024  # rows per batch of the data loader
 
 
 def column_modality(text: str) -> tuple[str, Modality | None]:
@@ -300,7 +304,7 @@ def column_modality(text: str) -> tuple[str, Modality | None]:
 
 
 def captions_of(paths: Sequence[str], name: str, file: str | None) -> Captions:
-    """Return where the captions `name` are: in `file`, a column of the rows, or a field of their JSON."""
+    """Return the location of the captions: in `file`, in the column `name`, or in the field `name` of the JSON."""
     if file is not None:
         return Captions(file=file, file_caption=name)
     with open_parquet(feature_files(paths)[0].url) as parquet:
@@ -310,37 +314,37 @@ def captions_of(paths: Sequence[str], name: str, file: str | None) -> Captions:
 
 @dataclass(frozen=True, kw_only=True)
 class FeatureSource:
-    """Rows of features with a caption; each training epoch has its own order."""
+    """Rows of features with a caption. Every training epoch has a different order."""
 
     paths: Sequence[str]
     captions: Captions
     labelling: Labelling
-    columns: Mapping[str, Modality | None] | None = None  # None: every column of vectors; a modality overrules the name
+    columns: Mapping[str, Modality | None] | None = None  # None: all columns of vectors; a modality overrides the name
     counts: Mapping[Split, int] = field(default_factory=dict)
     seed: int = 0
-    rank: int = 0  # which share of the training part's rows, of `world_size`
+    rank: int = 0  # of `world_size` processes, which partition the training split
     world_size: int = 1
-    _warned: set[str] = field(default_factory=set, repr=False, compare=False)  # columns that were complained about
+    _warned: set[str] = field(default_factory=set, repr=False, compare=False)  # columns that a warning was logged for
 
     def features(self) -> dict[str, FeatureColumn]:
-        """The columns of features, by name, each with its modality. Raises UsageError if that is unknown."""
+        """Return the columns of features with their modalities, by name. Raises UsageError for an unknown modality."""
         columns = {}
         for name, column in self._dataset("train").features.items():
             modality = (self.columns or {}).get(name) or column.modality
             if modality is None:
                 raise UsageError(
-                    f"column {name}: its name is not [NAME_]<modality>_embedding or _tokens; name its modality: "
-                    f"{name}=image in `columns`"
+                    f"column {name}: expected a name like [NAME_]<modality>_embedding or _tokens; name its modality "
+                    f"in `columns`, for example {name}=image"
                 )
             columns[name] = replace(column, modality=modality)
         return columns
 
     def survey(self, limit: int | None = None) -> Survey:
-        """Count the rows of each part; look at the first rows of the training part, no more than `limit`."""
+        """Count the rows of all splits, and collect captions and counts of at most `limit` training rows."""
         survey = Survey()
-        for part in SPLITS:
-            count = self._dataset(part).count()
-            survey.captions[part] = count.rows
+        for split in SPLITS:
+            count = self._dataset(split).count()
+            survey.captions[split] = count.rows
             survey.samples += count.rows + count.without_caption
         for example in islice(self.examples("train"), min(SURVEYED, limit or SURVEYED)):
             survey.texts.append(example.caption)
@@ -350,9 +354,11 @@ class FeatureSource:
         return survey
 
     def count(self, split: Split) -> int | None:
+        """Return the number of the split's rows with a caption, None if unknown."""
         return self.counts.get(split)
 
     def of_rank(self, rank: int, world_size: int) -> "FeatureSource":
+        """Return the source of one process; see ExampleSource."""
         return replace(self, rank=rank, world_size=world_size)
 
     def examples(self, split: Split, epoch: int = 0) -> Iterator[Example]:
@@ -383,17 +389,17 @@ class FeatureSource:
         )
 
     def _values(self, batch: Mapping[str, Any], name: str) -> list[Feature | None]:
-        """Each row's vector, [width], or vectors, [tokens, width]; None where it has none that is all numbers."""
+        """Return each row's vector [width], or vectors [tokens, width]; None if it is null or not finite."""
         values, mask = batch[name].numpy(), batch[f"{name}_mask"].numpy()
         finite = np.isfinite(values).all(tuple(range(1, values.ndim)))
         counts = mask.reshape(len(mask), -1).sum(1)
         if not finite.all() and name not in self._warned:
             self._warned.add(name)
             key = batch["key"][finite.argmin()]
-            log.warning("column %s: vectors that are not finite count as missing, the first of key %s", name, key)
+            log.warning("column %s: vectors that are not finite count as missing; the first has key %s", name, key)
         rows: list[Feature | None] = []
-        for value, count, good in zip(values, counts.tolist(), finite.tolist(), strict=True):
-            rows.append((value[:count] if values.ndim > 2 else value) if count and good else None)
+        for value, count, is_finite in zip(values, counts.tolist(), finite.tolist(), strict=True):
+            rows.append((value[:count] if values.ndim > 2 else value) if count and is_finite else None)
         return rows
 
     @property
@@ -421,17 +427,20 @@ def _request(features: Mapping[str, Feature], modalities: Mapping[str, Modality]
     return Request(features={name: value for name, value in features.items() if modalities[name] in kept})
 
 
-SURVEYED_ROWS = 1000  # rows whose sequences say how long they are
-MAX_TOKENS = 1500  # of a sequence that is read: as many as Whisper makes of 30 seconds
+SURVEYED_ROWS = 1000  # rows whose sequences determine the model's longest sequence
+MAX_TOKENS = 1500  # longer sequences are truncated; Whisper encodes 30 seconds as 1500 vectors
 
 
 def column_sources(source: FeatureSource, modalities: Collection[Modality]) -> dict[str, dict[str, Any]]:
-    """Return a source for each column of these modalities. Those whose model is unknown are named in a warning."""
+    """Return the configuration of a source for each column of these modalities, by name.
+
+    Logs a warning that names the columns whose model is unknown.
+    """
     columns = [column for column in source.features().values() if column.modality in modalities]
     unknown = [column.name for column in columns if column.origin is None]
     if unknown:
         log.warning(
-            "the files do not name the model that made %s: features of another model will not be recognised",
+            "the files do not name the model that made %s: features of another model will not be detected",
             ", ".join(unknown),
         )
     sources = {
@@ -445,19 +454,19 @@ def column_sources(source: FeatureSource, modalities: Collection[Modality]) -> d
 
 
 def _longest(source: FeatureSource, names: Collection[str]) -> dict[str, int]:
-    """Of columns of sequences, how many vectors the longest of the first rows has."""
+    """Return the number of vectors of the longest sequence among the first rows, by column, at most MAX_TOKENS."""
     longest = dict.fromkeys(names, 1)
     for example in islice(source.examples("train"), SURVEYED_ROWS if names else 0):
         features = example.make().features
         longest |= {name: max(longest[name], len(features[name])) for name in names if name in features}
     for name, length in longest.items():
         if length > MAX_TOKENS:
-            log.warning("column %s: sequences of up to %d vectors are cut to %d", name, length, MAX_TOKENS)
+            log.warning("column %s: sequences of up to %d vectors are truncated to %d", name, length, MAX_TOKENS)
     return {name: min(length, MAX_TOKENS) for name, length in longest.items()}
 
 
 def check_origins(processor: FusionProcessor, source: FeatureSource) -> None:
-    """Raise UsageError if another model made the features than those that the model was trained on."""
+    """Raise UsageError if the model was trained on features of another encoder; log a warning if it is unknown."""
     for name, column in source.features().items():
         check_origin(f"`input`: {name}", processor.sources[name].origin, column.origin)
         warn_of_unknown_origin("`input`", name, processor.sources[name].origin, column.origin)

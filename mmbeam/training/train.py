@@ -2,7 +2,7 @@
 
 MODEL_DIR/config.json, model.safetensors, tokenizer.json, preprocessing.json, README.md
 MODEL_DIR/_training/run.json           the options: a run with the same options resumes, others are refused
-MODEL_DIR/_training/start/             the configuration and the vocabulary, as the training began
+MODEL_DIR/_training/start/             configuration, vocabulary and sample counts from the start of the training
 MODEL_DIR/_training/checkpoint.safetensors, best.safetensors
 MODEL_DIR/_training/metrics.jsonl, loss.png, search.json, report.json
 """
@@ -26,7 +26,7 @@ from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.loading import quiet_transformers
 from mmbeam.training.card import model_card
 from mmbeam.training.checkpoint import write_text
-from mmbeam.training.distributed import ALONE, World, joined, local_device
+from mmbeam.training.distributed import SINGLE, World, joined, local_device
 from mmbeam.training.fit import BEST, CHECKPOINT, SUBSETS_PER_BATCH, ProgressReporter, State, Trainer
 from mmbeam.training.options import TrainOptions, difference
 from mmbeam.training.scores import Evaluator
@@ -59,13 +59,13 @@ SPACE: Mapping[str, Span] = {
     "dropout": Span(0.0, 0.3),
     "label_smoothing": Span(0.0, 0.1),
     "modality_dropout": Span(0.05, 0.3),
-    "align": Span(0.03, 0.3, logarithmic=True),  # weights of losses; the caption loss has 1
+    "align": Span(0.03, 0.3, logarithmic=True),  # weight of this loss; the weight of the caption loss is 1
     "reconstruct": Span(0.03, 0.3, logarithmic=True),
 }
 
 
 def draw(options: TrainOptions, space: Mapping[str, Span] = SPACE) -> list[dict[str, Any]]:
-    """Return the changes of each configuration to try, a function of the options' seed; the first has none."""
+    """Return the hyperparameters to change in each configuration, drawn from the seed; the first changes none."""
     rng = np.random.default_rng((options.seed, len(space)))
     drawn = [
         {name: span.draw(float(uniform)) for (name, span), uniform in zip(space.items(), row, strict=True)}
@@ -75,7 +75,7 @@ def draw(options: TrainOptions, space: Mapping[str, Span] = SPACE) -> list[dict[
 
 
 def apply_choice(options: TrainOptions, choice: Mapping[str, Any]) -> TrainOptions:
-    """Return the options with the changes of a configuration."""
+    """Return the options with the hyperparameters of a configuration of `draw`."""
     weights = {name: value for name, value in choice.items() if name in ("align", "reconstruct")}
     others = {name: value for name, value in choice.items() if name not in weights}
     return replace(options, **others, loss_weights={**options.loss_weights, **weights})
@@ -88,12 +88,11 @@ def search(
     device: torch.device,
     reporter: ProgressReporter | None = None,
     space: Mapping[str, Span] = SPACE,
-    world: World = ALONE,
+    world: World = SINGLE,
 ) -> TrainOptions:
-    """Return the options with the best of `options.search` configurations; search.json has the score of each.
+    """Return the options with the best of `options.search` configurations. Scores are written to search.json.
 
-    Finished trials of an interrupted run are not repeated. Raises TrainingError if none could be
-    trained.
+    Finished trials of an interrupted run are not repeated. Raises TrainingError if every trial failed.
     """
     path = directory / SEARCH
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
@@ -105,13 +104,18 @@ def search(
         trials.append({"changed": choice, "score": score, "error": error})
         if world.is_main:
             write_text(path, json.dumps(trials, indent=2) + "\n")
-        log.info("trial %d of %d: %s: %s", number + 1, len(choices), choice or "as given", error or score)
-    done = [trial for trial in trials if trial["score"] is not None]
-    if not done:
-        raise TrainingError(f"none of the {len(trials)} configurations could be trained; see {path}")
-    best = max(done, key=lambda trial: list(trial["score"]))
+        log.info("trial %d of %d: %s: %s", number + 1, len(choices), choice or "no changes", error or score)
+    finished = [trial for trial in trials if trial["score"] is not None]
+    if not finished:
+        raise TrainingError(f"all {len(trials)} configurations of the search failed; see {path} for their errors")
+    best = max(finished, key=lambda trial: list(trial["score"]))
     if world.is_main:
-        log.warning("trial %d of %d won: %s", trials.index(best) + 1, len(trials), best["changed"] or "as given")
+        log.warning(
+            "training the best of %d trials, trial %d: %s",
+            len(trials),
+            trials.index(best) + 1,
+            best["changed"] or "no changes",
+        )
     return apply_choice(options, best["changed"])
 
 
@@ -123,7 +127,7 @@ def _run_trial(
     reporter: ProgressReporter | None,
     world: World,
 ) -> tuple[list[float] | None, str | None]:
-    """Return the best validation scores of a short training, higher is better, or the error that ended it."""
+    """Return the best validation scores of a short training (higher is better), or the error that ended it."""
     directory.mkdir(exist_ok=True)
     options = replace(options, steps=options.search_steps, search=0)
     model, frozen = new_model(options, setup, device)
@@ -147,12 +151,12 @@ def train(
 ) -> dict[str, Any]:
     """Train a model, test it once, write it to `options.output`, and return the report.
 
-    Called again with the same options, an interrupted run resumes and a completed run returns its report. The
-    processes of torchrun train together, and all return the report; `options.output` must be on a file system
-    that all of them share.
+    Called again with the same options, it resumes an interrupted run and returns the report of a completed run. In
+    the processes of torchrun it trains one model and returns the report in all of them; `options.output` must be on a
+    file system that they share.
 
-    Raises UsageError, NoShardsError, MissingModalityError, ModelError, RunMismatchError, DeviceError before the
-    training, TrainingError or ShardError in it, JobError if another process fails.
+    Raises UsageError, NoShardsError, MissingModalityError, ModelError, RunMismatchError or DeviceError before the
+    training, TrainingError or ShardError during it, and JobError if another process fails.
     """
     device = local_device(options.device)
     quiet_transformers()
@@ -174,7 +178,7 @@ def train_on(
     directory: Path,
     device: torch.device,
     reporter: ProgressReporter | None = None,
-    world: World = ALONE,
+    world: World = SINGLE,
 ) -> dict[str, Any]:
     """Train the setup, write the model to the parent of `directory`, and return the report."""
     if options.search:
@@ -215,9 +219,8 @@ def write_model(model: FusionModel, processor: FusionProcessor, directory: Path)
     """Write weights, configuration and processor with the same permissions."""
     model.save_pretrained(directory)
     processor.save(directory)
-    shutil.copymode(
-        directory / "config.json", directory / "model.safetensors"
-    )  # safetensors makes it private to the owner
+    # safetensors creates a file that only its owner can read.
+    shutil.copymode(directory / "config.json", directory / "model.safetensors")
 
 
 def read_report(directory: Path) -> dict[str, Any]:
@@ -226,10 +229,11 @@ def read_report(directory: Path) -> dict[str, Any]:
     return report
 
 
-def open_run(options: TrainOptions, overwrite: bool, world: World = ALONE) -> Path:
-    """Return the directory of the run's files, which rank 0 prepares and marks with run.json.
+def open_run(options: TrainOptions, overwrite: bool, world: World = SINGLE) -> Path:
+    """Return the directory of the run's files. Rank 0 creates it and writes the options to run.json.
 
-    Raises RunMismatchError if it holds a run of other options, UsageError for any other content.
+    Raises RunMismatchError if it holds a training with other options, UsageError if `options.output` is a file, holds
+    a model from another source, or is not visible to this rank.
     """
     output = Path(options.output).expanduser()
     directory = output / TRAINING
@@ -241,9 +245,14 @@ def open_run(options: TrainOptions, overwrite: bool, world: World = ALONE) -> Pa
         return directory
     if overwrite and directory.exists():
         shutil.rmtree(directory)
-    begun = (directory / START / FACTS).exists() or (directory / CHECKPOINT).exists()
-    if begun and (directory / RUN).exists():  # a run that was rejected before it began may be replaced
-        _check_same(json.loads((directory / RUN).read_text()), options)
+    has_started = (directory / START / FACTS).exists() or (directory / CHECKPOINT).exists()
+    if has_started and (directory / RUN).exists():  # a run that was rejected before its start is replaced
+        lines = difference(json.loads((directory / RUN).read_text()), options.identity())
+        if lines:
+            raise RunMismatchError(
+                f"`output` {options.output}: holds a training with other options:\n  " + "\n  ".join(lines) + "\n"
+                "To resume it, pass the same options; otherwise choose another `output`, or start over with `overwrite`"
+            )
         return directory
     if output.exists() and not output.is_dir():
         raise UsageError(f"`output` {options.output}: expected a directory, found a file")
@@ -252,12 +261,3 @@ def open_run(options: TrainOptions, overwrite: bool, world: World = ALONE) -> Pa
     directory.mkdir(parents=True, exist_ok=True)
     write_text(directory / RUN, json.dumps(options.identity(), indent=2) + "\n")
     return directory
-
-
-def _check_same(then: Mapping[str, Any], options: TrainOptions) -> None:
-    lines = difference(then, options.identity())
-    if lines:
-        raise RunMismatchError(
-            f"`output` {options.output}: holds a training with other options:\n  " + "\n  ".join(lines) + "\n"
-            "To resume it, pass the same options; otherwise choose another `output`, or start over with `overwrite`"
-        )

@@ -10,15 +10,11 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mmbeam.errors import ModelError
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSIONS, GENERATOR_KINDS, LOSSES, MODALITIES, SIMILARITIES, BuiltinEncoder, Modality
 from mmbeam.types import Origin
 
-EncoderKind = Literal["conv", "mlp", "lstm", "transformer", "pretrained", "features"]
-Fusion = Literal["attention", "concat", "gated", "bilinear"]
-GeneratorKind = Literal["transformer", "lstm"]
-Similarity = Literal["cosine", "dot", "bilinear"]
-LOSSES = ("caption", "align", "reconstruct", "modality_adversary", "generator_adversary")
-# Names that no source may have: other inputs of the model, and embeddings of no source.
+EncoderKind = Literal[BuiltinEncoder, "pretrained", "features"]
+# Names that no source may have: the other inputs of the model, and its embeddings that come from no single source.
 RESERVED = (
     *("labels", "groups", "views", "inputs", "generation_config", "encoder_outputs", "decoder_input_ids"),
     *("past_key_values", "use_cache", "return_dict", "fused", "caption"),
@@ -161,16 +157,16 @@ class FusionConfig(PreTrainedConfig):
         self.loss_weights = {"caption": 1.0, "align": 0.1, "reconstruct": 0.1} | (self.loss_weights or {})
         self.similarities = list(self.similarities)
         super().__post_init__(**kwargs)
-        for name, allowed in (("fusion", Fusion), ("generator_kind", GeneratorKind)):
-            if getattr(self, name) not in get_args(allowed):
-                raise ModelError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(get_args(allowed))}")
+        for name, allowed in (("fusion", FUSIONS), ("generator_kind", GENERATOR_KINDS)):
+            if getattr(self, name) not in allowed:
+                raise ModelError(f"{name} {getattr(self, name)!r}: expected one of {', '.join(allowed)}")
         heads = self.num_attention_heads
         if self.hidden_size < 1 or self.hidden_size % 2 or self.hidden_size % heads:
             raise ModelError(
                 f"hidden_size {self.hidden_size}: expected an even number that {heads} attention heads divide"
             )
         _check_names("loss_weights", self.loss_weights, LOSSES)
-        _check_names("similarities", self.similarities, get_args(Similarity))
+        _check_names("similarities", self.similarities, SIMILARITIES)
         self.parsed_sources()
 
     def parsed_sources(self) -> dict[str, SourceConfig]:
