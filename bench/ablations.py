@@ -1,10 +1,9 @@
 """Ablations of the fusion model: `make ablations`, or `python bench/ablations.py [NAME ...]`.
 
-Each row changes one thing and trains on a short schedule on the procedural corpus, with the shipped model's
-other options; what is measured are fresh scenes, the same for all rows. A process for each core trains a row
-on one thread, which two threads for one row after another take half as long again for. The table goes to the
-standard output and, with the command, to bench/ABLATIONS.md. Rows that are done are not done again, so that
-an interrupted table goes on.
+Each row changes one option of the shipped model, trains on the procedural corpus with a short schedule, and is
+measured on fresh scenes, the same for all rows. Every core trains one row at a time on one thread: on 2 cores the
+rows one after another on two threads take half as long again. The table is printed, and written to
+bench/ABLATIONS.md unless NAMEs select rows. Finished rows are kept, so an interrupted table resumes.
 """
 
 import json
@@ -43,23 +42,23 @@ CPU = torch.device("cpu")
 TABLE = ROOT / "bench" / "ABLATIONS.md"
 STEPS = 500
 SHIFTED_STEPS = 200
-BATCH = (
-    32  # half the shipped model's: with as many scenes in all, half the captions are right where its batches make 3 %
-)
-SAMPLES = 500  # that are measured
-ADVERSARY = 0.05  # weight of an adversarial term
+# Half the batch of the shipped model. With the same number of scenes, half of the captions are then exact; with the
+# shipped model's batches, 3 % are.
+BATCH = 32
+SAMPLES = 500  # scenes that a row is measured on
+ADVERSARY = 0.05  # weight of an adversarial loss
 
 
 @dataclass(frozen=True, kw_only=True)
 class Row:
-    """One thing that is other than in the shipped model."""
+    """One change to the shipped model."""
 
     name: str
-    model: Mapping[str, Any] = field(default_factory=dict)
-    losses: Mapping[str, float] = field(default_factory=dict)
+    model: Mapping[str, Any] = field(default_factory=dict)  # arguments of FusionConfig
+    losses: Mapping[str, float] = field(default_factory=dict)  # weights
     modalities: tuple[Modality, ...] | None = None
-    shifted: bool = False  # on the shifted corpus
-    options: Mapping[str, Any] = field(default_factory=dict)
+    is_shifted: bool = False  # trained and measured on the shifted corpus
+    options: Mapping[str, Any] = field(default_factory=dict)  # arguments of TrainOptions
 
 
 def encoders(kind: str) -> dict[str, Any]:
@@ -92,24 +91,24 @@ ROWS = [
 
 @dataclass(frozen=True)
 class Shifted:
-    """Another corpus: pale pictures under fog, sounds at half their level with hiss, and captions in other words."""
+    """A shifted corpus: images at half contrast, audio at half volume with noise, and captions in other words."""
 
     corpus: ExampleSource
 
-    def count(self, part: Split) -> int | None:
-        return self.corpus.count(part)
+    def count(self, split: Split) -> int | None:
+        return self.corpus.count(split)
 
     def of_rank(self, rank: int, world_size: int) -> "Shifted":
         return Shifted(self.corpus.of_rank(rank, world_size))
 
-    def examples(self, part: Split, epoch: int = 0) -> Iterator[Example]:
-        for example in self.corpus.examples(part, epoch):
-            clauses = {m: f"{SAYS[m]} {text.removeprefix('with ')}" for m, text in (example.clauses or {}).items()}
+    def examples(self, split: Split, epoch: int = 0) -> Iterator[Example]:
+        for example in self.corpus.examples(split, epoch):
+            clauses = {m: f"{PREFIXES[m]} {text.removeprefix('with ')}" for m, text in (example.clauses or {}).items()}
             request = partial(shifted_request, example)
             yield replace(example, request=request, clauses=clauses, caption=compose(clauses, clauses))
 
 
-SAYS = {"image": "you see", "audio": "you hear", "text": "you are"}
+PREFIXES = {"image": "you see", "audio": "you hear", "text": "you are"}  # of the clauses
 
 
 def shifted_request(example: Example, modalities: frozenset[Modality]) -> Request:
@@ -118,19 +117,19 @@ def shifted_request(example: Example, modalities: frozenset[Modality]) -> Reques
     if image is not None:
         image = (0.5 * image + 90).astype(np.uint8)
     if audio is not None:
-        hiss = np.random.default_rng(len(example.caption)).standard_normal(len(audio[0]))
-        audio = ((0.5 * audio[0] + 0.003 * hiss).astype(np.float32), audio[1])
+        noise = np.random.default_rng(len(example.caption)).standard_normal(len(audio[0]))
+        audio = ((0.5 * audio[0] + 0.003 * noise).astype(np.float32), audio[1])
     return replace(request, image=image, audio=audio)
 
 
 def measure(row: Row) -> dict[str, Any]:
-    """Train the row's model, unless that is done, and what it does on fresh scenes."""
+    """Train the row's model unless it is cached, and return its scores on fresh scenes."""
     directory = CACHE / "".join(c if c.isalnum() else "-" for c in row.name)
     result = directory / "row.json"
     if not result.exists():
         options = shipped_options(
             str(directory),
-            steps=SHIFTED_STEPS if row.shifted else STEPS,
+            steps=SHIFTED_STEPS if row.is_shifted else STEPS,
             batch_size=BATCH,
             model=row.model,
             loss_weights=row.losses,
@@ -140,45 +139,44 @@ def measure(row: Row) -> dict[str, Any]:
             **row.options,
         )
         report = train_on(setup(row, options), options, open_run(options, True), CPU, TrainingLine(sys.stderr))
-        found = {"parameters": report["parameters"], **scores(directory, row)}
-        result.write_text(json.dumps(found))
+        result.write_text(json.dumps({"parameters": report["parameters"], **scores(directory, row)}))
     figures: dict[str, Any] = json.loads(result.read_text())
     return figures
 
 
 def setup(row: Row, options: TrainOptions) -> Setup:
-    made = corpus_setup(options)
-    if not row.shifted:
-        return made
-    made = replace(made, source=Shifted(made.source))
+    unshifted = corpus_setup(options)
+    if not row.is_shifted:
+        return unshifted
+    shifted = replace(unshifted, source=Shifted(unshifted.source))
     if options.init is None:
-        return made
+        return shifted
     directory = resolve(options.init).directory
     processor = FusionProcessor.from_directory(directory)
-    return replace(made, config=FusionConfig.from_pretrained(directory), processor=processor)
+    return replace(shifted, config=FusionConfig.from_pretrained(directory), processor=processor)
 
 
 def scores(directory: Path, row: Row) -> dict[str, Any]:
     model = load_pretrained(FusionModel, directory, CPU, torch.float32)
     evaluator = Evaluator(model, FusionProcessor.from_directory(directory), CPU)
     corpus = CorpusSource(seed=EVALUATION_SEED, epoch_size=SAMPLES, evaluation_size=SAMPLES, modalities=row.modalities)
-    source = Shifted(corpus) if row.shifted else corpus
+    source = Shifted(corpus) if row.is_shifted else corpus
     return evaluator.scores(source.examples("train"), per_batch=0).to_json()
 
 
 def line(row: Row, figures: Mapping[str, Any]) -> str:
-    found = " | ".join(recall(row, figures, one) for one in ("image", "audio", "text", "fused"))
+    recalls = " | ".join(recall(row, figures, source) for source in ("image", "audio", "text", "fused"))
     return (
-        f"| {row.name} | {figures['exact_match']:.1%} | {figures['words_right']:.1%} | {figures['loss']:.3f} | {found} "
-        f"| {figures['parameters'] / 1e6:.2f} |"
+        f"| {row.name} | {figures['exact_match']:.1%} | {figures['words_right']:.1%} | {figures['loss']:.3f} "
+        f"| {recalls} | {figures['parameters'] / 1e6:.2f} |"
     )
 
 
-def recall(row: Row, figures: Mapping[str, Any], one: str) -> str:
-    """From `one` to the caption, by each similarity that was trained."""
+def recall(row: Row, figures: Mapping[str, Any], source: str) -> str:
+    """Return recall@1 from `source` to the caption, by each similarity that was trained."""
     kinds = row.model.get("similarities", ["cosine"])
-    found = [figures["recall"].get(f"{one}->caption {kind}") for kind in kinds]
-    return " / ".join("" if each is None else f"{each:.1%}" for each in found)
+    values = [figures["recall"].get(f"{source}->caption {kind}") for kind in kinds]
+    return " / ".join("" if value is None else f"{value:.1%}" for value in values)
 
 
 def main(names: list[str]) -> None:
@@ -189,15 +187,16 @@ def main(names: list[str]) -> None:
     head = [
         "# Ablations of the fusion model",
         "",
-        f"`make ablations`, two rows at a time on 2 cores: each is trained for {STEPS} steps of {BATCH} fresh scenes",
-        f"(the shipped model for 800 of 64), those on the shifted corpus for {SHIFTED_STEPS}, measured on {SAMPLES}",
-        f"scenes of seed {EVALUATION_SEED}. A modality alone is measured on its own clause. Recall@1 is of the right",
-        f"caption among {SAMPLES}, by the similarity trained; a model of pictures or sounds alone has no encoder of",
-        "texts, so no captions to align with. The shifted corpus: pale pictures, quiet sounds with hiss, captions in",
-        "other words.",
+        f"`make ablations`, two rows at a time on 2 cores. Each row is one model, trained for {STEPS} steps of {BATCH}",
+        f"fresh scenes (the shipped model for 800 steps of 64), or {SHIFTED_STEPS} steps on the shifted corpus, and",
+        f"measured on {SAMPLES} scenes of seed {EVALUATION_SEED}. Recall@1 is that of the caption among {SAMPLES}, by the",
+        "similarities that the row trains. A row with a single modality is measured on the clause of that modality; with",
+        "image or audio alone the model has no text encoder, so no embeddings of captions. The shifted corpus has images",
+        "at half contrast, audio at half volume with noise, and captions in other words.",
         "",
-        "One seed a row. A caption is exact when all three clauses are, and what the text says is learned last and at",
-        "once: rows of some per cent have not begun to read it after so few steps, and words right and loss tell more.",
+        "Every row has a single seed. An exact caption needs all three clauses. The clause of the text is learned last, and",
+        "abruptly: a row below 10 % has not learned it after this number of steps. Compare such rows by words right and",
+        "loss.",
         "",
         "| | exact match | words right | loss | image to caption | audio | text | fused | M parameters |",
         "|---|---|---|---|---|---|---|---|---|",

@@ -1,4 +1,4 @@
-"""The corpora and models that are measured: made here, of random weights and natural-looking media."""
+"""The corpora and models of the benchmark: synthetic media with natural statistics, and models with random weights."""
 
 import io
 import json
@@ -17,12 +17,12 @@ import torch
 from tokenizers import pre_tokenizers
 from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPTokenizer
 
-DISTINCT = 200  # files made; a corpus repeats them under other keys, which costs a decoder the same
+DISTINCT = 200  # distinct files; a corpus repeats them under other keys, which costs a decoder the same
 
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """One row of the table: what is read, by which model."""
+    """One row of the table: a corpus and a model."""
 
     name: str
     modality: str
@@ -34,7 +34,7 @@ class Case:
     batch: int = 32
 
     def build(self, root: Path) -> Path:
-        """The case's directory under `root`, made unless it is there."""
+        """Return the case's directory under `root`, and make it unless it exists."""
         directory = root / self.name
         about = {"modality": self.modality, "samples": self.samples, "batch": self.batch}
         done = directory / "case.json"
@@ -57,7 +57,7 @@ class Case:
 
 
 def clip(vision: dict[str, int], text: dict[str, int], width: int, side: int = 224) -> Callable[[Path], None]:
-    """Writes a CLIP of random weights with the towers given and a byte-level tokenizer."""
+    """Return a function that writes a CLIP with random weights, these towers and a byte-level tokenizer."""
 
     def write(directory: Path) -> None:
         torch.manual_seed(0)
@@ -85,7 +85,7 @@ def tower(hidden: int, layers: int) -> dict[str, int]:
 
 
 def photo(number: int) -> bytes:
-    """A JPEG of 512 x 512, about 90 KB."""
+    """Return a JPEG of 512 x 512 pixels, about 100 KB."""
     return real.encode_image(real.natural_image(number, 512, 512), "jpg", quality=99)
 
 
@@ -94,7 +94,7 @@ def thumbnail(number: int, side: int = 32) -> bytes:
 
 
 def sound(number: int) -> bytes:
-    """Ten seconds of FLAC at 48 kHz."""
+    """Return ten seconds of FLAC at 48 kHz."""
     return real.encode_sound(real.natural_sound(number, 10.0, 48_000), 48_000, "flac")
 
 
@@ -155,7 +155,7 @@ TINY = clip(tower(64, 1) | {"patch_size": 16}, tower(64, 1), 32, side=32)
 
 
 def memory_case(samples: int) -> Case:
-    """Small pictures and a tiny model, so that what grows with the corpus would show."""
+    """Return a case of small images and a tiny model, in which memory that grows with the corpus would show."""
     return Case(
         name=f"memory-{samples}",
         modality="image",

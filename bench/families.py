@@ -1,15 +1,15 @@
-"""Texts by models of transformers, prompts and texts of mixed length: `mmbeam caption` against two bare loops.
+"""Generation by transformers models on prompts of mixed length: `mmbeam caption` against two bare loops.
 
-A Llama of 25 M parameters goes on from texts, a BLIP of 26 M from the words that a caption begins with. The bare loops
+A Llama of 25 M parameters continues texts, and a BLIP of 26 M continues the first words of a caption. The bare loops
 read the same shards with the standard library's tarfile, decode ahead in a thread pool, and call the model on inputs
-prepared and padded as mmbeam prepares them: one in the order of arrival, one on mmbeam's own batches.
+prepared and padded as mmbeam does: one loop in arrival order, the other on the batches that mmbeam plans.
 
-Random weights end no text, so a processor of logits, the same in all three, ends each after a number of tokens that
-its prompt decides: about as many as the prompt has, as in a translation, e^(0.3 z) times, z normal and drawn by the
-prompt. So the order by length tells much of how long a text will be, and not all.
+A model with random weights does not end its texts. A logits processor, the same in all three loops, therefore ends a
+text after n * e^(0.3 z) tokens, where n is the number of tokens of the prompt, and z is a standard normal number
+derived from the prompt. As in translation, the length of the prompt predicts the length of the text, with an error.
 
-One process measures a model: its three loops take turns. Imports, loading, a first batch and the third of a second
-in which a pipeline starts and ends are outside; opening the shard and writing rows inside.
+One process measures a model and runs its three loops in turn. Excluded from the time are imports, loading, a first
+batch, and the third of a second in which a pipeline starts and ends; opening the shard and writing rows are included.
 """
 
 import hashlib
@@ -52,7 +52,7 @@ from mmbeam.stages.generate import plan_batches
 
 SAMPLES, BATCH, ROUNDS = 128, 32, 5
 WORDS = 8192
-SIDE = 160  # pixels of a picture
+SIDE = 160  # pixels of an image
 DECODING = Decoding(max_new_tokens=100)
 SIZES: dict[str, Any] = {
     "hidden_size": 384,
@@ -63,7 +63,7 @@ SIZES: dict[str, Any] = {
 
 
 def words(number: int, most: int) -> str:
-    """A text of 4 to `most` words, lognormal, half of them of fewer than 16."""
+    """Return a text of 4 to `most` words. The number is lognormal with median 16."""
     random = Random(number)
     count = min(most, max(4, round(random.lognormvariate(math.log(16), 0.8))))
     return " ".join(f"w{random.randrange(WORDS)}" for _ in range(count))
@@ -96,21 +96,21 @@ MODELS: dict[str, Callable[[Path], None]] = {"llama": save_llama, "blip": save_b
 
 
 def build(name: str, samples: int) -> Path:
-    """A model and its shards, made unless they are there."""
+    """Return the directory of a model and its shards, and make them unless they exist."""
     directory = CACHE / f"families-{name}-{samples}"
     if not (directory / "done").exists():
         torch.manual_seed(0)
         MODELS[name](directory / "model")
-        write_shard(directory / "0.tar", samples, pictures=name == "blip")
+        write_shard(directory / "0.tar", samples, has_images=name == "blip")
         (directory / "done").touch()
     return directory
 
 
-def write_shard(path: Path, samples: int, pictures: bool) -> None:
+def write_shard(path: Path, samples: int, has_images: bool) -> None:
     with tarfile.open(path, "w") as tar:
         for number in range(samples):
             members = {"txt": words(number, most=100).encode()}
-            if pictures:
+            if has_images:
                 members["jpg"] = thumbnail(number, SIDE)
             for field, data in members.items():
                 member = tarfile.TarInfo(f"{number:06}.{field}")
@@ -118,38 +118,38 @@ def write_shard(path: Path, samples: int, pictures: bool) -> None:
                 tar.addfile(member, io.BytesIO(data))
 
 
-class Ends(LogitsProcessor):
-    """Ends each text after as many tokens as its prompt says, and none before."""
+class FixedLength(LogitsProcessor):
+    """Ends each text after exactly `length_after(prompt)` tokens."""
 
     def __init__(self, pad: int, end: int) -> None:
         self.pad, self.end = pad, end
-        self.stops: torch.Tensor | None = None  # [B] the length of prompt and text
+        self.lengths: torch.Tensor | None = None  # [B] tokens of prompt and text
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
-        if self.stops is None:
+        if self.lengths is None:
             lengths = [length_after([token for token in row if token != self.pad]) for row in input_ids.tolist()]
-            self.stops = torch.tensor(lengths) + input_ids.shape[1]
-        ended = input_ids.shape[1] + 1 >= self.stops
+            self.lengths = torch.tensor(lengths) + input_ids.shape[1]
+        ended = input_ids.shape[1] + 1 >= self.lengths
         scores = scores.masked_fill(ended[:, None], -math.inf)
         scores[:, self.end] = torch.where(ended, 0.0, -math.inf)
         return scores
 
 
 def length_after(prompt: Sequence[int]) -> int:
-    """Tokens of the text that follows a prompt."""
+    """Return the number of tokens of the text that follows a prompt of token ids."""
     digest = hashlib.blake2b(repr(prompt).encode(), digest_size=8).digest()
     z = NormalDist().inv_cdf((int.from_bytes(digest) + 0.5) / 2**64)
     return max(2, min(DECODING.limit, round(len(prompt) * math.exp(0.3 * z))))
 
 
 def end_texts(model_type: str) -> None:
-    """Let every generation of the family end by `Ends`, mmbeam's and the bare loops'."""
+    """Add FixedLength to every generation of the family, by mmbeam and by the bare loops."""
     family: Any = family_of(model_type)
-    own = family.options.fget
+    original = family.options.fget
 
     def options(self: Any) -> dict[str, Any]:
         ids = self.tokenizer._tokenizer
-        return {**own(self), "logits_processor": [Ends(ids.pad_token_id, ids.sep_token_id)]}
+        return {**original(self), "logits_processor": [FixedLength(ids.pad_token_id, ids.sep_token_id)]}
 
     family.options = property(options)
 
@@ -169,24 +169,24 @@ def in_order_of_length(generator: Any, requests: Sequence[Request]) -> list[list
 
 @torch.inference_mode()
 def bare(generator: Any, directory: Path, plan: Callable[[Any, Sequence[Request]], list[list[int]]]) -> int:
-    """Reads, generates and decodes tokens; the texts made."""
-    made = 0
+    """Read, generate and decode the tokens; return the number of texts."""
+    count = 0
     with ThreadPoolExecutor(CORES) as pool:
         for window in windows(ordered_map(to_request, raw_samples([directory / "0.tar"]), pool, Lookahead(2 * BATCH))):
-            for places in plan(generator, window):
-                inputs = generator.inputs([window[place] for place in places])
+            for indices in plan(generator, window):
+                inputs = generator.inputs([window[index] for index in indices])
                 ids = generator.decoder.generate(
                     **inputs, **generator.options, max_new_tokens=DECODING.limit, do_sample=False
                 )
                 texts = generator.tokenizer._tokenizer.batch_decode(
                     ids[:, inputs["input_ids"].shape[1] :], skip_special_tokens=True
                 )
-                made += len(texts)
-    return made
+                count += len(texts)
+    return count
 
 
 def windows(requests: Iterator[Request]) -> Iterator[list[Request]]:
-    """As large as mmbeam's."""
+    """Yield windows of the same size as mmbeam's."""
     window: list[Request] = []
     size = 0
     for request in requests:
@@ -200,7 +200,7 @@ def windows(requests: Iterator[Request]) -> Iterator[list[Request]]:
 
 
 def mmbeam(directory: Path, shard: Path) -> tuple[int, float]:
-    """The job, on the model that this process has loaded by then; rows, and the seconds of its one unit's steps."""
+    """Run the job with the model that this process has loaded; return its rows, and the seconds of its unit's steps."""
     from mmbeam.jobs.caption import CaptionOptions, prepare
 
     with tempfile.TemporaryDirectory(dir=directory) as output:
@@ -220,7 +220,7 @@ def mmbeam(directory: Path, shard: Path) -> tuple[int, float]:
 
 
 def measure(name: str, samples: int, rounds: int) -> dict[str, list[float]]:
-    """Samples per second of each loop in each round, in one process."""
+    """Return the samples per second of each loop in each round, in one process."""
     directory = build(name, samples)
     end_texts(name)
     spec = describe(directory / "model")
@@ -236,9 +236,9 @@ def measure(name: str, samples: int, rounds: int) -> dict[str, list[float]]:
     rates: dict[str, list[float]] = {loop: [] for loop in loops}
     for _ in range(rounds):
         for loop, run in loops.items():
-            made, seconds = run()
-            assert made == samples
-            rates[loop].append(made / seconds)
+            count, seconds = run()
+            assert count == samples
+            rates[loop].append(count / seconds)
     return rates
 
 
@@ -250,20 +250,20 @@ def timed(run: Callable[[], int]) -> tuple[int, float]:
 def section(samples: int = SAMPLES, rounds: int = ROUNDS) -> None:
     """Print the table."""
     print(
-        f"\ntexts by models of transformers, {samples:,} samples, batches of {BATCH}: samples/s, and mmbeam over each"
+        f"\ngeneration by transformers models, {samples:,} samples in batches of {BATCH}: samples/s, and mmbeam / loop"
     )
-    print(f"loop (median of {rounds} rounds in turn, lowest-highest); texts end by their prompt, see bench/families.py")
+    print(f"(median of {rounds} rounds, lowest-highest); bench/families.py states how the length of a text is set")
     print(f"{'model':<8}{'arrival':>9}{'ordered':>9}{'mmbeam':>9}   {'mmbeam / arrival':<22}mmbeam / ordered")
     for name in MODELS:
         command = [sys.executable, "-W", "ignore", __file__, name, str(samples), str(rounds)]
         done = subprocess.run(command, check=True, capture_output=True, text=True)
         rates: dict[str, list[float]] = json.loads(done.stdout.splitlines()[-1])
-        medians = "".join(f"{statistics.median(each):>9.1f}" for each in rates.values())
+        medians = "".join(f"{statistics.median(values):>9.1f}" for values in rates.values())
         print(f"{name:<8}{medians}   {ratio(rates, 'arrival'):<22}{ratio(rates, 'ordered')}", flush=True)
 
 
 def ratio(rates: dict[str, list[float]], loop: str) -> str:
-    ratios = sorted(mine / bare for mine, bare in zip(rates["mmbeam"], rates[loop], strict=True))
+    ratios = sorted(mmbeam / bare for mmbeam, bare in zip(rates["mmbeam"], rates[loop], strict=True))
     return f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})"
 
 

@@ -1,9 +1,9 @@
 """Captions by the shipped model: `mmbeam caption` against a bare `model.generate` loop on the same batches.
 
-The bare loop reads the same shards with the standard library's tarfile, decodes in a thread pool ahead of
-the model, orders and packs windows as mmbeam does, calls the model and decodes its tokens; no rows, no
-log-probabilities, no Beam. Every figure is of a process of its own; imports, loading and a first batch are
-outside, opening shards and writing rows inside.
+The bare loop reads the same shards with the standard library's tarfile, decodes ahead of the model in a thread pool,
+orders and packs windows as mmbeam does, calls the model and decodes its tokens. It writes no rows and computes no
+log-probabilities, without Beam. Each figure comes from a separate process. Imports, loading and a first batch are
+excluded from the time; opening shards and writing rows are included.
 """
 
 import json
@@ -40,7 +40,7 @@ LIMITS = Reading().limits
 
 
 def build() -> Path:
-    """Shards of the procedural corpus, made unless they are there."""
+    """Return the directory with shards of the procedural corpus, and make them unless they exist."""
     directory = CACHE / f"captions-{SAMPLES}"
     if not (directory / "done").exists():
         write_corpus(directory / "shards", samples=SAMPLES, shards=SHARDS, seed=5)
@@ -49,7 +49,7 @@ def build() -> Path:
 
 
 def raw_samples(shards: Sequence[Path]) -> Iterator[dict[str, bytes]]:
-    """The members of each sample by their extension."""
+    """Yield the members of each sample, by extension."""
     for shard in shards:
         with tarfile.open(shard, "r|") as tar:
             key, fields = "", {}
@@ -79,18 +79,18 @@ def bare(directory: Path) -> tuple[int, float]:
     assert rate is not None
     with torch.inference_mode(), ThreadPoolExecutor(CORES) as pool:
         generator.generate([to_request(next(raw_samples(shards)), rate)] * BATCH, Decoding())
-        begin, made = time.perf_counter(), 0
+        begin, count = time.perf_counter(), 0
         decoded = ordered_map(lambda fields: to_request(fields, rate), raw_samples(shards), pool, Lookahead(2 * BATCH))
         for window in windows(decoded):
-            for places in plan_batches(generator, window, Decoding(), BATCH):
-                inputs = generator.processor([window[place] for place in places], torch.device("cpu"))
+            for indices in plan_batches(generator, window, Decoding(), BATCH):
+                inputs = generator.processor([window[index] for index in indices], torch.device("cpu"))
                 ids = generator.model.generate(**inputs, max_new_tokens=Decoding().limit, do_sample=False)
-                made += len(generator.processor.decode(ids.tolist()))
-        return made, time.perf_counter() - begin
+                count += len(generator.processor.decode(ids.tolist()))
+        return count, time.perf_counter() - begin
 
 
 def windows(requests: Iterator[Request]) -> Iterator[list[Request]]:
-    """As large as mmbeam's, by what pictures and sounds take in memory."""
+    """Yield windows of the same size as mmbeam's, by the memory of images and audio."""
     first = next(requests)
     assert first.image is not None
     assert first.audio is not None
@@ -130,11 +130,11 @@ def section() -> None:
     """Print the table."""
     build()
     pairs = [(measure("bare"), measure("mmbeam")) for _ in range(PAIRS)]
-    ratios = sorted(mine["rate"] / alone["rate"] for alone, mine in pairs)
-    alone, mine = (statistics.median(pair[side]["rate"] for pair in pairs) for side in (0, 1))
-    print(f"\ncaptions by the shipped model, {SAMPLES:,} samples of picture, sound and text, batches of {BATCH}")
+    ratios = sorted(mmbeam["rate"] / bare["rate"] for bare, mmbeam in pairs)
+    bare_rate, mmbeam_rate = (statistics.median(pair[side]["rate"] for pair in pairs) for side in (0, 1))
+    print(f"\ncaptions by the shipped model, {SAMPLES:,} samples of image, audio and text in batches of {BATCH}")
     print(
-        f"bare generate loop {alone:,.0f}  mmbeam {mine:,.0f} samples/s  mmbeam / bare "
+        f"bare generate loop {bare_rate:,.0f}  mmbeam {mmbeam_rate:,.0f} samples/s  mmbeam / bare "
         f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f}, {PAIRS} alternating pairs)"
     )
 
@@ -142,8 +142,8 @@ def section() -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         torch.set_num_threads(CORES)
-        made, seconds = {"bare": bare, "mmbeam": mmbeam}[sys.argv[1]](build())
-        assert made == SAMPLES
-        print(json.dumps({"rate": made / seconds}))
+        count, seconds = {"bare": bare, "mmbeam": mmbeam}[sys.argv[1]](build())
+        assert count == SAMPLES
+        print(json.dumps({"rate": count / seconds}))
     else:
         section()

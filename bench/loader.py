@@ -1,9 +1,9 @@
-"""The data loader of pre-computed features against pyarrow alone: `python bench/loader.py`, or as a section of run.py.
+"""The data loader of precomputed features against pyarrow alone: `python bench/loader.py`, or a section of run.py.
 
-The data set has three columns of 512 float16 numbers, a tenth of the vectors missing, in files as `mmbeam embed` writes
-them, and is in the page cache. Each figure is measured in a separate process on one core, in processor time: nothing
-waits, so on an idle machine wall time is the same. pyarrow only decodes the same columns to Arrow, in the faster of two
-ways.
+The data set has three columns of 512-wide float16 vectors, of which a tenth are null, in files as `mmbeam embed`
+writes them, and is in the page cache. Each figure is measured in a separate process on one core, in processor time:
+nothing waits, so on an idle machine wall time is the same. pyarrow only decodes the same columns to Arrow, by row
+group or by step, whichever is faster.
 """
 
 import json
@@ -27,7 +27,7 @@ from mmbeam.types import Batch, Input, Output, Sample, Shard, Tally, WorkUnit
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
 WIDTH = 512
 COLUMNS = [f"{modality}_embedding" for modality in MODALITIES]
-UNITS, ROWS = 16, 10_000  # 480 MB: two windows
+UNITS, ROWS = 16, 10_000  # 480 MB, two shuffle windows
 BATCH = 1024
 EPOCHS = 3  # in one process; only the first allocates the buffers
 PAIRS = 5
@@ -110,7 +110,7 @@ def loader(output: Path) -> Callable[[], int]:
     return epoch
 
 
-def run_one(mode: str, output: Path) -> float:
+def run_mode(mode: str, output: Path) -> float:
     """Return rows per second of processor time in the fastest epoch."""
     modes = {"row groups": lambda: by_row_group(output), "steps": lambda: by_step(output)}
     epoch = loader(output) if mode == "mmbeam" else modes[mode]
@@ -133,9 +133,9 @@ def section() -> None:
     """Print the figures."""
     build()
     print("\nthe data loader of features on one core, shuffled: three 512-wide float16 vectors, thousands of rows/s")
-    alone = {mode: measure(mode) for mode in ("row groups", "steps")}
-    faster = max(alone, key=lambda mode: alone[mode])
-    print("pyarrow alone, by " + ", by ".join(f"{mode}: {rate / 1000:,.0f}" for mode, rate in alone.items()))
+    rates = {mode: measure(mode) for mode in ("row groups", "steps")}
+    faster = max(rates, key=lambda mode: rates[mode])
+    print("pyarrow alone, by " + ", by ".join(f"{mode}: {rate / 1000:,.0f}" for mode, rate in rates.items()))
     pairs = [(measure(faster), measure("mmbeam")) for _ in range(PAIRS)]
     pyarrow, mmbeam = (statistics.median(pair[side] for pair in pairs) for side in (0, 1))
     ratios = sorted(mmbeam_rate / pyarrow_rate for pyarrow_rate, mmbeam_rate in pairs)
@@ -148,6 +148,6 @@ def section() -> None:
 if __name__ == "__main__":
     if len(sys.argv) > 1:
         os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})
-        print(json.dumps(run_one(sys.argv[1], build())))
+        print(json.dumps(run_mode(sys.argv[1], build())))
     else:
         section()

@@ -1,13 +1,19 @@
-"""One measured loop in a process of its own: `python bench/loops.py MODE CASE_DIR`. Prints one JSON line.
+"""One measurement in a separate process: `python bench/loops.py MODE CASE_DIR`. Prints one JSON line.
 
-MODE is decode (the thread pool alone), model (the model alone on decoded samples), bare (the plain torch
-loop: a thread pool decoding in front of the model, nothing else), mmbeam (the whole job, rows on disk) or flow
-(its reading and its stage without Beam and without writing, for a machine that has no Beam).
-CASE_DIR holds case.json, model/ and shards/, as bench/cases.py makes them. Importing, loading the model and
-a first warm-up batch are outside the time of every mode; opening shards and writing rows are inside.
-BENCH_DEVICE names the device (default: cpu), in whose default dtype the model runs. Of the start-up, load is
-importing torch, transformers and Beam and loading the model, and first is the job until its model is called.
-Of planning, plan is listing and planning the shards in CASE_DIR.
+MODE is one of:
+
+decode   the thread pool alone
+model    the model alone, on decoded samples
+bare     the plain torch loop: a thread pool that decodes ahead of the model
+mmbeam   the whole job, with rows on disk
+flow     the reading and the stage of the job, without Beam and without writing
+load     the start-up of a bare loop: import torch, transformers and Beam, and load the model
+first    the start-up of the job, until its model is called
+plan     list and plan the shards in CASE_DIR
+
+CASE_DIR holds case.json, model/ and shards/, as bench/cases.py makes them. BENCH_DEVICE names the device (default:
+cpu); the model runs in its default dtype. Except for load and first, imports, loading the model and a warm-up batch are
+excluded from the time; opening shards and writing rows are included.
 """
 
 import contextlib
@@ -46,7 +52,7 @@ BEGIN = float(os.environ.get("BENCH_BEGIN", "nan"))  # time.time() when this pro
 
 
 def members(shards: list[Path]) -> Iterator[bytes]:
-    """The bytes of every member, in order, by the standard library's streaming reader."""
+    """Yield the bytes of every member, in order, with the standard library's streaming reader."""
     for shard in shards:
         with tarfile.open(shard, "r|") as tar:
             for member in tar:
@@ -158,11 +164,11 @@ def measure_mmbeam(case: Path, modality: str, batch: int, only_first: bool) -> d
         begin = time.perf_counter()
         report = execute_pipeline(job.run, job.units, (), job.build, job.check)
         seconds = time.perf_counter() - begin
-    return {"samples": report.tally.rows, "seconds": seconds, "light": report.model_utilisation}
+    return {"samples": report.tally.rows, "seconds": seconds, "utilisation": report.model_utilisation}
 
 
 def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
-    """Two units at once, as in the job: each thread reads its units and waits for the device."""
+    """Run two units concurrently, as the job does: each of two threads reads its units and waits for the device."""
     from mmbeam.config import Windows
     from mmbeam.models import placement
     from mmbeam.readers.listing import list_shards
@@ -174,9 +180,9 @@ def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
     stage = embed_stage(str(case / "model"), modalities=(modality,), device=DEVICE, batch_size=batch)
     device = placement.get_device(DEVICE)
 
-    def embed(some: list[WorkUnit]) -> tuple[int, float]:
+    def embed(units: list[WorkUnit]) -> tuple[int, float]:
         samples, computed = 0, 0.0
-        for unit in some:
+        for unit in units:
             for window in prefetch(read_batches(unit, Reading(), stage.needs, Windows()), unit.id):
                 done = device.run(stage, window) if window.samples else window
                 samples += len(done.samples)
@@ -186,13 +192,14 @@ def measure_flow(case: Path, modality: str, batch: int) -> dict[str, float]:
     embed(units[:1])
     begin = time.perf_counter()
     with ThreadPoolExecutor(2) as pool:
-        found = list(pool.map(embed, (units[::2], units[1::2])))
+        results = list(pool.map(embed, (units[::2], units[1::2])))
     seconds = time.perf_counter() - begin
-    return {"samples": sum(n for n, _ in found), "seconds": seconds, "light": sum(s for _, s in found) / seconds}
+    computed = sum(seconds for _, seconds in results)
+    return {"samples": sum(n for n, _ in results), "seconds": seconds, "utilisation": computed / seconds}
 
 
 def time_of_first_batch(job: "EmbedJob") -> float:
-    """Seconds from the start of the process until the model is called for the first time."""
+    """Return the seconds from the start of the process until the model is called for the first time."""
     from mmbeam.jobs.execute import execute_pipeline
     from mmbeam.models.encoders.joint import ClipEncoder
 
@@ -200,7 +207,7 @@ def time_of_first_batch(job: "EmbedJob") -> float:
 
     def encode_image(*_: object) -> None:
         called.append(time.time())
-        raise MemoryError("the first batch has come")
+        raise MemoryError("the first batch has arrived")
 
     ClipEncoder.encode_image = encode_image
     with contextlib.suppress(Exception):

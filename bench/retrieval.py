@@ -1,6 +1,6 @@
-"""Retrieval among many rows: seconds, and memory beyond the vectors. `python bench/retrieval.py [ROWS ...]`.
+"""Retrieval among many rows: time, and memory besides the vectors. `python bench/retrieval.py [ROWS ...]`.
 
-Time grows with the square of the rows (a core takes minutes for 100,000), so `make bench` leaves it out.
+Time grows with the square of the number of rows (minutes on one core for 100,000), so `make bench` omits it.
 """
 
 import subprocess
@@ -16,7 +16,7 @@ ROWS, WIDTH, WARM = (10_000, 100_000), 512, 2048
 
 
 def pairs(rows: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random vectors, and the same with noise; made in parts, so that nothing else is ever as large."""
+    """Return random vectors, and the same vectors with noise. Noise is added in parts, to use little more memory."""
     random = np.random.default_rng(0)
     left = random.standard_normal((rows, WIDTH), dtype=np.float32)
     right = left.copy()
@@ -27,32 +27,32 @@ def pairs(rows: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def mebibytes(name: str) -> float:
-    """A line of this process's status, VmRSS or VmHWM."""
+    """Return VmRSS or VmHWM of this process."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return int(next(line for line in lines if line.startswith(name)).split()[1]) / 1024
 
 
 def measure(rows: int) -> str:
     left, right = pairs(rows)
-    match_ranks(left[:WARM], right[:WARM])  # buffers of the matrix product
-    Path("/proc/self/clear_refs").write_text("5")  # the peak begins here
+    match_ranks(left[:WARM], right[:WARM])  # allocates the buffers of the matrix product
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     before, begin = mebibytes("VmRSS"), time.perf_counter()
     forward, _ = match_ranks(left, right)
-    seconds, more = time.perf_counter() - begin, mebibytes("VmHWM") - before
+    seconds, added = time.perf_counter() - begin, mebibytes("VmHWM") - before
     vectors = 2 * left.nbytes / 2**20
-    found = retrieval_scores(forward)["recall@1"]
-    return f"{rows:>9,}{seconds:>9.1f} s{vectors:>9,.0f} MiB of vectors{more:>7.1f} beyond   recall@1 {found:.3f}"
+    recall = retrieval_scores(forward)["recall@1"]
+    return f"{rows:>9,}{seconds:>9.1f} s{vectors:>9,.0f} MiB of vectors + {added:.1f} MiB   recall@1 {recall:.3f}"
 
 
 def section(rows: tuple[int, ...] = ROWS) -> None:
-    """Print the table, each line from a process of its own."""
+    """Print the table; each line comes from a separate process."""
     print(f"\nretrieval, rows of two vectors of {WIDTH} float32")
     for count in rows:
-        subprocess.run([sys.executable, __file__, "one", str(count)], check=True)
+        subprocess.run([sys.executable, __file__, "measure", str(count)], check=True)
 
 
 if __name__ == "__main__":
-    if sys.argv[1:2] == ["one"]:
+    if sys.argv[1:2] == ["measure"]:
         print(measure(int(sys.argv[2])), flush=True)
     else:
         section(tuple(map(int, sys.argv[1:])) or ROWS)

@@ -1,8 +1,8 @@
-"""The benchmark: `make bench`, or `python bench/run.py` and what to measure (--help): a section, or one of its cases.
+"""The benchmark: `make bench`, or `python bench/run.py [SECTION ...]`, where a section may be a case of throughput.
 
-Speed is a ratio in one run: the bare torch loop and mmbeam alternate, A B A B, and the median of five
-pairs is what counts, since a machine's own speed drifts. Every figure is of a process of its own. The
-cases are made once, under .cache/bench.
+The speed of a machine drifts, so speed is compared within one run: the bare torch loop and mmbeam alternate, and the
+result is the median ratio of five pairs. Each figure comes from a separate process. The cases are made once, under
+.cache/bench.
 """
 
 import argparse
@@ -31,7 +31,7 @@ SECTIONS = ("throughput", "captions", "families", "workers", "loader", "memory",
 
 
 def measure(mode: str, case: Path) -> dict[str, float]:
-    """What bench/loops.py prints for one run."""
+    """Return the figures of one run of bench/loops.py."""
     command = [sys.executable, "-W", "ignore", str(ROOT / "bench" / "loops.py"), mode, str(case)]
     env = {**os.environ, "BENCH_BEGIN": str(time.time())}
     done = subprocess.run(command, check=True, capture_output=True, text=True, env=env)
@@ -44,13 +44,13 @@ def throughput(cases: list[Case]) -> None:
     print(f"{'case':<20}{'decode':>8}{'model':>8}{'bare':>8}{'mmbeam':>8}   {'mmbeam / bare':<20}{'peak MB':>14}")
     for case in cases:
         directory = case.build(CACHE)
-        alone = [measure(mode, directory)["rate"] for mode in ("decode", "model")]
+        parts = [measure(mode, directory)["rate"] for mode in ("decode", "model")]
         pairs = [(measure("bare", directory), measure("mmbeam", directory)) for _ in range(PAIRS)]
         ratios = sorted(mmbeam["rate"] / bare["rate"] for bare, mmbeam in pairs)
         rates = [statistics.median(pair[side]["rate"] for pair in pairs) for side in (0, 1)]
         peaks = [statistics.median(pair[side]["peak_mb"] for pair in pairs) for side in (0, 1)]
         print(
-            f"{case.name:<20}" + "".join(f"{rate:>8,.0f}" for rate in [*alone, *rates]) + f"   "
+            f"{case.name:<20}" + "".join(f"{rate:>8,.0f}" for rate in [*parts, *rates]) + f"   "
             f"{statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})  "
             f"{peaks[0]:>6,.0f} {peaks[1] - peaks[0]:>+6,.0f}",
             flush=True,
@@ -58,7 +58,7 @@ def throughput(cases: list[Case]) -> None:
 
 
 def gpu() -> None:
-    """On the first GPU, where Beam may be missing: the bare loop against mmbeam's reading and stage."""
+    """Compare the bare loop with mmbeam's reading and stage on the first GPU. Beam is not needed."""
     os.environ["BENCH_DEVICE"] = "cuda:0"
     print(f"\nGPU, bfloat16: rates in samples/s; flow / bare: median of {PAIRS} alternating pairs (lowest-highest)")
     for case in GPU_CASES:
@@ -67,16 +67,17 @@ def gpu() -> None:
         pairs = [(measure("bare", directory), measure("flow", directory)) for _ in range(PAIRS)]
         ratios = sorted(flow["rate"] / bare["rate"] for bare, flow in pairs)
         bare, flow = (statistics.median(pair[side]["rate"] for pair in pairs) for side in (0, 1))
-        light = statistics.median(pair[1]["light"] for pair in pairs)
+        utilisation = statistics.median(pair[1]["utilisation"] for pair in pairs)
         print(
             f"{case.name:<20} decode {decode:,.0f}  model {model:,.0f}  bare {bare:,.0f}  flow {flow:,.0f}  "
-            f"flow / bare {statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})  light {light:.0%}",
+            f"flow / bare {statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})  "
+            f"model utilisation {utilisation:.0%}",
             flush=True,
         )
 
 
 def memory() -> None:
-    print("\npeak memory of mmbeam on small pictures and a tiny model")
+    print("\npeak memory of mmbeam on small images and a tiny model")
     peaks = {}
     for samples in (1000, 100_000):
         figures = measure("mmbeam", memory_case(samples).build(CACHE))
@@ -86,14 +87,14 @@ def memory() -> None:
 
 
 def start() -> None:
-    """Seconds from the start of the process to the first batch in the model, beside importing and loading alone."""
+    """Compare the time from the start of the process to the first batch with that of imports and loading alone."""
     case = CASES[0].build(CACHE)
-    print("\nseconds to the first batch in the model (median of 5 alternating pairs)")
+    print(f"\nseconds to the first batch in the model (median of {PAIRS} alternating pairs)")
     pairs = [(measure("load", case), measure("first", case)) for _ in range(PAIRS)]
-    alone, first = (statistics.median(pair[side]["seconds"] for pair in pairs) for side in (0, 1))
-    more = statistics.median(first["seconds"] - alone["seconds"] for alone, first in pairs)
+    load, first = (statistics.median(pair[side]["seconds"] for pair in pairs) for side in (0, 1))
+    added = statistics.median(first["seconds"] - load["seconds"] for load, first in pairs)
     print(
-        f"import torch, transformers, Beam, load the model: {alone:.2f}   mmbeam embed: {first:.2f}   more: {more:.2f}"
+        f"import torch, transformers, Beam, load the model: {load:.2f}   mmbeam embed: {first:.2f}   added: {added:.2f}"
     )
     seconds = []
     for _ in range(PAIRS):
@@ -111,19 +112,8 @@ def plan() -> None:
         figures = measure("plan", Path(directory))
         print(f"list and plan 100,000 shards: {figures['seconds']:.1f} s, peak {figures['peak_mb']:,.0f} MB")
     case = resume_case().build(CACHE)
-    command = [
-        sys.executable,
-        "-W",
-        "ignore",
-        "-m",
-        "mmbeam",
-        "embed",
-        "--input",
-        str(case / "shards"),
-        "--device",
-        "cpu",
-    ]
-    command += ["--model", str(case / "model"), "--modalities", "image", "--output"]
+    command = [sys.executable, "-W", "ignore", "-m", "mmbeam", "embed", "--input", str(case / "shards")]
+    command += ["--device", "cpu", "--model", str(case / "model"), "--modalities", "image", "--output"]
     with tempfile.TemporaryDirectory() as output:
         for name in ("write 1,000 units", "the same command again"):
             begin = time.perf_counter()
@@ -136,7 +126,7 @@ def resume_case() -> Case:
     return Case(**{**vars(tiny), "name": "resume-1000", "per_shard": 1})
 
 
-OTHERS: dict[str, Callable[[], None]] = {
+FUNCTIONS: dict[str, Callable[[], None]] = {  # of the sections other than throughput
     "captions": generation.section,
     "families": families.section,
     "workers": workers.section,
@@ -150,16 +140,16 @@ OTHERS: dict[str, Callable[[], None]] = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What to measure; without a name, all but retrieval and gpu.")
-    parts = {"throughput": partial(throughput, CASES), **{case.name: partial(throughput, [case]) for case in CASES}}
-    parts |= OTHERS
-    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(parts))
+    parser = argparse.ArgumentParser(description="Run the benchmark; without SECTION, all but retrieval and gpu.")
+    known = {"throughput": partial(throughput, CASES), **{case.name: partial(throughput, [case]) for case in CASES}}
+    known |= FUNCTIONS
+    parser.add_argument("sections", nargs="*", metavar="SECTION", help=", ".join(known))
     sections = parser.parse_args().sections or SECTIONS
-    if unknown := sorted(set(sections) - set(parts)):
-        parser.error(f"{', '.join(unknown)}: expected {', '.join(parts)}")
-    print(f"{os.cpu_count()} cores; torch on the CPU; every process alone on the machine")
+    if unknown := sorted(set(sections) - set(known)):
+        parser.error(f"{', '.join(unknown)}: expected {', '.join(known)}")
+    print(f"{os.cpu_count()} cores; torch on the CPU; one process at a time")
     for section in sections:
-        parts[section]()
+        known[section]()
 
 
 if __name__ == "__main__":

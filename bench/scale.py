@@ -1,10 +1,10 @@
-"""What many units cost in fact: a run that checks the model of docs/scale.md (scale_model.py).
+"""The measured cost of many work units, to check the model of docs/scale.md (scale_model.py).
 
     python bench/scale.py [--units 100000] [--directory DIR]
 
-makes so many shards (empty ones that claim a gigabyte), and plans, writes, loses, resumes and sums them up with the
-real planner, pipeline, writer and resume; only reading and the model are replaced by nothing. Every step is a process
-of its own. The first run is killed with SIGKILL when half of the units are written.
+creates one sparse shard of a gigabyte per unit, then plans the run, kills it with SIGKILL when half of the units are
+written, resumes it, runs it again and writes its summary. Planner, pipeline, writer and resume are the real ones;
+reading and the model are replaced by a constant window of rows. Each step runs in a separate process.
 """
 
 import argparse
@@ -43,7 +43,7 @@ from mmbeam.types import Batch, Needs, Output, Sample, Tally, WorkUnit
 ROWS = 2  # of each unit
 COLUMN = pa.field("image_embedding", pa.list_(pa.float32()))
 VECTORS = pa.array([[0.5] * 8] * ROWS, COLUMN.type)
-SHARD_BYTES = 10**9  # of fewer than MAX_UNITS shards the planner would cut each in four
+SHARD_BYTES = 10**9  # if there are fewer than MAX_UNITS shards, the planner would cut each of this size in four
 
 
 def make_run(output: str) -> Run:
@@ -53,7 +53,7 @@ def make_run(output: str) -> Run:
 
 
 def make_shards(directory: Path, count: int) -> None:
-    """Sparse files: a listing sees a gigabyte each, the disk has none of it."""
+    """Create sparse files, which have a size in a listing and occupy no space on disk."""
     size = SHARD_BYTES if count >= MAX_UNITS else UNIT_BYTES
     directory.mkdir()
     for number in range(count):
@@ -61,17 +61,17 @@ def make_shards(directory: Path, count: int) -> None:
             shard.truncate(size)
 
 
-_begun = itertools.count()  # units of this process
+_started = itertools.count()  # units of this process
 
 
-class Nothing:
-    """In the place of reading and of the model: one window of made-up rows. Kills its process after `lives` units."""
+class ConstantWindow:
+    """Replaces the reader and the model by one window of constant rows. Kills its process after `kill_after` units."""
 
-    def __init__(self, lives: int | None) -> None:
-        self.lives = lives
+    def __init__(self, kill_after: int | None) -> None:
+        self.kill_after = kill_after
 
     def __call__(self, unit: WorkUnit, *_: Any) -> Generator[Batch]:
-        if self.lives is not None and next(_begun) >= self.lives:
+        if self.kill_after is not None and next(_started) >= self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
         shard = unit.inputs[0].shard
         samples = tuple(_sample(shard.path, number) for number in range(ROWS))
@@ -90,13 +90,13 @@ def _sample(shard: str, number: int) -> Sample:
     return Sample(key=f"{number:09d}", shard=shard, offset=number * 1024, present=present, image_size=(512, 512))
 
 
-def read_nothing(run: Run, lives: int | None = None) -> ReadUnits:
-    return ReadUnits(Nothing(lives), Needs(), Reading(), run, Windows())
+def read_constant(run: Run, kill_after: int | None = None) -> ReadUnits:
+    return ReadUnits(ConstantWindow(kill_after), Needs(), Reading(), run, Windows())
 
 
-def build(pipeline: beam.Pipeline, run: Run, units: list[WorkUnit], lives: int | None = None) -> None:
-    """The pipe expression of a job, without reading and without a model."""
-    batches = pipeline | Plan(units) | "Read" >> beam.ParDo(read_nothing(run, lives))
+def build(pipeline: beam.Pipeline, run: Run, units: list[WorkUnit], kill_after: int | None = None) -> None:
+    """Add the steps of a job without reading and without a model."""
+    batches = pipeline | Plan(units) | "Read" >> beam.ParDo(read_constant(run, kill_after))
     _ = batches | WriteParquet(run) | Summarize(run)
 
 
@@ -105,11 +105,11 @@ def plan(directory: Path, run: Run) -> list[WorkUnit]:
     return extend_plan(run, list_shards([str(directory / "shards")]))
 
 
-# The steps, each in a process of its own; what they return is printed as JSON
+# The steps. Each runs in a separate process, which prints the returned figures as JSON.
 
 
 def step_plan(directory: Path) -> dict[str, float]:
-    """Listing and planning, and the job's description."""
+    """Measure listing and planning, and the size of the job's description."""
     run = make_run(str(directory / "out"))
     with timed() as seconds:
         units = plan(directory, run)
@@ -120,20 +120,20 @@ def step_plan(directory: Path) -> dict[str, float]:
     return {"units": len(units), "plan": seconds[0], "describe": describing[0], "description_mb": size / 1e6}
 
 
-def step_write(directory: Path, lives: int | None = None) -> dict[str, float]:
-    """The run; of units that are committed only what the look costs. Killed after `lives` units."""
+def step_write(directory: Path, kill_after: int | None = None) -> dict[str, float]:
+    """Measure the run, and the cost of skipping a committed unit. The process is killed after `kill_after` units."""
     run = make_run(str(directory / "out"))
     with timed() as planning:
         units = plan(directory, run)
     with timed() as listing_seconds:
         kept = sorted(committed(run))
-    some = [unit for unit in units if unit.id in set(kept[:1000])]
-    reader = read_nothing(run)
-    with timed() as looking:
-        assert all(batch.report for unit in some for batch in reader.process(unit))
+    skipped = [unit for unit in units if unit.id in set(kept[:1000])]
+    reader = read_constant(run)
+    with timed() as skipping:
+        assert all(batch.report for unit in skipped for batch in reader.process(unit))
     with timed() as writing:
         report = execute_pipeline(
-            run, units, (), lambda pipeline: build(pipeline, run, units, lives), lambda report: None
+            run, units, (), lambda pipeline: build(pipeline, run, units, kill_after), lambda report: None
         )
     assert report.tally.rows == ROWS * len(units)
     return {
@@ -141,13 +141,13 @@ def step_write(directory: Path, lives: int | None = None) -> dict[str, float]:
         "list_committed": listing_seconds[0],
         "kept": report.units_kept,
         "written": report.units_written,
-        "ms_per_kept_unit": 1000 * looking[0] / max(1, len(some)),
+        "ms_per_kept_unit": 1000 * skipping[0] / max(1, len(skipped)),
         "run": writing[0],
     }
 
 
 def step_reports(directory: Path) -> dict[str, float]:
-    """What the end of a run gathers: every unit's report, in one place."""
+    """Measure the end of a run, which gathers the report of every unit."""
     run = make_run(str(directory / "out"))
     ids = committed(run)
     with timed() as loading:
@@ -159,7 +159,7 @@ def step_reports(directory: Path) -> dict[str, float]:
 
 @contextlib.contextmanager
 def timed() -> Iterator[list[float]]:
-    """The seconds that the block took, once it is over."""
+    """Yield a list, to which the duration of the block in seconds is appended at its end."""
     seconds: list[float] = []
     begin = time.perf_counter()
     yield seconds
@@ -169,51 +169,51 @@ def timed() -> Iterator[list[float]]:
 STEPS = {"plan": step_plan, "write": step_write, "reports": step_reports}
 
 
-def in_a_process(step: str, directory: Path, *more: int) -> dict[str, float] | None:
-    """What a step found; None if it was killed."""
-    command = [sys.executable, __file__, "--step", step, "--directory", str(directory), *map(str, more)]
+def run_step(step: str, directory: Path, *arguments: int) -> dict[str, float] | None:
+    """Run a step in a process, and return its figures; None if it was killed."""
+    command = [sys.executable, __file__, "--step", step, "--directory", str(directory), *map(str, arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=False)
     if done.returncode == -signal.SIGKILL:
         return None
     done.check_returncode()
-    found: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
-    return found
+    figures: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return figures
 
 
 def measure(directory: Path, units: int) -> Iterator[tuple[str, dict[str, float]]]:
-    """Each step's name and figures. Raises AssertionError where a promise is broken."""
+    """Yield the name and figures of each step. Raises AssertionError if a unit is lost or written twice."""
     make_shards(directory / "shards", units)
-    yield "plan", in_a_process("plan", directory) or {}
-    assert in_a_process("write", directory, units // 2) is None
+    yield "plan", run_step("plan", directory) or {}
+    assert run_step("write", directory, units // 2) is None
     before = written(directory)
     assert units // 2 - 2 <= len(before) <= units // 2  # two were in flight
     yield "killed", {"committed": len(before)}
-    resumed = in_a_process("write", directory) or {}
+    resumed = run_step("write", directory) or {}
     assert (resumed["kept"], resumed["written"]) == (len(before), units - len(before))
-    assert before.items() <= written(directory).items()  # none was written again
+    assert before.items() <= written(directory).items()  # no part was written again
     yield "resumed", resumed
-    yield "again", in_a_process("write", directory) or {}
-    yield "reports", in_a_process("reports", directory) or {}
+    yield "again", run_step("write", directory) or {}
+    yield "reports", run_step("reports", directory) or {}
 
 
 def written(directory: Path) -> dict[str, int]:
-    """The parts, and when each was written."""
+    """Return the modification time of each part in nanoseconds, by name."""
     with os.scandir(directory / "out" / "data") as parts:
         return {part.name: part.stat().st_mtime_ns for part in parts}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--units", type=int, default=100_000)
-    parser.add_argument("--directory", type=Path, help="where to work (default: a temporary one)")
+    parser.add_argument("--units", type=int, default=100_000, help="number of work units (default: 100,000)")
+    parser.add_argument("--directory", type=Path, help="parent of the working directory (default: the system's)")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    parser.add_argument("lives", type=int, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("kill_after", type=int, nargs="?", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        more = {} if args.lives is None else {"lives": args.lives}
-        found = STEPS[args.step](args.directory, **more)
+        arguments = {} if args.kill_after is None else {"kill_after": args.kill_after}
+        figures = STEPS[args.step](args.directory, **arguments)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
-        print(json.dumps({**found, "peak_mb": peak}))
+        print(json.dumps({**figures, "peak_mb": peak}))
         return
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
         for name, figures in measure(Path(directory), args.units):

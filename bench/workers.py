@@ -1,9 +1,9 @@
-"""`--workers 2` beside the better of two hand-tuned loops on two cores: the section `workers` of bench/run.py.
+"""`--workers 2` against the faster of two hand-tuned loops on two cores: the section `workers` of bench/run.py.
 
-One loop is a process with two threads for the model and a decode pool in front of it; the other is two processes
-of one thread each over half the shards, started together. A plain `mmbeam embed` runs beside them. All decode and
-embed the same shards; starting, loading and a first batch, or a first shard in each worker process, are outside the
-time of all of them. `python bench/workers.py MODE CASE_DIR` is one run, which prints its seconds.
+One loop is a process with two threads for the model and a decode pool ahead of it. The other is two processes of one
+thread, each over half of the shards, started together. `mmbeam embed` without `--workers` is measured too. All of them
+decode and embed the same shards. Process start, loading and a first batch (for worker processes a first shard each)
+are excluded from the time. `python bench/workers.py MODE CASE_DIR` performs one run and prints its seconds.
 """
 
 import json
@@ -25,9 +25,9 @@ if TYPE_CHECKING:
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
 PROCESSES, PAIRS = 2, 5
-WARM = PROCESSES  # shards: one for each process to load the model on
+WARM = PROCESSES  # shards for warming up: one per process
 LOOPS = {"one process, 2 threads": "loop-2", "2 processes": "loops"}
-OURS = {"mmbeam": "mmbeam-1", "mmbeam --workers 2": "mmbeam-2"}
+JOBS = {"mmbeam": "mmbeam-1", "mmbeam --workers 2": "mmbeam-2"}
 
 
 def section() -> None:
@@ -35,34 +35,34 @@ def section() -> None:
 
     case = replace(CASES[1], name="workers-clip-15m", samples=3000, per_shard=50)
     directory = case.build(CACHE)
-    rates: dict[str, list[float]] = {name: [] for name in LOOPS | OURS}
+    rates: dict[str, list[float]] = {name: [] for name in LOOPS | JOBS}
     measured = case.samples - WARM * case.per_shard
     for _ in range(PAIRS):
-        for name, mode in (LOOPS | OURS).items():
+        for name, mode in (LOOPS | JOBS).items():
             rates[name].append(measured / run(mode, directory))
-    medians = {name: statistics.median(found) for name, found in rates.items()}
-    better = max(LOOPS, key=lambda name: medians[name])
+    medians = {name: statistics.median(values) for name, values in rates.items()}
+    faster = max(LOOPS, key=lambda name: medians[name])
     print(f"\n{case.name}, rates in samples/s on 2 cores: medians of {PAIRS} alternating runs")
     print("   ".join(f"{name}: {rate:,.0f}" for name, rate in medians.items()))
-    for name in OURS:
-        ratios = sorted(ours / theirs for ours, theirs in zip(rates[name], rates[better], strict=True))
-        print(f"{name} / {better}: {statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})", flush=True)
+    for name in JOBS:
+        ratios = sorted(job / loop for job, loop in zip(rates[name], rates[faster], strict=True))
+        print(f"{name} / {faster}: {statistics.median(ratios):.3f} ({ratios[0]:.3f}-{ratios[-1]:.3f})", flush=True)
 
 
 def run(mode: str, directory: Path) -> float:
-    """Seconds of one run; of loops in several processes, which start together, those of the slowest."""
+    """Return the seconds of one run; with several loop processes, which start together, those of the slowest."""
     if mode != "loops":
         done = subprocess.run(command(mode, directory), check=True, capture_output=True, text=True)
         return float(done.stdout.splitlines()[-1])
     loops = [start_loop(number, directory) for number in range(PROCESSES)]
-    for each in loops:
-        assert each.stdout is not None
-        each.stdout.readline()  # it is warm
-    for each in loops:
-        assert each.stdin is not None
-        each.stdin.write("go\n")
-        each.stdin.flush()
-    return max(float(each.communicate()[0]) for each in loops)
+    for process in loops:
+        assert process.stdout is not None
+        process.stdout.readline()  # blocks until it is warm
+    for process in loops:
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    return max(float(process.communicate()[0]) for process in loops)
 
 
 def command(mode: str, directory: Path) -> list[str]:
@@ -79,7 +79,7 @@ def start_loop(number: int, directory: Path) -> "subprocess.Popen[str]":
 
 
 def loop(directory: Path, shards: list[Path], threads: int, ready: Callable[[], object]) -> float:
-    """The bare loop over the shards: a pool that decodes in front of the model. `ready` is called when it is warm."""
+    """Run the bare loop: a pool decodes ahead of the model. `ready` is called after the warm-up. Return its seconds."""
     import torch
     from loops import batches, decoder, encode, members
 
@@ -105,7 +105,7 @@ def wait_for_go() -> None:
 
 
 def job_seconds(directory: Path, workers: int) -> float:
-    """The job in so many processes of this machine, after a first shard in each."""
+    """Return the seconds of the job in `workers` processes, after a first shard in each of them."""
     from mmbeam.config import ModelRef
     from mmbeam.jobs.embed import EmbedOptions, prepare
 
@@ -136,7 +136,7 @@ def in_processes(job: "EmbedJob", workers: int) -> float:
 
 
 def in_this_process(job: "EmbedJob") -> float:
-    for count in (WARM, len(job.units)):  # the first are committed then
+    for count in (WARM, len(job.units)):  # the second run skips the units that the first committed
         begin = time.perf_counter()
         replace(job, units=job.units[:count]).execute()
     return time.perf_counter() - begin

@@ -1,4 +1,4 @@
-"""Caption every sample of a bucket of shards, or of computed features: a file to submit to a runner.
+"""Caption every sample of shards, or of computed features: a pipeline file to submit to a runner.
 
     python pipelines/caption.py --input 'shards/*.tar' --output out --model MODEL_DIR
 
@@ -6,16 +6,16 @@ runs in this process. For a model that was trained on features, the input is the
 
     python pipelines/caption.py --input FEATURES_DIR --output out --model MODEL_DIR
 
-The arguments are those of `mmbeam caption` (see --help), and every Apache Beam pipeline option is taken as
-Beam spells it:
+The arguments are those of `mmbeam caption` (see --help). Every Apache Beam pipeline option is accepted as Beam spells
+it:
 
     python pipelines/caption.py --input 'gs://bucket/shards/*.tar' --output gs://bucket/out --model ORG/NAME \\
         --device cuda --runner=FlinkRunner --flink_master=HOST:8081 \\
         --environment_type=EXTERNAL --environment_config=localhost:50000
 
-If the workers are on other machines, `--device` names their device, and `--output` and the model must be
-reachable from there. The same command again does only what is not committed yet.
-Exit status: 0 done, 1 failed, 2 bad arguments, 3 done but some units could not be read (run again).
+If the workers are on other machines, `--device` names their device, and they must be able to reach `--output` and the
+model. The same command again does only the units that are not committed.
+Exit status: 0 done, 1 failed, 2 invalid arguments, 3 done but some shards could not be read (run again).
 """
 
 import sys

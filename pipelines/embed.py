@@ -1,17 +1,17 @@
-"""Embed every sample of a bucket of shards: a file to submit to a runner.
+"""Embed every sample of shards: a pipeline file to submit to a runner.
 
     python pipelines/embed.py --input 'shards/*.tar' --output out --model openai/clip-vit-base-patch32
 
-runs in this process. The arguments are those of `mmbeam embed` (see --help), and every Apache Beam pipeline
-option is taken as Beam spells it:
+runs in this process. The arguments are those of `mmbeam embed` (see --help). Every Apache Beam pipeline option is
+accepted as Beam spells it:
 
     python pipelines/embed.py --input 'gs://bucket/shards/*.tar' --output gs://bucket/out --model ORG/NAME \\
         --device cuda --runner=FlinkRunner --flink_master=HOST:8081 \\
         --environment_type=EXTERNAL --environment_config=localhost:50000
 
-If the workers are on other machines, `--device` names their device, and `--output` and the model must be
-reachable from there. The same command again does only what is not committed yet.
-Exit status: 0 done, 1 failed, 2 bad arguments, 3 done but some shards could not be read (run again).
+If the workers are on other machines, `--device` names their device, and they must be able to reach `--output` and the
+model. The same command again does only the units that are not committed.
+Exit status: 0 done, 1 failed, 2 invalid arguments, 3 done but some shards could not be read (run again).
 """
 
 import sys

@@ -1,14 +1,14 @@
-"""Train the fusion model that ships with mmbeam, on the procedural corpus, and measure it on fresh scenes.
+"""Train the fusion model that ships with mmbeam on the procedural corpus, and evaluate it on held-out scenes.
 
     python pipelines/train_shipped.py --output models/fusion
 
-writes the model (bfloat16), its model card and figures.json: exact match and words right from every subset
-of the modalities, the share right of each class of words and each word, recall@1. All hyper-parameters have
-the values that the shipped model was trained with; to change one, name it:
+writes the model (bfloat16), its model card and figures.json: exact match from every subset of the modalities, words
+right, the accuracy of each class of words and of each word, and recall@1. The default hyperparameters are those of the
+shipped model; options change them:
 
     python pipelines/train_shipped.py --output lstm --generator lstm --steps 2400 --seed 1
 
-The same command again goes on where it was interrupted. No Apache Beam is in it: one machine does it.
+The same command again resumes an interrupted training. It runs on one machine, without Apache Beam.
 """
 
 import argparse
@@ -30,7 +30,7 @@ from mmbeam.models.fusion.configuration import FusionConfig
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.loading import load_pretrained, quiet_transformers
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSIONS, GENERATOR_KINDS, MODALITIES, Modality
 from mmbeam.report.progress import TrainingLine
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.distributed import joined, local_device
@@ -42,12 +42,10 @@ from mmbeam.training.setup import Setup
 from mmbeam.training.sources import CorpusSource, scene_example
 from mmbeam.training.train import REPORT, open_run, read_report, train_on, write_model
 
-log = logging.getLogger(__name__)
-
-EPOCH_SAMPLES = 12_800  # between two validations
-VOCABULARY_SAMPLES = 4000  # whose captions and tags make the vocabulary
-VOCABULARY = 1024  # tokens at most: all words of the corpus in all their cases, and the bytes
-# What the corpus's modalities show has nothing to do with one another: each aligns with the caption alone.
+EPOCH_SAMPLES = 12_800  # training scenes between two validations
+VOCABULARY_SAMPLES = 4000  # scenes whose captions and tags determine the vocabulary
+VOCABULARY = 1024  # tokens at most: the bytes, and all words of the corpus in all cases
+# The modalities of a scene are independent of each other, so each is aligned with the caption only.
 PAIRS = [[name, "caption"] for name in (*MODALITIES, "fused")]
 EVALUATION_SEED = 2026
 EVALUATION_SAMPLES = 2000
@@ -55,7 +53,7 @@ FIGURES = "figures.json"
 
 
 def shipped_options(output: str, **changed: Any) -> TrainOptions:
-    """How the shipped model is trained."""
+    """Return the options that the shipped model was trained with, except for `changed`."""
     return replace(
         TrainOptions(
             input=("corpus://procedural",),
@@ -83,9 +81,9 @@ def train_shipped(
     reporter: ProgressReporter | None = None,
     count: int = EVALUATION_SAMPLES,
 ) -> dict[str, Any]:
-    """Train on the corpus, measure on fresh scenes, and write the model in bfloat16 with its figures; the figures.
+    """Train on the corpus, evaluate on `count` held-out scenes, write the model in bfloat16, and return the figures.
 
-    The same options again go on where an interrupted training stopped. Raises what `train` raises.
+    The same options again resume an interrupted training. Raises the errors of `train`.
     """
     device = local_device(options.device)
     quiet_transformers()
@@ -93,17 +91,16 @@ def train_shipped(
         with world.main_first():
             directory = open_run(options, overwrite, world)
             done = (directory / REPORT).exists()
-        report = (
-            read_report(directory)
-            if done
-            else train_on(corpus_setup(options), options, directory, device, reporter, world)
-        )
-        return world.from_main(lambda: _measured(report, directory.parent, device, count))
+        if done:
+            report = read_report(directory)
+        else:
+            report = train_on(corpus_setup(options), options, directory, device, reporter, world)
+        return world.from_main(lambda: _finish(report, directory.parent, device, count))
 
 
-def _measured(report: Mapping[str, Any], output: Path, device: torch.device, count: int) -> dict[str, Any]:
-    """Write the trained model at half its size, and its figures; the figures."""
-    model = load_pretrained(FusionModel, output, torch.device("cpu"), torch.bfloat16)  # half the size
+def _finish(report: Mapping[str, Any], output: Path, device: torch.device, count: int) -> dict[str, Any]:
+    """Write the trained model in bfloat16, with its figures and its card, and return the figures."""
+    model = load_pretrained(FusionModel, output, torch.device("cpu"), torch.bfloat16)
     write_model(model, FusionProcessor.from_directory(output), output)
     figures = {"training": report, "evaluation": evaluate(output, device, count)}
     write_text(output / FIGURES, json.dumps(figures, indent=2) + "\n")
@@ -113,7 +110,7 @@ def _measured(report: Mapping[str, Any], output: Path, device: torch.device, cou
 
 
 def corpus_setup(options: TrainOptions) -> Setup:
-    """A model for the corpus, and the corpus as a source of examples."""
+    """Return the setup of a training on the corpus, with a new model."""
     modalities = options.modalities or MODALITIES
     pairs = [pair for pair in PAIRS if pair[0] in (*modalities, "fused") and "text" in modalities]
     config = FusionConfig.for_media(modalities, **{"pairs": pairs, **options.model})
@@ -127,72 +124,69 @@ def corpus_setup(options: TrainOptions) -> Setup:
         evaluation_size=options.validation_samples,
         modalities=processor.modalities,
     )
-    about = "the procedural corpus of mmbeam.corpus, 64 pixels and 8 kHz"
-    facts = {"samples": about, "modalities": dict.fromkeys(processor.modalities, "rendered")}
+    samples = "the procedural corpus of mmbeam.corpus, 64 pixels and 8 kHz"
+    facts = {"samples": samples, "modalities": dict.fromkeys(processor.modalities, "rendered")}
     return Setup(config=config, processor=processor, source=source, facts=facts)
 
 
 def evaluate(directory: Path, device: torch.device, count: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:
-    """How good the model in `directory` is on `count` fresh scenes, from every subset of the modalities.
+    """Return the scores of the model in `directory` on `count` held-out scenes, from every subset of its modalities.
 
-    Of each subset: the share of samples whose caption is its clauses, all right and nothing else; with all
-    modalities also the share of words right, and of each class of words and each word those that stand
-    where they belong.
+    The score of a subset is the fraction of captions that equal the clauses of the subset. With all modalities, the
+    scores also include the fraction of correct words, overall, by class and by word, and recall@1.
     """
     model = load_pretrained(FusionModel, directory, device, torch.float32)
     evaluator = Evaluator(model, FusionProcessor.from_directory(directory), device, batch_size=100)
-    kept = [subset for subset in SUBSETS if set(subset) <= set(evaluator.processor.modalities)]
+    subsets = [subset for subset in SUBSETS if set(subset) <= set(evaluator.processor.modalities)]
     scenes = list(generate_scenes(seed, count=count))
-    examples = [scene_example(scene).keeping(kept[-1]) for scene in scenes]
-    written = {subset: evaluator.captions([each.keeping(subset) for each in examples]) for subset in kept}
-    counts = [count_words(example.caption, caption) for example, caption in written[kept[-1]]]
-    exact = {"+".join(subset): _share(e.caption == caption for e, caption in of) for subset, of in written.items()}
+    examples = [scene_example(scene).keeping(subsets[-1]) for scene in scenes]
+    exact = {}
+    for subset in subsets:  # the last has all modalities
+        captions = evaluator.captions([example.keeping(subset) for example in examples])
+        exact["+".join(subset)] = sum(example.caption == caption for example, caption in captions) / count
+    counts = [count_words(example.caption, caption) for example, caption in captions]
     return {
         "seed": seed,
         "samples": count,
-        "exact_match": exact["+".join(kept[-1])],
+        "exact_match": exact["+".join(subsets[-1])],
         "words_right": sum(right for right, _ in counts) / sum(words for _, words in counts),
         "subsets": exact,
-        "classes": word_classes(scenes, written[kept[-1]]),
-        "words": single_words(written[kept[-1]]),
+        "classes": word_classes(scenes, captions),
+        "words": single_words(captions),
         "recall": evaluator.recall(examples),
     }
 
 
-def _share(right: Iterable[bool]) -> float:
-    found = list(right)
-    return sum(found) / len(found)
-
-
-def word_classes(scenes: Iterable[Scene], written: Iterable[tuple[Example, str]]) -> dict[str, float]:
-    """Of each class of words (colour, pitch, place, ...), the share that stands where it belongs."""
+def word_classes(scenes: Iterable[Scene], captions: Iterable[tuple[Example, str]]) -> dict[str, float]:
+    """Return the fraction of correct words of each class (colour, pitch, place, ...)."""
     by_key = {scene.key: scene for scene in scenes}
     total, right = Counter[str](), Counter[str]()
-    for example, caption in written:
-        names = [name for m, each in _classes(by_key[example.key]).items() if m in example.present for name in each]
+    for example, caption in captions:
+        classes = _classes(by_key[example.key])
+        names = [name for modality, names in classes.items() if modality in example.present for name in names]
         for name, hit in zip(names, _hits(example.caption, caption), strict=True):
             total[name] += 1
             right[name] += hit
     return {name: right[name] / count for name, count in sorted(total.items())}
 
 
-def single_words(written: Iterable[tuple[Example, str]]) -> dict[str, float]:
-    """Of each word of the true captions, the share that stands where it belongs."""
+def single_words(captions: Iterable[tuple[Example, str]]) -> dict[str, float]:
+    """Return, for each word of the references, the fraction of its occurrences that the caption reproduces."""
     total, right = Counter[str](), Counter[str]()
-    for example, caption in written:
+    for example, caption in captions:
         for word, hit in zip(example.caption.split(), _hits(example.caption, caption), strict=True):
             total[word.strip(",.")] += 1
             right[word.strip(",.")] += hit
     return {word: right[word] / count for word, count in sorted(total.items())}
 
 
-def _hits(true: str, written: str) -> list[bool]:
-    """Whether each word of the true caption stands at its place in the other."""
-    return [ours == theirs for ours, theirs in zip_longest(true.split(), written.split()) if ours is not None]
+def _hits(reference: str, caption: str) -> list[bool]:
+    """Return whether the caption has the same word at the same position, for each word of the reference."""
+    return [a == b for a, b in zip_longest(reference.split(), caption.split()) if a is not None]
 
 
 def _classes(scene: Scene) -> dict[Modality, list[str]]:
-    """The class of each word of the scene's clauses; what is the same in all captions is "grammar"."""
+    """Return the class of each word of the scene's clauses; words that all captions share are "grammar"."""
     shapes: list[str] = []
     for number, shape in enumerate(scene.shapes):
         shapes += ["grammar"] * (1 + bool(number))  # [and] a
@@ -209,8 +203,8 @@ def shipped_card(figures: Mapping[str, Any], sha256: str) -> str:
     """Return the model card of the shipped model, from the figures of `train_shipped`."""
     report, evaluation = figures["training"], figures["evaluation"]
     training, options = report["training"], report["options"]
-    wrong = sorted((fraction, word) for word, fraction in evaluation["words"].items() if fraction < 1)[:8]
-    shown = ", ".join(f"{word} ({fraction:.2%} correct)" for fraction, word in wrong) or "none"
+    worst = sorted((fraction, word) for word, fraction in evaluation["words"].items() if fraction < 1)[:8]
+    shown = ", ".join(f"{word} ({fraction:.2%} correct)" for fraction, word in worst) or "none"
     return "\n".join(
         [
             "---",
@@ -220,7 +214,7 @@ def shipped_card(figures: Mapping[str, Any], sha256: str) -> str:
             "---",
             "# The small fusion model that ships with mmbeam",
             "",
-            "It captions the images, audio and short texts of the procedural corpus, from any of the three:",
+            "It captions scenes of the procedural corpus from an image, a sound and a short text, or any of the three:",
             "`mmbeam caption --input SHARDS --output OUT`. Its purpose is to demonstrate the path from shards to",
             "captions and to check the captions against known ones.",
             "",
@@ -251,19 +245,19 @@ def shipped_card(figures: Mapping[str, Any], sha256: str) -> str:
             "|---|---|",
             *(f"| {name} | {fraction:.2%} |" for name, fraction in evaluation["classes"].items()),
             "",
-            f"Words that are wrong most often: {shown}.",
+            f"Least accurate words: {shown}.",
             "",
             f"| recall@1 among {CANDIDATES}, by cosine similarity | |",
             "|---|---|",
             *(f"| {name} | {fraction:.1%} |" for name, fraction in evaluation["recall"].items()),
             "",
-            "figures.json has the figures of every word, and the training options.",
+            "figures.json has the accuracy of every word, and the training options.",
             "",
             "## Limits",
             "",
             "The model covers this corpus only: captions of photographs are meaningless. Images are resized to",
-            "64 x 64, audio is cut to the first second, texts to 64 tokens. Training covered all pairs of colour and",
-            "shape; generalisation to unseen combinations was not tested.",
+            "64 x 64; audio is truncated to the first second, and texts to 64 tokens. Training covered all pairs of",
+            "colour and shape; generalisation to unseen combinations was not tested.",
             "",
         ]
     )
@@ -272,21 +266,23 @@ def shipped_card(figures: Mapping[str, Any], sha256: str) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Train the fusion model that ships with mmbeam.", allow_abbrev=False)
     parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="directory for the model")
-    parser.add_argument("--overwrite", action="store_true", help="start over; forget a training in the output")
-    parser.add_argument("--evaluate", type=int, default=EVALUATION_SAMPLES, metavar="N", help="fresh scenes")
-    parser.add_argument("--fusion", help="attention, concat, gated or bilinear")
-    parser.add_argument("--generator", help="transformer or lstm")
+    parser.add_argument("--overwrite", action="store_true", help="discard any earlier training in --output")
+    parser.add_argument(
+        "--evaluate", type=int, default=EVALUATION_SAMPLES, metavar="N", help="number of held-out scenes"
+    )
+    parser.add_argument("--fusion", help=", ".join(FUSIONS))
+    parser.add_argument("--generator", help=", ".join(GENERATOR_KINDS))
     for name, kind in (("steps", int), ("seed", int), ("batch-size", int), ("warmup-steps", int)):
         parser.add_argument(f"--{name}", type=kind, metavar="N")
     for name in ("learning-rate", "weight-decay", "dropout", "modality-dropout", "label-smoothing"):
         parser.add_argument(f"--{name}", type=float, metavar="X")
     parser.add_argument("--device", help="auto, cpu, cuda or cuda:N")
-    given = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
+    values = {name: value for name, value in vars(parser.parse_args()).items() if value is not None}
     names = {"fusion": "fusion", "generator": "generator_kind"}
-    model = {field: given.pop(name) for name, field in names.items() if name in given}
-    count, overwrite = given.pop("evaluate"), given.pop("overwrite")
+    model = {field: values.pop(name) for name, field in names.items() if name in values}
+    count, overwrite = values.pop("evaluate"), values.pop("overwrite")
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    options = shipped_options(given.pop("output"), model=model, **given)
+    options = shipped_options(values.pop("output"), model=model, **values)
     train_shipped(options, overwrite=overwrite, reporter=TrainingLine(sys.stderr), count=count)
 
 
