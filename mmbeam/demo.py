@@ -1,6 +1,6 @@
-"""The demo: a small corpus, and a look at what one pass of the shipped model made of it.
+"""The demo: a small corpus, and a description of the rows that a job wrote for it.
 
-Everything is made anew each time, offline and on the CPU. Not here: the job itself, which commands/demo.py runs.
+Every demo starts from scratch, offline and on the CPU. commands/demo.py runs the job itself.
 """
 
 import json
@@ -29,12 +29,12 @@ from mmbeam.readers.windows import read_batches
 from mmbeam.types import ImageHWC, Needs, Sample, Waveform
 
 SAMPLES, SHARDS = 48, 4
-SEED = 11  # of scenes used neither to train nor to select the shipped model
+SEED = 11  # its scenes were used neither to train nor to select the shipped model
 RATE = 16000  # Hz, of the audio in the corpus
-SHOWN = 3  # samples and neighbours
+SHOWN = 3  # number of samples and of neighbours that are shown
 SHADES = " ░▒▓█"  # of a spectrogram, from silence to full scale
-RANGE = 4.0  # powers of ten below full scale that are drawn
-LOWEST = 60.0  # Hz
+RANGE = 4.0  # drawn range of power, in powers of ten below full scale
+LOWEST = 60.0  # lowest frequency that is drawn, in Hz
 
 Row = Mapping[str, Any]
 
@@ -42,19 +42,17 @@ Row = Mapping[str, Any]
 def make_corpus(directory: Path) -> Path:
     """Write the demo's shards under `directory` and return their folder.
 
-    Raise UsageError if the directory holds something else.
+    Raise UsageError if the directory is neither empty nor that of an earlier demo.
     """
     shards = directory / "shards"
     if directory.exists() and any(directory.iterdir()) and not shards.is_dir():
-        raise UsageError(
-            f"{directory}: expected an empty directory or the directory of an earlier demo; name another one"
-        )
+        raise UsageError(f"{directory}: expected an empty directory, or that of an earlier demo; choose another")
     write_corpus(shards, samples=SAMPLES, shards=SHARDS, seed=SEED, rate=RATE)
     return shards
 
 
 def describe_rows(shards: Path, output: Path) -> Iterator[str]:
-    """Yield lines on what the job wrote: its columns, captions next to their samples, nearest neighbours."""
+    """Yield lines that show the job's columns, the captions next to their samples, and nearest neighbours."""
     table = ds.dataset(output / "data").to_table().sort_by("key")
     rows: list[Row] = table.to_pylist()
     yield f"\n{len(rows)} rows in {len(list((output / 'data').glob('*.parquet')))} Parquet files, with these columns:"
@@ -66,7 +64,7 @@ def describe_rows(shards: Path, output: Path) -> Iterator[str]:
 
     by_key = {row["key"]: row for row in rows}
     letters = ", ".join(f"{name[0].upper()} {name}" for name in ("red", "green", "blue"))
-    yield f"\nThe first {SHOWN} samples. Left the image ({letters}, ...), right the spectrogram of the audio:"
+    yield f"\nThe first {SHOWN} samples: image on the left ({letters}, ...), spectrogram of the audio on the right:"
     unit = replace(plan_units(list_shards([str(sorted(shards.glob("*.tar"))[0])]), [])[0], limit=SHOWN)
     needs = Needs(modalities=frozenset(("image", "audio")), sampling_rates=frozenset((RATE,)))
     with closing(read_batches(unit, Reading(), needs, Windows())) as batches:
@@ -79,7 +77,7 @@ def describe_rows(shards: Path, output: Path) -> Iterator[str]:
     colours = [{shape["colour"] for shape in scene["shapes"]} for scene in scenes]
     pitches = [{scene["sound"]["pitch"]} for scene in scenes]
     yield "\nNearest neighbours by embedding:"
-    for modality, labels, shared in (("image", colours, "a colour"), ("audio", pitches, "the pitch")):
+    for modality, labels, label in (("image", colours, "a colour"), ("audio", pitches, "the pitch")):
         nearest = nearest_neighbours(np.array([row[f"{modality}_embedding"] for row in rows]))
         yield f"  by {modality}_embedding:"
         for index in range(SHOWN):
@@ -87,12 +85,12 @@ def describe_rows(shards: Path, output: Path) -> Iterator[str]:
             yield f"    {'  ->  '.join(pair)}"
         pairs = [(i, j) for i in range(len(rows)) for j in range(len(rows)) if i != j]
         rates = [np.mean([bool(labels[i] & labels[j]) for i, j in some]) for some in (enumerate(nearest), pairs)]
-        yield f"    {rates[0]:.0%} of the neighbours share {shared}; {rates[1]:.0%} of random pairs do"
+        yield f"    {rates[0]:.0%} of the neighbours share {label}; {rates[1]:.0%} of random pairs do"
 
 
 def describe_next_steps(shards: Path, output: Path) -> Iterator[str]:
     """Yield lines with the demo's command, and with the Python that reads its rows."""
-    yield "\nThe same job from the command line; everything is committed, so it does nothing:"
+    yield "\nThe same job from the command line. All of its units are committed, so it would skip them:"
     yield f"  mmbeam caption --input {shlex.quote(f'{shards}/corpus-*.tar')} --explain --with-embeddings \\"
     yield f"    --device cpu --output {shlex.quote(str(output))}"
     yield "The rows, in Python:"
@@ -112,7 +110,7 @@ def _side_by_side(sample: Sample, row: Row) -> Iterator[str]:
 
 
 def nearest_neighbours(vectors: npt.NDArray[np.float64]) -> list[int]:
-    """Return for each of `vectors`, [count, width], the index of the nearest other one by cosine similarity."""
+    """Return the index of the nearest other vector of each vector [count, width], by cosine similarity."""
     unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
     similarity = unit @ unit.T
     np.fill_diagonal(similarity, -np.inf)
@@ -138,18 +136,18 @@ def sketch_image(image: ImageHWC, colours: Mapping[str, tuple[int, int, int]], r
 
 
 def _letters(names: Iterable[str]) -> list[str]:
-    """Return for each name its first letter that no earlier name uses."""
-    taken: list[str] = []
+    """Return a letter for each name: its first letter that no earlier name uses."""
+    letters: list[str] = []
     for name in names:
-        taken.append(next((letter for letter in name.upper() if letter not in taken), "?"))
-    return taken
+        letters.append(next((letter for letter in name.upper() if letter not in letters), "?"))
+    return letters
 
 
 def sketch_audio(wave: Waveform, rate: int, rows: int = 12, columns: int = 32) -> list[str]:
     """Draw audio, float32 [frames], as a spectrogram of `rows` lines: time to the right, frequency upwards.
 
-    Rows divide the range from 60 Hz to half the rate evenly in octaves. Each shade is a power of ten; the darkest is
-    the level of a sine at full scale.
+    The rows divide the range from 60 Hz to half the rate on a logarithmic scale. Shades are powers of ten of the power;
+    the darkest is a sine at full scale.
     """
     size = 1 << max(6, (len(wave) // columns * 2).bit_length() - 1)
     padded = np.pad(wave, (size // 2, size))

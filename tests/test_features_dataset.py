@@ -103,6 +103,7 @@ def test_a_state_continues_with_the_next_batch(out: Path, taken: int) -> None:
     resumed.load_state_dict(state)
     assert keys(resumed) == keys(batches[taken:])
     older = {("window" if name == "buffer" else name): value for name, value in state.items()}
+    older["dataset"] = {("share" if name == "reader" else name): value for name, value in state["dataset"].items()}
     resumed.load_state_dict(older)
     assert keys(resumed) == keys(batches[taken:])
     with pytest.raises(UsageError, match="batch_size 8; expected 9"):

@@ -211,7 +211,7 @@ def test_polling_takes_at_most_a_hundredth_of_the_time(tmp_path: Path, monkeypat
     progress.start(2)
     with ProgressLine(str(tmp_path / "out"), io.StringIO(), seconds=0.01):
         time.sleep(1)
-    assert len(looks) == 1
+    assert len(updates) == 1
 
 
 # The summary

@@ -26,7 +26,7 @@ sys.path.append(str(ROOT / "bench"))
 
 import scale  # noqa: E402
 import scale_model  # noqa: E402
-from scale_model import COMMIT, JOBS, KEPT, LAUNCH, CHECK, OPEN, Job, Requests, simulate, simulate_restarts  # noqa: E402
+from scale_model import CHECK, COMMIT, JOBS, KEPT, LAUNCH, OPEN, Job, Requests, simulate, simulate_restarts  # noqa: E402
 
 UNITS = 60
 FLEETS = {

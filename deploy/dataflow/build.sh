@@ -3,8 +3,8 @@
 #
 #   IMAGE=REPOSITORY/mmbeam:TAG [DEVICE=cuda|cpu] [MODELS="ORG/NAME@REVISION ..."] deploy/dataflow/build.sh
 #
-# IMAGE   its name in an Artifact Registry repository, with a new tag for each build: workers of a running job pull it
-#         when they start, and must get the one that the job was launched with
+# IMAGE   the image's name in an Artifact Registry repository, with a new tag for each build: workers of a running job
+#         pull it when they start, and must get the image that the job was launched with
 # DEVICE  the build of torch (default: cuda)
 # MODELS  hub models to store in the image, so that no worker contacts the hub (default: none)
 # HF_TOKEN, if set, is used to download MODELS; the image does not contain it.
@@ -16,7 +16,7 @@ flags=(
     --file deploy/docker/Dockerfile
     # As root, and with the launcher of Flex Templates beside Beam's harness.
     --target dataflow
-    # The platform of Dataflow's machines, whatever machine builds the image.
+    # The platform of Dataflow's machines, independent of the machine that builds the image.
     --platform linux/amd64
     --build-arg "DEVICE=${DEVICE:-cuda}"
     --build-arg "MODELS=${MODELS:-}"

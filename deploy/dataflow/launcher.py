@@ -1,7 +1,7 @@
-"""Run by Dataflow's template launcher in the image: turns the template's parameters into an mmbeam command.
+"""Convert the parameters of the Dataflow template into an mmbeam command. Dataflow's launcher runs this in the image.
 
-The launcher passes every parameter as --NAME=VALUE, with options of Beam. Other options are dropped. The option
---template_location makes mmbeam describe the job without waiting for it; Dataflow then starts it.
+The launcher passes every parameter as --NAME=VALUE, and adds options of Beam. Any other option is dropped. With
+--template_location, mmbeam writes the job's description and exits; Dataflow then starts the job.
 
 metadata.json in this directory lists the parameters. Those of its group "Apache Beam" are Beam's options, those of type
 BOOLEAN are flags, `command` is the mmbeam command, and the others are options of mmbeam, with - for _.
@@ -21,7 +21,7 @@ BEAM = "Apache Beam"
 
 
 def command_line(launcher_args: Sequence[str]) -> list[str]:
-    """Return the arguments of `mmbeam` for those of the launcher."""
+    """Return the arguments of `mmbeam` for the arguments of the launcher."""
     parameters = {entry["name"]: entry for entry in json.loads(METADATA.read_text())["parameters"]}
     commands = (argument.partition("=")[2] for argument in launcher_args if argument.startswith("--command="))
     command = next(commands, "embed")
@@ -30,14 +30,14 @@ def command_line(launcher_args: Sequence[str]) -> list[str]:
     for argument in launcher_args:
         name, _, value = argument.removeprefix("--").partition("=")
         parameter = parameters.get(name, {"groupName": BEAM})
-        if name not in parameters and not _is_beam_option(argument):  # Dataflow has checked the user's parameters
+        if name not in parameters and not _is_beam_option(argument):  # the user's are all known to Dataflow
             sys.stderr.write(f"dropped --{name}: not an option of Beam\n")
         elif parameter.get("groupName") == BEAM:
             beam.append(argument)
         elif name == "model" and command == "embed":
             options += [f"--model={model}" for model in value.split(",")]
         elif name != "command":
-            options += _option(name, value, flag=parameter.get("paramType") == "BOOLEAN")
+            options += _option(name, value, is_flag=parameter.get("paramType") == "BOOLEAN")
     return [command, *options, *beam]
 
 
@@ -49,12 +49,12 @@ def _is_beam_option(argument: str) -> bool:
     return True
 
 
-def _option(name: str, value: str, flag: bool) -> Iterator[str]:
-    spelled = f"--{name.replace('_', '-')}"
-    if not flag:
-        yield f"{spelled}={value}"
+def _option(name: str, value: str, is_flag: bool) -> Iterator[str]:
+    option = f"--{name.replace('_', '-')}"
+    if not is_flag:
+        yield f"{option}={value}"
     elif value == "true":
-        yield spelled
+        yield option
 
 
 if __name__ == "__main__":

@@ -12,11 +12,11 @@
 # TEMPLATE    the file that template.sh wrote (default: gs://$BUCKET/templates/mmbeam.json)
 # WORKERS     number of machines, from the start (default: 2)
 # GPU         of each machine (default: nvidia-l4); "" for none, with DEVICE=cpu in build.sh
-# DRIVER      NVIDIA driver that Dataflow installs (default: its own choice), for example 5xx, its newest. The image's
-#             torch is built for CUDA 13 and needs 580 or later
+# DRIVER      NVIDIA driver that Dataflow installs (default: its default version); 5xx is its newest. The image's torch is
+#             built for CUDA 13 and needs 580 or later
 # MACHINE     machine type (default: g2-standard-8, which has one L4; without GPU n2-standard-8)
 # DISK        per machine, in GB (default: 100)
-# SERVICE_ACCOUNT, SUBNETWORK  the workers' (default: the project's own); a subnetwork is used without public addresses
+# SERVICE_ACCOUNT, SUBNETWORK  of the workers (default: the project's default); with SUBNETWORK they have no public addresses
 set -euo pipefail
 : "${PROJECT:?set PROJECT (see the head of $0)}" "${REGION:?set REGION}" "${BUCKET:?set BUCKET}" "${IMAGE:?set IMAGE}"
 GPU="${GPU-nvidia-l4}"
@@ -52,13 +52,13 @@ flags=(
     --project "$PROJECT"
     --region "$REGION"
     --template-file-gcs-location "${TEMPLATE:-gs://$BUCKET/templates/mmbeam.json}"
-    # The job description and its package list: a few MB, which may be deleted while no job runs.
+    # The job description and its package list: a few MB that may be deleted when no job is running.
     --staging-location "gs://$BUCKET/staging"
     --temp-location "gs://$BUCKET/temp"
-    # Lists the shards, hashes the model and plans: 1 GB of memory for 100,000 shards, in addition to torch.
+    # The launcher lists the shards, hashes the model and plans: 1 GB of memory for 100,000 shards, in addition to torch.
     --launcher-machine-type n2-standard-4
     --worker-machine-type "$MACHINE"
-    # All from the start: autoscaling begins with one worker and learns late how long a unit takes.
+    # All workers from the start: autoscaling begins with one, and estimates the duration of a unit too late.
     --num-workers "$WORKERS"
     --max-workers "$WORKERS"
 )
@@ -66,11 +66,11 @@ if [[ -n "${SERVICE_ACCOUNT:-}" ]]; then
     flags+=(--service-account-email "$SERVICE_ACCOUNT")
 fi
 if [[ -n "${SUBNETWORK:-}" ]]; then
-    # Needs Private Google Access there. Models must be in the image or in a bucket, since the hub cannot be reached.
+    # The subnetwork needs Private Google Access. Workers cannot reach the hub: store models in the image or in a bucket.
     flags+=(--subnetwork "$SUBNETWORK" --disable-public-ips)
 fi
 for parameter in "${parameters[@]}"; do
-    # One parameter per flag. The separator is a control character instead of a comma, since values may hold commas.
+    # One parameter per flag. The separator is a control character instead of a comma, since values may contain commas.
     flags+=(--parameters "^"$'\x1f'"^$parameter")
 done
 gcloud dataflow flex-template run "mmbeam-$(date +%Y%m%d-%H%M%S)" "${flags[@]}"

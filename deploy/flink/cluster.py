@@ -29,7 +29,7 @@ FLINK_VERSION = "1.19"  # as for Beam's --flink_version
 POOL_HOST = "worker-pool"  # resolves to the pool of each TaskManager, as `localhost` does on Kubernetes
 START_SECONDS = 90
 STOP_SECONDS = 10
-OPENED = [  # packages of the JDK that Flink's own scripts open
+OPENED = [  # packages of the JDK that Flink's scripts open
     f"--add-opens=java.base/java.{package}=ALL-UNNAMED"
     for package in ("lang", "net", "io", "nio", "time", "util", "util.concurrent", "util.concurrent.atomic")
 ]
@@ -64,22 +64,22 @@ def job_server_jar(cache: Path = CACHE) -> Path:
 
 def _unpack_flink(archive: Path, lib: Path) -> None:
     """Extract Flink, without the jars that only SQL needs."""
-    whole = lib.with_suffix(".tmp")
-    whole.mkdir(exist_ok=True)
+    scratch = lib.with_suffix(".tmp")
+    scratch.mkdir(exist_ok=True)
     with tarfile.open(archive) as tar:
         for member in tar:
             name = Path(member.name).name
             if name.startswith(("flink-dist", "log4j-")) and (source := tar.extractfile(member)):
-                with source, (whole / name).open("wb") as jar:
+                with source, (scratch / name).open("wb") as jar:
                     shutil.copyfileobj(source, jar)
-    whole.rename(lib)
+    scratch.rename(lib)
 
 
 # Processes
 
 
 class Cluster:
-    """One cluster and its directory. `start` starts the processes that do not run."""
+    """A cluster and its directory. `start` starts the processes that are not running."""
 
     def __init__(self, directory: Path, task_managers: int = 2, cache: Path = CACHE) -> None:
         self.directory = directory
@@ -109,7 +109,7 @@ class Cluster:
         ]
 
     def start(self) -> None:
-        """Start what does not run, and wait until it answers. On ClusterError, nothing is left running."""
+        """Start the processes that are not running, and wait until they answer. A ClusterError stops all of them."""
         fetch(self.cache)
         self.directory.mkdir(parents=True, exist_ok=True)
         if not self.state["rest"]:
@@ -118,7 +118,7 @@ class Cluster:
             self._start_java("jobmanager", "entrypoint.StandaloneSessionClusterEntrypoint")
             for pod in self.pods:
                 self.start_pool(pod)
-                # For this TaskManager, the name of the pool resolves to its own.
+                # For this TaskManager, POOL_HOST resolves to its own pool.
                 hosts = f"-Djdk.net.hosts.file={self.directory / 'conf' / f'hosts{pod}'}"
                 name = f"taskmanager{pod}"
                 self._start_java(
@@ -130,7 +130,7 @@ class Cluster:
             raise
 
     def start_pool(self, pod: int) -> None:
-        """Start the worker pool of a TaskManager, unless it runs."""
+        """Start the worker pool of a TaskManager, unless it is running."""
         address = f"{_pool_address(pod)}:{self.state['pool']}"
         self._start(f"pool{pod}", [sys.executable, str(HERE / "worker_pool.py"), address])
 
@@ -147,10 +147,10 @@ class Cluster:
             return json.load(answer)
 
     def kill(self, name: str) -> None:
-        """Send SIGKILL to a process and its children. Raise ClusterError if it does not run."""
+        """Send SIGKILL to a process and its children. Raise ClusterError if it is not running."""
         process = self.state["processes"][name]
         if not runs(process):
-            raise ClusterError(f"{name} does not run")
+            raise ClusterError(f"{name} is not running")
         os.killpg(process[0], signal.SIGKILL)
         _wait_until(lambda: not runs(process), STOP_SECONDS)
 
@@ -202,7 +202,7 @@ class Cluster:
         self._save()
 
     def _wait(self, ready: Callable[[], bool]) -> None:
-        """Wait until `ready()`. Raise ClusterError if a process ends or the time is up."""
+        """Wait until `ready()` is true. Raise ClusterError if a process ends or START_SECONDS have passed."""
         if _wait_until(lambda: bool(self._ended()) or ready(), START_SECONDS) and not self._ended():
             return
         name = (self._ended() or ["jobmanager"])[0]
@@ -218,7 +218,7 @@ class Cluster:
 
 
 def runs(process: list[int] | None) -> bool:
-    """Return whether this very process runs, and not a later one with the same pid."""
+    """Return whether the process [pid, start time] is running; another process with the same pid does not count."""
     return process is not None and _started(process[0]) == process[1] != 0
 
 

@@ -1,8 +1,8 @@
-"""Beam's worker pool on a single address. The pool that Beam itself starts listens on all addresses.
+"""Beam's worker pool, listening on a single address. Beam's own command listens on all addresses.
 
     python deploy/flink/worker_pool.py HOST:PORT
 
-Anyone who can connect to it can start processes. The image contains Beam's own pool: deploy/docker.
+Clients that can connect to the pool can start processes. The image of deploy/docker contains Beam's own pool.
 """
 
 import os
@@ -20,11 +20,11 @@ from apache_beam.portability.api import beam_fn_api_pb2_grpc
 from apache_beam.runners.worker.worker_pool_main import BeamFnExternalWorkerPoolServicer
 
 START_SECONDS = 60  # a worker that ends earlier counts as not started
-ATTEMPTS = 3  # to start a worker
+ATTEMPTS = 3  # attempts to start a worker
 
 
 class WorkerPool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
-    """Beam's pool, but a worker that ends during its start is restarted: Flink would wait for it forever."""
+    """Beam's pool, which also restarts a worker that ends during its start: Flink would wait for it forever."""
 
     def StartWorker(self, request: Any, context: Any) -> Any:  # noqa: N802
         return self._start(request, ATTEMPTS)
@@ -39,14 +39,14 @@ class WorkerPool(BeamFnExternalWorkerPoolServicer):  # type: ignore[misc]
     def _watch(self, request: Any, process: subprocess.Popen[bytes], attempts: int) -> None:
         with suppress(subprocess.TimeoutExpired):
             process.wait(START_SECONDS)
-            time.sleep(1)  # a thread that stops it may be about to remove it
+            time.sleep(1)  # another thread may have stopped it, and may be about to remove it
             if self._worker_processes.get(request.worker_id) is process:
                 self._start(request, attempts)
 
 
 def serve(address: str) -> None:
-    """Start workers on request, forever."""
-    # A worker is started with the bare command `python`, which must be this one.
+    """Listen at `address` and start workers on request, forever."""
+    # Beam starts a worker with the command `python`, which must be this interpreter.
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
     server = grpc.server(ThreadPoolExecutor())
     servicer = WorkerPool(use_process=True, data_buffer_time_limit_ms=-1)

@@ -32,8 +32,8 @@ from mmbeam.types import ImageHWC, Waveform
 Floats = npt.NDArray[np.floating[Any]]  # float32, which numpy's annotations cannot express
 
 MIN_SIDE = 32  # pixels; smaller shapes would be unrecognisable
-MIN_RATE = 8000  # Hz; all audio is below 4 kHz, so higher rates sample the same signal
-SECONDS = 1  # of audio, so that a bin of its spectrum is 1 Hz wide
+MIN_RATE = 8000  # Hz; all frequencies are below 4 kHz, so higher rates sample the same signal
+SECONDS = 1  # of audio; a bin of its spectrum is 1 Hz wide
 
 
 def render_image(scene: Scene, side: int = 64) -> ImageHWC:
@@ -113,7 +113,7 @@ def _distance(form: str, x: Floats, y: Floats) -> Floats:
 
 
 def _lines(x: Floats, y: Floats, count: int) -> Floats:
-    """Return distances along the normals of `count` lines around the origin, the first one below it."""
+    """Return the coordinates of x, y along `count` evenly spaced directions, the first of which is y."""
     angles = 2 * np.pi * np.arange(count) / count
     sines, cosines = (f(angles).astype(np.float32)[:, None, None] for f in (np.sin, np.cos))
     distances: Floats = sines * x + cosines * y

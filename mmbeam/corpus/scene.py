@@ -24,7 +24,7 @@ Key = tuple[int, int]  # seed and index, each from 0 to 2**64 - 1
 
 
 class Stream(IntEnum):
-    """Purposes of random numbers. Each has a stream of its own, so that one can change alone."""
+    """Purposes of random numbers. Each has a separate stream, so that a change of one does not affect the others."""
 
     SCENE = 0
     IMAGE = 1
@@ -37,7 +37,7 @@ class Stream(IntEnum):
 
 def words(key: Key, stream: Stream, count: int) -> npt.NDArray[np.uint64]:
     """Return `count` random words of 64 bits. Raises OverflowError if seed or index is out of range."""
-    exact = np.array(key, np.uint64)  # from a tuple with a number above 2**63, numpy would make floats
+    exact = np.array(key, np.uint64)  # numpy would convert a tuple with a number above 2**63 to floats
     return np.random.Philox(key=exact, counter=(0, 0, 0, int(stream))).random_raw(count)
 
 
@@ -113,7 +113,7 @@ def _pairs(distance: float) -> tuple[tuple[int, int], ...]:
     return tuple((a, b) for a, b in pairs if math.dist(divmod(a, 3), divmod(b, 3)) >= distance)
 
 
-_SMALL_PAIRS, _OTHER_PAIRS = _pairs(1.4), _pairs(2.0)  # positions at which two shapes do not touch
+_PAIRS_OF_SMALL, _PAIRS = _pairs(1.4), _pairs(2.0)  # positions at which two shapes do not touch
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +158,7 @@ class Scene:
         """Return sample `index` of `seed`; both are integers from 0 to 2**64 - 1."""
         u = uniforms((seed, index), Stream.SCENE, 16).tolist()
         sizes = [pick(u[0], tuple(SIZES)), pick(u[1], tuple(SIZES))]
-        cells: tuple[int, ...] = pick(u[3], _SMALL_PAIRS if sizes == ["small", "small"] else _OTHER_PAIRS)
+        cells: tuple[int, ...] = pick(u[3], _PAIRS_OF_SMALL if sizes == ["small", "small"] else _PAIRS)
         if u[2] < 0.5:  # one shape
             cells = (pick(u[3], range(len(POSITIONS))),)
         shapes = tuple(
@@ -175,7 +175,7 @@ class Scene:
         return f"{self.seed}-{self.index:06d}"
 
     def clauses(self) -> dict[Modality, str]:
-        """Return the clause of each modality, which the others do not show."""
+        """Return the clause of each modality. It cannot be derived from the other modalities."""
         return {
             "image": " and ".join(map(str, self.shapes)),
             "audio": f"with {self.sound}",

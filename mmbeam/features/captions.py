@@ -1,4 +1,4 @@
-"""Texts by key: captions of pre-computed features, and files of texts joined by key."""
+"""Texts by key: captions of precomputed features, and files of texts joined by key."""
 
 import csv
 import gzip
@@ -24,26 +24,26 @@ KEYED_SUFFIXES = (".parquet", ".jsonl", ".ndjson", ".csv", ".tsv")  # all but Pa
 
 @dataclass(frozen=True, kw_only=True)
 class Captions:
-    """Where captions are: exactly one of `column`, `metadata` and `file` is set.
+    """The location of captions: exactly one of `column`, `metadata` and `file` is set.
 
     A caption is a number or a string that is not blank; any other value counts as missing.
     """
 
-    column: str | None = None  # a column of the features' own rows: "text", or what `mmbeam caption` wrote
+    column: str | None = None  # a column of the features, such as "text" or "caption"
     metadata: str | None = None  # a field of the JSON object in the column `metadata`
     file: str | None = None  # path or URL of a file with one row per key (see read_keyed); held in memory
     file_key: str = "key"  # name of the key in `file`
     file_caption: str = "caption"  # name of the caption in `file`
 
     def __post_init__(self) -> None:
-        places = [name for name in ("column", "metadata", "file") if getattr(self, name) is not None]
-        if len(places) != 1:
+        names = [name for name in ("column", "metadata", "file") if getattr(self, name) is not None]
+        if len(names) != 1:
             raise UsageError(
-                f"captions come from a column, the metadata or a file: expected one, found {places or 'none'}"
+                f"captions: expected exactly one of `column`, `metadata` and `file`, found {', '.join(names) or 'none'}"
             )
 
     def __str__(self) -> str:
-        """Describe the place, for an error message."""
+        """Describe the location, for an error message."""
         if self.column is not None:
             return f"the column {self.column!r}"
         if self.metadata is not None:
@@ -52,9 +52,9 @@ class Captions:
 
 
 class CaptionReader:
-    """Looks up the captions of rows. A file is read once, and held: about 200 bytes per row.
+    """Looks up the captions of rows. A file is read once and kept in memory, at about 200 bytes per row.
 
-    If a file has several captions of one key, the first is used. Raises what `read_keyed` raises.
+    If a key has several captions in a file, the first one is used. Raises the errors of `read_keyed`.
     """
 
     def __init__(self, captions: Captions) -> None:
@@ -89,11 +89,12 @@ class CaptionReader:
 
 
 def read_keyed(url: str, key: str, field: str) -> Iterator[tuple[str, Any]]:
-    """Yield the key and the value of `field` of each row of a Parquet, JSON lines, CSV or TSV file, by its suffix.
+    """Yield the key and the value of `field` of each row of a Parquet, JSON lines, CSV or TSV file.
 
-    Text files are UTF-8, with or without a byte order mark, and may be compressed by gzip. The value of a row without
-    the field is None; a row whose key is null is left out. Raises UsageError, which names the file and the line, if
-    the file is not what its suffix states or has a broken line, and if no row has both fields.
+    The suffix of the file decides its format. Text files are UTF-8, with or without a byte order mark, and may be
+    compressed by gzip. The value of a row without the field is None; a row whose key is null is skipped. Raises
+    UsageError, which names the file and the line, if the file does not have the format of its suffix, if a line is
+    invalid, or if no row has both fields.
     """
     path, name = public_path(url), without_query(url).lower()
     suffix = "." + name.removesuffix(".gz").rpartition(".")[2]
@@ -172,7 +173,7 @@ _READERS: Mapping[str, Callable[[Any, str, str, str], Iterator[tuple[str, Mappin
 
 
 def json_object(text: str | bytes | None) -> Mapping[str, Any]:
-    """Parse a JSON object; an empty one if there is no text or it is anything else."""
+    """Return the JSON object in `text`, or an empty one if the text is missing, invalid or another JSON value."""
     try:
         value = json.loads(text or "{}")
     except (ValueError, RecursionError):

@@ -1,8 +1,8 @@
-"""The data loader of pre-computed features: batches of tensors from the Parquet files that `mmbeam embed` wrote.
+"""The data loader of precomputed features: batches of tensors from the Parquet files that `mmbeam embed` wrote.
 
-The order of an epoch: the row groups are permuted; their rows, in that order, are divided among ranks and workers in
-ranges of equal size; each worker reads its row groups into a buffer and permutes the rows in it. The position of a
-batch is therefore the number of its buffer and its first row there, and resuming reads no more than that buffer.
+The order of an epoch: the row groups are permuted; their rows, in that order, are divided among ranks and workers into
+ranges of equal size; each worker reads its row groups into a buffer and permutes the rows in the buffer. The position
+of a batch is therefore the number of its buffer and its first row there, and resuming reads no more than that buffer.
 """
 
 import hashlib
@@ -33,7 +33,7 @@ CAPTION = "caption"  # key of the captions in a batch
 
 FeatureBatch = dict[str, Any]  # by column: float tensors, and their masks under column + "_mask"; else lists
 Order = npt.NDArray[np.int64]  # [rows]
-Shares = tuple[float, float, float]  # of train, validation and test; their sum is 1
+Shares = tuple[float, float, float]  # fractions of train, validation and test; their sum is 1
 
 SHARES: Shares = (0.9, 0.05, 0.05)
 _HASH_BYTES = 8
@@ -41,18 +41,18 @@ _HASH_BYTES = 8
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureCounts:
-    """The contents of a data set, over all ranks and workers."""
+    """Numbers of rows in a data set, over all ranks and workers."""
 
     rows: int  # in an epoch
-    without_caption: int  # rows of the split that are left out
+    without_caption: int  # rows of the split that are skipped
 
 
 class FeatureDataset(IterableDataset[FeatureBatch]):
-    """Batches of pre-computed embeddings, with captions and other columns of their rows.
+    """Batches of precomputed features, with captions and other columns.
 
-    A batch is a dict. A feature `name` is a float tensor [B, width] with `name_mask`, bool [B]; a sequence of tokens
-    is [B, T, width] with [B, T], where T is the longest of the batch. Missing values are zeros under a mask of False.
-    Other columns, and "caption", are lists of B values.
+    A batch is a dict. A column of vectors is a float tensor [B, width] with a mask `NAME_mask`, bool [B]. A column of
+    token sequences is [B, T, width] with a mask [B, T], where T is the longest sequence of the batch. Missing values
+    are zeros with a mask of False. Other columns, and "caption", are lists of B values.
 
     >>> from torch.utils.data import DataLoader
     >>> from mmbeam.features import FeatureDataset
@@ -66,12 +66,12 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
     True
 
     Every row occurs once per epoch over all ranks and DataLoader workers. The numbers of rows of two ranks differ by
-    at most one, before `split` and `captions` leave some out: a loop with collective operations must expect that one
-    rank has a batch more than another.
+    at most one, not counting rows that `split` and `captions` skip. A loop with collective operations must handle ranks
+    with different numbers of batches.
 
-    To resume, take `state_dict()` after any batch, and call `load_state_dict()` on a data set made with the same
-    arguments: it continues with the next batch. Each DataLoader worker has its own state; use
-    torchdata's StatefulDataLoader to collect them.
+    To resume, call `state_dict()` after any batch, and later `load_state_dict()` on a data set with the same arguments:
+    it continues with the next batch. Every DataLoader worker has a state of its own, which torchdata's
+    StatefulDataLoader saves.
 
     Memory per worker: `buffer_bytes`, a row group, and the captions' file.
     """
@@ -98,20 +98,19 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         """Read the footers of all files. With `captions`, check that at least one row has a caption.
 
         Args:
-            paths: outputs of `mmbeam embed`, folders, globs or Parquet files; local or any URL fsspec opens.
-            batch_size: rows of a batch; the last of each worker is smaller, or left out with `drop_last`.
+            paths: outputs of `mmbeam embed`, folders, globs or Parquet files; local or any URL that fsspec opens.
+            batch_size: rows per batch; the last batch of each worker is smaller, or dropped with `drop_last`.
             features: columns of vectors or tokens; None for every column of pooled vectors.
             columns: other columns, returned as lists.
-            captions: where captions come from; rows without one are left out (`count` returns their number).
-            split, shares, split_seed: the split to read, by a hash of the key (see split_of).
-            shuffle, seed: whether each epoch has a new random order, a function of `seed`; otherwise rows come in the
-                order of the files.
-            buffer_bytes: decompressed size of the rows that are shuffled together; a larger buffer shuffles better.
+            captions: location of the captions; rows without a caption are skipped (`count` returns their number).
+            split, shares, split_seed: the split to read, by a hash of the key (see split_of); None for all rows.
+            shuffle, seed: a different order in each epoch; without `shuffle`, the order of the files.
+            buffer_bytes: decompressed size of the rows that are shuffled together; a larger buffer mixes better.
             dtype: of the values; None for the dtype in which they are stored.
             rank, world_size: None for the values of torch.distributed if it is initialised, else 0 and 1.
 
-        Raises NoShardsError if there is no file, and UsageError for files or columns that cannot be read as features,
-        contradictory arguments, and captions that no row has.
+        Raises NoShardsError if no file exists, and UsageError for files or columns that cannot be read as features, for
+        contradictory arguments, and if no row has a caption.
         """
         if batch_size < 1 or buffer_bytes < 1 or seed < 0:
             raise UsageError(
@@ -131,7 +130,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             captions,
             None if split is None else (split, split_seed, shares),
         )
-        self._about = {
+        self._arguments = {
             "files": _digest(self._rows.files),
             "features": sorted(self.features),
             "columns": sorted(self._rows.columns),
@@ -143,9 +142,9 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             "buffer_bytes": self._buffer_bytes,
         }
         self._epoch = torch.zeros((), dtype=torch.int64)
-        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers see it change
-        self._position = (0, 0)  # the buffer, and the row in it, with which the next batch begins
-        self._resume: tuple[int, int] | None = None  # a position that was loaded
+        self._epoch.share_memory_()  # type: ignore[no-untyped-call]  # persistent workers must see it change
+        self._position = (0, 0)  # number of the buffer, and of the row in it, with which the next batch begins
+        self._resume: tuple[int, int] | None = None  # a position loaded by load_state_dict
 
     @property
     def features(self) -> Mapping[str, FeatureColumn]:
@@ -164,25 +163,27 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         self._epoch.fill_(epoch)
 
     def count(self) -> FeatureCounts:
-        """Count the rows of an epoch, over all ranks. It reads all keys and captions, if rows are selected by them."""
+        """Count the rows of an epoch, over all ranks. Reads all keys and captions if rows are selected by them."""
         return self._rows.count()
 
     def state_dict(self) -> dict[str, Any]:
-        """Return where the next batch begins, as JSON values."""
+        """Return the position of the next batch, as JSON values."""
         buffer, row = self._resume or self._position
         return {"epoch": self.epoch, "buffer": buffer, "row": row, "dataset": self._identity()}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Continue from `state` in the next iteration.
 
-        Raises UsageError if the state is of other files, arguments, ranks or workers than this data set.
+        Raises UsageError if the state was saved by a data set with other files, arguments, ranks or workers.
         """
+        saved = state["dataset"]
+        if "share" in saved:  # the name of `reader` in mmbeam 0.1
+            saved = {**saved, "reader": saved["share"]}
         for name, expected in self._identity().items():
-            value = state["dataset"].get(name)
-            if value != expected:
-                raise UsageError(f"the state is of a data set with {name} {value}; expected {expected}")
+            if saved.get(name) != expected:
+                raise UsageError(f"the state is of a data set with {name} {saved.get(name)}; expected {expected}")
         self.set_epoch(state["epoch"])
-        buffer = state["buffer"] if "buffer" in state else state["window"]  # as mmbeam 0.1 called it
+        buffer = state["buffer"] if "buffer" in state else state["window"]  # the name in mmbeam 0.1
         self._resume = buffer, state["row"]
 
     def __iter__(self) -> Iterator[FeatureBatch]:
@@ -192,7 +193,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         for number, buffer, begin in self._buffers(*self._position):
             while begin < buffer.rows:
                 end = min(begin + missing, buffer.rows)
-                parts.append(buffer.take(begin, end))
+                parts.append(buffer.batch(begin, end))
                 missing, begin = missing - (end - begin), end
                 if not missing:
                     self._position = number, begin
@@ -219,14 +220,11 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             buffer.fill(rows, self._order(epoch, reader, number))
             yield number, buffer, row if number == start else 0
 
-    def _order(self, *which: int) -> Callable[[int], Order]:
-        """Return a function that maps a number of rows to a permutation, determined by the seed and `which`.
-
-        Without shuffling, it is the identity.
-        """
+    def _order(self, *numbers: int) -> Callable[[int], Order]:
+        """Return a function from a number of rows to their order, determined by the seed and `numbers`."""
         if self._seed is None:
             return np.arange
-        return np.random.default_rng((len(which), self._seed, *which)).permutation
+        return np.random.default_rng((len(numbers), self._seed, *numbers)).permutation
 
     def _reader(self) -> tuple[int, int]:
         """Return the number of this reader, a DataLoader worker of a rank, and the number of readers."""
@@ -235,7 +233,8 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         return self._rank * workers + number, self._world_size * workers
 
     def _identity(self) -> dict[str, Any]:
-        return {**self._about, "share": list(self._reader())}
+        """Return the arguments, files and reader, which must be equal to resume."""
+        return {**self._arguments, "reader": list(self._reader())}
 
     def _finish(self, parts: Sequence[FeatureBatch]) -> FeatureBatch:
         batch = parts[0] if len(parts) == 1 else {name: _join([part[name] for part in parts]) for name in parts[0]}
@@ -245,6 +244,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
 
 
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
+    """Return the arguments, or by default those of torch.distributed. Raises UsageError for invalid ones."""
     if rank is None and world_size is None:
         ready = distributed.is_available() and distributed.is_initialized()
         return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
@@ -272,11 +272,11 @@ def _join(values: Sequence[Any]) -> Any:
     return torch.cat([pad(value, (0, 0) * (value.ndim - 2) + (0, longest - value.shape[1])) for value in values])
 
 
-# Which rows
+# The rows to read
 
 
 def split_of(key: str, seed: int, shares: Shares) -> Split:
-    """Return the split of a key: stable over machines, runs and order, and the same for samples of the same key.
+    """Return the split of a key, which depends only on the key, `seed` and `shares`.
 
     The first 8 bytes of the BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), are a fraction of 1; the
     splits are consecutive intervals of [0, 1) in proportion to `shares`. Raises UsageError for invalid shares.
@@ -286,20 +286,20 @@ def split_of(key: str, seed: int, shares: Shares) -> Split:
 
 
 def splits_of(keys: Iterable[str], seed: int, shares: Shares) -> Iterator[Split]:
-    """Yield `split_of` for many keys, at a microsecond per key. The shares are not checked."""
+    """Yield `split_of` of each key, at a microsecond per key. The shares are not checked."""
     salt = seed.to_bytes(_HASH_BYTES, "big")
     train = shares[0] * 2.0 ** (8 * _HASH_BYTES)
     validation = (1 - shares[2]) * 2.0 ** (8 * _HASH_BYTES)
     for key in keys:
         data = key.encode("utf-8", "backslashreplace")  # as runs/rows.py stores a key with lone surrogates
-        place = int.from_bytes(blake2b(data, digest_size=_HASH_BYTES, salt=salt).digest(), "big")
-        yield SPLITS[(place >= train) + (place >= validation)]
+        number = int.from_bytes(blake2b(data, digest_size=_HASH_BYTES, salt=salt).digest(), "big")
+        yield SPLITS[(number >= train) + (number >= validation)]
 
 
 def check_shares(shares: Shares) -> None:
-    """Raise UsageError unless these are three shares of a whole."""
+    """Raise UsageError unless `shares` are three fractions that sum to 1."""
     if len(shares) != len(SPLITS) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-9):
-        raise UsageError(f"expected shares of {', '.join(SPLITS)} that are not negative and sum to 1, found {shares}")
+        raise UsageError(f"`shares` {shares}: expected fractions of {', '.join(SPLITS)}, 0 or more, that sum to 1")
 
 
 class Piece(NamedTuple):
@@ -328,7 +328,7 @@ def pieces_of(rows: Sequence[int], order: Sequence[int], reader: int, num_reader
 
 
 def fills_of(pieces: Sequence[Piece], sizes: Sequence[int], limit: int) -> Iterator[list[Piece]]:
-    """Yield the pieces of each filling of the buffer, which ends once its row groups' `sizes` add up to `limit`."""
+    """Yield the pieces that fill the buffer each time: until the `sizes` of their row groups add up to `limit`."""
     fill: list[Piece] = []
     size = 0
     for piece in pieces:
@@ -342,16 +342,17 @@ def fills_of(pieces: Sequence[Piece], sizes: Sequence[int], limit: int) -> Itera
 
 
 def units_of_rank(order: Sequence[int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
-    """Return the units, in `order`, that a rank reads alone, and the units that all ranks read for their own samples.
+    """Return the units that only this rank reads, and those that all ranks read, both in `order`.
 
-    Every rank reads the same number of units alone. The remaining units are fewer than there are ranks.
+    All ranks have the same number of exclusive units. The shared units are the remainder, fewer than the ranks; of
+    these each rank decodes the samples that `rank_of` assigns to it.
     """
     whole = len(order) - len(order) % world_size
     return list(order[rank:whole:world_size]), list(order[whole:])
 
 
 def rank_of(key: str, world_size: int) -> int:
-    """Return the rank that reads a sample of a unit read by all: by a hash of its key, independent of `split_of`."""
+    """Return the rank that decodes a sample of a shared unit: a hash of its key, independent of `split_of`."""
     digest = blake2b(key.encode("utf-8", "backslashreplace"), digest_size=8, person=b"rank").digest()
     return int.from_bytes(digest, "big") % world_size
 
@@ -377,7 +378,7 @@ class _SelectedRows:
         self.columns = (*columns, *([CAPTION] if captions else []))
         if captions is not None and not any(self._has_caption(group) for group in self.files.groups):
             rows = sum(group.rows for group in self.files.groups)
-            raise UsageError(f"none of the {rows:,} rows has a caption; looked for {captions}")
+            raise UsageError(f"none of the {rows:,} rows has a caption; expected it in {captions}")
 
     def read(self, piece: Piece) -> Iterator[pa.RecordBatch]:
         """Yield the selected rows of a piece, in order, with the columns of features and `columns`."""
@@ -413,22 +414,22 @@ class _SelectedRows:
     def _of_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         if self._split is None:
             return batch
-        split, seed, shares = self._split
-        return _keep(batch, [other == split for other in splits_of(batch["key"].to_pylist(), seed, shares)])
+        wanted, seed, shares = self._split
+        return _keep(batch, [split == wanted for split in splits_of(batch["key"].to_pylist(), seed, shares)])
 
 
-def _keep(batch: pa.RecordBatch, which: Sequence[bool]) -> pa.RecordBatch:
-    return batch if all(which) else batch.filter(pa.array(which, pa.bool_()))
+def _keep(batch: pa.RecordBatch, mask: Sequence[bool]) -> pa.RecordBatch:
+    return batch if all(mask) else batch.filter(pa.array(mask, pa.bool_()))
 
 
 # Rows in memory
 
 
 class RowBuffer:
-    """The rows of a few row groups, read as batches of tensors in any order.
+    """The rows of a few row groups, returned as batches of tensors in any order.
 
-    It is filled repeatedly; its memory is that of the largest filling. `capacities` are upper bounds on the vectors of
-    each feature in one filling.
+    It is filled repeatedly, and its memory is that of the largest filling. `capacities` are upper bounds on the number
+    of vectors of each feature in a filling.
     """
 
     def __init__(self, features: Sequence[FeatureColumn], capacities: Sequence[int], columns: Sequence[str]) -> None:
@@ -437,7 +438,7 @@ class RowBuffer:
         self.rows = 0
 
     def fill(self, batches: Iterable[pa.RecordBatch], order: Callable[[int], Order]) -> None:
-        """Replace the rows by the rows of `batches`, in the order that `order` returns for their number."""
+        """Replace the rows by those of `batches`. `order` returns the permutation of a number of rows."""
         chunks: dict[str, list[pa.Array]] = {name: [] for name in self._columns}
         self.rows = 0
         for vectors in self._features:
@@ -454,8 +455,8 @@ class RowBuffer:
         if self.rows:
             self._columns = {name: pa.chunked_array(arrays).take(places) for name, arrays in chunks.items()}
 
-    def take(self, begin: int, end: int) -> FeatureBatch:
-        """Return a copy of the rows at [begin, end) of the order."""
+    def batch(self, begin: int, end: int) -> FeatureBatch:
+        """Return a copy of the rows [begin, end) in the order of the filling."""
         batch: FeatureBatch = {}
         for vectors in self._features:
             name = vectors.feature.name
@@ -464,7 +465,7 @@ class RowBuffer:
 
 
 class _Vectors:
-    """One feature of the buffer's rows. The vector at index 0 is zeros and stands for missing values."""
+    """The vectors of one feature in the buffer. The vector at index 0 is zeros and represents missing values."""
 
     def __init__(self, feature: FeatureColumn, capacity: int) -> None:
         self.feature = feature
@@ -490,7 +491,9 @@ class _Vectors:
                 f"column {feature.name}: expected vectors of {feature.width} numbers, found one of {wrong[0]}"
             )
         if rows.values.null_count or (feature.tokens and rows.values.values.null_count):
-            raise UsageError(f"column {feature.name}: a number of a vector is null; expected null vectors only")
+            raise UsageError(
+                f"column {feature.name}: expected no null inside a vector, found one; a whole vector may be null"
+            )
         counts = np.where(valid, lengths // unit, 0)
         values = rows.values.slice(ends[0], ends[-1] - ends[0])
         numbers = values.flatten() if feature.tokens else values
@@ -501,13 +504,13 @@ class _Vectors:
         self._end += len(vectors)
 
     def arrange(self, order: Order) -> None:
-        """Put the rows into the order in which `gather` counts them."""
+        """Set the order in which `gather` numbers the rows."""
         none = np.empty(0, np.int64)
         self._place = torch.from_numpy(np.concatenate([none, *self._places])[order])
         self._count = torch.from_numpy(np.concatenate([none, *self._counts])[order])
 
     def gather(self, begin: int, end: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return values [B, width] and mask [B] of these rows; of tokens [B, T, width] and [B, T], T at least 1."""
+        """Return values [B, width] and mask [B] of these rows; for tokens [B, T, width] and [B, T], T at least 1."""
         places, counts = self._place[begin:end], self._count[begin:end]
         if not self.feature.tokens:
             return self._tensor.index_select(0, places), counts > 0

@@ -1,4 +1,4 @@
-"""The Parquet files that an input of features names: listed, checked against a model, and opened.
+"""The Parquet files of an input of features: listed, checked against a model, and opened.
 
 Two ways to open a file: `open_counted`, through the job's own stream, which counts bytes and reports damage as a
 ShardError; and `FeatureFiles` for the data loader, which reads single row groups as fast as pyarrow can.
@@ -26,7 +26,7 @@ from mmbeam.readers.stream import ShardStream, open_shard
 from mmbeam.runs.run import DATA, MANIFEST
 from mmbeam.types import FeatureColumn, Origin, Shard
 
-STEP_BYTES = 2 * MIB  # decoded per record batch: small enough to be in the processor's cache when it is copied
+STEP_BYTES = 2 * MIB  # decoded per record batch: it is still in the processor's cache when it is copied
 
 
 def feature_files(inputs: Sequence[str]) -> list[Shard]:
@@ -44,7 +44,7 @@ def feature_files(inputs: Sequence[str]) -> list[Shard]:
 
 
 def _parquets_at(entry: str) -> list[str] | None:
-    """Return the Parquet files that an entry names, a glob as it is; None if it names shards, or does not exist."""
+    """Return the Parquet files of an entry; a glob is returned unchanged. None if it names shards or does not exist."""
     plain = without_query(entry).lower()
     is_glob = re.search("[*?[]", entry) is not None and not exists_literally(entry)
     if plain.startswith(("http://", "https://")) or is_glob or plain.endswith(SHARD_SUFFIXES):
@@ -73,7 +73,7 @@ def _parquets(names: Iterable[str]) -> list[str]:
 
 
 def check_columns(files: Sequence[Shard], columns: Iterable[FeatureColumn]) -> None:
-    """Check that each column is in some file, as the model takes it. A damaged file is left to the unit that reads it.
+    """Check that every column is in at least one file, and fits the model. Damaged files are skipped: their unit fails.
 
     Raises MissingModalityError if a column is in no file, UsageError if its width or its model differs, or if the files
     lack the columns that identify a sample (key, shard, offset), ShardError if no file can be read.
@@ -108,7 +108,7 @@ def open_counted(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
     """Open a Parquet file; yield it and the stream that counts its bytes. Damage is a ShardError, in the body too."""
     with open_shard(file) as stream:
         if not stream.seekable():
-            raise ShardError(f"{file.path}: a Parquet file cannot be read from a server that ignores range requests")
+            raise ShardError(f"{file.path}: a Parquet file needs a server with range requests; copy it to this machine")
         try:
             with pq.ParquetFile(stream) as parquet:
                 yield parquet, stream
@@ -126,23 +126,23 @@ class RowGroup:
     index: int  # in its file
     rows: int
     nbytes: int  # of the columns that are read, decompressed
-    vectors: tuple[int, ...]  # an upper bound on the vectors of each feature
+    vectors: tuple[int, ...]  # upper bounds on the number of vectors of each feature
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureFiles:
-    """Parquet files of one schema, seen from their footers, and the columns to read."""
+    """The row groups of Parquet files with one schema, and the columns to read."""
 
     features: tuple[FeatureColumn, ...]
     columns: tuple[str, ...]  # other columns to read
-    groups: tuple[RowGroup, ...]  # in order; none is empty
+    groups: tuple[RowGroup, ...]  # in order, without empty ones
 
     @classmethod
     def open(cls, paths: Sequence[str], features: Sequence[str] | None, columns: Sequence[str]) -> Self:
         """List the files and read their footers.
 
         `paths` are outputs of a job, folders, globs and files. `features` are the columns of vectors to read; None
-        for every column of pooled vectors. Raises NoShardsError if there is no file, and UsageError if a file is not
+        for every column of pooled vectors. Raises NoShardsError if no file exists, and UsageError if a file is not
         Parquet, lacks a column, or has vectors of another width, type or model than the first file.
         """
         urls = [
@@ -175,7 +175,7 @@ class FeatureFiles:
         )
 
     def read(self, group: RowGroup, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-        """Read the rows of a group, about 2 MiB at a time: these columns, or all columns of the data set."""
+        """Yield the rows of a group, about 2 MiB at a time, with `columns`, or with all columns of this object."""
         names = [*(feature.name for feature in self.features), *self.columns] if columns is None else list(columns)
         step = max(64, STEP_BYTES * group.rows // max(group.nbytes, 1))
         with open_parquet(group.url) as file:
@@ -183,7 +183,10 @@ class FeatureFiles:
 
 
 def open_parquet(url: str) -> pq.ParquetFile:
-    """Open a file with the fastest settings of pyarrow: pre-buffering for remote files only."""
+    """Open a Parquet file for the data loader; only files that are not local are prefetched.
+
+    Raises UsageError if it is not a Parquet file.
+    """
     fs, path = url_to_fs(url)
     local = isinstance(fs, LocalFileSystem)
     try:
@@ -197,6 +200,7 @@ def open_parquet(url: str) -> pq.ParquetFile:
 def _read_footer(
     url: str, names: Sequence[str] | None, columns: Sequence[str]
 ) -> tuple[tuple[FeatureColumn, ...], list[RowGroup]]:
+    """Return the columns `names` of features and the row groups of a file. Raises UsageError for a missing column."""
     with open_parquet(url) as file:
         schema, metadata = file.schema_arrow, file.metadata
         missing = [name for name in (*(names or ()), *columns) if name not in schema.names]

@@ -1,4 +1,4 @@
-"""The rows of feature files: as windows of samples for a job, and column by column for an evaluation."""
+"""The rows of feature files, as windows of samples for a job; and the rows of a run, by column, for an evaluation."""
 
 import time
 from collections import Counter
@@ -155,7 +155,7 @@ def _samples(
 
 
 def column_values(array: pa.Array, column: FeatureColumn) -> list[Feature | str | None]:
-    """Return each row's feature, [width] or [tokens, width]; the reason it cannot be used; or None if it has none."""
+    """Return for each row its feature, [width] or [tokens, width], or the reason it cannot be used; None if null."""
     valid = array.is_valid()
     vectors = array.flatten() if column.tokens else array.filter(valid)
     counts = pc.fill_null(pc.list_value_length(array), 0) if column.tokens else valid.cast(pa.int32())

@@ -1,4 +1,4 @@
-"""Columns of features: their names, and what the schema of a Parquet file states about them.
+"""Columns of features: their names, and their description in the schema of a Parquet file.
 
 `mmbeam embed` writes a pooled vector as list<float>, whose width is in the metadata under "mmbeam.dims", and a token
 sequence as list<fixed_size_list<float>>. The metadata names the models, and the digests of their files, under
@@ -22,8 +22,8 @@ log = logging.getLogger(__name__)
 
 _is_text: Callable[[pa.DataType], bool] = pa.types.is_string
 _is_count: Callable[[pa.DataType], bool] = pa.types.is_integer
-IDENTITY = {"key": _is_text, "shard": _is_text, "offset": _is_count}  # required: they identify a sample
-FACTS = {  # read from files that have them with this type
+IDENTITY = {"key": _is_text, "shard": _is_text, "offset": _is_count}  # every row must have these columns
+FACTS = {  # optional columns, read if they have this type
     "text": _is_text,
     "metadata": _is_text,
     "image_width": _is_count,
@@ -75,10 +75,9 @@ def _metadata(schema: pa.Schema, key: bytes) -> Mapping[str, Any]:
 
 
 def feature_columns(schema: pa.Schema, names: Sequence[str] | None, where: str) -> tuple[FeatureColumn, ...]:
-    """Return the columns of features called `names`, or all columns of pooled vectors if that is None.
+    """Return the columns of features called `names`, or all columns of pooled vectors if `names` is None.
 
-    Raises UsageError, which begins with `where`, if a column is missing or does not hold features, or if there are
-    none.
+    Raises UsageError, which begins with `where`, if a column does not hold features, or if there is no such column.
     """
     widths = widths_of(schema)
     columns = tuple(_feature_column(schema, name, widths, where) for name in (widths if names is None else names))
@@ -131,7 +130,7 @@ def _check_type(where: str, schema: pa.Schema, column: FeatureColumn) -> None:
         vector = kind.value_type
     if not _is_list(vector) or not pa.types.is_floating(vector.value_type):
         shape = f"[tokens, {column.width}]" if column.tokens else f"[{column.width}]"
-        raise UsageError(f"{where}: {column.name}: the model takes numbers of shape {shape}, the file has {kind}")
+        raise UsageError(f"{where}: {column.name}: the model takes numbers of shape {shape}, found {kind}")
     width = vector.list_size if pa.types.is_fixed_size_list(vector) else widths_of(schema).get(column.name)
     if width not in (None, column.width):
         raise UsageError(
@@ -148,12 +147,12 @@ def check_origin(where: str, expected: Origin | None, origin: Origin | None) -> 
     """Raise UsageError if the features at `where` come from another model than the one expected."""
     if expected is not None and origin is not None and origin.digest != expected.digest:
         raise UsageError(
-            f"{where} was made by {origin}, and the model takes what {expected} makes; pass the features that it was "
+            f"{where} was made by {origin}, and the model takes features of {expected}; pass the features that it was "
             "trained on, or the model that was trained on these"
         )
 
 
 def warn_of_unknown_origin(where: str, name: str, expected: Origin | None, origin: Origin | None) -> None:
-    """Log a warning if the model expects features of a certain model and the files do not name theirs."""
+    """Log a warning if the model was trained on features of a known encoder and the file does not name its encoder."""
     if expected is not None and origin is None:
         log.warning("%s: the model that made %s is unknown; expected features of %s", where, name, expected)

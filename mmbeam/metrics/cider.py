@@ -5,9 +5,9 @@ On the same tokens it equals `CiderScorer` of pycocoevalcap 1.2 (which calls CID
 length penalty by the number of bigrams. It takes two passes: the document frequencies of the whole corpus, then
 a score per sample. A corpus of one sample scores 0, since all n-grams are equally rare.
 
-Tokenization follows the Penn Treebank, as the reference's Java tokenizer does for plain English captions. The
-exceptions are round brackets, which are dropped (the reference makes the words -lrb- and -rrb- of them), and
-rare cases such as the final period of an abbreviation.
+Tokenization follows the Penn Treebank and equals that of the reference's Java tokenizer for plain English captions,
+except for parentheses, which are dropped (the reference turns them into the words -lrb- and -rrb-), and rare cases
+such as the final period of an abbreviation.
 """
 
 import math
@@ -20,8 +20,8 @@ ORDER = 4  # the longest n-gram, in tokens
 SIGMA = 6.0  # of the length penalty, in tokens
 SCALE = 10.0  # CIDEr-D is ten times a mean cosine
 
-# Contractions are split as in the Treebank: do n't, it 's, can not. Words keep inner hyphens, periods and
-# slashes, numbers their commas and colons.
+# Contractions are split as in the Treebank: do n't, it 's, can not. Words keep inner hyphens, periods and slashes;
+# numbers keep inner commas and colons.
 _TOKEN = re.compile(
     r"can(?=not\b)|\w+?(?=n't\b)|n't\b|'(?:s|m|d|re|ve|ll)\b|\d+(?:[.,:]\d+)+|\w+(?:[-.&/]\w+)*|[^\w\s]"
 )
@@ -40,10 +40,10 @@ def count_ngrams(tokens: Sequence[str]) -> Counter[str]:
 
 
 def document_frequencies(documents: Iterable[Sequence[str]]) -> Counter[str]:
-    """Return for each n-gram the number of samples whose references contain it. `+` merges two parts of a corpus.
+    """Return the number of samples whose references contain each n-gram. `+` merges the results of two parts.
 
-    The empty n-gram occurs in every sample, so its frequency is their number. N-grams of one sample may be
-    dropped: they weigh as much as n-grams of none.
+    The empty n-gram occurs in every sample, so its frequency is the number of samples. N-grams with a frequency of 1
+    may be dropped: their weight equals that of unknown n-grams.
     """
     frequencies: Counter[str] = Counter()
     for references in documents:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from mmbeam.features.captions import json_object, read_keyed
 
-KEY = "key"  # in a file of references, too
+KEY = "key"  # column of the rows, and of a file of references
 IDENTITY = (KEY, "shard", "offset")
 References = Mapping[str, tuple[str, ...]]  # by key
 
@@ -51,7 +51,7 @@ class Pair:
     key: str
     shard: str
     offset: int
-    hypothesis: str | None  # None: the sample failed, or nothing was due
+    hypothesis: str | None  # None if the model wrote no text for the sample
     references: tuple[str, ...]
 
 
@@ -63,9 +63,9 @@ class ReferenceFile:
     field: str
 
     def load(self) -> References:
-        """Return the references by key, all in memory. A repeated key adds references, as does a list of strings.
+        """Return the references by key, all in memory. A repeated key, or a list of strings, has several references.
 
-        Raises what `read_keyed` raises.
+        Raises the errors of `read_keyed`.
         """
         references: dict[str, tuple[str, ...]] = defaultdict(tuple)
         for key, value in read_keyed(self.url, KEY, self.field):
@@ -75,17 +75,17 @@ class ReferenceFile:
 
 @dataclass(frozen=True, kw_only=True)
 class PairSource:
-    """Where pairs come from: the column of the hypotheses, and the place of the references."""
+    """The column of the hypotheses, and the location of the references."""
 
     hypothesis: str
     reference: RowField | ReferenceFile
-    blank: bool = False  # whether a blank reference counts (it is silence, to an error rate)
+    blank: bool = False  # whether a blank reference counts: error rates treat it as silence
 
     @property
     def columns(self) -> tuple[str, ...]:
         """The columns of the rows to read."""
-        of_reference = (self.reference.column,) if isinstance(self.reference, RowField) else ()
-        return tuple(dict.fromkeys((*IDENTITY, self.hypothesis, *of_reference)))
+        reference = (self.reference.column,) if isinstance(self.reference, RowField) else ()
+        return tuple(dict.fromkeys((*IDENTITY, self.hypothesis, *reference)))
 
     def load(self) -> References:
         """Return the references that are in a separate file."""

@@ -1,8 +1,7 @@
 """A linear probe: how well a linear classifier predicts a label from a vector, on held-out samples.
 
-Multinomial logistic regression on standardised features, by scikit-learn. It is not tuned, and the same for
-every embedding, so that embeddings can be compared (Alain and Bengio, "Understanding intermediate layers using
-linear classifier probes", 2016).
+Multinomial logistic regression on standardised features, by scikit-learn. Its hyperparameters are fixed, so that
+embeddings can be compared (Alain and Bengio, "Understanding intermediate layers using linear classifier probes", 2016).
 """
 
 import hashlib
@@ -22,20 +21,20 @@ MAX_ITERATIONS = 1000
 
 
 def held_out(keys: Sequence[str]) -> npt.NDArray[np.bool_]:
-    """Return which samples are in the test split, by a hash of the key, so that every run and model has the same."""
+    """Return whether each sample is in the test split, by a hash of its key: the same for every run and model."""
     digests = [hashlib.blake2b(key.encode("utf-8", "surrogatepass"), digest_size=8).digest() for key in keys]
     return np.array([int.from_bytes(digest, "big") / 2**64 < HELD_OUT for digest in digests], dtype=np.bool_)
 
 
 def linear_probe(vectors: Vectors, labels: Sequence[str], keys: Sequence[str]) -> dict[str, Any]:
-    """Return scores on the held-out samples of a classifier fitted to the others.
+    """Fit a classifier on the training split of vectors [rows, width], and return its scores on the held-out samples.
 
-    Precision, recall and F1 are means over the classes that were tested or predicted. The AUC is one class against
-    the rest, averaged over the classes that were fitted and tested. `majority` is the accuracy of always predicting
-    the most frequent class. A class that was not fitted counts as wrong.
+    Precision, recall and F1 are macro-averages over the classes of the held-out labels and predictions. The AUC is
+    one-vs-rest, averaged over the classes that are in both splits. `majority` is the accuracy of always predicting the
+    most frequent class. A sample of a class that is not in the training split counts as wrong.
 
-    Raises UsageError if nearly all labels differ, JobError if a split is empty or fewer than two classes were
-    fitted.
+    Raises UsageError if more than half of the labels are distinct, JobError if the test split is empty or the training
+    split has fewer than two classes.
     """
     target, test = np.asarray(labels), held_out(keys)
     distinct, fitted = len(np.unique(target)), len(np.unique(target[~test]))
@@ -56,7 +55,7 @@ def linear_probe(vectors: Vectors, labels: Sequence[str], keys: Sequence[str]) -
         truth, predicted, average="macro", zero_division=0.0
     )
     tested = [(column, truth == name) for column, name in enumerate(names) if (truth == name).any()]
-    areas = [metrics.roc_auc_score(of, probabilities[:, column]) for column, of in tested if not of.all()]
+    areas = [metrics.roc_auc_score(is_class, probabilities[:, i]) for i, is_class in tested if not is_class.all()]
     return {
         "train_rows": int((~test).sum()),
         "test_rows": int(test.sum()),

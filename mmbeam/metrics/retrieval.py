@@ -1,6 +1,6 @@
-"""Retrieval: the rank at which the vector of a row in one modality finds the same row in the other modality.
+"""Retrieval: the rank of a row when the rows of one modality are sorted by similarity to its vector in another.
 
-Ranks are exact, by cosine similarity in float64. Beside the vectors, memory holds the ranks and a few blocks of
+Ranks are exact, by cosine similarity in float64. Besides the vectors, memory holds the ranks and a few blocks of
 similarities. Time grows with the square of the number of rows.
 """
 
@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 BLOCK = 1024  # rows: a block of similarities is 8 MiB
-TIE = 1e-12  # a smaller difference of similarities is a tie: a float64 dot product of width 4,096 errs by 5e-13
+TIE = 1e-12  # smaller differences of similarities are ties: the error of a dot product of width 4,096 is 5e-13
 CUTOFFS = (1, 5, 10)
 
 Vectors = npt.NDArray[np.floating[Any]]  # [rows, width]
@@ -19,13 +19,14 @@ Doubles = npt.NDArray[np.float64]
 
 
 def match_ranks(left: Vectors, right: Vectors, block: int = BLOCK) -> tuple[Doubles, Doubles]:
-    """Return the rank of each row's match among all rows of the other side, from 1: left to right, right to left.
+    """Return the rank, from 1, of each row's match among all rows of the other side: left to right, and right to left.
 
-    For ties the rank is the mean of the best and the worst, the "realistic rank" of Berrendorf et al., "On the
+    For ties the rank is the mean of the best and the worst rank, the "realistic rank" of Berrendorf et al., "On the
     Ambiguity of Rank-Based Evaluation of Entity Alignment or Link Prediction Methods" (2020): identical vectors
     score no better than chance. A zero vector has similarity 0 with all others.
 
-    Raises ValueError if the shapes differ or a value is not finite.
+    `left` and `right` are [rows, width], the ranks [rows]. Raises ValueError if the shapes differ or a value is not
+    finite.
     """
     if left.shape != right.shape:
         raise ValueError(f"expected two arrays of one shape, found {left.shape} and {right.shape}")

@@ -1,8 +1,8 @@
-"""Text metrics: the counts of one sample, the scores that sums of counts give, and the totals of a corpus.
+"""Text metrics: the counts of a sample, the scores computed from sums of counts, and the totals of a corpus.
 
-Counts are integers, so that sums are exact: any partition of a corpus, in any order, gives the same score to the
-last bit, and it equals the corpus score of the library that defines the metric. Means of real numbers are kept
-as fixed-point integers for the same reason.
+Counts are integers, so that sums are exact: any partition of a corpus, in any order, has the same score to the last
+bit, which equals the corpus score of the library that defines the metric. Means of real numbers are kept as
+fixed-point integers for the same reason.
 """
 
 import heapq
@@ -21,8 +21,8 @@ Scores = dict[str, float]
 
 FRACTION_BITS = 128  # of fixed-point numbers: doubles above 2**-75 (3e-23) are exact, smaller ones truncated at 3e-39
 ROUGE_TYPES = ("rouge1", "rouge2", "rougeL")
-WORST = 5  # samples that are kept
-SHOWN_CHARS = 500  # of their texts
+WORST = 5  # number of worst samples in the totals
+SHOWN_CHARS = 500  # of the texts of these samples
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,8 +31,8 @@ class Counts:
 
     values: tuple[int, ...]
 
-    def __add__(self, other: "Counts") -> "Counts":
-        return Counts(tuple(a + b for a, b in zip(self.values, other.values, strict=True)))
+    def __add__(self, counts: "Counts") -> "Counts":
+        return Counts(tuple(a + b for a, b in zip(self.values, counts.values, strict=True)))
 
 
 def mean_counts(values: Sequence[float]) -> Counts:
@@ -68,8 +68,8 @@ class TextMetric:
 class Bleu(TextMetric):
     """BLEU, 0 to 100 (Papineni et al., ACL 2002), as sacrebleu: tokenizer 13a, exponential smoothing.
 
-    Counts: tokens of the hypothesis and of the closest reference, then matching n-grams and n-grams by
-    order. The score of one sample leaves out the orders that it is too short for.
+    Counts: tokens of the hypothesis and of the closest reference, then by order the matching n-grams, and by order all
+    n-grams. The score of a sample omits the orders that are longer than its hypothesis.
     """
 
     names = ("bleu",)
@@ -102,7 +102,7 @@ class Bleu(TextMetric):
 class Chrf(TextMetric):
     """chrF, 0 to 100 (Popovic, WMT 2015): characters without whitespace, orders 1 to 6, beta 2.
 
-    Equal to sacrebleu's CHRF, which offers no statistics that add up. Counts, by order: the n-grams of the
+    Equal to sacrebleu's CHRF, which has no public statistics that can be summed. Counts, by order: the n-grams of the
     hypothesis (if the reference has any), of the best reference, and in both.
     """
 
@@ -146,7 +146,7 @@ class Chrf(TextMetric):
 class Rouge(TextMetric):
     """ROUGE-1, 2 and L, F measure, 0 to 1 (Lin, ACL 2004), as rouge-score without stemming.
 
-    The best of several references counts. Tokens are runs of a-z and 0-9: text in another script scores 0.
+    Of several references, the best score counts. Tokens are runs of a-z and 0-9: text in another script scores 0.
     """
 
     names = ROUGE_TYPES
@@ -259,7 +259,7 @@ def library(name: str) -> Any:
 
 @dataclass(frozen=True, order=True, slots=True)
 class Worst:
-    """A sample with a bad score. The order is from the worst, then by shard and offset."""
+    """A sample with a bad score. Samples are ordered from the worst, then by shard and offset."""
 
     badness: float  # the score, negated if lower is better: the smallest is the worst
     shard: str
@@ -277,18 +277,18 @@ class TextTotals:
     scored: int = 0
     without_hypothesis: int = 0
     without_reference: int = 0  # of rows with a hypothesis
-    empty: int = 0  # of scored rows: the hypothesis is blank
+    empty: int = 0  # scored rows whose hypothesis is blank
     references: int = 0  # of scored rows
-    foreign: int = 0  # of scored rows: no reference has an ASCII letter or digit, and so ROUGE sees no token
+    foreign: int = 0  # scored rows whose references have no ASCII letter or digit, so no tokens for ROUGE
     counts: Mapping[str, Counts] = field(default_factory=dict)  # by metric
     worst: tuple[Worst, ...] = ()
 
-    def __add__(self, other: "TextTotals") -> "TextTotals":
-        numbers = {f.name: getattr(self, f.name) + getattr(other, f.name) for f in fields(self) if f.type is int}
+    def __add__(self, totals: "TextTotals") -> "TextTotals":
+        numbers = {f.name: getattr(self, f.name) + getattr(totals, f.name) for f in fields(self) if f.type is int}
         counts = dict(self.counts)
-        for name, more in other.counts.items():
-            counts[name] = counts[name] + more if name in counts else more
-        worst = heapq.nsmallest(WORST, (*self.worst, *other.worst))
+        for name, added in totals.counts.items():
+            counts[name] = counts[name] + added if name in counts else added
+        worst = heapq.nsmallest(WORST, (*self.worst, *totals.worst))
         return TextTotals(**numbers, counts=counts, worst=tuple(worst))
 
     def scores(self, metrics: Mapping[str, TextMetric]) -> Scores:

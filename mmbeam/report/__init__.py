@@ -1,1 +1,1 @@
-"""Text about a run: its inputs before, its progress during, its status and summary after."""
+"""Texts about a run: its inputs, its progress, its status and its summary."""

@@ -24,8 +24,8 @@ class Probe:
     fields: Counter[str] = field(default_factory=Counter)  # samples, by field
     kinds: dict[str, str] = field(default_factory=dict)  # kind, by field that a job would read
     keys: list[str] = field(default_factory=list)
-    first: list[Sample] = field(default_factory=list)  # with metadata, and an empty text for any text; on request
-    whole: bool = True  # these samples are the whole input
+    first: list[Sample] = field(default_factory=list)  # if requested: with metadata, and "" for any text
+    whole: bool = True  # whether these samples are the whole input
 
     @property
     def modalities(self) -> frozenset[Modality]:
@@ -36,7 +36,7 @@ class Probe:
 def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = None, metadata: bool = False) -> Probe:
     """Read the headers of the first samples, and with `metadata` their JSON.
 
-    A shard that cannot be read is skipped: its unit will fail. Raise ShardError if none can be read.
+    A shard that cannot be read is skipped: its unit will fail. Raise ShardError if no shard can be read.
     """
     result = Probe(whole=len(shards) <= PROBED_SHARDS)
     broken: list[ShardError] = []
@@ -68,7 +68,7 @@ def _probe_shard(shard: Shard, result: Probe, fields: FieldMap, limits: Limits, 
 
 
 def _without_media(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
-    """Return the sample with its metadata, if they are valid, and an empty text if it has a text."""
+    """Return the sample with its metadata, if valid, and an empty text if it has a text."""
     chosen = fields.choose(raw.fields)
     try:
         data = raw.members.get(chosen.get("metadata", ""))
@@ -80,7 +80,7 @@ def _without_media(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
 
 
 def inspect_text(patterns: Sequence[str], fields: FieldMap) -> Iterator[str]:
-    """Yield lines on the number of shards and the contents of their first samples."""
+    """Yield lines that state the number of shards and the contents of their first samples."""
     shards = list_shards(patterns)
     sizes = [shard.size for shard in shards if shard.size is not None]
     known = "" if len(sizes) == len(shards) else f" ({len(shards) - len(sizes):,} of unknown size)"

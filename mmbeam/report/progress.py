@@ -1,7 +1,7 @@
-"""The progress line: the units done, the throughput, and the time remaining.
+"""The progress line of a run or a training: units and samples done, throughput, and time left.
 
-Runners report metrics only at the end. Live progress therefore comes from the steps of this process, and for workers
-elsewhere from the units that are committed in the output. It does not affect the job.
+Runners report metrics only at the end. Live progress therefore comes from `process.progress`, which the steps in this
+process update, and for workers in other processes from the units committed in the output.
 """
 
 import logging
@@ -19,10 +19,10 @@ from mmbeam.terminal import CLEAR_LINE
 
 log = logging.getLogger(__name__)
 
-POLL_SECONDS = 5.0  # between two looks at what is committed, or
-POLL_SHARE = 0.01  # of the time at most, where many pages are to be listed: a store bills each
-TERMINAL_SECONDS = 0.5  # between two lines on a terminal, which is rewritten in place,
-LOG_SECONDS = 10.0  # and elsewhere
+POLL_SECONDS = 5.0  # at least, between two listings of the committed units
+POLL_FRACTION = 0.01  # of the time at most is spent on listings: a store bills each page of them
+TERMINAL_SECONDS = 0.5  # between two updates of the line on a terminal
+LOG_SECONDS = 10.0  # between two lines elsewhere
 
 
 def progress_line(progress: Progress) -> str:
@@ -38,7 +38,7 @@ def progress_line(progress: Progress) -> str:
 
 
 def clock(seconds: float) -> str:
-    """Return a duration in short form: 41s, 3m20s, 2h05m."""
+    """Return a duration in seconds as 41s, 3m20s or 2h05m."""
     whole = round(seconds)
     if whole < 60:
         return f"{whole}s"
@@ -48,31 +48,31 @@ def clock(seconds: float) -> str:
 
 
 class Committed:
-    """The progress of workers of other processes, from the units that they commit."""
+    """The progress of workers in other processes, from the units that they commit."""
 
     def __init__(self, run: Run, units: int) -> None:
         self.progress = Progress()
         self.progress.start(units)
         self._run = run
         self._seen: set[str] = set()
-        self._before = True  # the first look finds what an earlier launch committed
+        self._is_first = True  # units of the first update were committed by an earlier launch
 
-    def look(self) -> None:
-        """Take in what has been committed since the last look."""
+    def update(self) -> None:
+        """Add the units that have been committed since the last update."""
         new = sorted(committed(self._run) - self._seen)
         for report in load_reports(self._run, new):
-            if not self._before:
+            if not self._is_first:
                 self.progress.add(report.tally)
-            self.progress.unit_done(report if self._before else replace(report, status="written"))
+            self.progress.unit_done(report if self._is_first else replace(report, status="written"))
         self._seen.update(new)
-        self._before = False
+        self._is_first = False
 
 
 class ProgressLine:
-    """A context manager that shows the progress of the run in `output` on `stream` while it works.
+    """A context manager that shows the progress of the run in `output` on `stream`.
 
-    On a terminal one line is rewritten in place and removed at the end; elsewhere a line is written every
-    ten seconds, so a quick job writes none.
+    On a terminal, one line is rewritten in place and removed at the end. Elsewhere, a line is written every ten
+    seconds, so a short job writes none.
     """
 
     def __init__(self, output: str, stream: TextIO, seconds: float | None = None) -> None:
@@ -80,8 +80,8 @@ class ProgressLine:
         self._stream = stream
         self._terminal = stream.isatty()
         self._seconds = seconds or (TERMINAL_SECONDS if self._terminal else LOG_SECONDS)
-        self._elsewhere: Committed | None = None
-        self._next_look = time.monotonic() + POLL_SECONDS
+        self._committed: Committed | None = None
+        self._next_update = time.monotonic() + POLL_SECONDS
         self._end = threading.Event()
         self._thread = threading.Thread(target=self._show, name="mmbeam-progress", daemon=True)
 
@@ -103,23 +103,20 @@ class ProgressLine:
             self._write(f"{CLEAR_LINE}{line[: self._columns() - 1]}" if self._terminal else f"{line}\n")
 
     def _progress(self) -> Progress:
-        """The counts of this process; if it has none, the counts of the committed units."""
+        """Return the counts of this process or, if it has none, those of the committed units."""
         if progress.units_done or progress.tally.samples:
             return progress
-        if time.monotonic() >= self._next_look:
-            began = time.monotonic()
-            self._look()
-            now = time.monotonic()
-            self._next_look = now + max(POLL_SECONDS, (now - began) / POLL_SHARE)
-        return progress if self._elsewhere is None else self._elsewhere.progress
-
-    def _look(self) -> None:
-        try:
-            if self._elsewhere is None:
-                self._elsewhere = Committed(find_run(self._output), progress.units)
-            self._elsewhere.look()
-        except Exception as error:  # an outdated line must not end the job
-            log.debug("%s: cannot read the committed units: %s", self._output, error)
+        begin = time.monotonic()
+        if begin >= self._next_update:
+            try:
+                if self._committed is None:
+                    self._committed = Committed(find_run(self._output), progress.units)
+                self._committed.update()
+            except Exception as error:  # an outdated progress line must not end a job
+                log.debug("%s: cannot list the committed units: %s", self._output, error)
+            end = time.monotonic()
+            self._next_update = end + max(POLL_SECONDS, (end - begin) / POLL_FRACTION)
+        return progress if self._committed is None else self._committed.progress
 
     def _columns(self) -> int:
         return os.get_terminal_size(self._stream.fileno()).columns or 80
@@ -132,7 +129,7 @@ class ProgressLine:
 class TrainingLine:
     """Shows step, loss, samples per second and the time left on `stream`.
 
-    On a terminal one line is rewritten in place; elsewhere a line is written every ten seconds.
+    On a terminal, one line is rewritten in place. Elsewhere, a line is written every ten seconds.
     """
 
     def __init__(self, stream: TextIO) -> None:
@@ -150,16 +147,16 @@ class TrainingLine:
         if now - self._shown < self._seconds:
             return
         self._shown = now
-        then, before, first = self._history[0]
-        rate = (self._samples - before) / (now - then)
-        left = f"  {clock((steps - step) * (now - then) / (step - first))} left" if first < step <= steps else ""
+        begin, samples_before, first = self._history[0]
+        rate = (self._samples - samples_before) / (now - begin)
+        left = f"  {clock((steps - step) * (now - begin) / (step - first))} left" if first < step <= steps else ""
         self._history.append((now, self._samples, step))
         while len(self._history) > 1 and self._history[0][0] < now - RATE_SECONDS:
             self._history.popleft()
         self._write(f"step {step:,}/{steps:,}  loss {loss:.3f}  {rate:,.0f} samples/s{left}")
 
     def end(self) -> None:
-        """Nothing more is shown: take the line off a terminal."""
+        """Remove the line from a terminal. Call this at the end of the training."""
         if self._terminal:
             self._stream.write(CLEAR_LINE)
             self._stream.flush()

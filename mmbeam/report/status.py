@@ -16,7 +16,7 @@ from mmbeam.types import Tally
 
 
 def status_text(output: str) -> Iterator[str]:
-    """Yield lines on the run in `output`: its configuration, units and samples so far, failures, why it stopped.
+    """Yield lines that state the configuration, units, samples and failures of a run, and why it stopped, if it did.
 
     Raise JobError if the output holds no run.
     """

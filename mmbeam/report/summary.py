@@ -17,12 +17,12 @@ STEPS = {  # sequential steps of a unit's thread; they add up to its time
     "device_wait": "waiting for the device",
     "write": "writing",
 }
-SHOWN = 5  # failed units listed
-MAX_EXAMPLE_FILES = 8  # failure files searched for examples, the smallest first
+SHOWN = 5  # at most, of the failed units
+MAX_EXAMPLE_FILES = 8  # failure files that are searched for examples, the smallest first
 
 
 def summary_text(report: RunReport, output: str) -> str:
-    """Return the run in a few lines: counts, throughput, time per step, failures, and the place of the rows."""
+    """Return the summary of a run: counts, throughput, time per step, failures, and the path of the rows."""
     store = Store(output)
     lines = [*_counts(report), *_times(report), *trouble_text(report.tally, store)]
     return "\n".join([*lines, *failed_text(report.failed), f"rows: {store}/data/"])
@@ -75,7 +75,7 @@ def trouble_text(tally: Tally, store: Store) -> Iterator[str]:
 
 
 def find_examples(store: Store, kinds: Mapping[str, int]) -> dict[str, dict[str, Any]]:
-    """Return one failure record per kind ("step: error"), as far as the smallest few files hold one."""
+    """Return a failure record for each kind ("step: error") that occurs in the smallest failure files."""
     examples: dict[str, dict[str, Any]] = {}
     sizes = store.list("failures")
     for name in sorted(sizes, key=lambda name: (sizes[name], name))[:MAX_EXAMPLE_FILES]:
