@@ -318,7 +318,7 @@ def test_an_invalid_file_of_references_is_an_error(
 
 
 def test_an_output_without_rows_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="holds no run"):
+    with pytest.raises(JobError, match="not the output of an mmbeam job"):
         evaluate(EvaluateOptions(run=str(tmp_path), reference="truth"))
 
 

@@ -211,7 +211,7 @@ def test_polling_takes_at_most_a_hundredth_of_the_time(tmp_path: Path, monkeypat
     progress.start(2)
     with ProgressLine(str(tmp_path / "out"), io.StringIO(), seconds=0.01):
         time.sleep(1)
-    assert len(updates) == 1
+    assert len(looks) == 1
 
 
 # The summary
@@ -323,7 +323,7 @@ def test_status_of_a_limited_run_before_its_first_commit(tmp_path: Path) -> None
 
 
 def test_status_of_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None:
-    with pytest.raises(JobError, match="holds no run"):
+    with pytest.raises(JobError, match="not the output of an mmbeam job"):
         list(status_text(str(tmp_path)))
     assert not list(tmp_path.iterdir())
 
