@@ -108,7 +108,9 @@ def open_counted(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
     """Open a Parquet file; yield it and the stream that counts its bytes. Damage is a ShardError, in the body too."""
     with open_shard(file) as stream:
         if not stream.seekable():
-            raise ShardError(f"{file.path}: a Parquet file needs a server with range requests; copy it to this machine")
+            raise ShardError(
+                f"{file.path}: expected a server with range requests, as Parquet needs; copy the file to this machine"
+            )
         try:
             with pq.ParquetFile(stream) as parquet:
                 yield parquet, stream
