@@ -371,7 +371,7 @@ def test_a_damaged_file_or_another_width_fails_the_unit(tmp_path: Path) -> None:
     column = FeatureColumn(name="image_embedding", modality="image", width=9)
     assert read(unit, Needs(columns=frozenset({column})))[-1].unit_error == (
         f"{path}: image_embedding is 4 wide, and the model takes 9; pass the features that it was trained on, "
-        "or a model that was trained on these"
+        "or the model that was trained on these"
     )
     data = bytearray(path.read_bytes())
     data[len(data) // 2 : len(data) // 2 + 2000] = bytes(2000)
