@@ -222,8 +222,8 @@ class Tally:
     warnings: Mapping[str, int] = field(default_factory=dict)  # unusual input that cost no output, by message
     seconds: Mapping[str, float] = field(default_factory=dict)  # computing or waiting, by step
 
-    def __add__(self, other: "Tally") -> "Tally":
-        return Tally(**{f.name: _plus(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
+    def __add__(self, tally: "Tally") -> "Tally":
+        return Tally(**{f.name: _plus(getattr(self, f.name), getattr(tally, f.name)) for f in fields(self)})
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
@@ -289,13 +289,13 @@ class Needs:
     image_side: int | None = None  # pixels: each model resizes the shorter side to at most this
     columns: frozenset[FeatureColumn] = frozenset()  # if the input is rows of features
 
-    def __or__(self, other: "Needs") -> "Needs":
-        sides = [side for side in (self.image_side, other.image_side) if side is not None]
+    def __or__(self, needs: "Needs") -> "Needs":
+        sides = [side for side in (self.image_side, needs.image_side) if side is not None]
         return Needs(
-            modalities=self.modalities | other.modalities,
-            sampling_rates=self.sampling_rates | other.sampling_rates,
+            modalities=self.modalities | needs.modalities,
+            sampling_rates=self.sampling_rates | needs.sampling_rates,
             image_side=max(sides, default=None),
-            columns=self.columns | other.columns,
+            columns=self.columns | needs.columns,
         )
 
 

@@ -236,7 +236,7 @@ def _contains(element: Any, container: Any) -> bool | None:
         return element in container if isinstance(element, str) else None
     if not isinstance(container, list | dict):
         return None
-    matches = [_compare(operator.eq, element, other) for other in container if other is not None]
+    matches = [_compare(operator.eq, element, item) for item in container if item is not None]
     return True if True in matches else None if None in container else False
 
 

@@ -88,16 +88,16 @@ def search(options: SearchOptions) -> SearchResult:
     norm = float(np.linalg.norm(vector))
     if not np.isfinite(norm) or norm == 0:
         raise JobError("the vector of the query is zero or not finite, so it has no nearest rows")
-    count, found = 0, []
+    count, hits = 0, []
     with ThreadPoolExecutor(cores()) as pool:
         scan = pool.map(
             lambda part: _nearest(rows, part, column, rows.widths[column], vector / norm, options.top + 1), rows.parts
         )
         for scanned, best in scan:
             count += scanned
-            found += [(score, place) for score, place in best if place != excluded]
-    found.sort(key=lambda scored: -scored[0])  # stable: parts and rows are in order
-    return SearchResult(column, count, _load_rows(rows, found[: options.top]))
+            hits += [(score, place) for score, place in best if place != excluded]
+    hits.sort(key=lambda scored: -scored[0])  # stable: parts and rows are in order
+    return SearchResult(column, count, _load_rows(rows, hits[: options.top]))
 
 
 def _candidates(rows: WrittenRows, name: str | None) -> dict[str, ColumnName]:
@@ -225,12 +225,12 @@ def _nearest(
     return len(score), [(float(score[i]), _Place(part, int(place[i]))) for i in order]
 
 
-def _load_rows(rows: WrittenRows, found: Sequence[tuple[float, _Place]]) -> list[Hit]:
+def _load_rows(rows: WrittenRows, hits: Sequence[tuple[float, _Place]]) -> list[Hit]:
     """Return the rows at these places, without their vectors."""
     columns = [field.name for field in rows.schema if not (pa.types.is_list(field.type) and field.name != "errors")]
     loaded: dict[_Place, Mapping[str, Any]] = {}
-    for part in {place.part for _, place in found}:
-        wanted = sorted(place.row for _, place in found if place.part == part)
+    for part in {place.part for _, place in hits}:
+        wanted = sorted(place.row for _, place in hits if place.part == part)
         with rows.store.open(part) as file, pq.ParquetFile(file) as parquet:
             first = 0
             for number in range(parquet.num_row_groups):
@@ -240,4 +240,4 @@ def _load_rows(rows: WrittenRows, found: Sequence[tuple[float, _Place]]) -> list
                     table = parquet.read_row_group(number, columns).take([row - first for row in here])
                     loaded |= {_Place(part, row): values for row, values in zip(here, table.to_pylist(), strict=True)}
                 first += count
-    return [Hit(score, loaded[place]) for score, place in found]
+    return [Hit(score, loaded[place]) for score, place in hits]

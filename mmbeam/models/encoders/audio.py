@@ -54,12 +54,12 @@ def _spec(directory: Path, config: Any, width: int, sampling_rate: int) -> Encod
     )
 
 
-def _check_frames(directory: Path, expected: tuple[int, int], found: tuple[int, int]) -> None:
+def _check_frames(directory: Path, expected: tuple[int, int], actual: tuple[int, int]) -> None:
     """Raise ModelError unless config.json and the feature extractor have the same mel bins and frames."""
-    if found != expected:
+    if actual != expected:
         raise ModelError(
             f"{directory}: config.json expects {expected[0]} mel bins and {expected[1]} frames, the feature extractor "
-            f"makes {found[0]} and {found[1]}; use the files of one model"
+            f"makes {actual[0]} and {actual[1]}; use the files of one model"
         )
 
 

@@ -198,8 +198,8 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             raise ModelError(f"input {unknown[0]}: the model's sources are {', '.join(self.sources)}")
         sizes = {len(value) for value in inputs.values() if value is not None}
         if len(sizes) != 1:
-            found = f"batch sizes {', '.join(map(str, sorted(sizes)))}" if sizes else "no input"
-            raise ModelError(f"expected inputs of one batch size for at least one source, found {found}")
+            actual = f"batch sizes {', '.join(map(str, sorted(sizes)))}" if sizes else "no input"
+            raise ModelError(f"expected inputs of one batch size for at least one source, found {actual}")
         (batch,) = sizes
         tokens: dict[str, Tokens] = {}
         present: dict[str, torch.Tensor] = {}
@@ -320,7 +320,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             )
             output.losses = {"caption": global_batch.rescale_by_tokens(caption_loss)}
             if encoding is not None:
-                output.losses |= self._other_losses(
+                output.losses |= self._auxiliary_losses(
                     encoding, inputs, labels, decoder_states, groups, views or {}, global_batch
                 )
             output.loss = sum(
@@ -333,7 +333,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
         begin = labels.new_full((len(labels), 1), BOS)
         return torch.cat([begin, labels[:, :-1].masked_fill(labels[:, :-1] == IGNORED, PAD)], 1)
 
-    def _other_losses(
+    def _auxiliary_losses(
         self,
         encoding: FusedEncoding,
         inputs: Mapping[str, torch.Tensor],

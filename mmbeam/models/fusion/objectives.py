@@ -151,13 +151,13 @@ class SharedSpace(nn.Module):
                 continue
             rows = (present[a] & present[b]).nonzero()[:, 0]
             positives, skip = all_positives[rows][:, rows], None
-            other = embeddings[b]
+            targets = embeddings[b]
             if a == b and a in views:
-                other = views[a]
+                targets = views[a]
             elif a == b:
                 skip = torch.eye(len(rows), dtype=torch.bool, device=rows.device)
             for kind in self.similarities:
-                logits = self.similarity(kind, pair, embeddings[a][rows], other[rows])
+                logits = self.similarity(kind, pair, embeddings[a][rows], targets[rows])
                 losses.append(info_nce(logits, positives, skip))
         return torch.stack(losses).mean() if losses else self.scale.new_zeros(())
 

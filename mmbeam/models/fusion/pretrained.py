@@ -54,7 +54,7 @@ def read_source(directory: Path, modality: Modality, *, frozen: bool = True, max
     read. Raises ModelError if there is no such encoder, or its input is not supported.
     """
     full, part = read_config(directory), f"{PARTS[modality]}_config"
-    if not hasattr(full, part) and any(hasattr(full, f"{other}_config") for other in PARTS.values()):
+    if not hasattr(full, part) and any(hasattr(full, f"{name}_config") for name in PARTS.values()):
         raise ModelError(f"{directory}: {full.model_type} has no {modality} encoder")
     config = getattr(full, part, full)
     model = {name: value for name, value in config.to_diff_dict().items() if name not in IGNORED_FIELDS}
@@ -66,10 +66,10 @@ def read_source(directory: Path, modality: Modality, *, frozen: bool = True, max
         source["max_tokens"] = MAX_WAVEFORM
     tower = _on_meta(directory, model).model
     takes_values = modality == "audio" and config.model_type in (AST, *WAVEFORM_MODELS)
-    expected, found = "input_values" if takes_values else INPUTS[modality], tower.main_input_name
-    if found != expected:
-        advice = f"; {ADVICE}" if modality == "audio" and found == "input_values" else ""
-        raise ModelError(f"{directory}: {config.model_type} takes {found}, expected {expected}{advice}")
+    expected, actual = "input_values" if takes_values else INPUTS[modality], tower.main_input_name
+    if actual != expected:
+        advice = f"; {ADVICE}" if modality == "audio" and actual == "input_values" else ""
+        raise ModelError(f"{directory}: {config.model_type} takes {actual}, expected {expected}{advice}")
     return {**source, "width": output_width(tower)}
 
 

@@ -57,7 +57,7 @@ _NOT_TEXT = (
 def family_of(model_type: str | None, architecture: str | None = None) -> type[Generator]:
     """Return the class for a model_type and an architecture, if known. Raises ModelError for an unsupported one."""
     model_type = model_type or ""
-    path = FAMILIES.get(model_type) or _own_module(model_type) or _text_family(model_type, architecture)
+    path = FAMILIES.get(model_type) or _family_of_module(model_type) or _text_family(model_type, architecture)
     if path is None:
         raise ModelError(
             f"no generator for model_type {model_type!r} with architecture {architecture!r}; supported are "
@@ -72,7 +72,7 @@ def family_of(model_type: str | None, architecture: str | None = None) -> type[G
     return family
 
 
-def _own_module(model_type: str) -> str | None:
+def _family_of_module(model_type: str) -> str | None:
     """Return the class that names the type in its model_types, in the module of the type's name, with _ for -."""
     module = model_type.replace("-", "_")
     if not module.isidentifier() or importlib.util.find_spec(f"{__name__}.{module}") is None:
