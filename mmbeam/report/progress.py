@@ -100,7 +100,11 @@ class ProgressLine:
                 self._write(f"{CLEAR_LINE}starting" if self._terminal else "")
                 continue
             line = progress_line(self._progress())
-            self._write(f"{CLEAR_LINE}{line[: self._columns() - 1]}" if self._terminal else f"{line}\n")
+            if self._terminal:
+                columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+                self._write(f"{CLEAR_LINE}{line[: columns - 1]}")
+            else:
+                self._write(f"{line}\n")
 
     def _progress(self) -> Progress:
         """Return the counts of this process or, if it has none, those of the committed units."""
@@ -117,9 +121,6 @@ class ProgressLine:
             end = time.monotonic()
             self._next_update = end + max(POLL_SECONDS, (end - begin) / POLL_FRACTION)
         return progress if self._committed is None else self._committed.progress
-
-    def _columns(self) -> int:
-        return os.get_terminal_size(self._stream.fileno()).columns or 80
 
     def _write(self, text: str) -> None:
         self._stream.write(text)

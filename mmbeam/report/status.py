@@ -25,7 +25,8 @@ def status_text(output: str) -> Iterator[str]:
     yield from _configuration(run)
     done = committed(run)
     failed = _failed(run, done)
-    planned = _planned(run, done | failed.keys())
+    ids = {str(unit["id"]) for unit in load_plan(run)} | done | failed.keys()
+    planned = len(ids) or int(run.configuration.get("limit") is not None)  # with a limit, one unit, even if not planned
     left = planned - len(done) - len(failed)
     yield (
         f"units: {planned:,} planned, {len(done):,} committed"
@@ -58,12 +59,6 @@ def _configuration(run: Run) -> Iterator[str]:
     changed = {name: value for name, value in choices.items() if value}
     if changed:
         yield f"options: {json.dumps(changed, ensure_ascii=False)[1:-1]}"
-
-
-def _planned(run: Run, known: set[str]) -> int:
-    """Return the number of units. A run with a limit has one, even before it is planned."""
-    ids = {str(unit["id"]) for unit in load_plan(run)} | known
-    return len(ids) or int(run.configuration.get("limit") is not None)
 
 
 def _failed(run: Run, done: set[str]) -> dict[str, str]:

@@ -24,15 +24,11 @@ MAX_EXAMPLE_FILES = 8  # failure files that are searched for examples, the small
 def summary_text(report: RunReport, output: str) -> str:
     """Return the summary of a run: counts, throughput, time per step, failures, and the path of the rows."""
     store = Store(output)
-    lines = [*_counts(report), *_times(report), *trouble_text(report.tally, store)]
-    return "\n".join([*lines, *failed_text(report.failed), f"rows: {store}/data/"])
-
-
-def _counts(report: RunReport) -> Iterator[str]:
     kept = f", {report.units_kept:,} committed by an earlier run" if report.units_kept else ""
     failed = f", {report.units_failed:,} FAILED" if report.units_failed else ""
-    yield f"units: {report.units_written:,} written{kept}{failed}"
-    yield from samples_text(report.tally)
+    lines = [f"units: {report.units_written:,} written{kept}{failed}", *samples_text(report.tally), *_times(report)]
+    lines += [*trouble_text(report.tally, store), *failed_text(report.failed), f"rows: {store}/data/"]
+    return "\n".join(lines)
 
 
 def samples_text(tally: Tally) -> Iterator[str]:

@@ -73,15 +73,14 @@ def shuffle_buffers(examples: Iterable[Example], batch_size: int) -> Iterator[li
 
 def drop_modalities(examples: Sequence[Example], probability: float, rng: np.random.Generator) -> list[Example]:
     """Drop each modality of each example with `probability`, but never all modalities of an example."""
-    draws = rng.random((len(examples), len(MODALITIES) + 1))
-    return [_dropped(example, row.tolist(), probability) for example, row in zip(examples, draws, strict=True)]
-
-
-def _dropped(example: Example, draws: Sequence[float], probability: float) -> Example:
-    present = [modality for modality in MODALITIES if modality in example.present]
-    kept = [modality for modality, draw in zip(MODALITIES, draws, strict=False) if draw >= probability]
-    left = [modality for modality in present if modality in kept]
-    return example.keeping(left or [present[int(draws[-1] * len(present))]])
+    restricted = []
+    draws = rng.random((len(examples), len(MODALITIES) + 1)).tolist()
+    for example, (*of_modality, last) in zip(examples, draws, strict=True):
+        present = [modality for modality in MODALITIES if modality in example.present]
+        survives = {m: draw >= probability for m, draw in zip(MODALITIES, of_modality, strict=True)}
+        kept = [modality for modality in present if survives[modality]]
+        restricted.append(example.keeping(kept or [present[int(last * len(present))]]))
+    return restricted
 
 
 def training_batches(
