@@ -207,7 +207,7 @@ def spoil_config(model: Path) -> None:
     [
         (spoil_weights, ["has no model.safetensors"]),
         (spoil_pickled, ["has no model.safetensors", "pickled weights", "never loaded"]),
-        (spoil_family, ["no encoder for model_type 'perceiver'"]),
+        (spoil_family, ["unsupported model_type 'perceiver' for embedding"]),
         (spoil_processor, ["preprocessor_config.json"]),
         (spoil_tokenizer, ["tokenizer"]),
         (spoil_config, ["config.json: cannot be read as JSON"]),

@@ -238,5 +238,5 @@ def test_the_older_file_name_of_a_feature_extractor_is_read(directories: dict[st
     (tmp_path / "preprocessor_config.json").write_text(json.dumps(nested))
     assert read_clap_recipe(tmp_path) == read_clap_recipe(directories["clap"])
     (tmp_path / "preprocessor_config.json").unlink()
-    with pytest.raises(ModelError, match="has no preprocessor_config"):
+    with pytest.raises(ModelError, match=r"expected preprocessor_config\.json, which is missing"):
         read_clap_recipe(tmp_path)

@@ -262,7 +262,9 @@ def test_every_registered_family_exists() -> None:
 
 def test_an_unknown_family_is_an_error_that_lists_the_supported(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text('{"model_type": "yolos"}')
-    with pytest.raises(ModelError, match=r"no encoder for model_type 'yolos'; supported: .*bert, .*clap, clip"):
+    with pytest.raises(
+        ModelError, match=r"unsupported model_type 'yolos' for embedding; expected one of .*bert, .*clap, clip"
+    ):
         describe(tmp_path)
 
 
@@ -349,10 +351,10 @@ def test_the_nested_processor_file_is_read(checkpoints: Checkpoints, tmp_path: P
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("preprocessor_config.json", "has no preprocessor_config.json or processor_config.json"),
+        ("preprocessor_config.json", "expected preprocessor_config.json or processor_config.json"),
         ("tokenizer.json", r"expected a tokenizer \(tokenizer.json, or vocab.json with merges.txt\), found none"),
         ("model.safetensors", "has no model.safetensors; pickled weights"),
-        ("config.json", "has no config.json"),
+        ("config.json", "expected config.json, which is missing"),
     ],
 )
 def test_a_missing_file_is_named(name: str, message: str, checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -415,7 +415,7 @@ def test_invalid_inputs_are_rejected() -> None:
         model.encode(image=torch.zeros(2, 3, SIDE, SIDE), image_mask=torch.ones(3))
     with pytest.raises(ModelError, match="expected inputs of one batch size for at least one source, found no input"):
         model.encode()
-    with pytest.raises(ModelError, match="needs labels or decoder_input_ids"):
+    with pytest.raises(ModelError, match="expected `labels` or `decoder_input_ids`"):
         model(image=torch.zeros(2, 3, SIDE, SIDE))
 
 

@@ -259,7 +259,7 @@ def test_saved_processor_prepares_the_same_inputs(processor: FusionProcessor, tm
 @pytest.mark.parametrize(
     ("name", "text", "message"),
     [
-        ("preprocessing.json", None, r"has no preprocessing\.json"),
+        ("preprocessing.json", None, r"expected preprocessing\.json, which is missing"),
         ("preprocessing.json", "[]", "expected a JSON object"),
         ("preprocessing.json", '{"images": {}}', "expected the preprocessing of a fusion model"),
         (

@@ -127,7 +127,7 @@ def test_the_target_language_is_a_token(saved: dict[str, Path]) -> None:
 def test_an_unsupported_model_type_is_an_error_that_lists_the_families() -> None:
     for model_type, architecture in (("resnet", None), ("llava", None), ("bert", "BertForMaskedLM"), (None, None)):
         with pytest.raises(
-            ModelError, match=r"no generator for .* supported are .*mmbeam-fusion.*A new family is"
+            ModelError, match=r"unsupported model_type .* expected one of .*mmbeam-fusion.*A new family is"
         ) as caught:
             family_of(model_type, architecture)
         assert all(family in str(caught.value) for family in FAMILIES)

@@ -53,7 +53,7 @@ def test_a_directory_resolves_to_itself(clip: Path, monkeypatch: pytest.MonkeyPa
 
 @pytest.mark.parametrize("model", ["/no/such/dir", "./nowhere", "~/nowhere_at_all", "a/b/c"])
 def test_a_missing_directory_is_an_error(model: str) -> None:
-    with pytest.raises(ModelError, match="no such directory; give an existing directory, or a hub name"):
+    with pytest.raises(ModelError, match="expected an existing directory, or a hub name"):
         resolve(model)
 
 
@@ -180,7 +180,7 @@ def test_a_hub_name_is_resolved_to_a_commit_without_pickles(hub: str, copy: Path
 
 def test_a_missing_revision_and_a_missing_model_are_errors(hub: str, tmp_path: Path) -> None:
     revision, model = resolve_elsewhere(["org/clip@v9", "org/other"], tmp_path / "hf", hub)
-    assert revision.startswith("ModelError org/clip: the hub has no revision 'v9' of it; leave out @v9")
+    assert revision.startswith("ModelError org/clip: the hub lacks revision 'v9'; omit @v9")
     assert model.startswith("ModelError org/other: no such directory and no such model on the hub")
 
 
@@ -227,7 +227,7 @@ def test_an_incomplete_copy_leaves_nothing(remote: str, tmp_path: Path, monkeypa
 
 
 def test_a_remote_directory_without_a_model_is_an_error() -> None:
-    with pytest.raises(ModelError, match=r"memory://nothing/here: no model files"):
+    with pytest.raises(ModelError, match=r"memory://nothing/here: expected model files"):
         resolve("memory://nothing/here")
     with pytest.raises(ModelError, match="nosuch://bucket/x: cannot be listed"):
         resolve("nosuch://user:secret@bucket/x?token=secret")
@@ -265,7 +265,7 @@ def test_reading_json(tmp_path: Path) -> None:
     assert read_json(tmp_path, "good.json") == {"a": "ä"}
     assert read_json(tmp_path, "none.json", required=False) == {}
     for name, message in {
-        "none.json": "has no none.json",
+        "none.json": "expected none.json, which is missing",
         "truncated.json": "truncated.json: cannot be read as JSON",
         "bytes.json": "bytes.json: cannot be read as JSON",
         "list.json": "expected a JSON object, found list",

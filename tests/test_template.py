@@ -81,7 +81,7 @@ def test_missing_text_and_missing_metadata_raise() -> None:
 
 
 def test_a_blank_prompt_raises() -> None:
-    with pytest.raises(PromptError, match="prompt is blank: text"):
+    with pytest.raises(PromptError, match="prompt is blank, because text"):
         parse_template(" {text}\n").fill({"text": " "})
     assert parse_template("say: {text}").fill({"text": ""}) == "say: "
 

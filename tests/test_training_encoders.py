@@ -204,18 +204,28 @@ def without(name: str, *others: str) -> Callable[[Path], None]:
 
 BROKEN: dict[str, tuple[str, str, Callable[[Path], None], str]] = {
     "no weights": ("image", "clip", without(WEIGHTS), r"has no model\.safetensors"),
-    "no configuration": ("image", "clip", without("config.json"), r"has no config\.json"),
-    "no image processor": ("image", "resnet", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
-    "no feature extractor": ("audio", "whisper", without("preprocessor_config.json"), r"no preprocessor_config\.json"),
+    "no configuration": ("image", "clip", without("config.json"), r"expected config\.json, which is missing"),
+    "no image processor": (
+        "image",
+        "resnet",
+        without("preprocessor_config.json"),
+        r"expected preprocessor_config\.json",
+    ),
+    "no feature extractor": (
+        "audio",
+        "whisper",
+        without("preprocessor_config.json"),
+        r"expected preprocessor_config\.json",
+    ),
     "no tokenizer": ("text", "bert", without("tokenizer.json"), r"expected a tokenizer \(tokenizer\.json"),
-    "another modality": ("audio", "clip", lambda directory: None, "clip has no audio encoder"),
+    "another modality": ("audio", "clip", lambda directory: None, "an encoder for audio, found clip"),
     "a text encoder for images": (
         "image",
         "bert",
         lambda directory: None,
         "bert takes input_ids, expected pixel_values",
     ),
-    "no directory": ("image", "clip", shutil.rmtree, "no such directory"),
+    "no directory": ("image", "clip", shutil.rmtree, "expected an existing directory"),
 }
 
 

@@ -125,7 +125,7 @@ def test_embed_stage_takes_a_model_and_options(here: Path) -> None:
     assert embed_stage(MODEL, modalities=["image"]).count_tokens is False
     with pytest.raises(UsageError, match=r"audio: .*clip.* encodes none of these; it encodes image, text"):
         embed_stage(MODEL, modalities=["audio"])
-    with pytest.raises(ModelError, match="no such directory"):
+    with pytest.raises(ModelError, match="expected an existing directory"):
         embed_stage("./nowhere")
 
 

@@ -91,7 +91,7 @@ def resolve(model: str) -> Resolved:
     if path.exists():
         raise ModelError(f"{model}: expected a directory with config.json and model.safetensors, found a file")
     if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
-        raise ModelError(f"{model}: no such directory; give an existing directory, or a hub name like org/model")
+        raise ModelError(f"{model}: expected an existing directory, or a hub name like org/model")
     return _download(model)
 
 
@@ -115,7 +115,7 @@ def _hub_message(name: str, revision: str, error: Exception) -> str:
     if isinstance(error, hub_errors.GatedRepoError):
         return f"{name}: this hub model is gated; accept its terms on the hub and log in with `hf auth login`"
     if isinstance(error, hub_errors.RevisionNotFoundError):
-        return f"{name}: the hub has no revision {revision!r} of it; leave out @{revision} or name an existing one"
+        return f"{name}: the hub lacks revision {revision!r}; omit @{revision} or name an existing one"
     if isinstance(error, hub_errors.RepositoryNotFoundError):
         return f"{name}: no such directory and no such model on the hub (a private one needs `hf auth login`)"
     if isinstance(error, hub_errors.LocalEntryNotFoundError | hub_errors.OfflineModeIsEnabled):
@@ -123,7 +123,7 @@ def _hub_message(name: str, revision: str, error: Exception) -> str:
         return (
             f"{name}{f'@{revision}' if revision else ''}: not in the local hub cache"
             f"{f', which has {cached}' if cached else ''}, and the hub cannot be reached or HF_HUB_OFFLINE is set; "
-            f"run `hf download {name}` on a machine with network access, or give a directory"
+            f"run `hf download {name}` on a machine with network access, or pass a directory"
         )
     return f"{name}: downloading it from the hub failed: {type(error).__name__}: {error}"
 
@@ -157,7 +157,9 @@ def _copy_remote(url: str) -> Path:
         raise ModelError(f"{name}: cannot be listed: {type(error).__name__}: {error}") from error
     wanted = {relative: info for relative, info in listing.items() if is_model_file(relative)}
     if not wanted:
-        raise ModelError(f"{name}: no model files ({', '.join(MODEL_FILES)}); give the directory of config.json")
+        raise ModelError(
+            f"{name}: expected model files ({', '.join(MODEL_FILES)}), found none; pass the directory of config.json"
+        )
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "mmbeam", "models")
     target = cache / _listing_key(name, wanted)
     target.parent.mkdir(parents=True, exist_ok=True)
@@ -177,7 +179,7 @@ def _listing_key(name: str, listing: Mapping[str, Mapping[str, Any]]) -> str:
 
 
 def _copy(fs: Any, root: str, wanted: Mapping[str, Mapping[str, Any]], target: Path) -> None:
-    """Copy into a scratch directory beside `target`, check the sizes, then rename: `target` is complete or absent."""
+    """Copy into a scratch directory next to `target`, check the sizes, then rename: `target` is complete or absent."""
     scratch = Path(tempfile.mkdtemp(prefix=target.name, dir=target.parent))
     try:
         for relative in wanted:
@@ -209,7 +211,7 @@ def read_json(directory: Path, name: str, required: bool = True) -> dict[str, An
     except FileNotFoundError:
         if required:
             raise ModelError(
-                f"{directory}: has no {name}; give a model directory as save_pretrained writes it"
+                f"{directory}: expected {name}, which is missing; pass a directory written by save_pretrained"
             ) from None
         return {}
     except (OSError, ValueError) as error:
@@ -315,7 +317,10 @@ def load_pretrained(
 def _check_keys(directory: Path, cls: str, info: Mapping[str, Any], ignore_missing: Sequence[str]) -> None:
     ignored = [_COMPUTED_KEYS, *map(re.compile, ignore_missing)]
     missing = sorted(key for key in info["missing_keys"] if not any(pattern.search(key) for pattern in ignored))
-    mismatched = [f"{key} {tuple(found)} for {tuple(needed)}" for key, found, needed in sorted(info["mismatched_keys"])]
+    mismatched = [
+        f"{key} has shape {list(found)}, expected {list(needed)}"
+        for key, found, needed in sorted(info["mismatched_keys"])
+    ]
     broken = [*missing, *mismatched, *map(str, info.get("error_msgs", ()))]
     if broken:
         shown = ", ".join(broken[:5]) + (f" and {len(broken) - 5} more" if len(broken) > 5 else "")

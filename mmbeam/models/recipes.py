@@ -107,7 +107,8 @@ def _image_options(directory: Path) -> dict[str, Any]:
     """Return the options of the image processor, defaults included."""
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
         raise ModelError(
-            f"{directory}: has no preprocessor_config.json or processor_config.json, which define the resizing"
+            f"{directory}: expected preprocessor_config.json or processor_config.json, which define the resizing; "
+            "found neither"
         )
     try:
         options = _dinov3_options(directory)

@@ -67,7 +67,9 @@ class Template:
         """Return the prompt for a sample. Raises PromptError if a field is missing, or the prompt is blank."""
         prompt = "".join(piece if isinstance(piece, str) else piece.text_in(values) for piece in self.pieces)
         if not prompt.strip():
-            raise PromptError(f"the prompt is blank: {', '.join(map(str, self.fields))} of this sample is blank")
+            raise PromptError(
+                f"the prompt is blank, because {', '.join(map(str, self.fields))} of this sample is blank"
+            )
         return prompt
 
 

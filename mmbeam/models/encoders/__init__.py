@@ -62,7 +62,7 @@ def family_of(model_type: str | None) -> type[Encoder]:
     """Return the class that serves models of this type. Raises ModelError if there is none."""
     if model_type is None or model_type not in FAMILIES:
         raise ModelError(
-            f"no encoder for model_type {model_type!r}; supported: {', '.join(sorted(FAMILIES))}. "
+            f"unsupported model_type {model_type!r} for embedding; expected one of {', '.join(sorted(FAMILIES))}. "
             "To add a family, write a subclass of mmbeam.models.encoders.base.Encoder and add it to FAMILIES"
         )
     module, _, name = FAMILIES[model_type].rpartition(".")

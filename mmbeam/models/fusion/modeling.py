@@ -305,7 +305,7 @@ class FusionModel(PreTrainedModel, GenerationMixin):
             mask = memory.new_ones(memory.shape[:2], dtype=torch.bool) if attention_mask is None else attention_mask
         if decoder_input_ids is None:
             if labels is None:
-                raise ModelError("the model needs labels or decoder_input_ids")
+                raise ModelError("expected `labels` or `decoder_input_ids`, found neither")
             decoder_input_ids = self.shift(labels)
         cache = past_key_values if use_cache else None
         decoder_states = self.decoder(self.words(decoder_input_ids), memory, mask.bool(), cache)

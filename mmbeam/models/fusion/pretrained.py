@@ -55,7 +55,7 @@ def read_source(directory: Path, modality: Modality, *, frozen: bool = True, max
     """
     full, part = read_config(directory), f"{PARTS[modality]}_config"
     if not hasattr(full, part) and any(hasattr(full, f"{name}_config") for name in PARTS.values()):
-        raise ModelError(f"{directory}: {full.model_type} has no {modality} encoder")
+        raise ModelError(f"{directory}: expected a model with an encoder for {modality}, found {full.model_type}")
     config = getattr(full, part, full)
     model = {name: value for name, value in config.to_diff_dict().items() if name not in IGNORED_FIELDS}
     source: dict[str, Any] = {"modality": modality, "kind": "pretrained", "model": model, "frozen": frozen}
@@ -126,7 +126,9 @@ def _read_tokenizer(directory: Path, max_tokens: int) -> Tokenizer:
     """Return the tokenizer. For a model trained without attention masks, such as SigLIP, it pads to `max_tokens`."""
     loaded = load_tokenizer(directory)
     if not loaded.is_fast:
-        raise ModelError(f"{directory}: {type(loaded).__name__} has no tokenizer.json to save; {ADVICE}")
+        raise ModelError(
+            f"{directory}: expected a tokenizer with tokenizer.json, found {type(loaded).__name__}; {ADVICE}"
+        )
     tokenizer: Tokenizer = loaded.backend_tokenizer
     tokenizer.no_padding()
     if "attention_mask" not in loaded.model_input_names:

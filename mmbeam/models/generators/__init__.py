@@ -60,7 +60,7 @@ def family_of(model_type: str | None, architecture: str | None = None) -> type[G
     path = FAMILIES.get(model_type) or _family_of_module(model_type) or _text_family(model_type, architecture)
     if path is None:
         raise ModelError(
-            f"no generator for model_type {model_type!r} with architecture {architecture!r}; supported are "
+            f"unsupported model_type {model_type!r} with architecture {architecture!r} for generation; expected one of "
             f"{', '.join(sorted(FAMILIES))}, and text-only models that transformers has as "
             "...ForConditionalGeneration, ...ForCausalLM or ...LMHeadModel. "
             "A new family is one file, mmbeam/models/generators/<model_type>.py: a subclass of "

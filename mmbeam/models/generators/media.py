@@ -34,7 +34,9 @@ def images_of(requests: Sequence[Request]) -> list[ImageHWC]:
 def read_image_processor(directory: Path) -> Any:
     """Read the checkpoint's own image processor, without torchvision. Raises ModelError."""
     if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ModelError(f"{directory}: no image processor; expected preprocessor_config.json or processor_config.json")
+        raise ModelError(
+            f"{directory}: expected an image processor (preprocessor_config.json or processor_config.json), found none"
+        )
     auto: Any = AutoImageProcessor  # untyped
     quiet_transformers()
     try:

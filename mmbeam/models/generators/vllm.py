@@ -69,7 +69,7 @@ def check_processes(gpus: int, workers: int) -> None:
     """Raise UsageError for processes that would use several GPUs: vLLM uses one per process."""
     if gpus > workers:
         raise UsageError(
-            f"`engine` vllm: it uses one GPU per process, and there are {gpus} GPUs for {workers} processes: "
+            f"`engine` vllm: expected one GPU per process, found {gpus} GPUs for {workers} processes; "
             f"set `workers` to {gpus}, or `device` to cuda:0"
         )
 
