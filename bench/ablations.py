@@ -30,7 +30,7 @@ from mmbeam.training.options import TrainOptions
 from mmbeam.training.scores import Evaluator
 from mmbeam.training.setup import Setup
 from mmbeam.training.sources import CorpusSource
-from mmbeam.training.train import open_run, train_on
+from mmbeam.training.train import open_training, train_on
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT))  # for `pipelines`
@@ -138,7 +138,7 @@ def measure(row: Row) -> dict[str, Any]:
             device="cpu",
             **row.options,
         )
-        report = train_on(setup(row, options), options, open_run(options, True), CPU, TrainingLine(sys.stderr))
+        report = train_on(setup(row, options), options, open_training(options, True), CPU, TrainingLine(sys.stderr))
         result.write_text(json.dumps({"parameters": report["parameters"], **scores(directory, row)}))
     figures: dict[str, Any] = json.loads(result.read_text())
     return figures

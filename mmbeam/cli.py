@@ -86,8 +86,8 @@ def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
 def _with_options(message: str, args: argparse.Namespace) -> str:
     """Return the message of a library error with the arguments it names (`batch_size`) as options (--batch-size)."""
     options = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
-    # Messages also name plurals (`models`), and `shares`, which --split sets. Exact names win.
-    options = {f"{name}s": option for name, option in options.items()} | {"shares": "--split"} | options
+    # Messages also name plurals (`models`), and `split_fractions`, which --split sets. Exact names win.
+    options = {f"{name}s": option for name, option in options.items()} | {"split_fractions": "--split"} | options
     return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 
 

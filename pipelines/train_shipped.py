@@ -40,7 +40,7 @@ from mmbeam.training.options import TrainOptions
 from mmbeam.training.scores import CANDIDATES, SUBSETS, Evaluator, count_words
 from mmbeam.training.setup import Setup
 from mmbeam.training.sources import CorpusSource, scene_example
-from mmbeam.training.train import REPORT, open_run, read_report, train_on, write_model
+from mmbeam.training.train import REPORT, open_training, read_report, train_on, write_model
 
 EPOCH_SAMPLES = 12_800  # training scenes between two validations
 VOCABULARY_SAMPLES = 4000  # scenes whose captions and tags determine the vocabulary
@@ -89,7 +89,7 @@ def train_shipped(
     quiet_transformers()
     with joined(device) as world:
         with world.main_first():
-            directory = open_run(options, overwrite, world)
+            directory = open_training(options, overwrite, world)
             done = (directory / REPORT).exists()
         if done:
             report = read_report(directory)
@@ -125,8 +125,8 @@ def corpus_setup(options: TrainOptions) -> Setup:
         modalities=processor.modalities,
     )
     samples = "the procedural corpus of mmbeam.corpus, 64 pixels and 8 kHz"
-    facts = {"samples": samples, "modalities": dict.fromkeys(processor.modalities, "rendered")}
-    return Setup(config=config, processor=processor, source=source, facts=facts)
+    counts = {"samples": samples, "modalities": dict.fromkeys(processor.modalities, "rendered")}
+    return Setup(config=config, processor=processor, source=source, sample_counts=counts)
 
 
 def evaluate(directory: Path, device: torch.device, count: int, seed: int = EVALUATION_SEED) -> dict[str, Any]:

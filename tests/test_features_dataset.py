@@ -111,13 +111,13 @@ def test_a_state_continues_with_the_next_batch(out: Path, taken: int) -> None:
 
 
 def test_splits_are_by_key_and_divide_the_rows(out: Path) -> None:
-    shares = (0.5, 0.25, 0.25)
-    parts = {split: keys(dataset(out, split=split, shares=shares, split_seed=1)) for split in SPLITS}
+    fractions = (0.5, 0.25, 0.25)
+    parts = {split: keys(dataset(out, split=split, split_fractions=fractions, split_seed=1)) for split in SPLITS}
     assert sum(map(len, parts.values())) == 2 * ROWS
-    assert all(split_of(key, 1, shares) == split for split, part in parts.items() for key in part)
-    assert len(parts["train"]) == dataset(out, split="train", shares=shares, split_seed=1).count().rows
+    assert all(split_of(key, 1, fractions) == split for split, part in parts.items() for key in part)
+    assert len(parts["train"]) == dataset(out, split="train", split_fractions=fractions, split_seed=1).count().rows
     with pytest.raises(UsageError, match="sum to 1"):
-        dataset(out, split="train", shares=(0.5, 0.5, 0.5))
+        dataset(out, split="train", split_fractions=(0.5, 0.5, 0.5))
 
 
 def test_rows_without_a_caption_are_omitted_and_counted(out: Path, tmp_path: Path) -> None:

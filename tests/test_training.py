@@ -29,7 +29,7 @@ from mmbeam.training.batching import (
     drop_modalities,
     evaluation_batches,
     make_views,
-    prefetch,
+    prefetch_batches,
     training_batches,
 )
 from mmbeam.training.checkpoint import Journal, plot
@@ -38,7 +38,7 @@ from mmbeam.training.fit import learning_rate_factor, make_optimizer, warmup_ste
 from mmbeam.training.options import TrainOptions, difference
 from mmbeam.training.scores import Retrieval, count_words
 from mmbeam.training.sources import CorpusSource, scene_example
-from mmbeam.training.train import SPACE, apply_choice, draw
+from mmbeam.training.train import SPACE, apply_changes, sample_trials
 from pipelines.train_shipped import single_words, word_classes
 
 OPTIONS = TrainOptions(input=("shards/*.tar",), output="model")
@@ -77,7 +77,7 @@ def example(number: int, caption: str = "a cat.", clauses: bool = False, group: 
         ({"captions": "text", "modalities": ("image", "text")}, "cannot be an input"),
         ({"freeze": ("image",)}, "requires `init`"),
         ({"init": "m", "model": {"fusion": "gated"}}, "fusion"),
-        ({"shares": (0.5, 0.4, 0.2)}, "add up to 1"),
+        ({"split_fractions": (0.5, 0.4, 0.2)}, "add up to 1"),
         ({"output": "gs://bucket/model"}, "local directory"),
     ],
 )
@@ -222,7 +222,7 @@ def test_prefetch_makes_items_ahead_and_its_thread_ends_with_the_generator() -> 
             made.append(number)
             yield number
 
-    items = prefetch(numbers, depth=2)
+    items = prefetch_batches(numbers, depth=2)
     assert next(items) == 0
     deadline = time.monotonic() + 5
     while len(made) < 4 and time.monotonic() < deadline:
@@ -238,7 +238,7 @@ def test_prefetch_raises_errors_of_its_thread_in_the_consumer() -> None:
         yield 1
         raise TrainingError("no more")
 
-    items = prefetch(broken)
+    items = prefetch_batches(broken)
     assert next(items) == 1
     with pytest.raises(TrainingError, match="no more"):
         next(items)
@@ -538,11 +538,11 @@ def test_a_view_of_the_fused_vector_has_views_of_all_sources() -> None:
 
 def test_a_search_tries_the_given_options_first_and_then_draws_within_the_space() -> None:
     options = TrainOptions(input=("a",), output="b", search=30)
-    drawn = draw(options)
-    assert drawn == draw(options) != draw(TrainOptions(input=("a",), output="b", search=30, seed=1))
+    drawn = sample_trials(options)
+    assert drawn == sample_trials(options) != sample_trials(TrainOptions(input=("a",), output="b", search=30, seed=1))
     assert (drawn[0], len(drawn)) == ({}, 30)
     for choice in drawn[1:]:
         assert all(span.low <= choice[name] <= span.high for name, span in SPACE.items())
-        made = apply_choice(options, choice)
+        made = apply_changes(options, choice)
         assert (made.learning_rate, made.loss_weights["align"]) == (choice["learning_rate"], choice["align"])
     assert len({choice["learning_rate"] for choice in drawn[1:]}) > 20

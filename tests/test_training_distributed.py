@@ -50,7 +50,7 @@ def test_every_unit_belongs_to_one_rank_or_is_shared_by_all(count: int, world_si
 
 
 def test_keys_of_a_split_spread_evenly_over_the_ranks() -> None:
-    labelling = Labelling(captions="caption", shares=(0.5, 0.25, 0.25))
+    labelling = Labelling(captions="caption", split_fractions=(0.5, 0.25, 0.25))
     counts = Counter((labelling.split(str(n)), rank_of(str(n), 4)) for n in range(8000))
     assert all(0.9 < counts["train", rank] / 1000 < 1.1 for rank in range(4))
     assert [rank_of(str(n), 4) for n in range(8, 16)] == [3, 2, 2, 0, 0, 0, 3, 2]  # fixed, so that runs can resume
@@ -74,7 +74,7 @@ def make_sources(directory: Path) -> dict[str, ExampleSource]:
     """Return a small source of every kind; the shards are three units, of which two ranks share one."""
     write_corpus(directory, samples=60, shards=3, image_side=32, rate=8000)
     units = [WorkUnit(id=str(n), inputs=(Input(shard=s),)) for n, s in enumerate(list_shards([f"{directory}/*.tar"]))]
-    labelling = Labelling(captions="caption", shares=(0.7, 0.15, 0.15))
+    labelling = Labelling(captions="caption", split_fractions=(0.7, 0.15, 0.15))
     path = str(write_features(directory / "a.parquet"))
     text: frozenset[Modality] = frozenset(("text",))
     return {

@@ -52,7 +52,7 @@ def options(shards: str, output: Path, **changed: Any) -> TrainOptions:
     defaults: dict[str, Any] = {
         "input": (shards,),
         "output": str(output),
-        "shares": (0.6, 0.2, 0.2),
+        "split_fractions": (0.6, 0.2, 0.2),
         "model": MODEL,
         "vocab_size": 280,
         "batch_size": 8,
@@ -258,7 +258,7 @@ def test_init_with_an_encoder_is_an_error(shards: str, models: Path, tmp_path: P
 def test_an_encoder_of_a_modality_that_no_sample_has_is_an_error(shards: str, models: Path, tmp_path: Path) -> None:
     silent = Reading(fields=FieldMap(audio="song.wav"))
     chosen = options(shards, tmp_path / "m", encoders=(("audio", str(models / "whisper")),), reading=silent)
-    with pytest.raises(MissingModalityError, match="no audio in the 30 samples"):
+    with pytest.raises(MissingModalityError, match="none of the 30 samples has audio"):
         train(chosen)
 
 
@@ -270,9 +270,9 @@ def test_an_encoder_of_a_modality_that_no_sample_has_is_an_error(shards: str, mo
         ({"init": "m", "model": {}, "encoders": (("text", "conv"),)}, "`init` has its own architecture; .*encoder"),
         (
             {"init": "m", "model": {}, "modalities": ("image",), "audio_seconds": 2.0},
-            "leave out `audio_seconds`, `modalities`",
+            "omit `audio_seconds`, `modalities`",
         ),
-        ({"init": "m", "model": {}, "text_tokens": 20, "columns": ("a",)}, "leave out `columns`, `text_tokens`"),
+        ({"init": "m", "model": {}, "text_tokens": 20, "columns": ("a",)}, "omit `columns`, `text_tokens`"),
         ({"init": "m", "model": {}, "freeze": ("image",), "unfreeze": ("image",)}, "`freeze` and `unfreeze` image"),
     ],
 )

@@ -25,7 +25,7 @@ from mmbeam.names import SIMILARITIES
 from mmbeam.prompts.ask import Request
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.setup import new_model, set_up
-from mmbeam.training.train import open_run, train
+from mmbeam.training.train import open_training, train
 from mmbeam.types import Origin
 
 CPU = torch.device("cpu")
@@ -47,7 +47,7 @@ def shard_options(shards: str, output: Path, **changed: Any) -> TrainOptions:
         input=(shards,),
         output=str(output),
         clauses="clauses",
-        shares=(0.7, 0.15, 0.15),
+        split_fractions=(0.7, 0.15, 0.15),
         model={**TINY, "kinds": {"image": "mlp", "audio": "mlp"}},
         vocab_size=300,
         batch_size=16,
@@ -180,7 +180,7 @@ def test_options_of_shards_are_rejected_for_features(changed: dict[str, Any], na
 
 def test_an_empty_split_is_an_error(shards: str, tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="validation split is empty"):
-        train(shard_options(shards, tmp_path, shares=(1.0, 0.0, 0.0)))
+        train(shard_options(shards, tmp_path, split_fractions=(1.0, 0.0, 0.0)))
 
 
 def test_a_modality_that_no_sample_has_is_an_error(tmp_path: Path) -> None:
@@ -190,7 +190,7 @@ def test_a_modality_that_no_sample_has_is_an_error(tmp_path: Path) -> None:
                 info = tarfile.TarInfo(f"{number:04d}.{field}")
                 info.size = len(data)
                 tar.addfile(info, io.BytesIO(data))
-    with pytest.raises(MissingModalityError, match="no image in the 40 samples"):
+    with pytest.raises(MissingModalityError, match="none of the 40 samples has image"):
         train(shard_options(str(tmp_path / "a.tar"), tmp_path / "out", modalities=("image", "text"), clauses=None))
 
 
@@ -245,7 +245,7 @@ def feature_options(path: Path, output: Path, **changed: Any) -> TrainOptions:
     base = TrainOptions(
         input=(str(path),),
         output=str(output),
-        shares=(0.6, 0.2, 0.2),
+        split_fractions=(0.6, 0.2, 0.2),
         model=TINY,
         vocab_size=280,
         batch_size=16,
@@ -355,7 +355,7 @@ def test_a_model_of_features_cannot_start_from_a_model_of_media(
     trained: tuple[Path, dict[str, Any]], tmp_path: Path
 ) -> None:
     path = write_features(tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"the model takes image, audio, text, and `input` is features"):
+    with pytest.raises(UsageError, match=r"expected `input` of image, audio, text, found features"):
         train(feature_options(path, tmp_path / "out", model={}, init=str(trained[0])))
 
 
@@ -378,7 +378,7 @@ def test_the_command_trains_and_prints_the_result(
     assert config.parsed_sources()["text"].max_tokens == 20
     assert main([*argv, "--seed", "1"]) == 1
     assert "seed: 0 -> 1" in capsys.readouterr().err
-    assert open_run(shard_options(shards, tmp_path / "m"), overwrite=True).exists()
+    assert open_training(shard_options(shards, tmp_path / "m"), overwrite=True).exists()
     assert not (tmp_path / "m" / "_training" / "report.json").exists()
 
 

@@ -80,8 +80,8 @@ def _data_arguments(group: argparse._ArgumentGroup) -> None:
         "--split",
         type=_fractions,
         default="0.9,0.05,0.05",
-        metavar="T,V,T",
-        help="fractions of training, validation and test (default: 0.9,0.05,0.05)",
+        metavar="TRAIN,VALIDATION,TEST",
+        help="fractions of the samples in each split (default: 0.9,0.05,0.05)",
     )
     field_arguments(group)
 
@@ -166,7 +166,7 @@ def _training_arguments(group: argparse._ArgumentGroup) -> None:
         metavar="N",
         help="gradient clipping: largest norm; 0: off (default: 1)",
     )
-    group.add_argument("--dropout", type=fraction, default=0.1, metavar="P", help="probability (default: 0.1)")
+    group.add_argument("--dropout", type=fraction, default=0.1, metavar="P", help="dropout probability (default: 0.1)")
     group.add_argument("--label-smoothing", type=fraction, default=0.0, metavar="P", help="(default: 0)")
     group.add_argument(
         "--modality-dropout",
@@ -249,7 +249,7 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
         "reading": Reading(fields=fields_of(args)),
         "modalities": modalities_of(args.modalities),
         "columns": None if args.column is None else tuple(args.column),
-        "shares": args.split,
+        "split_fractions": args.split,
         "model": {name: value for name, value in model.items() if value},
         "encoders": tuple(args.encoder or ()),
         "freeze": _names(args.freeze),

@@ -33,9 +33,9 @@ CAPTION = "caption"  # key of the captions in a batch
 
 FeatureBatch = dict[str, Any]  # by column: float tensors, and their masks under column + "_mask"; else lists
 Order = npt.NDArray[np.int64]  # [rows]
-Shares = tuple[float, float, float]  # fractions of train, validation and test; their sum is 1
+Fractions = tuple[float, float, float]  # fractions of train, validation and test; their sum is 1
 
-SHARES: Shares = (0.9, 0.05, 0.05)
+SPLIT_FRACTIONS: Fractions = (0.9, 0.05, 0.05)
 _HASH_BYTES = 8
 
 
@@ -85,7 +85,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         columns: Sequence[str] = (),
         captions: Captions | None = None,
         split: Split | None = None,
-        shares: Shares = SHARES,
+        split_fractions: Fractions = SPLIT_FRACTIONS,
         split_seed: int = 0,
         shuffle: bool = True,
         seed: int = 0,
@@ -103,9 +103,9 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             features: columns of vectors or tokens; None for every column of pooled vectors.
             columns: other columns, returned as lists.
             captions: location of the captions; rows without a caption are skipped (`count` returns their number).
-            split, shares, split_seed: the split to read, by a hash of the key (see split_of); None for all rows.
-            shuffle, seed: a different order in each epoch; without `shuffle`, the order of the files.
-            buffer_bytes: decompressed size of the rows that are shuffled together; a larger buffer mixes better.
+            split, split_fractions, split_seed: the split to read, by a hash of the key (split_of); None for all rows.
+            shuffle, seed: whether each epoch has a new random order, a function of `seed`; or else the files' order.
+            buffer_bytes: decompressed size of the rows that are shuffled together; a larger buffer shuffles better.
             dtype: of the values; None for the dtype in which they are stored.
             rank, world_size: None for the values of torch.distributed if it is initialised, else 0 and 1.
 
@@ -122,20 +122,20 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         self._seed = seed if shuffle else None
         self._buffer_bytes = buffer_bytes if shuffle else 1
         if split is not None:
-            check_shares(shares)
+            check_split_fractions(split_fractions)
         self._rows = _SelectedRows(
             [paths] if isinstance(paths, str) else paths,
             features,
             columns,
             captions,
-            None if split is None else (split, split_seed, shares),
+            None if split is None else (split, split_seed, split_fractions),
         )
         self._arguments = {
             "files": _digest(self._rows.files),
             "features": sorted(self.features),
             "columns": sorted(self._rows.columns),
             "captions": str(captions),
-            "split": [split, *shares, split_seed],
+            "split": [split, *split_fractions, split_seed],
             "batch_size": batch_size,
             "drop_last": drop_last,
             "seed": self._seed,
@@ -275,31 +275,38 @@ def _join(values: Sequence[Any]) -> Any:
 # The rows to read
 
 
-def split_of(key: str, seed: int, shares: Shares) -> Split:
-    """Return the split of a key, which depends only on the key, `seed` and `shares`.
+def split_of(key: str, seed: int, split_fractions: Fractions) -> Split:
+    """Return the split of a key, which depends only on the key, `seed` and `split_fractions`.
 
     The first 8 bytes of the BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), are a fraction of 1; the
-    splits are consecutive intervals of [0, 1) in proportion to `shares`. Raises UsageError for invalid shares.
+    splits are consecutive intervals of [0, 1) in proportion to `split_fractions`. Raises UsageError for invalid
+    fractions.
     """
-    check_shares(shares)
-    return next(splits_of((key,), seed, shares))
+    check_split_fractions(split_fractions)
+    return next(splits_of((key,), seed, split_fractions))
 
 
-def splits_of(keys: Iterable[str], seed: int, shares: Shares) -> Iterator[Split]:
-    """Yield `split_of` of each key, at a microsecond per key. The shares are not checked."""
+def splits_of(keys: Iterable[str], seed: int, split_fractions: Fractions) -> Iterator[Split]:
+    """Yield `split_of` of each key, at a microsecond per key. The fractions are not checked."""
     salt = seed.to_bytes(_HASH_BYTES, "big")
-    train = shares[0] * 2.0 ** (8 * _HASH_BYTES)
-    validation = (1 - shares[2]) * 2.0 ** (8 * _HASH_BYTES)
+    train = split_fractions[0] * 2.0 ** (8 * _HASH_BYTES)
+    validation = (1 - split_fractions[2]) * 2.0 ** (8 * _HASH_BYTES)
     for key in keys:
         data = key.encode("utf-8", "backslashreplace")  # as runs/rows.py stores a key with lone surrogates
         number = int.from_bytes(blake2b(data, digest_size=_HASH_BYTES, salt=salt).digest(), "big")
         yield SPLITS[(number >= train) + (number >= validation)]
 
 
-def check_shares(shares: Shares) -> None:
-    """Raise UsageError unless `shares` are three fractions that sum to 1."""
-    if len(shares) != len(SPLITS) or min(shares) < 0 or not math.isclose(sum(shares), 1, abs_tol=1e-9):
-        raise UsageError(f"`shares` {shares}: expected fractions of {', '.join(SPLITS)}, 0 or more, that sum to 1")
+def check_split_fractions(split_fractions: Fractions) -> None:
+    """Raise UsageError unless `split_fractions` are three fractions that sum to 1."""
+    if (
+        len(split_fractions) != len(SPLITS)
+        or min(split_fractions) < 0
+        or not math.isclose(sum(split_fractions), 1, abs_tol=1e-9)
+    ):
+        raise UsageError(
+            f"`split_fractions` {split_fractions}: expected fractions of {', '.join(SPLITS)}, 0 or more, that sum to 1"
+        )
 
 
 class Piece(NamedTuple):
@@ -366,7 +373,7 @@ class _SelectedRows:
         features: Sequence[str] | None,
         columns: Sequence[str],
         captions: Captions | None,
-        split: tuple[Split, int, Shares] | None,  # with the seed and the shares
+        split: tuple[Split, int, Fractions] | None,  # with the seed and the fractions
     ) -> None:
         if captions is not None and CAPTION in columns:
             raise UsageError(f"`columns` names {CAPTION!r}, which is where `captions` go; omit one of the two")
@@ -414,8 +421,8 @@ class _SelectedRows:
     def _of_split(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         if self._split is None:
             return batch
-        wanted, seed, shares = self._split
-        return _keep(batch, [split == wanted for split in splits_of(batch["key"].to_pylist(), seed, shares)])
+        wanted, seed, split_fractions = self._split
+        return _keep(batch, [split == wanted for split in splits_of(batch["key"].to_pylist(), seed, split_fractions)])
 
 
 def _keep(batch: pa.RecordBatch, mask: Sequence[bool]) -> pa.RecordBatch:

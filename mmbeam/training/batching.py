@@ -131,7 +131,7 @@ def _groups(examples: Sequence[Example], device: torch.device) -> torch.Tensor |
     return torch.tensor(numbers, device=device)
 
 
-def prefetch(make: Callable[[], Iterator[T]], depth: int = PREFETCHED_BATCHES) -> Generator[T]:
+def prefetch_batches(make: Callable[[], Iterator[T]], depth: int = PREFETCHED_BATCHES) -> Generator[T]:
     """Yield the items of `make()`, which a thread makes up to `depth` items ahead.
 
     Closing the generator ends the thread. Exceptions of the thread are raised here.
@@ -180,11 +180,14 @@ def _drain(ready: "queue.SimpleQueue[T | _End]", room: threading.Semaphore) -> G
 SHIFT = 1 / 16  # largest shift, as a fraction of an image's height and width, or of a clip's length
 CONTRAST, BRIGHTNESS, GRAIN = 0.2, 0.2, 0.05  # for values from -1 to about 1
 MASKED = 0.15  # fraction of text tokens or feature values that are masked
-Inputs = Mapping[str, torch.Tensor]
+ModelInputs = Mapping[str, torch.Tensor]
 
 
 def make_views(
-    sources: Mapping[str, SourceConfig], names: Iterable[str], inputs: Inputs, generator: torch.Generator | None = None
+    sources: Mapping[str, SourceConfig],
+    names: Iterable[str],
+    inputs: ModelInputs,
+    generator: torch.Generator | None = None,
 ) -> dict[str, torch.Tensor]:
     """Return the values and mask of an augmented view, for each of the sources `names` that the batch contains.
 

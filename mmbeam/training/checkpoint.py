@@ -1,7 +1,7 @@
 """Files of a training: checkpoints, metrics.jsonl and its plot. Checkpoints are replaced atomically, without pickle.
 
 A checkpoint is one safetensors file: model weights, optimizer moments and the states of the random number
-generators. Its JSON metadata holds the state of the training (`facts`).
+generators. Its JSON metadata holds the state of the training, under the key facts.
 
 A line of metrics.jsonl is the mean loss of some steps, {"step", "loss", "learning_rate"}, or an epoch, {"epoch",
 "step", "seconds", "train": losses, "validation": scores}.
@@ -23,12 +23,12 @@ from mmbeam.errors import TrainingError
 Tensors = Mapping[str, torch.Tensor]
 
 
-def save(path: Path, tensors: Tensors, facts: Mapping[str, Any]) -> None:
+def save(path: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
     """Write `path` atomically: it holds the old content or the new, even after a power failure."""
     # safetensors refuses tensors that share memory, so tied weights are copied.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     scratch = path.with_name(f"{path.name}.tmp")
-    save_file(copies, scratch, metadata={"facts": json.dumps(dict(facts))})
+    save_file(copies, scratch, metadata={"facts": json.dumps(dict(state))})
     _publish(scratch, path)
 
 
@@ -46,11 +46,11 @@ def _publish(scratch: Path, path: Path) -> None:
 
 
 def load(path: Path) -> tuple[dict[str, torch.Tensor], dict[str, Any]]:
-    """Return the tensors and facts of a file that `save` wrote. Raises TrainingError for any other file."""
+    """Return the tensors and the state in a file that `save` wrote. Raises TrainingError for any other file."""
     try:
         with safe_open(path, framework="pt") as file:
-            facts = json.loads((file.metadata() or {})["facts"])
-            return {name: file.get_tensor(name) for name in file.keys()}, facts  # noqa: SIM118
+            state = json.loads((file.metadata() or {})["facts"])
+            return {name: file.get_tensor(name) for name in file.keys()}, state  # noqa: SIM118
     except (SafetensorError, KeyError, ValueError) as error:
         raise TrainingError(
             f"{path}: not a checkpoint of mmbeam train ({type(error).__name__}: {error}); "
@@ -149,9 +149,9 @@ class Journal:
             {"epoch": epoch, "step": step, "seconds": round(seconds, 3), "train": losses, "validation": scores}
         )
         if time.monotonic() - self._drawn >= PLOT_SECONDS:
-            self.draw()
+            self.plot()
 
-    def draw(self) -> None:
+    def plot(self) -> None:
         """Plot the metrics."""
         plot(self.lines(), self.path.with_name(PLOT))
         self._drawn = time.monotonic()

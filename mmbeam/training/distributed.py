@@ -121,7 +121,7 @@ class World:
             yield
         except BaseException as error:
             if self.is_main:
-                self.broadcast(_error_facts(error))
+                self.broadcast(_error_to_json(error))
             raise
         if self.is_main:
             self.broadcast(None)
@@ -165,7 +165,7 @@ class World:
             reason = re.sub(r"^\[\S+\] ", "", str(error)).partition(". ")[0]  # without the position in torch's source
             raise JobError(
                 f"rank {self.rank} of {self.size}: another process died or hangs ({reason}). "
-                "To resume from the last checkpoint, run the same command again"
+                "Run the same command again to resume from the last checkpoint"
             ) from error
 
     def _exchange(self, numbers: Sequence[int]) -> list[list[int]]:
@@ -178,23 +178,23 @@ class World:
 
     def _stop(self, failed: int, error: BaseException | None) -> None:
         """Raise `error` on rank `failed`, and a TrainingError or JobError with its message on the other ranks."""
-        facts = self.broadcast(None if error is None else _error_facts(error), failed)
+        error_json = self.broadcast(None if error is None else _error_to_json(error), failed)
         if error is not None:
             raise error
-        _raise_remote(failed, facts)
+        _raise_remote(failed, error_json)
 
 
 SINGLE = World()
 
 
-def _error_facts(error: BaseException) -> dict[str, Any]:
+def _error_to_json(error: BaseException) -> dict[str, Any]:
     return {"message": f"{type(error).__name__}: {error}", "training": isinstance(error, TrainingError)}
 
 
-def _raise_remote(rank: int, facts: Mapping[str, Any] | None) -> None:
-    """Raise the error that `_error_facts` described on another rank; return if `facts` is None."""
-    if facts is not None:
-        raise (TrainingError if facts["training"] else JobError)(f"rank {rank} stopped: {facts['message']}")
+def _raise_remote(rank: int, error_json: Mapping[str, Any] | None) -> None:
+    """Raise the error that `_error_to_json` described on another rank; return if `error_json` is None."""
+    if error_json is not None:
+        raise (TrainingError if error_json["training"] else JobError)(f"rank {rank} stopped: {error_json['message']}")
 
 
 def _next(batches: Iterator[TrainingBatch]) -> tuple[TrainingBatch | None, Exception | None]:
@@ -220,22 +220,22 @@ class Losses(nn.Module):
     def __init__(self, model: FusionModel) -> None:
         super().__init__()
         self.model = model
-        self.nothing = nn.Parameter(torch.zeros((), device=model.device))  # gives an empty batch a loss with a gradient
+        self.dummy = nn.Parameter(torch.zeros((), device=model.device))  # gives an empty batch a loss with a gradient
 
     def forward(
         self, batch: TrainingBatch | None, views: Mapping[str, torch.Tensor], global_batch: GlobalBatch
     ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return the weighted sum of the losses, and the losses by name, all scalars. `batch` is None if empty."""
         if batch is None:
-            return self._losses_of_empty_batch(global_batch)
+            return self._empty_losses(global_batch)
         output = self.model(
             labels=batch.labels, groups=batch.groups, views=views, global_batch=global_batch, **batch.inputs
         )
         return output.loss, output.losses
 
-    def _losses_of_empty_batch(self, global_batch: GlobalBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+    def _empty_losses(self, global_batch: GlobalBatch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         """Return zeros, except for the alignment loss, which every process computes over the samples of all."""
-        model, loss = self.model, 1 * self.nothing
+        model, loss = self.model, 1 * self.dummy
         losses = dict.fromkeys(("caption", *model.weights), torch.zeros_like(loss))
         if "align" in model.weights:
             labels = torch.empty(0, global_batch.longest, dtype=torch.int64, device=loss.device)
@@ -249,7 +249,9 @@ def process_count() -> int:
     count = int(os.environ.get("WORLD_SIZE", "1"))
     missing = [name for name in TORCHRUN_VARIABLES if count > 1 and name not in os.environ]
     if missing:
-        raise UsageError(f"WORLD_SIZE is {count}, but {', '.join(missing)} not set: start the processes with torchrun")
+        raise UsageError(
+            f"WORLD_SIZE is {count}, but {', '.join(missing)} is not set; start the processes with torchrun"
+        )
     return count
 
 

@@ -24,7 +24,7 @@ from mmbeam.models.fusion.objectives import GlobalBatch
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.names import Schedule
 from mmbeam.training import checkpoint
-from mmbeam.training.batching import TrainingBatch, collate, make_views, prefetch, training_batches
+from mmbeam.training.batching import TrainingBatch, collate, make_views, prefetch_batches, training_batches
 from mmbeam.training.checkpoint import Journal
 from mmbeam.training.distributed import SINGLE, Losses, World
 from mmbeam.training.encoders import unsaved_prefixes
@@ -92,7 +92,7 @@ class State:
     best: list[float] | None = None  # the selection scores in order of precedence; higher is better
     best_epoch: int | None = None
     losses: dict[str, float] = field(default_factory=dict)  # summed over the epoch's batches
-    longest: int = 0  # number of steps of the longest epoch
+    max_epoch_steps: int = 0  # number of steps of the longest epoch
 
 
 class ProgressReporter(Protocol):
@@ -172,7 +172,7 @@ class Trainer:
         begin, before = time.monotonic(), self.state.seconds
         with closing(self._batches()) as batches:
             for batch, global_batch in self.world.steps(batches, list(self.model.sources)):
-                self._step(batch, global_batch)
+                self._train_batch(batch, global_batch)
                 self.state.seconds = before + time.monotonic() - begin
                 if self._is_last_step:
                     break
@@ -184,7 +184,7 @@ class Trainer:
             )
         scores = Scores(**self.world.from_main(lambda: self._validate().to_json()))
         self.state.seconds = before + time.monotonic() - begin
-        self._close(scores)
+        self._finish_epoch(scores)
 
     def _batches(self) -> Generator[TrainingBatch]:
         options, epoch = self.options, self.state.epoch
@@ -198,9 +198,9 @@ class Trainer:
             drawn = training_batches(examples, self.batch_size, options.modality_dropout, seed)
             return map(make, islice(drawn, self.state.batch, None))
 
-        return prefetch(batches)
+        return prefetch_batches(batches)
 
-    def _step(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> None:
+    def _train_batch(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> None:
         state, options = self.state, self.options
         factor = learning_rate_factor(state.step, self.steps, warmup_steps(options, self.steps), options.schedule)
         set_learning_rate(self.optimizer, options.learning_rate * factor)
@@ -208,7 +208,7 @@ class Trainer:
         self.model.train()
         for part in self._frozen:
             part.eval()  # leaves its running statistics unchanged too
-        loss, losses = self._learn(batch, global_batch)
+        loss, losses = self._optimizer_step(batch, global_batch)
         state.step, state.batch = state.step + 1, state.batch + 1
         state.samples += sum(global_batch.rows)
         for name, value in losses.items():
@@ -218,22 +218,22 @@ class Trainer:
         if self.reporter is not None and self.world.is_main:
             self.reporter.show(state.step, self.steps, loss, sum(global_batch.rows))
 
-    def _learn(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> tuple[float, dict[str, float]]:
+    def _optimizer_step(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> tuple[float, dict[str, float]]:
         """Run one optimizer step; return the total loss and the losses of the whole batch.
 
         Raises TrainingError in all processes, before the step, if the loss or the gradient is not finite.
         """
         with self.world.connected():
-            norm, values = self._differentiate(batch, global_batch)
+            norm, values = self._backward(batch, global_batch)
         losses = self.world.mean(values)
-        loss = losses.pop("")
+        loss = losses.pop("total")
         if not math.isfinite(loss) or not math.isfinite(norm):
             self._stop(loss, losses, norm)
         self.optimizer.step()
         return loss, losses
 
-    def _differentiate(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> tuple[float, dict[str, float]]:
-        """Return the gradient norm before clipping, and the losses of this process; "" is their weighted sum."""
+    def _backward(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> tuple[float, dict[str, float]]:
+        """Return the gradient norm before clipping, and the losses of this process; "total" is their weighted sum."""
         with torch.autocast(
             "cuda", torch.bfloat16, enabled=self.options.mixed_precision and self.device.type == "cuda"
         ):
@@ -241,7 +241,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.options.clip_norm or math.inf)
-        return float(norm), {name: float(value.detach()) for name, value in {**losses, "": loss}.items()}
+        return float(norm), {name: float(value.detach()) for name, value in {**losses, "total": loss}.items()}
 
     def _views(self, batch: TrainingBatch | None) -> dict[str, torch.Tensor]:
         """Return augmented views of the sources that are aligned with themselves; not needed with groups."""
@@ -254,11 +254,11 @@ class Trainer:
         parts = ", ".join(f"{name} {value:.4g}" for name, value in losses.items())
         raise TrainingError(
             f"step {self.state.step + 1}: expected a finite loss and gradient, found loss {loss:.4g} ({parts}), "
-            f"gradient norm {norm:.4g}; {self._kept}"
+            f"gradient norm {norm:.4g}; {self._recovery_hint}"
         )
 
     @property
-    def _kept(self) -> str:
+    def _recovery_hint(self) -> str:
         return (
             f"the last good checkpoint is kept in {self.directory / CHECKPOINT}. "
             "Try a lower `learning_rate` or more `warmup_steps`, with another `output` or with `overwrite`"
@@ -270,13 +270,13 @@ class Trainer:
         scores = evaluator.scores(examples, SUBSETS_PER_BATCH)
         if not scores.samples:
             raise TrainingError(
-                "the validation split has no usable samples: add samples, or raise its fraction in `shares`"
+                "the validation split has no usable samples: add samples, or raise its fraction in `split_fractions`"
             )
         if not math.isfinite(scores.loss):
-            raise TrainingError(f"step {self.state.step}: the validation loss is {scores.loss}; {self._kept}")
+            raise TrainingError(f"step {self.state.step}: the validation loss is {scores.loss}; {self._recovery_hint}")
         return scores
 
-    def _close(self, scores: Scores) -> None:
+    def _finish_epoch(self, scores: Scores) -> None:
         """Record the epoch's scores, save the weights if they are the best so far, and start the next epoch."""
         state = self.state
         value = [scores.exact_match, -scores.loss] if self.options.select == "exact_match" else [-scores.loss]
@@ -288,9 +288,9 @@ class Trainer:
         if self.world.is_main:
             self.journal.epoch(state.epoch, state.step, state.seconds, losses, scores.to_json())
         log.info("epoch %d, step %d: %s", state.epoch + 1, state.step, summary(scores))
-        state.longest = max(state.longest, state.batch)
+        state.max_epoch_steps = max(state.max_epoch_steps, state.batch)
         state.epoch, state.batch, state.losses = state.epoch + 1, 0, {}
-        self.steps = total_steps(self.options, self.source, state.longest)
+        self.steps = total_steps(self.options, self.source, state.max_epoch_steps)
         self._save()
 
     def _save(self) -> None:
@@ -308,13 +308,15 @@ class Trainer:
         path = self.directory / CHECKPOINT
         if not self.world.from_main(path.exists):
             return False
-        tensors, facts = checkpoint.load(path)
-        self._check_processes(facts.pop("processes", 1), facts["batch"])
+        tensors, state = checkpoint.load(path)
+        if "longest" in state:  # as mmbeam 0.1 called it
+            state["max_epoch_steps"] = state.pop("longest")
+        self._check_processes(state.pop("processes", 1), state["batch"])
         checkpoint.restore_model(self.model, checkpoint.without_prefix("model", tensors), path, self._left_out)
         checkpoint.restore_optimizer(self.optimizer, checkpoint.without_prefix("optimizer", tensors))
         checkpoint.restore_random(checkpoint.without_prefix("random", tensors))
-        self.state = State(**facts)
-        self.steps = total_steps(self.options, self.source, self.state.longest)
+        self.state = State(**state)
+        self.steps = total_steps(self.options, self.source, self.state.max_epoch_steps)
         if self.world.is_main:
             self.journal.cut(self.state.step)
         log.info("resuming after step %d", self.state.step)
@@ -329,18 +331,18 @@ class Trainer:
             )
 
 
-def total_steps(options: TrainOptions, source: ExampleSource, longest: int = 0) -> int:
+def total_steps(options: TrainOptions, source: ExampleSource, max_epoch_steps: int = 0) -> int:
     """Return the number of steps of the training: `steps`, or epochs times batches per epoch.
 
-    With several processes an epoch may have more steps than the number of samples implies. `longest` is the number of
-    steps of the longest epoch so far. Raises TrainingError if the number of samples is unknown.
+    With several processes an epoch may have more steps than the number of samples implies. `max_epoch_steps` is the
+    number of steps of the longest epoch so far. Raises TrainingError if the number of samples is unknown.
     """
     if options.steps is not None:
         return options.steps
     count = source.count("train")
     if count is None:
         raise TrainingError("number of training samples unknown; pass `steps`")
-    return options.epochs * max(longest, math.ceil(count / options.batch_size))
+    return options.epochs * max(max_epoch_steps, math.ceil(count / options.batch_size))
 
 
 def summary(scores: Scores) -> str:

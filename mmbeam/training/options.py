@@ -34,7 +34,7 @@ class TrainOptions:
     captions_from: str | None = None  # features only: a file with `key` and the captions, joined by key
     clauses: str | None = None  # field of the sample's JSON: {"image": ..., "audio": ..., "text": ...}
     group: str | None = None  # field of the sample's JSON; samples with the same value form a group
-    shares: tuple[float, float, float] = (0.9, 0.05, 0.05)  # of training, validation, test
+    split_fractions: tuple[float, float, float] = (0.9, 0.05, 0.05)  # of training, validation, test
 
     encoders: tuple[EncoderName, ...] = ()  # shards only; may have several of one modality; (): built-in encoders
     unfreeze: tuple[str, ...] = ()  # sources whose pretrained encoders are trained; the other encoders are frozen
@@ -119,7 +119,7 @@ def _check_numbers(options: TrainOptions) -> None:
 def _check_together(options: TrainOptions) -> None:
     encoded = {modality for modality, _ in options.encoders}
     if options.captions == "text" and "text" in {*(options.modalities or ()), *encoded}:
-        raise UsageError("`captions` text: the text is the target, so it cannot be an input; leave it out")
+        raise UsageError("`captions` text: the text is the target, so it cannot be an input; omit it")
     if options.modalities is not None and not encoded <= set(options.modalities):
         excess = ", ".join(sorted(encoded - set(options.modalities)))
         raise UsageError(f"`encoders` {excess}: not in `modalities` {','.join(options.modalities)}")
@@ -131,9 +131,13 @@ def _check_together(options: TrainOptions) -> None:
     architecture = [*sorted(options.model), *["`encoders`"] * bool(options.encoders)]
     architecture += [f"`{name}`" for name in NEW_MODEL_ONLY if getattr(options, name) != getattr(TrainOptions, name)]
     if options.init is not None and architecture:
-        raise UsageError(f"`init` has its own architecture; leave out {', '.join(architecture)}")
-    if len(options.shares) != 3 or min(options.shares) < 0 or not math.isclose(sum(options.shares), 1, abs_tol=1e-9):
-        raise UsageError(f"`shares` {options.shares}: expected three fractions that add up to 1")
+        raise UsageError(f"`init` has its own architecture; omit {', '.join(architecture)}")
+    if (
+        len(options.split_fractions) != 3
+        or min(options.split_fractions) < 0
+        or not math.isclose(sum(options.split_fractions), 1, abs_tol=1e-9)
+    ):
+        raise UsageError(f"`split_fractions` {options.split_fractions}: expected three fractions that add up to 1")
     if "://" in options.output:
         raise UsageError(f"`output` {public_path(options.output)}: expected a local directory")
 

@@ -24,7 +24,7 @@ from mmbeam.models.fusion.configuration import IGNORED
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.names import MODALITIES, Modality
-from mmbeam.training.batching import TrainingBatch, collate, evaluation_batches, make_views, prefetch
+from mmbeam.training.batching import TrainingBatch, collate, evaluation_batches, make_views, prefetch_batches
 from mmbeam.training.examples import Example
 
 EXTRA_TOKENS = 8  # decoded beyond the longest reference, so that a caption that does not end counts as wrong
@@ -62,7 +62,7 @@ class Evaluator:
         """Yield the examples as prefetched batches."""
         limit = self.model.config.max_target_positions
         make = partial(collate, processor=self.processor, device=self.device, max_tokens=limit)
-        with closing(prefetch(lambda: map(make, evaluation_batches(examples, self.batch_size)))) as batches:
+        with closing(prefetch_batches(lambda: map(make, evaluation_batches(examples, self.batch_size)))) as batches:
             yield from batches
 
     def captions(self, examples: Iterable[Example]) -> list[tuple[Example, str]]:

@@ -29,7 +29,7 @@ from mmbeam.training.examples import ExampleSource
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.sources import (
     CAPTION_IS_TEXT,
-    SURVEYED,
+    MAX_SURVEYED_SAMPLES,
     FeatureSource,
     Labelling,
     ShardSource,
@@ -45,7 +45,7 @@ log = logging.getLogger(__name__)
 
 SHARED = ("words", "space", "fusion", "generator")  # parts of a model besides the encoders of its sources
 START, FACTS = "start", "samples.json"
-SURVEYED_SOUNDS = 100  # clips whose lengths determine the model's audio window
+MAX_SURVEYED_CLIPS = 100  # clips whose lengths determine the model's audio window
 MAX_AUDIO_SECONDS = 30.0  # longest audio window
 TRAINING_HEADS = (r"^reconstruction\.", r"^modality_adversary\.", r"^generator_adversary\.")  # used only by losses
 
@@ -57,7 +57,7 @@ class Setup:
     config: FusionConfig
     processor: FusionProcessor
     source: ExampleSource
-    facts: Mapping[str, Any]  # about the samples, for the model card
+    sample_counts: Mapping[str, Any]  # about the samples, for the model card
 
 
 def set_up(options: TrainOptions, directory: Path) -> Setup:
@@ -68,36 +68,36 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
     start = directory / START
     features = bool(feature_files(options.input))
     is_saved = (start / FACTS).exists()
-    facts = json.loads((start / FACTS).read_text()) if is_saved else _begin(options, features, start)
+    counts = json.loads((start / FACTS).read_text()) if is_saved else _prepare_new_training(options, features, start)
     config = FusionConfig.from_pretrained(start)
     processor = FusionProcessor.from_directory(start)
     if bool(processor.columns) != features:
         inputs = f"features ({', '.join(processor.columns)})" if processor.columns else ", ".join(processor.modalities)
         raise UsageError(
-            f"`init` {options.init}: the model takes {inputs}, and `input` is {'features' if features else 'shards'}"
+            f"`init` {options.init}: expected `input` of {inputs}, found {'features' if features else 'shards'}"
         )
-    counts = facts["captions"] if facts["counted"] else {}
+    by_split = counts["captions"] if counts["counted"] else {}
     source: ShardSource | FeatureSource
     if features:
-        source = row_source(options, processor, counts)
+        source = row_source(options, processor, by_split)
         check_origins(processor, source)
     else:
-        source = shard_source(options, processor, counts)
+        source = shard_source(options, processor, by_split)
     if not is_saved:
-        write_text(start / FACTS, json.dumps(facts, indent=2) + "\n")
-    return Setup(config=config, processor=processor, source=source, facts=facts)
+        write_text(start / FACTS, json.dumps(counts, indent=2) + "\n")
+    return Setup(config=config, processor=processor, source=source, sample_counts=counts)
 
 
-def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]:
-    """Survey the samples, save the configuration and processor made from them, and return the facts for the card."""
+def _prepare_new_training(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]:
+    """Survey the samples, save the configuration and processor made from them, and return the sample counts."""
     _check_kind(options, features)
     encoders = read_encoders(options.encoders, options.text_tokens)
-    initial = None if options.init is None else _initial(options, options.init)
+    initial = None if options.init is None else _load_init_model(options, options.init)
     examples = row_source(options) if features else shard_source(options)
-    survey = examples.survey(SURVEYED if options.steps is not None else None)
+    survey = examples.survey(MAX_SURVEYED_SAMPLES if options.steps is not None else None)
     survey.check(options.captions)
     _check_labels(options, survey)
-    config, processor = initial or _new(options, examples, survey, encoders)
+    config, processor = initial or _make_config_and_processor(options, examples, survey, encoders)
     unfreeze(config, options.unfreeze)
     _check_freeze(config, options.freeze)
     if ("caption", "caption") in config.aligned_pairs() and options.group is None:
@@ -106,7 +106,7 @@ def _begin(options: TrainOptions, features: bool, start: Path) -> dict[str, Any]
     processor.save(start)
     sources = config.parsed_sources()
     origins = {name: source.origin._asdict() for name, source in sources.items() if source.origin is not None}
-    return survey.facts() | {"origins": origins}
+    return survey.to_json() | {"origins": origins}
 
 
 def _check_kind(options: TrainOptions, features: bool) -> None:
@@ -121,7 +121,7 @@ def _check_kind(options: TrainOptions, features: bool) -> None:
     for name, value in (shards_only if features else features_only).items():
         if value:
             expected, actual = ("shards", "features") if features else ("features", "shards")
-            raise UsageError(f"{name}: applies to {expected}, and the input is {actual}; leave it out")
+            raise UsageError(f"{name}: applies to {expected}, and the input is {actual}; omit it")
 
 
 def _check_labels(options: TrainOptions, survey: Survey) -> None:
@@ -135,7 +135,7 @@ def _check_labels(options: TrainOptions, survey: Survey) -> None:
             raise TrainingError(f"`{name}` {field}: none of the {survey.samples:,} samples has a usable value{present}")
 
 
-def _initial(options: TrainOptions, model: str) -> tuple[FusionConfig, FusionProcessor]:
+def _load_init_model(options: TrainOptions, model: str) -> tuple[FusionConfig, FusionProcessor]:
     """Return the configuration and processor of the model that the training starts from.
 
     Raises ModelError if it is not a fusion model, UsageError if its input would be the target.
@@ -153,7 +153,7 @@ def _initial(options: TrainOptions, model: str) -> tuple[FusionConfig, FusionPro
     return config, processor
 
 
-def _new(
+def _make_config_and_processor(
     options: TrainOptions, source: ShardSource | FeatureSource, survey: Survey, encoders: Encoders
 ) -> tuple[FusionConfig, FusionProcessor]:
     """Return the configuration and processor of a new model for the surveyed samples."""
@@ -188,10 +188,10 @@ def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSou
     if options.audio_seconds is not None and not has_builtin:
         raise UsageError(
             "`audio_seconds`: the model has no built-in audio encoder, and the window of a pretrained encoder is "
-            "fixed; leave it out"
+            "fixed; omit it"
         )
     if options.audio_seconds is None and has_builtin and isinstance(source, ShardSource):
-        return source.longest_audio_seconds(SURVEYED_SOUNDS, MAX_AUDIO_SECONDS)
+        return source.longest_audio_seconds(MAX_SURVEYED_CLIPS, MAX_AUDIO_SECONDS)
     return options.audio_seconds or 1.0
 
 
@@ -204,8 +204,8 @@ def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
     missing = [modality for modality in dict.fromkeys(requested) if modality not in present]
     if missing or not present:
         raise MissingModalityError(
-            f"no {', '.join(missing) or 'image, audio or text'} in the {survey.samples:,} samples; "
-            "see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`"
+            f"none of the {survey.samples:,} samples has {' or '.join(missing) or 'an image, audio or text'}; list the "
+            "fields with `mmbeam inspect`, or name them with `image_field`, `audio_field`, `text_field`"
         )
     return tuple(options.modalities or present)
 
@@ -250,7 +250,9 @@ def row_source(
 
 
 def _labelling(options: TrainOptions) -> Labelling:
-    return Labelling(captions=options.captions, clauses=options.clauses, group=options.group, shares=options.shares)
+    return Labelling(
+        captions=options.captions, clauses=options.clauses, group=options.group, split_fractions=options.split_fractions
+    )
 
 
 def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tuple[FusionModel, list[torch.nn.Module]]:
@@ -259,7 +261,7 @@ def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tupl
     Weights come from `init` where it has them; the others are drawn with the seed of the options. Raises UsageError or
     ModelError.
     """
-    config = configured(setup.config, options)
+    config = with_training_options(setup.config, options)
     torch.manual_seed(options.seed)
     if options.init is None:
         model = FusionModel(config).to(device)
@@ -270,7 +272,7 @@ def new_model(options: TrainOptions, setup: Setup, device: torch.device) -> tupl
     return model, frozen_parts(model, options.freeze)
 
 
-def configured(config: FusionConfig, options: TrainOptions) -> FusionConfig:
+def with_training_options(config: FusionConfig, options: TrainOptions) -> FusionConfig:
     """Return the configuration with the losses and dropout of the options."""
     weights = {**(config.loss_weights or {}), **options.loss_weights}
     changed = {"dropout": options.dropout, "label_smoothing": options.label_smoothing, "loss_weights": weights}

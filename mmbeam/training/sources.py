@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 
 CAPTION_IS_TEXT = "text"  # the value of `captions` that makes the sample's text the caption
 SPLIT_SEED = 0  # the same for every run, so that no training contains samples of another model's test split
-SURVEYED = 50_000  # samples whose texts suffice to learn a vocabulary
+MAX_SURVEYED_SAMPLES = 50_000  # samples whose texts suffice to learn a vocabulary
 TEXT_ONLY = Needs()  # text and metadata, which every sample has without decoding
 
 
@@ -45,11 +45,11 @@ class Labelling:
     captions: str
     clauses: str | None = None
     group: str | None = None
-    shares: tuple[float, float, float] = (0.9, 0.05, 0.05)
+    split_fractions: tuple[float, float, float] = (0.9, 0.05, 0.05)
 
     def split(self, key: str) -> Split:
         """Return the split of the sample with this key."""
-        return split_of(key, SPLIT_SEED, self.shares)
+        return split_of(key, SPLIT_SEED, self.split_fractions)
 
     def caption(self, sample: Sample) -> str | None:
         """Return the sample's caption, if any."""
@@ -57,7 +57,7 @@ class Labelling:
             return text_of(sample.text)
         return text_of(json_object(sample.metadata).get(self.captions))
 
-    def facts(self, sample: Sample) -> tuple[dict[Modality, str] | None, str | None]:
+    def clauses_and_group(self, sample: Sample) -> tuple[dict[Modality, str] | None, str | None]:
         """Return the caption's clauses and the sample's group, each None if absent or not requested."""
         values = json_object(sample.metadata)
         clauses = None if self.clauses is None else clauses_of(values.get(self.clauses))
@@ -89,10 +89,10 @@ class Survey:
             if not self.captions[split]:
                 raise TrainingError(
                     f"the {split} split is empty: {self.captions}. Add samples with a caption, or raise its fraction "
-                    "in `shares`"
+                    "in `split_fractions`"
                 )
 
-    def facts(self) -> dict[str, Any]:
+    def to_json(self) -> dict[str, Any]:
         """Return the counts as JSON values, and log how many samples have no caption."""
         without_caption = self.samples - sum(self.captions.values())
         if without_caption:
@@ -182,7 +182,7 @@ class ShardSource:
                     yield from batch.samples
                     if batch.unit_error is not None:
                         raise ShardError(
-                            f"{batch.unit_error}. To resume from the last checkpoint, run the same command again"
+                            f"{batch.unit_error}. Run the same command again to resume from the last checkpoint"
                         )
 
     def _example(self, sample: Sample) -> Example | None:
@@ -190,7 +190,7 @@ class ShardSource:
         present = frozenset(modality for modality in self.modalities if _usable(sample, modality))
         if caption is None or not present:
             return None
-        clauses, group = self.labelling.facts(sample)
+        clauses, group = self.labelling.clauses_and_group(sample)
         return Example(
             key=sample.key,
             caption=caption,
@@ -210,10 +210,10 @@ def _survey_sample(sample: Sample, labelling: Labelling, survey: Survey) -> None
     if caption is None:
         return
     survey.captions[split] += 1
-    clauses, group = labelling.facts(sample)
+    clauses, group = labelling.clauses_and_group(sample)
     survey.clauses += clauses is not None
     survey.groups += group is not None
-    if split == "train" and len(survey.texts) < 2 * SURVEYED:
+    if split == "train" and len(survey.texts) < 2 * MAX_SURVEYED_SAMPLES:
         survey.texts += [caption, *filter(None, [sample.model_text])]
 
 
@@ -291,7 +291,7 @@ def _render(scene: Scene, side: int, rate: int, modalities: frozenset[Modality])
     )
 
 
-ROWS = 1024  # rows per batch of the data loader
+ROWS_PER_READ = 1024  # rows per batch of the data loader
 
 
 def column_modality(text: str) -> tuple[str, Modality | None]:
@@ -346,7 +346,7 @@ class FeatureSource:
             count = self._dataset(split).count()
             survey.captions[split] = count.rows
             survey.samples += count.rows + count.without_caption
-        for example in islice(self.examples("train"), min(SURVEYED, limit or SURVEYED)):
+        for example in islice(self.examples("train"), min(MAX_SURVEYED_SAMPLES, limit or MAX_SURVEYED_SAMPLES)):
             survey.texts.append(example.caption)
             survey.modalities.update(example.present)
             survey.clauses += example.clauses is not None
@@ -376,7 +376,7 @@ class FeatureSource:
     def _example(
         self, batch: Mapping[str, Any], row: int, features: Mapping[str, Feature], modalities: Mapping[str, Modality]
     ) -> Example:
-        values = json_object(batch["metadata"][row]) if self._asks_json else {}
+        values = json_object(batch["metadata"][row]) if self._needs_metadata else {}
         labelling = self.labelling
         return Example(
             key=batch["key"][row],
@@ -403,18 +403,18 @@ class FeatureSource:
         return rows
 
     @property
-    def _asks_json(self) -> bool:
+    def _needs_metadata(self) -> bool:
         return self.labelling.clauses is not None or self.labelling.group is not None
 
     def _dataset(self, split: Split) -> FeatureDataset:
         return FeatureDataset(
             self.paths,
-            batch_size=ROWS,
+            batch_size=ROWS_PER_READ,
             features=None if self.columns is None else list(self.columns),
-            columns=["key", *(["metadata"] if self._asks_json else [])],
+            columns=["key", *(["metadata"] if self._needs_metadata else [])],
             captions=self.captions,
             split=split,
-            shares=self.labelling.shares,
+            split_fractions=self.labelling.split_fractions,
             split_seed=SPLIT_SEED,
             shuffle=split == "train",
             seed=self.seed,
@@ -427,7 +427,7 @@ def _request(features: Mapping[str, Feature], modalities: Mapping[str, Modality]
     return Request(features={name: value for name, value in features.items() if modalities[name] in kept})
 
 
-SURVEYED_ROWS = 1000  # rows whose sequences determine the model's longest sequence
+MAX_SURVEYED_ROWS = 1000  # rows whose sequences determine the model's longest sequence
 MAX_TOKENS = 1500  # longer sequences are truncated; Whisper encodes 30 seconds as 1500 vectors
 
 
@@ -456,7 +456,7 @@ def column_sources(source: FeatureSource, modalities: Collection[Modality]) -> d
 def _longest(source: FeatureSource, names: Collection[str]) -> dict[str, int]:
     """Return the number of vectors of the longest sequence among the first rows, by column, at most MAX_TOKENS."""
     longest = dict.fromkeys(names, 1)
-    for example in islice(source.examples("train"), SURVEYED_ROWS if names else 0):
+    for example in islice(source.examples("train"), MAX_SURVEYED_ROWS if names else 0):
         features = example.make().features
         longest |= {name: max(longest[name], len(features[name])) for name in names if name in features}
     for name, length in longest.items():

@@ -46,7 +46,7 @@ class Span:
     high: float
     logarithmic: bool = False
 
-    def draw(self, uniform: float) -> float:
+    def value_at(self, uniform: float) -> float:
         """Map `uniform` in [0, 1) to a value with three significant digits."""
         low, high = (math.log(self.low), math.log(self.high)) if self.logarithmic else (self.low, self.high)
         value = low + uniform * (high - low)
@@ -64,20 +64,20 @@ SPACE: Mapping[str, Span] = {
 }
 
 
-def draw(options: TrainOptions, space: Mapping[str, Span] = SPACE) -> list[dict[str, Any]]:
-    """Return the hyperparameters to change in each configuration, drawn from the seed; the first changes none."""
+def sample_trials(options: TrainOptions, space: Mapping[str, Span] = SPACE) -> list[dict[str, Any]]:
+    """Return the hyperparameter changes of each trial, drawn with the options' seed. The first trial has no changes."""
     rng = np.random.default_rng((options.seed, len(space)))
     drawn = [
-        {name: span.draw(float(uniform)) for (name, span), uniform in zip(space.items(), row, strict=True)}
+        {name: span.value_at(float(uniform)) for (name, span), uniform in zip(space.items(), row, strict=True)}
         for row in rng.random((options.search - 1, len(space)))
     ]
     return [{}, *drawn]
 
 
-def apply_choice(options: TrainOptions, choice: Mapping[str, Any]) -> TrainOptions:
-    """Return the options with the hyperparameters of a configuration of `draw`."""
-    weights = {name: value for name, value in choice.items() if name in ("align", "reconstruct")}
-    others = {name: value for name, value in choice.items() if name not in weights}
+def apply_changes(options: TrainOptions, changes: Mapping[str, Any]) -> TrainOptions:
+    """Return the options with the changes of a trial."""
+    weights = {name: value for name, value in changes.items() if name in ("align", "reconstruct")}
+    others = {name: value for name, value in changes.items() if name not in weights}
     return replace(options, **others, loss_weights={**options.loss_weights, **weights})
 
 
@@ -96,15 +96,15 @@ def search(
     """
     path = directory / SEARCH
     trials: list[dict[str, Any]] = json.loads(path.read_text()) if path.exists() else []
-    choices = draw(options, space)
-    for number, choice in enumerate(choices[len(trials) :], len(trials)):
+    trial_changes = sample_trials(options, space)
+    for number, changes in enumerate(trial_changes[len(trials) :], len(trials)):
         score, error = _run_trial(
-            setup, apply_choice(options, choice), directory / f"search-{number}", device, reporter, world
+            setup, apply_changes(options, changes), directory / f"search-{number}", device, reporter, world
         )
-        trials.append({"changed": choice, "score": score, "error": error})
+        trials.append({"changed": changes, "score": score, "error": error})
         if world.is_main:
             write_text(path, json.dumps(trials, indent=2) + "\n")
-        log.info("trial %d of %d: %s: %s", number + 1, len(choices), choice or "no changes", error or score)
+        log.info("trial %d of %d: %s: %s", number + 1, len(trial_changes), changes or "no changes", error or score)
     finished = [trial for trial in trials if trial["score"] is not None]
     if not finished:
         raise TrainingError(f"all {len(trials)} configurations of the search failed; see {path} for their errors")
@@ -116,7 +116,7 @@ def search(
             trials.index(best) + 1,
             best["changed"] or "no changes",
         )
-    return apply_choice(options, best["changed"])
+    return apply_changes(options, best["changed"])
 
 
 def _run_trial(
@@ -163,7 +163,7 @@ def train(
     with joined(device) as world:
         world.local_batch_size(options.batch_size)
         with world.main_first():
-            directory = open_run(options, overwrite, world)
+            directory = open_training(options, overwrite, world)
             done = (directory / REPORT).exists()
             setup = None if done else set_up(options, directory)
         if setup is None:
@@ -196,7 +196,7 @@ def _finish(trainer: Trainer, state: State, setup: Setup, output: Path) -> dict[
     model, options = trainer.model, trainer.options
     evaluator = Evaluator(model, setup.processor, trainer.device, options.batch_size)
     test = evaluator.scores(setup.source.examples("test"), SUBSETS_PER_BATCH)
-    trainer.journal.draw()
+    trainer.journal.plot()
     epochs = [line for line in trainer.journal.lines() if "epoch" in line]
     report = {
         "options": options.identity(),
@@ -204,7 +204,7 @@ def _finish(trainer: Trainer, state: State, setup: Setup, output: Path) -> dict[
         "device": trainer.device.type,
         "processes": trainer.world.size,
         "parameters": model.num_parameters(),
-        "data": setup.facts,
+        "data": setup.sample_counts,
         "training": asdict(state),
         "validation": next(line["validation"] for line in epochs if line["epoch"] == state.best_epoch),
         "test": test.to_json(),
@@ -229,7 +229,7 @@ def read_report(directory: Path) -> dict[str, Any]:
     return report
 
 
-def open_run(options: TrainOptions, overwrite: bool, world: World = SINGLE) -> Path:
+def open_training(options: TrainOptions, overwrite: bool, world: World = SINGLE) -> Path:
     """Return the directory of the run's files. Rank 0 creates it and writes the options to run.json.
 
     Raises RunMismatchError if it holds a training with other options, UsageError if `options.output` is a file, holds
@@ -247,7 +247,10 @@ def open_run(options: TrainOptions, overwrite: bool, world: World = SINGLE) -> P
         shutil.rmtree(directory)
     has_started = (directory / START / FACTS).exists() or (directory / CHECKPOINT).exists()
     if has_started and (directory / RUN).exists():  # a run that was rejected before its start is replaced
-        lines = difference(json.loads((directory / RUN).read_text()), options.identity())
+        saved = json.loads((directory / RUN).read_text())
+        if "shares" in saved:  # as mmbeam 0.1 called it
+            saved["split_fractions"] = saved.pop("shares")
+        lines = difference(saved, options.identity())
         if lines:
             raise RunMismatchError(
                 f"`output` {options.output}: holds a training with other options:\n  " + "\n  ".join(lines) + "\n"
