@@ -35,7 +35,7 @@ def setup() -> Setup:
     texts = [text for scene in generate_scenes(9, count=300) for text in (scene.caption(), tag(scene))]
     processor = FusionProcessor.fit(config.parsed_sources(), texts, 400)
     config.vocab_size = processor.vocab_size
-    return Setup(config=config, processor=processor, source=TwoModalities(), facts={})
+    return Setup(config=config, processor=processor, source=TwoModalities(), sample_counts={})
 
 
 class TwoModalities:

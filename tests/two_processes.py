@@ -130,7 +130,7 @@ def make_setup(source: Lopsided) -> Setup:
     texts = [text for scene in generate_scenes(9, count=60) for text in (scene.caption(), tag(scene))]
     processor = FusionProcessor.fit(config.parsed_sources(), texts, 300)
     config.vocab_size = processor.vocab_size
-    return Setup(config=config, processor=processor, source=source, facts={})
+    return Setup(config=config, processor=processor, source=source, sample_counts={})
 
 
 class HaltError(Exception):
