@@ -244,7 +244,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
 
 
 def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int, int]:
-    """Return the arguments, or by default those of torch.distributed. Raises UsageError for invalid ones."""
+    """Return the arguments, or by default the values of torch.distributed. Raises UsageError for invalid ones."""
     if rank is None and world_size is None:
         ready = distributed.is_available() and distributed.is_initialized()
         return (distributed.get_rank(), distributed.get_world_size()) if ready else (0, 1)
@@ -349,7 +349,7 @@ def fills_of(pieces: Sequence[Piece], sizes: Sequence[int], limit: int) -> Itera
 
 
 def units_of_rank(order: Sequence[int], rank: int, world_size: int) -> tuple[list[int], list[int]]:
-    """Return the units that only this rank reads, and those that all ranks read, both in `order`.
+    """Return the units that only this rank reads, and the units that all ranks read, both in `order`.
 
     All ranks have the same number of exclusive units. The shared units are the remainder, fewer than the ranks; of
     these each rank decodes the samples that `rank_of` assigns to it.
@@ -435,7 +435,7 @@ def _keep(batch: pa.RecordBatch, mask: Sequence[bool]) -> pa.RecordBatch:
 class RowBuffer:
     """The rows of a few row groups, returned as batches of tensors in any order.
 
-    It is filled repeatedly, and its memory is that of the largest filling. `capacities` are upper bounds on the number
+    It is filled repeatedly, and its memory is set by the largest filling. `capacities` are upper bounds on the number
     of vectors of each feature in a filling.
     """
 

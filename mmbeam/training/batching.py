@@ -195,7 +195,7 @@ def make_views(
     feature values are masked. Properties that a caption may describe, such as left and right, are preserved. A view
     of "fused" is a view of every source; captions have none.
 
-    Shapes: B batch, then those of the source: C channels, H height, W width; T frames and M mel bins in either order;
+    Shapes: B batch, then the source's: C channels, H height, W width; T frames and M mel bins in either order;
     T tokens.
     """
     wanted = set(names)

@@ -25,7 +25,7 @@ Tensors = Mapping[str, torch.Tensor]
 
 def save(path: Path, tensors: Tensors, state: Mapping[str, Any]) -> None:
     """Write `path` atomically: it holds the old content or the new, even after a power failure."""
-    # safetensors refuses tensors that share memory, so tied weights are copied.
+    # safetensors rejects tensors that share memory, so tied weights are copied.
     copies = {name: tensor.detach().cpu().contiguous().clone() for name, tensor in tensors.items()}
     scratch = path.with_name(f"{path.name}.tmp")
     save_file(copies, scratch, metadata={"facts": json.dumps(dict(state))})

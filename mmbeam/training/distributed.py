@@ -71,7 +71,7 @@ class World:
             torch.manual_seed(int(np.random.SeedSequence((*numbers, self.rank)).generate_state(1)[0]))
 
     def parallel(self, losses: "Losses") -> nn.Module:
-        """Return the module, wrapped so that its gradients are those of the whole batch."""
+        """Return the module, wrapped so that its gradients equal the gradients of the whole batch."""
         if self.size == 1:
             return losses
         with self.connected():

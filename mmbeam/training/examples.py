@@ -27,7 +27,7 @@ class Example:
     def keeping(self, modalities: Collection[Modality]) -> "Example":
         """Return the example restricted to `modalities`.
 
-        If clauses are known, the caption is composed of those of the kept modalities. If none of these has a clause,
+        If clauses are known, the caption joins the clauses of the kept modalities. If none of them has a clause,
         the caption stays whole.
         """
         kept = self.present.intersection(modalities)

@@ -85,7 +85,7 @@ class Evaluator:
         return list(zip(batch.examples, self.processor.decode(ids.tolist()), strict=True))
 
     def scores(self, examples: Iterable[Example], per_batch: int | None = None) -> Scores:
-        """Return all scores; those of subsets of modalities on the first `per_batch` samples of each batch."""
+        """Return all scores. Subsets of modalities are scored on the first `per_batch` samples of each batch."""
         counts, retrieval = _Counts(), Retrieval(self.model)
         with_clauses: list[Example] = []
         with evaluating(self.model):
@@ -220,7 +220,7 @@ class Retrieval:
     def _hits(self, kind: str, pair: Pair, rows: torch.Tensor) -> Iterator[tuple[str, list[bool]]]:
         """Yield "query->target", and for each of `rows` that has both sources whether its nearest neighbour is a hit.
 
-        With groups, rows whose group has no other sample are left out.
+        With groups, rows whose group has no other sample are skipped.
         """
         a, b = pair
         has_groups = a == b and any(example.group is not None for example in self._examples)

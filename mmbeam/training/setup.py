@@ -1,6 +1,6 @@
 """Preparation of a training: configuration, processor, source of examples, and the new model.
 
-The vocabulary and the sample counts are saved beside the checkpoint, so that a resumed run uses the same ones.
+The vocabulary and the sample counts are saved next to the checkpoint, so that a resumed run uses the same ones.
 """
 
 import json

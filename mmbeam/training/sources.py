@@ -96,7 +96,7 @@ class Survey:
         """Return the counts as JSON values, and log how many samples have no caption."""
         without_caption = self.samples - sum(self.captions.values())
         if without_caption:
-            log.warning("%d of %d samples have no caption and are left out", without_caption, self.samples)
+            log.warning("%d of %d samples have no caption and are skipped", without_caption, self.samples)
         return {
             "samples": self.samples,
             "captions": self.captions,

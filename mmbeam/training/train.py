@@ -1,7 +1,7 @@
 """Train a fusion model: from options to a directory that `mmbeam caption --model` takes.
 
 MODEL_DIR/config.json, model.safetensors, tokenizer.json, preprocessing.json, README.md
-MODEL_DIR/_training/run.json           the options: a run with the same options resumes, others are refused
+MODEL_DIR/_training/run.json           the options: the same options resume the run, other options are an error
 MODEL_DIR/_training/start/             configuration, vocabulary and sample counts from the start of the training
 MODEL_DIR/_training/checkpoint.safetensors, best.safetensors
 MODEL_DIR/_training/metrics.jsonl, loss.png, search.json, report.json
