@@ -36,6 +36,7 @@ class Shard:
     size: int | None = None  # bytes as stored; None if the store does not report it
     etag: str | None = None
     cuttable: bool = True  # False if a byte range can only be read from the beginning of the file
+    may_redirect: bool = True  # False if its web server may not redirect to another server (see listing.expand)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

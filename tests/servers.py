@@ -7,6 +7,7 @@ in STORES, and `report_header` says so.
 
 import atexit
 import functools
+import http.server
 import json
 import os
 import shutil
@@ -14,11 +15,14 @@ import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from pathlib import Path
+from typing import Self
 
 # Before gcsfs is imported: otherwise it waits a minute per bucket for a service that the server does not have.
 os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
@@ -135,3 +139,60 @@ def _end(server: "subprocess.Popen[bytes]", owner: int) -> None:
     if os.getpid() == owner:  # not in a fork of the test process
         server.terminate()
         server.wait(10)
+
+
+class FileServer(http.server.ThreadingHTTPServer):
+    """A web server of the bytes in `files`, by path, on a free port of this machine; a context manager.
+
+    A path in `redirects` answers with that location. The query string is ignored.
+    """
+
+    daemon_threads = True
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _FileHandler)
+        self.port = self.server_port
+        self.files: dict[str, bytes] = {}
+        self.redirects: dict[str, str] = {}
+        self.requests: list[str] = []
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+
+    def url(self, path: str) -> str:
+        """The URL of a path."""
+        return f"http://127.0.0.1:{self.port}/{path}"
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+
+class _FileHandler(http.server.BaseHTTPRequestHandler):
+    server: FileServer
+
+    def do_GET(self) -> None:
+        path = urllib.parse.unquote(self.path.partition("?")[0])
+        self.server.requests.append(path)
+        content = self.server.files.get(path)
+        if path in self.server.redirects:
+            self.send_response(302)
+            self.send_header("Location", self.server.redirects[path])
+            content = b""
+        elif content is None:
+            self.send_response(404)
+            content = b""
+        else:
+            self.send_response(200)
+        self.send_header("Content-Length", str(len(content)))
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content)
+
+    do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass

@@ -12,11 +12,13 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 from hypothesis import given
 from hypothesis import strategies as st
+from servers import FileServer
 
 from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.readers import listing as shards_module
 from mmbeam.readers.listing import expand, list_shards
-from mmbeam.readers.paths import plain_url, public_path, public_text
+from mmbeam.readers.paths import origin, plain_url, public_path, public_text
+from mmbeam.readers.stream import open_shard
 from mmbeam.types import Shard
 
 
@@ -27,6 +29,12 @@ def folder(tmp_path: Path) -> Path:
     (tmp_path / "more.tar.gz").write_bytes(b"gz")
     (tmp_path / "notes.md").write_bytes(b"no shard")
     return tmp_path
+
+
+@pytest.fixture(scope="module")
+def web() -> Iterator[FileServer]:
+    with FileServer() as server:
+        yield server
 
 
 @pytest.fixture
@@ -43,9 +51,13 @@ def names(shards: list[Shard]) -> list[str]:
     return [shard.path.rpartition("/")[2] for shard in shards]
 
 
+def urls(patterns: list[str]) -> list[str]:
+    return [entry.url for entry in expand(patterns)]
+
+
 class TestExpand:
     def test_braces_joins_and_duplicates(self) -> None:
-        assert expand(["d-{08..11}.tar::x.tar", "x.tar", "e-{a,b}.tar"]) == [
+        assert urls(["d-{08..11}.tar::x.tar", "x.tar", "e-{a,b}.tar"]) == [
             *(f"d-{number}.tar" for number in ("08", "09", "10", "11")),
             "x.tar",
             "e-a.tar",
@@ -57,11 +69,11 @@ class TestExpand:
             "\ufeff# shards\n\na-{0..1}.tar\n./b.tar\n gs://bucket/c#1.tar \n/abs/d.tar\n"
         )
         expected = [f"{tmp_path}/{name}.tar" for name in ("a-0", "a-1", "b")] + ["gs://bucket/c#1.tar", "/abs/d.tar"]
-        assert expand([f"{tmp_path}/train.txt"]) == expand([f"@{tmp_path}/train.txt"]) == expected
+        assert urls([f"{tmp_path}/train.txt"]) == urls([f"@{tmp_path}/train.txt"]) == expected
 
     def test_list_of_any_name_on_any_store(self, memory: MemoryFileSystem) -> None:
         memory.pipe("/corpus/index", b"a.tar\nb.tar\n")
-        assert expand(["@memory://corpus/index"]) == ["memory://corpus/a.tar", "memory://corpus/b.tar"]
+        assert urls(["@memory://corpus/index"]) == ["memory://corpus/a.tar", "memory://corpus/b.tar"]
 
     @pytest.mark.parametrize("pattern", ["pipe:cat x.tar", "x.tar::pipe:cat y", "curl http://h/x.tar |", "| cat"])
     def test_a_pattern_never_runs_a_command(self, pattern: str) -> None:
@@ -84,6 +96,126 @@ class TestExpand:
             expand([f"{tmp_path}/absent.txt"])
         with pytest.raises(UsageError, match="cannot be read as a list"):
             expand([f"{tmp_path}/binary.list"])
+
+    @pytest.mark.parametrize("content", ["<!DOCTYPE html>\n<b>S3CRET</b>", "S3CRET\0", "S3CRET" * 10_000])
+    def test_what_is_not_a_list_is_not_quoted(self, content: str, tmp_path: Path) -> None:
+        (tmp_path / "l.txt").write_text(content)
+        with pytest.raises(UsageError, match=r"l.txt.*expected") as error:
+            expand([f"{tmp_path}/l.txt"])
+        assert "S3CRET" not in str(error.value)
+
+    @pytest.mark.parametrize("pattern", ["x-{0..99999999999}.tar", "{0..9999}{-9999..0}{1..9}.tar"])
+    def test_a_range_of_too_many_paths_is_not_made(self, pattern: str) -> None:
+        with pytest.raises(UsageError, match=r"more than 5,000,000 paths"):
+            expand([pattern])
+
+    def test_braces_in_braces_without_end(self) -> None:
+        with pytest.raises(UsageError, match="unbalanced braces"):
+            expand(["{" * 10_000])
+
+
+FETCHED = "http://127.0.0.1:{port}/lists/train.txt"
+FOREIGN = [
+    "/etc/passwd",
+    "//other.example/x.tar",
+    "~/x.tar",
+    "file:///etc/passwd",
+    "FILE:///etc/passwd",
+    "local:///etc/passwd",
+    "http://other.example/x.tar",
+    "http://127.0.0.1/x.tar",
+    "http://127.0.0.1:{port}@other.example/x.tar",
+    "http://other.example\\\\@127.0.0.1:{port}/x.tar",
+    "http://other.example#@127.0.0.1:{port}/x.tar",
+    "http://other.example?@127.0.0.1:{port}/x.tar",
+    "http:///etc/passwd",
+    "https://127.0.0.1:{port}/x.tar",
+    "ftp://127.0.0.1:{port}/x.tar",
+    "s3://bucket/x.tar",
+    "memory://x.tar",
+    "github://org:name@main/x.tar",
+    "reference://x",
+    "zip://x.tar::http://127.0.0.1:{port}/x.zip",
+    "simplecache::file:///etc/passwd",
+    "simplecache::http://other.example/x.tar",
+    "blockcache::/etc/passwd",
+    "x.tar::/etc/passwd",
+    "http://{{127.0.0.1:{port},other.example}}/x.tar",
+    "{{/etc,x}}/y.tar",
+    "http://[::1/x.tar",
+    "http://*/x.tar",
+]
+
+
+class TestFetchedLists:
+    """A list of a server or a bucket may name only what is there, because its author is not the user."""
+
+    @pytest.mark.parametrize("line", FOREIGN)
+    @pytest.mark.parametrize("list_url", [FETCHED, "memory://lists/train.txt"])
+    def test_other_places_are_refused(
+        self, line: str, list_url: str, web: FileServer, memory: MemoryFileSystem
+    ) -> None:
+        line = line.format(port=web.port)
+        if list_url.startswith("memory") and line.startswith("memory"):
+            return  # its own place
+        content = f"# shards\nx.tar\n{line}\n".encode()
+        web.files["/lists/train.txt"] = content
+        memory.pipe("/lists/train.txt", content)
+        url = list_url.format(port=web.port)
+        with pytest.raises(UsageError, match=r"train.txt, line 3: expected shards of .*`allow_local_paths`"):
+            expand([url])
+        with pytest.raises(UsageError, match=r"train.txt, line 3: expected shards of .*`allow_local_paths`"):
+            list_shards([url])
+        if "[::1" not in line:
+            assert len(expand([url], allow_local_paths=True)) >= 2
+
+    @pytest.mark.parametrize("line", ["@/etc/passwd", "/etc/x.txt", "other.list", "@http://other.example/x"])
+    def test_nested_lists_are_not_read(self, line: str, web: FileServer) -> None:
+        web.files["/lists/train.txt"] = line.encode()
+        with pytest.raises(UsageError, match="a list in a list"):
+            expand([web.url("lists/train.txt")])
+
+    def test_its_own_place_is_allowed(self, web: FileServer) -> None:
+        lines = ["a.tar", "./b.tar?sig=1", "sub/{c,d}.tar", web.url("e.tar"), f"http://u:p@127.0.0.1:{web.port}/f.tar"]
+        web.files["/lists/train.txt"] = "\n".join(lines).encode()
+        listed = expand([web.url("lists/train.txt?token=x")])
+        assert [public_path(entry.url) for entry in listed] == [
+            web.url(path)
+            for path in ("lists/a.tar", "lists/b.tar", "lists/sub/c.tar", "lists/sub/d.tar", "e.tar", "f.tar")
+        ]
+        assert not any(entry.may_redirect for entry in listed)
+        web.files["/lists/a.tar"] = b"x"
+        assert not any(shard.may_redirect for shard in list_shards([web.url("lists/train.txt")]))
+        assert all(entry.may_redirect for entry in expand([web.url("lists/train.txt")], allow_local_paths=True))
+
+    def test_the_same_origin(self) -> None:
+        same = [
+            ("http://h/x", "http://user:pw@H:80/y?z"),
+            ("https://h/x", "https://h:443/y"),
+            ("s3://b/x", "s3a://b/y#1?2"),
+            ("gs://b/x", "gcs://b/y"),
+            ("hf://datasets/o/n/x", "hf://datasets/o/n/y/z"),
+            ("github://o:n@main/x", "github://o:n@main/y"),
+            ("/a", "file:///b"),
+        ]
+        other = [
+            ("http://h/x", "http://h:8080/x"),
+            ("http://h/x", "https://h/x"),
+            ("http://h/x", "http://h.evil/x"),
+            ("s3://b/x", "s3://b2/x"),
+            ("s3://b/x", "s3://B/x"),
+            ("s3://b/x", "gs://b/x"),
+            ("abfs://c@a.host/x", "abfs://d@a.host/x"),
+            ("hf://datasets/o/n/x", "hf://datasets/o/m/x"),
+            ("github://o:n@main/x", "github://o:m@main/x"),
+        ]
+        assert [(a, b) for a, b in same if origin(a) != origin(b)] == []
+        assert [(a, b) for a, b in other if origin(a) == origin(b)] == []
+
+    def test_links_of_a_listed_web_folder_stay_below_it(self, web: FileServer) -> None:
+        links = ["a.tar", "/etc/b.tar", "file:///etc/c.tar", "http://other.example/d.tar", "../../e.tar"]
+        web.files["/in/"] = "".join(f'<a href="{link}">x</a>' for link in links).encode()
+        assert {origin(shard.url) for shard in list_shards([web.url("in/")])} == {("http", f"127.0.0.1:{web.port}")}
 
 
 class TestPublicPath:
@@ -185,6 +317,40 @@ class TestListShards:
         assert names(list_shards([f"{folder}/{unmatched}", f"{folder}/data-00.tar"])) == ["data-00.tar"]
         [record] = caplog.records
         assert f"{folder}/{unmatched}: " in record.getMessage()
+
+    @pytest.mark.parametrize("unmatched", ["x-*.tar", "typo/*.tar", "empty", "[ab].tar", "absent.tar"])
+    def test_strictly_it_is_an_error(self, folder: Path, unmatched: str) -> None:
+        (folder / "empty").mkdir()
+        patterns = [f"{folder}/{unmatched}", f"{folder}/data-00.tar"]
+        with pytest.raises(NoShardsError, match=r"1 of 2 patterns match nothing:\n  .*" + re.escape(unmatched)):
+            list_shards(patterns, strict=True)
+        assert names(list_shards(patterns[1:], strict=True)) == ["data-00.tar"]
+
+    SPECIAL = (
+        *("data[1].tar", "da?a1.tar", "data*.tar", "a{1,2}.tar", "{a.tar", "a::b.tar", "::11.tar", "x::", "a\\b.tar"),
+        *("pipe:x.tar", "|x.tar", "x.tar|", "file:x.tar", "http:x.tar", "data:x.tar", "s3:x", "%41.tar", "#x.tar"),
+        *("a b.tar", "-x.tar", "~x.tar", "a'b\".tar", "$HOME.tar", "\u202ex.tar", "a,b.tar", "a=b.tar"),
+    )
+
+    @pytest.mark.parametrize("name", SPECIAL)
+    def test_any_file_of_a_folder_is_opened(self, tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        name = name if name.endswith(".tar") else f"{name}.tar"
+        (tmp_path / name).write_bytes(b"x")
+        monkeypatch.chdir(tmp_path)
+        for pattern in (str(tmp_path), f"{tmp_path}/*.tar", f"{tmp_path}/{name}", name):
+            [shard] = list_shards([pattern])
+            assert (shard.path, shard.size) == (f"{tmp_path}/{name}", 1)
+            with open_shard(shard) as stream:
+                assert stream.read() == b"x"
+
+    def test_any_object_of_a_bucket_is_opened(self, memory: MemoryFileSystem) -> None:
+        for name in ("::11.tar", "a::b.tar", "a b.tar", "a{1,2}.tar"):
+            memory.pipe(f"/special/{name}", b"x")
+        listed = list_shards(["memory://special/"])
+        assert names(listed) == ["::11.tar", "a b.tar", "a::b.tar", "a{1,2}.tar"]
+        for shard in listed:
+            with open_shard(shard) as stream:
+                assert stream.read() == b"x"
 
     @pytest.mark.parametrize("name", ["data[1].tar", "da?a1.tar", "data*.tar", "a{1,2}.tar", "{a.tar", "a::b.tar"])
     @pytest.mark.parametrize("way", ["path", "list", "joined", "url"])

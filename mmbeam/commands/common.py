@@ -100,7 +100,19 @@ def input_arguments(parser: argparse.ArgumentParser, features: bool = False) -> 
         help="path, glob, brace range, list file or directory; local or any fsspec URL; may be repeated"
         + ("; features are an output of `mmbeam embed`, or Parquet files of it" if features else ""),
     )
+    listing_arguments(group)
     field_arguments(group)
+
+
+def listing_arguments(group: Group) -> None:
+    """Add the arguments that decide how patterns of shards are listed."""
+    group.add_argument("--strict-input", action="store_true", help="a pattern or path that matches nothing is an error")
+    group.add_argument(
+        "--allow-local-paths",
+        action="store_true",
+        help="trust lists of shards that are fetched (http://, s3://, ...): they may name local paths, other servers "
+        "and other buckets",
+    )
 
 
 def field_arguments(parser: Group) -> None:
@@ -178,6 +190,8 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
     cleaning = Cleaning(text=steps, where=tuple(args.where), image_filter=args.image_filter)
     return {
         "input": tuple(args.input),
+        "strict_input": args.strict_input,
+        "allow_local_paths": args.allow_local_paths,
         "output": args.output,
         "device": args.device,
         "dtype": args.dtype,
@@ -242,12 +256,10 @@ def libraries_quiet(verbose: bool) -> Iterator[None]:
 
 def check_url(name: str, url: str) -> None:
     """Raise UsageError if no installed package opens `url`."""
-    from fsspec.core import url_to_fs
-
-    from mmbeam.readers.paths import public_path, public_text
+    from mmbeam.readers.paths import file_system, public_path, public_text
 
     try:
-        url_to_fs(url)
+        file_system(url)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{name} {public_path(url)}: {public_text(str(error))}") from error
 

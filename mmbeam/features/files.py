@@ -13,15 +13,14 @@ from typing import Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.config import MIB
 from mmbeam.errors import MissingModalityError, ShardError, UsageError
 from mmbeam.features.schema import check_schema, feature_columns, origin_of, warn_of_unknown_origin
 from mmbeam.names import FEATURE_SUFFIX, SHARD_SUFFIXES
-from mmbeam.readers.listing import MAX_REQUESTS, exists_literally, expand, list_shards
-from mmbeam.readers.paths import public_path, without_query
+from mmbeam.readers.listing import MAX_REQUESTS, Entry, exists_literally, expand, list_shards
+from mmbeam.readers.paths import file_system, public_path, without_query
 from mmbeam.readers.stream import ShardStream, open_shard
 from mmbeam.runs.run import DATA, MANIFEST
 from mmbeam.types import FeatureColumn, Origin, Shard
@@ -29,30 +28,31 @@ from mmbeam.types import FeatureColumn, Origin, Shard
 STEP_BYTES = 2 * MIB  # decoded per record batch: it is still in the processor's cache when it is copied
 
 
-def feature_files(inputs: Sequence[str]) -> list[Shard]:
+def feature_files(inputs: Sequence[str], strict: bool = False, allow_local_paths: bool = False) -> list[Shard]:
     """Return the Parquet files of an input of features, or [] if the input is shards.
 
     Features are paths and globs that end in .parquet, outputs of a job, and folders with Parquet files and without
-    shards, such as OUT/data. Raises NoShardsError if no file exists, and UsageError if the input mixes features and
-    shards.
+    shards, such as OUT/data. `strict` and `allow_local_paths` are those of `list_shards`. Raises NoShardsError if no
+    file exists, and UsageError if the input mixes features and shards.
     """
-    places = [_parquets_at(entry) for entry in expand(inputs)]
+    places = [_parquets_at(entry) for entry in expand(inputs, allow_local_paths)]
     files = [path for paths in places for path in paths or ()]
     if files and None in places:
         raise UsageError("`input`: expected either features (Parquet) or shards, found both")
-    return list_shards(files) if files else []
+    return list_shards(files, strict) if files else []
 
 
-def _parquets_at(entry: str) -> list[str] | None:
+def _parquets_at(place: Entry) -> list[Entry] | None:
     """Return the Parquet files of an entry; a glob is returned unchanged. None if it names shards or does not exist."""
+    entry = place.url
     plain = without_query(entry).lower()
     is_glob = re.search("[*?[]", entry) is not None and not exists_literally(entry)
     if plain.startswith(("http://", "https://")) or is_glob or plain.endswith(SHARD_SUFFIXES):
-        return [entry] if plain.endswith(FEATURE_SUFFIX) else None  # a web server cannot list a folder
+        return [place] if plain.endswith(FEATURE_SUFFIX) else None  # a web server cannot list a folder
     try:
-        fs, path = url_to_fs(entry)
+        fs, path = file_system(entry)
         if plain.endswith(FEATURE_SUFFIX) and not (isinstance(fs, LocalFileSystem) and fs.isdir(path)):
-            return [entry]
+            return [place]
         fs.invalidate_cache(path)
         names = [name.rstrip("/").rpartition("/")[2] for name in fs.ls(path, detail=False)]
         is_run = fs.exists(f"{path.rstrip('/')}/{MANIFEST}")
@@ -63,7 +63,7 @@ def _parquets_at(entry: str) -> list[str] | None:
             folder = f"{folder}/{DATA}"
             inner = fs.ls(f"{path.rstrip('/')}/{DATA}", detail=False) if DATA in names else []
             files = _parquets([name.rpartition("/")[2] for name in inner]) or (["*" + FEATURE_SUFFIX] if is_run else [])
-        return [f"{folder}/{name}" for name in files] or None
+        return [place._replace(url=f"{folder}/{name}") for name in files] or None
     except (OSError, ValueError, ImportError):  # list_shards reports what is wrong with the entry
         return None
 
@@ -149,7 +149,7 @@ class FeatureFiles:
         """
         urls = [
             file.url
-            for file in list_shards([path for entry in expand(paths) for path in _parquets_at(entry) or [entry]])
+            for file in list_shards([file for entry in expand(paths) for file in _parquets_at(entry) or [entry]])
         ]
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
             footers = list(pool.map(lambda url: _read_footer(url, features, columns), urls))
@@ -189,7 +189,7 @@ def open_parquet(url: str) -> pq.ParquetFile:
 
     Raises UsageError if it is not a Parquet file.
     """
-    fs, path = url_to_fs(url)
+    fs, path = file_system(url)
     local = isinstance(fs, LocalFileSystem)
     try:
         return pq.ParquetFile(path, filesystem=None if local else fs, pre_buffer=not local)

@@ -86,8 +86,9 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     [output] = generate.outputs
     modalities = tuple(modality for modality in MODALITIES if modality in output.modalities)
     required = tuple(modality for modality in MODALITIES if modality in output.required)
-    files = feature_files(options.input)
-    shards = files or list_shards(options.input)
+    listing = (options.input, options.strict_input, options.allow_local_paths)
+    files = feature_files(*listing)
+    shards = files or list_shards(*listing)
     if files:
         _check_features(generate, shards, options)
     else:

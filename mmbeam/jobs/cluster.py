@@ -22,7 +22,7 @@ from apache_beam.options.pipeline_options import (
 
 from mmbeam.errors import JobError, MmbeamError, UsageError
 from mmbeam.readers.listing import expand
-from mmbeam.readers.paths import public_path, public_text
+from mmbeam.readers.paths import is_local, public_path, public_text, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -73,11 +73,11 @@ def check_output(output: str, args: Sequence[str], shared: bool) -> None:
         )
 
 
-def check_input(patterns: Sequence[str], args: Sequence[str], shared: bool) -> None:
+def check_input(patterns: Sequence[str], args: Sequence[str], shared: bool, allow_local_paths: bool = False) -> None:
     """Raise UsageError if the workers cannot read the shards of `patterns`. List files are read by this process."""
     if shared or workers_are_here(args):
         return
-    for pattern in expand(patterns):
+    for pattern, _ in expand(patterns, allow_local_paths):
         if _is_local(pattern):
             raise UsageError(
                 f"`input` {public_path(pattern)}: the workers are on other machines and cannot read there; "
@@ -86,7 +86,7 @@ def check_input(patterns: Sequence[str], args: Sequence[str], shared: bool) -> N
 
 
 def _is_local(path: str) -> bool:
-    return "://" not in path or path.startswith(("file:", "local:", "memory:"))
+    return is_local(path) or scheme_of(path) == "memory"
 
 
 def check_cluster(args: Sequence[str]) -> None:

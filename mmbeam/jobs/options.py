@@ -51,6 +51,8 @@ class JobOptions:
     """The options that all jobs share."""
 
     input: tuple[str, ...]
+    strict_input: bool = False  # a pattern that matches nothing is an error
+    allow_local_paths: bool = False  # lists that are fetched may name local paths, other servers and other buckets
     output: str
     device: str = "auto"
     dtype: str | None = None
@@ -138,7 +140,7 @@ def check_options(options: JobOptions) -> None:
         compile_where(where)
     check_workers(options)
     check_output(options.output, options.beam_args, options.shared_output)
-    check_input(options.input, options.beam_args, options.shared_output)
+    check_input(options.input, options.beam_args, options.shared_output, options.allow_local_paths)
     check_ended(options.beam_args, is_waited_for(options.beam_args))
     check_cluster(options.beam_args)
 

@@ -11,17 +11,27 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
+from math import prod
+from typing import Any, NamedTuple
 
-import fsspec
 from braceexpand import braceexpand
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.config import MIB
-from mmbeam.errors import NoShardsError, UsageError
+from mmbeam.errors import NoShardsError, UsageError, printable
 from mmbeam.names import LIST_SUFFIXES, SHARD_SUFFIXES
-from mmbeam.readers.paths import Info, etag_of, plain_url, public_path, public_text, without_query
+from mmbeam.readers.paths import (
+    Info,
+    etag_of,
+    file_system,
+    is_local,
+    local_path,
+    origin,
+    plain_url,
+    public_path,
+    public_text,
+    without_query,
+)
 from mmbeam.readers.stream import supports_ranges
 from mmbeam.types import Shard
 
@@ -32,34 +42,66 @@ HTTP_PROBES = 1000  # shards of a web server whose size is requested; it stays u
 MAX_REQUESTS = 32  # concurrent
 CUTTABLE_BYTES = 32 * MIB  # above this size a web server is asked whether it supports ranges: the shard may be cut
 PLACES_SHOWN = 5  # in an error
+MAX_PATHS = 5_000_000  # that patterns stand for
+MAX_LIST_BYTES = 256 * MIB  # of a list of shards
+MAX_LINE_CHARS = 16_384  # of a line of it: a signed URL takes 2,000
+
+_NUMBERS = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?\d+)?\}")  # a brace range
+_PATTERN_CHARACTERS = re.compile(r"[][*?{}|@\\\s]|::|pipe:")
 
 
-def expand(patterns: Sequence[str]) -> list[str]:
+class Entry(NamedTuple):
+    """A path or glob that a pattern stands for."""
+
+    url: str
+    may_redirect: bool = True  # False: named by a list that was fetched, so bound to the list's server
+
+
+def expand(patterns: Sequence[str], allow_local_paths: bool = False) -> list[Entry]:
     """Return the paths and globs that `patterns` stand for, in order, without duplicates.
 
     A pattern may join several with `::`, hold brace ranges (`data-{00000..00099}.tar`), or name a list of shards
     (`@LIST`, or a path that ends in .txt or .list): one pattern per line, lines that begin with # are comments,
     relative paths are relative to the list. A local path that exists is taken literally, even if it contains pattern
-    characters. Raise UsageError for a pattern that would run a command, for unbalanced braces, and for a list that
-    cannot be read.
+    characters.
+
+    A list that is fetched from a server or a bucket is not trusted: unless `allow_local_paths`, it may name only what
+    is on that server or in that bucket.
+
+    Raise UsageError for a pattern that would run a command, for unbalanced braces, for a list that cannot be read or
+    names another origin than its own, and beyond MAX_PATHS.
     """
-    return list(dict.fromkeys(entry for pattern in patterns for entry in _expand_pattern(pattern)))
+    entries = (entry for pattern in patterns for entry in _expand_pattern(pattern, allow_local_paths))
+    unique: dict[Entry, None] = {}
+    for entry in entries:
+        unique[entry] = None
+        if len(unique) > MAX_PATHS:
+            raise UsageError(f"`input` stands for more than {MAX_PATHS:,} paths; use globs or folders")
+    return list(unique)
 
 
-def _expand_pattern(pattern: str) -> Iterator[str]:
+def _expand_pattern(pattern: str, allow_local_paths: bool) -> Iterator[Entry]:
     for entry in _expand_braces(pattern):
         if not _is_list(entry):
-            yield entry
+            yield Entry(entry)
             continue
         url = entry.removeprefix("@")
-        for line in _read_lines(url):
+        trusted = allow_local_paths or is_local(url)
+        for number, line in _read_lines(url):
             for listed in _expand_braces(line, folder=without_query(url).rpartition("/")[0]):
                 if _is_list(listed):
                     raise UsageError(
                         f"{public_path(url)}: "
                         f"a list cannot contain another list ({public_path(listed)}); pass both as `input`"
                     )
-                yield listed
+                if not trusted and origin(listed) != origin(url):
+                    what = "a local path" if is_local(listed) else printable(public_path(listed))
+                    raise UsageError(
+                        f"{public_path(url)}, line {number}: expected shards of {'://'.join(origin(url))}, where the "
+                        f"list is, found {what}; check the list, then name its shards with `input` or use "
+                        "`allow_local_paths`"
+                    )
+                yield Entry(listed, may_redirect=trusted)
 
 
 def _expand_braces(pattern: str, folder: str = "") -> Iterator[str]:
@@ -70,35 +112,56 @@ def _expand_braces(pattern: str, folder: str = "") -> Iterator[str]:
         return path if absolute else f"{folder}/{path.removeprefix('./')}"
 
     parts = [pattern] if exists_literally(located(pattern)) else pattern.split("::")
-    for part in filter(None, (part.strip() for part in parts)):
-        if part.startswith(("pipe:", "|")) or part.endswith("|"):
+    for part in filter(None, parts):
+        if exists_literally(located(part)):
+            yield located(part)
+            continue
+        plain = part.strip()
+        if plain.startswith(("pipe:", "|")) or plain.endswith("|"):
             raise UsageError("`input`: a pattern that runs a command (pipe:) is refused; name paths or URLs of shards")
+        ranges = (range(int(low), int(high)) for low, high in _NUMBERS.findall(plain))
+        if prod(abs(span.stop - span.start) + 1 for span in ranges) > MAX_PATHS:
+            raise UsageError(f"{printable(public_path(plain))}: stands for more than {MAX_PATHS:,} paths; use a glob")
         try:
-            yield from map(located, [part] if exists_literally(located(part)) else braceexpand(part))
-        except ValueError:
-            raise UsageError(f"{public_path(part)}: unbalanced braces; write \\{{ for a brace in a name") from None
+            yield from map(located, filter(None, braceexpand(plain)))
+        except (ValueError, RecursionError):
+            raise UsageError(f"{public_path(plain)}: unbalanced braces; write \\{{ for a brace in a name") from None
 
 
 def _is_list(entry: str) -> bool:
-    return entry.startswith("@") or without_query(entry).lower().endswith(LIST_SUFFIXES)
+    return (entry.startswith("@") and not exists_literally(entry)) or without_query(entry).lower().endswith(
+        LIST_SUFFIXES
+    )
 
 
-def _read_lines(url: str) -> Iterator[str]:
+def _read_lines(url: str) -> list[tuple[int, str]]:
+    """Return the lines of a list that are not empty or comments, with their numbers. An error quotes none of them."""
+    name = public_path(url)
     try:
-        with fsspec.open(url, "rt", encoding="utf-8-sig", expand=False) as file:
-            lines = file.read().splitlines()
+        fs, path = file_system(url)
+        with fs.open(path, "rb") as file:
+            content = file.read(MAX_LIST_BYTES + 1)
+        text = content.decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, ValueError, ImportError) as error:
         reason = type(error).__name__
-        raise UsageError(f"{public_path(url)}: cannot be read as a list of shards ({reason})") from None
-    return (line.strip() for line in lines if line.strip() and not line.strip().startswith("#"))
+        raise UsageError(f"{name}: cannot be read as a list of shards ({reason})") from None
+    if len(content) > MAX_LIST_BYTES:
+        raise UsageError(f"{name}: a list of shards of more than {MAX_LIST_BYTES // MIB} MiB; use globs or folders")
+    lines = [(number, line.strip()) for number, line in enumerate(text.splitlines(), 1)]
+    lines = [(number, line) for number, line in lines if line and not line.startswith("#")]
+    if re.search(r"[\x00-\x08\x0e-\x1f\x7f]", text) or any(line.startswith("<") for _, line in lines[:1]):
+        raise UsageError(f"{name}: expected a list of shards, one per line; found HTML or binary data")
+    longest = max(lines, key=lambda line: len(line[1]), default=(0, ""))
+    if len(longest[1]) > MAX_LINE_CHARS:
+        raise UsageError(f"{name}, line {longest[0]}: expected at most {MAX_LINE_CHARS:,} characters; one shard per line")
+    return lines
 
 
 def exists_literally(path: str) -> bool:
     """Return whether the local `path` exists although it holds characters of a pattern. A broken link exists."""
-    local = path.removeprefix("file://")
-    if "://" in local or not re.search(r"[][*?{}]|::", local):
+    if not is_local(path) or not _PATTERN_CHARACTERS.search(path):
         return False
-    return os.path.lexists(os.path.expanduser(local))  # noqa: PTH111
+    return os.path.lexists(local_path(path))
 
 
 @dataclass(frozen=True)
@@ -110,6 +173,7 @@ class _Place:
     path: str
     prefix: str
     is_glob: bool
+    may_redirect: bool
 
     @property
     def is_http(self) -> bool:
@@ -122,12 +186,20 @@ class _Place:
         except UnicodeEncodeError:
             raise UsageError(f"{path!r}: the name is not UTF-8; rename the shard") from None
         cuttable = info.get("partial", True)
-        return Shard(path=path, url=plain_url(url), size=info.get("size"), etag=etag_of(info), cuttable=cuttable)
+        return Shard(
+            path=path,
+            url=plain_url(url),
+            size=info.get("size"),
+            etag=etag_of(info),
+            cuttable=cuttable,
+            may_redirect=self.may_redirect,
+        )
 
 
-def _place(url: str) -> _Place:
+def _place(entry: Entry) -> _Place:
+    url = entry.url
     try:
-        fs, path = url_to_fs(url)
+        fs, path = file_system(url)
     except ImportError as error:
         raise UsageError(f"{public_path(url)}: needs a package that is not installed: {error}") from None
     except ValueError as error:
@@ -141,6 +213,7 @@ def _place(url: str) -> _Place:
         path=path,
         prefix=plain[: len(plain) - len(path.rstrip("/"))] if remote else "",
         is_glob=re.search(magic, path) is not None and not exists_literally(url) and not _is_object(url, fs, path),
+        may_redirect=entry.may_redirect,
     )
 
 
@@ -149,15 +222,20 @@ def _is_object(url: str, fs: Any, path: str) -> bool:
     return "://" in url and not url.startswith(("http://", "https://", "file://")) and bool(fs.isfile(path))
 
 
-def list_shards(patterns: Sequence[str]) -> list[Shard]:
+def list_shards(patterns: Sequence[str | Entry], strict: bool = False, allow_local_paths: bool = False) -> list[Shard]:
     """Return the shards that `patterns` name (see `expand`), with the sizes and etags that listings report.
 
     The matches of a glob and the tars of a folder are sorted by path. A path that does not exist is returned as a
-    shard: its unit fails later, and the others are processed. A pattern without a match is a warning. Raise
-    NoShardsError if nothing exists at all, UsageError for an invalid pattern, and the store's own error if it denies
-    access.
+    shard: its unit fails later, and the others are processed. A pattern without a match is a warning; if `strict`, both
+    are errors. Raise NoShardsError if nothing exists at all, UsageError for an invalid pattern, and the store's own
+    error if it denies access. An Entry of `expand` is not expanded again.
     """
-    places = [_place(entry) for entry in expand(patterns)]
+    expanded = [
+        entry
+        for pattern in patterns
+        for entry in ([pattern] if isinstance(pattern, Entry) else expand([pattern], allow_local_paths))
+    ]
+    places = [_place(entry) for entry in dict.fromkeys(expanded)]
     infos = _look_up([place for place in places if not place.is_glob])
     shards: dict[str, Shard] = {}
     missing: list[str] = []
@@ -186,6 +264,9 @@ def list_shards(patterns: Sequence[str]) -> list[Shard]:
     if len(empty) == len(places):
         shown = "\n  ".join([*empty[:PLACES_SHOWN], *["..."] * (len(empty) > PLACES_SHOWN)])
         raise NoShardsError(f"no shard matches `input` ({len(places)} patterns):\n  {shown or 'no pattern was given'}")
+    if strict and empty:
+        shown = "\n  ".join([*empty[:PLACES_SHOWN], *["..."] * (len(empty) > PLACES_SHOWN)])
+        raise NoShardsError(f"`input`: {len(empty)} of {len(places)} patterns match nothing:\n  {shown}")
     for line in unmatched:
         log.warning("`input` %s", line)
     return list(shards.values())

@@ -1,28 +1,84 @@
-"""The identity of a shard: its public path, and the etag of its content. Pure functions, no I/O."""
+"""The identity of a shard: its public path, its origin, and the etag of its content; and the file system to open it."""
 
+import os
 import posixpath
 import re
 from collections.abc import Mapping
 from typing import Any
+from urllib.parse import urlsplit
 
+from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # the most specific first
 ALIASES = {"gcs": "gs", "s3a": "s3"}
-NAMES_ONLY = ("", "file", "local", "gs", "s3")  # with these, ? and # are part of a name; elsewhere they end the path
+LOCAL = ("", "file", "local")  # the schemes of paths of this machine
+NAMES_ONLY = (*LOCAL, "gs", "s3")  # with these, ? and # are part of a name; elsewhere they end the path
+DEFAULT_PORTS = {"http": 80, "https": 443, "ftp": 21, "ssh": 22, "sftp": 22}
+_COLONS = "\ue000"  # stands for ::, which fsspec takes for a chain of file systems
 URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 Info = Mapping[str, Any]  # of one path, as fsspec reports it
 
 
+def file_system(url: str, **options: Any) -> tuple[Any, str]:
+    """Return the file system that opens `url`, and the path there. A `::` in `url` is part of a name, not a chain.
+
+    `options` are arguments of the file system, unless it is local. Raises ImportError if its package is not installed,
+    ValueError for an unknown scheme.
+    """
+    if is_local(url):
+        return LocalFileSystem(), local_path(url)
+    scheme, _, rest = url.partition("://")
+    url = f"{scheme.lower()}://{rest}"
+    fs, path = url_to_fs(url.replace("::", _COLONS), **options)
+    return fs, path.replace(_COLONS, "::")
+
+
+def is_local(url: str) -> bool:
+    """Return whether `url` is a path of this machine, or a URL of one."""
+    return scheme_of(url) in LOCAL
+
+
+def local_path(url: str) -> str:
+    """Return the absolute path of a local path or URL, with ~ expanded. Every other character is part of a name."""
+    path = url.partition("://")[2] if "://" in url else url.removeprefix("file:") if url.startswith("file:/") else url
+    return os.path.abspath(os.path.expanduser(path))  # noqa: PTH100, PTH111
+
+
 def without_query(url: str) -> str:
     """Return `url` without query string and fragment; names on a disk or in a bucket, which may hold ? and #, as is."""
-    return url if _scheme(url) in NAMES_ONLY else re.split("[?#]", url, maxsplit=1)[0]
+    return url if scheme_of(url) in NAMES_ONLY else re.split("[?#]", url, maxsplit=1)[0]
 
 
-def _scheme(url: str) -> str:
+def scheme_of(url: str) -> str:
+    """Return the scheme of `url` in lower case, without synonyms; "" for a path."""
     scheme = url.partition("://")[0].lower() if "://" in url else ""
     return ALIASES.get(scheme, scheme)
+
+
+def origin(url: str) -> tuple[str, str]:
+    """Return the scheme of `url`, and the server, bucket or container that it names; ("", "") for a local path.
+
+    Two URLs of one origin are under the control of one owner. What cannot be parsed beyond doubt has an origin of its
+    own.
+    """
+    scheme, rest = scheme_of(url), url.partition("://")[2]
+    if scheme in LOCAL:
+        return "", ""
+    if scheme in ("hf", "github", "git", "memory"):  # hf://datasets/OWNER/NAME/...; github://OWNER:NAME@REVISION/...
+        return scheme, "/".join(rest.split("/")[: {"hf": 3, "memory": 0}.get(scheme, 1)])
+    authority = re.split("[/?#]" if scheme in ("http", "https") else "/", rest, maxsplit=1)[0]
+    if scheme not in DEFAULT_PORTS:
+        return scheme, authority
+    try:
+        parts = urlsplit(f"{scheme}://{authority}")
+        host, port = parts.hostname, parts.port or DEFAULT_PORTS[scheme]
+    except ValueError:
+        host, port = None, 0
+    if not host or re.search(r"[\x00-\x20\\]", authority):  # clients differ in what they take for the host
+        return scheme, f"{authority!r}, which is not a host"
+    return scheme, f"{host}:{port}"
 
 
 def public_path(url: str) -> str:
@@ -30,9 +86,9 @@ def public_path(url: str) -> str:
 
     It identifies a shard, is the same for every spelling of the URL, and is safe in rows and logs.
     """
-    scheme = _scheme(url)
-    if scheme in ("", "file", "local"):
-        return posixpath.normpath(str(LocalFileSystem._strip_protocol(url)))
+    scheme = scheme_of(url)
+    if scheme in LOCAL:
+        return posixpath.normpath(local_path(url))
     rest = without_query(url).partition("://")[2]
     host, slash, path = rest.partition("/")
     plain = f"{host.rpartition('@')[2]}{slash}{path}"

@@ -10,13 +10,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mmbeam.config import MIB
 from mmbeam.errors import MmbeamError, ShardError
-from mmbeam.readers.paths import etag_of, public_text
+from mmbeam.readers.paths import etag_of, file_system, public_text
 from mmbeam.types import Shard
 
 logger = logging.getLogger(__name__)
@@ -75,7 +74,7 @@ class _RetryingFile(io.RawIOBase):
         super().__init__()
         self._shard = shard
         self._waits = waits
-        self._fs, self._path = url_to_fs(shard.url)
+        self._fs, self._path = file_system(shard.url)
         self._file: Any = None
         self._position = begin
         self._ranges = True  # False once an HTTP server has sent a whole file instead of a range

@@ -3,7 +3,7 @@
 import hashlib
 import re
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmbeam.config import MIB
@@ -116,11 +116,22 @@ def unit_to_json(unit: WorkUnit) -> dict[str, Any]:
     return {"id": unit.id, "inputs": [input_to_json(source) for source in unit.inputs], "limit": unit.limit}
 
 
-def unit_from_json(data: Mapping[str, Any], urls: Mapping[str, str] | None = None) -> WorkUnit:
-    """Return the unit of a line of the plan. `urls` maps a path to the URL to open, where that differs."""
+def unit_from_json(
+    data: Mapping[str, Any], urls: Mapping[str, str] | None = None, bound: Collection[str] = ()
+) -> WorkUnit:
+    """Return the unit of a line of the plan.
+
+    `urls` maps a path to the URL to open, where that differs; `bound` are the paths that may not be redirected.
+    """
     inputs = []
     for source in data["inputs"]:
         path = source["path"]
-        shard = Shard(path=path, url=(urls or {}).get(path, path), size=source["size"], etag=source["etag"])
+        shard = Shard(
+            path=path,
+            url=(urls or {}).get(path, path),
+            size=source["size"],
+            etag=source["etag"],
+            may_redirect=path not in bound,
+        )
         inputs.append(Input(shard=shard, begin=source["begin"], end=source["end"]))
     return WorkUnit(id=data["id"], inputs=tuple(inputs), limit=data.get("limit"))

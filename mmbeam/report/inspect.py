@@ -79,9 +79,11 @@ def _without_media(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
     return Sample(key=raw.key, shard=raw.shard, offset=raw.offset, text=text, metadata=metadata)
 
 
-def inspect_text(patterns: Sequence[str], fields: FieldMap) -> Iterator[str]:
-    """Yield lines that state the number of shards and the contents of their first samples."""
-    shards = list_shards(patterns)
+def inspect_text(
+    patterns: Sequence[str], fields: FieldMap, strict: bool = False, allow_local_paths: bool = False
+) -> Iterator[str]:
+    """Yield lines on the number of shards and the contents of their first samples. The flags are `list_shards`'s."""
+    shards = list_shards(patterns, strict, allow_local_paths)
     sizes = [shard.size for shard in shards if shard.size is not None]
     known = "" if len(sizes) == len(shards) else f" ({len(shards) - len(sizes):,} of unknown size)"
     yield f"shards: {len(shards):,}, {sum(sizes) / 1e6:,.1f} MB{known}"

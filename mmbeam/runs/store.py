@@ -19,11 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from fsspec.asyn import AsyncFileSystem
-from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.errors import JobError
-from mmbeam.readers.paths import public_path
+from mmbeam.readers.paths import file_system, public_path
 
 SCRATCH = "_mmbeam/tmp"
 SCRATCH_SECONDS = 24 * 3600.0  # age at which scratch files of another machine are stale
@@ -158,7 +157,7 @@ class Store:
 @cache
 def _file_system(url: str, _pid: int) -> tuple[Any, str]:
     """Return the file system of a store, one per process (none survives a fork), without cached listings."""
-    fs, root = url_to_fs(url, use_listings_cache=False)
+    fs, root = file_system(url, use_listings_cache=False)
     return fs, root.rstrip("/")
 
 

@@ -54,12 +54,13 @@ def _line(unit: WorkUnit) -> str:
     """The unit as JSON, with what the run's plan omits: URLs that are not the shard's path itself."""
     shards = [source.shard for source in unit.inputs]
     urls = {shard.path: shard.url for shard in shards if shard.url != shard.path}
-    return json.dumps({**unit_to_json(unit), "urls": urls, "replace": unit.replace})
+    bound = [shard.path for shard in shards if not shard.may_redirect]
+    return json.dumps({**unit_to_json(unit), "urls": urls, "bound": bound, "replace": unit.replace})
 
 
 def _parse(line: str) -> WorkUnit:
     data = json.loads(line)
-    return replace(unit_from_json(data, data["urls"]), replace=data["replace"])
+    return replace(unit_from_json(data, data["urls"], data["bound"]), replace=data["replace"])
 
 
 def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) -> list[WorkUnit]:
