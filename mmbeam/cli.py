@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import NoReturn
 
 from mmbeam.commands import command, parse
-from mmbeam.errors import MmbeamError, UsageError
+from mmbeam.errors import MmbeamError, UsageError, redact
 from mmbeam.terminal import clear_line, log_to_stderr
 
 _MESSAGES = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}  # what ends the command, by signal
@@ -76,10 +76,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
     """Print one message on stderr, after the traceback if --verbose was given. Return `status`."""
     if args.verbose:
-        traceback.print_exc()
+        print(redact(traceback.format_exc()), end="", file=sys.stderr)
     if isinstance(error, OSError) and error.filename is not None:
         error = f"{error.filename}: {error.strerror}"
-    print(f"mmbeam: {_without_control_characters(_with_options(str(error), args))}", file=sys.stderr)
+    message = _with_options(redact(str(error)), args)
+    print(f"mmbeam: {_without_control_characters(message)}", file=sys.stderr)
     return status
 
 

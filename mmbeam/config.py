@@ -92,14 +92,14 @@ class Windows:
 class ModelRef:
     """A model as the user wrote it: `[NAME=]MODEL`. MODEL is a hub name with optional @revision, or a directory."""
 
-    model: str
+    model: str = field(repr=False)  # a URL may hold a secret
     name: str | None = None
 
     @classmethod
     def parse(cls, text: str) -> "ModelRef":
-        """Parse `[NAME=]MODEL`. Raise UsageError if NAME is not an identifier."""
+        """Parse `[NAME=]MODEL`. An = in a path or URL belongs to it. Raise UsageError if NAME is not an identifier."""
         name, equals, model = text.partition("=")
-        if not equals:
+        if not equals or "/" in name or ":" in name:
             return cls(model=text)
         if not name.isidentifier():
             raise UsageError(f"`model` {text}: {name!r} cannot prefix a column; use letters, digits and _")

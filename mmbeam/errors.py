@@ -19,11 +19,89 @@ MmbeamError
 
 Faults of the environment that are not in this tree (OSError from storage, MemoryError, PermissionError) are
 raised unchanged: the attempt ends, and the runner may retry.
+
+`redact` removes credentials from a text. Every MmbeamError, log line and record passes through it.
 """
+
+import json
+import os
+import re
+from collections.abc import Iterator
+
+SECRET_NAME = re.compile("secret|token|passw|pwd|credential|key|signature|connection_string|sas_", re.IGNORECASE)
+SECRET_CHARS = 8  # a shorter value of the environment is not looked for in texts
+
+_NAMES_ONLY = ("file", "local", "gs", "gcs", "s3", "s3a")  # with these, ? and # are part of a name
+_CONTAINER_AT = ("abfs", "abfss", "wasb", "wasbs", "github")  # what is before the @ names a container or a repository
+# The user part of a URL: up to the last @ before the path; also behind a / if it is a name and a password, not a port.
+_USER = re.compile(
+    r"\b([A-Za-z][A-Za-z0-9+.-]*)://(?:[^\s/@]*@(?:[^\s/@]*@)*|(?!arn:)[^\s/:@]*:(?!\d*(?:[/\s:?#]|$))[^@\n]*@)"
+)
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s'\"<>]*")
+_USER_WITHOUT_SCHEME = re.compile(r"(?<![\w/.@-])[^\s'\"/@:=(]+:(?!//)[^\s'\"@]{3,}@(?=[A-Za-z0-9])")
+_FIELD = (
+    r"[\w.-]*(?:secret|passw(?:or)?d|passphrase|pwd|signature|credential|connection_?string)[\w.-]*|sig|token|"
+    r"[\w.-]*(?:access|auth|session|security|refresh|bearer|api|sas|hf)[_-]?token|"
+    r"[\w.-]*(?:secret|access|account|api|private|signing|shared)[_-]?key(?:[_-]?id)?"
+)
+_FIELDS = (
+    re.compile(rf"(?<![\w.-])({_FIELD})(=)[^\s&;,'\")]+", re.IGNORECASE),
+    re.compile(rf"""(["'](?:{_FIELD})["'])(\s*:\s*)(?:"[^"]*"|'[^']*')""", re.IGNORECASE),
+    re.compile(r"\b((?:proxy-)?authorization|x-amz-security-token)([\"']?\s*[:=]\s*)[^\n,}]+", re.IGNORECASE),
+)
+_KNOWN = re.compile(  # keys of AWS, Google and the Hugging Face hub; headers; private keys
+    r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b|\bya29\.[\w-]+|\bhf_[A-Za-z0-9]{16,}|\b(?:Bearer|Basic) [\w.~+/=-]{8,}|"
+    r"-----BEGIN [A-Z ]*PRIVATE KEY-----.*?(?:-----END [A-Z ]*PRIVATE KEY-----|$)",
+    re.DOTALL,
+)
+
+
+def redact(text: str) -> str:
+    """Return `text` without credentials: user parts and query strings of URLs, secret fields, keys of known forms.
+
+    The values of the environment's secrets (AWS_SECRET_ACCESS_KEY, FSSPEC_S3_SECRET, ...) are removed wherever they
+    are. Of a name in a bucket, which may hold ? and #, only secret fields are removed.
+    """
+    for secret in _secrets_of_environment():
+        text = text.replace(secret, "...")
+    text = _KNOWN.sub("...", text)
+    text = _USER.sub(_without_user, text)
+    text = _URL.sub(lambda url: url[0] if url[1].lower() in _NAMES_ONLY else re.split("[?#]", url[0])[0], text)
+    text = _USER_WITHOUT_SCHEME.sub("...@", text)
+    for pattern in _FIELDS:
+        text = pattern.sub(r"\1\2...", text)
+    return text
+
+
+def _without_user(match: re.Match[str]) -> str:
+    is_container = match[1].lower() in _CONTAINER_AT and (match[1].lower() == "github" or ":" not in match[0][8:])
+    return match[0] if is_container else f"{match[1]}://"
+
+
+def _secrets_of_environment() -> Iterator[str]:
+    """Yield the values of secrets in the environment, but no paths, which errors name."""
+    for name, value in os.environ.items():
+        if name.startswith("FSSPEC_") and value.startswith("{"):
+            try:
+                yield from _secrets_of(json.loads(value))
+            except (ValueError, RecursionError):
+                continue
+        elif SECRET_NAME.search(name) and len(value) >= SECRET_CHARS and not value.startswith(("/", "~", ".")):
+            yield value
+
+
+def _secrets_of(options: object) -> Iterator[str]:
+    for name, value in options.items() if isinstance(options, dict) else ():
+        if isinstance(value, str) and SECRET_NAME.search(name) and len(value) >= SECRET_CHARS:
+            yield value
+        yield from _secrets_of(value)
 
 
 class MmbeamError(Exception):
-    """The base class of all exceptions that mmbeam raises on purpose."""
+    """The base class of all exceptions that mmbeam raises on purpose. Its message holds no credentials."""
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*(redact(arg) if isinstance(arg, str) else arg for arg in args))
 
 
 class UsageError(MmbeamError):

@@ -4,6 +4,8 @@ import logging
 import os
 import sys
 
+from mmbeam.errors import redact
+
 CLEAR_LINE = "\r\x1b[K"  # removes the progress line from a terminal
 
 
@@ -12,8 +14,17 @@ def clear_line() -> str:
     return CLEAR_LINE if os.isatty(2) else ""
 
 
+class _RedactingFormatter(logging.Formatter):
+    """Formats records without credentials, whatever library wrote them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return redact(super().format(record))
+
+
 def log_to_stderr(level: int, libraries: int) -> None:
     """Log mmbeam's messages from `level` on to stderr, and those of libraries from `libraries` on."""
     line = f"{clear_line()}%(levelname)s %(name)s: %(message)s"
-    logging.basicConfig(format=line, level=libraries, stream=sys.stderr)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_RedactingFormatter(line))
+    logging.basicConfig(level=libraries, handlers=[handler])
     logging.getLogger("mmbeam").setLevel(level)

@@ -14,10 +14,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from servers import FileServer
 
-from mmbeam.errors import NoShardsError, UsageError
+from mmbeam.errors import NoShardsError, UsageError, redact
 from mmbeam.readers import listing as shards_module
 from mmbeam.readers.listing import expand, list_shards
-from mmbeam.readers.paths import origin, plain_url, public_path, public_text
+from mmbeam.readers.paths import origin, plain_url, public_path
 from mmbeam.readers.stream import open_shard
 from mmbeam.types import Shard
 
@@ -248,7 +248,7 @@ class TestPublicPath:
     def test_no_secret_is_left(self, user: str, password: str, query: str) -> None:
         url = f"https://{user}:{password}@host/path/x.tar?token={query}#{query}"
         assert "S3CRET" not in public_path(url)
-        assert "S3CRET" not in public_text(f"404, message='Not Found', url='{url}' (<{url}>)")
+        assert "S3CRET" not in redact(f"404, message='Not Found', url='{url}' (<{url}>)")
         assert plain_url(url) == url
         assert url not in repr(Shard(path=public_path(url), url=url))
 

@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from mmbeam.errors import UsageError
+from mmbeam.errors import UsageError, redact
 from mmbeam.names import DTYPES, KINDS, MODALITIES
 
 if TYPE_CHECKING:
@@ -235,7 +235,7 @@ def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool
             report = None
             prepared.submit()
     if report is None:
-        yield f"Submitted, without waiting for the end. `mmbeam status {options.output}` shows its progress."
+        yield f"Submitted, without waiting for the end. `mmbeam status {redact(options.output)}` shows its progress."
         return 0
     yield summary_text(report, options.output)
     return SOME_UNITS_FAILED if report.units_failed else 0
@@ -256,12 +256,12 @@ def libraries_quiet(verbose: bool) -> Iterator[None]:
 
 def check_url(name: str, url: str) -> None:
     """Raise UsageError if no installed package opens `url`."""
-    from mmbeam.readers.paths import file_system, public_path, public_text
+    from mmbeam.readers.paths import file_system, public_path
 
     try:
         file_system(url)
     except (ImportError, ValueError) as error:
-        raise UsageError(f"{name} {public_path(url)}: {public_text(str(error))}") from error
+        raise UsageError(f"{name} {public_path(url)}: {error}") from error
 
 
 def _check_beam(args: Sequence[str]) -> None:

@@ -20,9 +20,9 @@ from apache_beam.options.pipeline_options import (
     TestOptions,
 )
 
-from mmbeam.errors import JobError, MmbeamError, UsageError
+from mmbeam.errors import JobError, MmbeamError, UsageError, redact
 from mmbeam.readers.listing import expand
-from mmbeam.readers.paths import is_local, public_path, public_text, scheme_of
+from mmbeam.readers.paths import is_local, public_path, scheme_of
 
 log = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def runner_error(error: Exception, args: Sequence[str]) -> JobError | None:
 
 
 def _first_line(text: str) -> str:
-    return public_text(text.partition("\n")[0])[:300]
+    return redact(text.partition("\n")[0])[:300]
 
 
 def _pool(options: PortableOptions) -> str:

@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -19,12 +18,11 @@ from mmbeam.clean import parse_image_filter
 from mmbeam.clean.text import check_steps
 from mmbeam.clean.where import compile_where
 from mmbeam.config import Reading, Windows
-from mmbeam.errors import MissingModalityError, UsageError
+from mmbeam.errors import SECRET_NAME, MissingModalityError, UsageError, redact
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
 from mmbeam.models.placement import devices_of
 from mmbeam.names import Modality
 from mmbeam.process import cores
-from mmbeam.readers.paths import public_text
 from mmbeam.report.inspect import Probe
 
 log = logging.getLogger(__name__)
@@ -42,8 +40,6 @@ _INSTEAD = {
     "portable": "the job service's own options, and --sdk_worker_parallelism",
 }
 
-# Options whose value is kept out of every file: --s3_secret_access_key, --azure_connection_string, ...
-_SECRET = re.compile("secret|token|password|credential|key|connection_string", re.IGNORECASE)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,8 +184,8 @@ def public_args(args: Sequence[str]) -> list[str]:
     for arg in args:
         name, equals, _ = arg.partition("=")
         if name.startswith("--"):
-            secret = _SECRET.search(name) is not None
-            shown.append(f"{name}=..." if secret and equals else public_text(arg))
+            secret = SECRET_NAME.search(name) is not None
+            shown.append(f"{name}=..." if secret and equals else redact(arg))
         else:
-            shown.append("..." if secret else public_text(arg))
+            shown.append("..." if secret else redact(arg))
     return shown

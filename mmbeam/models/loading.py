@@ -18,9 +18,7 @@ from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
-import fsspec
 import huggingface_hub
 import torch
 import transformers
@@ -30,6 +28,7 @@ from transformers import AutoConfig
 
 from mmbeam.errors import ModelError, UsageError
 from mmbeam.names import SHIPPED_MODEL
+from mmbeam.readers.paths import file_system, public_path
 
 logger = logging.getLogger(__name__)
 
@@ -84,7 +83,7 @@ def resolve(model: str) -> Resolved:
     if model == SHIPPED_MODEL:
         return Resolved(_SHIPPED_DIRECTORY, None, SHIPPED_MODEL)
     if "://" in model:
-        return Resolved(_copy_remote(model), None, _public(model))
+        return Resolved(_copy_remote(model), None, public_path(model))
     path = Path(model).expanduser()
     if path.is_dir():
         return Resolved(path.resolve(), None, model)
@@ -141,17 +140,12 @@ def _cached_revisions(name: str) -> list[str]:
     )
 
 
-def _public(url: str) -> str:
-    parts = urlsplit(url)
-    return f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-
-
 def _copy_remote(url: str) -> Path:
     """Copy a remote directory into the local cache, keyed by its listing; one process at a time."""
     url = url.rstrip("/")
-    name = _public(url)
+    name = public_path(url)
     try:
-        fs, root = fsspec.core.url_to_fs(url)
+        fs, root = file_system(url)
         listing = {path[len(root) :].lstrip("/"): info for path, info in fs.find(root, detail=True).items()}
     except Exception as error:  # each store has its own exceptions
         raise ModelError(f"{name}: cannot be listed: {type(error).__name__}: {error}") from error

@@ -18,7 +18,7 @@ from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.config import MIB
-from mmbeam.errors import NoShardsError, UsageError, printable
+from mmbeam.errors import NoShardsError, UsageError, printable, redact
 from mmbeam.names import LIST_SUFFIXES, SHARD_SUFFIXES
 from mmbeam.readers.paths import (
     Info,
@@ -29,7 +29,6 @@ from mmbeam.readers.paths import (
     origin,
     plain_url,
     public_path,
-    public_text,
     without_query,
 )
 from mmbeam.readers.stream import supports_ranges
@@ -203,7 +202,7 @@ def _place(entry: Entry) -> _Place:
     except ImportError as error:
         raise UsageError(f"{public_path(url)}: needs a package that is not installed: {error}") from None
     except ValueError as error:
-        raise UsageError(f"{public_path(url)}: {public_text(str(error))}") from None
+        raise UsageError(f"{public_path(url)}: {redact(str(error))}") from None
     plain = url.rstrip("/")
     remote = not isinstance(fs, LocalFileSystem) and plain.endswith(path.rstrip("/"))
     magic = "[*[]" if url.startswith(("http://", "https://")) else "[*?[]"

@@ -10,13 +10,14 @@ from urllib.parse import urlsplit
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
+from mmbeam.errors import redact
+
 ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # the most specific first
 ALIASES = {"gcs": "gs", "s3a": "s3"}
 LOCAL = ("", "file", "local")  # the schemes of paths of this machine
 NAMES_ONLY = (*LOCAL, "gs", "s3")  # with these, ? and # are part of a name; elsewhere they end the path
 DEFAULT_PORTS = {"http": 80, "https": 443, "ftp": 21, "ssh": 22, "sftp": 22}
 _COLONS = "\ue000"  # stands for ::, which fsspec takes for a chain of file systems
-URL_IN_TEXT = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://[^\s'\"<>]+")
 
 Info = Mapping[str, Any]  # of one path, as fsspec reports it
 
@@ -89,7 +90,7 @@ def public_path(url: str) -> str:
     scheme = scheme_of(url)
     if scheme in LOCAL:
         return posixpath.normpath(local_path(url))
-    rest = without_query(url).partition("://")[2]
+    rest = without_query(redact(url)).partition("://")[2]
     host, slash, path = rest.partition("/")
     plain = f"{host.rpartition('@')[2]}{slash}{path}"
     return f"{scheme}://{plain.lstrip('/') if scheme == 'memory' else plain}"
@@ -99,11 +100,6 @@ def plain_url(url: str) -> str:
     """Return the normalised URL, or `url` itself if that would drop credentials or a query string."""
     host = url.partition("://")[2].partition("/")[0]
     return url if "@" in host or without_query(url) != url else public_path(url)
-
-
-def public_text(text: str) -> str:
-    """Return `text`, for example an error message, with every URL in it made public."""
-    return URL_IN_TEXT.sub(lambda match: public_path(match[0]), text)
 
 
 def etag_of(info: Info) -> str | None:

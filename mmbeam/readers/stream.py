@@ -14,8 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mmbeam.config import MIB
-from mmbeam.errors import MmbeamError, ShardError
-from mmbeam.readers.paths import etag_of, file_system, public_text
+from mmbeam.errors import MmbeamError, ShardError, redact
+from mmbeam.readers.paths import etag_of, file_system
 from mmbeam.types import Shard
 
 logger = logging.getLogger(__name__)
@@ -153,7 +153,7 @@ class _RetryingFile(io.RawIOBase):
             self._ranges = False
         elif not isinstance(error, OSError | EOFError) and not STORE_PACKAGES.intersection(_packages(error)):
             raise error
-        return f"{type(error).__name__}: {' '.join(public_text(str(error.__cause__ or error)).split())}"
+        return f"{type(error).__name__}: {' '.join(redact(str(error.__cause__ or error)).split())}"
 
     def _open(self) -> None:
         if self._opened:
@@ -205,7 +205,7 @@ def supports_ranges(fs: Any, url: str, size: int) -> bool:
     except ValueError:
         return False
     except Exception as error:  # reading the shard will meet it again, and retry
-        logger.debug("%s: %s", public_text(url), type(error).__name__)
+        logger.debug("%s: %s", redact(url), type(error).__name__)
     return True
 
 
