@@ -33,21 +33,23 @@ SECRET_CHARS = 8  # a shorter value of the environment is not looked for in text
 
 _NAMES_ONLY = ("file", "local", "gs", "gcs", "s3", "s3a")  # with these, ? and # are part of a name
 _CONTAINER_AT = ("abfs", "abfss", "wasb", "wasbs", "github")  # what is before the @ names a container or a repository
+# All patterns are linear in the text, which may come from an input.
 # The user part of a URL: up to the last @ before the path; also behind a / if it is a name and a password, not a port.
 _USER = re.compile(
-    r"\b([A-Za-z][A-Za-z0-9+.-]*)://(?:[^\s/@]*@(?:[^\s/@]*@)*|(?!arn:)[^\s/:@]*:(?!\d*(?:[/\s:?#]|$))[^@\n]*@)"
+    r"\b([A-Za-z][A-Za-z0-9+.-]{0,30})://(?:(?:[^\s/@]{0,500}@)+|"
+    r"(?!arn:)[^\s/:@]{0,200}:(?!\d*(?:[/\s:?#]|$))(?:[^@\s]{0,500}|[^@\n/]{0,500})@)"
 )
-_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]*)://[^\s'\"<>]*")
-_USER_WITHOUT_SCHEME = re.compile(r"(?<![\w/.@-])[^\s'\"/@:=(]+:(?!//)[^\s'\"@]{3,}@(?=[A-Za-z0-9])")
+_URL = re.compile(r"\b([A-Za-z][A-Za-z0-9+.-]{0,30})://[^\s'\"<>]*")
+_USER_WITHOUT_SCHEME = re.compile(r"(?<![\w/.@-])[^\s'\"/@:=(]{1,200}:(?!//)[^\s'\"@]{3,500}@(?=[A-Za-z0-9])")
 _FIELD = (
-    r"[\w.-]*(?:secret|passw(?:or)?d|passphrase|pwd|signature|credential|connection_?string)[\w.-]*|sig|token|"
-    r"[\w.-]*(?:access|auth|session|security|refresh|bearer|api|sas|hf)[_-]?token|"
-    r"[\w.-]*(?:secret|access|account|api|private|signing|shared)[_-]?key(?:[_-]?id)?"
+    r"(?:(?:secret|passw(?:or)?d|passphrase|pwd|signature|credential|connection_?string)[\w.-]{0,40}|"
+    r"(?<![A-Za-z0-9_.-])(?:sig|token)|(?:access|auth|session|security|refresh|bearer|api|sas|hf)[_-]?token|"
+    r"(?:secret|access|account|api|private|signing|shared)[_-]?key(?:[_-]?id)?)"
 )
 _FIELDS = (
-    re.compile(rf"(?<![\w.-])({_FIELD})(=)[^\s&;,'\")]+", re.IGNORECASE),
-    re.compile(rf"""(["'](?:{_FIELD})["'])(\s*:\s*)(?:"[^"]*"|'[^']*')""", re.IGNORECASE),
-    re.compile(r"\b((?:proxy-)?authorization|x-amz-security-token)([\"']?\s*[:=]\s*)[^\n,}]+", re.IGNORECASE),
+    re.compile(rf"({_FIELD}=)[^\s&;,'\")]+", re.IGNORECASE),
+    re.compile(rf"""({_FIELD}\\?["']\s?:\s?)(?:\\?"[^"]{0, 2000}"|\\?'[^']{0, 2000}')""", re.IGNORECASE),
+    re.compile(r"((?:authorization|x-amz-security-token)[\"']?\s?[:=]\s?)[^\n,}]+", re.IGNORECASE),
 )
 _KNOWN = re.compile(  # keys of AWS, Google and the Hugging Face hub; headers; private keys
     r"\b(?:AKIA|ASIA)[0-9A-Z]{12,}\b|\bya29\.[\w-]+|\bhf_[A-Za-z0-9]{16,}|\b(?:Bearer|Basic) [\w.~+/=-]{8,}|"
@@ -60,17 +62,31 @@ def redact(text: str) -> str:
     """Return `text` without credentials: user parts and query strings of URLs, secret fields, keys of known forms.
 
     The values of the environment's secrets (AWS_SECRET_ACCESS_KEY, FSSPEC_S3_SECRET, ...) are removed wherever they
-    are. Of a name in a bucket, which may hold ? and #, only secret fields are removed.
+    are.
     """
     for secret in _secrets_of_environment():
         text = text.replace(secret, "...")
     text = _KNOWN.sub("...", text)
-    text = _USER.sub(_without_user, text)
-    text = _URL.sub(lambda url: url[0] if url[1].lower() in _NAMES_ONLY else re.split("[?#]", url[0])[0], text)
-    text = _USER_WITHOUT_SCHEME.sub("...@", text)
-    for pattern in _FIELDS:
-        text = pattern.sub(r"\1\2...", text)
+    if "://" in text:
+        text = _URL.sub(lambda match: public_url(match[0]), _USER.sub(_without_user, text))
+    if "@" in text:
+        text = _USER_WITHOUT_SCHEME.sub("...@", text)
+    if "=" in text or ":" in text:
+        for pattern in _FIELDS:
+            text = pattern.sub(r"\1...", text)
     return text
+
+
+def public_url(url: str) -> str:
+    """Return `url` without user part, query string and fragment.
+
+    Of a name in a bucket, which may hold ? and #, only the values of secret fields behind a ? are removed.
+    """
+    url = _USER.sub(_without_user, url, count=1)
+    if url.partition("://")[0].lower() not in _NAMES_ONLY:
+        return re.split("[?#]", url)[0]
+    name, mark, query = url.partition("?")
+    return name + mark + _FIELDS[0].sub(r"\1...", query)
 
 
 def _without_user(match: re.Match[str]) -> str:

@@ -26,8 +26,9 @@ import shards
 from servers import STORES, fresh_output
 from tiny_clip import save_clip
 
+from mmbeam.cli import main
 from mmbeam.config import ModelRef
-from mmbeam.errors import NoShardsError
+from mmbeam.errors import NoShardsError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed
 from mmbeam.types import RunReport
 
@@ -250,6 +251,44 @@ def test_an_unreadable_url_is_named_without_its_signature(
         embed(local.options(web.url("shard-000000.tar?sig=hush"), output))
     assert SECRET not in str(nothing.value)
     assert "hush" not in str(refused.value)
+
+
+COMMANDS = {  # each prints an error; {web} is a server that answers 403 to what is not signed
+    "model": ["--input", "{root}/in", "--output", "{out}", "--model", f"{{user}}/model?{SIGNED}"],
+    "named model": ["--input", "{root}/in", "--output", "{out}", "--model", f"clip={{user}}/model?sig={SECRET}"],
+    "input": ["--input", f"{{user}}/none.tar?{SIGNED}", "--output", "{out}"],
+    "list": ["--input", f"@{{user}}/none?{SIGNED}", "--output", "{out}"],
+    "bucket": ["--input", f"s3://KEY:{SECRET}/x@bucket/a.tar", "--output", "{out}"],
+    "output": ["--input", "{root}/in", "--output", f"s3://KEY:{SECRET}@bucket/out"],
+    "scheme": ["--input", "{root}/in", "--output", f"azzz://c:{SECRET}@account/out?sv=1&sig={SECRET}"],
+    "unknown option": ["--input", "{root}/in", "--output", "{out}", f"--other_secret={SECRET}"],
+}
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_no_error_of_the_command_line_shows_a_secret(
+    local: Local, web: Web, name: str, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    places = {
+        "root": local.root,
+        "out": tmp_path / "out",
+        "user": web.url("x", user=f"me:{SECRET}@").removesuffix("/x"),
+    }
+    status = main(["embed", *(arg.format(**places) for arg in COMMANDS[name]), "--device=cpu", "--verbose"])
+    said = "".join(capfd.readouterr())
+    assert status in (1, 2)
+    assert "mmbeam: " in said
+    assert SECRET not in said
+    assert SECRET not in "".join(path.read_text() for path in tmp_path.rglob("*.json*"))
+
+
+def test_an_equals_sign_in_a_url_is_part_of_it() -> None:
+    for text in (f"http://h/x?sig={SECRET}", "s3://b/run=3", "./run=3", "/models/step=1000", "org/name=x"):
+        assert ModelRef.parse(text) == ModelRef(model=text)
+        assert SECRET not in repr(ModelRef.parse(text))
+    assert ModelRef.parse("clip=http://h/x?y=z") == ModelRef(name="clip", model="http://h/x?y=z")
+    with pytest.raises(UsageError, match="'my-clip' cannot prefix a column"):
+        ModelRef.parse("my-clip=dir")
 
 
 def test_an_endpoint_with_keys_among_beams_options_is_recorded_without_them(local: Local, tmp_path: Path) -> None:

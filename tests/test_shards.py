@@ -172,7 +172,7 @@ class TestFetchedLists:
     @pytest.mark.parametrize("line", ["@/etc/passwd", "/etc/x.txt", "other.list", "@http://other.example/x"])
     def test_nested_lists_are_not_read(self, line: str, web: FileServer) -> None:
         web.files["/lists/train.txt"] = line.encode()
-        with pytest.raises(UsageError, match="a list in a list"):
+        with pytest.raises(UsageError, match="a list cannot contain another list"):
             expand([web.url("lists/train.txt")])
 
     def test_its_own_place_is_allowed(self, web: FileServer) -> None:
@@ -224,6 +224,10 @@ class TestPublicPath:
         [
             ("https://user:secret@host:81/a/b.tar?sig=abc&x=/y#part", "https://host:81/a/b.tar"),
             ("s3://bucket/a.tar", "s3://bucket/a.tar"),
+            ("s3://bucket/token=abc/secret=1/a.tar", "s3://bucket/token=abc/secret=1/a.tar"),
+            ("gs://bucket/a.tar?sig=abc&n=1", "gs://bucket/a.tar?sig=...&n=1"),
+            ("s3://KEY:SEC/RET@bucket/a.tar", "s3://bucket/a.tar"),
+            ("https://user:pass word@host/a b.tar?sig=abc", "https://host/a b.tar"),
             ("s3a://bucket/a.tar", "s3://bucket/a.tar"),
             ("gcs://bucket/a@b.tar", "gs://bucket/a@b.tar"),
             ("gs://bucket/a#1?x=%20.tar", "gs://bucket/a#1?x=%20.tar"),
@@ -251,6 +255,58 @@ class TestPublicPath:
         assert "S3CRET" not in redact(f"404, message='Not Found', url='{url}' (<{url}>)")
         assert plain_url(url) == url
         assert url not in repr(Shard(path=public_path(url), url=url))
+
+
+class TestRedact:
+    """Credentials never reach a message, whatever form a client gives them."""
+
+    SECRETS = (
+        "http://user:S3CRET@host/x.tar?X-Amz-Signature=S3CRET&y: does not exist",
+        "https://user:S3 CRET@host/x",
+        "https://S3CRET@host/x",
+        "https://u:p@S3CRET@host/x",
+        "s3://S3CRET:S3/CRET@bucket/x.tar",
+        "Invalid bucket name 'S3CRET:S3/CRET@bucket'",
+        "abfs://container:S3CRET@account.host/x?sv=1&sig=S3CRET",
+        "gs://bucket/x?access_token=S3CRET",
+        "s3://bucket/x?X-Amz-Security-Token=S3CRET&X-Amz-Credential=S3CRET",
+        "?sig=S3CRET",
+        "{'secret': 'S3CRET', \"client_secret\": \"S3CRET\"}",
+        "AccountName=x;AccountKey=S3CRET+/=;EndpointSuffix=y",
+        "Authorization: Basic S3CRETS3CRET==",
+        "headers={'Authorization': 'Bearer S3CRETS3CRET'}",
+        "AWS_SECRET_ACCESS_KEY=S3CRET",
+        "--s3_secret_access_key=S3CRET",
+        "-----BEGIN PRIVATE KEY-----\nS3CRET\n-----END PRIVATE KEY-----",
+    )
+
+    @pytest.mark.parametrize("text", SECRETS)
+    def test_secrets_are_removed(self, text: str) -> None:
+        for shown in (redact(text), str(UsageError(text)), redact(repr(text))):
+            assert "S3CRET" not in shown
+            assert "CRET@" not in shown
+        assert redact(redact(text)) == redact(text)
+
+    PLAIN = (
+        "https://host:81/a@b.tar: expected a tar header at byte 3, found x@y",
+        "gs://bucket/a@b#1?x=2.tar",
+        "abfs://container@account.host/x",
+        "github://org:name@main/x.tar",
+        "`batch_size` 3: expected 4; max_tokens=5, pad_token=0, key=000003, `token`",
+        "openai/clip@main: clip=openai/clip at 12:30",
+        "{'key': '000003', 'shard': 'x'}",
+        "memory://a:b/c.tar, line 3: x: y@z",
+    )
+
+    @pytest.mark.parametrize("text", PLAIN)
+    def test_the_rest_stays(self, text: str) -> None:
+        assert redact(text) == text
+
+    def test_values_of_the_environment(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setenv("FSSPEC_S3", '{"client_kwargs": {"aws_secret_access_key": "aaaabbbb"}}')
+        monkeypatch.setenv("FSSPEC_ABFS_ACCOUNT_KEY", "ccccdddd")
+        monkeypatch.setenv("GOOGLE_APPLICATION_CREDENTIALS", "/etc/key.json")
+        assert redact("x aaaabbbb y ccccdddd z /etc/key.json") == "x ... y ... z /etc/key.json"
 
 
 class TestListShards:

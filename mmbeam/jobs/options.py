@@ -41,7 +41,6 @@ _INSTEAD = {
 }
 
 
-
 @dataclass(frozen=True, kw_only=True)
 class JobOptions:
     """The options that all jobs share."""

@@ -152,7 +152,7 @@ def _read_lines(url: str) -> list[tuple[int, str]]:
         raise UsageError(f"{name}: expected a list of shards, one per line; found HTML or binary data")
     longest = max(lines, key=lambda line: len(line[1]), default=(0, ""))
     if len(longest[1]) > MAX_LINE_CHARS:
-        raise UsageError(f"{name}, line {longest[0]}: expected at most {MAX_LINE_CHARS:,} characters; one shard per line")
+        raise UsageError(f"{name}, line {longest[0]}: expected one shard, found {len(longest[1]):,} characters")
     return lines
 
 

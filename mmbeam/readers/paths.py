@@ -10,7 +10,7 @@ from urllib.parse import urlsplit
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mmbeam.errors import redact
+from mmbeam.errors import public_url
 
 ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # the most specific first
 ALIASES = {"gcs": "gs", "s3a": "s3"}
@@ -18,6 +18,11 @@ LOCAL = ("", "file", "local")  # the schemes of paths of this machine
 NAMES_ONLY = (*LOCAL, "gs", "s3")  # with these, ? and # are part of a name; elsewhere they end the path
 DEFAULT_PORTS = {"http": 80, "https": 443, "ftp": 21, "ssh": 22, "sftp": 22}
 _COLONS = "\ue000"  # stands for ::, which fsspec takes for a chain of file systems
+
+_CREDENTIALS = {  # where a store's client looks for credentials
+    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or FSSPEC_S3_KEY and FSSPEC_S3_SECRET",
+    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`",
+}
 
 Info = Mapping[str, Any]  # of one path, as fsspec reports it
 
@@ -31,6 +36,10 @@ def file_system(url: str, **options: Any) -> tuple[Any, str]:
     if is_local(url):
         return LocalFileSystem(), local_path(url)
     scheme, _, rest = url.partition("://")
+    authority, _, name = rest.partition("/")
+    has_user = "@" in authority or (":" in authority and "@" in name and not authority.startswith("arn:"))
+    if has_user and scheme_of(url) in _CREDENTIALS:
+        raise ValueError(f"credentials in the URL are not supported; {_CREDENTIALS[scheme_of(url)]}")
     url = f"{scheme.lower()}://{rest}"
     fs, path = url_to_fs(url.replace("::", _COLONS), **options)
     return fs, path.replace(_COLONS, "::")
@@ -90,7 +99,7 @@ def public_path(url: str) -> str:
     scheme = scheme_of(url)
     if scheme in LOCAL:
         return posixpath.normpath(local_path(url))
-    rest = without_query(redact(url)).partition("://")[2]
+    rest = without_query(public_url(url)).partition("://")[2]
     host, slash, path = rest.partition("/")
     plain = f"{host.rpartition('@')[2]}{slash}{path}"
     return f"{scheme}://{plain.lstrip('/') if scheme == 'memory' else plain}"
