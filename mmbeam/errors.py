@@ -48,7 +48,7 @@ _FIELD = (
 )
 _FIELDS = (
     re.compile(rf"({_FIELD}=)[^\s&;,'\")]+", re.IGNORECASE),
-    re.compile(rf"""({_FIELD}\\?["']\s?:\s?)(?:\\?"[^"]{0, 2000}"|\\?'[^']{0, 2000}')""", re.IGNORECASE),
+    re.compile(rf"""({_FIELD}\\?["']\s?:\s?)(?:\\?"[^"]{{0,2000}}"|\\?'[^']{{0,2000}}')""", re.IGNORECASE),
     re.compile(r"((?:authorization|x-amz-security-token)[\"']?\s?[:=]\s?)[^\n,}]+", re.IGNORECASE),
 )
 _KNOWN = re.compile(  # keys of AWS, Google and the Hugging Face hub; headers; private keys
