@@ -32,8 +32,8 @@ WALLS = {  # the only packages and modules that may import a library
     "transformers": TORCH,
 }
 FLOORS = (  # a part imports from the floors above its own line in this list, and from itself
-    ("mmbeam", "names", "errors", "terminal"),
-    ("types", "config"),
+    ("mmbeam", "names", "errors"),
+    ("terminal", "types", "config"),
     ("clean", "process", "corpus"),
     ("prompts", "decode", "ops"),
     ("readers",),
