@@ -488,7 +488,7 @@ class TestAudio:
 
     def test_truncated_wav_error_names_sizes(self) -> None:
         data = SOUNDS["wav 16"]
-        with pytest.raises(DecodeError, match=r"truncated WAV \(expected 16,000 bytes of sound, found 15,900\)"):
+        with pytest.raises(DecodeError, match=r"truncated WAV \(expected 16,000 bytes of audio, found 15,900\)"):
             decode_audio(data[:-100], LIMITS, frozenset())
 
     @pytest.mark.parametrize("size", [0xFFFFFFFF, 0x7FFFF000])

@@ -4,9 +4,9 @@ Supported: WAV (PCM of 8 to 32 bits, float, A-law, mu-law, ADPCM), FLAC, MP3, Og
 are averaged. Tags (ID3v1, ID3v2, APEv2) are skipped. Streams that follow each other in one file, a chained
 Ogg or joined MP3s, are decoded to the last.
 
-A file that ends before its header says is refused: a WAV by its data chunk, an MP3 by its Xing header, a
-FLAC by libsndfile, an Ogg that ends inside a page. A cut cannot be detected in an MP3 without a Xing header,
-nor in an Ogg that ends between two pages.
+A truncated file is an error. Truncation is detected by the size in the header (WAV, MP3 with a Xing header), by
+libsndfile (FLAC), or by an incomplete last page (Ogg). It cannot be detected in an MP3 without a Xing header, nor in
+an Ogg that ends between two pages.
 """
 
 import io
@@ -31,9 +31,12 @@ _RATES = (100, 384_000)  # Hz; beyond them a limit in seconds would not bound me
 _BLOCK_SAMPLES = 1 << 17  # decoded at a time, over all channels: 512 KiB
 _MP3_SLACK = 2 * 1152  # frames by which encoders' Xing headers differ from what is decoded
 _MP3_SAME_STREAM = 0xFFFE0C00  # bits of a frame header that are equal throughout a stream: sync, version, layer, rate
-_MIN_BARE_MP3 = 8192  # bytes: a shorter rest without a Xing header may be a difference in how encoders count
+# Bytes: a remainder without a Xing header counts as another MP3 only from this size; a shorter one may come from
+# encoders that count the size of a stream differently.
+_MIN_BARE_MP3 = 8192
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile's count for a FLAC that was written to a pipe is near 2**63
-_UNKNOWN_SIZE = 0x7FFF0000  # programs that cannot seek back (sox, ffmpeg) write a size from here on
+# A data size of at least this means unknown: programs that write to a pipe (sox, ffmpeg) cannot fill in the real size.
+_UNKNOWN_SIZE = 0x7FFF0000
 _MAX_TAGS = 100
 _MAX_STREAMS = 1000
 _ZEROS = re.compile(rb"\0*")
@@ -154,7 +157,7 @@ def _end_without_tags(data: bytes) -> int:
 
 
 def _check_wav_is_whole(data: bytes) -> None:
-    """Refuse a WAV whose data chunk is shorter than its header says: libsndfile would read the rest silently."""
+    """Raise DecodeError for a WAV whose data chunk is cut short; libsndfile would read it without an error."""
     position, long_size = 12, None
     while position + 8 <= len(data):
         name, size = struct.unpack_from("<4sI", data, position)
@@ -164,7 +167,7 @@ def _check_wav_is_whole(data: bytes) -> None:
         if name == b"data":
             expected, found = long_size or size, len(data) - position
             if found < expected and (long_size or size < _UNKNOWN_SIZE):
-                raise DecodeError(f"truncated WAV (expected {expected:,} bytes of sound, found {found:,})")
+                raise DecodeError(f"truncated WAV (expected {expected:,} bytes of audio, found {found:,})")
             return
         position += size + size % 2
     raise DecodeError(f"truncated WAV ({len(data):,} bytes, no data chunk)")
@@ -196,25 +199,32 @@ def _page_end(data: bytes, page: int) -> int:
 
 
 def _split_mp3(data: bytes) -> list[bytes]:
-    """Split MP3s that follow each other: libsndfile stops where the first one's Xing header ends the stream."""
+    """Split joined MP3s: libsndfile stops where the first one's Xing header ends the stream."""
     starts = [0]
-    while len(starts) <= _MAX_STREAMS:
-        start = starts[-1]
-        xing = _xing(data, start)
-        has_size = xing >= 0 and int.from_bytes(data[xing + 4 : xing + 8], "big") & 3 == 3
-        size = int.from_bytes(data[xing + 12 : xing + 16], "big") if has_size else 0
-        if not 0 < size < len(data) - start:
-            return [data[start:end] for start, end in pairwise([*starts, len(data)])]
-        try:
-            after = _skip_tags(data, start + size)
-        except DecodeError:  # junk that begins like a tag
-            after = len(data)
-        first, second = (int.from_bytes(data[at : at + 4], "big") for at in (start, after))
-        is_bare = not (first ^ second) & _MP3_SAME_STREAM and len(data) - after >= _MIN_BARE_MP3
-        if _kind(data, after) != "MP3" or (_xing(data, after) < 0 and not is_bare):
-            return [data[start:end] for start, end in pairwise([*starts, len(data)])]
-        starts.append(after)
-    raise LimitError(f"more than {_MAX_STREAMS:,} joined MP3s")
+    while (start := _next_mp3(data, starts[-1])) is not None:
+        starts.append(start)
+        if len(starts) > _MAX_STREAMS:
+            raise LimitError(f"more than {_MAX_STREAMS:,} joined MP3s")
+    return [data[start:end] for start, end in pairwise([*starts, len(data)])]
+
+
+def _next_mp3(data: bytes, start: int) -> int | None:
+    """Return where the MP3 after the one at `start` begins; None if there is none, or no Xing header has the size."""
+    xing = _xing(data, start)
+    has_size = xing >= 0 and int.from_bytes(data[xing + 4 : xing + 8], "big") & 3 == 3
+    size = int.from_bytes(data[xing + 12 : xing + 16], "big") if has_size else 0
+    if not 0 < size < len(data) - start:
+        return None
+    try:
+        after = _skip_tags(data, start + size)
+    except DecodeError:  # junk that begins like a tag
+        return None
+    if _kind(data, after) != "MP3":
+        return None
+    first, second = (int.from_bytes(data[at : at + 4], "big") for at in (start, after))
+    has_same_format = (first ^ second) & _MP3_SAME_STREAM == 0
+    is_bare_mp3 = has_same_format and len(data) - after >= _MIN_BARE_MP3
+    return after if _xing(data, after) >= 0 or is_bare_mp3 else None
 
 
 def _xing(data: bytes, frame: int) -> int:
