@@ -6,6 +6,8 @@ Each closed set of names is a Literal, listed here once, so that `--help` and th
 from collections.abc import Mapping
 from typing import Literal, get_args
 
+VERSION = "0.1.0"  # of mmbeam
+
 Modality = Literal["image", "audio", "text"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
 Kind = Literal["image", "audio", "text", "metadata"]  # what a member of a sample holds

@@ -71,6 +71,9 @@ def test_every_command_runs_and_the_python_example_reads_the_rows() -> None:
     assert scope["vectors"].shape == (SAMPLES, 24)
     assert scope["images"].shape[1] == 24
     assert scope["present"].all()
+    assert {name: vectors.shape for name, vectors in scope["query"].items()} == {"image": (1, 24), "text": (1, 24)}
+    assert len(scope["captions"]) == 1
+    assert scope["rows"].num_rows == SAMPLES
 
 
 @pytest.mark.usefixtures("here")

@@ -9,8 +9,8 @@ import importlib
 from collections.abc import Generator, Sequence
 from typing import NoReturn, Protocol, cast
 
-from mmbeam import __version__
 from mmbeam.errors import UsageError
+from mmbeam.names import VERSION
 
 COMMANDS = ("caption", "demo", "embed", "evaluate", "export", "inspect", "search", "status", "train")
 
@@ -57,7 +57,7 @@ def _parser() -> _Parser:
         description="Embeddings and captions for buckets of image-text-audio shards.",
         allow_abbrev=False,
     )
-    parser.add_argument("--version", action="version", version=f"mmbeam {__version__}")
+    parser.add_argument("--version", action="version", version=f"mmbeam {VERSION}")
     commands = parser.add_subparsers(required=True, dest="command", metavar="COMMAND")
     for name in COMMANDS:
         module = command(name)

@@ -23,9 +23,9 @@ from mmbeam.features.schema import ColumnName, parse_name
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.process import cores
 from mmbeam.readers.paths import public_path
-from mmbeam.readers.stream import open_shard
+from mmbeam.readers.stream import read_file
 from mmbeam.runs.run import Run, find_run
-from mmbeam.types import Batch, RawSample, Shard, WorkUnit
+from mmbeam.types import Batch, RawSample, WorkUnit
 
 FIELD_OF = {"image": "jpg", "audio": "wav", "text": "txt"}  # decoders go by content, not by extension
 
@@ -172,7 +172,9 @@ def _encode(
             raise ModelError(
                 f"{reference}: its files have changed since {rows.store} was written; search with those files"
             )
-        where, data = ("the query", query.encode()) if modality == "text" else _read(query, reading.limits)
+        is_text = modality == "text"
+        where = "the query" if is_text else public_path(query)
+        data = query.encode() if is_text else read_file(query, reading.limits.member_bytes)
         field = FIELD_OF[modality]
         raw = RawSample(key=where, shard=where, offset=0, members={field: data}, fields=(field,))
         sample, failures = decode_sample(raw, reading, stage.needs)
@@ -183,16 +185,6 @@ def _encode(
             raise SampleError(f"{where}: {failure.message}")
         return column, np.asarray(batch.features[f"{modality}_embedding"][0].as_py(), np.float32)
     raise UsageError(f"cannot search by {modality}: {'; '.join(problems)}")
-
-
-def _read(url: str, limits: Limits) -> tuple[str, bytes]:
-    """Return a file's path without secrets, and its bytes. Raises ShardError if it cannot be read."""
-    shard = Shard(path=public_path(url), url=url)
-    with open_shard(shard) as stream:
-        data = stream.read(limits.member_bytes + 1)
-    if len(data) > limits.member_bytes:
-        raise SampleError(f"{shard.path}: larger than {limits.member_bytes:,} bytes")
-    return shard.path, data
 
 
 def _reading(recorded: Mapping[str, Any]) -> Reading:

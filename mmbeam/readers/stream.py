@@ -14,8 +14,8 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mmbeam.config import MIB
-from mmbeam.errors import MmbeamError, ShardError, redact
-from mmbeam.readers.paths import etag_of, file_system
+from mmbeam.errors import LimitError, MmbeamError, ShardError, redact
+from mmbeam.readers.paths import etag_of, file_system, public_path
 from mmbeam.types import Shard
 
 logger = logging.getLogger(__name__)
@@ -65,6 +65,16 @@ def open_shard(shard: Shard, begin: int = 0, waits: Sequence[float] = RETRY_WAIT
     raw = _RetryingFile(shard, begin, waits)
     raw.open()
     return ShardStream(raw)
+
+
+def read_file(url: str, max_bytes: int) -> bytes:
+    """Return the bytes of one file. Raises ShardError if it cannot be read, LimitError if it is over `max_bytes`."""
+    shard = Shard(path=public_path(url), url=url)
+    with open_shard(shard) as stream:
+        data = stream.read(max_bytes + 1)
+    if len(data) > max_bytes:
+        raise LimitError(f"{shard.path}: expected at most {max_bytes:,} bytes, found more")
+    return data
 
 
 class _RetryingFile(io.RawIOBase):
