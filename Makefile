@@ -5,13 +5,17 @@ BIN := $(VENV)/bin
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraints constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test test-flink lint bench model ablations clean
+.PHONY: demo test torture test-flink lint bench model ablations clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mmbeam demo
 
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
+
+# The long tests of damage and death: crashes at every step, kills at random moments.
+torture: $(VENV)/.ready-test
+	$(BIN)/pytest --numprocesses 2 -m torture
 
 # On a real Flink 1.19, downloaded from Maven and PyPI. Needs a JDK; takes 16 minutes.
 test-flink: $(VENV)/.ready-test

@@ -22,9 +22,10 @@ from typing import NoReturn
 
 from mmbeam.commands import command, parse
 from mmbeam.errors import MmbeamError, UsageError, redact
-from mmbeam.terminal import clear_line, log_to_stderr
+from mmbeam.terminal import before_exit, clear_line, log_to_stderr
 
 _MESSAGES = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}  # what ends the command, by signal
+CLEANING_SECONDS = 3.0  # given to what is called before a signal ends the process
 _exiting = threading.Lock()
 
 
@@ -134,6 +135,9 @@ def _exit_now(number: int, _frame: object = None) -> None:
     """End this process and its children because of a signal: called by the handler and by the waiting thread."""
     if not _exiting.acquire(blocking=False):
         return  # the other one does it
+    cleaning = threading.Thread(target=lambda: [call() for call in before_exit], daemon=True)
+    cleaning.start()
+    cleaning.join(timeout=CLEANING_SECONDS)  # a store may not answer
     for file in Path("/proc/self/task").glob("*/children"):  # a job server, for example, would outlive this process
         with suppress(OSError):  # a thread or child may have ended
             for pid in file.read_text().split():

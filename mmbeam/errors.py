@@ -16,6 +16,7 @@ MmbeamError
     +-- DecodeError             the bytes are not valid for their format
     +-- LimitError              a value exceeds one of the limits
     +-- PromptError             the sample lacks a field of the prompt, or its turns are malformed
+    +-- CrashError              processing the sample ends the process (never raised: the process is gone)
 
 Faults of the environment that are not in this tree (OSError from storage, MemoryError, PermissionError) are
 raised unchanged: the attempt ends, and the runner may retry.
@@ -181,6 +182,10 @@ class LimitError(SampleError):
 
 class PromptError(SampleError):
     """A sample lacks a field that the prompt names, or its metadata holds no valid dialogue."""
+
+
+class CrashError(SampleError):
+    """Processing a sample ends the process: a codec crashes, or the kernel kills it because memory is short."""
 
 
 MESSAGE_CHARS = 300  # of text from the input, or from a codec, in a message

@@ -8,12 +8,12 @@ import os
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import cache
 
-from mmbeam.types import Tally, UnitReport
+from mmbeam.types import RawSample, Sample, StepBegun, Tally, UnitReport
 
 RATE_SECONDS = 30.0  # the throughput shown is that of the last RATE_SECONDS
 
@@ -33,6 +33,7 @@ def reset() -> None:
     _make_pool.cache_clear()
     progress.relay = None
     progress.start(0)
+    steps.relay = None
     for callback in _reset_callbacks:
         callback()
 
@@ -155,3 +156,17 @@ class Progress:
 
 
 progress = Progress()  # of this process
+
+
+class Steps:
+    """Announces the steps that a child process begins. Without a `relay` it does nothing."""
+
+    relay: Callable[[StepBegun], None] | None = None  # sends the parent process what begins
+
+    def begin(self, step: str, samples: Iterable[RawSample | Sample]) -> None:
+        """Announce that `step` begins on `samples`."""
+        if self.relay is not None:
+            self.relay(StepBegun(step, tuple(sample.id for sample in samples)))
+
+
+steps = Steps()  # of this process

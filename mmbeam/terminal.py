@@ -1,12 +1,14 @@
-"""What is written to a terminal beside the output of a command: the log, and the characters that clear a line."""
+"""The terminal of a command: its log, the characters that clear a line, and what a signal from it calls."""
 
 import logging
 import os
 import sys
+from collections.abc import Callable
 
 from mmbeam.errors import redact
 
 CLEAR_LINE = "\r\x1b[K"  # removes the progress line from a terminal
+before_exit: list[Callable[[], None]] = []  # called before a signal ends the process
 
 
 def clear_line() -> str:

@@ -70,6 +70,7 @@ class WorkUnit:
     inputs: tuple[Input, ...]
     limit: int | None = None  # number of samples to stop after
     replace: bool = False  # run it although it is committed, and replace its rows (retry_failures)
+    isolation: "Isolation | None" = None  # set only in a child process that looks for the sample that ends it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +91,25 @@ class SampleId(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Isolation:
+    """How a child process runs a unit whose attempts ended their processes (jobs/isolate.py).
+
+    Samples are decoded one at a time, and not ahead of the model.
+    """
+
+    crashes: Mapping[SampleId, str] = field(default_factory=dict)  # samples that ended a process, with the message
+    probed: frozenset[SampleId] | None = None  # read only these samples, and write nothing; None: all
+    single: bool = False  # one sample per window
+
+
+class StepBegun(NamedTuple):
+    """What a child process says before it begins a step, so that its parent knows where it ended."""
+
+    step: str  # "decode", "model", "write"
+    samples: tuple[SampleId, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class RawSample:
     """Adjacent members of one key, undecoded."""
 
@@ -101,6 +121,11 @@ class RawSample:
     damages: tuple[Damage, ...] = ()
     truncated: bool = False  # the shard ends, or becomes unreadable, inside this sample
     repeated: bool = False  # its key occurred before in the same input
+
+    @property
+    def id(self) -> SampleId:
+        """The sample's identity within a run."""
+        return SampleId(self.shard, self.offset)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -163,7 +188,7 @@ class Failure:
     shard: str
     offset: int
     modality: str  # "image", "audio", "text", "metadata"; "" for the whole sample
-    step: str  # "read", "decode", "embed", "generate"
+    step: str  # "read", "decode", "embed", "generate", "crash"
     error: str  # name of an exception class
     message: str
     outputs: tuple[str, ...] = ()  # columns lost; empty: every output that depends on `modality`

@@ -16,7 +16,7 @@ from outputs import make_batches, make_run, make_unit, new_barrier, plan_togethe
 from servers import STORES, fresh_output
 
 from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError
-from mmbeam.runs.commits import committed, load_reports, report_failed_unit, report_of
+from mmbeam.runs.commits import DamagedPartError, committed, load_reports, report_failed_unit, report_of
 from mmbeam.runs.control import clear_stop, count_window, lock_run, stop_reason, stop_run
 from mmbeam.runs.plan import extend_plan, load_plan
 from mmbeam.runs.run import Run, open_run, read_manifest
@@ -254,11 +254,14 @@ def test_a_part_of_another_configuration_is_an_error(output: str) -> None:
 
 
 @pytest.mark.parametrize("content", [b"", b"PAR1", b"\xff" * 64, b"x" * 100_000])
-def test_a_part_that_is_not_parquet_is_an_error(local: str, content: bytes) -> None:
+def test_a_part_that_is_no_parquet_is_removed(local: str, content: bytes, caplog: pytest.LogCaptureFixture) -> None:
     run = make_run(local)
     run.store.create("data/part-a-1.parquet", content)
-    with pytest.raises(RunMismatchError, match=r"part-a-1\.parquet"):
-        report_of(run, "a-1")
+    with pytest.raises(DamagedPartError, match=r"part-a-1\.parquet: expected a Parquet .* cut off or damaged"):
+        list(load_reports(run, ["a-1"]))
+    assert report_of(run, "a-1") is None
+    assert "part-a-1.parquet: damaged since its commit" in caplog.text
+    assert committed(run) == set()
 
 
 # The stop mark and the lock

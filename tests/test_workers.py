@@ -149,14 +149,14 @@ def test_a_slow_unit_delays_no_other(tmp_path: Path) -> None:
         ("device", DeviceError, "^cuda:1: lost"),
         ("odd", JobError, "^OddError: it: is odd"),
         ("quit", JobError, "^SystemExit: a library exits"),
-        ("die", JobError, r"worker process \d+ was killed by SIGKILL, .* reduce `workers`. Run the same command again"),
-        ("exit", JobError, r"worker process \d+ ended with status 7. Run the same command again"),
+        ("die", JobError, r"worker process \d+ was killed by SIGKILL, perhaps .* and run the same command again"),
+        ("exit", JobError, r"worker process \d+ ended with status 7. Reduce `workers` if memory is short"),
     ],
 )
-def test_an_error_or_the_death_of_one_process_ends_all(first: str, error: type[Exception], message: str) -> None:
+def test_an_error_or_the_end_of_too_many_processes_ends_all(first: str, error: type[Exception], message: str) -> None:
     begin = time.monotonic()
     with (
-        started(Workers([fail, fail], threads=[1, 1], units_per_process=1)) as (workers, pids),
+        started(Workers([fail, fail], threads=[1, 1], units_per_process=1, restarts=1)) as (workers, pids),
         pytest.raises(error, match=message) as raised,
     ):
         list(workers.do([unit(first), unit("sleep")], lambda _: None))
@@ -164,6 +164,32 @@ def test_an_error_or_the_death_of_one_process_ends_all(first: str, error: type[E
     assert not any(map(exists, pids))
     if first in ("device", "odd", "quit"):
         assert "in fail" in raised.value.__notes__[0]  # the worker's traceback, for --verbose
+
+
+@dataclass(frozen=True)
+class Deadly:
+    """The unit "deadly" ends its process, `times` times; a file per time is left in `directory`."""
+
+    directory: Path
+    times: int
+
+    def __call__(self, unit: WorkUnit, tell: Tell) -> UnitReport:
+        ended = len(list(self.directory.iterdir()))
+        if unit.id == "deadly" and ended < self.times:
+            (self.directory / str(ended)).touch()
+            os.kill(os.getpid(), signal.SIGSEGV)
+        return count(unit, tell)
+
+
+def test_a_process_that_ends_is_replaced_and_its_units_run_again(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = children()
+    with Workers([Deadly(tmp_path, 2), Deadly(tmp_path, 2)], threads=[1, 1], units_per_process=2) as workers:
+        reports = list(workers.do(map(unit, ["deadly", *"abcdef"]), lambda _: None))
+    assert sorted(report.unit for report in reports) == sorted([*"abcdef", "deadly"])
+    assert caplog.text.count("was killed by SIGSEGV; its") == 2
+    assert children() == before
 
 
 def test_the_error_of_unpickling_the_work_is_raised() -> None:

@@ -31,16 +31,21 @@ def _wanted_kinds(reading: Reading, needs: Needs) -> frozenset[Kind]:
     return always.union(needs.modalities, *map(where_needs, reading.cleaning.where))
 
 
-def decode_sample(raw: RawSample, reading: Reading, needs: Needs) -> tuple[Sample, tuple[Failure, ...]]:
+def decode_sample(
+    raw: RawSample, reading: Reading, needs: Needs, crash: str | None = None
+) -> tuple[Sample, tuple[Failure, ...]]:
     """Return the sample with the values that could be decoded, and a Failure for each that could not.
 
     Images and audio that no stage needs are not decoded. If a `where` expression uses their size or length,
     only their header is read (an Audio without waves). A truncated sample, or one with a damaged header inside,
     is not decoded, since the extent of the loss is unknown: it gets one Failure for the whole sample (modality "").
+    Nor is one that ended a process before; `crash` states how.
     """
     chosen = reading.fields.choose(raw.fields)
     present = frozenset(kind for kind in MODALITIES if kind in chosen)
     sample = partial(Sample, key=raw.key, shard=raw.shard, offset=raw.offset, present=present)
+    if crash is not None:
+        return sample(), (Failure.of(raw, "crash", "CrashError", crash),)
     for damage in raw.damages:
         if damage.field == "":
             return sample(), (_damage_failure(raw, damage),)

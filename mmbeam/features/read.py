@@ -3,7 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
@@ -21,7 +21,7 @@ from mmbeam.features.schema import FACTS, IDENTITY, check_schema, widths_of
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.run import find_run, part_name
 from mmbeam.runs.store import Store
-from mmbeam.types import Audio, Batch, Failure, Feature, FeatureColumn, Needs, Sample, Tally, WorkUnit
+from mmbeam.types import Audio, Batch, Failure, Feature, FeatureColumn, Isolation, Needs, Sample, Tally, WorkUnit
 
 BATCH_ROWS = 4096  # 32 MiB of vectors of 2,048 numbers
 
@@ -36,6 +36,7 @@ def read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windo
     written, has another width than the model's, or is not finite. The boundaries of windows depend on the file alone.
     """
     columns = sorted(needs.columns, key=lambda column: column.name)
+    isolation = unit.isolation or Isolation()
     wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
     index, unit_error, cost = 0, None, _Cost()
     try:
@@ -45,6 +46,14 @@ def read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windo
             failures: list[Failure] = []
             skipped, present = Counter[str](), Counter[str]()
             for sample, lost in _samples(table, columns, reading, "text" in needs.modalities):
+                if isolation.probed is not None and sample.id not in isolation.probed:
+                    continue
+                if sample.id in isolation.crashes:
+                    crash = Failure.of(sample, "crash", "CrashError", isolation.crashes[sample.id])
+                    samples.append(replace(sample, text=None, text_clean=None, features={}))
+                    failures.append(crash)
+                    present.update(sample.present)
+                    continue
                 present.update(sample.present)
                 expression = rejecting_expression(sample, wheres)
                 if expression is None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from functools import reduce
+from functools import partial, reduce
 from importlib import metadata
 from operator import or_
 
@@ -16,13 +16,15 @@ from apache_beam.runners.runner import PipelineResult, PipelineState
 from mmbeam import errors
 from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
 from mmbeam.jobs.cluster import runner_error, workers_are_here
+from mmbeam.jobs.isolate import Isolate
 from mmbeam.jobs.options import UNITS_PER_DEVICE, JobOptions, is_waited_for, pipeline_options
 from mmbeam.jobs.workers import make_workers
 from mmbeam.models.placement import devices_of
 from mmbeam.names import Modality
 from mmbeam.process import progress
 from mmbeam.readers.units import UNIT_BYTES
-from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.attempts import marks
+from mmbeam.runs.commits import committed, whole_reports
 from mmbeam.runs.control import clear_stop, lock_run, running_here, stop_reason
 from mmbeam.runs.plan import extend_plan, repair
 from mmbeam.runs.run import Run, open_run
@@ -32,7 +34,7 @@ from mmbeam.transforms.plan import Plan
 from mmbeam.transforms.read import ReadFeatures, ReadShards
 from mmbeam.transforms.run_stage import Embed, Generate
 from mmbeam.transforms.write import Summarize, WriteParquet, summarize
-from mmbeam.types import Needs, RunReport, Shard, Stage, WorkUnit
+from mmbeam.types import Needs, RunReport, Shard, Stage, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)
 
@@ -79,9 +81,12 @@ class Job:
         devices = len(self._devices()) if here else None
         return batches | WriteParquet(self.run) | Summarize(self.run, self.check, devices)  # UnitReport, RunReport
 
-    def steps(self) -> list[beam.DoFn]:
-        """Return the DoFns of the fused stage, from reading to writing, for running without a runner."""
-        return [self._read().dofn, *(Embed(stage).dofn for stage in self.stages), WriteParquet(self.run).dofn]
+    def steps(self, isolate: bool = True) -> list[beam.DoFn]:
+        """Return the DoFns of the fused stage, from reading to writing, for running without a runner.
+
+        With `isolate`, a unit whose attempts ended their processes runs in a child process (jobs/isolate.py).
+        """
+        return [self._read(isolate).dofn, *(Embed(stage).dofn for stage in self.stages), WriteParquet(self.run).dofn]
 
     def execute(self) -> RunReport:
         """Run the job to its end."""
@@ -109,12 +114,12 @@ class Job:
         Raises what a worker process raised, and JobError if one was killed; the others are ended then.
         """
         progress.start(len(self.units))
-        left = _to_do(self.run, self.units)
+        kept = whole_reports(self.run, [unit.id for unit in self.units if not unit.replace])
+        left = [unit for unit in self.units if unit.id not in kept]
         if not left:
-            return _finish_committed(self.run, self.units, self.check)
+            return _finish_committed(self.run, list(kept.values()), self.check)
         clear_stop(self.run)
-        started, ids = time.time(), {unit.id for unit in left}
-        reports = list(load_reports(self.run, [unit.id for unit in self.units if unit.id not in ids]))
+        started, reports = time.time(), list(kept.values())
         for report in reports:
             progress.unit_done(report)
         count = min(self.options.workers, len(left))
@@ -125,10 +130,11 @@ class Job:
                 reports.append(report)
         return summarize(reports, self.run, started, self.check, devices=max(count, len(devices)))
 
-    def _read(self) -> ReadShards | ReadFeatures:
+    def _read(self, isolate: bool = True) -> ReadShards | ReadFeatures:
         needs = reduce(or_, (stage.needs for stage in self.stages), Needs())
         read = ReadFeatures if self.features else ReadShards
-        return read(needs, self.options.reading, self.run, self.options.windows)
+        alone = Isolate(partial(replace(self, units=()).steps, isolate=False), self.stages[0].device)
+        return read(needs, self.options.reading, self.run, self.options.windows, alone if isolate else None)
 
     def _devices(self) -> tuple[str, ...]:
         """Return the devices of this machine that the job uses; for workers elsewhere, the name that each resolves."""
@@ -144,12 +150,12 @@ def plan(
     With `retry_failures` committed units that hold failures are marked, to be done again and replaced.
     """
     open_run(run, overwrite=options.overwrite)
-    units = extend_plan(run, shards, unit_bytes=unit_bytes)
+    died = marks(run.store)  # units that may have ended processes run after the others
+    units = sorted(extend_plan(run, shards, unit_bytes=unit_bytes), key=lambda unit: unit.id in died)
     if not options.retry_failures:
         return tuple(units)
-    done = committed(run)
-    reports = load_reports(run, [unit.id for unit in units if unit.id in done])
-    failed = {report.unit for report in reports if report.tally.failures}
+    reports = whole_reports(run, [unit.id for unit in units])
+    failed = {report.unit for report in reports.values() if report.tally.failures}
     return tuple(replace(unit, replace=unit.id in failed) for unit in units)
 
 
@@ -191,8 +197,11 @@ def execute_pipeline(
             "--template_location, --dry_run, --no_wait_until_finish: there is no report to wait for; use Job.submit()"
         )
     progress.start(len(units))
-    if not _to_do(run, units):
-        return _finish_committed(run, units, check)
+    done = committed(run)
+    if all(unit.id in done and not unit.replace for unit in units):
+        kept = whole_reports(run, [unit.id for unit in units])
+        if len(kept) == len(units):
+            return _finish_committed(run, list(kept.values()), check)
     clear_stop(run)
     pipeline = beam.Pipeline(options=pipeline_options(args, devices))
     build(pipeline)
@@ -208,16 +217,10 @@ def execute_pipeline(
     return read_summary(run)
 
 
-def _to_do(run: Run, units: Sequence[WorkUnit]) -> list[WorkUnit]:
-    """The units that are not committed, or are to be replaced."""
-    done = committed(run)
-    return [unit for unit in units if unit.replace or unit.id not in done]
-
-
-def _finish_committed(run: Run, units: Sequence[WorkUnit], check: Callable[[RunReport], None]) -> RunReport:
+def _finish_committed(run: Run, reports: Sequence[UnitReport], check: Callable[[RunReport], None]) -> RunReport:
     """Write and check the summary of a run in which every unit is committed already."""
     log.info("every unit is committed already")
-    report = confirm_summary(run, repair(run, list(load_reports(run, [unit.id for unit in units]))))
+    report = confirm_summary(run, repair(run, reports))
     check(report)
     return report
 

@@ -4,7 +4,7 @@ Each process runs the pipeline's fused stage, from reading to writing, over one 
 run it over a bundle. It has its share of the cores: the environment in which it starts tells every library that
 computes how many threads to make, before any of them is imported. Units are sent one by one, to the first process with
 room, so that a slow unit delays no other. A worker process that ends by itself (killed by the kernel when memory is
-short) ends the job.
+short, or by a crash in a codec) is replaced, and its units run again after all others.
 
 Launcher and worker exchange pickles over a pair of sockets. The worker receives the module path and log levels, then
 the work, then units. It answers with counts while a unit is being processed, and at its end with the report or the
@@ -24,25 +24,33 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 import traceback
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self, cast
 
 from mmbeam.errors import JobError
 from mmbeam.process import cores, progress, use_cores
-from mmbeam.terminal import log_to_stderr
-from mmbeam.types import Tally, UnitReport, WorkUnit
+from mmbeam.process import steps as process_steps
+from mmbeam.terminal import before_exit, log_to_stderr
+from mmbeam.types import StepBegun, Tally, UnitReport, WorkUnit
 
 if TYPE_CHECKING:
     import apache_beam as beam
 
+log = logging.getLogger(__name__)
+
 # Every library that computes in threads of its own reads one of these.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
+MAX_RESTARTS = 10  # processes that may end with the same unit in flight
+EXIT_SECONDS = 2.0  # given to a process to end by itself
 _SERVE = "import sys; from mmbeam.jobs.workers import serve; serve(int(sys.argv[1]))"
 
 
@@ -63,6 +71,7 @@ class UnitWork:
     steps: Callable[[], Sequence["beam.DoFn"]]  # made anew for each unit, since a DoFn belongs to one thread
     devices: tuple[str, ...]
     cores: int
+    expendable: bool = False  # if memory is short, the kernel shall kill this process, and not its parent
 
     def __call__(self, unit: WorkUnit, tell: Callable[[Tally], None]) -> UnitReport:
         """Run the unit as a bundle of one element through the fused stage."""
@@ -71,6 +80,11 @@ class UnitWork:
         placement.use_devices(self.devices)
         use_cores(self.cores)
         progress.relay = tell
+        if self.expendable:
+            with contextlib.suppress(OSError):
+                Path("/proc/self/oom_score_adj").write_text("1000")
+        if unit.isolation is not None:
+            process_steps.relay = cast(Any, tell)
         steps, flow = self.steps(), cast(Iterator[Any], iter([unit]))
         try:
             for step in steps:
@@ -109,92 +123,144 @@ def make_workers(
 
 
 class Workers:
-    """Worker processes, one for each of `works`. A context manager: entering starts them, leaving kills them.
+    """Worker processes, one for each of `works`. A context manager: entering starts them, leaving ends them.
 
-    `threads` is the number of compute threads of each process, `units_per_process` the units it has in flight.
+    `threads` is the number of compute threads of each process, `units_per_process` the units it has in flight. A unit
+    that was in flight in `restarts` processes that ended is not run again.
     """
 
-    def __init__(self, works: Sequence[Work], threads: Sequence[int], units_per_process: int) -> None:
+    def __init__(
+        self, works: Sequence[Work], threads: Sequence[int], units_per_process: int, restarts: int = MAX_RESTARTS
+    ) -> None:
         self._works = works
         self._threads = threads
         self._units_per_process = units_per_process
+        self._restarts = restarts
         self._processes: dict[Connection, subprocess.Popen[bytes]] = {}
+        self._numbers: dict[Connection, int] = {}  # of the work of each process
 
     def __enter__(self) -> Self:
-        levels = logging.getLogger("mmbeam").getEffectiveLevel(), logging.getLogger().getEffectiveLevel()
         with contextlib.ExitStack() as undo:
             undo.callback(self.__exit__)
-            for threads in self._threads:
-                ours, theirs = Pipe()
-                environment = {**os.environ, **dict.fromkeys(_THREADS, str(threads))}
-                command = [sys.executable, "-W", "ignore", "-c", _SERVE, str(theirs.fileno())]
-                with theirs:
-                    self._processes[ours] = subprocess.Popen(
-                        command, env=environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()]
-                    )
-            for connection, work in zip(self._processes, self._works, strict=True):
-                self._send(connection, (sys.path, levels, self._units_per_process))
-                self._send(connection, work)
+            for connection in [self._start(number) for number in range(len(self._works))]:
+                self._send_work(connection)  # which waits for nothing: all start simultaneously
             undo.pop_all()
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Kill the processes, whatever they are doing: a unit is committed whole or not at all."""
+        """End the processes, whatever they are doing: a unit is committed whole or not at all."""
+        for process in self._processes.values():
+            process.terminate()
+        deadline = time.monotonic() + EXIT_SECONDS
         for connection, process in self._processes.items():
-            process.kill()
-            process.wait()
+            try:
+                process.wait(max(0.0, deadline - time.monotonic()))
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
             connection.close()
         self._processes.clear()
 
-    def do(self, units: Iterable[WorkUnit], tell: Callable[[Tally], None]) -> Iterator[UnitReport]:
-        """Yield the units' reports as they are done; call `tell` with the counts on the way.
+    def do(
+        self,
+        units: Iterable[WorkUnit],
+        tell: Callable[[Tally], None],
+        begin: Callable[[StepBegun], None] = lambda step: None,
+    ) -> Iterator[UnitReport]:
+        """Yield the units' reports as they are done; call `tell` with the counts on the way, `begin` with the steps.
 
-        Raises what a worker process raised, and JobError if one has ended. May be called again once exhausted.
+        Raises what a worker process raised, and ProcessEndedError if a unit has ended too many processes. May be called
+        again once exhausted.
         """
-        left = iter(units)
-        in_flight = dict.fromkeys(self._processes, 0)
+        left = deque(units)
+        ended = Counter[str]()  # processes that ended with a unit in flight, by unit
+        in_flight: dict[Connection, dict[str, WorkUnit]] = {connection: {} for connection in self._processes}
 
         def send_next(connection: Connection) -> None:
-            for unit in left:
-                self._send(connection, unit)
-                in_flight[connection] += 1
-                return
+            if left:
+                unit = left.popleft()
+                in_flight[connection][unit.id] = unit
+                with contextlib.suppress(OSError):  # the process has ended, which `recv` will tell
+                    connection.send(unit)
 
         for connection in list(self._processes) * self._units_per_process:  # each has one before any has two
             send_next(connection)
         while any(in_flight.values()):
-            for ready in wait([connection for connection, count in in_flight.items() if count]):
+            for ready in wait([connection for connection, units_there in in_flight.items() if units_there]):
                 connection = cast(Connection, ready)
                 try:
                     answer = connection.recv()
-                except (EOFError, OSError) as error:
-                    raise self._ended(connection) from error
+                except (EOFError, OSError):
+                    error = self._ended(connection)
+                    if not isinstance(error, ProcessEndedError):
+                        raise error from None
+                    lost = in_flight.pop(connection)
+                    ended.update(list(lost))
+                    if max(ended[unit] for unit in lost) > self._restarts:
+                        raise error from None
+                    log.warning("%s; its %d units run again in another process", error.how, len(lost))
+                    left.extend(lost.values())  # behind the others, since one of them may be the cause
+                    connection = self._start(self._numbers.pop(connection))
+                    self._send_work(connection)
+                    in_flight[connection] = {}
+                    for _ in range(self._units_per_process):
+                        send_next(connection)
+                    continue
                 if isinstance(answer, UnitReport):
-                    in_flight[connection] -= 1
+                    in_flight[connection].pop(answer.unit)
                     send_next(connection)
                     yield answer
                 elif isinstance(answer, Tally):
                     tell(answer)
+                elif isinstance(answer, StepBegun):
+                    begin(answer)
                 else:
                     raise answer
 
-    def _send(self, connection: Connection, message: object) -> None:
-        try:
-            connection.send(message)
-        except OSError as error:
-            raise self._ended(connection) from error
+    def _start(self, number: int) -> Connection:
+        """Start the process that does the work of this number."""
+        ours, theirs = Pipe()
+        environment = {**os.environ, **dict.fromkeys(_THREADS, str(self._threads[number]))}
+        command = [sys.executable, "-W", "ignore", "-c", _SERVE, str(theirs.fileno())]
+        with theirs:
+            self._processes[ours] = subprocess.Popen(
+                command, env=environment, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()]
+            )
+        self._numbers[ours] = number
+        return ours
+
+    def _send_work(self, connection: Connection) -> None:
+        levels = logging.getLogger("mmbeam").getEffectiveLevel(), logging.getLogger().getEffectiveLevel()
+        work = pickle.dumps(self._works[self._numbers[connection]])
+        with contextlib.suppress(OSError):  # the process has ended, which `recv` will tell
+            connection.send((sys.path, levels, self._units_per_process))
+            connection.send_bytes(work)
 
     def _ended(self, connection: Connection) -> Exception:
-        """The error that an ended process raised before its end, or a JobError that says how it ended."""
-        with contextlib.suppress(EOFError, OSError):
-            while not isinstance(answer := connection.recv(), Exception):
+        """Remove an ended process. Return the error that it raised before its end, or a ProcessEndedError."""
+        raised = None
+        with contextlib.suppress(EOFError, OSError):  # after an error of the socket there may be messages left
+            while not isinstance(raised := connection.recv(), Exception):
                 pass
-            return answer
-        process = self._processes[connection]
+        process = self._processes.pop(connection)
         status = process.wait()
+        connection.close()
+        if isinstance(raised, Exception):
+            return raised
         how = f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
-        short = ", perhaps because memory ran out: reduce `workers`" if status == -signal.SIGKILL else ""
-        return JobError(f"worker process {process.pid} {how}{short}. Run the same command again to resume")
+        if status == -signal.SIGKILL:
+            how += ", perhaps because memory ran out"
+        return ProcessEndedError(f"worker process {process.pid}", how)
+
+
+class ProcessEndedError(JobError):
+    """A worker process ended by itself while it processed units."""
+
+    def __init__(self, process: str, how: str) -> None:
+        super().__init__(
+            f"{process} {how}. Reduce `workers` if memory is short, and run the same command again to resume"
+        )
+        self.how = f"its process {how}"
 
 
 # The worker's side
@@ -203,10 +269,11 @@ class Workers:
 def serve(descriptor: int) -> None:
     """Process what the launcher sends until the launcher is gone; never return."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the launcher as well, which ends this process
+    signal.signal(signal.SIGTERM, lambda number, _: _exit(128 + number))
     launcher = Connection(descriptor)
     lock = threading.Lock()
 
-    def answer(message: Tally | UnitReport | Exception) -> None:
+    def answer(message: Tally | StepBegun | UnitReport | Exception) -> None:
         with lock:
             launcher.send(message)
 
@@ -231,7 +298,14 @@ def serve(descriptor: int) -> None:
         while True:
             pool.submit(process, launcher.recv())
     except (EOFError, OSError):
-        os._exit(0)  # without waiting: a unit is committed whole or not at all
+        _exit(0)
+
+
+def _exit(status: int) -> None:
+    """End the process without waiting for units: each is committed whole or not at all."""
+    for call in before_exit:
+        call()
+    os._exit(status)
 
 
 def _portable(error: BaseException) -> Exception:

@@ -21,7 +21,7 @@ from mmbeam.config import MIB, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import MODALITIES
-from mmbeam.process import cores, decode_pool, may_decode
+from mmbeam.process import cores, decode_pool, may_decode, steps
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader, part_origin
 from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
@@ -188,10 +188,14 @@ def read_batches(
     seconds of "read" and "decode" (summed over threads). `prefetch` makes windows ahead of the consumer.
     """
     expressions = [(text, compile_where(text)) for text in reading.cleaning.where]
+    isolation = unit.isolation
+    probed = None if isolation is None else isolation.probed
 
     def decode(raw: RawSample) -> _DecodedSample:
         begin = time.perf_counter()
-        sample, failures = decode_sample(raw, reading, needs)
+        steps.begin("decode", [raw])
+        crash = None if isolation is None else isolation.crashes.get(raw.id)
+        sample, failures = decode_sample(raw, reading, needs, crash)
         skip = rejecting_expression(sample, expressions)
         if skip is not None:
             # If a value that the expression needs could not be decoded, the sample fails; it is not skipped.
@@ -200,17 +204,20 @@ def read_batches(
             if cause is not None:
                 failed = replace(cause, modality="", message=printable(f"{skip}: {cause.message}"))
                 sample, failures, skip = replace(sample, image=None, audio=None), (*failures, failed), None
+        steps.begin("read", ())
         return _DecodedSample(sample, failures, skip, raw.repeated, time.perf_counter() - begin)
 
     ahead: Lookahead[RawSample, _DecodedSample] = Lookahead(
-        depth=2 * cores() + 2,
+        depth=2 * cores() + 2 if isolation is None else 1,
         max_bytes=windows.decoded_bytes,
         paused_bytes=_PAUSED_READ_BYTES if any("://" in source.shard.path for source in unit.inputs) else 0,
         item_bytes=lambda raw: sum(map(len, raw.members.values())),
         result_bytes=lambda decoded: decoded.sample.nbytes,
     )
     source = _UnitSamples(unit, reading, needs)
-    raws = (raw for raw in source.samples() if wanted is None or wanted(raw.key))
+    raws = (
+        raw for raw in source.samples() if (wanted is None or wanted(raw.key)) and (probed is None or raw.id in probed)
+    )
     index, window, error_text = 0, _OpenWindow(), None
     try:
         with closing(ordered_map(decode, raws, decode_pool(), ahead)) as samples:

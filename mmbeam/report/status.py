@@ -4,11 +4,8 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mmbeam.report.summary import failed_text, samples_text, trouble_text
-from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.commits import committed, load_reports, read_failures
 from mmbeam.runs.control import stop_reason
 from mmbeam.runs.plan import load_plan
 from mmbeam.runs.run import Run, find_run
@@ -65,8 +62,5 @@ def _failed(run: Run, done: set[str]) -> dict[str, str]:
     """Return the reasons of failed units that are not committed, by unit."""
     names = [name for name in run.store.list("failures") if name.endswith("-failed.parquet")]
     units = {name.removeprefix("part-").removesuffix("-failed.parquet"): name for name in names}
-    return {
-        unit: pq.read_table(pa.BufferReader(run.store.read(f"failures/{name}")))["message"][0].as_py()
-        for unit, name in units.items()
-        if unit not in done
-    }
+    records = {unit: read_failures(run.store, name) for unit, name in units.items() if unit not in done}
+    return {unit: str(of_unit[0]["message"]) for unit, of_unit in records.items() if of_unit}

@@ -3,10 +3,9 @@
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
 from mmbeam.report.progress import clock
+from mmbeam.runs.commits import read_failures
+from mmbeam.runs.run import failures_unit
 from mmbeam.runs.store import Store
 from mmbeam.types import RunReport, Tally
 
@@ -73,11 +72,11 @@ def trouble_text(tally: Tally, store: Store) -> Iterator[str]:
 def find_examples(store: Store, kinds: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Return a failure record for each kind ("step: error") that occurs in the smallest failure files."""
     examples: dict[str, dict[str, Any]] = {}
-    sizes = store.list("failures")
+    sizes = {name: size for name, size in store.list("failures").items() if failures_unit(name) is not None}
     for name in sorted(sizes, key=lambda name: (sizes[name], name))[:MAX_EXAMPLE_FILES]:
         if examples.keys() >= kinds.keys():
             break
-        for record in pq.read_table(pa.BufferReader(store.read(f"failures/{name}"))).to_pylist():
+        for record in read_failures(store, name):
             if record["key"]:  # a record without a key belongs to a unit
                 examples.setdefault(f"{record['step']}: {record['error']}", record)
     return examples

@@ -5,6 +5,7 @@
     OUT/_mmbeam/run.json                          configuration, fingerprint, and what is recorded beside them
     OUT/_mmbeam/plan/<n>.jsonl                    work units, one file per launch that added or corrected some
     OUT/_mmbeam/commits/<unit>.json               a cache of the footers
+    OUT/_mmbeam/attempts/<unit>-<attempt>.json    a mark of each attempt at a unit, until it ends by itself
     OUT/_mmbeam/stop.json, lock, summary.json
 
 Every file is published whole (store.py). Reading a run writes nothing, so it needs no permission to write.

@@ -6,6 +6,7 @@ and one failure file, which stays until the unit is committed.
 """
 
 import json
+import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
@@ -17,8 +18,11 @@ import pyarrow.parquet as pq
 from mmbeam.errors import RunMismatchError
 from mmbeam.readers.units import inputs_to_json
 from mmbeam.runs.rows import FAILURE_SCHEMA
-from mmbeam.runs.run import DATA, Run, commit_name, failures_name, part_name, part_unit
+from mmbeam.runs.run import DATA, FAILURES, Run, commit_name, failures_name, part_name, part_unit
+from mmbeam.runs.store import Store
 from mmbeam.types import InputRead, UnitReport, WorkUnit
+
+log = logging.getLogger(__name__)
 
 FOOTER_KEY = "mmbeam"  # in the Parquet key-value metadata: a JSON object of fingerprint, attempt and report
 FOOTER_BYTES = 1 << 16  # requested from the end of a Parquet file: a footer of about ten row groups
@@ -35,9 +39,23 @@ def committed(run: Run) -> set[str]:
 def report_of(run: Run, unit_id: str) -> UnitReport | None:
     """Return the report of a committed unit, with the status "kept"; None if it is not committed.
 
+    A Parquet file that has been damaged since is removed, and its unit is not committed.
     Raises RunMismatchError if its Parquet file was written for another configuration, or not by mmbeam.
     """
-    return _load(run, unit_id) if run.store.exists(part_name(unit_id)) else None
+    size = run.store.size(part_name(unit_id))
+    return None if size is None else _load_whole(run, unit_id, size)
+
+
+def whole_reports(run: Run, ids: Iterable[str]) -> dict[str, UnitReport]:
+    """Return the reports of those of the units that are committed, by unit and in the order of `ids`.
+
+    Damaged Parquet files are removed, as by `report_of`. It takes one listing, and one request per unit.
+    """
+    sizes = {part_unit(name): size for name, size in run.store.list(DATA).items()}
+    done = [unit_id for unit_id in ids if unit_id in sizes]
+    with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="mmbeam-reports") as pool:
+        reports = pool.map(lambda unit_id: _load_whole(run, unit_id, sizes[unit_id]), done)
+        return {unit_id: report for unit_id, report in zip(done, reports, strict=True) if report is not None}
 
 
 def load_reports(run: Run, ids: Iterable[str]) -> Iterator[UnitReport]:
@@ -46,28 +64,74 @@ def load_reports(run: Run, ids: Iterable[str]) -> Iterator[UnitReport]:
         yield from pool.map(lambda unit_id: _load(run, unit_id), ids)
 
 
-def commit_record(run: Run, attempt: str, report: UnitReport) -> bytes:
-    """Return the JSON that a footer and its cache under commits/ hold."""
-    return json.dumps({"fingerprint": run.fingerprint, "attempt": attempt, "report": report.to_json()}).encode()
+def commit_record(run: Run, attempt: str, report: UnitReport, size: int | None = None) -> bytes:
+    """Return the JSON that a footer and its cache under commits/ hold. The cache has the `size` of the Parquet file."""
+    record = {"fingerprint": run.fingerprint, "attempt": attempt, "report": report.to_json()}
+    return json.dumps(record if size is None else {**record, "bytes": size}).encode()
 
 
 def read_footer(run: Run, unit_id: str) -> tuple[str, UnitReport]:
     """Return the attempt that published the unit's Parquet file, and its report with the status "kept".
 
-    Raises RunMismatchError if it was written for another configuration, or not by mmbeam.
+    Raises RunMismatchError if it was written for another configuration, or not by mmbeam, and DamagedPartError if it
+    is not a whole Parquet file.
     """
     name = part_name(unit_id)
     tail = run.store.tail(name, FOOTER_BYTES)
     needed = int.from_bytes(tail[-_ENDING_BYTES:-4], "little") + _ENDING_BYTES
     if needed > len(tail):
         tail = run.store.tail(name, needed)
+    where = f"{run.store}/{name}: expected a Parquet file written by mmbeam, found"
+    again = "Remove the file and run the same command again to write it anew"
     try:
-        return _parse(run, json.loads((pq.read_metadata(pa.BufferReader(tail)).metadata or {})[FOOTER_KEY.encode()]))
-    except (pa.ArrowInvalid, KeyError, ValueError) as error:
-        raise RunMismatchError(
-            f"{run.store}/{name}: expected a Parquet file written by mmbeam, found one without its footer ({error!r}). "
-            f"Remove the file and run the same command again to write it anew"
-        ) from error
+        metadata = pq.read_metadata(pa.BufferReader(tail)).metadata or {}
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedPartError(f"{where} one that is cut off or damaged ({error}). {again}") from error
+    try:
+        return _parse(run, json.loads(metadata[FOOTER_KEY.encode()]))
+    except (KeyError, ValueError) as error:
+        raise RunMismatchError(f"{where} one without its footer ({error!r}). {again}") from error
+
+
+class DamagedPartError(RunMismatchError):
+    """The Parquet file of a committed unit is cut off or damaged."""
+
+
+def _load_whole(run: Run, unit_id: str, size: int) -> UnitReport | None:
+    """Return the report of a unit whose Parquet file has this size; remove a file that is not whole."""
+    try:
+        record = json.loads(run.store.read(commit_name(unit_id)))
+        report = _parse(run, record)[1]
+        written = record.get("bytes")
+    except (FileNotFoundError, KeyError, ValueError, TypeError):
+        written = None
+    if written == size:
+        return report
+    try:  # published by an attempt that ended before it wrote the record, or by mmbeam 0.1
+        report = read_footer(run, unit_id)[1]
+        if written is None:
+            return report
+        problem = f"expected {written:,} bytes, found {size:,}"
+    except DamagedPartError as error:
+        problem = str(error.__cause__)
+    log.warning("%s/%s: damaged since its commit (%s); its unit runs again", run.store, part_name(unit_id), problem)
+    run.store.remove(commit_name(unit_id))  # first: it must not describe rows that are gone
+    run.store.remove(part_name(unit_id))
+    return None
+
+
+def read_failures(store: Store, name: str) -> list[dict[str, Any]]:
+    """Return the records of a file in failures/; none, with a warning, if the file is not one of mmbeam's."""
+    path = f"{FAILURES}/{name}"
+    try:
+        table = pq.read_table(pa.BufferReader(store.read(path)))
+        records: list[dict[str, Any]] = table.select(FAILURE_SCHEMA.names).to_pylist()
+        return records
+    except FileNotFoundError:  # swept meanwhile
+        return []
+    except (pa.ArrowException, KeyError, OSError) as error:
+        log.warning("%s/%s: expected failure records of mmbeam, found something else (%s); ignored", store, path, error)
+        return []
 
 
 def _load(run: Run, unit_id: str) -> UnitReport:

@@ -2,8 +2,6 @@
 
 import json
 import logging
-import os
-import socket
 import threading
 import time
 import uuid
@@ -15,8 +13,9 @@ from typing import Any
 
 from mmbeam.errors import FailureRateError, JobError
 from mmbeam.process import on_reset
+from mmbeam.runs.attempts import STALE_SECONDS, hold, is_left_behind, release
 from mmbeam.runs.run import LOCK, STOP, Run
-from mmbeam.runs.store import forget_file_systems, process_exists
+from mmbeam.runs.store import forget_file_systems, process_identity
 from mmbeam.types import Failure, Tally
 
 logger = logging.getLogger(__name__)
@@ -121,6 +120,8 @@ def stop_reason(run: Run) -> str | None:
         return str(json.loads(run.store.read(STOP))["reason"])
     except FileNotFoundError:
         return None
+    except (ValueError, KeyError, TypeError):
+        return f"{run.store}/{STOP} exists, and states no reason"
 
 
 def clear_stop(run: Run) -> None:
@@ -137,36 +138,36 @@ def clear_stop(run: Run) -> None:
 def lock_run(run: Run) -> Iterator[None]:
     """Hold the run's lock: only one job at a time may replace committed rows.
 
-    The lock contains the host and process of its holder. A lock whose process no longer exists on this host is taken
-    over, by exactly one of the jobs that try. A lock of another host is not taken over.
+    The lock contains the process of its holder. A lock whose process has ended (runs/attempts.py) is taken over, by
+    exactly one of the jobs that try.
 
     Raises JobError with the holder.
     """
     token = uuid.uuid4().hex
-    holder = {"host": socket.gethostname(), "pid": os.getpid(), "time": time.time(), "token": token}
-    content = json.dumps(holder).encode()
+    content = json.dumps({**process_identity(), "time": time.time(), "token": token}).encode()
     try:
         run.store.create(LOCK, content)
     except FileExistsError:
         _take_over(run, content)
+    hold(run.store, LOCK, content)
     try:
         yield
     finally:
         if _holder(run).get("token") == token:
-            run.store.remove(LOCK)
+            release(run.store, LOCK)
 
 
 def locked_by_another(run: Run) -> bool:
     """Return whether a job of another process holds the run's lock."""
     holder = _holder(run)
-    return bool(holder) and (holder.get("host"), holder.get("pid")) != (socket.gethostname(), os.getpid())
+    return bool(holder) and {**holder, **process_identity()} != holder
 
 
 def _take_over(run: Run, content: bytes) -> None:
     holder = _holder(run)
-    if holder.get("host") == socket.gethostname() and not process_exists(int(holder["pid"])):
+    if is_left_behind(run.store, LOCK):
         try:  # the job that creates this file, named after the dead lock, takes over
-            run.store.create(f"{LOCK}-{holder['token']}", content)
+            run.store.create(f"{LOCK}-{holder.get('token')}", content)
         except FileExistsError:
             pass
         else:
@@ -174,13 +175,14 @@ def _take_over(run: Run, content: bytes) -> None:
             return
     raise JobError(
         f"{run.store}/{LOCK}: another job is replacing rows of this run (process {holder.get('pid')} on "
-        f"{holder.get('host')}). Wait until it ends; if it no longer exists, remove that file"
+        f"{holder.get('host')}). Wait until it ends. If it was killed on another host, run the same command after "
+        f"{STALE_SECONDS / 60:.0f} minutes"
     )
 
 
 def _holder(run: Run) -> dict[str, Any]:
     try:
         holder: dict[str, Any] = json.loads(run.store.read(LOCK))
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):
         return {}
     return holder

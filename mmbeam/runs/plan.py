@@ -6,6 +6,7 @@ A line without inputs withdraws its unit: the unit does not run again, and its r
 
 import json
 import logging
+import re
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -28,6 +29,8 @@ from mmbeam.types import Input, Shard, UnitReport, WorkUnit
 
 logger = logging.getLogger(__name__)
 
+_PLAN_FILE = re.compile(r"\d{6,}\.jsonl")
+
 
 def load_plan(run: Run) -> list[dict[str, Any]]:
     """Return the planned units, in the order in which they were first planned."""
@@ -36,9 +39,18 @@ def load_plan(run: Run) -> list[dict[str, Any]]:
 
 def _read(run: Run) -> dict[str, dict[str, Any]]:
     """Return the last line of each unit, withdrawn units included."""
-    names = sorted(run.store.list(PLAN))
+    names = _files(run)
     lines = (json.loads(line) for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
     return {line["id"]: line for line in lines}
+
+
+def _files(run: Run) -> list[str]:
+    """Return the files of the plan, in their order; a file of another name is ignored, with a warning."""
+    names = sorted(run.store.list(PLAN))
+    foreign = [name for name in names if not _PLAN_FILE.fullmatch(name)]
+    if foreign:
+        logger.warning("%s/%s: %s is not a file of the plan; it is ignored", run.store, PLAN, ", ".join(foreign))
+    return [name for name in names if name not in foreign]
 
 
 def _try_add(run: Run, number: int, units: Sequence[WorkUnit]) -> bool:
@@ -67,7 +79,7 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     now = {shard.path: shard for shard in shards}
     limit = run.configuration.get("limit")
     while True:
-        number = len(run.store.list(PLAN))
+        number = len(_files(run))
         plan = _read(run)
         _remove_units(run, {unit for unit, line in plan.items() if not line["inputs"]})
         known = _renewed(run, [unit_from_json(line) for line in plan.values() if line["inputs"]], now)
@@ -159,7 +171,7 @@ def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
         plan_changes.append(pack)
         reruns += singles
     plan_changes += [unit for unit, _ in reruns]
-    while plan_changes and not _try_add(run, len(run.store.list(PLAN)), plan_changes):
+    while plan_changes and not _try_add(run, len(_files(run)), plan_changes):
         continue
     _remove_units(run, withdrawn)
     failed = [report_failed_unit(run, unit, reason) for unit, reason in reruns]

@@ -14,7 +14,7 @@ import pyarrow as pa
 
 from mmbeam.errors import JobError, RunMismatchError
 from mmbeam.runs.rows import build_schema
-from mmbeam.runs.store import Store
+from mmbeam.runs.store import ATTEMPTS, Store
 from mmbeam.types import Output
 
 logger = logging.getLogger(__name__)
@@ -234,7 +234,7 @@ def _clear(store: Store) -> None:
         for name in store.list(folder):
             if part_unit(name) is not None:
                 store.remove(f"{folder}/{name}")
-    for folder in (COMMITS, PLAN, PRIVATE):
+    for folder in (COMMITS, ATTEMPTS, PLAN, PRIVATE):
         for name in store.list(folder):
             if f"{folder}/{name}" != MANIFEST:
                 store.remove(f"{folder}/{name}")

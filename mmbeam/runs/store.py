@@ -12,8 +12,10 @@ import tempfile
 import threading
 import time
 import uuid
+from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,7 @@ from mmbeam.errors import JobError
 from mmbeam.readers.paths import file_system, public_path
 
 SCRATCH = "_mmbeam/tmp"
+ATTEMPTS = "_mmbeam/attempts"  # marks of attempts at units
 SCRATCH_SECONDS = 24 * 3600.0  # age at which scratch files of another machine are stale
 
 _SCRATCH_FILE = re.compile(
@@ -88,6 +91,31 @@ class Store:
         fs, path = self._at(name)
         fs.invalidate_cache(path)
         return bool(fs.exists(path))
+
+    def modified(self, name: str) -> float:
+        """Return when the file was written, in Unix time by the store's clock. Raises FileNotFoundError."""
+        fs, path = self._at(name)
+        fs.invalidate_cache(path)
+        time_written: datetime = fs.modified(path)
+        return (time_written if time_written.tzinfo else time_written.replace(tzinfo=UTC)).timestamp()
+
+    def now(self) -> float:
+        """Return the time by the store's clock. It writes a file."""
+        name = f"_mmbeam/clock-{uuid.uuid4().hex}"
+        self.replace(name, b"")
+        try:
+            return self.modified(name)
+        finally:
+            self.remove(name)
+
+    def size(self, name: str) -> int | None:
+        """Return the size of the file in bytes; None if it does not exist."""
+        fs, path = self._at(name)
+        fs.invalidate_cache(path)
+        try:
+            return int(fs.size(path))
+        except FileNotFoundError:
+            return None
 
     def create(self, name: str, source: Path | bytes) -> None:
         """Publish bytes or a scratch file under a new name. The scratch file is removed.
@@ -229,6 +257,37 @@ def _is_stale(path: Path) -> bool:
         return time.time() - path.stat().st_mtime > SCRATCH_SECONDS
     except FileNotFoundError:
         return False
+
+
+def process_identity() -> dict[str, Any]:
+    """Return what identifies this process among those of all hosts and containers, for `process_is_gone`."""
+    return {"host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(), "start": _start(os.getpid())}
+
+
+def process_is_gone(identity: Mapping[str, Any]) -> bool | None:
+    """Return whether the process of `process_identity` has ended; None if it cannot be looked up from here."""
+    if identity.get("space", identity["host"]) not in (_process_space(), socket.gethostname()):
+        return None
+    pid = int(identity["pid"])
+    return not process_exists(pid) or identity.get("start") not in (None, _start(pid))
+
+
+@cache
+def _process_space() -> str:
+    """Return what identifies the set of processes that this one can look up: containers of one host differ."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:  # a system without /proc
+        return socket.gethostname()
+
+
+def _start(pid: int) -> int | None:
+    """Return when the process started, in the system's ticks; None if unknown. Numbers of processes are used again."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+    except (OSError, IndexError, ValueError):
+        return None
 
 
 def process_exists(pid: int) -> bool:

@@ -3,9 +3,11 @@
 import json
 from collections.abc import Sequence
 
+from mmbeam.runs.attempts import marks
 from mmbeam.runs.control import locked_by_another
 from mmbeam.runs.rows import check_conserved
 from mmbeam.runs.run import FAILURES, SUMMARY, Run, failures_unit
+from mmbeam.runs.store import ATTEMPTS
 from mmbeam.types import RunReport, Tally, UnitReport
 
 
@@ -25,7 +27,7 @@ def confirm_summary(run: Run, reports: Sequence[UnitReport]) -> RunReport:
     summary = sum_up(reports, 0.0)
     try:
         rows = read_summary(run).tally.rows
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError, KeyError, TypeError):  # absent, or damaged
         rows = None
     if rows == summary.tally.rows and not summary.units_failed:
         return summary
@@ -61,13 +63,17 @@ def read_summary(run: Run) -> RunReport:
 
 
 def sweep(run: Run, reports: Sequence[UnitReport]) -> None:
-    """Remove the failure files of committed units that their footers do not name: of attempts that died or lost.
+    """Remove the marks and the unnamed failure files of committed units: what attempts that died or lost have left.
 
     Failure files of other units stay, since an attempt may be about to commit with them.
     """
     if locked_by_another(run):  # it may be about to commit with a failure file that it has published
         return
+    run.store.sweep_scratch()
     current = {report.unit: report.failures_file for report in reports if report.status != "failed"}
+    for committed, names in marks(run.store).items():
+        for name in names if committed in current else ():
+            run.store.remove(f"{ATTEMPTS}/{name}")
     for name in run.store.list(FAILURES):
         unit = failures_unit(name)
         if unit in current and current[unit] != name:

@@ -170,9 +170,12 @@ class UnitWriter:
         record = commit_record(self.run, self.attempt, report)
         if self._failures is not None:
             self.run.store.replace(failures, self._failures.finish({}))
-        winner = self._publish(self._rows.finish({FOOTER_KEY: record}))
+        path = self._rows.finish({FOOTER_KEY: record})
+        size = path.stat().st_size
+        winner = self._publish(path)
         if winner is not None:
             return winner
+        record = commit_record(self.run, self.attempt, report, size)
         self.run.store.replace(commit_name(self.unit.id), record)
         self.run.store.remove(failures_name(self.unit.id, FAILED))
         return report

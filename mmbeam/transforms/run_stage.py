@@ -6,11 +6,14 @@ import socket
 from collections.abc import Iterator
 
 import apache_beam as beam
+import numpy as np
 
 from mmbeam.errors import DeviceError
 from mmbeam.models import placement
+from mmbeam.process import steps
+from mmbeam.runs.attempts import release_all
 from mmbeam.runs.control import record_error
-from mmbeam.types import Batch, Stage
+from mmbeam.types import Audio, Batch, Sample, Stage
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +48,7 @@ class RunStage(beam.DoFn):
     def __init__(self, stage: Stage) -> None:
         self.stage = stage
         self.launcher = socket.gethostname(), os.getpid()  # the process that builds the pipeline
+        self.has_passed = False  # in isolation: the stage has run on an input known to be good
 
     def setup(self) -> None:
         """In a worker process, claim one device and send what libraries print to stderr."""
@@ -67,13 +71,43 @@ class RunStage(beam.DoFn):
 
     def _run(self, batch: Batch) -> Batch:
         try:
-            return placement.lease_device(self.stage.device, batch.unit.id).run(self.stage, batch)
+            device = placement.lease_device(self.stage.device, batch.unit.id)
+            if batch.unit.isolation is not None:
+                if not self.has_passed:  # a model that cannot be loaded, or a broken device, is no sample's fault
+                    steps.begin("model", ())
+                    device.run(self.stage, _known_good(self.stage, batch))
+                    self.has_passed = True
+                steps.begin("model", batch.samples)
+            return device.run(self.stage, batch)
         except Exception as error:
             if isinstance(error, DeviceError) and self._in_worker():
                 log.critical("this worker process ends, so that a fresh one can continue: %s", error)
+                release_all()
                 os._exit(1)
             record_error(error)
             raise
 
     def _in_worker(self) -> bool:
         return (socket.gethostname(), os.getpid()) != self.launcher
+
+
+def _known_good(stage: Stage, batch: Batch) -> Batch:
+    """Return a window of one sample that every model can process: a black image, a second of silence, a letter."""
+    needs = stage.needs
+    rates = needs.sampling_rates or frozenset({16_000})
+    sample = Sample(
+        key="known-good",
+        shard="",
+        offset=0,
+        present=needs.modalities,
+        image=np.zeros((64, 64, 3), np.uint8) if "image" in needs.modalities else None,
+        image_size=(64, 64) if "image" in needs.modalities else None,
+        audio=Audio(waves={rate: np.zeros(rate, np.float32) for rate in rates}, seconds=1.0),
+        text="a",
+        metadata="{}",
+        features={
+            column.name: np.zeros((1, column.width) if column.tokens else column.width, np.float32)
+            for column in needs.columns
+        },
+    )
+    return Batch(unit=batch.unit, index=0, last=False, samples=(sample,))

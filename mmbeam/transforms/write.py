@@ -11,7 +11,7 @@ import pyarrow as pa
 from apache_beam import coders
 
 from mmbeam.errors import FlowError, ShardError
-from mmbeam.process import progress
+from mmbeam.process import progress, steps
 from mmbeam.runs.commits import report_failed_unit
 from mmbeam.runs.control import check_failure_rate, count_window, record_error
 from mmbeam.runs.plan import repair
@@ -93,11 +93,18 @@ class _Write(beam.DoFn):
     def _write(self, batch: Batch) -> UnitReport | None:
         """The unit's report, after its last window."""
         unit = batch.unit
+        is_probe = unit.isolation is not None and unit.isolation.probed is not None
+        steps.begin("write", batch.samples)
         if batch.unit_error is not None:
             self._abort(unit.id)
             return report_failed_unit(self.run, unit, batch.unit_error, batch.inputs_read)
         writer = self.writers.get(unit.id) or self.writers.setdefault(unit.id, UnitWriter(self.run, unit))
         tally = writer.write(batch)
+        if is_probe:  # to see whether a sample ends the process, not for its rows
+            if not batch.last:
+                return None
+            self._abort(unit.id)
+            return UnitReport(unit=unit.id, status="failed")
         progress.add(tally)
         # Left to the check of the whole run: a part after the first may have been misread (readers/tar.py), and units
         # that are retried have more failures than average.

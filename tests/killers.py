@@ -1,0 +1,118 @@
+"""A job over texts without a model, whose marked samples end a child process at one of its steps (test_death.py)."""
+
+import os
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import shards
+
+import mmbeam.readers.windows
+from mmbeam.config import Windows
+from mmbeam.decode import decode_sample
+from mmbeam.jobs.execute import Job, check_present, plan
+from mmbeam.jobs.options import JobOptions
+from mmbeam.readers.listing import list_shards
+from mmbeam.runs.run import Run
+from mmbeam.runs.writer import UnitWriter
+from mmbeam.types import Batch, Needs, Output, RawSample, Tally
+
+LENGTH = Output(modalities=frozenset({"text"}), columns=(pa.field("text_length", pa.int32()),))
+SIGNALS = {"decode": signal.SIGSEGV, "model": signal.SIGKILL, "write": signal.SIGABRT}
+
+
+def kill_if(step: str, texts: Sequence[str | bytes | None]) -> None:
+    """End a worker process if one of the texts is marked for the step."""
+    marked = any(f"kill in {step}" in str(text) for text in texts)
+    if marked and sys.argv[0] == "-c":  # how worker processes start; the process of the tests goes on
+        os.kill(os.getpid(), SIGNALS[step])
+
+
+def _decode(raw: RawSample, reading: Any, needs: Any, crash: str | None = None) -> Any:
+    if crash is None:
+        kill_if("decode", [raw.members.get("txt")])
+    return decode_sample(raw, reading, needs, crash)
+
+
+def _write(writer: UnitWriter, batch: Batch, real: Callable[[UnitWriter, Batch], Tally]) -> Tally:
+    kill_if("write", [sample.text for sample in batch.samples])
+    return real(writer, batch)
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """A stage that counts the characters of each text."""
+
+    device: str = "cpu"
+    key = "lengths"
+    needs = Needs(modalities=frozenset({"text"}))
+    outputs = (LENGTH,)
+
+    def __reduce__(self) -> Any:
+        return _lengths, ()
+
+    def load(self) -> str:
+        return "no model"
+
+    def run(self, model: str, batch: Batch) -> Batch:
+        kill_if("model", [sample.text for sample in batch.samples])
+        lengths = [None if sample.text is None else len(sample.text) for sample in batch.samples]
+        return replace(batch, features={**batch.features, "text_length": pa.array(lengths, pa.int32())})
+
+
+def _lengths() -> Lengths:
+    """Make the stage, and in a worker process let marked samples end it at the other steps too."""
+    if sys.argv[0] == "-c":
+        mmbeam.readers.windows.decode_sample = _decode
+        UnitWriter.write = partial_method(_write, real=UnitWriter.write)  # type: ignore[method-assign]
+    return Lengths()
+
+
+def partial_method(function: Any, real: Any) -> Any:
+    """Return the function as a method that gets the method that it replaces."""
+    if getattr(real, "replaced", False):  # several stages are unpickled
+        return real
+
+    def method(self: Any, *args: Any) -> Any:
+        return function(self, *args, real=real)
+
+    method.replaced = True  # type: ignore[attr-defined]
+    return method
+
+
+def make_corpus(directory: Path, marked: dict[int, str], count: int = 24, number: int = 2) -> None:
+    """Write shards of texts; `marked` says at which step a sample ends its process, by its number."""
+    truths = [
+        replace(truth, members={"txt": f"text {index} {marked.get(index, '')}".encode()})
+        for index, truth in enumerate(shards.make_truths(count))
+    ]
+    shards.make_webdataset(directory, truths, shards=number)
+
+
+def make_job(directory: Path, output: Path | str, **changes: Any) -> Job:
+    """The job over a corpus, planned."""
+    options = JobOptions(
+        input=(str(directory),), output=str(output), device="cpu", windows=Windows(samples=4), max_failure_rate=1.0
+    )
+    options = replace(options, **changes)
+    stage = Lengths()
+    configuration = {"task": "embed", "models": {}, "limit": options.limit}
+    run = Run.create(
+        output=options.output,
+        configuration=configuration,
+        recorded={},
+        outputs=stage.outputs,
+        max_failure_rate=options.max_failure_rate,
+    )
+    return Job(
+        run=run,
+        stages=(stage,),
+        units=plan(run, list_shards(options.input), options),
+        options=options,
+        check=partial(check_present, modalities=(), required=()),
+    )

@@ -1,0 +1,323 @@
+"""Samples and signals that end a process: marks of attempts, isolation in child processes, stale locks."""
+
+import json
+import logging
+import os
+import subprocess
+import threading
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+import pytest
+from killers import make_corpus, make_job
+from known import read_parts
+from outputs import make_run, make_unit, write_unit
+
+from mmbeam.errors import JobError
+from mmbeam.jobs.isolate import MAX_CRASHES, Isolate, _End
+from mmbeam.jobs.workers import ProcessEndedError
+from mmbeam.report.status import status_text
+from mmbeam.report.summary import summary_text
+from mmbeam.runs import attempts
+from mmbeam.runs.attempts import attempt, is_left_behind, marks, release_all
+from mmbeam.runs.control import lock_run
+from mmbeam.runs.run import LOCK, Run, part_name
+from mmbeam.runs.store import ATTEMPTS, process_identity
+from mmbeam.types import SampleId, UnitReport, WorkUnit
+
+
+def ended_process() -> dict[str, Any]:
+    """The identity of a process that has ended."""
+    with subprocess.Popen(["true"]) as process:
+        process.wait()
+    return {**process_identity(), "pid": process.pid, "start": 1}
+
+
+def elsewhere() -> dict[str, Any]:
+    """The identity of a process of another host, which cannot be looked up."""
+    return {"host": "other", "pid": os.getpid(), "space": "other", "start": 1}
+
+
+def leave_marks(run: Run, unit: str, identity: dict[str, Any], count: int = 3) -> None:
+    for number in range(count):
+        run.store.create(f"{ATTEMPTS}/{unit}-{number:012x}.json", json.dumps(identity).encode())
+
+
+def begin(run: Run, unit: str) -> AbstractContextManager[int]:
+    return attempt(run.store, unit, part_name(unit))
+
+
+def failures(output: Path) -> list[dict[str, Any]]:
+    return [record for path in sorted((output / "failures").glob("*")) for record in pq.read_table(path).to_pylist()]
+
+
+# Marks
+
+
+def test_only_attempts_that_ended_their_processes_are_counted(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path))
+    leave_marks(run, "a-1", ended_process())
+    leave_marks(run, "a-1-2", ended_process(), count=1)  # another unit, whose name begins alike
+    with begin(run, "a-1") as died:
+        assert died == 3
+        with begin(run, "a-1") as died:  # the first one is alive, in this process
+            assert died == 3
+    assert len(marks(run.store)["a-1"]) == 3  # not committed: they stay
+    with pytest.raises(FileNotFoundError), begin(run, "b-1"):
+        run.store.read("absent")
+    assert "b-1" not in marks(run.store)
+
+
+def test_a_commit_removes_the_marks_of_its_unit(tmp_path: Path) -> None:
+    run, unit = make_run(str(tmp_path)), make_unit()
+    leave_marks(run, unit.id, ended_process())
+    with begin(run, unit.id):
+        write_unit(run, unit).commit()
+    assert marks(run.store) == {}
+
+
+@pytest.mark.parametrize("output", ["local", "memory"])
+def test_an_attempt_on_another_host_counts_when_its_mark_is_old(output: str, tmp_path: Path) -> None:
+    """By the difference of two times of the store: the time in the mark, and this host's clock, do not matter."""
+    run = make_run(str(tmp_path) if output == "local" else f"memory://{tmp_path.name}")
+    leave_marks(run, "a-1", {**elsewhere(), "time": 0}, count=1)
+    (name,) = marks(run.store)["a-1"]
+    assert not is_left_behind(run.store, f"{ATTEMPTS}/{name}")
+    if output == "local":
+        path = tmp_path / ATTEMPTS / name
+        old = path.stat().st_mtime - attempts.STALE_SECONDS - 1
+        os.utime(path, (old, old))
+        assert is_left_behind(run.store, f"{ATTEMPTS}/{name}")
+    assert not list(tmp_path.rglob("clock-*"))
+
+
+def test_a_live_process_renews_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(attempts, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(attempts, "_beat", None)
+    ended = threading.Event()
+    monkeypatch.setattr(attempts, "_wake", ended)
+    run = make_run(str(tmp_path))
+    with begin(run, "a-1"):
+        path = next((tmp_path / ATTEMPTS).iterdir())
+        os.utime(path, (0, 0))
+        while path.stat().st_mtime == 0:
+            ended.wait(0.005)
+    ended.set()
+    assert attempts._beat is not None
+    attempts._beat.join()
+    assert not path.exists()
+
+
+def test_files_that_are_no_marks_are_ignored(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    run = make_run(str(tmp_path))
+    (tmp_path / ATTEMPTS).mkdir(parents=True)
+    for name in ("a-1-0.json", "README", "a-1-2"):
+        (tmp_path / ATTEMPTS / name).write_bytes(b"")
+    with begin(run, "a-1") as died:
+        assert died == 0
+    assert f"{ATTEMPTS}/a-1-0.json: expected a mark of mmbeam" in caplog.text
+
+
+def test_a_process_that_ends_on_purpose_leaves_no_mark(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path))
+    with begin(run, "a-1"):
+        assert len(marks(run.store)["a-1"]) == 1
+        release_all()
+        assert marks(run.store) == {}
+
+
+# The lock of `retry_failures`
+
+
+@pytest.mark.parametrize("start", [1, None])
+def test_a_lock_is_taken_over_if_its_process_has_ended(start: int | None, tmp_path: Path) -> None:
+    """Also if another process has its number now, as after the restart of a container."""
+    run = make_run(str(tmp_path))
+    holder = {**process_identity(), "start": 1} if start else ended_process()
+    run.store.create(LOCK, json.dumps({**holder, "token": "t"}).encode())
+    with lock_run(run):
+        assert json.loads(run.store.read(LOCK))["pid"] == os.getpid()
+    assert not run.store.exists(LOCK)
+
+
+def test_a_lock_of_another_host_is_taken_over_when_it_is_old(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path))
+    run.store.create(LOCK, json.dumps({**elsewhere(), "token": "t"}).encode())
+    with (
+        pytest.raises(JobError, match=r"another job is replacing rows .* on other\)\. .* after 5 minutes"),
+        lock_run(run),
+    ):
+        pass
+    old = (tmp_path / LOCK).stat().st_mtime - attempts.STALE_SECONDS - 1
+    os.utime(tmp_path / LOCK, (old, old))
+    with lock_run(run):
+        pass
+    assert not run.store.exists(LOCK)
+
+
+# The search for the sample
+
+
+class Simulated(Isolate):
+    """Runs no process: `deadly` ends any child, `together` ends one if all of these are in one window."""
+
+    def __init__(self, deadly: dict[int, str], together: Sequence[int] = (), chance: Sequence[int] = ()) -> None:
+        super().__init__(steps=lambda: [], device="cpu")
+        object.__setattr__(self, "deadly", deadly)
+        object.__setattr__(self, "together", set(together))
+        object.__setattr__(self, "chance", set(chance))  # the numbers of children that are killed from outside
+        object.__setattr__(self, "children", 0)
+
+    deadly: dict[int, str]
+    together: set[int]
+    chance: set[int]
+    children: int
+
+    def _run(self, unit: WorkUnit) -> UnitReport | _End:
+        object.__setattr__(self, "children", self.children + 1)
+        crashes = unit.isolation.crashes if unit.isolation else {}
+        probed = unit.isolation.probed if unit.isolation else None
+        numbers = [n for n in range(32) if probed is None or ident(n) in probed]
+        size = 1 if unit.isolation and unit.isolation.single else 8
+        for begin in range(0, len(numbers), size):
+            window = [n for n in numbers[begin : begin + size] if ident(n) not in crashes]
+            for number in window:
+                if self.deadly.get(number) == "decode":
+                    return _End("its process was killed", "decode", (ident(number),))
+            if any(self.deadly.get(number) == "model" for number in window) or (
+                self.together and self.together <= set(window)
+            ):
+                return _End("its process was killed", "model", tuple(map(ident, numbers[begin : begin + size])))
+            if self.children in self.chance:
+                return _End("its process was killed", "model", tuple(map(ident, window)))
+        return UnitReport(
+            unit=unit.id, status="written", failures_file=",".join(str(sample.offset) for sample in crashes)
+        )
+
+
+def ident(number: int) -> SampleId:
+    return SampleId("a.tar", number)
+
+
+@pytest.mark.parametrize(
+    ("isolate", "expected"),
+    [
+        (Simulated({}), ""),
+        (Simulated({5: "decode"}), "5"),
+        (Simulated({5: "model"}), "5"),
+        (Simulated({5: "model", 6: "model", 30: "decode"}), "5,6,30"),
+        (Simulated({}, together=[8, 9]), ""),  # each passes alone: no sample is to blame
+        (Simulated({}, chance=[1, 2]), ""),  # killed from outside, twice
+        (Simulated({3: "model"}, chance=[2, 4]), "3"),
+    ],
+)
+def test_exactly_the_samples_that_end_a_process_twice_are_blamed(isolate: Simulated, expected: str) -> None:
+    report = isolate(make_unit())
+    assert isinstance(report, UnitReport)
+    assert report.failures_file == expected
+
+
+def test_a_unit_fails_if_no_sample_explains_the_end_or_too_many_do() -> None:
+    reason = Simulated({}, chance=range(100))(make_unit())
+    assert reason == "its process was killed in the step model, and no single sample is the cause"
+    many = Simulated(dict.fromkeys(range(MAX_CRASHES + 5), "decode"))(make_unit())
+    assert isinstance(many, str)
+    assert many.startswith(f"more than {MAX_CRASHES} of its samples end their process")
+
+
+# Real processes
+
+
+@pytest.mark.parametrize(
+    "marked",
+    [
+        pytest.param({9: "kill in decode"}, marks=pytest.mark.torture),
+        pytest.param({9: "kill in model"}, marks=pytest.mark.torture),
+        pytest.param({9: "kill in write"}, marks=pytest.mark.torture),
+        pytest.param({0: "kill in write", 1: "kill in model", 11: "kill in decode"}, marks=pytest.mark.torture),
+    ],
+    ids=str,
+)
+def test_a_sample_that_ends_its_process_is_one_failure(
+    marked: dict[int, str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three attempts at the unit have ended their processes. It runs in child processes, and the others here."""
+    make_corpus(tmp_path / "in", marked)
+    undisturbed = make_job(tmp_path / "in", tmp_path / "undisturbed")
+    undisturbed.execute()
+    job = make_job(tmp_path / "in", tmp_path / "out")
+    leave_marks(job.run, job.units[0].id, ended_process())
+    assert make_job(tmp_path / "in", tmp_path / "out").units == job.units[::-1]  # the suspect runs last
+    with caplog.at_level(logging.WARNING):
+        report = job.execute()
+    assert (report.units_written, report.tally.samples, report.tally.failed) == (2, 24, len(marked))
+    expected = {
+        name: [row for row in rows if "kill" not in row["text"]]
+        for name, rows in read_parts(tmp_path / "undisturbed").items()
+    }
+    assert read_parts(tmp_path / "out") == expected
+    records = failures(tmp_path / "out")
+    assert [(record["step"], record["error"], record["row"]) for record in records] == [
+        ("crash", "CrashError", False)
+    ] * len(marked)
+    step = marked.get(9, "kill in write").rpartition(" ")[2]
+    assert f"in the step {step}, twice with this sample alone" in records[0]["message"]
+    assert "3 attempts ended their processes" in caplog.text
+    assert not list((tmp_path / "out" / ATTEMPTS).iterdir())
+    assert not list((tmp_path / "out" / "_mmbeam" / "tmp").iterdir())
+    assert make_job(tmp_path / "in", tmp_path / "out").execute().units_kept == 2
+
+
+@pytest.mark.torture
+def test_a_sample_that_ends_its_process_is_one_failure_with_workers(tmp_path: Path) -> None:
+    """No mark is left before: the job's own worker processes end, are replaced, and the unit is isolated."""
+    make_corpus(tmp_path / "in", {9: "kill in decode"}, number=4)
+    report = make_job(tmp_path / "in", tmp_path / "out", workers=2).execute()
+    assert (report.units_written, report.tally.samples, report.tally.failed) == (4, 24, 1)
+    assert [record["step"] for record in failures(tmp_path / "out")] == ["crash"]
+    assert not list((tmp_path / "out" / ATTEMPTS).iterdir())
+
+
+def test_a_worker_process_error_says_how_it_ended() -> None:
+    error = ProcessEndedError("worker process 7", "was killed by SIGKILL, perhaps because memory ran out")
+    assert str(error).startswith("worker process 7 was killed by SIGKILL, perhaps because memory ran out")
+    assert error.how == "its process was killed by SIGKILL, perhaps because memory ran out"
+    assert replace(make_unit(), limit=1).isolation is None
+
+
+# Files that were damaged or added later
+
+
+def test_damage_to_an_output_costs_its_unit_and_no_more(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A part is cut short and another lost, and there are empty and foreign files in every folder."""
+    make_corpus(tmp_path / "in", {}, number=3)
+    make_job(tmp_path / "in", tmp_path / "out").execute()
+    whole = read_parts(tmp_path / "out")
+    first, second, _ = sorted((tmp_path / "out" / "data").iterdir())
+    first.write_bytes(first.read_bytes()[:-1000])
+    second.write_bytes(second.read_bytes() + b"\0")
+    for name in (
+        "failures/part-x-failed.parquet",
+        "failures/part-x-0123.parquet",
+        "failures/notes.txt",
+        "_mmbeam/plan/.DS_Store",
+        "_mmbeam/attempts/notes",
+        "_mmbeam/stop.json",
+        "_mmbeam/summary.json",
+        "_mmbeam/commits/other.json",
+    ):
+        path = tmp_path / "out" / name
+        path.parent.mkdir(exist_ok=True)
+        path.write_bytes(b"")
+    assert "units: 4 planned" not in "\n".join(status_text(str(tmp_path / "out")))
+    assert "failures/part-x-failed.parquet: expected failure records of mmbeam" in caplog.text
+    report = make_job(tmp_path / "in", tmp_path / "out").execute()
+    assert (report.units_written, report.units_kept) == (2, 1)
+    assert read_parts(tmp_path / "out") == whole
+    assert caplog.text.count("damaged since its commit") == 2
+    assert "plan: .DS_Store is not a file of the plan" in caplog.text
+    assert "samples: 24 = 24 rows" in summary_text(report, str(tmp_path / "out"))
