@@ -3,6 +3,7 @@
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -31,6 +32,7 @@ def kill_if(step: str, texts: Sequence[str | bytes | None]) -> None:
     marked = any(f"kill in {step}" in str(text) for text in texts)
     if marked and sys.argv[0] == "-c":  # how worker processes start; the process of the tests goes on
         os.kill(os.getpid(), SIGNALS[step])
+        time.sleep(60)  # another thread may receive the signal
 
 
 def _decode(raw: RawSample, reading: Any, needs: Any, crash: str | None = None) -> Any:
