@@ -45,9 +45,9 @@ def both(path: Path) -> tuple[list[str | None], dict[str, Any]]:
         ("a.csv", CSV.replace(b"\n", b"\r")),
         ("a.tsv", TSV),
         ("a.tsv", BOM + TSV),
-        ("a [1].jsonl.gz", gzip.compress(BOM + JSON_LINES)),
-        ("a.csv.gz", gzip.compress(CSV)),
-        ("a.tsv.gz", gzip.compress(TSV)),
+        ("a [1].jsonl.gz", gzip.compress(BOM + JSON_LINES, mtime=0)),
+        ("a.csv.gz", gzip.compress(CSV, mtime=0)),
+        ("a.tsv.gz", gzip.compress(TSV, mtime=0)),
     ],
 )
 def test_captions_and_references_are_read_alike(tmp_path: Path, name: str, content: bytes) -> None:
@@ -75,7 +75,7 @@ def test_parquet_keys_may_be_integers_and_null(tmp_path: Path) -> None:
         ("a.jsonl", b"", "found no rows"),
         ("a.jsonl", BOM, "found no rows"),
         ("a.jsonl.gz", JSON_LINES, "gzip"),
-        ("a.jsonl.gz", gzip.compress(JSON_LINES)[:-9], "end-of-stream"),
+        ("a.jsonl.gz", gzip.compress(JSON_LINES, mtime=0)[:-9], "end-of-stream"),
         ("a.csv", b"", "found no rows"),
         ("a.csv", b"key,text\n", "found no rows"),
         ("a.csv", b"id,text\n1,a\n", "expected rows with 'key' and 'text', found id, text"),
