@@ -17,7 +17,7 @@ from killers import make_corpus, make_job
 from known import read_parts
 from outputs import make_run, make_unit, write_unit
 
-from mmbeam.errors import JobError
+from mmbeam.errors import JobError, RunMismatchError
 from mmbeam.jobs.isolate import MAX_CRASHES, Isolate, _End
 from mmbeam.jobs.workers import ProcessEndedError
 from mmbeam.report.status import status_text
@@ -321,3 +321,17 @@ def test_damage_to_an_output_costs_its_unit_and_no_more(tmp_path: Path, caplog: 
     assert caplog.text.count("damaged since its commit") == 2
     assert "plan: .DS_Store is not a file of the plan" in caplog.text
     assert "samples: 24 = 24 rows" in summary_text(report, str(tmp_path / "out"))
+
+
+def test_a_touched_shard_is_unchanged_and_another_content_is_named(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "in", {}, number=3)
+    make_job(tmp_path / "in", tmp_path / "out").execute()
+    first, second, _ = sorted((tmp_path / "in").glob("*.tar"))
+    for path in (first, second):
+        os.utime(path, (1e9, 1e9))
+    assert make_job(tmp_path / "in", tmp_path / "out").execute().units_kept == 3
+    content = second.read_bytes()
+    second.write_bytes(content.replace(b"text 9", b"text 8"))
+    assert second.stat().st_size == len(content)
+    with pytest.raises(RunMismatchError, match=r"1 of 3 shards has changed:\n  .*000001.tar: etag .* -> "):
+        make_job(tmp_path / "in", tmp_path / "out")

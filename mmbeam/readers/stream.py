@@ -3,8 +3,10 @@
 Not here: decompression (decompress.py), the format of the bytes (tar.py).
 """
 
+import hashlib
 import io
 import logging
+import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,8 +17,8 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from mmbeam.config import MIB
 from mmbeam.errors import LimitError, MmbeamError, ShardError, redact
-from mmbeam.readers.paths import etag_of, file_system, public_path
-from mmbeam.types import Shard
+from mmbeam.readers.paths import etag_of, file_system, is_local, local_path, public_path
+from mmbeam.types import Input, Shard
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +32,28 @@ HTTP_SECONDS = 60.0  # without data, after which a connection is closed and reop
 STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "http", "requests", "urllib3"}
 
 T = TypeVar("T")
+
+
+def content_digest(source: Input) -> str | None:
+    """Return a digest of the bytes of an input that is a file of this machine, which need not be a tar.
+
+    None for other stores, and if the file is not the one that was listed: its size or time differs.
+    """
+    shard = source.shard
+    if not is_local(shard.url):
+        return None
+    left = sys.maxsize if source.end is None else source.end - source.begin
+    digest, path = hashlib.sha256(), Path(local_path(shard.url))
+    try:
+        with path.open("rb") as file:
+            file.seek(source.begin)
+            while block := file.read(min(left, READ_BYTES)):
+                digest.update(block)
+                left -= len(block)
+        info = LocalFileSystem().info(str(path))
+    except OSError:
+        return None
+    return digest.hexdigest()[:32] if (info["size"], etag_of(info)) == (shard.size, shard.etag) else None
 
 
 class ShardStream(io.BufferedReader):

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from mmbeam.errors import RunMismatchError
+from mmbeam.readers.stream import content_digest
 from mmbeam.readers.tar import parts_join
 from mmbeam.readers.units import (
     UNIT_BYTES,
@@ -102,7 +103,11 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
 
 
 def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> list[WorkUnit]:
-    """Return the units with their shards as listed now. Raises RunMismatchError if a committed shard has changed."""
+    """Return the units with their shards as listed now.
+
+    Raises RunMismatchError if a committed shard has changed. A file of this machine whose time alone has changed is
+    read again and compared.
+    """
     renewed, differing = [], []
     for unit in units:
         shards = [now.get(source.shard.path, source.shard) for source in unit.inputs]
@@ -121,23 +126,37 @@ def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> l
         ]
         if changes:
             raise RunMismatchError(
-                f"{run.store} holds rows of inputs that have changed since:\n  "
-                + "\n  ".join(dict.fromkeys(changes))
+                f"{run.store} holds rows of inputs that have changed since. {_count(changes, units)}:\n  "
+                + "\n  ".join(dict.fromkeys(change for _, change in changes))
                 + "\nRestore the old files, choose another `output`, or use `overwrite` to start over"
             )
     return renewed
 
 
-def _changes(committed_inputs: Sequence[Mapping[str, Any]], inputs: Sequence[Input]) -> Iterator[str]:
+def _count(changes: Sequence[tuple[str, str]], units: Sequence[WorkUnit]) -> str:
+    changed = len({path for path, _ in changes})
+    total = len({source.shard.path for unit in units for source in unit.inputs})
+    return f"{changed:,} of {total:,} shards {'has' if changed == 1 else 'have'} changed"
+
+
+def _changes(committed_inputs: Sequence[Mapping[str, Any]], inputs: Sequence[Input]) -> Iterator[tuple[str, str]]:
+    """Yield path and description of each change."""
     now = {source.shard.path: source.shard for source in inputs}
     for before in committed_inputs:
         shard = now.get(before["path"])
         if shard is None:  # it could not be read, and has become a unit of its own
             continue
-        for name in ("size", "etag"):
-            old, new = before[name], getattr(shard, name)
-            if old is not None and new is not None and old != new:
-                yield f"{shard.path}: {name} {old} -> {new}"
+        differing = [
+            (name, before[name], new)
+            for name, new in (("size", shard.size), ("etag", shard.etag))
+            if before[name] is not None and new is not None and before[name] != new
+        ]
+        if [name for name, _, _ in differing] == ["etag"] and before.get("digest") is not None:
+            source = Input(shard=shard, begin=before["begin"], end=before["end"])
+            if content_digest(source) == before["digest"]:
+                continue
+        for name, old, new in differing:
+            yield shard.path, f"{shard.path}: {name} {old} -> {new}"
 
 
 # After the run

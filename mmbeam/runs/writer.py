@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmbeam.config import MIB
 from mmbeam.errors import FlowError
+from mmbeam.readers.stream import content_digest
 from mmbeam.readers.units import inputs_to_json
 from mmbeam.runs.commits import FAILED, FOOTER_KEY, commit_record, read_footer
 from mmbeam.runs.rows import FAILURE_SCHEMA, check_conserved, make_rows
@@ -164,7 +165,7 @@ class UnitWriter:
             tally=self._tally,
             wall_seconds=time.monotonic() - self._started,
             failures_file=None if self._failures is None else failures.rpartition("/")[2],
-            inputs=inputs_to_json(self.unit, self._inputs_read),
+            inputs=self._inputs(),
             batch_plan={name: self.run.recorded.get(name) for name in BATCH_PLAN},
         )
         record = commit_record(self.run, self.attempt, report)
@@ -185,6 +186,23 @@ class UnitWriter:
         self._rows.discard()
         if self._failures is not None:
             self._failures.discard()
+
+    def _inputs(self) -> tuple[dict[str, Any], ...]:
+        """Return the unit's inputs as the footer describes them, with digests of files of this machine.
+
+        With the digest a later launch recognises a file whose time alone has changed. A file of which little was read
+        has none: it would take longer to read the rest.
+        """
+        described = inputs_to_json(self.unit, self._inputs_read)
+        if self._tally.bytes_read * 2 < sum(
+            source.shard.size or 0 for source in self.unit.inputs if not source.is_part
+        ):
+            return described
+        digests = map(content_digest, self.unit.inputs)
+        return tuple(
+            facts if digest is None else {**facts, "digest": digest}
+            for facts, digest in zip(described, digests, strict=True)
+        )
 
     def _publish(self, path: Path) -> UnitReport | None:
         """Publish the Parquet file. Return the report of another attempt if that was first."""
