@@ -107,7 +107,7 @@ class GeneratorModel:
 def load_encoder(
     model: str, *, device: str = "auto", dtype: str | None = None, modalities: Sequence[Modality] | None = None
 ) -> EncoderModel:
-    """Load an encoder, a hub name with optional @revision or a directory.
+    """Load the encoder `model`: a hub name with optional @revision, or a directory.
 
     `device` is "auto", "cpu" or "cuda[:N]". `dtype` defaults to float32 on a CPU and bfloat16 on a GPU. Raises
     ModelError for an unusable model, UsageError if it encodes none of `modalities`.
@@ -125,7 +125,7 @@ def load_generator(
     device: str = "auto",
     dtype: str | None = None,
 ) -> GeneratorModel:
-    """Load a generator, a hub name with optional @revision or a directory. By default the model that ships with mmbeam.
+    """Load the generator `model`: a hub name with optional @revision, or a directory; by default the shipped model.
 
     `prompt` is a template over the sample that replaces the task's own. Raises ModelError for an unusable model,
     UsageError for options that contradict each other or the model.

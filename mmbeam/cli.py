@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         args = parse(argv)
         if args.verbose:
             log_to_stderr(logging.DEBUG, libraries=logging.INFO)
-        else:  # mmbeam reports what fails in libraries itself
+        else:  # mmbeam prints its own message for an error of a library
             log_to_stderr(logging.WARNING, libraries=logging.CRITICAL)
             warnings.simplefilter("ignore")
         with _exit_on_signal():
@@ -86,7 +86,7 @@ def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
 
 
 def _with_options(message: str, args: argparse.Namespace) -> str:
-    """Return the message of a library error with the arguments it names (`batch_size`) as options (--batch-size)."""
+    """Return `message` with each Python argument that it quotes (`batch_size`) replaced by its option --batch-size."""
     options = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     # Messages also name plurals (`models`), and `split_fractions`, which --split sets. Exact names win.
     options = {f"{name}s": option for name, option in options.items()} | {"split_fractions": "--split"} | options

@@ -17,7 +17,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("text", nargs="?", metavar="TEXT", help="search for this text")
     parser.add_argument("--image", metavar="FILE", help="search for this image")
     parser.add_argument("--audio", metavar="FILE", help="search for this sound")
-    parser.add_argument("--like", metavar="KEY", help="search for the row with this key; it is left out of the results")
+    parser.add_argument("--like", metavar="KEY", help="search for the rows nearest to the row with this key")
     parser.add_argument(
         "--column",
         metavar="NAME",

@@ -31,8 +31,8 @@ _RATES = (100, 384_000)  # Hz; beyond them a limit in seconds would not bound me
 _BLOCK_SAMPLES = 1 << 17  # decoded at a time, over all channels: 512 KiB
 _MP3_SLACK = 2 * 1152  # frames by which encoders' Xing headers differ from what is decoded
 _MP3_SAME_STREAM = 0xFFFE0C00  # bits of a frame header that are equal throughout a stream: sync, version, layer, rate
-# Bytes: a remainder without a Xing header counts as another MP3 only from this size; a shorter one may come from
-# encoders that count the size of a stream differently.
+# Bytes. What follows the first MP3 in a file, if it has no Xing header, counts as another MP3 only from this size. Less
+# may remain because some encoders count the size of a stream differently.
 _MIN_BARE_MP3 = 8192
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile's count for a FLAC that was written to a pipe is near 2**63
 # A data size of at least this means unknown: programs that write to a pipe (sox, ffmpeg) cannot fill in the real size.
@@ -209,7 +209,7 @@ def _split_mp3(data: bytes) -> list[bytes]:
 
 
 def _next_mp3(data: bytes, start: int) -> int | None:
-    """Return where the MP3 after the one at `start` begins; None if there is none, or no Xing header has the size."""
+    """Return where the MP3 after the one at `start` begins; None without one, or if no Xing header states the size."""
     xing = _xing(data, start)
     has_size = xing >= 0 and int.from_bytes(data[xing + 4 : xing + 8], "big") & 3 == 3
     size = int.from_bytes(data[xing + 12 : xing + 16], "big") if has_size else 0

@@ -278,8 +278,8 @@ def _join(values: Sequence[Any]) -> Any:
 def split_of(key: str, seed: int, split_fractions: Fractions) -> Split:
     """Return the split of a key, which depends only on the key, `seed` and `split_fractions`.
 
-    The first 8 bytes of the BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), are a fraction of 1; the
-    splits are consecutive intervals of [0, 1) in proportion to `split_fractions`. Raises UsageError for invalid
+    The 8-byte BLAKE2b hash of the key, salted with `seed` (0 to 2^64 - 1), divided by 2^64, is a number in [0, 1). The
+    splits are consecutive intervals of it in proportion to `split_fractions`. Raises UsageError for invalid
     fractions.
     """
     check_split_fractions(split_fractions)

@@ -214,8 +214,9 @@ def caption_run(
 ) -> Run:
     """Return the run that writes the outputs of `embed` and `stage` to `output`; nothing is written yet.
 
-    The input is shards read by `reading`, or with `features` what `mmbeam embed` wrote. The fingerprint is the command
-    line's for the same options, so that either resumes the other. `recorded` is added to what run.json records.
+    The input is shards read by `reading`, or with `features` what `mmbeam embed` wrote. A job that the command line
+    starts with the same options has the same fingerprint, so each can resume the other. `recorded` is added to what
+    run.json records.
     """
     reading, instruction = reading or Reading(), stage.instruction
     outputs = [output for encoder in embed for output in encoder.outputs] + list(stage.outputs)

@@ -108,9 +108,9 @@ def embed_run(
 ) -> Run:
     """Return the run that writes the outputs of `stages`, over shards read by `reading`, to `output`.
 
-    Nothing is written yet. The fingerprint is the command line's for the same options, so that either resumes the
-    other. `recorded` is added to what run.json records. Raises UsageError if the stages contradict each other or
-    `reading`.
+    Nothing is written yet. A job that the command line starts with the same options has the same fingerprint, so each
+    can resume the other. `recorded` is added to what run.json records. Raises UsageError if the stages contradict each
+    other or `reading`.
     """
     reading = reading or Reading()
     # The fingerprint has one place for these, so all stages must agree on them.

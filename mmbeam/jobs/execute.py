@@ -102,7 +102,10 @@ class Job:
         Raises UsageError for `retry_failures`: its lock is held by the launching process.
         """
         if self.options.retry_failures:
-            raise UsageError("`retry_failures` holds a lock while the job runs: wait for the job's end")
+            raise UsageError(
+                "`retry_failures` needs a launcher that waits for the job, because the launcher holds a lock; omit "
+                "--template_location, --dry_run and --no_wait_until_finish"
+            )
         clear_stop(self.run)
         pipeline = beam.Pipeline(options=pipeline_options(self.options.beam_args))
         self.build(pipeline)
@@ -137,7 +140,10 @@ class Job:
         return read(needs, self.options.reading, self.run, self.options.windows, alone if isolate else None)
 
     def _devices(self) -> tuple[str, ...]:
-        """Return the devices of this machine that the job uses; for workers elsewhere, the name that each resolves."""
+        """Return the devices of this machine that the job uses.
+
+        If the workers are on other machines, return the device's name, which each worker resolves.
+        """
         device = self.stages[0].device
         return devices_of(device) if workers_are_here(self.options.beam_args) else (device,)
 
@@ -145,7 +151,7 @@ class Job:
 def plan(
     run: Run, shards: Sequence[Shard], options: JobOptions, unit_bytes: int | None = UNIT_BYTES
 ) -> tuple[WorkUnit, ...]:
-    """Open the run and plan it, in units of about `unit_bytes` of a shard, or None for one unit per shard.
+    """Open the run and return its units, each of about `unit_bytes` of input; if that is None, one unit per shard.
 
     With `retry_failures` committed units that hold failures are marked, to be done again and replaced.
     """
@@ -160,7 +166,7 @@ def plan(
 
 
 def check_present(report: RunReport, modalities: Sequence[Modality], required: Sequence[Modality]) -> None:
-    """Raise MissingModalityError if no sample of the run has any of `modalities`, or none has one of `required`."""
+    """Raise MissingModalityError if no sample has any of `modalities`, or if one of `required` occurs in no sample."""
     missing = [modality for modality in modalities if not report.tally.present.get(modality)]
     none = modalities and len(missing) == len(modalities)
     if report.tally.samples and (none or set(missing) & set(required)):

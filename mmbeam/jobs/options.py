@@ -28,7 +28,7 @@ from mmbeam.report.inspect import Probe
 log = logging.getLogger(__name__)
 
 DIRECT = ("direct", "switchingdirect")  # in Beam this is Prism, a program to be downloaded, or FnApiRunner
-IN_PROCESS = ("", *DIRECT)  # the names, as of runner_of, that stand for a runner in this process
+IN_PROCESS = ("", *DIRECT)  # names that `runner_of` returns for a runner in this process
 RUNNER = "mmbeam.jobs.runner.InProcessRunner"
 UNITS_PER_DEVICE = 2  # in flight: one computes while the other opens, decodes or writes
 
@@ -106,7 +106,7 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
 
 
 def is_waited_for(args: Sequence[str]) -> bool:
-    """Return whether the launching process waits for the job's end: not for a template, a dry run, or if told so."""
+    """Return False for --template_location, --dry_run and --no_wait_until_finish: the launcher waits for no end."""
     options = PipelineOptions(list(args))
     template = options.view_as(GoogleCloudOptions).template_location
     dry_run = options.view_as(TestOptions).dry_run

@@ -13,7 +13,7 @@ import zstandard
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte from 50 to 5f: a frame to skip
-STORED_BYTES = 64 << 10  # per read; copied once per gzip member in it
+STORED_BYTES = 64 << 10  # per read; each gzip member that ends in this block copies the rest of it
 ZSTD_WINDOW_BYTES = 128 << 20  # the largest window that is allowed: the memory that a frame may ask for
 EXPANSION_FREE = 1 << 30  # bytes exempt from the limit on expansion
 
@@ -86,8 +86,8 @@ class _Stored(io.RawIOBase):
 class _Gunzip:
     """Return up to `size` bytes per call, b"" at the end; on damage, the bytes ahead of it, and then raise.
 
-    zlib checks a member only behind its last byte, and then raises without returning the bytes of that call. So this
-    class inflates the deflate stream, and checks header and trailer itself (RFC 1952).
+    zlib verifies a member's checksum only after its last byte, and then raises without returning the bytes of that
+    call. So this class inflates the deflate stream, and checks header and trailer itself (RFC 1952).
     """
 
     def __init__(self, stored: _Stored) -> None:
@@ -96,7 +96,7 @@ class _Gunzip:
         self._member: Any = None  # inflates the current member
         self._any_member = False
         self._checksum = self._length = 0
-        self._error: zlib.error | None = None  # of the current member, behind the bytes returned
+        self._error: zlib.error | None = None  # to raise at the next call; the bytes before it have been returned
 
     def __call__(self, size: int) -> bytes:
         if self._error is not None:

@@ -96,9 +96,9 @@ def _expand_pattern(pattern: str, allow_local_paths: bool) -> Iterator[Entry]:
                 if not trusted and origin(listed) != origin(url):
                     what = "a local path" if is_local(listed) else printable(public_path(listed))
                     raise UsageError(
-                        f"{public_path(url)}, line {number}: expected shards of {'://'.join(origin(url))}, where the "
-                        f"list is, found {what}; check the list, then name its shards with `input` or use "
-                        "`allow_local_paths`"
+                        f"{public_path(url)}, line {number}: expected a shard on the list's own server or "
+                        f"bucket ({'://'.join(origin(url))}), found {what}; check the list, then name its shards with "
+                        "`input` or use `allow_local_paths`"
                     )
                 yield Entry(listed, may_redirect=trusted)
 

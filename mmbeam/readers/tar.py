@@ -400,9 +400,10 @@ class TarReader:
             names = None
             if isinstance(member, Member) and not member.problem and member.regular:
                 names = split_name(member.name)
-            # A pax global header applies to all later members, but a part that begins after it cannot see it. Therefore
-            # the part that contains it extends to the end of the tar, and a part that meets it before its own first
-            # sample yields no samples.
+            # A pax global header applies to all later members, but a part that begins after it cannot see it. So the
+            # part that contains it reads to the end of the tar, and a part that meets it before its own first sample
+            # yields none. Parts that begin after it then do not join (`parts_join`), and the next launch reads the
+            # shard as one unit.
             if names is not None and not headers.global_pax:
                 if self.first_sample is None and begin.is_before(member.offset, names[0]):
                     self.first_sample = member.offset

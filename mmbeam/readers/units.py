@@ -30,11 +30,11 @@ def unit_id(*inputs: Input) -> str:
 def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit], unit_bytes: int | None = None) -> list[WorkUnit]:
     """Return new units for the shards that no known unit contains, in their order. Known units never change.
 
-    Without `unit_bytes`, each shard is one unit. With it, each unit reads about that number of bytes: a larger
-    uncompressed tar (by its name) is cut into parts. If there are more than UNPACKED_SHARDS shards, small adjacent ones
-    are packed into units, of which about that number remain. Units are larger if there were more than MAX_UNITS. A
-    shard of unknown size is one unit. Pass `unit_bytes` only with a run: only a run detects a part that was read from
-    the wrong byte.
+    Without `unit_bytes`, each shard is one unit. With it, each unit reads about that number of bytes: an uncompressed
+    tar (a path that ends in .tar) that is larger is cut into parts. If there are more than UNPACKED_SHARDS shards,
+    small adjacent ones are packed, as long as about UNPACKED_SHARDS units remain. Parts are larger where there would
+    otherwise be more than MAX_UNITS. A shard of unknown size is one unit. Pass `unit_bytes` only with a run: only a run
+    detects a part that was read from the wrong byte.
     """
     planned = {source.shard.path for unit in known for source in unit.inputs}
     new = [shard for shard in shards if shard.path not in planned]

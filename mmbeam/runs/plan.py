@@ -215,8 +215,8 @@ def _misread(reports: Sequence[UnitReport]) -> Iterator[list[UnitReport]]:
 def _packs_to_split(run: Run, reports: Sequence[UnitReport]) -> Iterator[tuple[WorkUnit, list[tuple[WorkUnit, str]]]]:
     """Yield each pack without its unreadable shards, and these shards as units of their own, with the reason.
 
-    A shard that was its own unit in this launch is not split off again. If an earlier launch committed the pack,
-    neither is a shard that is planned as its own unit.
+    A shard that was its own unit in this launch is not split off again. If an earlier launch committed the pack, a
+    shard that is already planned as its own unit is not split off again either.
     """
     bad = [report for report in reports if any("error" in source for source in report.inputs)]
     launched = {report.unit for report in reports}

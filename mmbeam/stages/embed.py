@@ -193,7 +193,7 @@ def embed_stage(
     count_tokens: bool = True,
     **options: Any,
 ) -> EmbedStage:
-    """Return the stage of a model, a hub name with optional @revision or a directory. Reads no weights.
+    """Return the stage of `model`: a hub name with optional @revision, or a directory. Reads no weights.
 
     `modalities` defaults to all that the model encodes. `device` is the device on the workers: "cpu" or "cuda[:N]".
     "auto" selects it by the devices of this machine. `options` are other fields of EmbedStage: name, dtype, batch_size,

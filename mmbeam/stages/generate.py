@@ -38,8 +38,8 @@ from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_value
 from mmbeam.stages.packing import pack, run_batches
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
-# Maximum number of padded tokens in a batch, divided by batch_size. Tokens to generate count: the key-value cache of a
-# 7 B model takes about 57 kB per token, 29 MB per sample.
+# Maximum number of padded tokens in a batch, divided by batch_size. Tokens still to be generated are included,
+# since the key-value cache of a 7 B model takes about 57 kB per token, 29 MB per sample.
 TOKENS_PER_SAMPLE = 512
 # Maximum number of decoded pixels in a batch, divided by batch_size: 3 MB per sample, 12 MB while resizing.
 PIXELS_PER_SAMPLE = 1 << 20
@@ -262,7 +262,7 @@ def generate_stage(
     image_filter: tuple[str, float] | None = None,
     engine: Engine = "transformers",
 ) -> GenerateStage:
-    """Return the stage of a model, a hub name with optional @revision or a directory. Reads no weights.
+    """Return the stage of `model`: a hub name with optional @revision, or a directory. Reads no weights.
 
     `decoding` defaults to greedy, `task` to the model's first. `prompt` is a template over the sample
     (prompts/template.py) that replaces the task's prompt. `device` is the device on the workers: "cpu" or "cuda[:N]".

@@ -34,7 +34,7 @@ from mmbeam.training.scores import Evaluator, Scores
 
 log = logging.getLogger(__name__)
 
-BETAS = (0.9, 0.98)  # of Adam; 0.98 as in Vaswani et al., 2017, adapts faster than 0.999, which suits short trainings
+BETAS = (0.9, 0.98)  # of Adam; 0.98 (Vaswani et al., 2017) adapts faster than 0.999 and so suits short trainings
 MOMENTUM = 0.9  # of SGD
 
 

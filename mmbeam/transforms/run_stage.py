@@ -51,7 +51,7 @@ class RunStage(beam.DoFn):
         self.has_passed = False  # in isolation: the stage has run on an input known to be good
 
     def setup(self) -> None:
-        """In a worker process, claim one device and send what libraries print to stderr."""
+        """In a worker process, claim one device and redirect stdout to stderr."""
         if self._in_worker():
             os.dup2(2, 1)  # a worker's stdout is not read: after 64 KB a library that prints would block
             placement.claim_one_device(self.stage.device)

@@ -106,8 +106,8 @@ class _Write(beam.DoFn):
             self._abort(unit.id)
             return UnitReport(unit=unit.id, status="failed")
         progress.add(tally)
-        # Left to the check of the whole run: a part after the first may have been misread (readers/tar.py), and units
-        # that are retried have more failures than average.
+        # Only the check of the whole run counts parts after the first and retried units. Such a part may have been
+        # misread (readers/tar.py), and retried units have more failures than average.
         if not unit.replace and all(source.begin == 0 for source in unit.inputs):
             count_window(self.run, tally, batch.failures)
         if not batch.last:

@@ -40,7 +40,8 @@ WHISPER_WINDOWS_PER_BATCH = 8  # minimum number of windows per forward pass; a b
 WHISPER_STRIDE = 2  # mel frames per frame of Whisper's encoder: the stride of its second convolution
 
 SPEECH_PIECE_SECONDS = 30  # the longest piece that wav2vec 2.0 encodes: attention costs the square of the length
-SPEECH_SAMPLES_PER_BATCH = 1 << 20  # through the convolutions: a minute at 16 kHz, 430 MB after the first in float32
+# Audio samples per batch of the convolutions: a minute at 16 kHz; the first layer's output takes 430 MB in float32.
+SPEECH_SAMPLES_PER_BATCH = 1 << 20
 SPEECH_FRAMES_PER_BATCH = 12_000  # through the transformer, padding included: four minutes
 
 

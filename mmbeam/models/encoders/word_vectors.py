@@ -172,7 +172,7 @@ def _count_lines(file: BinaryIO) -> int:
 
 
 def _lines(path: Path, file: BinaryIO, number: int) -> Iterator[tuple[int, bytes]]:
-    """Yield the lines that are not empty, without trailing white space; the next line is line `number` of the file."""
+    """Yield number and text of each line that is not empty, without trailing white space, from line `number` on."""
     while text := file.readline(MAX_LINE):
         if len(text) == MAX_LINE:
             raise ModelError(

@@ -208,7 +208,7 @@ class CausalGenerator(ChatGenerator):
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
-        """Read configuration and tokenizer; a model with a chat template is for dialogues first."""
+        """Read configuration and tokenizer. The default task of a model with a chat template is dialogue."""
         has_template = cls.read_tokenizer(directory).template is not None
         others: tuple[Task, ...] = ("caption", "summarize", "translate")
         tasks = ("dialogue", *others) if has_template else (*others, "dialogue")

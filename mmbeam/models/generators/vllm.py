@@ -169,7 +169,7 @@ def repetition_penalty(directory: Path) -> float:
 
 
 def engine_options(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype, memory: float) -> dict[str, Any]:
-    """Return the arguments of vLLM's LLM; `memory` is the fraction of the whole GPU's that it may use."""
+    """Return the arguments of vLLM's LLM; `memory` is the fraction of the GPU's total memory that vLLM may use."""
     options: dict[str, Any] = {
         "model": spec.directory,
         "load_format": "safetensors",  # data is never code

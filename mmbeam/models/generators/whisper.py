@@ -29,7 +29,7 @@ from mmbeam.ops.log_mel import WhisperRecipe, whisper_log_mel, whisper_windows
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 
 START_TOKENS = 4  # at most: the begin token, the language, the task, and the token for no timestamps
-FRAMES_PER_STAMP = 2  # of 10 ms: timestamps count the encoder's tokens
+FRAMES_PER_STAMP = 2  # mel frames (10 ms) per step of a timestamp (20 ms, one token of the encoder)
 
 
 class _Whisper(WhisperForConditionalGeneration):
