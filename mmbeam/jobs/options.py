@@ -106,7 +106,7 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
 
 
 def is_waited_for(args: Sequence[str]) -> bool:
-    """Return False for --template_location, --dry_run and --no_wait_until_finish: the launcher waits for no end."""
+    """Return whether the launcher waits for the job to end: not for a template, a dry run or no_wait_until_finish."""
     options = PipelineOptions(list(args))
     template = options.view_as(GoogleCloudOptions).template_location
     dry_run = options.view_as(TestOptions).dry_run
