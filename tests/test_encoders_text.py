@@ -244,7 +244,9 @@ def test_unsupported_options_of_a_sentence_encoder(
         ([{"path": "", "type": "sentence_transformers.models.Transformer"}], "found Transformer$"),
         ([{"path": "", "type": "sentence_transformers.models.CLIPModel"}], "found CLIPModel$"),
         ([{"path": "", "type": "custom_st.Transformer"}], "custom_st.Transformer is code from outside"),
-        ([{"path": "../bert", "type": "sentence_transformers.models.Transformer"}], "leads out of"),
+        ([{"path": "../bert", "type": "sentence_transformers.models.Transformer"}], "names the file '../bert/"),
+        ([{"path": ".bert", "type": "sentence_transformers.models.Transformer"}], "names the file '.bert/"),
+        ([{"path": "onnx", "type": "sentence_transformers.models.Transformer"}], "names the file 'onnx/"),
         ({}, "expected a list of modules"),
     ],
 )

@@ -272,6 +272,12 @@ def test_saved_processor_prepares_the_same_inputs(processor: FusionProcessor, tm
             '{"images": {"image": {"side": 2}}, "sounds": {}, "tokenizers": []}',
             "unexpected keyword argument",
         ),
+        (
+            "preprocessing.json",
+            '{"images": {}, "sounds": {}, "tokenizers": ["../t"]}',
+            "names the file '../t.tokenizer",
+        ),
+        ("preprocessing.json", '{"images": {}, "sounds": {}, "tokenizers": ["/t"]}', "names the file '/t.tokenizer"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer"),
         ("config.json", '{"model_type": "mmbeam-fusion"}', "expected the preprocessing of a fusion model"),
     ],

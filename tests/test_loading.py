@@ -4,12 +4,15 @@ import hashlib
 import json
 import logging
 import os
+import pickle
+import re
 import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -18,6 +21,7 @@ from typing import Any
 import fsspec
 import pytest
 import torch
+import transformers
 from tiny_models import save_siglip
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, PreTrainedModel
 
@@ -28,11 +32,13 @@ from mmbeam.models.loading import (
     dtype_name,
     is_model_file,
     load_pretrained,
+    model_files,
     parse_dtype,
     read_json,
     resolve,
 )
 from mmbeam.models.tokenizing import TextTokenizer
+from mmbeam.stages.embed import embed_stage
 
 CPU = torch.device("cpu")
 
@@ -294,6 +300,170 @@ def test_weights_in_several_files(copy: Path) -> None:
         ModelError, match=r"names \['model-00002-of-.*safetensors'\], which are missing; copy the whole directory"
     ):
         check_weights(copy)
+
+
+class Payload:
+    """Unpickled, it creates a file."""
+
+    def __init__(self, witness: Path) -> None:
+        self.witness = witness
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return Path.touch, (self.witness,)
+
+
+def sharded(directory: Path, shard: str) -> None:
+    """Replace the weights by an index that names `shard`."""
+    (directory / "model.safetensors").rename(directory / "weights.safetensors")
+    index = {"metadata": {}, "weight_map": {"logit_scale": shard}}
+    (directory / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def with_config(directory: Path, **options: Any) -> None:
+    config = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(config | options))
+
+
+def adapter(directory: Path) -> None:
+    (directory / "adapter_config.json").write_text('{"base_model_name_or_path": "org/other", "peft_type": "LORA"}')
+    shutil.copy(directory / "model.safetensors", directory / "adapter_model.safetensors")
+
+
+def fast_tokenizer(directory: Path, name: str) -> None:
+    config = json.loads((directory / "tokenizer_config.json").read_text())
+    (directory / "tokenizer_config.json").write_text(json.dumps(config | {"fast_tokenizer_files": [name]}))
+
+
+def linked(directory: Path, name: str, target: str) -> None:
+    """Move a file or folder of the model to `target`, and leave a link."""
+    moved = directory / target
+    moved.parent.mkdir(exist_ok=True)
+    (directory / name).rename(moved)
+    (directory / name).symlink_to(target)
+
+
+HOSTILE_MODELS: Mapping[str, tuple[Callable[[Path], object], str]] = {
+    "index names a pickle": (lambda d: sharded(d, "pytorch_model.bin"), "names the file 'pytorch_model.bin'"),
+    "index names a pickle as safetensors": (lambda d: sharded(d, "evil.safetensors"), "cannot be loaded"),
+    "index climbs": (lambda d: sharded(d, "../weights.safetensors"), "names the file '../weights.safetensors'"),
+    "index climbs from a folder": (lambda d: sharded(d, "a/../../weights.safetensors"), "names the file 'a/../"),
+    "index names an absolute path": (lambda d: sharded(d, f"{d}/weights.safetensors"), "names the file '/"),
+    "index names a hidden file": (lambda d: sharded(d, ".x/weights.safetensors"), "names the file '.x/"),
+    "index names another kind": (lambda d: sharded(d, "config.json"), "names config.json; expected safetensors"),
+    "index names a number": (lambda d: sharded(d, 7), "names the file '7'"),  # type: ignore[arg-type]
+    "index is a list": (
+        lambda d: (d / "model.safetensors.index.json").write_text('{"weight_map": ["a"]}'),
+        "names no files",
+    ),
+    "index is nested too deeply": (
+        lambda d: (d / "model.safetensors.index.json").write_text("[" * 100_000),
+        "cannot be read as JSON",
+    ),
+    "configuration names a pickle": (
+        lambda d: with_config(d, transformers_weights="adapter_model.bin"),
+        "config.json: names the file 'adapter_model.bin'",
+    ),
+    "configuration names weights elsewhere": (
+        lambda d: with_config(d, transformers_weights="../weights.safetensors"),
+        "config.json: names the file",
+    ),
+    "configuration names weights that are not digested": (
+        lambda d: with_config(d, transformers_weights="onnx/model.safetensors"),
+        "config.json: names the file",
+    ),
+    "configuration names a kernel": (
+        lambda d: with_config(d, attn_implementation="some/kernel@main"),
+        "attn_implementation is 'some/kernel@main', code from the hub",
+    ),
+    "configuration of a tower names a kernel": (
+        lambda d: with_config(d, vision_config={"_attn_implementation": {"": "some/kernel"}}),
+        "_attn_implementation is .*code from the hub",
+    ),
+    "pickle under the name of the weights": (lambda d: None, "cannot be loaded"),
+    "only pickles": (lambda d: (d / "model.safetensors").unlink(), "has no model.safetensors; pickled weights"),
+    "adapter": (adapter, "has adapter_config.json, an adapter of PEFT"),
+    "tokenizer climbs": (lambda d: fast_tokenizer(d, "../tokenizer.1.0.json"), "tokenizer_config.json: names the file"),
+    "weights linked from outside": (lambda d: linked(d, "model.safetensors", "../m.safetensors"), "is a link to"),
+    "tokenizer linked from outside": (lambda d: linked(d, "tokenizer.json", "../tokenizer.json"), "is a link to"),
+    "pipe": (lambda d: ((d / "vocab.txt").unlink(missing_ok=True), os.mkfifo(d / "vocab.txt")), "not a regular file"),
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE_MODELS)
+def test_a_hostile_model_directory_is_refused(name: str, copy: Path, tmp_path: Path) -> None:
+    """Every directory holds pickles under all the names that torch, transformers and PEFT load."""
+    change, message = HOSTILE_MODELS[name]
+    change(copy)
+    pickled = pickle.dumps(Payload(tmp_path / "executed"))
+    for other in ("pytorch_model.bin", "adapter_model.bin", "evil.safetensors", "spk_dict.pt", "model.pt", "model.pkl"):
+        (copy / other).write_bytes(pickled)
+    (copy / "pytorch_model.bin.index.json").write_text('{"weight_map": {"logit_scale": "pytorch_model.bin"}}')
+    if name == "pickle under the name of the weights":
+        (copy / "model.safetensors").write_bytes(pickled)
+    with pytest.raises(ModelError, match=message):
+        embed_stage(str(copy)).load()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_code_of_a_model_directory_is_never_run(copy: Path, tmp_path: Path) -> None:
+    """Every place that may name code: classes of configuration, model, tokenizer and processor."""
+    code = f"from pathlib import Path\nPath({str(tmp_path / 'executed')!r}).touch()\nclass C: pass\n"
+    (copy / "custom_generate").mkdir()
+    for path in ("evil.py", "custom_generate/generate.py"):
+        (copy / path).write_text(code)
+    names = ("AutoConfig", "AutoModel", "AutoTokenizer", "AutoImageProcessor", "AutoProcessor")
+    for file in ("config.json", "tokenizer_config.json", "preprocessor_config.json"):
+        values = json.loads((copy / file).read_text())
+        (copy / file).write_text(json.dumps(values | {"auto_map": dict.fromkeys(names, "evil.C")}))
+    with suppress(ModelError):
+        embed_stage(str(copy)).load()
+    assert not (tmp_path / "executed").exists()
+    with_config(copy, model_type="unknown")
+    with pytest.raises(ModelError, match="no encoder for model_type 'unknown'"):
+        embed_stage(str(copy))
+    assert not (tmp_path / "executed").exists()
+
+
+def test_the_digest_covers_every_file_that_is_loaded(copy: Path, clip: Path) -> None:
+    """Links inside the directory, weights under another name, and vocabularies of any tokenizer class."""
+    linked(copy, "tokenizer.json", "folder/tokenizer.json")
+    (copy / "linked").symlink_to("folder")
+    (copy / "folder" / "loop").symlink_to("..")
+    before = digest(copy)
+    files = model_files(copy)
+    assert {"tokenizer.json", "folder/tokenizer.json", "linked/tokenizer.json"} <= set(files)
+    (copy / "folder" / "tokenizer.json").write_text((clip / "tokenizer.json").read_text() + " ")
+    assert digest(copy) != before
+    with_config(copy, transformers_weights="other.safetensors")
+    (copy / "model.safetensors").rename(copy / "other.safetensors")
+    check_weights(copy)
+    assert isinstance(load_pretrained(CLIPModel, copy, CPU, torch.float32), CLIPModel)
+    assert "other.safetensors" in model_files(copy)
+
+
+def test_all_vocabularies_of_transformers_are_part_of_a_model() -> None:
+    names: set[str] = set()
+    for path in Path(transformers.__file__).parent.glob("models/*/tokenization_*.py"):
+        table = re.search(r"VOCAB_FILES_NAMES = \{(.*?)\}", path.read_text(), re.DOTALL)
+        names.update(re.findall(r': "([^"]+)"', table[1]) if table else ())
+    assert len(names) > 20
+    assert [name for name in sorted(names) if not is_model_file(name)] == []
+
+
+def test_the_cache_of_the_hub_may_link_to_its_blobs(copy: Path, tmp_path: Path) -> None:
+    snapshot = tmp_path / "models--a--b" / "snapshots" / COMMIT
+    blobs = tmp_path / "models--a--b" / "blobs"
+    snapshot.mkdir(parents=True)
+    blobs.mkdir()
+    for file in copy.iterdir():
+        file.rename(blobs / file.name)
+        (snapshot / file.name).symlink_to(f"../../blobs/{file.name}")
+    assert resolve(str(snapshot)).directory == snapshot
+    assert digest(snapshot)
+    (snapshot / "vocab.txt").symlink_to("../../../outside.txt")
+    (tmp_path / "outside.txt").write_text("secret")
+    with pytest.raises(ModelError, match="is a link to"):
+        resolve(str(snapshot))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])

@@ -26,7 +26,7 @@ from filelock import FileLock
 from huggingface_hub import errors as hub_errors
 from transformers import AutoConfig
 
-from mmbeam.errors import ModelError, UsageError
+from mmbeam.errors import ModelError, UsageError, printable
 from mmbeam.names import SHIPPED_MODEL
 from mmbeam.readers.paths import file_system, public_path
 
@@ -34,7 +34,10 @@ logger = logging.getLogger(__name__)
 
 # The files of a model: configuration, weights, tokenizer, word vectors. Only these are downloaded, copied and digested:
 # no pickles, no exports for other frameworks, no images of the model card.
-MODEL_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja", "*.vec")
+MODEL_FILES = (
+    *("*.json", "*.safetensors", "*.txt", "*.model", "*.spm", "*.jinja", "*.vec"),
+    *("*.bpe", "*.codes", "*.tiktoken", "*.tokenizer"),  # vocabularies of a few tokenizer classes
+)
 NOT_MODEL_FILES = ("onnx/*", "openvino/*", ".*", "*/.*")
 
 _DTYPES: Mapping[str, torch.dtype] = {
@@ -78,8 +81,16 @@ class Resolved:
 def resolve(model: str) -> Resolved:
     """Find or fetch the files of `model`: a directory, a remote directory, a hub name, or "shipped".
 
-    A hub name may end in `@revision`, which is resolved to a commit. HF_HUB_OFFLINE is honoured. Raises ModelError.
+    A hub name may end in `@revision`, which is resolved to a commit. HF_HUB_OFFLINE is honoured. Raises ModelError,
+    also for files that lie outside the directory, and for an adapter without its model.
     """
+    resolved = _find(model)
+    model_files(resolved.directory)
+    _check_no_adapter(resolved.directory)
+    return resolved
+
+
+def _find(model: str) -> Resolved:
     if model == SHIPPED_MODEL:
         return Resolved(_SHIPPED_DIRECTORY, None, SHIPPED_MODEL)
     if "://" in model:
@@ -197,6 +208,50 @@ def is_model_file(relative: str) -> bool:
     return matches(MODEL_FILES) and not matches(NOT_MODEL_FILES)
 
 
+def model_files(directory: Path) -> dict[str, Path]:
+    """Return the files of the model in `directory` by their relative posix paths, in order.
+
+    Links are followed. Raises ModelError for one that leads out of the directory, except to the blobs of the hub's
+    cache, whose files are links.
+    """
+    root = directory.resolve()
+    homes = [root, *(parent.with_name("blobs").resolve() for parent in root.parents if parent.name == "snapshots")]
+    files: dict[str, Path] = {}
+
+    def walk(folder: Path, prefix: str, above: tuple[Path, ...]) -> None:
+        for path in folder.iterdir():
+            relative = f"{prefix}{path.name}"
+            if path.is_dir():
+                real = path.resolve()
+                if real not in above:  # a link to a folder above would have no end
+                    walk(path, f"{relative}/", (*above, real))
+            elif is_model_file(relative) and path.exists():
+                if not any(path.resolve().is_relative_to(home) for home in homes):
+                    raise ModelError(
+                        f"{directory}: {relative} is a link to {path.resolve()}, outside the directory; replace the "
+                        "link by the file, or give the directory that holds the files"
+                    )
+                if not path.is_file():
+                    raise ModelError(f"{directory}: {relative} is not a regular file")
+                files[relative] = path
+
+    walk(directory, "", (root,))
+    return dict(sorted(files.items()))
+
+
+def model_path(directory: Path, name: object, named_by: str) -> Path:
+    """Return the path of the model's file that the file `named_by` names. Raises ModelError if it is not one.
+
+    A file that climbs out of the directory, or that is not of the model's kinds, escapes its digest.
+    """
+    if not isinstance(name, str) or not is_model_file(name) or name.startswith("/") or ".." in name.split("/"):
+        raise ModelError(
+            f"{directory}/{named_by}: names the file {printable(repr(name))}; expected one of "
+            f"{', '.join(MODEL_FILES)}, inside the directory"
+        )
+    return directory / name
+
+
 def read_json(directory: Path, name: str, required: bool = True) -> dict[str, Any]:
     """Return the JSON object in `directory/name`; {} if it is absent and not required. Raises ModelError."""
     path = directory / name
@@ -208,7 +263,7 @@ def read_json(directory: Path, name: str, required: bool = True) -> dict[str, An
                 f"{directory}: expected {name}, which is missing; pass a directory written by save_pretrained"
             ) from None
         return {}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(value, dict):
         raise ModelError(f"{path}: expected a JSON object, found {type(value).__name__}")
@@ -217,35 +272,69 @@ def read_json(directory: Path, name: str, required: bool = True) -> dict[str, An
 
 def read_config(directory: Path) -> Any:
     """Return config.json as transformers parses it, with the defaults of its class. Raises ModelError."""
-    read_json(directory, "config.json")  # its errors are clearer
+    check_implementations(directory, read_json(directory, "config.json"))
     try:
         return AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # transformers raises errors of many types
         raise ModelError(f"{directory}/config.json: {type(error).__name__}: {error}") from error
 
 
+def check_implementations(directory: Path, config: object) -> None:
+    """Raise ModelError if a configuration, or one inside it, names kernels of the hub: transformers would run them."""
+    if isinstance(config, list):
+        for value in config:
+            check_implementations(directory, value)
+    for name, value in config.items() if isinstance(config, dict) else ():
+        if str(name).strip("_").removesuffix("_internal") in ("attn_implementation", "experts_implementation"):
+            if any("/" in str(choice) for choice in (value.values() if isinstance(value, dict) else (value,))):
+                raise ModelError(
+                    f"{directory}/config.json: {name} is {printable(repr(value))}, code from the hub, which is never "
+                    "run; remove it to use torch's"
+                )
+        else:
+            check_implementations(directory, value)
+
+
+def _check_no_adapter(directory: Path) -> None:
+    if (directory / "adapter_config.json").exists():
+        raise ModelError(
+            f"{directory}: has adapter_config.json, an adapter of PEFT for another model; merge them with "
+            "`merge_and_unload()` and `save_pretrained`, and give the result"
+        )
+
+
 def check_weights(directory: Path) -> None:
-    """Raise ModelError unless all weight files are present, as safetensors."""
-    index_name = "model.safetensors.index.json"
-    if (directory / index_name).exists():
-        shards = set(read_json(directory, index_name).get("weight_map", {}).values())
+    """Raise ModelError unless all weight files are present, inside the directory, as safetensors."""
+    _check_no_adapter(directory)
+    config = read_json(directory, "config.json", required=False)
+    check_implementations(directory, config)
+    single, index = "model.safetensors", "model.safetensors.index.json"
+    named = config.get("transformers_weights")  # an option of transformers: another name of the weights
+    if named is not None:
+        model_path(directory, named, "config.json")
+        single, index = (single, named) if str(named).endswith(".index.json") else (named, index)
+    if (directory / index).exists():
+        weight_map = read_json(directory, index).get("weight_map")
+        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+        for shard in sorted(shards):
+            if not model_path(directory, shard, index).suffix == ".safetensors":
+                raise ModelError(f"{directory}/{index}: names {shard}; expected safetensors, others are never loaded")
         missing = sorted(shard for shard in shards if not (directory / shard).is_file())
         if missing or not shards:
             raise ModelError(
-                f"{directory}: {index_name} names {missing or 'no files'}, which are missing; copy the whole directory"
+                f"{directory}: {index} names {missing or 'no files'}, which are missing; copy the whole directory"
             )
-    elif not (directory / "model.safetensors").is_file():
+    elif not single.endswith(".safetensors") or not (directory / single).is_file():
         raise ModelError(
-            f"{directory}: has no model.safetensors; pickled weights (pytorch_model.bin) are never loaded. If you "
+            f"{directory}: has no {single}; pickled weights (pytorch_model.bin) are never loaded. If you "
             "trust them, convert them with `AutoModel.from_pretrained(dir).save_pretrained(new_dir)`"
         )
 
 
 def digest(directory: Path) -> str:
     """Return the SHA-256 of the names and contents of the model's files, for the run's fingerprint."""
-    files = {path.relative_to(directory).as_posix(): path.stat() for path in directory.rglob("*") if path.is_file()}
-    states = ((name, stat.st_size, stat.st_mtime_ns) for name, stat in sorted(files.items()) if is_model_file(name))
-    return _digest(directory, tuple(states))
+    stats = {name: path.stat() for name, path in model_files(directory).items()}
+    return _digest(directory, tuple((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()))
 
 
 @cache

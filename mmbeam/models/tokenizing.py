@@ -9,7 +9,7 @@ import torch
 from transformers import AutoTokenizer
 
 from mmbeam.errors import ModelError
-from mmbeam.models.loading import read_json
+from mmbeam.models.loading import model_path, read_json
 
 Side = Literal["left", "right"]
 
@@ -102,10 +102,12 @@ class TextTokenizer:
 
 
 def check_vocabulary(directory: Path) -> None:
-    """Raise ModelError unless the directory has a tokenizer's files."""
+    """Raise ModelError unless the directory has a tokenizer's files, and names none outside."""
     if not any(all((directory / name).is_file() for name in names) for names in _VOCABULARIES):
         expected = ", or ".join(" with ".join(names) for names in _VOCABULARIES)
         raise ModelError(f"{directory}: expected a tokenizer ({expected}), found none; copy the whole directory")
+    for name in read_json(directory, "tokenizer_config.json", required=False).get("fast_tokenizer_files") or ():
+        model_path(directory, name, "tokenizer_config.json")
 
 
 def load_tokenizer(directory: Path) -> Any:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
 from mmbeam.errors import ModelError
-from mmbeam.models.loading import check_weights, read_json
+from mmbeam.models.loading import check_weights, model_path, read_json
 
 logger = logging.getLogger(__name__)
 
@@ -82,7 +83,7 @@ def read_sentence_recipe(directory: Path, inputs: frozenset[str] = TEXT_ONLY) ->
         return SentenceRecipe(transformer=directory)
     try:
         modules = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ModelError(f"{path}: cannot be read as JSON: {error}") from error
     if not isinstance(modules, list) or not all(isinstance(module, dict) for module in modules):
         raise ModelError(f"{path}: expected a list of modules")
@@ -118,16 +119,13 @@ def read_sentence_recipe(directory: Path, inputs: frozenset[str] = TEXT_ONLY) ->
 
 def _module(directory: Path, module: Mapping[str, Any]) -> tuple[str, Path]:
     """Return a module's class and directory."""
-    kind, path = str(module.get("type")), directory / str(module.get("path", ""))
+    kind, folder = str(module.get("type")), str(module.get("path", ""))
     if not kind.startswith("sentence_transformers."):
         raise ModelError(
             f"{directory}/modules.json: {kind} is code from outside sentence-transformers, which is never run"
         )
-    if not path.resolve().is_relative_to(directory.resolve()):
-        raise ModelError(
-            f"{directory}/modules.json: the path {module.get('path')!r} leads out of the model's directory"
-        )
-    return kind.rpartition(".")[2], path
+    model_path(directory, f"{folder}/config.json" if folder else "config.json", "modules.json")
+    return kind.rpartition(".")[2], directory / folder
 
 
 def _transformer_options(directory: Path, inputs: frozenset[str]) -> dict[str, Any]:
@@ -273,10 +271,10 @@ def _load_module(name: str, directory: Path) -> nn.Module:
     config = read_json(directory, "config.json")
     dense = name == "Dense"
     module = _Dense(directory, config) if dense else nn.LayerNorm(_positive(directory, config, "dimension"))
-    weights = load_file(directory / "model.safetensors")
     prefix = "" if dense else "norm."
     try:
+        weights = load_file(directory / "model.safetensors")
         module.load_state_dict({key.removeprefix(prefix): value.float() for key, value in weights.items()})
-    except RuntimeError as error:
+    except (OSError, SafetensorError, RuntimeError) as error:
         raise ModelError(f"{directory}: its weights do not fit its config.json: {error}") from error
     return module

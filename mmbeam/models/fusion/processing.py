@@ -28,7 +28,7 @@ from mmbeam.models.fusion.audio import (
 )
 from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, SourceConfig
 from mmbeam.models.fusion.encoders import scatter_rows
-from mmbeam.models.loading import read_json
+from mmbeam.models.loading import model_path, read_json
 from mmbeam.models.tokenizing import pad
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.ops.audio import to_rate
@@ -111,7 +111,10 @@ class FusionProcessor:
                 _read_tokenizer(directory / "tokenizer.json"),
                 {name: ImageRecipe(**_tuples(recipe)) for name, recipe in data["images"].items()},
                 {name: AUDIO_RECIPES[recipe.pop("kind")](**recipe) for name, recipe in data["sounds"].items()},
-                {name: _read_tokenizer(directory / f"{name}.tokenizer.json") for name in data["tokenizers"]},
+                {
+                    name: _read_tokenizer(model_path(directory, f"{name}.tokenizer.json", PREPROCESSING))
+                    for name in data["tokenizers"]
+                },
             )
         except (KeyError, TypeError, AttributeError) as error:
             raise ModelError(
