@@ -1,7 +1,8 @@
 """Bytes to mono float32 waveforms, by libsndfile and soxr. Features are computed on the device.
 
 Supported: WAV (PCM of 8 to 32 bits, float, A-law, mu-law, ADPCM), FLAC, MP3, Ogg Vorbis and Opus. Channels
-are averaged. Tags (ID3v1, ID3v2, APEv2) are skipped. Streams that follow each other in one file, a chained
+are averaged. Sound is decoded and resampled in blocks, so that memory depends on the output alone. Tags (ID3v1,
+ID3v2, APEv2) are skipped. Streams that follow each other in one file, a chained
 Ogg or joined MP3s, are decoded to the last.
 
 A truncated file is an error. Truncation is detected by the size in the header (WAV, MP3 with a Xing header), by
@@ -14,7 +15,7 @@ import re
 import struct
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import soundfile
@@ -27,7 +28,12 @@ from mmbeam.types import Audio, Waveform
 
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG")  # libsndfile reads more; these are accepted
 _SUPPORTED = "WAV, FLAC, MP3, Ogg Vorbis and Opus are supported"
-_RATES = (100, 384_000)  # Hz; beyond them a limit in seconds would not bound memory
+_RATES = (100, 384_000)  # Hz
+_MAX_CHANNELS = 32
+_MAX_OWN_RATE = 48_000  # Hz: a sound that is not resampled for a model is stored at this rate at most
+# The limit in seconds is for this many samples per second over all channels (8 channels at 48 kHz); a sound of more is
+# limited in proportion, so that decoding takes a bounded time.
+_SAMPLES_PER_SECOND = 384_000
 _BLOCK_SAMPLES = 1 << 17  # decoded at a time, over all channels: 512 KiB
 _MP3_SLACK = 2 * 1152  # frames by which encoders' Xing headers differ from what is decoded
 _MP3_SAME_STREAM = 0xFFFE0C00  # bits of a frame header that are equal throughout a stream: sync, version, layer, rate
@@ -44,41 +50,102 @@ _OGG_FIRST_PAGE = re.compile(rb"OggS\0[\x02\x03\x06\x07]")  # the flag of the fi
 
 
 def decode_audio(data: bytes, limits: Limits, rates: Set[int]) -> Audio:
-    """Return the mono waveform at each of `rates` in Hz (soxr, HQ), or at its own rate if there are none.
+    """Return the mono waveform at each of `rates` in Hz (soxr, HQ).
 
-    Raises DecodeError for data that is not a whole sound, has no frames, or has samples that are not finite;
-    LimitError if it is longer than the limit, by its header or in fact.
+    Without `rates`, it is at its own rate, or at 48 kHz if that is less. Raises DecodeError for data that is not a
+    whole sound, has no frames, or has samples that are not finite; LimitError if it is longer than the limit, by its
+    header or in fact, or has too many channels.
     """
     kind, streams = _split(data)
-    decoded: list[tuple[int, Waveform]] = []  # sampling rate and samples
-    seconds = 0.0
+    outputs: list[_Resampled] = []
+    length = _Length(limits)
     for stream in streams:
-        with codec_errors(kind, len(data)), _opened(stream, kind, limits, seconds) as sound:
-            wave = _decode(sound, kind, limits, seconds)
-            if len(wave):
-                decoded.append((sound.samplerate, wave))
-                seconds += len(wave) / sound.samplerate
-    if not decoded:
+        with codec_errors(kind, len(data)), _opened(stream, kind, length) as sound:
+            for block in _blocks(sound, kind, length):
+                outputs = outputs or [
+                    _Resampled(rate, round(sound.frames / sound.samplerate * rate) if _is_known(sound) else 0)
+                    for rate in sorted(rates or {min(sound.samplerate, _MAX_OWN_RATE)})
+                ]
+                for output in outputs:
+                    output.write(block, sound.samplerate)
+    if not outputs:
         raise DecodeError(f"{kind} of 0 frames")
-    runs = groupby(decoded, key=lambda stream: stream[0])
-    joined = [(rate, _join([wave for _, wave in run])) for rate, run in runs]
-    waves = {
-        rate: _join([_resample(wave, own_rate, rate) for own_rate, wave in joined])
-        for rate in sorted(rates or {joined[0][0]})
-    }
-    return Audio(waves=waves, seconds=seconds)
+    return Audio(waves={output.rate: output.finish() for output in outputs}, seconds=length.seconds)
 
 
 def audio_seconds(data: bytes, limits: Limits) -> float:
     """Return the length in seconds, from the header. Raises the errors of `decode_audio` that a header can cause."""
     kind, streams = _split(data)
-    seconds = 0.0
+    length = _Length(limits)
     for stream in streams:
-        with codec_errors(kind, len(data)), _opened(stream, kind, limits, seconds) as sound:
-            known = sound.frames < _UNKNOWN_FRAMES
-            frames = sound.frames if known else len(_decode(sound, kind, limits, seconds))
-            seconds += frames / sound.samplerate
-    return seconds
+        with codec_errors(kind, len(data)), _opened(stream, kind, length) as sound:
+            if _is_known(sound):
+                length.extend(length.seconds, sound.frames, sound)
+            else:
+                for _ in _blocks(sound, kind, length):
+                    pass
+    return length.seconds
+
+
+class _Length:
+    """The length of the streams decoded so far. Raises LimitError beyond the limit in seconds."""
+
+    def __init__(self, limits: Limits) -> None:
+        self.seconds = 0.0
+        self._limit = limits.seconds
+
+    def extend(self, begin: float, frames: int, sound: "_Stream") -> None:
+        """Set the length to `begin` seconds and `frames` of `sound`."""
+        share = min(1.0, _SAMPLES_PER_SECOND / (sound.samplerate * sound.channels))
+        seconds = begin + frames / sound.samplerate
+        if seconds > self._limit * share:
+            unit = "" if share == 1 else f" of {sound.channels} channels at {sound.samplerate:,} Hz"
+            raise LimitError(
+                f"sound of {seconds:,.1f} seconds or more{unit}, at most {self._limit * share:,.1f} are decoded"
+            )
+        self.seconds = seconds
+
+
+class _Resampled:
+    """A waveform at `rate` Hz, written in blocks of any rate. The result equals resampling each run of a rate whole."""
+
+    def __init__(self, rate: int, expected: int) -> None:
+        self.rate = rate
+        self._wave: Waveform = np.empty(expected + rate, np.float32)  # pages that are not written take no memory
+        self._size = 0
+        self._own_rate = rate
+        self._stream: soxr.ResampleStream | None = None
+        self._run = 0, 0  # frames read since the own rate changed, and the size then
+
+    def write(self, block: Waveform, own_rate: int) -> None:
+        """Append a block at `own_rate` Hz."""
+        if own_rate != self._own_rate:
+            self._end_run()
+            self._own_rate, self._run = own_rate, (0, self._size)
+            if own_rate != self.rate:
+                self._stream = soxr.ResampleStream(own_rate, self.rate, 1, dtype="float32", quality="HQ")
+        self._run = self._run[0] + len(block), self._run[1]
+        self._append(block if self._stream is None else self._stream.resample_chunk(block))
+
+    def finish(self) -> Waveform:
+        """Return the waveform. Raises DecodeError if a stream is too short to be resampled."""
+        self._end_run()
+        self._wave.resize(self._size, refcheck=False)
+        return self._wave
+
+    def _end_run(self) -> None:
+        if self._stream is not None:
+            self._append(self._stream.resample_chunk(np.empty(0, np.float32), last=True))
+            self._stream = None
+            if self._size == self._run[1]:
+                raise DecodeError(f"sound too short to resample: {self._run[0]} frames at {self._own_rate:,} Hz")
+
+    def _append(self, block: Waveform) -> None:
+        end = self._size + len(block)
+        if end > len(self._wave):
+            self._wave.resize(end + end // 4, refcheck=False)  # in place if large: no second copy
+        self._wave[self._size : end] = block
+        self._size = end
 
 
 def _split(data: bytes) -> tuple[str, list[bytes]]:
@@ -233,14 +300,18 @@ def _xing(data: bytes, frame: int) -> int:
 
 
 @contextmanager
-def _opened(data: bytes, kind: str, limits: Limits, seconds_before: float) -> Iterator["_Stream"]:
+def _opened(data: bytes, kind: str, length: _Length) -> Iterator["_Stream"]:
     with _Stream(_HiddenLength(data) if kind == "MP3" else io.BytesIO(data)) as sound:
         if sound.format not in _FORMATS:
             raise DecodeError(f"{sound.format_info} is not supported; {_SUPPORTED}")
         if not _RATES[0] <= sound.samplerate <= _RATES[1]:
             raise DecodeError(f"{kind} of {sound.samplerate:,} Hz; {_RATES[0]} to {_RATES[1]:,} Hz are supported")
-        if sound.frames < _UNKNOWN_FRAMES:
-            _check_length(sound.frames, sound, limits, seconds_before)
+        if sound.channels > _MAX_CHANNELS:
+            raise LimitError(f"{kind} of {sound.channels:,} channels, at most {_MAX_CHANNELS} are decoded")
+        if _is_known(sound):
+            begin = length.seconds
+            length.extend(begin, sound.frames, sound)
+            length.seconds = begin
         yield sound
 
 
@@ -267,38 +338,22 @@ class _HiddenLength(io.BytesIO):
         return super().seek(0) if whence == io.SEEK_END else super().seek(offset, whence)
 
 
-def _decode(sound: _Stream, kind: str, limits: Limits, seconds_before: float) -> Waveform:
-    """Return all frames, averaged over the channels."""
-    blocks, frames = [np.zeros(0, np.float32)], 0
+def _is_known(sound: _Stream) -> bool:
+    return bool(sound.frames < _UNKNOWN_FRAMES)
+
+
+def _blocks(sound: _Stream, kind: str, length: _Length) -> Iterator[Waveform]:
+    """Yield all frames, averaged over the channels, and add them to `length`."""
+    begin, frames = length.seconds, 0
     size = max(1, _BLOCK_SAMPLES // sound.channels)
     while len(block := sound.read(size, dtype="float32", always_2d=True)):
         with np.errstate(over="ignore", invalid="ignore"):  # adding columns is 30 times as fast as mean(axis=1)
             total: Waveform = sum((block[:, channel] for channel in range(1, sound.channels)), start=block[:, 0])
-            blocks.append(total / np.float32(sound.channels))
+            mono = total / np.float32(sound.channels)
+        if not np.isfinite(mono).all():
+            raise DecodeError(f"{kind} with samples that are not finite (NaN or infinite)")
         frames += len(block)
-        _check_length(frames, sound, limits, seconds_before)
-    if frames < sound.frames - (_MP3_SLACK if kind == "MP3" else 0) and sound.frames < _UNKNOWN_FRAMES:
+        length.extend(begin, frames, sound)
+        yield mono
+    if frames < sound.frames - (_MP3_SLACK if kind == "MP3" else 0) and _is_known(sound):
         raise DecodeError(f"truncated {kind} (expected {sound.frames:,} frames, found {frames:,})")
-    wave = np.concatenate(blocks)
-    if not np.isfinite(wave).all():
-        raise DecodeError(f"{kind} with samples that are not finite (NaN or infinite)")
-    return wave
-
-
-def _check_length(frames: int, sound: _Stream, limits: Limits, seconds_before: float) -> None:
-    if frames > (limits.seconds - seconds_before) * sound.samplerate:
-        seconds = seconds_before + frames / sound.samplerate
-        raise LimitError(f"sound of {seconds:,.1f} seconds or more, at most {limits.seconds:,.1f} are decoded")
-
-
-def _join(waves: list[Waveform]) -> Waveform:
-    return waves[0] if len(waves) == 1 else np.concatenate(waves)
-
-
-def _resample(wave: Waveform, own_rate: int, rate: int) -> Waveform:
-    if rate == own_rate:
-        return wave
-    resampled: Waveform = soxr.resample(wave, own_rate, rate, quality="HQ")
-    if len(resampled) == 0:
-        raise DecodeError(f"sound too short to resample: {len(wave)} frames at {own_rate:,} Hz")
-    return resampled
