@@ -95,6 +95,34 @@ def _add_pause(change: int) -> None:
             may_decode.set()
 
 
+class MemoryBudget:
+    """Bytes that the large values of all units of this process may take. Requests are granted in order."""
+
+    def __init__(self, nbytes: int) -> None:
+        self.nbytes = nbytes
+        self._used = 0
+        self._waiting: deque[object] = deque()
+        self._changed = threading.Condition()
+
+    def acquire(self, nbytes: int) -> int:
+        """Wait until `nbytes` are free, all of them for a request that exceeds the budget; return what is granted."""
+        granted = min(nbytes, self.nbytes)
+        ticket = object()
+        with self._changed:
+            self._waiting.append(ticket)
+            self._changed.wait_for(lambda: self._waiting[0] is ticket and self._used + granted <= self.nbytes)
+            self._waiting.popleft()
+            self._used += granted
+            self._changed.notify_all()
+        return granted
+
+    def release(self, nbytes: int) -> None:
+        """Return what `acquire` granted."""
+        with self._changed:
+            self._used -= nbytes
+            self._changed.notify_all()
+
+
 # Progress
 
 

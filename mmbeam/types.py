@@ -177,7 +177,8 @@ class Sample:
         image = 0 if self.image is None else self.image.nbytes
         audio = 0 if self.audio is None else sum(wave.nbytes for wave in self.audio.waves.values())
         features = sum(feature.nbytes for feature in self.features.values())
-        return image + audio + features + len(self.text or "") + len(self.metadata or "")
+        texts = sum(4 * len(text) for text in (self.text, self.text_clean, self.metadata) if text is not None)
+        return image + audio + features + texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

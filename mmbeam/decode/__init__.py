@@ -32,7 +32,7 @@ def _wanted_kinds(reading: Reading, needs: Needs) -> frozenset[Kind]:
 
 
 def decode_sample(
-    raw: RawSample, reading: Reading, needs: Needs, crash: str | None = None
+    raw: RawSample, reading: Reading, needs: Needs, crash: str | None = None, max_bytes: int | None = None
 ) -> tuple[Sample, tuple[Failure, ...]]:
     """Return the sample with the values that could be decoded, and a Failure for each that could not.
 
@@ -40,6 +40,7 @@ def decode_sample(
     only their header is read (an Audio without waves). A truncated sample, or one with a damaged header inside,
     is not decoded, since the extent of the loss is unknown: it gets one Failure for the whole sample (modality "").
     Nor is one that ended a process before; `crash` states how.
+    Raises LargeValueError if decoding one of its members takes more than `max_bytes` of memory.
     """
     chosen = reading.fields.choose(raw.fields)
     present = frozenset(kind for kind in MODALITIES if kind in chosen)
@@ -63,7 +64,7 @@ def decode_sample(
         if name not in raw.members:
             raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage was recorded")
         try:
-            values |= _decode(kind, raw.members[name], reading, needs)
+            values |= _decode(kind, raw.members[name], reading, needs, max_bytes)
         except SampleError as error:
             failures.append(Failure.of(raw, "decode", error, modality=kind))
     return sample(**values), tuple(failures)
@@ -73,19 +74,19 @@ def _damage_failure(raw: RawSample, damage: Damage, modality: str = "") -> Failu
     return Failure.of(raw, "read", damage.error, f"at byte {damage.offset:,}: {damage.message}", modality=modality)
 
 
-def _decode(kind: Kind, data: bytes, reading: Reading, needs: Needs) -> dict[str, Any]:
+def _decode(kind: Kind, data: bytes, reading: Reading, needs: Needs, max_bytes: int | None) -> dict[str, Any]:
     """Return the fields of a Sample for the member of one kind."""
     limits = reading.limits
     match kind:
         case "image" if kind not in needs.modalities:
             return {"image_size": image_size(data, limits)}
         case "image":
-            image, size = decode_image(data, limits, reading.background, needs.image_side, reading.draft)
+            image, size = decode_image(data, limits, reading.background, needs.image_side, reading.draft, max_bytes)
             return {"image": image, "image_size": size}
         case "audio" if kind not in needs.modalities:
             return {"audio": Audio(waves={}, seconds=audio_seconds(data, limits))}
         case "audio":
-            return {"audio": decode_audio(data, limits, needs.sampling_rates)}
+            return {"audio": decode_audio(data, limits, needs.sampling_rates, max_bytes)}
         case "metadata":
             return {"metadata": decode_metadata(data, limits)}
     text, steps = decode_text(data, limits), reading.cleaning.text

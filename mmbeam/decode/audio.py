@@ -22,7 +22,7 @@ import soundfile
 import soxr
 
 from mmbeam.config import Limits
-from mmbeam.decode.common import codec_errors, first_bytes
+from mmbeam.decode.common import check_memory, codec_errors, first_bytes
 from mmbeam.errors import DecodeError, LimitError
 from mmbeam.types import Audio, Waveform
 
@@ -49,23 +49,23 @@ _ZEROS = re.compile(rb"\0*")
 _OGG_FIRST_PAGE = re.compile(rb"OggS\0[\x02\x03\x06\x07]")  # the flag of the first page of a logical stream is set
 
 
-def decode_audio(data: bytes, limits: Limits, rates: Set[int]) -> Audio:
+def decode_audio(data: bytes, limits: Limits, rates: Set[int], max_bytes: int | None = None) -> Audio:
     """Return the mono waveform at each of `rates` in Hz (soxr, HQ).
 
     Without `rates`, it is at its own rate, or at 48 kHz if that is less. Raises DecodeError for data that is not a
     whole sound, has no frames, or has samples that are not finite; LimitError if it is longer than the limit, by its
-    header or in fact, or has too many channels.
+    header or in fact, or has too many channels; LargeValueError if decoding takes more than `max_bytes` of memory.
     """
     kind, streams = _split(data)
     outputs: list[_Resampled] = []
     length = _Length(limits)
     for stream in streams:
         with codec_errors(kind, len(data)), _opened(stream, kind, length) as sound:
+            targets = [output.rate for output in outputs] or sorted(rates or {min(sound.samplerate, _MAX_OWN_RATE)})
+            seconds = length.seconds + sound.frames / sound.samplerate if _is_known(sound) else 0.0
             for block in _blocks(sound, kind, length):
-                outputs = outputs or [
-                    _Resampled(rate, round(sound.frames / sound.samplerate * rate) if _is_known(sound) else 0)
-                    for rate in sorted(rates or {min(sound.samplerate, _MAX_OWN_RATE)})
-                ]
+                check_memory(kind, len(data) + round(4 * sum(targets) * max(seconds, length.seconds)), max_bytes)
+                outputs = outputs or [_Resampled(rate, round(seconds * rate)) for rate in targets]
                 for output in outputs:
                     output.write(block, sound.samplerate)
     if not outputs:

@@ -1,23 +1,42 @@
-"""Shared by the decoders: codec exceptions as sample errors, and the description of unknown bytes."""
+"""Shared by the decoders: codec exceptions as sample errors, the memory of one value, and unknown bytes in words."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mmbeam.errors import DecodeError, SampleError, printable
+from mmbeam.errors import DecodeError, LimitError, SampleError, printable
 
+MAX_DECODE_BYTES = 600_000_000  # of memory that decoding one image or sound may take, its file included
 _SIGNS_OF_A_CUT = ("truncat", "premature end", "not enough data", "end of file", "eof")
+
+
+class LargeValueError(Exception):
+    """Decoding a value takes more memory than the caller allows now; `nbytes` is how much. Not the sample's fault."""
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(f"{nbytes:,} bytes")
+        self.nbytes = nbytes
+
+
+def check_memory(what: str, nbytes: int, allowed: int | None) -> None:
+    """Raise LimitError if decoding takes more than MAX_DECODE_BYTES, LargeValueError if more than `allowed`."""
+    if nbytes > MAX_DECODE_BYTES:
+        raise LimitError(
+            f"{what} takes {nbytes / 1e6:,.0f} MB to decode, at most {MAX_DECODE_BYTES / 1e6:,.0f} MB are used"
+        )
+    if allowed is not None and nbytes > allowed:
+        raise LargeValueError(nbytes)
 
 
 @contextmanager
 def codec_errors(what: str, size: int) -> Iterator[None]:
     """Raise any exception of a codec on `size` bytes of `what` as a DecodeError.
 
-    Codecs raise OSError, SyntaxError, struct.error, zlib.error and others. MemoryError and SampleError pass
-    through.
+    Codecs raise OSError, SyntaxError, struct.error, zlib.error and others. MemoryError, SampleError and LargeValueError
+    pass through.
     """
     try:
         yield
-    except (MemoryError, SampleError):
+    except (MemoryError, SampleError, LargeValueError):
         raise
     except Exception as error:
         text = getattr(error, "error_string", str(error))  # soundfile's, without the address of the file object

@@ -9,7 +9,8 @@ The conversion is the same everywhere:
 
 A truncated or damaged JPEG is an error, although libjpeg would fill the missing part with grey. Warnings
 that leave the pixels unchanged (stray bytes, an odd marker) are accepted, as by Pillow. Only chunks that
-change pixels can make a PNG fail: colour profiles, texts and animation chunks are skipped unread.
+change pixels can make a PNG fail: colour profiles, texts and animation chunks are skipped unread, as are the
+metadata of JPEG and GIF. Reading all of them, as Pillow does, would take gigabytes for tags that overlap.
 """
 
 import io
@@ -19,7 +20,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from importlib import import_module
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import simplejpeg
@@ -37,7 +38,7 @@ from PIL import (
 )
 
 from mmbeam.config import Limits
-from mmbeam.decode.common import codec_errors, first_bytes
+from mmbeam.decode.common import check_memory, codec_errors, first_bytes
 from mmbeam.errors import DecodeError, LimitError
 from mmbeam.types import ImageHWC
 
@@ -67,11 +68,38 @@ _SIGNATURES = (
 _PPM = re.compile(rb"P[1-6]\s")
 _AVIF = re.compile(rb"....ftyp(....)*?(avif|avis)", re.DOTALL)  # the major brand, or a compatible one
 _ORIENTATION = 0x0112  # EXIF tag
+_XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
+_XMP_IN_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 _PNG_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of text chunks
 # Each scan of a progressive JPEG is a pass over all pixels and may take 10 bytes; encoders write about 10 scans.
 _MAX_SCANS = 100
 # libjpeg's warnings (jerror.h) after which pixels are missing or wrong
 _JPEG_DATA_LOST = ("remature end", "bad Huffman code", "instead of RST")
+_STRIP_PIXELS = 1 << 19  # converted to RGB at a time
+_MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # per pixel, of Pillow's modes; 4 for the others
+_WEBP_BYTES = 15  # per pixel, besides the result: the canvases of the decoder for animations, and Pillow's image
+_TIFF_BYTES = 6  # per pixel of a compressed file, besides Pillow's image and the result: one strip may hold them all
+_MAX_TIFF_STRIPS = 200_000
+_TIFF_TYPE_BYTES = {
+    1: 1,
+    2: 1,
+    3: 2,
+    4: 4,
+    5: 8,
+    6: 1,
+    7: 1,
+    8: 2,
+    9: 4,
+    10: 8,
+    11: 4,
+    12: 8,
+    13: 4,
+    16: 8,
+    17: 8,
+    18: 8,
+}
+_TIFF_STRIP_TAGS = (273, 279, 324, 325)  # offsets and sizes of strips and tiles
+_TIFF_FOLDER_TAGS = (34665, 34853, 40965)  # EXIF, GPS and interoperability tags: Pillow reads them too
 _PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
@@ -82,24 +110,44 @@ def decode_image(
     background: tuple[int, int, int] = (255, 255, 255),
     side: int | None = None,
     draft: bool = False,
+    max_bytes: int | None = None,
 ) -> tuple[ImageHWC, tuple[int, int]]:
     """Return uint8 RGB [height, width, 3], C-contiguous and writable, and the full-size (width, height).
 
     With `draft`, a JPEG is decoded at 1/2, 1/4 or 1/8 of its size if its shorter side is then still at
     least twice `side` pixels. This is faster; the pixels differ from full decoding followed by a resize.
 
-    Raises DecodeError for data that is not a whole image, LimitError for too many pixels.
+    Raises DecodeError for data that is not a whole image, LimitError for too many pixels or too much memory,
+    LargeValueError if decoding takes more than `max_bytes` of memory.
     """
     image, kind, orientation = _open(data, limits)
+    width, height = image.size
+    factor = 1
+    if kind == "JPEG" and draft and side:
+        factor = next((factor for factor in (8, 4, 2) if min(image.size) // factor >= 2 * side), 1)
+    pixel_bytes = _pixel_bytes(image, kind) + (3 if orientation != 1 else 0)
+    coefficients = 2 * len(image.getbands()) if image.info.get("progressive") else 0  # of a JPEG, at any factor
+    nbytes = len(data) * (2 if kind in ("PNG", "GIF") else 1)  # of these, metadata is removed from a copy
+    nbytes += width * height * pixel_bytes // factor**2 + width * height * coefficients
+    check_memory(f"{kind} of {width:,} x {height:,} pixels", nbytes, max_bytes)
     with codec_errors(kind, len(data)):
-        pixels = None
-        if kind == "JPEG":
-            factors = [factor for factor in (8, 4, 2) if draft and side and min(image.size) // factor >= 2 * side]
-            pixels = _decode_jpeg(image, data, factors[0] if factors else 1)
+        pixels = _decode_jpeg(image, data, factor) if kind == "JPEG" else None
         if pixels is None:
+            if kind == "JPEG":  # of which only the header was opened
+                image = JpegImagePlugin.JpegImageFile(io.BytesIO(_split_jpeg(data)[0]))
             image.load()
-            pixels = _to_rgb(image, data, background)
+            pixels = _to_rgb(image, kind, data, background)
         return np.ascontiguousarray(_upright(pixels, orientation)), _shown_size(image, orientation)
+
+
+def _pixel_bytes(image: ImageFile.ImageFile, kind: str) -> int:
+    """Return the memory per pixel at the peak of decoding, the result included (tests/test_memory.py measures it)."""
+    pillow = _MODE_BYTES.get(image.mode, 4)
+    if kind == "JPEG":
+        return 3 + (0 if image.mode in ("RGB", "L") else pillow)
+    if kind == "TIFF" and image.info.get("compression") != "raw":
+        return 3 + pillow + _TIFF_BYTES
+    return 3 + (_WEBP_BYTES if kind == "WebP" else pillow)
 
 
 def image_size(data: bytes, limits: Limits) -> tuple[int, int]:
@@ -125,13 +173,108 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
     # Warning filters are global and `catch_warnings` is not thread-safe, so the filter is set and stays.
     if not warnings.filters or warnings.filters[0] != _PILLOW_FILTER:
         warnings.filterwarnings("ignore", module=_PILLOW_FILTER[3].pattern)
+    exif = xmp = b""
     with codec_errors(kind, len(data)):
-        pixel_chunks, metadata = _split_png(data) if kind == "PNG" else (data, data)
-        image = _OPENERS[kind](io.BytesIO(pixel_chunks))
-    width, height = image.size
+        file = data
+        if kind == "JPEG":
+            file, exif, xmp = _split_jpeg(data, header_only=True)
+        elif kind == "PNG":
+            file, metadata = _split_png(data)
+            exif, xmp = _png_metadata(metadata)
+        elif kind == "GIF":
+            file = _without_gif_metadata(data)
+        elif kind == "TIFF":
+            _check_tiff(data)
+        elif kind == "WebP":
+            _check_pixels(kind, *_webp_size(data), limits)  # the decoder allocates its canvases when it opens a file
+        image = _OPENERS[kind](io.BytesIO(file))
+    _check_pixels(kind, *image.size, limits)
+    if kind == "WebP":
+        exif, xmp = image.info.get("exif", b""), image.info.get("xmp", b"")
+    orientation = 1 if kind == "TIFF" else _orientation(exif, xmp)  # Pillow applies that of a TIFF
+    return image, kind, orientation
+
+
+def _check_pixels(kind: str, width: int, height: int, limits: Limits) -> None:
     if width * height > limits.pixels:
         raise LimitError(f"{kind} of {width:,} x {height:,} pixels, at most {limits.pixels:,} are decoded")
-    return image, kind, _orientation(image, kind, metadata)
+
+
+def _split_jpeg(data: bytes, header_only: bool = False) -> tuple[bytes, bytes, bytes]:
+    """Return a JPEG without metadata, up to its first scan with `header_only`, and its EXIF and XMP ("" if absent)."""
+    kept, position, exif, xmp = [data[:2]], 2, b"", b""
+    while position + 4 <= len(data) and data[position] == 0xFF:
+        marker = data[position + 1]
+        if marker == 0xFF:  # a fill byte
+            position += 1
+            continue
+        if marker == 0x01 or 0xD0 <= marker <= 0xDA:  # without a length, or the first scan
+            break
+        end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
+        body = data[position + 4 : end]
+        if marker == 0xE1 and body.startswith(b"Exif\0\0"):
+            exif += body[6:] if exif else body
+        elif marker == 0xE1 and body.startswith(_XMP_IN_JPEG):
+            xmp = xmp or body[len(_XMP_IN_JPEG) :]
+        if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:  # Adobe's: how colours are stored
+            kept.append(data[position:end])
+        position = end
+    rest = position + (1 << 16) if header_only else len(data)
+    return b"".join([*kept, data[position:rest]]), exif, xmp
+
+
+def _without_gif_metadata(data: bytes) -> bytes:
+    """Return a GIF without the comments and application data before its first frame, which Pillow joins one by one."""
+    flags = data[10] if len(data) > 10 else 0
+    position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
+    kept = [data[:position]]
+    while data[position : position + 1] == b"!":
+        end = position + 2
+        while end < len(data) and data[end]:
+            end += 1 + data[end]
+        if data[position + 1 : position + 2] == b"\xf9":  # transparency
+            kept.append(data[position : end + 1])
+        position = end + 1
+    return b"".join([*kept, data[position:]]) if len(kept) > 1 or position > len(kept[0]) else data
+
+
+def _webp_size(data: bytes) -> tuple[int, int]:
+    """Return the size of the canvas in the first chunk (RFC 9649); (0, 0) if it has none."""
+    chunk, body = data[12:16], data[20:30].ljust(10, b"\0")
+    if chunk == b"VP8X":
+        return 1 + int.from_bytes(body[4:7], "little"), 1 + int.from_bytes(body[7:10], "little")
+    if chunk == b"VP8 ":
+        width, height = struct.unpack_from("<HH", body, 6)
+        return width & 0x3FFF, height & 0x3FFF
+    if chunk == b"VP8L":
+        bits = int.from_bytes(body[1:5], "little")
+        return 1 + (bits & 0x3FFF), 1 + (bits >> 14 & 0x3FFF)
+    return 0, 0
+
+
+def _check_tiff(data: bytes) -> None:
+    """Refuse a TIFF whose tags share their bytes, since Pillow copies them for every tag, or with a million strips."""
+    order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
+    is_big = 43 in data[2:4]
+    size, count_size, entry_size = (8, 8, 20) if is_big else (4, 2, 12)
+
+    def number(at: int, length: int) -> int:
+        return int.from_bytes(data[at : at + length], order)
+
+    folders, total = [number(8 if is_big else 4, size)], 0
+    for folder in folders:
+        first = folder + count_size
+        entries = min(number(folder, count_size), max(0, len(data) - first) // entry_size)
+        for entry in range(first, first + entries * entry_size, entry_size):
+            tag, kind, count = number(entry, 2), number(entry + 2, 2), number(entry + 4, size)
+            nbytes = count * _TIFF_TYPE_BYTES.get(kind, 0)
+            total += nbytes if nbytes > size else 0
+            if tag in _TIFF_STRIP_TAGS and count > _MAX_TIFF_STRIPS:
+                raise LimitError(f"TIFF of {count:,} strips, at most {_MAX_TIFF_STRIPS:,} are decoded")
+            if tag in _TIFF_FOLDER_TAGS and folder == folders[0]:
+                folders.append(number(entry + 4 + size, size))
+        if total > len(data) + 65536:
+            raise DecodeError(f"damaged TIFF (its tags hold {total:,} bytes, the file has {len(data):,})")
 
 
 def _split_png(data: bytes) -> tuple[bytes, bytes]:
@@ -191,12 +334,31 @@ def _check_scans(data: bytes) -> None:
         raise LimitError(f"JPEG of {scans:,} scans, at most {_MAX_SCANS} are decoded")
 
 
-def _to_rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -> ImageHWC:
-    if image.format == "PNG" and image.mode in ("1", "L", "I;16", "RGB") and "transparency" in image.info:
-        transparent = _matches_trns(image, data, image.info.pop("transparency"))
-        pixels = _to_rgb(image, data, background)
-        pixels[transparent] = background
-        return pixels
+def _to_rgb(image: ImageFile.ImageFile, kind: str, data: bytes, background: tuple[int, int, int]) -> ImageHWC:
+    """Return the pixels as uint8 RGB, converted strip by strip: Pillow's conversions take 4 bytes per pixel each."""
+    width, height = image.size
+    colour = None
+    if kind == "PNG" and image.mode in ("1", "L", "I;16", "RGB"):
+        colour = image.info.pop("transparency", None)
+    depth = data[data.index(b"IHDR") + 12] if kind == "PNG" else 8
+    low_bytes: Any = None
+    if colour is not None and image.mode == "RGB" and depth == 16:
+        low_bytes = PngImagePlugin.PngImageFile(io.BytesIO(_split_png(data)[0]))
+        low_bytes.tile = [(*low_bytes.tile[0][:3], "RGB;16L")]  # of two bytes, keep the second
+        low_bytes.load()
+    pixels: ImageHWC = np.empty((height, width, 3), np.uint8)
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    for top in range(0, height, rows):
+        box = (0, top, width, min(height, top + rows))
+        strip = image.crop(box) if rows < height else image
+        rgb = _strip_to_rgb(strip, background)
+        if colour is not None:
+            rgb[_matches_trns(strip, depth, colour, low_bytes and low_bytes.crop(box))] = background
+        pixels[top : top + rows] = rgb
+    return pixels
+
+
+def _strip_to_rgb(image: Image.Image, background: tuple[int, int, int]) -> ImageHWC:
     if image.mode == "F":
         return _grey_to_rgb(np.clip(np.nan_to_num(np.asarray(image), nan=0.0), 0, 1) * 255 + 0.5)
     if image.mode.startswith("I"):  # I;16, I;16B, I
@@ -208,21 +370,18 @@ def _to_rgb(image: Image.Image, data: bytes, background: tuple[int, int, int]) -
     return np.array(image if image.mode == "RGB" else image.convert("RGB"))
 
 
-def _matches_trns(image: Image.Image, data: bytes, value: Any) -> np.ndarray:
+def _matches_trns(image: Image.Image, depth: int, value: Any, low_bytes: Image.Image | None) -> np.ndarray:
     """Return which pixels of a grey or RGB PNG have the value of its tRNS chunk: bool [height, width].
 
     Pillow scales grey of 2 and 4 bits to 8 bits but not the value, and drops the low byte of 16-bit RGB.
     """
-    depth = data[data.index(b"IHDR") + 12]
     top = 2**depth - 1
     if image.mode != "RGB":
         grey = np.asarray(image.convert("L") if image.mode == "1" else image)
         return np.asarray(grey == (value & top) * (255 // top if depth < 16 else 1))
     wanted = np.array(value) & top
-    if depth == 8:
+    if low_bytes is None:
         return np.asarray((np.asarray(image) == wanted).all(axis=2))
-    low_bytes: Any = PngImagePlugin.PngImageFile(io.BytesIO(_split_png(data)[0]))
-    low_bytes.tile = [(*low_bytes.tile[0][:3], "RGB;16L")]  # of two bytes, keep the second
     return np.asarray(((np.asarray(image) == wanted >> 8) & (np.asarray(low_bytes) == wanted & 255)).all(axis=2))
 
 
@@ -230,21 +389,38 @@ def _grey_to_rgb(grey: np.ndarray) -> ImageHWC:
     return np.repeat(grey.astype(np.uint8)[:, :, None], 3, axis=2)
 
 
-def _orientation(image: Image.Image, kind: str, metadata: bytes) -> int:
-    """Return the EXIF orientation, 1 to 8; 1 (upright) if it is missing or unreadable."""
-    if kind == "TIFF":  # Pillow applies it
-        return 1
+def _png_metadata(metadata: bytes) -> tuple[bytes, bytes]:
+    """Return the EXIF and XMP of a PNG's metadata; "" if they are absent or damaged."""
+    if len(metadata) <= 33:  # no chunk that could hold them
+        return b"", b""
     try:
-        if kind == "PNG" and len(metadata) <= 33:  # no chunk that could hold it
-            return 1
-        if kind == "PNG":
-            image = PngImagePlugin.PngImageFile(io.BytesIO(metadata))
-        orientation = Image.Image.getexif(image).get(_ORIENTATION, 1)
+        info = PngImagePlugin.PngImageFile(io.BytesIO(metadata)).info
+        profile = str(info.get("Raw profile type exif", "")).split("\n")[3:]
+        exif = info.get("exif") or bytes.fromhex("".join(profile))
     except MemoryError:
         raise
     except Exception:  # if metadata are damaged, the pixels are still used
-        return 1
-    return orientation if orientation in range(1, 9) else 1
+        return b"", b""
+    return exif, str(info.get("XML:com.adobe.xmp", "")).encode("utf-8", "replace")
+
+
+def _orientation(exif: bytes, xmp: bytes) -> int:
+    """Return the orientation, 1 to 8, of EXIF or else XMP; 1 (upright) if it is missing or unreadable."""
+    while exif.startswith(b"Exif\0\0"):
+        exif = exif[6:]
+    order: Literal["little", "big"] = "little" if exif[:1] == b"I" else "big"
+    folder = int.from_bytes(exif[4:8], order)
+    value = None
+    for number in range(int.from_bytes(exif[folder : folder + 2], order) if exif[:2] in (b"II", b"MM") else 0):
+        entry = exif[folder + 2 + 12 * number :][:12]
+        if len(entry) < 12:
+            break
+        tag, kind = (int.from_bytes(entry[at : at + 2], order) for at in (0, 2))
+        if tag == _ORIENTATION and kind in (1, 3, 4):  # a byte, a short or a long
+            value = int.from_bytes(entry[8 : 8 + _TIFF_TYPE_BYTES[kind]], order)
+    match = _XMP_ORIENTATION.search(xmp) if value is None else None
+    orientation = int(match[1]) if match else value
+    return orientation if orientation in range(1, 9) else 1  # type: ignore[return-value]  # None is not in the range
 
 
 def _upright(pixels: ImageHWC, orientation: int) -> ImageHWC:

@@ -18,6 +18,7 @@ from mmbeam.config import Reading, Windows
 from mmbeam.errors import JobError, ShardError, UsageError
 from mmbeam.features.files import open_counted
 from mmbeam.features.schema import FACTS, IDENTITY, check_schema, widths_of
+from mmbeam.readers.windows import HeldBytes
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.run import find_run, part_name
 from mmbeam.runs.store import Store
@@ -28,7 +29,9 @@ BATCH_ROWS = 4096  # 32 MiB of vectors of 2,048 numbers
 Vectors = npt.NDArray[np.float32]  # [rows, width]
 
 
-def read_features(unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows) -> Generator[Batch]:
+def read_features(
+    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, held: HeldBytes | None = None
+) -> Generator[Batch]:
     """Yield the unit's rows as windows of samples, then an empty last one, with a `unit_error` if a file is damaged.
 
     A modality is present if one of its columns in `needs` has a value. Text is also present if the row has a text and

@@ -5,6 +5,7 @@ unless decoding is paused. It is one window ahead of the consumer. Where a windo
 the data alone, so that a retry and another runner see the same windows.
 """
 
+import math
 import queue
 import sys
 import threading
@@ -19,9 +20,10 @@ from typing import Generic, TypeVar
 from mmbeam.clean.where import compile_where, rejecting_expression, where_needs
 from mmbeam.config import MIB, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.decode.common import MAX_DECODE_BYTES, LargeValueError
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import MODALITIES
-from mmbeam.process import cores, decode_pool, may_decode, steps
+from mmbeam.process import MemoryBudget, cores, decode_pool, may_decode, steps
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader, part_origin
 from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
@@ -29,15 +31,44 @@ from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Ta
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
+_LARGE_BYTES = 32 * MIB  # a sample that takes more to decode is decoded alone, within _large
+_large = MemoryBudget(MAX_DECODE_BYTES)
+_SHARE = MAX_DECODE_BYTES // 2  # of _large, at most, for a window of several large samples
 _PAUSED_READ_BYTES = 8 * MIB  # of a remote shard's samples, read ahead while decoding is paused; 0 for local shards
 
 
-def prefetch(batches: Generator[Batch], name: str) -> Generator[Batch]:
+class HeldBytes:
+    """What the large samples of a unit's windows hold of the process's budget of memory. Thread-safe."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._held: deque[tuple[int, int]] = deque()  # index of a window, bytes
+        self._released: float = 0  # windows before this index are finished
+
+    def add(self, index: int, nbytes: int) -> None:
+        """Hold `nbytes`, which were acquired, until window `index` is finished."""
+        with self._lock:
+            self._held.append((index, nbytes))
+        self.release_before(0)  # the consumer may have left meanwhile
+
+    def release_before(self, index: float) -> None:
+        """Release what the windows before `index` hold, now and in future."""
+        with self._lock:
+            self._released = max(self._released, index)
+            while self._held and self._held[0][0] < self._released:
+                _large.release(self._held.popleft()[1])
+
+
+def prefetch(batches: Generator[Batch], name: str, held: HeldBytes | None = None) -> Generator[Batch]:
     """Yield the windows of a unit, up to the one with `last`.
 
     A thread makes the next window while the consumer processes the current one, so two are in memory. What `batches`
     raises is raised here. Each tally gains the seconds of "read_wait", for which the consumer waited. Closing the
     generator ends the thread, which is called `name`.
+
+    Samples that take more than 32 MiB to decode share 600 MB with those of the process's other units: such a sample is
+    decoded when the consumer has finished with enough of them, that is, has asked for the next window. `held`, which
+    `read_batches` got too, counts them.
     """
     ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
     room = threading.Semaphore(1)  # held from the start of a window until the consumer takes it
@@ -55,20 +86,24 @@ def prefetch(batches: Generator[Batch], name: str) -> Generator[Batch]:
     thread = threading.Thread(target=fill, name=name, daemon=True)
     thread.start()
     try:
-        last = False
+        last, index = False, 0
         while not last:
+            if held is not None:
+                held.release_before(index)
             begin = time.perf_counter()
             item = ready.get()
             room.release()
             waited = Tally(seconds={"read_wait": time.perf_counter() - begin})
             if isinstance(item, BaseException):
                 raise item
-            last = item.last
+            last, index = item.last, item.index + 1
             yield replace(item, tally=item.tally + waited)
             del item
     finally:
         stopped.set()
         room.release()
+        if held is not None:
+            held.release_before(math.inf)
         thread.join(timeout=1)  # it may be waiting for a store; as a daemon it does not delay the exit
 
 
@@ -146,6 +181,8 @@ class _OpenWindow:
     present: Counter[str] = field(default_factory=Counter)
     decoded_bytes: int = 0
     seconds: float = 0.0
+    large_bytes: int = 0  # that decoding its large samples took
+    reserved_bytes: int = 0  # of the process's budget, for its large samples
 
     def add(self, decoded: _DecodedSample) -> None:
         self.count += 1
@@ -180,7 +217,12 @@ class _OpenWindow:
 
 
 def read_batches(
-    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, wanted: Callable[[str], bool] | None = None
+    unit: WorkUnit,
+    reading: Reading,
+    needs: Needs,
+    windows: Windows,
+    wanted: Callable[[str], bool] | None = None,
+    held: HeldBytes | None = None,
 ) -> Generator[Batch]:
     """Yield the unit's windows in order; the last one has `last`, and `unit_error` if an input could not be read.
 
@@ -190,12 +232,17 @@ def read_batches(
     expressions = [(text, compile_where(text)) for text in reading.cleaning.where]
     isolation = unit.isolation
     probed = None if isolation is None else isolation.probed
+    own, held = held is None, held or HeldBytes()
 
-    def decode(raw: RawSample) -> _DecodedSample:
+    def decode(raw: RawSample, max_bytes: int | None = _LARGE_BYTES) -> _DecodedSample | tuple[RawSample, int]:
+        """Return the sample, or its bytes with the memory that decoding them takes if that is more than `max_bytes`."""
         begin = time.perf_counter()
         steps.begin("decode", [raw])
         crash = None if isolation is None else isolation.crashes.get(raw.id)
-        sample, failures = decode_sample(raw, reading, needs, crash)
+        try:
+            sample, failures = decode_sample(raw, reading, needs, crash, max_bytes)
+        except LargeValueError as error:
+            return raw, error.nbytes
         skip = rejecting_expression(sample, expressions)
         if skip is not None:
             # If a value that the expression needs could not be decoded, the sample fails; it is not skipped.
@@ -207,12 +254,12 @@ def read_batches(
         steps.begin("read", ())
         return _DecodedSample(sample, failures, skip, raw.repeated, time.perf_counter() - begin)
 
-    ahead: Lookahead[RawSample, _DecodedSample] = Lookahead(
+    ahead: Lookahead[RawSample, _DecodedSample | tuple[RawSample, int]] = Lookahead(
         depth=2 * cores() + 2 if isolation is None else 1,
         max_bytes=windows.decoded_bytes,
         paused_bytes=_PAUSED_READ_BYTES if any("://" in source.shard.path for source in unit.inputs) else 0,
         item_bytes=lambda raw: sum(map(len, raw.members.values())),
-        result_bytes=lambda decoded: decoded.sample.nbytes,
+        result_bytes=lambda decoded: decoded[1] if isinstance(decoded, tuple) else decoded.sample.nbytes,
     )
     source = _UnitSamples(unit, reading, needs)
     raws = (
@@ -222,13 +269,35 @@ def read_batches(
     try:
         with closing(ordered_map(decode, raws, decode_pool(), ahead)) as samples:
             for decoded in samples:
+                if isinstance(decoded, tuple):
+                    # A window reserves memory once, for all its large samples, so that none that holds memory waits for
+                    # more: it is on its way to the consumer. Only the sample that is next in order waits.
+                    raw, large_bytes = decoded
+                    if window.reserved_bytes and window.large_bytes + large_bytes > window.reserved_bytes:
+                        yield window.close(unit, index, source, last=False)
+                        index, window = index + 1, _OpenWindow()
+                        if own:
+                            held.release_before(index)
+                    if not window.reserved_bytes:
+                        window.reserved_bytes = _large.acquire(max(large_bytes, min(windows.decoded_bytes, _SHARE)))
+                        held.add(index, window.reserved_bytes)
+                    window.large_bytes += large_bytes
+                    decoded = decode(raw, None)
+                    assert isinstance(decoded, _DecodedSample)
+                    del raw
                 window.add(decoded)
                 del decoded
-                if window.decoded_bytes >= windows.decoded_bytes or len(window.samples) >= windows.samples:
+                is_full = window.large_bytes and window.large_bytes >= window.reserved_bytes
+                if is_full or window.decoded_bytes >= windows.decoded_bytes or len(window.samples) >= windows.samples:
                     yield window.close(unit, index, source, last=False)
                     index, window = index + 1, _OpenWindow()
+                    if own:
+                        held.release_before(index)
     except ShardError as error:
         error_text = str(error)
+    finally:
+        if own:
+            held.release_before(math.inf)
     yield window.close(unit, index, source, last=True, error=error_text)
 
 

@@ -26,7 +26,7 @@ from mmbeam.models.fusion.configuration import feature_source
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.names import MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
-from mmbeam.readers.windows import prefetch, read_batches
+from mmbeam.readers.windows import HeldBytes, prefetch, read_batches
 from mmbeam.training.examples import Example, clauses_of
 from mmbeam.types import Feature, FeatureColumn, Needs, Sample, WorkUnit
 
@@ -176,8 +176,9 @@ class ShardSource:
 
     def _samples(self, units: Sequence[WorkUnit], wanted: Callable[[str], bool] | None) -> Iterator[Sample]:
         for unit in units:
-            read = read_batches(unit, self.reading, self.needs, Windows(), wanted)
-            with closing(prefetch(read, f"mmbeam-read-{unit.id}")) as batches:
+            held = HeldBytes()
+            read = read_batches(unit, self.reading, self.needs, Windows(), wanted, held)
+            with closing(prefetch(read, f"mmbeam-read-{unit.id}", held)) as batches:
                 for batch in batches:
                     yield from batch.samples
                     if batch.unit_error is not None:

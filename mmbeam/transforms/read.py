@@ -11,7 +11,7 @@ from mmbeam.config import Reading, Windows
 from mmbeam.errors import FailureRateError, UsageError
 from mmbeam.features.read import read_features
 from mmbeam.process import progress, steps
-from mmbeam.readers.windows import prefetch, read_batches
+from mmbeam.readers.windows import HeldBytes, prefetch, read_batches
 from mmbeam.runs.attempts import attempt
 from mmbeam.runs.commits import report_of
 from mmbeam.runs.control import raise_if_failed, record_error, stop_reason
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 Isolate = Callable[[WorkUnit], UnitReport | str]
 MAX_ATTEMPTS = 3  # that end their processes before a unit is isolated
 
-Read = Callable[[WorkUnit, Reading, Needs, Windows], Generator[Batch]]
+Read = Callable[..., Generator[Batch]]  # of a unit, reading, needs, windows and `held`
 
 
 class ReadShards(beam.PTransform):
@@ -119,8 +119,9 @@ class ReadUnits(beam.DoFn):
         windows = self.windows
         if unit.isolation is not None and unit.isolation.single:
             windows = replace(windows, samples=1)
-        read = self.read(unit, self.reading, self.needs, windows)
-        ahead = read if unit.isolation is not None else prefetch(read, f"mmbeam-read-{unit.id}")
+        held = None if unit.isolation is not None else HeldBytes()
+        read = self.read(unit, self.reading, self.needs, windows, held=held)
+        ahead = read if held is None else prefetch(read, f"mmbeam-read-{unit.id}", held)
         with closing(ahead) as batches:
             for batch in batches:
                 if self.run is not None:
