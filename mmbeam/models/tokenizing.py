@@ -1,6 +1,6 @@
 """Texts to token ids and their counts with a checkpoint's tokenizer, and token ids to padded batches."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
@@ -30,6 +30,11 @@ _OFFSET_POSITIONS = {
     *("camembert", "clap_text_model", "data2vec-text", "esm", "ibert", "lilt", "longformer", "luke", "markuplm"),
     *("mpnet", "roberta", "roberta-prelayernorm", "xlm-roberta", "xlm-roberta-xl", "xmod"),
 }
+_PIECE_CHARS = 1 << 16  # of a long text, counted at a time
+_GROUP_CHARS = 1 << 18  # of texts that are tokenized together: an encoding takes up to 500 bytes per character
+_ENOUGH_CHARS = 4096  # of a text, tokenized at first; or this many per token that is kept:
+_CHARS_PER_TOKEN = 16
+_CUT_TOKENS = 64  # at the end of a text, which a cut there may change
 _MAX_TOKENS = 8192  # if neither tokenizer nor configuration sets a limit (relative positions)
 
 
@@ -67,10 +72,15 @@ class TextTokenizer:
 
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Return the ids of each text with special tokens, truncated to `max_length`, without padding."""
-        return self._ids(texts, truncation=True, max_length=max_length)
+        keeps_end = self._tokenizer.truncation_side == "left"
+        parts = [enough_text(text, max_length, self._count, keeps_end) for text in texts]
+        return [ids for group in _groups(parts) for ids in self._ids(group, truncation=True, max_length=max_length)]
 
     def count(self, texts: Sequence[str]) -> list[int]:
-        """Return the number of tokens of each text, not truncated, without special tokens."""
+        """Return the number of tokens of each text, not truncated, without special tokens. See count_in_pieces."""
+        return count_in_pieces(texts, self._count)
+
+    def _count(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._ids(texts, truncation=False, add_special_tokens=False, verbose=False)]
 
     def _ids(self, texts: Sequence[str], **options: Any) -> list[list[int]]:
@@ -99,6 +109,61 @@ class TextTokenizer:
         special.pop(self._tokenizer.unk_token_id, None)
         spelt = self._ids(list(special.values()), add_special_tokens=False)
         return frozenset(token for token, ids in zip(special, spelt, strict=True) if token in ids)
+
+
+def enough_text(
+    text: str, max_tokens: int, count: Callable[[Sequence[str]], Sequence[int]], keeps_end: bool = False
+) -> str:
+    """Return the beginning of a text, or its end, that has all of its first, or last, `max_tokens` tokens.
+
+    Tokenizing a million characters takes seconds and hundreds of megabytes. `count` returns numbers of tokens.
+    """
+    size = max(_ENOUGH_CHARS, _CHARS_PER_TOKEN * max_tokens)
+    while size < len(text):
+        part = text[-size:] if keeps_end else text[:size]
+        if count([part])[0] >= max_tokens + _CUT_TOKENS:
+            return part
+        size *= 4
+    return text
+
+
+def count_in_pieces(texts: Sequence[str], count: Callable[[Sequence[str]], Sequence[int]]) -> list[int]:
+    """Return the number of tokens of each text.
+
+    A text of more than 65,536 characters is counted in pieces that begin with white space, which may differ by a token
+    per piece from counting it whole.
+    """
+    totals = [0] * len(texts)
+    pieces = [(position, piece) for position, text in enumerate(texts) for piece in _pieces(text)]
+    counts = (number for group in _groups([piece for _, piece in pieces]) for number in count(group))
+    for (position, _), number in zip(pieces, counts, strict=True):
+        totals[position] += number
+    return totals
+
+
+def _pieces(text: str) -> Iterator[str]:
+    start = 0
+    while len(text) - start > _PIECE_CHARS:
+        end = start + _PIECE_CHARS
+        space = max(text.rfind(char, start + _PIECE_CHARS // 2, end) for char in " \n\t")
+        end = end if space < 0 else space
+        yield text[start:end]
+        start = end
+    yield text[start:]
+
+
+def _groups(texts: Sequence[str]) -> Iterator[list[str]]:
+    """Yield the texts in groups of at most _GROUP_CHARS characters, or of one text."""
+    group: list[str] = []
+    chars = 0
+    for text in texts:
+        if group and chars + len(text) > _GROUP_CHARS:
+            yield group
+            group, chars = [], 0
+        group.append(text)
+        chars += len(text)
+    if group:
+        yield group
 
 
 def check_vocabulary(directory: Path) -> None:

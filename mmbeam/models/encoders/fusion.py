@@ -73,7 +73,7 @@ class FusionEncoder(Encoder):
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, not truncated."""
-        return [len(ids) for ids in self.processor.token_ids(texts, self._sources["text"])]
+        return self.processor.count_tokens(texts, self._sources["text"])
 
     @torch.inference_mode()
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:

@@ -29,7 +29,7 @@ from mmbeam.models.fusion.audio import (
 from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, SourceConfig
 from mmbeam.models.fusion.encoders import scatter_rows
 from mmbeam.models.loading import model_path, read_json
-from mmbeam.models.tokenizing import pad
+from mmbeam.models.tokenizing import count_in_pieces, enough_text, pad
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import ImageRecipe, preprocess
@@ -258,6 +258,13 @@ class FusionProcessor:
         encoded = tokenizer.encode_batch(list(texts), add_special_tokens=False)
         return [encoding.ids[: sum(encoding.attention_mask)] for encoding in encoded]  # without padding
 
+    def count_tokens(self, texts: Sequence[str], source: str | None = None) -> list[int]:
+        """Return the number of tokens of each text, not cut, without special tokens. See count_in_pieces."""
+        return count_in_pieces(texts, lambda pieces: self._count(pieces, source))
+
+    def _count(self, texts: Sequence[str], source: str | None) -> list[int]:
+        return [len(ids) for ids in self.token_ids(texts, source)]
+
     def input_ids(self, texts: Sequence[str], source: str) -> list[list[int]]:
         """Return token ids for `source`, with the special tokens of a pretrained encoder.
 
@@ -265,7 +272,8 @@ class FusionProcessor:
         """
         limit = self.sources[source].max_tokens
         tokenizer = self.tokenizers.get(source, self.tokenizer)
-        encoded = tokenizer.encode_batch(list(texts), add_special_tokens=source in self.tokenizers)
+        parts = [enough_text(text, limit, lambda part: self._count(part, source)) for text in texts]
+        encoded = tokenizer.encode_batch(parts, add_special_tokens=source in self.tokenizers)
         self._warn_if_truncated(source, max(map(len, encoded), default=0), limit, "tokens")
         rows = []
         for encoding in encoded:

@@ -14,6 +14,7 @@ from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import decode, score
 from mmbeam.models.loading import load_pretrained
+from mmbeam.models.tokenizing import enough_text
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 from mmbeam.types import FeatureColumn
 
@@ -73,13 +74,14 @@ class FusionGenerator(Generator):
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """Return the tokens of text and features; all images, and all audio, have the same number of tokens."""
-        texts = self.processor.token_ids([request.text or "" for request in requests])
+        limit, count = self.spec.max_text_tokens or 0, self.processor.count_tokens
+        texts = count([enough_text(request.text or "", limit, count) for request in requests])
         features = [sum(len(f) for f in request.features.values() if f.ndim > 1) for request in requests]
-        return [len(ids) + count for ids, count in zip(texts, features, strict=True)]
+        return [min(length, limit) + vectors for length, vectors in zip(texts, features, strict=True)]
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, not truncated."""
-        return [len(ids) for ids in self.processor.token_ids(texts)]
+        return self.processor.count_tokens(texts)
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
