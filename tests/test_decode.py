@@ -418,7 +418,7 @@ class TestImage:
         with pytest.raises(LimitError, match=r"JPEG of 2\d\d scans, at most 100"):
             decode_image(bomb, LIMITS)
 
-    @pytest.mark.parametrize("data", [b"", b"\0", b"%!PS-Adobe-3.0 EPSF", b"<svg>", b"SIMPLE  =  T", b"P6 1 1 255 abc"])
+    @pytest.mark.parametrize("data", [b"", b"\0", b"%!PS-Adobe-3.0 EPSF", b"<svg>", b"SIMPLE  =  T"])
     def test_other_formats_are_not_opened(self, data: bytes) -> None:
         with pytest.raises(DecodeError, match=r"not an image of a known format .*(it begins with|it is empty)"):
             decode_image(data, LIMITS)

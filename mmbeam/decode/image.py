@@ -20,6 +20,7 @@ import warnings
 import zlib
 from collections.abc import Mapping
 from importlib import import_module
+from itertools import islice
 from typing import Any, Literal
 
 import numpy as np
@@ -77,9 +78,11 @@ _MAX_SCANS = 100
 _JPEG_DATA_LOST = ("remature end", "bad Huffman code", "instead of RST")
 _STRIP_PIXELS = 1 << 19  # converted to RGB at a time
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # per pixel, of Pillow's modes; 4 for the others
-_WEBP_BYTES = 15  # per pixel, besides the result: the canvases of the decoder for animations, and Pillow's image
+_ANIMATION_BYTES = 15  # per pixel of WebP and AVIF, besides the result: the canvases of the decoder, and Pillow's image
 _TIFF_BYTES = 6  # per pixel of a compressed file, besides Pillow's image and the result: one strip may hold them all
 _MAX_TIFF_STRIPS = 200_000
+_TIFF_HEADER = re.compile(rb"II\*\0|MM\0\*")
+_MAX_TIFF_HEADERS = 100
 _TIFF_TYPE_BYTES = {
     1: 1,
     2: 1,
@@ -147,7 +150,7 @@ def _pixel_bytes(image: ImageFile.ImageFile, kind: str) -> int:
         return 3 + (0 if image.mode in ("RGB", "L") else pillow)
     if kind == "TIFF" and image.info.get("compression") != "raw":
         return 3 + pillow + _TIFF_BYTES
-    return 3 + (_WEBP_BYTES if kind == "WebP" else pillow)
+    return 3 + {"WebP": _ANIMATION_BYTES, "AVIF": _ANIMATION_BYTES, "PPM": 3 * pillow}.get(kind, pillow)
 
 
 def image_size(data: bytes, limits: Limits) -> tuple[int, int]:
@@ -184,12 +187,16 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
         elif kind == "GIF":
             file = _without_gif_metadata(data)
         elif kind == "TIFF":
-            _check_tiff(data)
+            _check_tags(data)
+        elif kind == "AVIF":  # Pillow reads its EXIF when it opens a file; where that is, only the decoder knows
+            view = memoryview(data)
+            for match in islice(_TIFF_HEADER.finditer(data), _MAX_TIFF_HEADERS):
+                _check_tags(view[match.start() :])
         elif kind == "WebP":
             _check_pixels(kind, *_webp_size(data), limits)  # the decoder allocates its canvases when it opens a file
         image = _OPENERS[kind](io.BytesIO(file))
     _check_pixels(kind, *image.size, limits)
-    if kind == "WebP":
+    if kind in ("WebP", "AVIF"):
         exif, xmp = image.info.get("exif", b""), image.info.get("xmp", b"")
     orientation = 1 if kind == "TIFF" else _orientation(exif, xmp)  # Pillow applies that of a TIFF
     return image, kind, orientation
@@ -252,8 +259,8 @@ def _webp_size(data: bytes) -> tuple[int, int]:
     return 0, 0
 
 
-def _check_tiff(data: bytes) -> None:
-    """Refuse a TIFF whose tags share their bytes, since Pillow copies them for every tag, or with a million strips."""
+def _check_tags(data: bytes | memoryview) -> None:
+    """Refuse TIFF or EXIF whose tags share their bytes, which Pillow copies for every tag, or with a million strips."""
     order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
     is_big = 43 in data[2:4]
     size, count_size, entry_size = (8, 8, 20) if is_big else (4, 2, 12)
@@ -274,7 +281,7 @@ def _check_tiff(data: bytes) -> None:
             if tag in _TIFF_FOLDER_TAGS and folder == folders[0]:
                 folders.append(number(entry + 4 + size, size))
         if total > len(data) + 65536:
-            raise DecodeError(f"damaged TIFF (its tags hold {total:,} bytes, the file has {len(data):,})")
+            raise DecodeError(f"damaged tags (they hold {total:,} bytes, the file has {len(data):,})")
 
 
 def _split_png(data: bytes) -> tuple[bytes, bytes]:

@@ -1,0 +1,171 @@
+"""The memory that hostile inputs take: a subprocess reads, decodes and encodes them one after another."""
+
+import io
+import json
+import os
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import pytest
+import soundfile
+from PIL import Image
+from shards import tar_bytes
+from test_decode import png_chunk
+
+ORDINARY_MB = 700  # that any single input may take beyond an ordinary run
+TEXT_MB = 150
+
+
+def png(width: int, height: int, colour_type: int = 2, channels: int = 3) -> bytes:
+    """Return a PNG of one colour."""
+    packer = zlib.compressobj(1)
+    row = bytes(1 + width * channels)
+    pixels = b"".join([*(packer.compress(row) for _ in range(height)), packer.flush()])
+    header = struct.pack(">IIBBBBB", width, height, 8, colour_type, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + png_chunk(b"IHDR", header) + png_chunk(b"IDAT", pixels) + png_chunk(b"IEND", b"")
+
+
+def saved(image: Image.Image, kind: str, **options: object) -> bytes:
+    buffer = io.BytesIO()
+    image.save(buffer, kind, **options)
+    return buffer.getvalue()
+
+
+def overlapping_tags(count: int, nbytes: int) -> bytes:
+    """Return a TIFF, or EXIF, whose tags all hold the same bytes of the file."""
+    entries = b"".join(struct.pack("<HHII", 40000 + number, 1, nbytes, 0) for number in range(count))
+    return b"II*\0" + struct.pack("<IH", 8, count) + entries + bytes(4) + bytes(nbytes)
+
+
+def jpeg_with_exif(exif: bytes) -> bytes:
+    data = saved(Image.new("RGB", (32, 32)), "JPEG")
+    parts = [exif[at : at + 65000] for at in range(0, len(exif), 65000)]
+    segments = (b"\xff\xe1" + struct.pack(">H", len(part) + 8) + b"Exif\0\0" + part for part in parts)
+    return data[:2] + b"".join(segments) + data[2:]
+
+
+def gif_with_comments(nbytes: int) -> bytes:
+    data = saved(Image.new("P", (32, 32)), "GIF")
+    at = 13 + (3 << (data[10] & 7) + 1)
+    return data[:at] + b"!\xfe" + (b"\xff" + bytes([65]) * 255) * (nbytes // 256) + b"\0" + data[at:]
+
+
+def gif_of_frames(count: int) -> bytes:
+    """Return an animated GIF of many frames of 1000 x 1000 pixels."""
+    data = saved(Image.new("P", (1000, 1000)), "GIF")
+    at = 13 + (3 << (data[10] & 7) + 1)
+    return data[:at] + data[at:-1] * count + b";"
+
+
+def flac(seconds: int, rate: int, channels: int = 1) -> bytes:
+    buffer = io.BytesIO()
+    with soundfile.SoundFile(buffer, "w", rate, channels, "PCM_16", format="FLAC") as file:
+        for _ in range(seconds // 10):
+            file.write(np.zeros((10 * rate, channels), np.int16))
+    return buffer.getvalue()
+
+
+def members(name: str, data: bytes, count: int) -> list[tuple[str, bytes]]:
+    return [(f"{number:03}.{name}", data) for number in range(count)]
+
+
+def inputs() -> Iterator[tuple[str, str, list[tuple[str, bytes]]]]:
+    """Yield the name of each input, the modality that is encoded, and its members."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    yield (
+        "JPEG of 100 megapixels, rotated",
+        "image",
+        members("jpg", saved(Image.new("L", (10_000, 10_000)), "JPEG", exif=exif), 2),
+    )
+    yield (
+        "progressive JPEG",
+        "image",
+        members("jpg", saved(Image.new("RGB", (8000, 8000)), "JPEG", progressive=True), 2),
+    )
+    yield "WebP", "image", members("webp", saved(Image.new("RGB", (5700, 5700)), "WEBP", lossless=True, method=0), 3)
+    yield "WebP of 268 megapixels", "image", members("webp", webp_header(16384, 16384), 2)
+    yield "RGBA PNG", "image", members("png", png(9000, 9000, 6, 4), 2)
+    yield "PNG of 60,000 x 60,000", "image", members("png", png(600, 4)[:16] + struct.pack(">II", 60_000, 60_000), 4)
+    yield "many pictures of 8 megapixels", "image", members("png", png(4000, 2000), 30)
+    yield "TIFF of overlapping tags", "image", members("tif", overlapping_tags(20_000, 1 << 20), 2)
+    yield "JPEG of overlapping EXIF tags", "image", members("jpg", jpeg_with_exif(overlapping_tags(20_000, 1 << 20)), 2)
+    yield "GIF of comments", "image", members("gif", gif_with_comments(8 << 20), 2)
+    yield "GIF of 10,000 frames", "image", members("gif", gif_of_frames(10_000), 2)
+    yield "FLAC at 384 kHz", "audio", members("flac", flac(240, 384_000), 2)
+    yield "FLAC of 8 channels", "audio", members("flac", flac(240, 48_000, 8), 2)
+    yield "FLAC of 30 minutes", "audio", members("flac", flac(1800, 8000), 4)
+    yield "long texts", "text", members("txt", b"a" * 250_000, 8)
+    yield "texts of a few words", "text", members("txt", b" " * 900_000 + b"a", 8)
+
+
+def webp_header(width: int, height: int) -> bytes:
+    body = struct.pack("<I", 0) + (width - 1).to_bytes(3, "little") + (height - 1).to_bytes(3, "little")
+    return b"RIFF" + struct.pack("<I", 22) + b"WEBPVP8X" + struct.pack("<I", 10) + body
+
+
+CHILD = """
+import json, sys
+from pathlib import Path
+import torch
+from mmbeam.config import Reading, Windows
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import plan_units
+from mmbeam.readers.windows import read_batches
+from mmbeam.stages.embed import embed_stage
+
+def peak():
+    lines = dict(line.split(":", 1) for line in open("/proc/self/status"))
+    return int(lines["VmHWM"].split()[0]) / 1024
+
+torch.set_num_threads(1)
+models = json.loads(sys.argv[1])
+stages = {modality: embed_stage(model, modalities=[modality], batch_size=2) for modality, model in models.items()}
+loaded = {modality: stage.load() for modality, stage in stages.items()}
+ordinary = 0.0
+for line in sys.stdin:
+    name, modality, path = json.loads(line)
+    Path("/proc/self/clear_refs").write_text("5")
+    stage, rows, failures = stages[modality], 0, []
+    for unit in plan_units(list_shards([path]), []):
+        for batch in read_batches(unit, Reading(), stage.needs, Windows()):
+            result = stage.run(loaded[modality], batch)
+            rows += len(result.samples)
+            failures += [failure.error for failure in result.failures]
+            del batch, result
+    ordinary = ordinary or peak()
+    print(json.dumps([name, rows, sorted(set(failures)), peak() - ordinary]), flush=True)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
+def test_no_single_input_takes_more_than_700_mb(tmp_path: Path, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from tiny_audio_text import save_clap
+    from tiny_clip import save_clip
+
+    models = {"image": str(save_clip(tmp_path / "clip")), "text": str(tmp_path / "clip")}
+    models["audio"] = str(save_clap(tmp_path / "clap"))
+    lines = []
+    ordinary: Sequence[tuple[str, bytes]] = members("jpg", saved(Image.new("RGB", (640, 480)), "JPEG"), 64)
+    for name, modality, of_shard in [("ordinary", "image", ordinary), *inputs()]:
+        path = tmp_path / f"{len(lines)}.tar"
+        path.write_bytes(tar_bytes(of_shard))
+        lines.append(json.dumps([name, modality, str(path)]) + "\n")
+    child = subprocess.run(
+        [sys.executable, "-c", CHILD, json.dumps(models)],
+        input="".join(lines),
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env=os.environ | {"MALLOC_ARENA_MAX": "2"},
+    )
+    assert child.returncode == 0, child.stderr
+    results = [json.loads(line) for line in child.stdout.splitlines()]
+    assert len(results) == len(lines)
+    over = [(name, round(mb)) for name, _, _, mb in results if mb > (TEXT_MB if "texts" in name else ORDINARY_MB)]
+    assert not over, results
