@@ -197,8 +197,26 @@ def test_nan_log_probabilities_are_failures(fusion: Path, monkeypatch: pytest.Mo
     samples = [make_sample(index) for index in range(6)]
     result = run(generate_stage(str(fusion), decoding=GREEDY), batch_of(samples))
     assert [failure.key for failure in result.failures] == ["3"]
-    assert "are NaN" in result.failures[0].message
+    assert "are not finite" in result.failures[0].message
     assert [text is None for text in column(result, "caption")] == [index == 3 for index in range(6)]
+
+
+def test_an_attribution_that_is_not_finite_is_a_failure(fusion: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The maximum of 0 and NaN is 0 in Python."""
+    real = FusionGenerator.score
+
+    def spoiled(self: FusionGenerator, requests: Any, texts: Any) -> list[float]:
+        is_spoiled = [request.text == make_sample(2).text for request in requests]
+        return [
+            float("nan") if spoil else score
+            for spoil, score in zip(is_spoiled, real(self, requests, texts), strict=True)
+        ]
+
+    monkeypatch.setattr(FusionGenerator, "score", spoiled)
+    result = run(
+        generate_stage(str(fusion), decoding=GREEDY, explain=True), batch_of([make_sample(i) for i in range(4)])
+    )
+    assert [(failure.key, failure.error) for failure in result.failures] == [("2", "FloatingPointError")]
 
 
 def test_texts_are_counted_whole_and_truncated_for_the_model(fusion: Path) -> None:

@@ -419,7 +419,7 @@ def test_code_of_a_model_directory_is_never_run(copy: Path, tmp_path: Path) -> N
         embed_stage(str(copy)).load()
     assert not (tmp_path / "executed").exists()
     with_config(copy, model_type="unknown")
-    with pytest.raises(ModelError, match="no encoder for model_type 'unknown'"):
+    with pytest.raises(ModelError, match="unsupported model_type 'unknown'"):
         embed_stage(str(copy))
     assert not (tmp_path / "executed").exists()
 

@@ -1,5 +1,6 @@
 """Packing a window into batches, halving batches that do not fit, and isolating items that fail."""
 
+import weakref
 from collections.abc import Sequence
 
 import numpy as np
@@ -12,8 +13,8 @@ from mmbeam.errors import DeviceError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.placement import classify
 from mmbeam.prompts.ask import Decoding, GeneratorSpec, Request
-from mmbeam.stages.generate import plan_batches
-from mmbeam.stages.packing import pack, run_batches
+from mmbeam.stages.generate import padded_weights, plan_batches
+from mmbeam.stages.packing import MemoryLimit, pack, run_batches
 
 weights = st.lists(st.integers(1, 500), max_size=80)
 
@@ -52,7 +53,8 @@ def sizes_of(count: int, words: int = 10, side: int = 32, **decoding: int) -> li
     """The sizes of batches of `count` equal requests, at most 4 each."""
     image = np.zeros((side, side, 3), np.uint8)
     requests = [Request(image=image, text="word " * words)] * count
-    return [len(batch) for batch in plan_batches(WordCounter(), requests, Decoding(**decoding), 4)]
+    weights = padded_weights(WordCounter(), requests, Decoding(**decoding))
+    return [len(batch) for batch in plan_batches(WordCounter(), requests, weights, 4)]
 
 
 def test_a_batch_has_room_for_prompts_and_new_tokens_of_all_beams() -> None:
@@ -73,8 +75,8 @@ def test_a_batch_limits_its_pixels() -> None:
 
 def test_a_generator_with_a_scheduler_gets_the_whole_window() -> None:
     requests = [Request(text="word")] * 9
-    assert plan_batches(WordCounter(has_scheduler=True), requests, Decoding(), 4) == [list(range(9))]
-    assert plan_batches(WordCounter(has_scheduler=True), [], Decoding(), 4) == []
+    assert plan_batches(WordCounter(has_scheduler=True), requests, [1] * 9, 4) == [list(range(9))]
+    assert plan_batches(WordCounter(has_scheduler=True), [], [], 4) == []
 
 
 def test_items_of_equal_weight_are_ordered_by_size() -> None:
@@ -112,6 +114,69 @@ def test_bad_items_fail_alone(bad: list[bool], size: int, memory: int) -> None:
     assert done == {number for number, is_bad in items if not is_bad}
     assert set(results.failed) == {number for number, is_bad in items if is_bad}
     assert (results.splits["memory"] > 0) == any(len(batch) > memory for batch in pack([1] * len(items), size))
+
+
+@pytest.mark.parametrize("memory", [1, 2, 3, 5, 8, 16])
+def test_what_did_not_fit_is_not_tried_again(memory: int) -> None:
+    """Windows of other lengths, too: within a factor of 2 in weight, none fails after the first."""
+    sizes: list[int] = []
+
+    def call(items: list[int]) -> list[int]:
+        sizes.append(len(items))
+        if len(items) > memory:
+            raise RuntimeError("CUDA error: out of memory")
+        return items
+
+    limit = MemoryLimit()
+    for window, first_weight in enumerate((100, 70, 130, 100)):
+        sizes.clear()
+        items = list(range(16))
+        weights = [first_weight + item for item in items]
+        results = run_batches(items, pack(weights, 16), call, lambda: -1, weights, limit)
+        assert sorted(item for _, done in results.done for item in done) == items
+        assert (results.splits["memory"] > 0) == (window == 0 and memory < 16)
+        assert window == 0 or max(sizes) <= memory
+    sizes.clear()
+    run_batches(list(range(16)), [list(range(16))], call, lambda: -1, [1] * 16, limit)  # far smaller: tried
+    assert sizes[0] == 16
+
+
+def test_a_sample_too_large_for_any_batch_is_one_failure() -> None:
+    def call(items: list[int]) -> list[int]:
+        if 7 in items:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return items
+
+    limit = MemoryLimit()
+    results = run_batches(list(range(16)), [list(range(16))], call, lambda: -1, limit=limit)
+    assert list(results.failed) == [7]
+    assert sorted(item for _, done in results.done for item in done) == [*range(7), *range(8, 16)]
+
+
+def test_errors_keep_no_tensors_alive_while_a_batch_is_halved() -> None:
+    """Frames of the error, of its cause and of its context."""
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def allocate(depth: int) -> None:
+        tensor = torch.zeros(1)
+        alive.append(weakref.ref(tensor))
+        try:
+            if depth:
+                allocate(depth - 1)
+            raise ValueError("inner")
+        except ValueError as error:
+            if depth % 2:
+                raise RuntimeError("CUDA error: out of memory") from error
+            raise RuntimeError("CUDA error: out of memory")  # noqa: B904, the context is what is tested
+
+    def call(items: list[int]) -> list[int]:
+        assert not any(reference() is not None for reference in alive)
+        if len(items) > 1:
+            allocate(3)
+        return items
+
+    assert len(run_batches([1, 2, 3, 4], [[0, 1, 2, 3]], call, lambda: 0).done) == 4
+    assert len(alive) > 4
 
 
 def test_a_device_error_is_raised() -> None:

@@ -15,7 +15,7 @@ from mmbeam.errors import DeviceError, ModelError, UsageError
 from mmbeam.models.encoders.base import Encoded
 from mmbeam.models.encoders.joint import ClipEncoder
 from mmbeam.models.placement import Device, resolve_device
-from mmbeam.process import may_decode
+from mmbeam.process import may_decode, reset
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.types import Batch, Sample, WorkUnit
 
@@ -69,6 +69,52 @@ def test_out_of_memory_halves_the_batch_and_is_counted(clip: Path, monkeypatch: 
     np.testing.assert_allclose(vectors(whole, "image_embedding"), vectors(halved, "image_embedding"), atol=1e-5)
     assert halved.tally.warnings["batches halved because memory ran out"] >= 3
     assert not halved.failures
+
+
+@pytest.mark.parametrize("memory", [1, 2, 4, 7])
+def test_a_batch_size_that_failed_is_not_tried_in_the_next_window(
+    clip: Path, monkeypatch: pytest.MonkeyPatch, memory: int
+) -> None:
+    """Each modality has its own limit, and the rows are those of a device with enough memory."""
+    reset()
+    batch = batch_of(13)
+    expected = run(embed_stage(str(clip)), batch)
+    reals = {name: getattr(ClipEncoder, name) for name in ("encode_image", "encode_text")}
+    for name, real in reals.items():
+        room = memory if name == "encode_image" else 2 * memory
+
+        def limited(
+            self: ClipEncoder, values: Any, tokens: bool = False, real: Any = real, room: int = room
+        ) -> Encoded:
+            if len(values) > room:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return real(self, values, tokens)
+
+        monkeypatch.setattr(ClipEncoder, name, limited)
+    stage = embed_stage(str(clip))
+    first, second = run(stage, batch), run(stage, batch)
+    assert first.tally.warnings["batches halved because memory ran out"] > 0
+    assert "batches halved because memory ran out" not in second.tally.warnings
+    for result in (first, second):
+        assert not result.failures
+        for column in ("image_embedding", "text_embedding"):
+            np.testing.assert_allclose(vectors(result, column), vectors(expected, column), atol=1e-5)
+    reset()
+
+
+def test_a_token_outside_the_vocabulary_is_one_samples_failure(clip: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Checked before the device sees it: on a GPU it would end the process."""
+    real = ClipEncoder.tokenize
+
+    def tokenize(self: ClipEncoder, texts: Any) -> list[list[int]]:
+        return [[*ids[:-1], 10**6] if len(texts) > 1 and row == 3 else ids for row, ids in enumerate(real(self, texts))]
+
+    monkeypatch.setattr(ClipEncoder, "tokenize", tokenize)
+    result = run(embed_stage(str(clip), modalities=["text"]), batch_of(6))
+    [failure] = result.failures
+    assert (failure.key, failure.error) == ("3", "IndexError")
+    assert "token id 1,000,000 is outside the model's vocabulary of" in failure.message
+    assert [vector is None for vector in vectors(result, "text_embedding")] == [row == 3 for row in range(6)]
 
 
 def change(monkeypatch: pytest.MonkeyPatch, make: Any) -> None:

@@ -57,6 +57,12 @@ def classify(error: BaseException) -> Fault:
     return "environment" if isinstance(error, MemoryError | OSError) else "sample"
 
 
+def release_cached_memory() -> None:
+    """Return the memory that torch's allocator holds for reuse on GPUs: after a failure it is in pieces."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 def resolve_device(name: str) -> str:
     """Return the device that `name` means on this machine: "auto" is the first GPU if there is one, else the CPU.
 

@@ -201,13 +201,43 @@ def text_limit(directory: Path, config: Any, max_tokens: int | None = None) -> i
     return int(min(limits, default=_MAX_TOKENS))
 
 
+def vocabulary_size(model: Any) -> int | None:
+    """Return how many token ids a model has vectors for.
+
+    None if that is unknown, or if ids outside stand for media: the model replaces them itself.
+    """
+    marks = [value for name, value in vars(model.config).items() if name.endswith(("_token_id", "_token_index"))]
+    largest = max((mark for mark in marks if isinstance(mark, int)), default=0)
+    for part in (model, *(getattr(model, name, None) for name in ("text_model", "text_encoder", "language_model"))):
+        try:
+            table = part.get_input_embeddings()
+        except (AttributeError, NotImplementedError):
+            continue
+        if isinstance(table, torch.nn.Embedding):
+            return table.num_embeddings if largest < table.num_embeddings else None
+    return None
+
+
 def pad(
-    ids: Sequence[Sequence[int]], pad_id: int, device: torch.device, length: int | None = None, side: Side = "right"
+    ids: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+    length: int | None = None,
+    side: Side = "right",
+    vocabulary: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Return token ids as int64 [B, L] and their mask (1 for a token); L is `length`, or the longest sequence's.
 
-    Raises ValueError if a sequence is longer than `length`.
+    Raises ValueError if a sequence is longer than `length`, and IndexError for an id outside `vocabulary`, which would
+    end the process on a GPU.
     """
+    if vocabulary is not None:
+        largest = max((max(sequence) for sequence in ids if sequence), default=0)
+        if largest >= vocabulary:
+            raise IndexError(
+                f"token id {largest:,} is outside the model's vocabulary of {vocabulary:,}; are the tokenizer and the "
+                "weights from the same model?"
+            )
     longest = max(map(len, ids), default=0)
     width = longest if length is None else length
     if longest > width:

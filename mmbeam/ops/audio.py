@@ -123,7 +123,9 @@ def to_rate(
         groups.setdefault((rate, len(wave)), []).append(position)
     resampled: dict[int, torch.Tensor] = {}
     for (rate, _), positions in groups.items():
-        stacked = np.stack([waves[position] for position in positions])  # a copy: the waveform may be read-only
+        first = waves[positions[0]]
+        is_alone = len(positions) == 1 and first.flags.writeable  # then without a copy, which may be large
+        stacked = first[None] if is_alone else np.stack([waves[position] for position in positions])
         wave_BN = resample(torch.from_numpy(stacked).to(device), rate, target_rate)
         resampled.update(zip(positions, wave_BN, strict=True))
     return [resampled[position] for position in range(len(waves))]

@@ -21,7 +21,7 @@ from mmbeam.models.loading import digest, dtype_name, resolve
 from mmbeam.models.placement import Fault, resolve_device
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_values
-from mmbeam.stages.packing import BatchResults, pack, run_batches
+from mmbeam.stages.packing import BatchResults, memory_limit, pack, run_batches
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
 TEXT_TOKENS_PER_SAMPLE = 128  # maximum number of padded tokens in a batch of texts, divided by the batch size
@@ -79,11 +79,14 @@ class EmbedStage(ModelStage):
         for modality in self.modalities:
             positions = [index for index, sample in enumerate(batch.samples) if sample.has(modality)]
             values = self._values(model, modality, [batch.samples[index] for index in positions])
+            weights, size, max_weight = self._limits(modality, values)
             results = run_batches(
                 values,
-                pack(*self._limits(modality, values)),
+                pack(weights, size, max_weight),
                 lambda some, modality=modality: _encode(model, modality, some, self.tokens),  # type: ignore[misc]
                 lambda modality=modality: _known_good(model, modality),  # type: ignore[misc]
+                weights,
+                memory_limit(f"{self.key}:{modality}"),
             )
             columns, errors = self._collect(modality, results, len(values), model.normalized)
             if any(isinstance(error, FloatingPointError) for error in errors.values()):

@@ -35,7 +35,7 @@ from mmbeam.prompts.ask import (
 from mmbeam.prompts.turns import Turn
 from mmbeam.runs.rows import covers
 from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_values
-from mmbeam.stages.packing import pack, run_batches
+from mmbeam.stages.packing import memory_limit, pack, run_batches
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
 # Maximum number of padded tokens in a batch, divided by batch_size. Tokens still to be generated are included,
@@ -112,13 +112,16 @@ class GenerateStage(ModelStage):
     @torch.inference_mode()
     def run(self, model: Generator, batch: Batch) -> Batch:
         """Return `batch` with this stage's columns, and a Failure for each lost text."""
-        requests, failures = self._requests(batch)
-        positions = list(requests)
+        by_position, failures = self._requests(batch)
+        positions, requests = list(by_position), list(by_position.values())
+        weights = padded_weights(model, requests, self.decoding)
         results = run_batches(
-            list(requests.values()),
-            plan_batches(model, list(requests.values()), self.decoding, self.batch_limit),
+            requests,
+            plan_batches(model, requests, weights, self.batch_limit),
             lambda some: self._generate(model, some),
             self._known_good,
+            weights,
+            memory_limit(f"{self.key}:{self.column}"),
         )
         texts: dict[int, tuple[Generated, Attribution]] = {}
         for indices, generated in results.done:
@@ -164,8 +167,8 @@ class GenerateStage(ModelStage):
         if self.image_filter is not None:
             requests = [self._filtered(request, *self.image_filter) for request in requests]
         texts = model.generate(requests, self.decoding)
-        if any(math.isnan(text.logprob) for text in texts):
-            raise FloatingPointError("the model's log-probabilities are NaN; a wider `dtype` may help")
+        if not all(math.isfinite(text.logprob) for text in texts):
+            raise FloatingPointError("the model's log-probabilities are not finite; a wider `dtype` may help")
         attributions: Sequence[Attribution] = attribute(model, requests, texts) if self.explain else [{}] * len(texts)
         return list(zip(texts, attributions, strict=True))
 
@@ -210,7 +213,8 @@ def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Gen
         if rows:
             masked = [requests[row].without(modality, columns) for row in rows]
             for row, logprob in zip(rows, model.score(masked, [texts[row] for row in rows]), strict=True):
-                drops[row][modality] = max(0.0, texts[row].logprob - logprob)
+                drop = texts[row].logprob - logprob
+                drops[row][modality] = drop if math.isnan(drop) else max(0.0, drop)
     attributions: list[Attribution] = []
     for row_drops in drops:
         total = sum(row_drops.values())
@@ -220,15 +224,21 @@ def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Gen
     return attributions
 
 
-def plan_batches(model: Generator, requests: Sequence[Request], decoding: Decoding, size: int) -> list[list[int]]:
-    """Return batches of at most `size` requests of similar length, within the limits of tokens and pixels.
+def padded_weights(model: Generator, requests: Sequence[Request], decoding: Decoding) -> list[int]:
+    """Return the tokens of each request, with those to generate, for all beams; 1 if the generator has a scheduler."""
+    if model.has_scheduler:
+        return [1] * len(requests)
+    return [(weight + decoding.limit) * decoding.num_beams for weight in weigh_requests(model, requests)]
+
+
+def plan_batches(model: Generator, requests: Sequence[Request], weights: Sequence[int], size: int) -> list[list[int]]:
+    """Return batches of at most `size` requests of similar weight, within the limits of tokens and pixels.
 
     The length of a text is unknown in advance. For translations, summaries and transcripts it grows with the length
     of the request, and so texts of similar length share a batch. A generator with its own scheduler gets one batch.
     """
     if model.has_scheduler:
         return [list(range(len(requests)))] if requests else []
-    weights = [(weight + decoding.limit) * decoding.num_beams for weight in weigh_requests(model, requests)]
     pixels = [0 if request.image is None else request.image.shape[0] * request.image.shape[1] for request in requests]
     return pack(weights, size, size * TOKENS_PER_SAMPLE, pixels, size * PIXELS_PER_SAMPLE)
 

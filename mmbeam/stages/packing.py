@@ -13,7 +13,8 @@ from itertools import accumulate
 from typing import Generic, TypeVar
 
 from mmbeam.errors import DeviceError
-from mmbeam.models.placement import Fault, classify
+from mmbeam.models.placement import Fault, classify, release_cached_memory
+from mmbeam.process import on_reset
 
 logger = logging.getLogger(__name__)
 ItemT = TypeVar("ItemT")
@@ -27,6 +28,35 @@ class BatchResults(Generic[ResultT]):
     done: list[tuple[list[int], ResultT]] = field(default_factory=list)  # positions and result of each batch that ran
     failed: dict[int, Exception] = field(default_factory=dict)  # items that failed alone, by position
     splits: Counter[Fault] = field(default_factory=Counter)  # batches that failed, by cause
+
+
+class MemoryLimit:
+    """The batches of one model and modality that did not fit into memory, so that later windows do not try them again.
+
+    Memory grows with the number of items and with the padded weight of a batch, in an unknown proportion. A batch of as
+    many items as one that failed, and of at least half its weight, counts as too large.
+    """
+
+    def __init__(self) -> None:
+        self._failed: list[tuple[int, int]] = []  # items and padded weight
+
+    def record(self, weights: Sequence[int]) -> None:
+        """Record that a batch of items of these weights did not fit."""
+        self._failed.append((len(weights), len(weights) * max(weights)))
+
+    def allows(self, weights: Sequence[int]) -> bool:
+        """Return whether a batch of items of these weights may fit. One item always may."""
+        count, weight = len(weights), len(weights) * max(weights)
+        return count == 1 or not any(count >= items and 2 * weight >= failed for items, failed in self._failed)
+
+
+_limits: dict[str, MemoryLimit] = {}  # by the key of a stage and the modality; a device's thread alone uses its own
+on_reset(_limits.clear)
+
+
+def memory_limit(key: str) -> MemoryLimit:
+    """Return this process's memory limit for `key`: a stage's key and a modality."""
+    return _limits.setdefault(key, MemoryLimit())
 
 
 def pack(
@@ -63,16 +93,26 @@ def run_batches(
     batches: Sequence[list[int]],
     call: Callable[[list[ItemT]], ResultT],
     known_good: Callable[[], ItemT],
+    weights: Sequence[int] | None = None,
+    limit: MemoryLimit | None = None,
 ) -> BatchResults[ResultT]:
     """Call `call` on each batch of `items`, and halve a batch that does not fit into memory or that fails.
+
+    `limit` remembers the batches that did not fit, by the `weights` of their items (1 by default).
 
     An item that fails alone is recorded in `failed` only if the item of `known_good` passes. Otherwise, or if the
     device is broken, DeviceError is raised. Errors of the environment are raised unchanged.
     """
     results: BatchResults[ResultT] = BatchResults()
+    limit = limit or MemoryLimit()
     todo = list(reversed(batches))
     while todo:
         positions = todo.pop()
+        middle = (len(positions) + 1) // 2
+        batch_weights = [1 if weights is None else weights[position] for position in positions]
+        if not limit.allows(batch_weights):
+            todo += [positions[middle:], positions[:middle]]
+            continue
         try:
             results.done.append((positions, call([items[position] for position in positions])))
         except Exception as error:
@@ -80,10 +120,12 @@ def run_batches(
             if fault in ("device", "environment"):
                 raise
             results.splits[fault] += 1
-            error.with_traceback(None)  # its frames keep the batch in memory
+            _release_frames(error)
+            if fault == "memory":
+                limit.record(batch_weights)
+                release_cached_memory()
             if len(positions) > 1:
                 logger.info("halving a batch of %d: %s", len(positions), error)
-                middle = (len(positions) + 1) // 2
                 todo += [positions[middle:], positions[:middle]]
                 continue
             try:
@@ -96,3 +138,12 @@ def run_batches(
                 ) from second_error
             results.failed[positions[0]] = error
     return results
+
+
+def _release_frames(error: BaseException) -> None:
+    """Drop the frames of an error and of those behind it: they keep the batch's tensors in memory."""
+    errors: list[BaseException | None] = [error]
+    for link in errors:
+        if link is not None:
+            errors += [link.__cause__, link.__context__]
+            link.__traceback__ = link.__cause__ = link.__context__ = None

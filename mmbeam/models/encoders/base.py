@@ -14,7 +14,7 @@ import torch
 from transformers import AutoModel
 
 from mmbeam.models.loading import load_pretrained
-from mmbeam.models.tokenizing import TextTokenizer
+from mmbeam.models.tokenizing import TextTokenizer, vocabulary_size
 from mmbeam.names import Modality
 from mmbeam.ops.image import PixelFilter
 from mmbeam.types import ImageHWC, Waveform
@@ -107,6 +107,7 @@ class TransformersEncoder(Encoder):
         self.model = model
         self.recipe = recipe
         self._tokenizer = tokenizer
+        self.vocabulary = None if tokenizer is None else vocabulary_size(model)
 
     @staticmethod
     def read_recipe(directory: Path) -> Any:

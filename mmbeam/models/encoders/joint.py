@@ -45,7 +45,7 @@ class JointEncoder(TransformersEncoder):
         """Encode texts that `tokenize` made, padded as the model was trained, with a mask only if it was trained so."""
         side = self.tokenizer.padding_side
         length = self.max_text_tokens if self.pads_to_max_length else None
-        ids_BL, mask_BL = pad(token_ids, self.tokenizer.pad_id, self.device, length, side)
+        ids_BL, mask_BL = pad(token_ids, self.tokenizer.pad_id, self.device, length, side, self.vocabulary)
         masks = {"attention_mask": mask_BL} if "attention_mask" in self.tokenizer.inputs else {}
         hidden_BLD, pooled_BD = self._text_tower(ids_BL, **masks)
         kept = unpad(hidden_BLD, [len(ids) for ids in token_ids], side) if tokens else None

@@ -73,7 +73,8 @@ class TextEncoder(TransformersEncoder):
     def _encode(self, token_ids: Sequence[Sequence[int]], tokens: bool, skip: int, **inputs: torch.Tensor) -> Encoded:
         """Run the model on token ids and further `inputs`, and pool all tokens but the first `skip` of each text."""
         lengths = list(map(len, token_ids))
-        ids_BL, mask_BL = pad(token_ids, self.tokenizer.pad_id, self.device, length=max(1, *lengths))
+        length, pad_id = max(1, *lengths), self.tokenizer.pad_id
+        ids_BL, mask_BL = pad(token_ids, pad_id, self.device, length, vocabulary=self.vocabulary)
         hidden_BLD = self.model(input_ids=ids_BL, attention_mask=mask_BL, **inputs).last_hidden_state
         pooled_BD = self.head(pool(hidden_BLD, mask_BL, self.recipe.modes, skip))[:, : self.spec.dims["text"]]
         return Encoded(pooled=pooled_BD, tokens=unpad(hidden_BLD.float(), lengths) if tokens else None)

@@ -213,7 +213,8 @@ class FusionProcessor:
 
     def _text(self, name: str, source: SourceConfig, texts: Sequence[str | None], device: torch.device) -> SourceInput:
         ids = self.input_ids([text or "" for text in texts], name)
-        tokens, mask = pad([row if text else [] for row, text in zip(ids, texts, strict=True)], PAD, device)
+        rows = [row if text else [] for row, text in zip(ids, texts, strict=True)]
+        tokens, mask = pad(rows, PAD, device, vocabulary=(source.model or {}).get("vocab_size"))
         if not tokens.shape[1]:  # no sample has text
             tokens = torch.full((len(texts), 1), PAD, device=device)
         return tokens, mask.bool() if mask.shape[1] else torch.zeros_like(tokens, dtype=torch.bool)

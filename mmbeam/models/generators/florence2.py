@@ -65,7 +65,8 @@ class Florence2Generator(ImageGenerator):
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the padded prompts and the images' pixels."""
-        ids_BL, mask_BL = pad([self.encode_prompt(request) for request in requests], self.tokenizer.pad_id, self.device)
+        prompts = [self.encode_prompt(request) for request in requests]
+        ids_BL, mask_BL = pad(prompts, self.tokenizer.pad_id, self.device, vocabulary=self.vocabulary)
         return {"input_ids": ids_BL, "attention_mask": mask_BL, "pixel_values": self.pixels(requests)}
 
 

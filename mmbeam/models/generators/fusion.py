@@ -25,7 +25,13 @@ def read_processor(directory: Path, config: Mapping[str, Any]) -> FusionProcesso
         FusionConfig.from_dict(dict(config))
     except Exception as error:  # transformers validates with errors of its own
         raise ModelError(f"{directory}/config.json: not a configuration of a fusion model: {error}") from error
-    return FusionProcessor.from_directory(directory)
+    processor, size = FusionProcessor.from_directory(directory), FusionConfig.from_dict(dict(config)).vocab_size
+    if processor.vocab_size > size:
+        raise ModelError(
+            f"{directory}: expected a tokenizer of at most {size:,} tokens, as config.json says, found "
+            f"{processor.vocab_size:,}; use the files of one model"
+        )
+    return processor
 
 
 class FusionGenerator(Generator):

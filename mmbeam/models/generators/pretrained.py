@@ -18,7 +18,7 @@ from mmbeam.models.generators.decoding import GeneratedTokens, decode, score
 from mmbeam.models.generators.media import AudioWindow, PixelReader, images_of
 from mmbeam.models.generators.prompts import Medium, Placeholder, PromptTokenizer
 from mmbeam.models.loading import load_pretrained, read_config
-from mmbeam.models.tokenizing import pad
+from mmbeam.models.tokenizing import pad, vocabulary_size
 from mmbeam.names import TASKS, Modality, Task
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 from mmbeam.prompts.turns import until_next_turn
@@ -35,6 +35,7 @@ class PretrainedGenerator(Generator):
         super().__init__(spec, model.device, model.dtype)
         self.model = model
         self.tokenizer = self.read_tokenizer(Path(spec.directory))
+        self.vocabulary = vocabulary_size(model)
 
     @classmethod
     def read_tokenizer(cls, directory: Path) -> PromptTokenizer:
@@ -111,7 +112,7 @@ class PretrainedGenerator(Generator):
 
     def left_padded(self, prompts: Sequence[Sequence[int]]) -> dict[str, torch.Tensor]:
         """Return prompts of different lengths as a decoder's inputs, padded on the left so that they end together."""
-        ids_BP, mask_BP = pad(prompts, self.tokenizer.pad_id, self.device, side="left")
+        ids_BP, mask_BP = pad(prompts, self.tokenizer.pad_id, self.device, side="left", vocabulary=self.vocabulary)
         return {"input_ids": ids_BP, "attention_mask": mask_BP}
 
 

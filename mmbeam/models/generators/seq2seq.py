@@ -115,7 +115,8 @@ class Seq2SeqGenerator(PretrainedGenerator):
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the padded texts, and the decoders' first tokens for mBART, M2M100 and NLLB."""
-        ids_BL, mask_BL = pad([self.encode_prompt(request) for request in requests], self.tokenizer.pad_id, self.device)
+        prompts = [self.encode_prompt(request) for request in requests]
+        ids_BL, mask_BL = pad(prompts, self.tokenizer.pad_id, self.device, vocabulary=self.vocabulary)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if (
             not self.has_language_in_source
