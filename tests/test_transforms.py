@@ -131,7 +131,7 @@ def test_embed_stage_takes_a_model_and_options(here: Path) -> None:
 
 def test_contradictory_stages_are_rejected(here: Path) -> None:
     clip, clap = embed_stage(MODEL, name="clip"), embed_stage("clap", name="clap", dtype="bfloat16")
-    with pytest.raises(UsageError, match="one dtype"):
+    with pytest.raises(UsageError, match="must agree on dtype"):
         embed_run("out", [clip, clap])
     filtered = embed_stage(MODEL, image_filter=("median", 3.0))
     with pytest.raises(UsageError, match="image_filter"):
