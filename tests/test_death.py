@@ -335,3 +335,32 @@ def test_a_touched_shard_is_unchanged_and_another_content_is_named(tmp_path: Pat
     assert second.stat().st_size == len(content)
     with pytest.raises(RunMismatchError, match=r"1 of 3 shards has changed:\n  .*000001.tar: etag .* -> "):
         make_job(tmp_path / "in", tmp_path / "out")
+
+
+@pytest.mark.parametrize("where", ["first", "middle"])
+def test_a_limit_takes_the_first_samples_that_can_be_read(where: str, tmp_path: Path) -> None:
+    make_corpus(tmp_path / "in", {}, number=3)
+    paths = sorted((tmp_path / "in").glob("*.tar"))
+    damaged = paths[0] if where == "first" else paths[1]
+    damaged.write_bytes(b"not a tar" * 1000)
+    report = make_job(tmp_path / "in", tmp_path / "out", limit=10).execute()
+    assert (report.units_written, report.units_failed, report.tally.samples) == (1, 0, 10)
+    keys = [row["key"] for rows in read_parts(tmp_path / "out").values() for row in rows]
+    first = 8 if where == "first" else 0
+    assert keys == [f"{n:06d}" for n in [*range(first, 8), *range(16 if first == 0 else 8, 24)][:10]]
+    one = make_job(tmp_path / "in", tmp_path / "one", limit=1).execute()
+    assert one.tally.samples == 1
+    again = make_job(tmp_path / "in", tmp_path / "out", limit=10).execute()
+    assert (again.units_written, again.units_kept, again.units_failed) == (0, 1, 0)
+
+
+def test_a_limit_over_shards_that_cannot_be_read_is_a_failed_unit(tmp_path: Path) -> None:
+    make_corpus(tmp_path / "in", {}, number=3)
+    for path in (tmp_path / "in").glob("*.tar"):
+        path.write_bytes(b"not a tar" * 1000)
+    report = make_job(tmp_path / "in", tmp_path / "out", limit=10).execute()
+    assert (report.units_written, report.units_failed) == (0, 1)
+    assert len(failures(tmp_path / "out")) == 1
+    every = make_job(tmp_path / "in", tmp_path / "all").execute()
+    assert (every.units_written, every.units_failed) == (0, 3)
+    assert len(failures(tmp_path / "all")) == 3

@@ -22,7 +22,20 @@ from mmbeam.readers.windows import HeldBytes
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.run import find_run, part_name
 from mmbeam.runs.store import Store
-from mmbeam.types import Audio, Batch, Failure, Feature, FeatureColumn, Isolation, Needs, Sample, Tally, WorkUnit
+from mmbeam.types import (
+    Audio,
+    Batch,
+    Failure,
+    Feature,
+    FeatureColumn,
+    InputRead,
+    Isolation,
+    Needs,
+    Sample,
+    Shard,
+    Tally,
+    WorkUnit,
+)
 
 BATCH_ROWS = 4096  # 32 MiB of vectors of 2,048 numbers
 
@@ -42,8 +55,9 @@ def read_features(
     isolation = unit.isolation or Isolation()
     wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
     index, unit_error, cost = 0, None, _Cost()
+    inputs_read = [InputRead()] * len(unit.inputs)
     try:
-        for table in _tables(unit, windows, columns, cost):
+        for table in _tables(unit, windows, columns, cost, inputs_read):
             begin = time.perf_counter()
             samples: list[Sample] = []
             failures: list[Failure] = []
@@ -77,7 +91,14 @@ def read_features(
             index += 1
     except ShardError as error:
         unit_error = str(error)
-    yield Batch(unit=unit, index=index, last=True, unit_error=unit_error, tally=cost.take())
+    yield Batch(
+        unit=unit,
+        index=index,
+        last=True,
+        unit_error=unit_error,
+        tally=cost.take(),
+        inputs_read=tuple(inputs_read),
+    )
 
 
 @dataclass
@@ -95,36 +116,53 @@ class _Cost:
 
 
 def _tables(
-    unit: WorkUnit, windows: Windows, columns: Sequence[FeatureColumn], cost: _Cost
+    unit: WorkUnit, windows: Windows, columns: Sequence[FeatureColumn], cost: _Cost, inputs_read: list[InputRead]
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the rows of each window, up to the unit's limit."""
+    """Yield the rows of each window, up to the unit's limit.
+
+    With a limit, the files behind a damaged one are read in any case; the unit fails if none yields a row.
+    """
     left = unit.limit
-    for source in unit.inputs:
-        with open_counted(source.shard) as (parquet, stream):
-            schema, footer = parquet.schema_arrow, parquet.metadata
-            try:
-                check_schema(source.shard.path, schema, {column.name: column for column in columns})
-            except UsageError as error:  # the launch accepted the input, so this file differs from the others
-                raise ShardError(str(error)) from None
-            names = [name for name, is_right in (IDENTITY | FACTS).items() if _has(schema, name, is_right)]
-            names += [column.name for column in columns if column.name in schema.names]
-            stored = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
-            row_bytes = max(1, stored // max(1, footer.num_rows))
-            rows = max(1, min(windows.samples, windows.decoded_bytes // row_bytes))
-            tables = parquet.iter_batches(batch_size=rows, columns=names)
-            bytes_before = 0
-            while True:
-                begin = time.perf_counter()
-                table = next(tables, None)
-                cost.seconds += time.perf_counter() - begin
-                cost.nbytes, bytes_before = cost.nbytes + stream.bytes_read - bytes_before, stream.bytes_read
-                if table is None:
-                    break
+    for number, source in enumerate(unit.inputs):
+        try:
+            for table in _tables_of(source.shard, windows, columns, cost):
                 yield table if left is None else table.slice(0, left)
                 if left is not None:
                     left -= table.num_rows
                     if left <= 0:
+                        del inputs_read[number + 1 :]
                         return
+        except ShardError as error:
+            if left is None or (left == unit.limit and number == len(unit.inputs) - 1):
+                raise
+            inputs_read[number] = InputRead(error=str(error))
+
+
+def _tables_of(
+    shard: Shard, windows: Windows, columns: Sequence[FeatureColumn], cost: _Cost
+) -> Iterator[pa.RecordBatch]:
+    """Yield the rows of each window of one file."""
+    with open_counted(shard) as (parquet, stream):
+        schema, footer = parquet.schema_arrow, parquet.metadata
+        try:
+            check_schema(shard.path, schema, {column.name: column for column in columns})
+        except UsageError as error:  # the launch accepted the input, so this file differs from the others
+            raise ShardError(str(error)) from None
+        names = [name for name, is_right in (IDENTITY | FACTS).items() if _has(schema, name, is_right)]
+        names += [column.name for column in columns if column.name in schema.names]
+        stored = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
+        row_bytes = max(1, stored // max(1, footer.num_rows))
+        rows = max(1, min(windows.samples, windows.decoded_bytes // row_bytes))
+        tables = parquet.iter_batches(batch_size=rows, columns=names)
+        bytes_before = 0
+        while True:
+            begin = time.perf_counter()
+            table = next(tables, None)
+            cost.seconds += time.perf_counter() - begin
+            cost.nbytes, bytes_before = cost.nbytes + stream.bytes_read - bytes_before, stream.bytes_read
+            if table is None:
+                return
+            yield table
 
 
 def _has(schema: pa.Schema, name: str, is_right: Any) -> bool:

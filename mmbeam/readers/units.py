@@ -15,6 +15,7 @@ UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for an encoder
 GENERATE_UNIT_BYTES = 32 * MIB  # the same for a generator
 UNPACKED_SHARDS = 1_000  # up to this number of shards, none are packed: a shard that cannot be read then fails alone
 MAX_UNITS = 100_000  # cutting makes no more units than this, since each writes a Parquet file
+SPARE_SHARDS = 100  # of a unit with a limit, beyond the limit
 MAX_SHARDS_PER_UNIT = 100  # most shards in one unit: its footer lists them all
 
 
@@ -84,9 +85,9 @@ def cut(shard: Shard, part_bytes: int) -> list[Input]:
 def limited_unit(shards: Sequence[Shard], limit: int) -> WorkUnit:
     """Return one unit that ends after the first `limit` samples of `shards`, in their order.
 
-    It contains at most `limit` shards, since each is expected to hold a sample.
+    It contains `limit` shards, since each is expected to hold a sample, and some to replace those that cannot be read.
     """
-    inputs = tuple(Input(shard=shard) for shard in shards[:limit])
+    inputs = tuple(Input(shard=shard) for shard in shards[: limit + SPARE_SHARDS])
     return WorkUnit(id=f"first-{limit}-{unit_id(*inputs)}", inputs=inputs, limit=limit)
 
 
@@ -97,9 +98,12 @@ def input_to_json(source: Input) -> dict[str, Any]:
 
 
 def inputs_to_json(unit: WorkUnit, inputs_read: Sequence[InputRead]) -> tuple[dict[str, Any], ...]:
-    """Return the unit's inputs as a footer describes them: "from", "to" and "error" hold each InputRead."""
+    """Return the unit's inputs as a footer describes them: "from", "to" and "error" hold each InputRead.
+
+    Those that a unit with a limit has not reached are left out.
+    """
     described = []
-    for source, read in zip(unit.inputs, inputs_read or [InputRead()] * len(unit.inputs), strict=True):
+    for source, read in zip(unit.inputs, inputs_read or [InputRead()] * len(unit.inputs), strict=unit.limit is None):
         facts = {"from": read.first_sample, "to": read.next_sample, "error": read.error}
         described.append({**input_to_json(source), **{key: value for key, value in facts.items() if value is not None}})
     return tuple(described)

@@ -324,8 +324,10 @@ class _UnitSamples:
 
         If an input of a pack cannot be opened, the others are still read. If it fails after some of its samples, the
         unit fails. In both cases the recorded error makes the next launch plan the pack without it (runs/plan.py).
+        With a limit, the inputs behind one that fails are read in any case; the unit fails if none yields a sample.
         """
-        is_pack = len(self._unit.inputs) > 1 and self._unit.limit is None
+        is_limited = self._unit.limit is not None
+        is_pack = len(self._unit.inputs) > 1 and not is_limited
         limits = self._reading.limits
         count = 0
         for number, source in enumerate(self._unit.inputs):
@@ -346,11 +348,14 @@ class _UnitSamples:
                         yield raw
                         del raw  # it may be large
                         if count == self._unit.limit:
+                            del self.inputs_read[number + 1 :]
                             return
             except ShardError as error:
-                if is_pack:
+                if is_pack or is_limited:
                     self.inputs_read[number] = InputRead(error=str(error))
-                if not is_pack or count > count_before:
+                is_last = number == len(self._unit.inputs) - 1
+                fails = is_last and not count if is_limited else not is_pack or count > count_before
+                if fails:
                     raise
                 continue
             self._warnings["shards without an end-of-archive marker"] += reader.unterminated

@@ -201,7 +201,7 @@ class UnitWriter:
         digests = map(content_digest, self.unit.inputs)
         return tuple(
             facts if digest is None else {**facts, "digest": digest}
-            for facts, digest in zip(described, digests, strict=True)
+            for facts, digest in zip(described, digests, strict=False)  # inputs that were not reached have no facts
         )
 
     def _publish(self, path: Path) -> UnitReport | None:
