@@ -55,6 +55,23 @@ def clap_reference(directory: Path, waves: Sequence[np.ndarray]) -> Any:
         return model.get_audio_features(**inputs)
 
 
+def test_clap_normalises_its_features_in_float32_whatever_the_dtype(
+    directories: dict[str, Path], device: torch.device
+) -> None:
+    waves = mixed_sounds(48000)
+    rates = [48000] * len(waves)
+    seen: list[tuple[torch.dtype, torch.dtype]] = []
+    half = load_encoder(directories["clap"], device, torch.bfloat16)
+    norm = half.model.audio_model.audio_encoder.batch_norm
+    norm.register_forward_hook(lambda _, inputs, output: seen.append((inputs[0].dtype, output.dtype)))
+    far_from_float32 = far(
+        half.encode_audio(waves, rates).pooled,
+        load_encoder(directories["clap"], device).encode_audio(waves, rates).pooled,
+    )
+    assert set(seen) == {(torch.float32, torch.bfloat16)}
+    assert far_from_float32 < HALF[torch.bfloat16]
+
+
 def test_describe(directories: dict[str, Path], tmp_path: Path) -> None:
     clap, whisper = describe(directories["clap-fusion"]), describe(directories["whisper"])
     assert (clap.family, dict(clap.dims), dict(clap.token_dims)) == (

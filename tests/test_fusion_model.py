@@ -29,6 +29,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion import FusionConfig, FusionModel
 from mmbeam.models.fusion.configuration import MASK, feature_source
+from mmbeam.models.fusion.encoders import run_rnn
 from mmbeam.models.loading import load_pretrained
 from mmbeam.names import FUSIONS, GENERATOR_KINDS, MODALITIES
 
@@ -505,3 +506,20 @@ def test_model_overfits_a_small_corpus(generator: str) -> None:
         losses.append(out.losses["caption"].item())
     assert losses[-1] < 0.1 < 2 < losses[0]
     assert torch.equal(model.eval().generate(**inputs, max_new_tokens=7)[:, 1:], labels)
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("kind", [torch.nn.LSTM, torch.nn.GRU])
+def test_an_rnn_runs_in_float32_under_autocast(kind: Any, packed: bool, device: torch.device) -> None:
+    torch.manual_seed(0)
+    rnn = kind(8, 8, batch_first=True).to(device)
+    states = torch.randn(2, 5, 8, device=device)
+    inputs = (
+        torch.nn.utils.rnn.pack_padded_sequence(states, torch.tensor([5, 3]), batch_first=True) if packed else states
+    )
+    with torch.autocast(device.type, torch.bfloat16):
+        halved = run_rnn(rnn, inputs.to(torch.bfloat16))
+    expected = rnn(inputs.to(torch.bfloat16).to(torch.float32))[0]
+    for actual, wanted in [(halved.data, expected.data)] if packed else [(halved, expected)]:
+        assert actual.dtype == torch.float32
+        torch.testing.assert_close(actual, wanted)

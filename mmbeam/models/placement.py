@@ -90,6 +90,8 @@ class Device:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"mmbeam-{name}")
         self._models: dict[str, Any] = {}  # by the stage's key
         self._failure: str | None = None  # the error that broke the device
+        if name.startswith("cuda"):
+            torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions to 10 bits
 
     def run(self, stage: Stage, batch: Batch) -> Batch:
         """Run `stage` on `batch` on the device's thread, and wait for the result. The stage's own device is ignored.

@@ -144,6 +144,18 @@ class TextConv(nn.Module):
         return out
 
 
+def run_rnn(rnn: nn.Module, states: Any) -> Any:
+    """Return the outputs of an LSTM or GRU for states [B, T, D], padded or packed. Under autocast, in float32.
+
+    Autocast to bfloat16 would run cuDNN's RNNs in float16, whose gradients underflow without a scaler.
+    """
+    device = next(rnn.parameters()).device.type
+    if not torch.is_autocast_enabled(device):
+        return rnn(states)[0]
+    with torch.autocast(device, enabled=False):
+        return rnn(states.float())[0]
+
+
 class BiLstm(nn.Module):
     """A bidirectional LSTM followed by multi-head self-attention."""
 
@@ -160,7 +172,9 @@ class BiLstm(nn.Module):
         packed = nn.utils.rnn.pack_padded_sequence(
             tokens * mask[..., None], lengths.cpu(), batch_first=True, enforce_sorted=False
         )  # without packing, the backward direction would start in the padding
-        states, _ = nn.utils.rnn.pad_packed_sequence(self.lstm(packed)[0], batch_first=True, total_length=mask.shape[1])
+        states, _ = nn.utils.rnn.pad_packed_sequence(
+            run_rnn(self.lstm, packed), batch_first=True, total_length=mask.shape[1]
+        )
         attended, _ = self.attention(states, states, states, key_padding_mask=~mask, need_weights=False)
         out: torch.Tensor = self.norm(states + attended)
         return out

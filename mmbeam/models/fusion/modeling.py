@@ -18,7 +18,7 @@ from transformers.utils import ModelOutput
 
 from mmbeam.errors import ModelError
 from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, FusionConfig, text_tower
-from mmbeam.models.fusion.encoders import Tokens, build_encoder, scatter_rows
+from mmbeam.models.fusion.encoders import Tokens, build_encoder, run_rnn, scatter_rows
 from mmbeam.models.fusion.fusers import Fused, build_fuser
 from mmbeam.models.fusion.objectives import (
     SINGLE_PROCESS,
@@ -109,7 +109,7 @@ class _LstmLayer(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
 
     def forward(self, states: torch.Tensor, memory: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-        states = self.norms[0](states + self.dropout(self.lstm(states)[0]))
+        states = self.norms[0](states + self.dropout(run_rnn(self.lstm, states)))
         context, _ = self.attention(states, memory, memory, key_padding_mask=~mask, need_weights=False)
         states = self.norms[1](states + self.dropout(context))
         out: torch.Tensor = self.norms[2](states + self.dropout(self.feed(states)))

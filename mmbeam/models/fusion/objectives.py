@@ -17,6 +17,7 @@ from torch import distributed, nn
 from torch.nn import functional as F
 
 from mmbeam.models.fusion.configuration import IGNORED, FusionConfig, SourceConfig
+from mmbeam.models.fusion.encoders import run_rnn
 
 THUMBNAIL = 8  # side of the reconstructed image or spectrogram
 MAX_SCALE = math.log(100)  # of cosine similarities, as in CLIP (Radford et al., 2021)
@@ -335,6 +336,6 @@ class GeneratorAdversary(nn.Module):
         packed = nn.utils.rnn.pack_padded_sequence(
             scale_gradient(states, -1.0), lengths.cpu(), batch_first=True, enforce_sorted=False
         )  # the classifier must not see padding
-        outputs, _ = nn.utils.rnn.pad_packed_sequence(self.rnn(packed)[0], batch_first=True)
+        outputs, _ = nn.utils.rnn.pad_packed_sequence(run_rnn(self.rnn, packed), batch_first=True)
         logits: torch.Tensor = self.score(outputs.sum(1) / lengths[:, None])[:, 0]
         return logits
