@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-bytecode --constraints constraints.txt
 export HF_HUB_OFFLINE ?= 1
 
-.PHONY: demo test torture test-flink lint bench model ablations clean
+.PHONY: demo test torture test-flink lint fuzz bench model ablations clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mmbeam demo
@@ -25,6 +25,10 @@ lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+
+# Damaged tars for a number of seconds. A line that it prints belongs into tests/fuzz_corpus.txt, with the fix.
+fuzz: $(VENV)/.ready-test
+	$(BIN)/python tests/test_fuzz.py $(or $(FUZZ_SECONDS),60)
 
 bench: $(VENV)/.ready-test
 	$(BIN)/python bench/run.py

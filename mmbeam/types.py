@@ -60,6 +60,7 @@ class InputRead:
     first_sample: int | None = None  # of a part: byte of its first sample (0 if it begins the shard); None: no sample
     next_sample: int | None = None  # of a part: byte of the first sample after it; None: no sample
     error: str | None = None  # why it could not be read, if other inputs of the unit could
+    broken: str | None = None  # why nothing could be read from some byte on; how many samples follow is unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -223,6 +224,11 @@ class Failure:
             outputs=outputs,
         )
 
+    @classmethod
+    def of_shard(cls, shard: str, offset: int, step: str, error: str, message: str) -> Self:
+        """Return the failure of a place in a shard that belongs to no sample. It has no key."""
+        return cls(key="", shard=shard, offset=offset, modality="", step=step, error=error, message=printable(message))
+
     @property
     def id(self) -> SampleId:
         """The identity of the failed sample within its run."""
@@ -246,6 +252,7 @@ class Tally:
     present: Mapping[str, int] = field(default_factory=dict)  # samples, by modality they hold
     outputs: Mapping[str, int] = field(default_factory=dict)  # non-null values, by output
     failures: Mapping[str, int] = field(default_factory=dict)  # failure records, by "step: error"
+    members: Mapping[str, int] = field(default_factory=dict)  # members of shards that no job reads, by kind
     warnings: Mapping[str, int] = field(default_factory=dict)  # unusual input that cost no output, by message
     seconds: Mapping[str, float] = field(default_factory=dict)  # computing or waiting, by step
 
@@ -421,6 +428,7 @@ class RunReport:
     rate: float  # samples per second
     model_utilisation: float | None  # seconds of model time per wall second and device; None if the devices are unknown
     failed: Mapping[str, str] = field(default_factory=dict)  # reason, by unit
+    broken: tuple[str, ...] = ()  # why, for each shard of a committed unit that breaks off
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON values."""
@@ -429,7 +437,7 @@ class RunReport:
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Self:
         """Return the report that `to_json` wrote; mmbeam 0.1 called `model_utilisation` "speed_of_light"."""
-        values = {**data, "tally": Tally.from_json(data["tally"])}
+        values = {**data, "tally": Tally.from_json(data["tally"]), "broken": tuple(data.get("broken", ()))}
         if "speed_of_light" in values:
             values["model_utilisation"] = values.pop("speed_of_light")
         return cls(**values)

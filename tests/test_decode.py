@@ -418,7 +418,7 @@ class TestImage:
         with pytest.raises(LimitError, match=r"JPEG of 2\d\d scans, at most 100"):
             decode_image(bomb, LIMITS)
 
-    @pytest.mark.parametrize("data", [b"", b"\0", b"%!PS-Adobe-3.0 EPSF", b"<svg>", b"SIMPLE  =  T"])
+    @pytest.mark.parametrize("data", [b"", b"\0", b"%!PS-Adobe-3.0 EPSF", b"<svg>", b"SIMPLE  =  T", b"P7 abc"])
     def test_other_formats_are_not_opened(self, data: bytes) -> None:
         with pytest.raises(DecodeError, match=r"not an image of a known format .*(it begins with|it is empty)"):
             decode_image(data, LIMITS)
@@ -812,10 +812,14 @@ class TestSample:
         damages = (
             Damage(field="jpg", offset=1024, error="LimitError", message="300 MB\n" + "x" * 1000),
             Damage(field="cls", offset=4096, error="DecodeError", message="not a needed field"),
+            Damage(field="b.jpg", offset=5120, error="LimitError", message="not a needed field"),
         )
         raw = raw_sample(members, fields=tuple(self.FIELDS), damages=damages)
         sample, failures = decode_sample(raw, Reading(), self.ALL)
-        assert [(f.modality, f.step, f.error) for f in failures] == [("image", "read", "LimitError")]
+        assert [(f.modality, f.step, f.error) for f in failures] == [
+            ("image", "read", "LimitError"),
+            ("cls", "read", "DecodeError"),
+        ]
         assert failures[0].message.startswith("at byte 1,024: 300 MB\N{REPLACEMENT CHARACTER}xxx")
         assert len(failures[0].message) == 300
         assert sample.has("audio")

@@ -18,20 +18,32 @@ from mmbeam.readers.tar import BLOCK, TarReader, pax_records, split_name
 
 class TestEnds:
     def test_not_a_tar(self) -> None:
+        """The error says what the file looks like and quotes none of its bytes: it may be any file."""
         for data, message in [
             (b"", "is empty"),
-            (b"PK\x03\x04 this is a zip" * 100, r"not a tar file \(first 8 bytes b'PK\\x03\\x04 thi'\)"),
-            (b"short", "not a tar file"),
+            (b"PK\x03\x04 this is a zip" * 100, "not a tar file; it looks like a zip archive"),
+            (b"\n <!doctype html>" * 100, "not a tar file; it looks like HTML or XML"),
+            (b'{"a": 1}', "not a tar file; it looks like JSON"),
+            (b"PAR1" + bytes(1000) + b"PAR1", "not a tar file; it looks like a Parquet file"),
+            (b"secret", "not a tar file: it has no tar header$"),
+            (b"secret" * 1000, "not a tar file: it has no tar header$"),
             (b"\0" * 100, "not a tar file"),
+            (b"\0" * 32768 + b"\1CD001" * 1000, "not a tar file"),
             (
-                gzip.compress(b"hello" * 200, mtime=0),
-                "a compressed file that does not contain a tar .first 8 bytes b'hellohel'",
+                gzip.compress(b"secret" * 200, mtime=0),
+                "a compressed file that does not contain a tar: it has no tar header$",
             ),
             (b"\x1f\x8b" + b"garbage" * 100, "does not contain a tar.*cannot be decompressed"),
-            (write(corpus())[512:], "not a tar file"),
         ]:
             with pytest.raises(ShardError, match=message):
                 read(data)
+
+    def test_the_first_header_is_searched_for_within_64_mib(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr("mmbeam.readers.tar.SEARCH_BYTES", 4096)
+        data = write([("a.jpg", b"1")])
+        assert content(read(b"garbage!" * 500 + bytes(96) + data)) == [("a", {"jpg": b"1"})]
+        with pytest.raises(ShardError, match="not a tar file"):
+            read(b"garbage!" * 640 + data)
 
     @pytest.mark.parametrize("zeros", [512, 1024, 10240])
     def test_only_zero_blocks_are_an_empty_tar(self, zeros: int) -> None:
@@ -43,16 +55,29 @@ class TestEnds:
         assert content(list(reader)) == grouped(pairs)
         assert reader.unterminated
 
-    @pytest.mark.parametrize("pad", [BLOCK, 2 * BLOCK, 10240])
-    def test_one_zero_block_is_the_end_as_for_tarfile(self, pad: int) -> None:
+    @pytest.mark.parametrize("pad", [2 * BLOCK, 10240])
+    def test_a_tar_behind_the_end_mark_is_read(self, pad: int) -> None:
+        """As by `tar --ignore-zeros`; tarfile and webdataset stop at the mark."""
         before, after = [("a.jpg", b"1")], [("b.jpg", b"2")]
         data = write(before, end=False) + b"\0" * pad + write(after)
-        with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            assert tar.getnames() == ["a.jpg"]
         reader = TarReader(io.BytesIO(data), "x", everything, Limits())
-        assert content(list(reader)) == grouped(before)
+        assert content(list(reader)) == grouped([*before, *after])
+        assert reader.concatenated
+        assert (reader.trailing_data, reader.unterminated, reader.failures, reader.broken) == (False, False, [], None)
+
+    def test_other_data_behind_the_end_mark_are_noted(self) -> None:
+        reader = TarReader(io.BytesIO(write([("a.jpg", b"1")]) + b"signature" * 1000), "x", everything, Limits())
+        assert content(list(reader)) == [("a", {"jpg": b"1"})]
         assert reader.trailing_data
-        assert not reader.unterminated
+        assert (reader.concatenated, reader.unterminated, reader.failures, reader.broken) == (False, False, [], None)
+
+    def test_one_zero_block_is_not_an_end_mark(self) -> None:
+        data = write([("a.jpg", b"1")], end=False) + bytes(BLOCK) + write([("b.jpg", b"2")])
+        reader = TarReader(io.BytesIO(data), "x", everything, Limits())
+        assert content(list(reader)) == [("a", {"jpg": b"1"}), ("b", {"jpg": b"2"})]
+        [damage] = reader.failures
+        assert (damage.offset, damage.error) == (1024, "DecodeError")
+        assert "byte 1,024: expected a tar header, found 512 zeros; the next header is at byte 1,536" in damage.message
 
 
 class TestDamage:
@@ -65,32 +90,41 @@ class TestDamage:
         remaining = read(bytes(data))
         rest = {field: value for field, value in samples[2].members.items() if field != "jpg"}
         assert content(remaining) == [*content(samples[:2]), ("00002", rest), *content(samples[3:])]
-        [damage] = remaining[1].damages
-        assert (damage.field, damage.offset, damage.error) == ("", broken, "DecodeError")
-        assert f"byte {broken:,}: expected a tar header, found " in damage.message
-        assert "bad checksum" in damage.message
+        [damage] = remaining[2].damages
+        assert (damage.field, damage.offset, damage.error) == ("jpg", broken, "DecodeError")
+        assert f"byte {broken:,}: expected a tar header, found a bad checksum" in damage.message
         assert f"the next header is at byte {remaining[2].offset:,}" in damage.message
-        assert not any(sample.damages for sample in remaining if sample is not remaining[1])
+        assert not any(sample.damages for sample in remaining if sample is not remaining[2])
 
-    def test_members_after_damage_are_another_sample(self) -> None:
-        data = bytearray(write([("a.jpg", b"1"), ("a.txt", b"2"), ("a.json", b"3")], "ustar"))
-        data[1024] ^= 1
-        samples = read(bytes(data))
-        assert content(samples) == [("a", {"jpg": b"1"}), ("a", {"json": b"3"})]
-        assert [(len(sample.damages), sample.repeated) for sample in samples] == [(1, False), (0, True)]
+    def test_a_damaged_header_inside_a_sample_costs_its_field(self) -> None:
+        data = bytearray(write([("a.jpg", b"1"), ("a.txt", b"2"), ("a.json", b"3"), ("b.jpg", b"4")], "ustar"))
+        data[1024 + 150] ^= 1
+        first, second = read(bytes(data))
+        assert content([first, second]) == [("a", {"jpg": b"1", "json": b"3"}), ("b", {"jpg": b"4"})]
+        assert [damage.field for damage in first.damages] == ["txt"]
+        assert set(first.fields) == {"jpg", "json", "txt"}
+        assert second.damages == ()
 
     def test_garbage_up_to_the_end_truncates_the_shard(self) -> None:
-        data = write([("a.jpg", b"1")], end=False)
-        [sample] = read(data + b"garbage" * 10_000)
-        assert sample.members == {"jpg": b"1"}
-        assert sample.truncated
-        assert "no header follows: the shard ends at byte 71,024" in sample.damages[0].message
+        """The last sample fails unless it has all the fields of the one before."""
+        for last, is_whole in (("txt", True), ("json", False)):
+            pairs = [("a.jpg", b"1"), ("a.txt", b"2"), ("b.jpg", b"3"), (f"b.{last}", b"4")]
+            reader = TarReader(io.BytesIO(write(pairs, end=False) + b"garbage" * 10_000), "x", everything, Limits())
+            _, sample = reader
+            assert sample.truncated is not is_whole
+            damage = reader.failures[0] if is_whole else sample.damages[0]
+            assert "no header follows: the shard ends at byte 74,096" in damage.message
+            assert reader.broken is not None
 
-    def test_damage_before_the_first_sample_belongs_to_it(self) -> None:
-        readme = write([("README", b"no sample")], end=False)
-        [sample] = read(readme + b"garbage!" * 64 + write([("a.jpg", b"1")]))
-        assert sample.members == {"jpg": b"1"}
-        assert sample.damages[0].offset == len(readme)
+    def test_damage_before_the_first_sample(self) -> None:
+        """It belongs to the first sample if that lacks a field of the second."""
+        readme = write([("README", b"no sample")], end=False) + b"garbage!" * 64
+        for pairs, lost in [([("a.jpg", b"1")], []), ([("a.txt", b"1"), ("b.jpg", b"2"), ("b.txt", b"3")], ["jpg"])]:
+            reader = TarReader(io.BytesIO(readme + write(pairs)), "x.tar", everything, Limits())
+            samples = list(reader)
+            assert content(samples) == grouped(pairs)
+            assert [damage.field for damage in samples[0].damages] == lost
+            assert [damage.offset for damage in reader.failures] == ([] if lost else [1024])
         with pytest.raises(ShardError, match=r"x\.tar: holds no sample that can be read: byte 1,024"):
             read(readme + b"garbage!" * 640)
 
@@ -134,8 +168,9 @@ class TestDamage:
         extension = info("p", size=len(payload), type=b"x").tobuf(tarfile.USTAR_FORMAT)
         data = write([("a.jpg", b"1")], end=False) + extension + payload.ljust(512, b"\0")
         samples = read(data + write([("b.jpg", b"2"), ("c.jpg", b"3")]))
-        assert content(samples) == [("a", {"jpg": b"1"}), ("c", {"jpg": b"3"})]
-        assert "a member whose name is unknown" in samples[0].damages[0].message
+        assert content(samples) == [("a", {"jpg": b"1"}), ("b", {}), ("c", {"jpg": b"3"})]
+        assert "a member whose name is unknown" in samples[1].damages[0].message
+        assert samples[0].damages == samples[2].damages == ()
 
 
 letters = st.text(st.characters(exclude_characters="./\0", exclude_categories=["Cs"]), min_size=1, max_size=40)
@@ -185,8 +220,9 @@ class TestProperties:
             key, members = whole[len(complete)]
             assert last.key == key
             assert last.members.items() <= members.items()
-            assert bool(last.damages) == last.truncated
-            assert last.truncated or reader.unterminated or content(samples) == whole
+            assert last.damages or last.members == members or reader.failures or reader.unterminated
+            assert reader.broken or reader.unterminated or content(samples) == whole
+            assert reader.unterminated or bool(last.damages or reader.failures) == (reader.broken is not None)
 
     def test_one_flipped_bit_in_a_header_costs_one_member(self) -> None:
         source = random.Random(1)
@@ -194,15 +230,16 @@ class TestProperties:
         data = write(pairs, "ustar")
         whole = set(pairs)
         with tarfile.open(fileobj=io.BytesIO(data)) as tar:
-            headers = [(member.offset, member.name) for member in tar][1:]
+            headers = [(member.offset, member.name) for member in tar]
         for _ in range(100):
             offset, name = source.choice(headers)
             broken = bytearray(data)
             broken[offset + source.randrange(148)] ^= 1 << source.randrange(8)
-            samples = read(bytes(broken))
+            reader = TarReader(io.BytesIO(broken), "x.tar", everything, Limits())
+            samples = list(reader)
             kept = {(f"{sample.key}.{field}", value) for sample in samples for field, value in sample.members.items()}
             assert kept == {pair for pair in whole if pair[0] != name}
-            assert sum(len(sample.damages) for sample in samples) == 1
+            assert sum(len(sample.damages) for sample in samples) + len(reader.failures) == 1
 
     def check_fuzzed(self, data: bytes) -> None:
         try:

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT", bound="JobOptions")
 
-SOME_UNITS_FAILED = 3  # exit status: done, but some units failed
+SOME_UNITS_FAILED = 3  # exit status: done, but some units failed, or shards break off
 Group = argparse.ArgumentParser | argparse._ArgumentGroup
 
 
@@ -238,7 +238,7 @@ def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool
         yield f"Submitted, without waiting for the end. `mmbeam status {redact(options.output)}` shows its progress."
         return 0
     yield summary_text(report, options.output)
-    return SOME_UNITS_FAILED if report.units_failed else 0
+    return SOME_UNITS_FAILED if report.units_failed or report.broken else 0
 
 
 @contextmanager

@@ -41,6 +41,7 @@ def decode_sample(
     is not decoded, since the extent of the loss is unknown: it gets one Failure for the whole sample (modality "").
     Nor is one that ended a process before; `crash` states how.
     Raises LargeValueError if decoding one of its members takes more than `max_bytes` of memory.
+    Damage to a field that is not needed is a Failure that costs nothing.
     """
     chosen = reading.fields.choose(raw.fields)
     present = frozenset(kind for kind in MODALITIES if kind in chosen)
@@ -52,11 +53,13 @@ def decode_sample(
             return sample(), (_damage_failure(raw, damage),)
     if raw.truncated:
         message = f"the shard ends inside this sample, after {', '.join(raw.fields) or 'its first header'}"
+        message += "".join(f"; {damage.message}" for damage in raw.damages[-1:])
         return sample(), (Failure.of(raw, "read", "DecodeError", message),)
     damages = {damage.field: damage for damage in raw.damages}
     values: dict[str, Any] = {}
     failures: list[Failure] = []
-    for kind in sorted(_wanted_kinds(reading, needs) & chosen.keys(), key=KINDS.index):
+    wanted = _wanted_kinds(reading, needs)
+    for kind in sorted(wanted & chosen.keys(), key=KINDS.index):
         name = chosen[kind]
         if name in damages:
             failures.append(_damage_failure(raw, damages[name], kind))
@@ -67,6 +70,9 @@ def decode_sample(
             values |= _decode(kind, raw.members[name], reading, needs, max_bytes)
         except SampleError as error:
             failures.append(Failure.of(raw, "decode", error, modality=kind))
+    for damage in raw.damages:
+        if damage.error == "DecodeError" and damage.field not in {chosen[kind] for kind in wanted if kind in chosen}:
+            failures.append(_damage_failure(raw, damage, reading.fields.kind(damage.field) or damage.field))
     return sample(**values), tuple(failures)
 
 

@@ -98,13 +98,13 @@ def input_to_json(source: Input) -> dict[str, Any]:
 
 
 def inputs_to_json(unit: WorkUnit, inputs_read: Sequence[InputRead]) -> tuple[dict[str, Any], ...]:
-    """Return the unit's inputs as a footer describes them: "from", "to" and "error" hold each InputRead.
+    """Return the unit's inputs as a footer describes them: "from", "to", "error" and "broken" hold each InputRead.
 
     Those that a unit with a limit has not reached are left out.
     """
     described = []
     for source, read in zip(unit.inputs, inputs_read or [InputRead()] * len(unit.inputs), strict=unit.limit is None):
-        facts = {"from": read.first_sample, "to": read.next_sample, "error": read.error}
+        facts = {"from": read.first_sample, "to": read.next_sample, "error": read.error, "broken": read.broken}
         described.append({**input_to_json(source), **{key: value for key, value in facts.items() if value is not None}})
     return tuple(described)
 
@@ -112,7 +112,12 @@ def inputs_to_json(unit: WorkUnit, inputs_read: Sequence[InputRead]) -> tuple[di
 def input_read_from_json(data: Mapping[str, Any]) -> InputRead:
     """Return the InputRead in a footer's description of an input; mmbeam 0.1 wrote "from" and "to" as lists."""
     first, after = (byte[0] if isinstance(byte, list) else byte for byte in (data.get("from"), data.get("to")))
-    return InputRead(first_sample=first if data["begin"] else 0, next_sample=after, error=data.get("error"))
+    return InputRead(
+        first_sample=first if data["begin"] else 0,
+        next_sample=after,
+        error=data.get("error"),
+        broken=data.get("broken"),
+    )
 
 
 def unit_to_json(unit: WorkUnit) -> dict[str, Any]:

@@ -22,10 +22,10 @@ from mmbeam.config import MIB, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.decode.common import MAX_DECODE_BYTES, LargeValueError
 from mmbeam.errors import ShardError, printable
-from mmbeam.names import MODALITIES
+from mmbeam.names import KIND_OF_EXTENSION, MODALITIES
 from mmbeam.process import MemoryBudget, cores, decode_pool, may_decode, steps
 from mmbeam.readers.stream import open_shard
-from mmbeam.readers.tar import TarReader, part_origin
+from mmbeam.readers.tar import KINDS_COUNTED, TarReader, part_origin
 from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
 
 InT = TypeVar("InT")
@@ -209,7 +209,7 @@ class _OpenWindow:
             index=index,
             last=last,
             samples=tuple(self.samples),
-            failures=tuple(self.failures),
+            failures=(*self.failures, *source.failures) if last else tuple(self.failures),
             tally=tally + source.pop_tally(),
             unit_error=error,
             inputs_read=tuple(source.inputs_read) if last else (),
@@ -311,11 +311,20 @@ class _UnitSamples:
         self._seconds = 0.0
         self._bytes = 0
         self._warnings: Counter[str] = Counter()
+        self._members: Counter[str] = Counter()
+        self._extensions: set[str] = set()  # of members that no job reads
+        self.failures: list[Failure] = []  # damage to shards that belongs to no sample
         self.inputs_read = [InputRead()] * len(unit.inputs)
 
     def pop_tally(self) -> Tally:
-        tally = Tally(seconds={"read": self._seconds}, bytes_read=self._bytes, warnings=dict(self._warnings))
+        tally = Tally(
+            seconds={"read": self._seconds},
+            bytes_read=self._bytes,
+            members=dict(self._members),
+            warnings=dict(self._warnings),
+        )
         self._seconds, self._bytes = 0.0, 0
+        self._members.clear()
         self._warnings.clear()
         return tally
 
@@ -345,6 +354,7 @@ class _UnitSamples:
                         if raw is None:
                             break
                         count += 1
+                        self._members.update(f".{ext}" for ext in map(self._unknown_extension, raw.fields) if ext)
                         yield raw
                         del raw  # it may be large
                         if count == self._unit.limit:
@@ -358,8 +368,28 @@ class _UnitSamples:
                 if fails:
                     raise
                 continue
+            self._members += reader.members
+            self._warnings["shards without any member"] += reader.is_empty
             self._warnings["shards without an end-of-archive marker"] += reader.unterminated
             self._warnings["shards with data after their end-of-archive marker"] += reader.trailing_data
+            self._warnings["shards of several tars, all of which were read"] += reader.concatenated
             self._warnings += Counter()  # drops zeros
-            if source.is_part:
-                self.inputs_read[number] = InputRead(first_sample=reader.first_sample, next_sample=reader.next_sample)
+            self.failures += [
+                Failure.of_shard(source.shard.path, damage.offset, "read", damage.error, damage.message)
+                for damage in reader.failures
+            ]
+            self.inputs_read[number] = InputRead(
+                first_sample=reader.first_sample if source.is_part else None,
+                next_sample=reader.next_sample,
+                broken=reader.broken,
+            )
+
+    def _unknown_extension(self, name: str) -> str | None:
+        """Return the extension of a field that is of no kind, and count it from then on as one of a few, or "other"."""
+        extension = name.rpartition(".")[2]
+        if self._reading.fields.kind(name) is not None or extension in KIND_OF_EXTENSION:
+            return None
+        if extension not in self._extensions and len(self._extensions) == KINDS_COUNTED:
+            return "(other)"
+        self._extensions.add(extension)
+        return printable(extension)

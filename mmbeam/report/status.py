@@ -4,11 +4,12 @@ import json
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from mmbeam.report.summary import failed_text, samples_text, trouble_text
+from mmbeam.report.summary import broken_text, failed_text, samples_text, trouble_text
 from mmbeam.runs.commits import committed, load_reports, read_failures
 from mmbeam.runs.control import stop_reason
 from mmbeam.runs.plan import load_plan
 from mmbeam.runs.run import Run, find_run
+from mmbeam.runs.summary import broken_shards
 from mmbeam.types import Tally
 
 
@@ -31,9 +32,11 @@ def status_text(output: str) -> Iterator[str]:
         + (f", {left:,} to do" if left else "")
     )
     if done:
-        tally = sum((report.tally for report in load_reports(run, sorted(done))), Tally())
+        reports = list(load_reports(run, sorted(done)))
+        tally = sum((report.tally for report in reports), Tally())
         yield from samples_text(tally)
         yield from trouble_text(tally, run.store)
+        yield from broken_text(broken_shards(reports))
     yield from failed_text(failed)
     reason = stop_reason(run)
     if reason is not None:

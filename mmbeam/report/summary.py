@@ -1,6 +1,6 @@
 """The summary of a run, printed at its end."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from mmbeam.report.progress import clock
@@ -16,6 +16,7 @@ STEPS = {  # sequential steps of a unit's thread; they add up to its time
     "device_wait": "waiting for the device",
     "write": "writing",
 }
+MEMBERS_SHOWN = 10  # at most, of the kinds of members that are not read
 SHOWN = 5  # at most, of the failed units
 MAX_EXAMPLE_FILES = 8  # failure files that are searched for examples, the smallest first
 
@@ -26,8 +27,8 @@ def summary_text(report: RunReport, output: str) -> str:
     kept = f", {report.units_kept:,} committed by an earlier run" if report.units_kept else ""
     failed = f", {report.units_failed:,} FAILED" if report.units_failed else ""
     lines = [f"units: {report.units_written:,} written{kept}{failed}", *samples_text(report.tally), *_times(report)]
-    lines += [*trouble_text(report.tally, store), *failed_text(report.failed), f"rows: {store}/data/"]
-    return "\n".join(lines)
+    lines += [*trouble_text(report.tally, store), *broken_text(report.broken), *failed_text(report.failed)]
+    return "\n".join([*lines, f"rows: {store}/data/"])
 
 
 def samples_text(tally: Tally) -> Iterator[str]:
@@ -56,6 +57,10 @@ def _times(report: RunReport) -> Iterator[str]:
 
 def trouble_text(tally: Tally, store: Store) -> Iterator[str]:
     """Yield lines for warnings, and for each kind of failure with its count and an example."""
+    if tally.members:
+        shown = sorted(tally.members.items(), key=lambda item: (-item[1], item[0]))
+        more = f" and {len(shown) - MEMBERS_SHOWN:,} more kinds" if len(shown) > MEMBERS_SHOWN else ""
+        yield f"members not read: {', '.join(f'{count:,} {name}' for name, count in shown[:MEMBERS_SHOWN])}{more}"
     for name, count in sorted(tally.warnings.items()):
         yield f"warning: {count:,} {name}"
     if tally.repeated_keys:
@@ -63,7 +68,8 @@ def trouble_text(tally: Tally, store: Store) -> Iterator[str]:
     examples = find_examples(store, tally.failures) if tally.failures else {}
     for kind, count in sorted(tally.failures.items(), key=lambda item: -item[1]):
         record = examples.get(kind)
-        example = "" if record is None else f", for example {record['key']} of {record['shard']}: {record['message']}"
+        key = f"{record['key']} of " if record is not None and record["key"] else ""
+        example = "" if record is None else f", for example {key}{record['shard']}: {record['message']}"
         yield f"failures: {count:,} {kind}{example}"
     if tally.failures:
         yield f"failure records: {store}/failures/"
@@ -77,9 +83,19 @@ def find_examples(store: Store, kinds: Mapping[str, int]) -> dict[str, dict[str,
         if examples.keys() >= kinds.keys():
             break
         for record in read_failures(store, name):
-            if record["key"]:  # a record without a key belongs to a unit
+            if record["key"] or record["error"] != "ShardError":  # otherwise it is that of a unit
                 examples.setdefault(f"{record['step']}: {record['error']}", record)
     return examples
+
+
+def broken_text(broken: Sequence[str]) -> Iterator[str]:
+    """Yield lines that name the shards that break off, and what that means."""
+    if not broken:
+        return
+    yield from (f"BROKEN shard {reason}" for reason in broken[:SHOWN])
+    if len(broken) > SHOWN:
+        yield f"BROKEN: {len(broken) - SHOWN:,} more shards, in _mmbeam/summary.json"
+    yield "What follows in these shards is unknown. Restore them, and use --overwrite or another --output."
 
 
 def failed_text(failed: Mapping[str, str]) -> Iterator[str]:

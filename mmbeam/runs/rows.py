@@ -104,15 +104,14 @@ def make_rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Win
 
     An output is due according to `Output.is_due`, and has a value if its first column is not null. A sample has a row
     if it has any output, or none was due. A failure of the whole sample (no modality, no outputs) costs it all outputs
-    and its row.
+    and its row. A failure without a key is that of a place in a shard, and only recorded.
 
     Raises FlowError if a lost output is not covered by a failure, a value is not due, or the lengths of features and
     samples differ.
     """
-    if not batch.samples:  # stages do not run on an empty window, so it has no features
-        return WindowRows(rows=schema.empty_table(), failures=[], tally=batch.tally)
-    outcomes = _outcomes(batch, outputs)
-    rows = _rows(batch, outcomes, schema)
+    # Stages do not run on an empty window, so it has no features.
+    outcomes = _outcomes(batch, outputs) if batch.samples else []
+    rows = _rows(batch, outcomes, schema) if batch.samples else schema.empty_table()
     counts = Tally(
         rows=rows.num_rows,
         failed=len(outcomes) - rows.num_rows,
@@ -124,7 +123,7 @@ def make_rows(batch: Batch, outputs: Sequence[Output], schema: pa.Schema) -> Win
 
 
 def _outcomes(batch: Batch, outputs: Sequence[Output]) -> list[_Outcome]:
-    whole = {failure.id for failure in batch.failures if not failure.modality and not failure.outputs}
+    whole = {f.id for f in batch.failures if f.key and not f.modality and not f.outputs}
     made = {  # by output, whether each sample has a value [samples]
         output.name: np.asarray(_feature(batch, output.name).is_valid().to_numpy(zero_copy_only=False), dtype=np.bool_)
         for output in outputs
@@ -186,11 +185,16 @@ def _encodable(text: str | None) -> str | None:
 
 
 def _records(batch: Batch, outcomes: Sequence[_Outcome], outputs: Sequence[Output]) -> list[Mapping[str, Any]]:
-    """Return one record per failure, in the order of the samples. Raises FlowError if a lost output has no failure."""
+    """Return one record per failure, in the order of the samples, and then those of places in shards.
+
+    Raises FlowError if a lost output has no failure.
+    """
     of_sample: dict[SampleId, list[Failure]] = {sample.id: [] for sample in batch.samples}
     if len(of_sample) < len(batch.samples):
         raise FlowError(f"unit {batch.unit.id}, window {batch.index}: two samples have the same shard and offset")
     for failure in batch.failures:
+        if not failure.key:
+            continue
         if failure.id not in of_sample:
             raise FlowError(f"{_where(failure)}: a failure of a sample that is not in window {batch.index}")
         of_sample[failure.id].append(failure)
@@ -204,6 +208,7 @@ def _records(batch: Batch, outcomes: Sequence[_Outcome], outputs: Sequence[Outpu
         for failure in failures:
             columns = [output.name for output in lost if covers(failure, output)]
             records.append(_record(failure, columns, outcome.row, batch.unit.id))
+    records += [_record(failure, [], False, batch.unit.id) for failure in batch.failures if not failure.key]
     return records
 
 

@@ -54,7 +54,14 @@ def sum_up(reports: Sequence[UnitReport], wall_seconds: float, devices: int | No
         rate=written.samples / wall_seconds if wall_seconds else 0.0,
         model_utilisation=None if devices is None else computed / (wall_seconds * devices) if wall_seconds else 0.0,
         failed={report.unit: report.error or "" for report in reports if report.status == "failed"},
+        broken=broken_shards(reports),
     )
+
+
+def broken_shards(reports: Sequence[UnitReport]) -> tuple[str, ...]:
+    """Return why, for each shard of a committed unit that breaks off."""
+    done = (report for report in reports if report.status != "failed")
+    return tuple(str(source["broken"]) for report in done for source in report.inputs if source.get("broken"))
 
 
 def read_summary(run: Run) -> RunReport:
