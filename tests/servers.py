@@ -6,7 +6,9 @@ in STORES, and `report_header` says so.
 """
 
 import atexit
+import contextlib
 import functools
+import http.client
 import http.server
 import json
 import os
@@ -193,6 +195,101 @@ class _FileHandler(http.server.BaseHTTPRequestHandler):
             self.wfile.write(content)
 
     do_HEAD = do_GET
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+class FaultyProxy(http.server.ThreadingHTTPServer):
+    """Forwards requests to the server at `upstream`, with faults; a context manager, on a free port of this machine.
+
+    `faults` are answers to the next requests whose method and path contain a text: (text, status, headers). Those of
+    `always` are given to every such request. A body is cut after `cut_after` bytes.
+    """
+
+    daemon_threads = True
+
+    def __init__(self, upstream: str) -> None:
+        super().__init__(("127.0.0.1", 0), _ProxyHandler)
+        self.upstream = urllib.parse.urlsplit(upstream)
+        self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.faults: list[tuple[str, int, dict[str, str]]] = []
+        self.always: list[tuple[str, int, dict[str, str]]] = []
+        self.cut_after: int | None = None
+        self.requests: list[str] = []
+        self.sent = 0  # bytes of bodies of ranges
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.shutdown()
+        self._thread.join()
+        self.server_close()
+
+    def fault(self, request: str) -> tuple[str, int, dict[str, str]] | None:
+        """The fault that answers a request, taken from `faults` if it is there."""
+        for fault in self.faults:
+            if fault[0] in request:
+                self.faults.remove(fault)
+                return fault
+        return next((fault for fault in self.always if fault[0] in request), None)
+
+
+class _ProxyHandler(http.server.BaseHTTPRequestHandler):
+    server: FaultyProxy
+    protocol_version = "HTTP/1.1"
+
+    def answer(self) -> None:
+        proxy, request = self.server, f"{self.command} {self.path}"
+        proxy.requests.append(request)
+        body = self._body()
+        fault = proxy.fault(request)
+        if fault is not None:
+            xml = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>" if fault[1] == 403 else b""
+            self._send(fault[1], list(fault[2].items()), xml)
+            return
+        headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
+        headers = {name: value for name, value in headers.items() if name.lower() != "transfer-encoding"}
+        upstream = http.client.HTTPConnection(proxy.upstream.netloc, timeout=30)
+        upstream.request(self.command, self.path, body, headers)
+        response = upstream.getresponse()
+        content = response.read()
+        upstream.close()
+        ignored = ("content-length", "transfer-encoding", "connection", "date", "server")
+        kept = [(name, value) for name, value in response.getheaders() if name.lower() not in ignored]
+        length = response.getheader("Content-Length") if self.command == "HEAD" else None
+        self._send(response.status, kept, content, length)
+
+    def _body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") == "chunked":
+            body = b""
+            while size := int(self.rfile.readline().partition(b";")[0], 16):
+                body += self.rfile.read(size)
+                self.rfile.readline()
+            self.rfile.readline()
+            return body
+        return self.rfile.read(int(self.headers.get("Content-Length") or 0))
+
+    def _send(self, status: int, headers: list[tuple[str, str]], content: bytes, length: str | None = None) -> None:
+        self.send_response(status)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.send_header("Content-Length", length or str(len(content)))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        if status == 206:
+            cut = self.server.cut_after
+            if cut is not None and len(content) > cut:
+                content, self.close_connection = content[:cut], True
+            self.server.sent += len(content)
+        with contextlib.suppress(ConnectionError):
+            self.wfile.write(content)
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 
     def log_message(self, *_: object) -> None:
         pass

@@ -15,6 +15,7 @@ import gcsfs.core
 import pytest
 import servers
 
+from mmbeam.readers import stream as stream_module
 from mmbeam.readers.stream import BLOCK_BYTES, open_shard
 from mmbeam.runs.commits import committed
 from mmbeam.runs.plan import extend_plan
@@ -85,8 +86,15 @@ def counted(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Requests]]:
             requests.append(Requests(writes=1) if is_listing or method in ("POST", "PUT") else Requests(reads=1))
         return await real(self, method, path, *args, **kwargs)
 
+    read_range = stream_module._RESPOND["gs"]
+
+    async def counting_ranges(*args: Any) -> Any:
+        requests.append(Requests(reads=1))
+        return await read_range(*args)
+
     with monkeypatch.context() as patch:
         patch.setattr(gcsfs.core.GCSFileSystem, "_request", counting)
+        patch.setitem(stream_module._RESPOND, "gs", counting_ranges)
         yield requests
 
 

@@ -20,6 +20,7 @@ from servers import STORES, fresh_output
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
+from mmbeam.readers import retry as retry_module
 from mmbeam.readers import stream as stream_module
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.stream import open_shard
@@ -39,6 +40,7 @@ class Web:
     ranges: bool = True
     sizes: bool = True
     etag: str | None = '"one"'
+    modified: str | None = None
     cut_after: int | None = None  # bytes of a body, at `cuts` requests
     cuts: int = 0
     statuses: list[int] = field(default_factory=list)  # of the next GET requests, instead of a response
@@ -79,6 +81,8 @@ def handler(web: Web) -> type[BaseHTTPRequestHandler]:
                 self.send_header("Content-Length", str(end - begin))
             if web.etag:
                 self.send_header("ETag", web.etag)
+            if web.modified:
+                self.send_header("Last-Modified", web.modified)
             if status == 206:
                 self.send_header("Content-Range", f"bytes {begin}-{end - 1}/{len(web.data)}")
             self.end_headers()
@@ -167,7 +171,10 @@ class TestHttp:
     def test_refused_access_is_the_surroundings_fault(self, status: int) -> None:
         with serve(Web(statuses=[status] * 9)) as shard, pytest.raises(PermissionError) as error:
             read_all(shard)
-        assert str(error.value) == f"{shard.path}: access denied (status {status})"
+        assert str(error.value).startswith(
+            f"{shard.path}: unreadable from byte 0 on: access denied (status {status}); "
+        )
+        assert "renew its signature" in str(error.value)
 
     def test_no_server(self, caplog: pytest.LogCaptureFixture) -> None:
         with serve(Web()) as shard:
@@ -180,7 +187,7 @@ class TestHttp:
         with serve(web := Web(cut_after=200_000, cuts=0)) as shard, open_shard(shard, waits=NO_WAIT) as stream:
             stream.read(10)
             web.cuts, web.etag = 1, '"two"'
-            with pytest.raises(ShardError, match=r"changed since it was listed or opened .*etag one.*etag two"):
+            with pytest.raises(ShardError, match=r"changed while it was read .*etag one.*etag two"):
                 stream.read()
 
     @pytest.mark.parametrize(("status", "error"), [(404, ShardError), (410, ShardError), (403, PermissionError)])
@@ -255,7 +262,7 @@ class TestStore:
         flaky.faults = [OSError()] * 9
         with open_shard(self.shard) as stream, pytest.raises(ShardError):
             stream.read()
-        assert waited == list(stream_module.RETRY_WAITS) == sorted(waited)
+        assert waited == list(retry_module.RETRY_WAITS) == sorted(waited)
 
     def test_permission_is_raised_as_it_is(self, flaky: type[Flaky]) -> None:
         flaky.faults = [PermissionError(13, "no")]
@@ -264,7 +271,7 @@ class TestStore:
 
     def test_forbidden_by_gcs(self, flaky: type[Flaky]) -> None:
         flaky.faults = [OSError("Forbidden: https://storage/b/x.tar?key=SECRET")]
-        with pytest.raises(PermissionError, match=r"flaky://b/x.tar: access denied"):
+        with pytest.raises(PermissionError, match=r"flaky://b/x.tar: unreadable from byte 0 on: access denied"):
             read_all(self.shard)
 
     @pytest.mark.parametrize("fault", [TypeError("a bug"), MemoryError(), KeyError("a bug")])
@@ -289,7 +296,7 @@ class TestStore:
         with open_shard(self.shard, waits=NO_WAIT) as stream:
             stream.read(10)
             flaky.objects = {"b/x.tar": DATA[:2_000_000]}
-            with pytest.raises(ShardError, match="changed since it was listed or opened"):
+            with pytest.raises(ShardError, match="changed while it was read"):
                 stream.read()
 
 
@@ -335,7 +342,7 @@ class TestShardStream:
         with open_shard(list_shards([str(path)])[0], waits=NO_WAIT) as stream:
             stream.read(10)
             path.write_bytes(DATA[:1_500_000])
-            with pytest.raises(ShardError, match="changed since it was listed or opened"):
+            with pytest.raises(ShardError, match="changed while it was read"):
                 stream.read()
 
 

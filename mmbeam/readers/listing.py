@@ -8,17 +8,18 @@ import logging
 import os
 import re
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.config import MIB
-from mmbeam.errors import NoShardsError, UsageError, printable, redact
+from mmbeam.errors import NoShardsError, ShardError, UsageError, printable, redact
 from mmbeam.names import LIST_SUFFIXES, SHARD_SUFFIXES
 from mmbeam.readers.paths import (
     Info,
@@ -31,10 +32,13 @@ from mmbeam.readers.paths import (
     public_path,
     without_query,
 )
+from mmbeam.readers.retry import http_status, retry
 from mmbeam.readers.stream import supports_ranges
 from mmbeam.types import Shard
 
 log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 
 LIST_FOLDER_ABOVE = 16  # paths in one folder, above which one listing is cheaper than a request per path
 HTTP_PROBES = 1000  # shards of a web server whose size is requested; it stays unknown for the others
@@ -45,6 +49,7 @@ MAX_PATHS = 5_000_000  # that patterns stand for
 MAX_LIST_BYTES = 256 * MIB  # of a list of shards
 MAX_LINE_CHARS = 16_384  # of a line of it: a signed URL takes 2,000
 
+_UNLISTED = "cannot be listed"
 _NUMBERS = re.compile(r"\{(-?\d{1,18})\.\.(-?\d{1,18})(?:\.\.-?\d+)?\}")  # a brace range
 _PATTERN_CHARACTERS = re.compile(r"[][*?{}|@\\\s]|::|pipe:")
 
@@ -138,8 +143,12 @@ def _read_lines(url: str) -> list[tuple[int, str]]:
     name = public_path(url)
     try:
         fs, path = file_system(url)
-        with fs.open(path, "rb") as file:
-            content = file.read(MAX_LIST_BYTES + 1)
+
+        def read() -> bytes:
+            with fs.open(path, "rb") as file:
+                return bytes(file.read(MAX_LIST_BYTES + 1))
+
+        content = retry(read, name, "cannot be read as a list of shards")
         text = content.decode("utf-8-sig")
     except (FileNotFoundError, IsADirectoryError, UnicodeDecodeError, ValueError, ImportError) as error:
         reason = type(error).__name__
@@ -178,6 +187,10 @@ class _Place:
     def is_http(self) -> bool:
         return self.url.startswith(("http://", "https://"))
 
+    def ask(self, action: Callable[[], T]) -> T:
+        """Return `action()`, a request to the store, repeated after faults. Raise PermissionError, ConnectionError."""
+        return action() if isinstance(self.fs, LocalFileSystem) else retry(action, public_path(self.url), _UNLISTED)
+
     def shard_at(self, url: str, info: Info) -> Shard:
         path = public_path(url)
         try:
@@ -198,7 +211,7 @@ class _Place:
 def _place(entry: Entry) -> _Place:
     url = entry.url
     try:
-        fs, path = file_system(url)
+        fs, path = file_system(url, may_redirect=entry.may_redirect)
     except ImportError as error:
         raise UsageError(f"{public_path(url)}: needs a package that is not installed: {error}") from None
     except ValueError as error:
@@ -274,10 +287,11 @@ def list_shards(patterns: Sequence[str | Entry], strict: bool = False, allow_loc
 def _matches(place: _Place, is_folder: bool) -> list[Shard]:
     """Return the shards of a folder or a glob, sorted by path."""
     if is_folder:
-        entries = place.fs.ls(place.url if place.is_http else place.path, detail=True)
+        folder = place.url if place.is_http else place.path
+        entries = place.ask(lambda: place.fs.ls(folder, detail=True))
         entries = [entry for entry in entries if without_query(entry["name"]).lower().endswith(SHARD_SUFFIXES)]
     else:
-        entries = place.fs.glob(place.path, detail=True).values()
+        entries = place.ask(lambda: place.fs.glob(place.path, detail=True)).values()
     infos = [(entry["name"], _of_target(place.fs, entry)) for entry in entries]
     shards = [place.shard_at(place.prefix + name, info) for name, info in infos if info.get("type") != "directory"]
     return sorted(shards, key=lambda shard: shard.path)
@@ -298,7 +312,7 @@ def _why_empty(place: _Place, is_folder: bool) -> str:
     if is_folder:
         return f"holds no {', '.join('*' + suffix for suffix in SHARD_SUFFIXES)}"
     folder = re.split("[*?[]", place.path)[0].rpartition("/")[0]
-    state = "exists" if place.fs.exists(folder) else "does not exist"
+    state = "exists" if place.ask(lambda: place.fs.exists(folder)) else "does not exist"
     return f"no match in {public_path(place.prefix + folder)}, which {state}"
 
 
@@ -314,7 +328,8 @@ def _look_up(places: Sequence[_Place]) -> dict[str, Info | None]:
         if len(siblings) > LIST_FOLDER_ABOVE and not siblings[0].is_http:
             try:
                 fs = siblings[0].fs
-                entries = {entry["name"].rstrip("/"): _of_target(fs, entry) for entry in fs.ls(folder, detail=True)}
+                listed = siblings[0].ask(partial(fs.ls, folder, detail=True))
+                entries = {entry["name"].rstrip("/"): _of_target(fs, entry) for entry in listed}
             except (FileNotFoundError, NotADirectoryError):
                 entries = {}
             except (PermissionError, NotImplementedError):  # a store may allow reading without listing
@@ -330,11 +345,24 @@ def _look_up(places: Sequence[_Place]) -> dict[str, Info | None]:
     return infos | {url: {} for url in unknown}
 
 
+def _ask_info(place: _Place) -> Info:
+    try:
+        info: Info = place.fs.info(place.path)
+    except FileNotFoundError as error:  # fsspec raises it for any failed request to a web server
+        if isinstance(error.__cause__, ShardError):  # a redirect that is refused: the unit of the shard fails
+            return {"type": "file"}
+        status = http_status(error)
+        if place.is_http and (status is None or 400 <= status < 500) and status not in (408, 429):
+            raise FileNotFoundError(place.url) from None
+        raise
+    return info
+
+
 def _info(place: _Place) -> Info | None:
     if place.is_http and place.url.endswith("/"):
         return {"type": "directory"}
     try:
-        info = _of_target(place.fs, place.fs.info(place.path))
+        info = _of_target(place.fs, place.ask(lambda: _ask_info(place)))
         if place.is_http and (info.get("size") or 0) > CUTTABLE_BYTES:
             return {**info, "partial": supports_ranges(place.fs, place.path, info["size"])}
         return info or None

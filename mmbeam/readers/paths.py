@@ -3,46 +3,93 @@
 import os
 import posixpath
 import re
+import socket
 from collections.abc import Mapping
+from functools import cache
 from typing import Any
 from urllib.parse import urlsplit
 
+import fsspec
 from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
-from mmbeam.errors import public_url
+from mmbeam.errors import ShardError, public_url
 
-ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation")  # the most specific first
+ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation", "Last-Modified")  # the most specific first
 ALIASES = {"gcs": "gs", "s3a": "s3"}
 LOCAL = ("", "file", "local")  # the schemes of paths of this machine
 NAMES_ONLY = (*LOCAL, "gs", "s3")  # with these, ? and # are part of a name; elsewhere they end the path
 DEFAULT_PORTS = {"http": 80, "https": 443, "ftp": 21, "ssh": 22, "sftp": 22}
 _COLONS = "\ue000"  # stands for ::, which fsspec takes for a chain of file systems
 
-_CREDENTIALS = {  # where a store's client looks for credentials
-    "s3": "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or FSSPEC_S3_KEY and FSSPEC_S3_SECRET",
-    "gs": "set GOOGLE_APPLICATION_CREDENTIALS, or log in with `gcloud auth application-default login`",
-}
+SILENT_SECONDS = 20.0  # without data, after which a connection is closed and a request is repeated
 
 Info = Mapping[str, Any]  # of one path, as fsspec reports it
 
 
-def file_system(url: str, **options: Any) -> tuple[Any, str]:
+def file_system(url: str, may_redirect: bool = True, **options: Any) -> tuple[Any, str]:
     """Return the file system that opens `url`, and the path there. A `::` in `url` is part of a name, not a chain.
 
-    `options` are arguments of the file system, unless it is local. Raises ImportError if its package is not installed,
-    ValueError for an unknown scheme.
+    `options` are arguments of the file system, unless it is local. Its client repeats no request, as far as it has an
+    option for that: `stream.retry` does. Unless `may_redirect`, a web server may not redirect to another server.
+
+    Raises ImportError if its package is not installed, ValueError for an unknown scheme, and ConnectionError if Google
+    Cloud Storage is not reachable from this machine.
     """
     if is_local(url):
         return LocalFileSystem(), local_path(url)
     scheme, _, rest = url.partition("://")
     authority, _, name = rest.partition("/")
     has_user = "@" in authority or (":" in authority and "@" in name and not authority.startswith("arn:"))
-    if has_user and scheme_of(url) in _CREDENTIALS:
-        raise ValueError(f"credentials in the URL are not supported; {_CREDENTIALS[scheme_of(url)]}")
+    if has_user and scheme_of(url) in ("s3", "gs"):
+        raise ValueError("credentials in the URL are not supported; give them in the environment")
     url = f"{scheme.lower()}://{rest}"
+    if scheme_of(url) == "s3":
+        configured = fsspec.config.conf.get("s3", {}).get("config_kwargs", {})
+        ours = {"connect_timeout": SILENT_SECONDS, "read_timeout": SILENT_SECONDS}
+        once = {"retries": {"mode": "standard", "total_max_attempts": 1}}
+        options["config_kwargs"] = {**ours, **once, **configured}
+    elif scheme_of(url) == "gs" and "STORAGE_EMULATOR_HOST" not in os.environ:
+        if not any(fsspec.config.conf.get(name, {}).get("endpoint_url") for name in ("gs", "gcs")):
+            _find_host("storage.googleapis.com")
+    elif scheme_of(url) in ("http", "https") and not may_redirect:
+        options["get_client"] = _bound_client
     fs, path = url_to_fs(url.replace("::", _COLONS), **options)
+    if scheme_of(url) == "s3":
+        fs.retries = 1
     return fs, path.replace(_COLONS, "::")
+
+
+@cache
+def _find_host(host: str) -> None:
+    """Raise ConnectionError if `host` has no address. gcsfs would look for credentials for a minute first."""
+    try:
+        socket.getaddrinfo(host, 443)
+    except OSError as error:
+        reason = f"{host}: cannot be found ({error.strerror}); check the network of this machine"
+        raise ConnectionError(reason) from None
+
+
+async def _bound_client(**options: Any) -> Any:
+    """Return an HTTP client that refuses redirects to other servers."""
+    import aiohttp  # here, since only HTTP needs them
+    import yarl
+
+    async def check(session: Any, context: Any, redirect: Any) -> None:
+        source = redirect.url
+        target = source.join(yarl.URL(redirect.response.headers.get("Location") or redirect.response.headers["URI"]))
+        upgraded = source.scheme == "http" and source.host == target.host and origin(str(target))[1].endswith(":443")
+        if origin(str(target)) != origin(str(source)) and not (upgraded and source.port == 80):
+            redirect.response.close()
+            raise ShardError(
+                f"{public_path(str(source))}: named by a list that was fetched, and redirects to another server "
+                f"({origin(str(target))[1]}); check the list, then name the shard with `input` or use "
+                "`allow_local_paths`"
+            )
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_redirect.append(check)
+    return aiohttp.ClientSession(trace_configs=[trace], **options)
 
 
 def is_local(url: str) -> bool:

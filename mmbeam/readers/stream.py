@@ -3,33 +3,41 @@
 Not here: decompression (decompress.py), the format of the bytes (tar.py).
 """
 
+import asyncio
 import hashlib
 import io
 import logging
+import os
+import re
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
+from fsspec.asyn import sync
 from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 from mmbeam.config import MIB
 from mmbeam.errors import LimitError, MmbeamError, ShardError, redact
-from mmbeam.readers.paths import etag_of, file_system, is_local, local_path, public_path
+from mmbeam.readers.paths import (
+    SILENT_SECONDS,
+    Info,
+    etag_of,
+    file_system,
+    is_local,
+    local_path,
+    public_path,
+    scheme_of,
+)
+from mmbeam.readers.retry import http_status, retry
 from mmbeam.types import Input, Shard
 
 logger = logging.getLogger(__name__)
 
-RETRY_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0)  # seconds before each retry; any progress starts over
 READ_BYTES = MIB  # per read of a file
 BLOCK_BYTES = 8 * MIB  # per request to a store: large enough to hide the latency of a request
-LEAST_BLOCK_BYTES = MIB  # each fault halves the block, down to this: some connections never last for 8 MiB
-HTTP_SECONDS = 60.0  # without data, after which a connection is closed and reopened
-
-# Errors of these packages come from the store or the network. Any other error that is not an OSError is a bug.
-STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "http", "requests", "urllib3"}
+LEAST_BLOCK_BYTES = MIB  # of stores whose client drops a block that breaks off: each fault halves it
 
 T = TypeVar("T")
 
@@ -79,12 +87,12 @@ class ShardStream(io.BufferedReader):
         return self._raw.etag
 
 
-def open_shard(shard: Shard, begin: int = 0, waits: Sequence[float] = RETRY_WAITS) -> ShardStream:
+def open_shard(shard: Shard, begin: int = 0, waits: Sequence[float] | None = None) -> ShardStream:
     """Open `shard` at byte `begin`, as stored.
 
-    After a fault of the store or the network, wait the next of `waits` seconds and reopen at the byte reached. Raise
-    ShardError, here or while reading, if the shard does not exist, has changed since it was listed, or stays
-    unreadable; PermissionError if access is denied.
+    After a fault of the store or the network, wait the next of `waits` seconds (see `retry`) and go on at the byte
+    reached. Raise ShardError, here or while reading, if the shard does not exist, has changed since it was listed or
+    opened, or stays unreadable; PermissionError if access is denied.
     """
     raw = _RetryingFile(shard, begin, waits)
     raw.open()
@@ -104,16 +112,18 @@ def read_file(url: str, max_bytes: int) -> bytes:
 class _RetryingFile(io.RawIOBase):
     """A file of the store that is closed and reopened at each fault."""
 
-    def __init__(self, shard: Shard, begin: int, waits: Sequence[float]) -> None:
+    def __init__(self, shard: Shard, begin: int, waits: Sequence[float] | None) -> None:
         super().__init__()
         self._shard = shard
         self._waits = waits
-        self._fs, self._path = file_system(shard.url)
+        self._fs, self._path = file_system(shard.url, may_redirect=shard.may_redirect)
         self._file: Any = None
         self._position = begin
         self._ranges = True  # False once an HTTP server has sent a whole file instead of a range
         self._block_bytes = BLOCK_BYTES
         self._opened = False
+        self._opened_as = (0, 0, 0)  # inode, size and time of a local file
+        self._is_object = False  # of a store whose client does not tell versions apart
         self.bytes_read = 0
         self.size = shard.size
         self.etag = shard.etag
@@ -153,65 +163,100 @@ class _RetryingFile(io.RawIOBase):
         count = int(self._file.readinto(buffer))
         if count == 0 and self.size is not None and self._position < self.size:
             raise EOFError(f"the connection ended at byte {self._position:,} of {self.size:,}")
+        if isinstance(self._fs, LocalFileSystem):
+            self._check_local()
+        elif count == 0 and self._is_object:
+            self._compare(self._fs.info(self._path))  # its client does not tell versions apart
         return count
 
     def _retry(self, action: Callable[[], T]) -> T:
-        for wait in (*self._waits, None):
+        def attempt() -> T:
             try:
                 if self._file is None:
                     self._open()
                 return action()
             except Exception as error:
-                self._drop()
-                reason = self._reason_to_retry(error)
-                if wait is None:
-                    raise ShardError(
-                        f"{self._shard.path}: unreadable from byte {self._position:,} on, "
-                        f"after {len(self._waits) + 1} attempts: {reason}"
-                    ) from None
+                if isinstance(self._file, _Ranges):  # each request names the version, so the file stays open
+                    if http_status(error) in (404, 412):
+                        self._drop()
+                        raise EOFError("the version that was opened is gone") from None
+                else:
+                    self._drop()
                 self._block_bytes = max(self._block_bytes // 2, LEAST_BLOCK_BYTES)
-                logger.warning("%s: byte %d: %s; retrying", self._shard.path, self._position, reason)
-                time.sleep(wait)
-        raise AssertionError("the last wait is None")
+                if isinstance(error, ValueError) and "range requests" in str(error):
+                    self._ranges = False
+                    self._drop()
+                raise
 
-    def _reason_to_retry(self, error: Exception) -> str:
-        """Return the reason of a transient error, without secrets. Raise a permanent error."""
-        path, status = self._shard.path, http_status(error)
-        if status in (401, 403):
-            raise PermissionError(f"{path}: access denied (status {status})") from None
-        if isinstance(error, MmbeamError | PermissionError):
-            raise error
-        if _is_gone(error, status):
-            raise ShardError(f"{path}: does not exist, or is not a file") from None
-        if isinstance(error, ValueError) and "range requests" in str(error):
-            self._ranges = False
-        elif not isinstance(error, OSError | EOFError) and not STORE_PACKAGES.intersection(_packages(error)):
-            raise error
-        return f"{type(error).__name__}: {' '.join(redact(str(error.__cause__ or error)).split())}"
+        failure = f"unreadable from byte {self._position:,} on"
+        try:
+            return retry(attempt, self._shard.path, failure, ShardError, self._waits)
+        except (FileNotFoundError, IsADirectoryError, NotADirectoryError):
+            raise ShardError(f"{self._shard.path}: does not exist, or is not a file") from None
 
     def _open(self) -> None:
         if self._opened:
             self._fs.invalidate_cache()
         info = self._fs.info(self._path)
-        size, etag = info.get("size"), etag_of(info)
-        if _differ(size, self.size) or _differ(etag, self.etag):
-            raise ShardError(
-                f"{self._shard.path}: changed since it was listed or opened ({self.size} bytes, etag {self.etag}; "
-                f"now {size} bytes, etag {etag}); run the same command again to read the new file"
-            )
-        self._opened, self.size, self.etag = True, size or self.size, etag or self.etag
+        self._compare(info)
+        self._opened, self.size, self.etag = True, info.get("size") or self.size, etag_of(info) or self.etag
         self._file = self._open_file(info)
         self._go_to_position()
 
+    def _compare(self, info: Info) -> None:
+        """Raise ShardError if the file is not the one that was listed or opened."""
+        size, etag = info.get("size"), etag_of(info)
+        if _differ(size, self.size) or _differ(etag, self.etag):
+            self._raise_changed(size, etag)
+
+    def _raise_changed(self, size: object, etag: object) -> NoReturn:
+        when = "while it was read" if self._opened else "since it was listed"
+        raise ShardError(
+            f"{self._shard.path}: changed {when} ({self.size} bytes, etag {self.etag}; now {size} bytes, etag {etag}); "
+            "run the same command again to read the new file"
+        )
+
+    def _check_local(self) -> None:
+        """Raise ShardError if the file was written to, or its name leads to another file, since it was opened."""
+        try:
+            now = os.stat(self._path)  # noqa: PTH116
+        except FileNotFoundError:  # it was removed, and stays whole until it is closed
+            return
+        if (now.st_ino, now.st_size, now.st_mtime_ns) != self._opened_as:
+            self._raise_changed(now.st_size, f"{now.st_mtime_ns // 1000}-{now.st_size}")
+
     def _open_file(self, info: Any) -> Any:
+        self._is_object = False
         if isinstance(self._fs, LocalFileSystem):
-            return Path(self._path).open("rb", buffering=0)
+            file = Path(self._path).open("rb", buffering=0)  # noqa: SIM115 (_drop closes it)
+            stat = os.fstat(file.fileno())
+            self._opened_as = (stat.st_ino, stat.st_size, stat.st_mtime_ns)
+            return file
         if isinstance(self._fs, MemoryFileSystem):  # all its readers share one file object and one position
             return io.BytesIO(self._fs.cat_file(self._path))
-        if self._path.startswith(("http://", "https://")):
+        scheme = scheme_of(self._shard.url)
+        if scheme in ("http", "https"):
             self._ranges = self._ranges and self.size is not None and info.get("partial", True)
-            return _open_http(self._fs, self._path, self.size if self._ranges else None, self._block_bytes)
+            if not self._ranges:
+                file = _open_http(self._fs, self._path, None, self._block_bytes)
+                self._compare_headers(file.r.headers)
+                return file
+        if scheme in _RESPOND and self.size is not None:
+            return _Ranges(self._fs, self._path, info, self.size, _RESPOND[scheme], self._compare_headers)
+        self._is_object = True
         return self._fs.open(self._path, "rb", block_size=self._block_bytes, cache_type="readahead")
+
+    def _compare_headers(self, headers: Mapping[str, str]) -> None:
+        """Raise ShardError if a response is of another version than the file that was opened."""
+        etag, modified = headers.get("ETag"), headers.get("Last-Modified")
+        now = etag_of({"ETag": etag}) if etag else modified
+        size = (headers.get("Content-Range") or "").rpartition("/")[2]
+        sizes = int(size) if size.isdigit() else None
+        is_date = self.etag is not None and self.etag.endswith("GMT")
+        if scheme_of(self._shard.url) == "gs":  # the request names the generation
+            return
+        if _differ(sizes, self.size) or (is_date == (etag is None) and _differ(now, self.etag)):
+            self._raise_changed(sizes or self.size, now)
 
     def _go_to_position(self) -> None:
         if self._ranges:
@@ -230,6 +275,107 @@ class _RetryingFile(io.RawIOBase):
             file.close()
 
 
+class _Response:
+    """The response to a request for a range: its headers, and its body in pieces."""
+
+    def __init__(self, headers: Mapping[str, str], begin: int, read: Callable[[int], Any], close: Callable[[], Any]):
+        self.headers, self.begin, self.read, self.close = headers, begin, read, close
+
+
+async def _respond_http(fs: Any, url: str, info: Info, begin: int, end: int) -> _Response:
+    options = dict(fs.kwargs)
+    headers = {**options.pop("headers", {}), "Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    session = await fs.set_session()
+    response = await session.get(fs.encode_url(url), headers=headers, timeout=_timeout(), **options)
+    return _response_of(response, begin)
+
+
+async def _respond_gcs(fs: Any, path: str, info: Info, begin: int, end: int) -> _Response:
+    headers = {"Range": f"bytes={begin}-{end - 1}", "Accept-Encoding": "identity"}
+    fs.credentials.apply(headers)
+    params = {}
+    if fs.requester_pays:
+        params["userProject"] = fs.requester_pays if isinstance(fs.requester_pays, str) else fs.project
+    url = fs.url(path, generation=info.get("generation"))
+    return _response_of(await fs.session.get(url, headers=headers, params=params, timeout=_timeout()), begin)
+
+
+def _response_of(response: Any, begin: int) -> _Response:
+    try:
+        response.raise_for_status()
+        span = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
+        if response.status != 206 or (span is not None and int(span[1]) != begin):
+            raise ValueError("the server does not support range requests")
+    except BaseException:
+        response.close()
+        raise
+    return _Response(response.headers, begin, response.content.read, response.release)
+
+
+async def _respond_s3(fs: Any, path: str, info: Info, begin: int, end: int) -> _Response:
+    bucket, key, version = fs.split_path(path)
+    options = {**fs.req_kw, **({"VersionId": version} if version else {}), "Range": f"bytes={begin}-{end - 1}"}
+    if info.get("ETag"):
+        options["IfMatch"] = info["ETag"]
+    response = await fs._call_s3("get_object", Bucket=bucket, Key=key, **options)
+    headers = {"ETag": response.get("ETag"), "Content-Range": response.get("ContentRange")}
+    return _Response(headers, begin, response["Body"].read, response["Body"].close)
+
+
+_RESPOND = {"http": _respond_http, "https": _respond_http, "gs": _respond_gcs, "s3": _respond_s3}
+
+
+class _Ranges:
+    """A file of a web server or a bucket, read in blocks. What arrived of a block that breaks off is kept."""
+
+    def __init__(
+        self, fs: Any, path: str, info: Info, size: int, respond: Any, check: Callable[[Mapping[str, str]], None]
+    ) -> None:
+        self._fs, self._path, self._info, self._size, self._respond, self._check = fs, path, info, size, respond, check
+        self._position = self._begin = 0
+        self._block = b""
+
+    def seek(self, position: int) -> None:
+        self._position = position
+
+    def readinto(self, buffer: Any) -> int:
+        if not self._begin <= self._position < self._begin + len(self._block):
+            end = min(self._position + BLOCK_BYTES, self._size)
+            if self._position >= end:
+                return 0
+            self._block = b""  # not two blocks at a time
+            self._block = sync(self._fs.loop, self._download, self._position, end)
+            self._begin = self._position
+        at = self._position - self._begin
+        count = min(len(buffer), len(self._block) - at)
+        buffer[:count] = memoryview(self._block)[at : at + count]
+        self._position += count
+        return count
+
+    async def _download(self, begin: int, end: int) -> bytes:
+        """Return the bytes from `begin` on, up to `end`, or fewer if the connection breaks off; at least one."""
+        response = await self._respond(self._fs, self._path, self._info, begin, end)
+        body = bytearray()
+        try:
+            self._check(response.headers)
+            while len(body) < end - begin and (piece := await response.read(min(READ_BYTES, end - begin - len(body)))):
+                body += piece
+        except (MmbeamError, asyncio.CancelledError):
+            raise
+        except Exception as error:
+            if not body:
+                raise
+            logger.info("%s: byte %d: %s", redact(self._path), begin + len(body), type(error).__name__)
+        finally:
+            response.close()
+        if not body:
+            raise EOFError(f"the connection ended at byte {begin:,}")
+        return bytes(body)
+
+    def close(self) -> None:
+        self._block = b""
+
+
 def supports_ranges(fs: Any, url: str, size: int) -> bool:
     """Return whether an HTTP server serves byte ranges, by requesting one byte. True if it does not answer."""
     try:
@@ -243,11 +389,15 @@ def supports_ranges(fs: Any, url: str, size: int) -> bool:
     return True
 
 
+def _timeout() -> Any:
+    from aiohttp import ClientTimeout  # here, since only HTTP and GCS need aiohttp
+
+    return ClientTimeout(total=None, sock_connect=SILENT_SECONDS, sock_read=SILENT_SECONDS)
+
+
 def _open_http(fs: Any, url: str, size: int | None, block_bytes: int) -> Any:
     """Open by ranges if the size is known, else as one stream. aiohttp's default would end a stream after 5 minutes."""
-    from aiohttp import ClientTimeout  # here, since only HTTP needs aiohttp
-
-    timeout = ClientTimeout(total=None, sock_connect=HTTP_SECONDS, sock_read=HTTP_SECONDS)
+    timeout = _timeout()
     if size is None:
         return fs.open(
             url, "rb", block_size=0, size=1, timeout=timeout
@@ -255,28 +405,5 @@ def _open_http(fs: Any, url: str, size: int | None, block_bytes: int) -> Any:
     return fs.open(url, "rb", block_size=block_bytes, cache_type="readahead", size=size, timeout=timeout)
 
 
-def http_status(error: BaseException) -> int | None:
-    """Return the HTTP status behind an error of a store's client; None if it has none."""
-    if isinstance(error, OSError) and str(error).startswith("Forbidden: "):  # gcsfs
-        return 403
-    for source in (error, error.__cause__):
-        status = getattr(source, "status", None) or getattr(source, "code", None)
-        if isinstance(status, int):
-            return status
-    return None
-
-
-def _is_gone(error: BaseException, status: int | None) -> bool:
-    """Return whether the file is missing. fsspec raises FileNotFoundError for any failed HTTP request."""
-    if not isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError):
-        return False
-    by_http = error.__cause__ is not None and "aiohttp" in _packages(error.__cause__)
-    return status in (404, 410) if by_http else True
-
-
 def _differ(now: object, before: object) -> bool:
     return now is not None and before is not None and now != before
-
-
-def _packages(error: BaseException) -> set[str]:
-    return {kind.__module__.partition(".")[0] for kind in type(error).__mro__}

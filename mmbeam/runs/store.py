@@ -12,19 +12,20 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from fsspec.asyn import AsyncFileSystem
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.errors import JobError
 from mmbeam.readers.paths import file_system, public_path
+from mmbeam.readers.retry import retry
 
 SCRATCH = "_mmbeam/tmp"
 ATTEMPTS = "_mmbeam/attempts"  # marks of attempts at units
@@ -36,6 +37,8 @@ _SCRATCH_FILE = re.compile(
 _NO_LINKS = {errno.EPERM, errno.ENOTSUP, errno.EOPNOTSUPP, errno.ENOSYS}
 _NO_DIRECTORY_SYNC = {errno.EINVAL, errno.ENOTSUP, errno.EOPNOTSUPP}
 _moving = threading.Lock()
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -65,7 +68,7 @@ class Store:
             return _list_local(path)
         fs.invalidate_cache(path)
         try:
-            entries = fs.ls(path, detail=True)
+            entries = self._ask(folder, "cannot be listed", lambda: fs.ls(path, detail=True))
         except FileNotFoundError:
             return {}
         files = {entry["name"].rpartition("/")[2]: entry["size"] for entry in entries if entry["type"] == "file"}
@@ -74,29 +77,29 @@ class Store:
     def read(self, name: str) -> bytes:
         """Return the content of the file. Raises FileNotFoundError."""
         fs, path = self._at(name)
-        return bytes(fs.cat_file(path))
+        return bytes(self._ask(name, "cannot be read", lambda: fs.cat_file(path)))
 
     def open(self, name: str) -> Any:
         """Return the file as a seekable stream for reading; a context manager. Raises FileNotFoundError."""
         fs, path = self._at(name)
-        return fs.open(path, "rb")
+        return self._ask(name, "cannot be read", lambda: fs.open(path, "rb"))
 
     def tail(self, name: str, size: int) -> bytes:
         """Return the last `size` bytes of the file, or all of it if it is shorter."""
         fs, path = self._at(name)
-        return bytes(fs.cat_file(path, start=-size))
+        return bytes(self._ask(name, "cannot be read", lambda: fs.cat_file(path, start=-size)))
 
     def exists(self, name: str) -> bool:
         """Return whether the file exists."""
         fs, path = self._at(name)
         fs.invalidate_cache(path)
-        return bool(fs.exists(path))
+        return bool(self._ask(name, "cannot be read", lambda: fs.exists(path)))
 
     def modified(self, name: str) -> float:
         """Return when the file was written, in Unix time by the store's clock. Raises FileNotFoundError."""
         fs, path = self._at(name)
         fs.invalidate_cache(path)
-        time_written: datetime = fs.modified(path)
+        time_written: datetime = self._ask(name, "cannot be read", lambda: fs.modified(path))
         return (time_written if time_written.tzinfo else time_written.replace(tzinfo=UTC)).timestamp()
 
     def now(self) -> float:
@@ -113,7 +116,7 @@ class Store:
         fs, path = self._at(name)
         fs.invalidate_cache(path)
         try:
-            return int(fs.size(path))
+            return int(self._ask(name, "cannot be read", lambda: fs.size(path)))
         except FileNotFoundError:
             return None
 
@@ -134,7 +137,7 @@ class Store:
         """Remove the file if it exists."""
         fs, path = self._at(name)
         try:
-            fs.rm_file(path)
+            self._ask(name, "cannot be removed", lambda: fs.rm_file(path))
         except FileNotFoundError:
             return
 
@@ -161,6 +164,11 @@ class Store:
                 with suppress(PermissionError):  # of another user, in a shared temporary directory
                     path.unlink(missing_ok=True)
 
+    def _ask(self, name: str, failure: str, action: Callable[[], T]) -> T:
+        """Return `action()`, a request for `name`, repeated after faults if the store is not local."""
+        fs, _ = self._at(name)
+        return action() if isinstance(fs, LocalFileSystem) else retry(action, f"{self}/{name}", failure)
+
     def _at(self, name: str) -> tuple[Any, str]:
         fs, root = _file_system(self.url, os.getpid())
         return fs, f"{root}/{name}"
@@ -175,7 +183,8 @@ class Store:
             if isinstance(fs, LocalFileSystem):
                 _publish_local(source, Path(path), exclusive)
             elif isinstance(fs, AsyncFileSystem):
-                fs.put_file(str(source), path, mode="create" if exclusive else "overwrite")
+                mode = "create" if exclusive else "overwrite"
+                self._ask(name, "cannot be written", lambda: fs.put_file(str(source), path, mode=mode))
             else:
                 _publish_by_move(fs, source, path, exclusive)
         finally:

@@ -1,0 +1,273 @@
+"""Faults of stores: S3 and GCS behind a proxy that cuts, refuses and delays, a web server, and local files."""
+
+import io
+import os
+import tarfile
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+from servers import STORES, FaultyProxy, FileServer, fresh_output
+from test_stream import Web, serve
+
+from mmbeam.config import Limits
+from mmbeam.errors import ShardError
+from mmbeam.readers import paths as paths_module
+from mmbeam.readers import retry as retry_module
+from mmbeam.readers import stream as stream_module
+from mmbeam.readers.listing import expand, list_shards
+from mmbeam.readers.stream import open_shard
+from mmbeam.readers.tar import TarReader
+from mmbeam.runs.store import Store, forget_file_systems
+from mmbeam.types import Shard
+
+NO_WAIT = (0.0, 0.0, 0.0)
+RANDOM = np.random.default_rng(0)
+BUCKETS = [store for store in STORES if store != "local"]
+
+
+def make_tar(samples: int, size: int) -> bytes:
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w") as tar:
+        for number in range(samples):
+            info = tarfile.TarInfo(f"{number:04}.bin")
+            info.size = size
+            tar.addfile(info, io.BytesIO(RANDOM.bytes(size)))
+    return buffer.getvalue()
+
+
+@dataclass
+class Bucket:
+    """A folder of a bucket, through a proxy that makes faults."""
+
+    url: str
+    proxy: FaultyProxy
+
+    def put(self, name: str, content: bytes) -> None:
+        """Write an object, past the faults."""
+        faults, self.proxy.faults = self.proxy.faults, []
+        always, self.proxy.always = self.proxy.always, []
+        fs, path = paths_module.file_system(f"{self.url}/{name}")
+        fs.pipe_file(path, content)
+        fs.invalidate_cache()
+        self.proxy.faults, self.proxy.always = faults, always
+
+    def shard(self, name: str, content: bytes) -> Shard:
+        self.put(name, content)
+        [shard] = list_shards([f"{self.url}/{name}"])
+        self.proxy.requests.clear()
+        return shard
+
+
+@pytest.fixture(scope="module", params=BUCKETS)
+def proxied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Bucket]:
+    url = fresh_output(request.param, tmp_path_factory.mktemp("bucket"))
+    upstream = os.environ["AWS_ENDPOINT_URL" if request.param == "s3" else "STORAGE_EMULATOR_HOST"]
+    with FaultyProxy(upstream) as proxy, pytest.MonkeyPatch.context() as patch:
+        name = url.partition("://")[0]
+        options = {"endpoint_url": proxy.endpoint, **({"token": "anon"} if name == "gs" else {})}
+        patch.setitem(fsspec.config.conf, name, options)
+        forget_file_systems()
+        yield Bucket(url, proxy)
+    forget_file_systems()
+
+
+@pytest.fixture
+def bucket(proxied: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
+    monkeypatch.setattr(retry_module, "RETRY_WAITS", NO_WAIT)
+    proxied.proxy.faults, proxied.proxy.always, proxied.proxy.cut_after = [], [], None
+    proxied.proxy.sent = 0
+    proxied.proxy.requests.clear()
+    return proxied
+
+
+def read_keys(shard: Shard) -> list[str]:
+    with open_shard(shard) as stream:
+        return [sample.key for sample in TarReader(stream, shard.path, lambda _: True, Limits())]
+
+
+class TestBuckets:
+    @pytest.mark.filterwarnings("ignore:Sending a large body:ResourceWarning")  # of gcsfs, when the test writes
+    def test_a_server_that_cuts_every_2_mb(self, bucket: Bucket) -> None:
+        data = make_tar(1000, 5_000)
+        shard = bucket.shard("cut.tar", data)
+        bucket.proxy.cut_after = 2_000_000
+        assert read_keys(shard) == [f"{number:04}" for number in range(1000)]
+        assert bucket.proxy.sent == len(data)
+
+    def test_replaced_while_it_is_read(self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100_000)
+        shard = bucket.shard("replaced.tar", make_tar(100, 5_000))
+        with open_shard(shard) as stream:
+            stream.read(10)
+            bucket.put("replaced.tar", make_tar(100, 5_000))
+            with pytest.raises(ShardError, match=r"replaced.tar: changed while it was read"):
+                stream.read()
+        with pytest.raises(ShardError, match=r"replaced.tar: changed since it was listed"):
+            open_shard(shard)
+
+    def test_a_busy_server_is_given_up_within_one_budget(self, bucket: Bucket) -> None:
+        shard = bucket.shard("busy.tar", make_tar(1, 5_000))
+        with open_shard(shard) as stream:
+            bucket.proxy.always = [("GET ", 503, {})]
+            bucket.proxy.requests.clear()
+            with pytest.raises(ShardError, match=r"busy.tar: unreadable from byte 0 on, after 4 attempts: .*503"):
+                stream.read()
+        assert len(bucket.proxy.requests) == 4  # none by the client of the store itself
+
+    def test_faults_before_an_answer(self, bucket: Bucket) -> None:
+        data = make_tar(3, 5_000)
+        shard = bucket.shard("flaky.tar", data)
+        with open_shard(shard) as stream:
+            bucket.proxy.faults = [("flaky.tar", status, {}) for status in ((503, 500, 429)[: len(NO_WAIT)])]
+            assert stream.read() == data
+        assert bucket.proxy.faults == []
+
+    def test_access_that_ends_in_the_middle(self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100_000)
+        shard = bucket.shard("denied.tar", make_tar(100, 5_000))
+        with open_shard(shard) as stream:
+            stream.read(10)
+            bucket.proxy.always = [("denied.tar", 403, {})]
+            with pytest.raises(
+                PermissionError, match=r"denied.tar: unreadable from byte 100,000 on: access denied"
+            ) as e:
+                stream.read()
+        hint = "AWS_ACCESS_KEY_ID" if bucket.url.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS"
+        assert hint in str(e.value)
+
+    def test_access_denied_to_write_and_to_list(self, bucket: Bucket) -> None:
+        hint = "AWS_ACCESS_KEY_ID" if bucket.url.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS"
+        store = Store(f"{bucket.url}/out")
+        bucket.proxy.always = [("", 403, {})]
+        with pytest.raises(PermissionError, match=rf"out/data/a: cannot be written: access denied .*{hint}"):
+            store.create("data/a", b"x")
+        with pytest.raises(PermissionError, match=rf"cannot be listed: access denied .*{hint}"):
+            list_shards([f"{bucket.url}/*.tar"])
+
+    def test_writes_survive_faults(self, bucket: Bucket) -> None:
+        store = Store(f"{bucket.url}/out")
+        bucket.proxy.faults = [(method, 503, {}) for method in ("PUT", "POST")]
+        store.create("data/once", b"x" * 1000)
+        assert store.list("data") == {"once": 1000}
+        with pytest.raises(FileExistsError):
+            store.create("data/once", b"y")
+        assert store.read("data/once") == b"x" * 1000
+
+    def test_one_fault_of_a_listing_is_waited_out(self, bucket: Bucket) -> None:
+        bucket.put("in/a.tar", b"x")
+        bucket.proxy.faults = [("GET", 500, {}), ("GET", 503, {})]
+        assert [shard.path for shard in list_shards([f"{bucket.url}/in/*.tar"])] == [f"{bucket.url}/in/a.tar"]
+        assert bucket.proxy.faults == []
+
+
+def test_s3_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_PROFILE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
+    monkeypatch.setenv("AWS_SHARED_CREDENTIALS_FILE", str(tmp_path / "none"))
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "none"))
+    monkeypatch.setitem(fsspec.config.conf, "s3", {"endpoint_url": "http://127.0.0.1:9", "client_kwargs": {}})
+    with pytest.raises(
+        PermissionError, match=r"s3://b/x/\*.tar: cannot be listed: access denied \(NoCredentials.*AWS_PROFILE"
+    ):
+        list_shards(["s3://b/x/*.tar"])
+
+
+def test_google_storage_without_a_network(monkeypatch: pytest.MonkeyPatch) -> None:
+    def getaddrinfo(*_: object) -> None:
+        raise OSError(-2, "Name or service not known")
+
+    monkeypatch.delenv("STORAGE_EMULATOR_HOST", raising=False)
+    monkeypatch.setitem(fsspec.config.conf, "gs", {})
+    monkeypatch.setattr("socket.getaddrinfo", getaddrinfo)
+    paths_module._find_host.cache_clear()
+    with pytest.raises(ConnectionError, match=r"storage.googleapis.com: cannot be found .*check the network"):
+        list_shards(["gs://bucket/*.tar"])
+
+
+class TestBudget:
+    @pytest.fixture
+    def waited(self, monkeypatch: pytest.MonkeyPatch) -> list[float]:
+        seconds: list[float] = []
+        monkeypatch.setattr("time.sleep", seconds.append)
+        return seconds
+
+    def test_the_budget_is_a_minute(self) -> None:
+        assert 55 <= sum(retry_module.RETRY_WAITS) <= retry_module.RETRY_SECONDS == 60
+
+    @pytest.mark.parametrize(("asks", "pause"), [("7", 7.0), ("Mon, 01 Jan 2001 00:00:00 GMT", 0.5), ("soon", 0.5)])
+    def test_a_server_that_asks_to_wait(self, asks: str, pause: float, waited: list[float]) -> None:
+        with FileServer() as web, FaultyProxy(web.url("")) as proxy:
+            web.files["/x.tar"] = b"x" * 100
+            proxy.faults = [("GET", 503, {"Retry-After": asks})]
+            shard = Shard(path=f"{proxy.endpoint}/x.tar", url=f"{proxy.endpoint}/x.tar")
+            with open_shard(shard) as stream:
+                assert stream.read() == b"x" * 100
+        assert waited[0] == pause
+
+    def test_a_server_that_asks_to_wait_too_long(self, waited: list[float]) -> None:
+        with FileServer() as web, FaultyProxy(web.url("")) as proxy:
+            web.files["/x.tar"] = b"x" * 100
+            proxy.always = [("GET", 429, {"Retry-After": "120"})]
+            shard = Shard(path=f"{proxy.endpoint}/x.tar", url=f"{proxy.endpoint}/x.tar")
+            with open_shard(shard) as stream, pytest.raises(ShardError, match="asks to wait 120 s"):
+                stream.read()
+        assert waited == []
+
+    def test_time_spent_in_attempts_counts(self, waited: list[float], monkeypatch: pytest.MonkeyPatch) -> None:
+        clock = iter(range(0, 10_000, 25))  # each look at it is 25 seconds later
+        monkeypatch.setattr("time.monotonic", lambda: next(clock))
+        with pytest.raises(ConnectionError, match="after 3 attempts"):
+            retry_module.retry(lambda: (_ for _ in ()).throw(TimeoutError()), "x", "cannot be read")
+        assert len(waited) == 2
+
+    def test_one_fault_of_a_web_server_while_listing(self, waited: list[float]) -> None:
+        with FileServer() as web, FaultyProxy(web.url("")) as proxy:
+            web.files |= {"/a.tar": b"x", "/l.txt": b"a.tar"}
+            proxy.faults = [("GET /l.txt", 503, {}), ("HEAD /a.tar", 503, {}), ("GET /a.tar", 503, {})]
+            [shard] = list_shards([f"{proxy.endpoint}/l.txt"])
+            assert (shard.size, proxy.faults) == (1, [])
+
+
+@pytest.mark.parametrize("how", ["in place", "renamed"])
+def test_a_local_file_that_is_replaced_while_it_is_read(how: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.tar"
+    path.write_bytes(make_tar(600, 5_000))
+    [shard] = list_shards([str(path)])
+    with open_shard(shard) as stream:
+        stream.read(10)
+        target = path if how == "in place" else tmp_path / "new.tar"
+        target.write_bytes(make_tar(600, 5_000))
+        target.replace(path)
+        with pytest.raises(ShardError, match=r"x.tar: changed while it was read"):
+            stream.read()
+
+
+def test_a_web_server_that_replaces_a_file_without_etags(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without ETag, Last-Modified and the size tell versions apart."""
+    monkeypatch.setattr(stream_module, "BLOCK_BYTES", 400_000)
+    for change in ({"data": RANDOM.bytes(3_000_001)}, {"modified": "Tue, 02 Jan 2001 00:00:00 GMT"}):
+        web = Web(etag=None, modified="Mon, 01 Jan 2001 00:00:00 GMT")
+        with serve(web) as shard, open_shard(shard, waits=NO_WAIT) as stream:
+            stream.read(10)
+            vars(web).update(change)
+            with pytest.raises(ShardError, match=r"x.tar: changed while it was read"):
+                stream.read()
+
+
+def test_a_listed_shard_may_not_redirect_to_another_server() -> None:
+    with FileServer() as web, FileServer() as other:
+        web.files["/l.txt"] = b"a.tar\nb.tar\n"
+        web.files["/real.tar"] = other.files["/c.tar"] = make_tar(1, 10)
+        web.redirects = {"/a.tar": "/real.tar", "/b.tar": other.url("c.tar")}
+        near, far = list_shards([web.url("l.txt")])
+        assert read_keys(near) == ["0000"]
+        with pytest.raises(ShardError, match=r"b.tar: named by a list .* redirects to another server"):
+            read_keys(far)
+        assert other.requests == []
+        trusted = list_shards(expand([web.url("l.txt")], allow_local_paths=True))
+        assert [read_keys(shard) for shard in trusted] == [["0000"], ["0000"]]
