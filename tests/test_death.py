@@ -1,10 +1,17 @@
 """Samples and signals that end a process: marks of attempts, isolation in child processes, stale locks."""
 
+import errno
+import itertools
 import json
 import logging
 import os
+import random
+import resource
+import signal
 import subprocess
+import sys
 import threading
+import time
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -17,16 +24,19 @@ from killers import make_corpus, make_job
 from known import read_parts
 from outputs import make_run, make_unit, write_unit
 
+from mmbeam import process
 from mmbeam.errors import JobError, RunMismatchError
+from mmbeam.jobs.execute import Job
 from mmbeam.jobs.isolate import MAX_CRASHES, Isolate, _End
-from mmbeam.jobs.workers import ProcessEndedError
+from mmbeam.jobs.workers import ProcessEndedError, UnitWork
 from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
 from mmbeam.runs import attempts
 from mmbeam.runs.attempts import attempt, is_left_behind, marks, release_all
 from mmbeam.runs.control import lock_run
 from mmbeam.runs.run import LOCK, Run, part_name
-from mmbeam.runs.store import ATTEMPTS, process_identity
+from mmbeam.runs.store import ATTEMPTS, Store, process_identity
+from mmbeam.runs.summary import write_summary
 from mmbeam.types import SampleId, UnitReport, WorkUnit
 
 
@@ -364,3 +374,124 @@ def test_a_limit_over_shards_that_cannot_be_read_is_a_failed_unit(tmp_path: Path
     every = make_job(tmp_path / "in", tmp_path / "all").execute()
     assert (every.units_written, every.units_failed) == (0, 3)
     assert len(failures(tmp_path / "all")) == 3
+
+
+# Faults of the store, and kills
+
+
+def run_units(job: Job) -> None:
+    """Run the job's units one by one through its fused stage, and write the summary."""
+    work = UnitWork(job.steps, ("cpu",), 1)
+    try:
+        reports = [work(unit, lambda _: None) for unit in job.units]
+    finally:
+        process.reset()
+    write_summary(job.run, reports, 1.0)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Shards, and in `out` what an undisturbed run makes of them."""
+    root = tmp_path_factory.mktemp("corpus")
+    make_corpus(root / "in", {})
+    run_units(make_job(root / "in", root / "out"))
+    return root
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EACCES, errno.EIO])
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_fault_at_any_write_is_raised_and_the_next_run_ends_as_an_undisturbed_one(
+    when: str, code: int, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish, count = Store._publish, 0
+
+    def faulty(store: Store, name: str, source: Path | bytes, exclusive: bool) -> None:
+        nonlocal count
+        count -= 1
+        if count == 0 and when == "before":
+            raise OSError(code, os.strerror(code), name)
+        publish(store, name, source, exclusive)
+        if count == 0:
+            raise OSError(code, os.strerror(code), name)
+
+    monkeypatch.setattr(Store, "_publish", faulty)
+    for number in itertools.count(1):
+        output, count = tmp_path / str(number), number
+        raised = None
+        try:
+            run_units(make_job(corpus / "in", output))
+        except OSError as error:
+            raised = error.errno
+        if count > 0:
+            assert number > 8  # the manifest, the plan, for each unit its mark, rows and record, and the summary
+            return
+        assert raised == code or when == "after"  # the second one finds that the store refuses an existing file
+        count = 0
+        run_units(make_job(corpus / "in", output))
+        assert read_parts(output) == read_parts(corpus / "out")
+        assert not list((output / "_mmbeam" / "tmp").iterdir())
+        assert not list((output / ATTEMPTS).iterdir())
+
+
+def test_a_disk_that_fills_while_rows_are_written_is_raised(corpus: Path, tmp_path: Path) -> None:
+    job = make_job(corpus / "in", tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2048, hard))  # a mark is smaller, a Parquet file is larger
+    try:
+        with pytest.raises(OSError, match=r"File too large|\[Errno 27\]"):
+            run_units(job)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not read_parts(tmp_path)
+    assert not list((tmp_path / "_mmbeam" / "tmp").iterdir())
+    run_units(make_job(corpus / "in", tmp_path))
+    assert read_parts(tmp_path) == read_parts(corpus / "out")
+
+
+LAUNCH = "import sys; from killers import make_job; make_job(sys.argv[1], sys.argv[2]).execute()"
+
+
+def launch(corpus: Path, output: Path) -> "subprocess.Popen[bytes]":
+    """Start the job in a process of its own, which marked samples end."""
+    folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, str(corpus), str(output)], env=environment)
+
+
+@pytest.mark.torture
+@pytest.mark.timeout(1800)
+def test_a_run_killed_at_30_random_moments_ends_as_an_undisturbed_one(corpus: Path, tmp_path: Path) -> None:
+    """Each launch is killed up to a second after it has begun to write. In between, one in three may end."""
+    moments, kills = random.Random(0), 0
+    output = tmp_path / "0"
+    for number in itertools.count():
+        with launch(corpus / "in", output) as running:
+            before = sorted(output.rglob("*"))
+            while running.poll() is None and sorted(output.rglob("*")) == before:
+                time.sleep(0.01)
+            time.sleep(moments.random())
+            running.kill()
+        kills += running.returncode == -signal.SIGKILL
+        if running.returncode == 0:  # it was too fast: begin anew
+            assert read_parts(output) == read_parts(corpus / "out")
+            output = tmp_path / str(number + 1)
+        if kills == 30:
+            break
+    with launch(corpus / "in", output) as running:
+        assert running.wait() == 0
+    assert read_parts(output) == read_parts(corpus / "out")
+    assert not list((output / "_mmbeam" / "tmp").iterdir())
+    assert not list((output / ATTEMPTS).iterdir())
+
+
+@pytest.mark.torture
+def test_three_launches_end_at_a_sample_and_the_fourth_completes(tmp_path: Path) -> None:
+    """In one process, without worker processes: the launches themselves end."""
+    make_corpus(tmp_path / "in", {9: "kill in decode"})
+    statuses = []
+    for _ in range(4):
+        with launch(tmp_path / "in", tmp_path / "out") as running:
+            statuses.append(running.wait())
+    assert statuses == [-signal.SIGSEGV] * 3 + [0]
+    assert [record["step"] for record in failures(tmp_path / "out")] == ["crash"]
+    assert sum(map(len, read_parts(tmp_path / "out").values())) == 23
