@@ -355,13 +355,14 @@ def test_a_limit_takes_the_first_samples_that_can_be_read(where: str, tmp_path: 
     damaged.write_bytes(b"not a tar" * 1000)
     report = make_job(tmp_path / "in", tmp_path / "out", limit=10).execute()
     assert (report.units_written, report.units_failed, report.tally.samples) == (1, 0, 10)
+    assert [reason.partition(":")[0] for reason in report.broken] == [str(damaged)]  # exit status 3
     keys = [row["key"] for rows in read_parts(tmp_path / "out").values() for row in rows]
     first = 8 if where == "first" else 0
     assert keys == [f"{n:06d}" for n in [*range(first, 8), *range(16 if first == 0 else 8, 24)][:10]]
     one = make_job(tmp_path / "in", tmp_path / "one", limit=1).execute()
     assert one.tally.samples == 1
     again = make_job(tmp_path / "in", tmp_path / "out", limit=10).execute()
-    assert (again.units_written, again.units_kept, again.units_failed) == (0, 1, 0)
+    assert (again.units_written, again.units_kept, again.broken) == (0, 1, report.broken)
 
 
 def test_a_limit_over_shards_that_cannot_be_read_is_a_failed_unit(tmp_path: Path) -> None:

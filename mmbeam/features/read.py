@@ -135,7 +135,7 @@ def _tables(
         except ShardError as error:
             if left is None or (left == unit.limit and number == len(unit.inputs) - 1):
                 raise
-            inputs_read[number] = InputRead(error=str(error))
+            inputs_read[number] = InputRead(broken=str(error))
 
 
 def _tables_of(

@@ -361,8 +361,10 @@ class _UnitSamples:
                             del self.inputs_read[number + 1 :]
                             return
             except ShardError as error:
-                if is_pack or is_limited:
+                if is_pack:
                     self.inputs_read[number] = InputRead(error=str(error))
+                elif is_limited:
+                    self.inputs_read[number] = InputRead(broken=str(error))
                 is_last = number == len(self._unit.inputs) - 1
                 fails = is_last and not count if is_limited else not is_pack or count > count_before
                 if fails:

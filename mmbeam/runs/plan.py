@@ -218,8 +218,6 @@ def _packs_to_split(run: Run, reports: Sequence[UnitReport]) -> Iterator[tuple[W
     A shard that was its own unit in this launch is not split off again. If an earlier launch committed the pack, a
     shard that is already planned as its own unit is not split off again either.
     """
-    if run.configuration.get("limit") is not None:  # its one unit reads on behind a shard that cannot be read
-        return
     bad = [report for report in reports if any("error" in source for source in report.inputs)]
     launched = {report.unit for report in reports}
     planned = {str(unit["id"]) for unit in load_plan(run)} if bad else set()
