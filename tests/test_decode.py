@@ -739,10 +739,10 @@ class TestText:
             assert decode_text(data, LIMITS) == expected
 
     def test_metadata(self) -> None:
-        for text in ('{"a": [1, 2.5, null]}', ' {"b" :1} ', '{"a": NaN, "b": -Infinity}', "3"):
+        for text in ('{"a": [1, 2.5, null]}', ' {"b" :1} ', '{"a": NaN, "b": -Infinity}', "3", "9" * 5000):
             assert decode_metadata(text.encode(), LIMITS) == text
 
-    @pytest.mark.parametrize("data", [b"", b"{", b"{'a': 1}", b'{"a": 1}x', b"\xff", b"[" * 100_000, b"9" * 5000])
+    @pytest.mark.parametrize("data", [b"", b"{", b"{'a': 1}", b'{"a": 1}x', b"\xff", b"[" * 100_000])
     def test_invalid_json_is_refused(self, data: bytes) -> None:
         with pytest.raises(DecodeError, match=r"JSON|UTF-8"):
             decode_metadata(data, LIMITS)

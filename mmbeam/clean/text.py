@@ -11,6 +11,14 @@ from functools import partial
 
 from mmbeam.errors import UsageError
 
+_MAX_DIGITS = 4300  # Python's own limit: converting more takes quadratic time
+
+
+def json_integer(digits: str) -> int | float:
+    """Return an integer of JSON, for `parse_int`; infinity for one of more than 4,300 digits, which JSON allows."""
+    return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
+
+
 # Format characters that carry meaning: the joiners of Persian, Indic scripts and emoji, and the visible number
 # signs of Arabic, Syriac and Kaithi (Unicode's Prepended_Concatenation_Mark).
 _KEPT_FORMATS = frozenset(

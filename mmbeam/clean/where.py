@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
 from typing import Any
 
+from mmbeam.clean.text import json_integer
 from mmbeam.errors import UsageError
 from mmbeam.names import Kind
 from mmbeam.types import Sample
@@ -284,6 +285,8 @@ _VALUE_OF: Mapping[str, Callable[[Sample], Any]] = {
 def _parse_json(text: str) -> Any:
     """Parse JSON, with NaN as None, since tables export missing values as NaN."""
     try:
-        return json.loads(text, parse_constant=lambda name: None if name == "NaN" else float(name))
+        return json.loads(
+            text, parse_int=json_integer, parse_constant=lambda name: None if name == "NaN" else float(name)
+        )
     except (ValueError, RecursionError):  # it was valid; nesting may exceed the stack that is left here
         return None

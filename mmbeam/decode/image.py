@@ -419,7 +419,7 @@ def _orientation(exif: bytes, xmp: bytes) -> int:
     folder = int.from_bytes(exif[4:8], order)
     value = None
     for number in range(int.from_bytes(exif[folder : folder + 2], order) if exif[:2] in (b"II", b"MM") else 0):
-        entry = exif[folder + 2 + 12 * number :][:12]
+        entry = exif[folder + 2 + 12 * number : folder + 14 + 12 * number]
         if len(entry) < 12:
             break
         tag, kind = (int.from_bytes(entry[at : at + 2], order) for at in (0, 2))

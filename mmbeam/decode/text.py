@@ -2,6 +2,7 @@
 
 import json
 
+from mmbeam.clean.text import json_integer
 from mmbeam.config import Limits
 from mmbeam.errors import DecodeError, LimitError, printable
 
@@ -30,7 +31,7 @@ def decode_metadata(data: bytes, limits: Limits) -> str:
     """
     text = decode_text(data, limits)
     try:
-        json.loads(text)
+        json.loads(text, parse_int=json_integer)
     except RecursionError as error:
         raise DecodeError("JSON is nested too deeply") from error
     except ValueError as error:

@@ -14,6 +14,7 @@ import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmbeam.clean.text import json_integer
 from mmbeam.errors import UsageError
 from mmbeam.readers.paths import public_path, without_query
 
@@ -144,7 +145,7 @@ def _json_rows(file: Any, path: str, key: str, field: str) -> Iterator[tuple[str
             continue
         where = f"{path}, line {number}"
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_int=json_integer)
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{where}: expected a JSON object ({error})") from None
         if not isinstance(row, dict):
@@ -175,7 +176,7 @@ _READERS: Mapping[str, Callable[[Any, str, str, str], Iterator[tuple[str, Mappin
 def json_object(text: str | bytes | None) -> Mapping[str, Any]:
     """Return the JSON object in `text`, or an empty one if the text is missing, invalid or another JSON value."""
     try:
-        value = json.loads(text or "{}")
+        value = json.loads(text or "{}", parse_int=json_integer)
     except (ValueError, RecursionError):
         return {}
     return value if isinstance(value, dict) else {}
