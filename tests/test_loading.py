@@ -5,6 +5,7 @@ import json
 import logging
 import os
 import pickle
+import random
 import re
 import shutil
 import subprocess
@@ -22,6 +23,8 @@ import fsspec
 import pytest
 import torch
 import transformers
+from tiny_audio_text import save_bert, save_roberta, save_t5
+from tiny_clip import save_clip
 from tiny_models import save_siglip
 from transformers import AutoTokenizer, CLIPModel, CLIPVisionModel, PreTrainedModel
 
@@ -576,6 +579,40 @@ def test_tokenizing_from_many_threads(clip: Path) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         assert all(pool.map(work, range(64)))
+
+
+LONG_TEXTS: Mapping[str, str] = {
+    "words": "a cat number 7 " * 3000,
+    "one word": "a" * 30_000,
+    "random": random.Random(0).randbytes(15_000).hex(),
+    "punctuation": "!?.,-" * 6000,
+    "spaces and a word": " " * 30_000 + "cat",
+    "a word, spaces and a word": "cat" + " " * 30_000 + "dog" * 100,
+    "unknown": "\u65e5\u672c\u8a9e" * 9000,
+    "combining marks": "a\u0301" * 15_000,
+    "emoji": "\U0001f469\u200d\U0001f680" * 5000,
+}
+
+
+@pytest.mark.parametrize("name", LONG_TEXTS)
+@pytest.mark.parametrize("save", [save_bert, save_roberta, save_clip, save_t5])
+def test_a_text_cut_before_it_is_tokenized_has_the_ids_of_the_whole(
+    save: Callable[[Path], Path], name: str, tmp_path: Path
+) -> None:
+    directory = save(tmp_path)
+    tokenizer, reference, text = TextTokenizer(directory), AutoTokenizer.from_pretrained(directory), LONG_TEXTS[name]
+    for length in (8, 77):
+        expected = reference([text], truncation=True, max_length=length, split_special_tokens=True)["input_ids"]
+        assert tokenizer.encode([text], length) == expected
+    whole = reference([text], add_special_tokens=False, split_special_tokens=True)["input_ids"]
+    assert tokenizer.count([text, "cat"])[0] == len(whole[0])
+
+
+def test_long_texts_are_counted_in_pieces(clip: Path) -> None:
+    tokenizer = TextTokenizer(clip)
+    text = "a cat number 7 " * 10_000  # two cuts, at white space
+    assert len(text) > 2 * 65_536
+    assert tokenizer.count(["a", text, ""]) == [1, 10_000 * tokenizer.count(["a cat number 7"])[0], 0]
 
 
 def test_a_broken_tokenizer_is_an_error(copy: Path) -> None:
