@@ -77,7 +77,9 @@ def decode_sample(
 
 
 def _damage_failure(raw: RawSample, damage: Damage, modality: str = "") -> Failure:
-    return Failure.of(raw, "read", damage.error, f"at byte {damage.offset:,}: {damage.message}", modality=modality)
+    where = f"byte {damage.offset:,}"
+    message = damage.message if where in damage.message else f"at {where}: {damage.message}"
+    return Failure.of(raw, "read", damage.error, message, modality=modality)
 
 
 def _decode(kind: Kind, data: bytes, reading: Reading, needs: Needs, max_bytes: int | None) -> dict[str, Any]:
