@@ -138,7 +138,9 @@ class ByteReader:
 
     def read(self, size: int) -> bytes:
         """Return `size` bytes, or fewer at the end."""
-        data, self._unread = self._unread[:size], self._unread[size:]
+        data = b""
+        if self._unread:
+            data, self._unread = self._unread[:size], self._unread[size:]
         while len(data) < size and (more := self._stream.read(size - len(data))):
             data += more
         self.position += len(data)
@@ -506,7 +508,7 @@ def _is_tar(name: str) -> bool:
     return ".tar" in name.lower().rpartition("/")[2] or name.lower().endswith(".tgz")
 
 
-def header_inside(data: bytes) -> int | None:
+def header_inside(data: bytes, padding: bytes) -> int | None:
     """Return the byte at which a member's data hold the header of another member, since its size is wrong."""
     magic = data[257::BLOCK]  # the first letter of "ustar", if a block is a header
     place = magic.find(b"u")
@@ -514,7 +516,8 @@ def header_inside(data: bytes) -> int | None:
         if _is_anchor(data[place * BLOCK : (place + 1) * BLOCK]):
             return place * BLOCK
         place = magic.find(b"u", place + 1)
-    return None
+    tail = len(data) // BLOCK * BLOCK
+    return tail if _is_anchor(data[tail:] + padding) else None
 
 
 def pax_records(payload: bytes) -> dict[str, str]:
@@ -902,11 +905,12 @@ class TarReader:
         group.held += len(name) + FIELD_COST
         if not wanted or refusal is not None or not self._source.has(member.data_offset + member.size):
             return  # of a member that is cut off, Members reports it
-        data = self._source.read(_padded(member.size))
+        data = self._source.read(member.size)
+        padding = self._source.read(-member.size % BLOCK) if len(data) == member.size else b""
         member.is_scanned = True
-        inside = None if _is_tar(member.name) else header_inside(data)
+        inside = None if _is_tar(member.name) else header_inside(data, padding)
         if inside is not None:
-            self._source.unread(data[inside:])
+            self._source.unread(data[inside:] + padding)
             at = member.data_offset + inside
             message = (
                 f"member {member.name} at byte {member.offset:,}: its size, {member.size:,} bytes, is wrong: "
@@ -914,9 +918,9 @@ class TarReader:
             )
             _add_damage(group, Damage(field=name, offset=member.offset, error="DecodeError", message=message))
             member.size = inside
-        elif len(data) >= member.size:
-            member.is_padded = not data[member.size :].strip(b"\0")
-            group.members[name] = data[: member.size]
+        elif len(data) == member.size:
+            member.is_padded = not padding.strip(b"\0")
+            group.members[name] = data
             group.held += member.size
 
     def _refuse(self, group: _Group, member: Member) -> tuple[str, str] | None:
