@@ -35,10 +35,10 @@ def kill_if(step: str, texts: Sequence[str | bytes | None]) -> None:
         time.sleep(60)  # another thread may receive the signal
 
 
-def _decode(raw: RawSample, reading: Any, needs: Any, crash: str | None = None) -> Any:
+def _decode(raw: RawSample, reading: Any, needs: Any, crash: str | None, *more: Any) -> Any:
     if crash is None:
         kill_if("decode", [raw.members.get("txt")])
-    return decode_sample(raw, reading, needs, crash)
+    return decode_sample(raw, reading, needs, crash, *more)
 
 
 def _write(writer: UnitWriter, batch: Batch, real: Callable[[UnitWriter, Batch], Tally]) -> Tally:
