@@ -162,9 +162,9 @@ class TestFetchedLists:
         web.files["/lists/train.txt"] = content
         memory.pipe("/lists/train.txt", content)
         url = list_url.format(port=web.port)
-        with pytest.raises(UsageError, match=r"train.txt, line 3: expected shards of .*`allow_local_paths`"):
+        with pytest.raises(UsageError, match=r"train.txt, line 3: expected a shard on the list's own .*`allow_local_paths`"):
             expand([url])
-        with pytest.raises(UsageError, match=r"train.txt, line 3: expected shards of .*`allow_local_paths`"):
+        with pytest.raises(UsageError, match=r"train.txt, line 3: expected a shard on the list's own .*`allow_local_paths`"):
             list_shards([url])
         if "[::1" not in line:
             assert len(expand([url], allow_local_paths=True)) >= 2

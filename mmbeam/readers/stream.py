@@ -119,6 +119,7 @@ class _RetryingFile(io.RawIOBase):
         self._fs, self._path = file_system(shard.url, may_redirect=shard.may_redirect)
         self._file: Any = None
         self._position = begin
+        self._seekable: bool | None = None  # not yet asked for
         self._ranges = True  # False once an HTTP server has sent a whole file instead of a range
         self._block_bytes = BLOCK_BYTES
         self._opened = False
@@ -132,8 +133,10 @@ class _RetryingFile(io.RawIOBase):
         return True
 
     def seekable(self) -> bool:
-        """Return whether seeking forward is cheaper than reading."""
-        return self.size is not None and self._ranges
+        """Return whether seeking forward is cheaper than reading, as far as it is known when the file is opened."""
+        if self._seekable is None:
+            self._seekable = self.size is not None and self._ranges
+        return self._seekable
 
     def tell(self) -> int:
         return self._position
@@ -141,9 +144,16 @@ class _RetryingFile(io.RawIOBase):
     def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
         if not self.seekable() or self.size is None:
             raise io.UnsupportedOperation(f"{self._shard.path} can only be read forward")
-        self._position = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
-        if self._file is not None:
-            self._file.seek(self._position)
+        target = offset + {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self.size}[whence]
+        if self._ranges:
+            if self._file is not None:
+                self._file.seek(target)
+        elif target < self._position:  # a web server that turned out not to serve ranges: read from the beginning
+            self._drop()
+        else:
+            while (left := target - self._position) > 0 and self.readinto(memoryview(bytearray(min(READ_BYTES, left)))):
+                continue
+        self._position = target
         return self._position
 
     def open(self) -> None:
