@@ -628,7 +628,8 @@ class TarReader:
     `failures`. After damage the tar is followed from the next header with magic and checksum on.
 
     With `begin` or `end` only the samples of the part between these two cuts are returned. The stream then begins at
-    `part_origin(begin)`. A compressed tar belongs to the first part as a whole.
+    `part_origin(begin)`. A compressed tar belongs to the first part as a whole. With `origin`, the stream begins at
+    this byte of an uncompressed tar, which must be that of a sample (readers/samples.py).
 
     Raises ShardError if the stream is not a tar, or is damaged and holds no sample. Errors of `stream` pass through.
     """
@@ -641,8 +642,9 @@ class TarReader:
         limits: Limits,
         begin: int = 0,
         end: int | None = None,
+        origin: int | None = None,
     ) -> None:
-        self._source = ByteReader(stream, position=part_origin(begin))
+        self._source = ByteReader(stream, position=part_origin(begin) if origin is None else origin)
         self._begin = begin
         self._end = end
         self._shard = shard

@@ -1,0 +1,57 @@
+"""Single samples of a shard, read again by their offset. Rows and failure records name the shard and the offset."""
+
+from collections.abc import Callable, Collection, Iterator, Sequence
+
+from mmbeam.config import Limits
+from mmbeam.errors import ShardError
+from mmbeam.readers.paths import public_path
+from mmbeam.readers.stream import RETRY_WAITS, open_shard
+from mmbeam.readers.tar import BLOCK, TarReader, is_header
+from mmbeam.types import RawSample, Shard
+
+
+def read_sample(shard: str, offset: int, limits: Limits | None = None) -> RawSample:
+    """Return the sample that begins at byte `offset` of a shard, as the columns `shard` and `offset` of a row name it.
+
+    `shard` is a path or URL. An uncompressed tar is read from that byte on, a compressed one from its beginning. Raises
+    ShardError if the shard cannot be read, or if no sample begins at that byte.
+    """
+    path = public_path(shard)
+    for raw in read_samples(Shard(path=path, url=shard), (offset,), limits=limits):
+        return raw
+    raise ShardError(f"{path}: no sample begins at byte {offset:,}; the shard is another one, or has changed")
+
+
+def read_samples(
+    shard: Shard,
+    offsets: Collection[int],
+    want: Callable[[str], bool] = lambda field: True,
+    limits: Limits | None = None,
+    waits: Sequence[float] = RETRY_WAITS,
+) -> Iterator[RawSample]:
+    """Yield the samples that begin at these bytes of a shard, in one pass and in their order in the shard.
+
+    Members of a field that `want` rejects are not read. An offset at which no member begins is left out. A pax global
+    header, which holds for all later members of an uncompressed tar, is not applied. `waits` are
+    those of `open_shard`. Raises ShardError if the shard cannot be read, or is not the one that was listed.
+    """
+    limits = limits or Limits()
+    with open_shard(shard, waits=waits) as stream:
+        if is_header(stream.read(BLOCK)) and stream.seekable():
+            for offset in sorted(set(offsets)):
+                stream.seek(offset)
+                block = stream.read(BLOCK)
+                if block.strip(b"\0") and is_header(block):
+                    stream.seek(offset)
+                    raw = next(iter(TarReader(stream, shard.path, want, limits, origin=offset)), None)
+                    if raw is not None and raw.offset == offset:
+                        yield raw
+            return
+    wanted = set(offsets)
+    with open_shard(shard, waits=waits) as stream:
+        for raw in TarReader(stream, shard.path, want, limits):
+            if raw.offset in wanted:
+                wanted.remove(raw.offset)
+                yield raw
+            if not wanted:
+                return
