@@ -12,7 +12,7 @@ from typing import NoReturn, Protocol, cast
 from mmbeam.errors import UsageError
 from mmbeam.names import VERSION
 
-COMMANDS = ("caption", "demo", "embed", "evaluate", "export", "inspect", "search", "status", "train")
+COMMANDS = ("caption", "demo", "embed", "evaluate", "export", "inspect", "report", "search", "status", "train")
 
 
 class Command(Protocol):

@@ -5,7 +5,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers.paths import public_path
-from mmbeam.readers.stream import RETRY_WAITS, open_shard
+from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import BLOCK, TarReader, is_header
 from mmbeam.types import RawSample, Shard
 
@@ -27,7 +27,7 @@ def read_samples(
     offsets: Collection[int],
     want: Callable[[str], bool] = lambda field: True,
     limits: Limits | None = None,
-    waits: Sequence[float] = RETRY_WAITS,
+    waits: Sequence[float] | None = None,
 ) -> Iterator[RawSample]:
     """Yield the samples that begin at these bytes of a shard, in one pass and in their order in the shard.
 

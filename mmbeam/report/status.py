@@ -22,7 +22,7 @@ def status_text(output: str) -> Iterator[str]:
     yield f"run: {run.store}, fingerprint {run.fingerprint}"
     yield from _configuration(run)
     done = committed(run)
-    failed = _failed(run, done)
+    failed = failed_units(run, done)
     ids = {str(unit["id"]) for unit in load_plan(run)} | done | failed.keys()
     planned = len(ids) or int(run.configuration.get("limit") is not None)  # with a limit, one unit, even if not planned
     left = planned - len(done) - len(failed)
@@ -61,7 +61,7 @@ def _configuration(run: Run) -> Iterator[str]:
         yield f"options: {json.dumps(changed, ensure_ascii=False)[1:-1]}"
 
 
-def _failed(run: Run, done: set[str]) -> dict[str, str]:
+def failed_units(run: Run, done: set[str]) -> dict[str, str]:
     """Return the reasons of failed units that are not committed, by unit."""
     names = [name for name in run.store.list("failures") if name.endswith("-failed.parquet")]
     units = {name.removeprefix("part-").removesuffix("-failed.parquet"): name for name in names}

@@ -1,0 +1,129 @@
+"""The media of a report's gallery, read back from the inputs by shard and offset, and re-encoded.
+
+The bytes of an input are never copied to the page. An image becomes a small JPEG of its decoded pixels, and a sound an
+MP3 of its first seconds. If an input is gone or has changed, a note states the reason.
+"""
+
+import base64
+import io
+from collections import defaultdict
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+import soundfile
+import soxr
+from PIL import Image
+
+from mmbeam.config import Limits, Reading
+from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.decode.audio import decode_audio
+from mmbeam.decode.common import codec_errors
+from mmbeam.errors import SampleError, printable, redact
+from mmbeam.process import cores
+from mmbeam.readers.samples import read_samples
+from mmbeam.types import ImageHWC, Needs, RawSample, SampleId, Shard, Waveform
+
+THUMB_SIDE = 320  # pixels, of the longer side
+JPEG_QUALITY = 80
+CLIP_SECONDS = 8.0
+CLIP_RATES = (8000, 11025, 12000, 16000, 22050, 24000)  # Hz, stored as they are; other sounds are resampled to the last
+BLOCK_NUMBERS = 1 << 17  # decoded at a time, over all channels
+
+
+@dataclass(kw_only=True)
+class Media:
+    """What was read back of a sample: data URLs, and notes on what could not be read."""
+
+    image: str | None = None
+    image_size: tuple[int, int] | None = None  # width and height of the thumbnail
+    audio: str | None = None  # at most CLIP_SECONDS
+    text: str | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+def load_media(keys: Mapping[SampleId, str], inputs: Mapping[str, Shard], reading: Reading) -> dict[SampleId, Media]:
+    """Return the media of the samples in `keys`, which maps them to their keys.
+
+    `inputs` holds shards by path, with the size and etag that the run recorded; a shard that is not among them is
+    opened unchecked. An error of an input or a codec becomes a note.
+    """
+    samples: dict[str, list[SampleId]] = defaultdict(list)
+    for sample in keys:
+        samples[sample.shard].append(sample)
+    shards = [inputs.get(path) or Shard(path=path, url=path) for path in samples]
+    media: dict[SampleId, Media] = {}
+    with ThreadPoolExecutor(cores()) as pool:
+        for loaded in pool.map(lambda shard: _load_shard(shard, samples[shard.path], keys, reading), shards):
+            media |= loaded
+    return media
+
+
+def _load_shard(
+    shard: Shard, samples: list[SampleId], keys: Mapping[SampleId, str], reading: Reading
+) -> dict[SampleId, Media]:
+    want = wanted_fields(reading, Needs(modalities=frozenset({"image", "audio"})))
+    media: dict[SampleId, Media] = {}
+    reason = "the input holds another sample at this byte; it has changed since the run"
+    try:
+        offsets = [sample.offset for sample in samples]
+        for raw in read_samples(shard, offsets, want, reading.limits, waits=()):
+            sample = SampleId(shard.path, raw.offset)
+            if raw.key.encode("utf-8", "backslashreplace").decode() == keys[sample]:
+                media[sample] = _media(raw, reading)
+    except Exception as error:  # of a store, too: a report is made without its inputs
+        reason = f"the input cannot be read: {printable(redact(str(error) or type(error).__name__))}"
+    return {sample: media.get(sample) or Media(notes=[reason]) for sample in samples}
+
+
+def _media(raw: RawSample, reading: Reading) -> Media:
+    needs = Needs(modalities=frozenset({"image"}), image_side=THUMB_SIDE)
+    sample, failures = decode_sample(raw, replace(reading, draft=True), needs)
+    media = Media(text=sample.text, notes=[f"{fault.modality or 'sample'}: {fault.message}" for fault in failures])
+    if sample.image is not None:
+        media.image, media.image_size = _thumbnail(sample.image)
+    sound = raw.members.get(reading.fields.choose(raw.fields).get("audio", ""))
+    if sound is not None and not raw.truncated:
+        try:
+            media.audio = _clip(sound, reading.limits)
+        except SampleError as error:
+            media.notes.append(f"audio: {error}")
+    return media
+
+
+def _thumbnail(pixels: ImageHWC) -> tuple[str, tuple[int, int]]:
+    """Return the data URL of a JPEG, and its width and height."""
+    image = Image.fromarray(pixels)
+    image.thumbnail((THUMB_SIDE, THUMB_SIDE))
+    buffer = io.BytesIO()
+    image.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size
+
+
+def _clip(data: bytes, limits: Limits) -> str:
+    """Return the data URL of the first seconds of a sound. Raises SampleError if it cannot be decoded."""
+    try:
+        wave, rate = _first_seconds(data)
+    except SampleError:  # tags ahead of the sound, for example, which the decoder of a job skips
+        wave, rate = decode_audio(data, limits, frozenset()).at(None)
+    wave = np.clip(np.nan_to_num(wave[: int(CLIP_SECONDS * rate)]), -1, 1)
+    if rate not in CLIP_RATES:
+        wave, rate = soxr.resample(wave, rate, CLIP_RATES[-1], quality="HQ"), CLIP_RATES[-1]
+    kind, name = ("MP3", "mpeg") if "MP3" in soundfile.available_formats() else ("WAV", "wav")
+    buffer = io.BytesIO()
+    with codec_errors(kind, wave.nbytes):
+        soundfile.write(buffer, wave, rate, format=kind)
+    return f"data:audio/{name};base64,{base64.b64encode(buffer.getvalue()).decode()}"
+
+
+def _first_seconds(data: bytes) -> tuple[Waveform, int]:
+    with codec_errors("audio", len(data)), soundfile.SoundFile(io.BytesIO(data)) as sound:
+        left, blocks = int(CLIP_SECONDS * sound.samplerate), list[Waveform]()
+        size = max(1, BLOCK_NUMBERS // sound.channels)
+        while left > 0 and len(block := sound.read(min(size, left), dtype="float32", always_2d=True)):
+            blocks.append(block.mean(axis=1))
+            left -= len(block)
+        if not blocks:
+            raise SampleError("audio of 0 frames")
+        return np.concatenate(blocks), sound.samplerate
