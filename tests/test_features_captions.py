@@ -66,7 +66,7 @@ def test_parquet_keys_may_be_integers_and_null(tmp_path: Path) -> None:
     ("name", "content", "message"),
     [
         ("a.jsonl", JSON_LINES + b"{broken\n", "line 3: expected a JSON object"),
-        ("a.jsonl", JSON_LINES + b"[1]\n", r"line 3: expected a JSON object, found '\[1\]"),
+        ("a.jsonl", JSON_LINES + b"[1]\n", r"line 3: expected a JSON object, found list"),
         ("a.jsonl", JSON_LINES + DEEP.encode(), "line 3: expected a JSON object"),
         ("a.jsonl", JSON_LINES + b'{"key": ' + b"9" * 5000 + b', "text": "a"}', "line 3: expected a JSON object"),
         ("a.jsonl", JSON_LINES + b'{"text": "a"}\n', "line 3: expected rows with 'key' and 'text', found text"),

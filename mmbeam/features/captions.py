@@ -149,7 +149,7 @@ def _json_rows(file: Any, path: str, key: str, field: str) -> Iterator[tuple[str
         except (ValueError, RecursionError) as error:
             raise UsageError(f"{where}: expected a JSON object ({error})") from None
         if not isinstance(row, dict):
-            raise UsageError(f"{where}: expected a JSON object, found {line[:40]!r}")
+            raise UsageError(f"{where}: expected a JSON object, found {type(row).__name__}")
         yield where, row
 
 
