@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
 from mmbeam.errors import UsageError, redact
 from mmbeam.names import DTYPES, KINDS, MODALITIES
@@ -26,7 +26,13 @@ if TYPE_CHECKING:
 OptionsT = TypeVar("OptionsT", bound="JobOptions")
 
 SOME_UNITS_FAILED = 3  # exit status: done, but some units failed, or shards break off
-Group = argparse.ArgumentParser | argparse._ArgumentGroup
+
+
+class Group(Protocol):
+    """A parser, or a group of arguments of one."""
+
+    def add_argument(self, *names: str, **options: Any) -> Any:
+        """Add an argument, as `argparse.ArgumentParser.add_argument` does."""
 
 
 def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Generator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from mmbeam.commands.common import field_arguments, fields_of, fraction, modalities_of, positive
+from mmbeam.commands.common import Group, field_arguments, fields_of, fraction, modalities_of, positive
 from mmbeam.names import (
     BUILTIN_ENCODERS,
     FUSIONS,
@@ -49,7 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _training_arguments(parser.add_argument_group("training"))
 
 
-def _data_arguments(group: argparse._ArgumentGroup) -> None:
+def _data_arguments(group: Group) -> None:
     group.add_argument(
         "--captions",
         default="caption",
@@ -86,7 +86,7 @@ def _data_arguments(group: argparse._ArgumentGroup) -> None:
     field_arguments(group)
 
 
-def _model_arguments(group: argparse._ArgumentGroup) -> None:
+def _model_arguments(group: Group) -> None:
     group.add_argument("--fusion", choices=FUSIONS, help=f"how the sources are combined (default: {FUSIONS[0]})")
     group.add_argument("--generator", choices=GENERATOR_KINDS, help=f"text decoder (default: {GENERATOR_KINDS[0]})")
     group.add_argument(
@@ -138,7 +138,7 @@ def _model_arguments(group: argparse._ArgumentGroup) -> None:
     )
 
 
-def _training_arguments(group: argparse._ArgumentGroup) -> None:
+def _training_arguments(group: Group) -> None:
     group.add_argument("--epochs", type=positive, default=20, metavar="N", help="number of epochs (default: 20)")
     group.add_argument("--steps", type=positive, metavar="N", help="number of optimizer steps, instead of --epochs")
     group.add_argument(

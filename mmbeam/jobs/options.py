@@ -84,7 +84,7 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
     classes = [PipelineOptions]
     for options in classes:
-        options._add_argparse_args(parser)
+        options._add_argparse_args(parser)  # the hook that Beam documents for options of a user
         classes += options.__subclasses__()
     _, unknown = parser.parse_known_args(list(args))
     if unknown:
