@@ -248,12 +248,11 @@ def status(output: str) -> Iterator[str]:
     return status_text(output)
 
 
-def test_samples_after_the_end_of_archive_marker_are_not_read(output: str, tmp_path: Path) -> None:
-    """They do not belong to the tar, although a part that begins after the marker reads them."""
+def test_samples_of_a_second_tar_after_the_end_of_archive_marker_are_read(output: str, tmp_path: Path) -> None:
     source = put(tmp_path, two_in_one=samples(*range(10)) + bytes(1024) + samples(*range(20, 60)))
-    launch(output, source)
+    launch(output, source)  # where a part ends at the marker, the shard is read again as a whole
     assert launch(output, source).units_failed == 0
-    assert [key for _, (key, *_) in rows(output)] == [f"{number:04d}" for number in range(10)]
+    assert [key for _, (key, *_) in rows(output)] == [f"{number:04d}" for number in (*range(10), *range(20, 60))]
 
 
 def test_warnings_of_a_shard_are_counted_once(output: str, tmp_path: Path) -> None:
