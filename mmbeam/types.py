@@ -7,8 +7,10 @@ with the Needs and Outputs that describe it, so that readers and writers depend 
 Beam or torch.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+import hashlib
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
@@ -23,12 +25,28 @@ Waveform = npt.NDArray[np.float32]  # [frames], mono, nominally -1 to 1
 Feature = npt.NDArray[np.floating[Any]]  # [width] or [tokens, width]: an encoder's output for one modality
 
 
+class SourceFile(NamedTuple):
+    """A file of a folder, as its listing describes it."""
+
+    name: str  # its path below the folder; bytes that are not UTF-8 as surrogates
+    size: int | None = None
+    etag: str | None = None
+
+
+class FolderSample(NamedTuple):
+    """The files of a folder that make one sample."""
+
+    key: str
+    files: tuple[SourceFile, ...]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Shard:
-    """One input file, as a listing describes it.
+    """One input file, or a folder of media files, as a listing describes it.
 
     `path` is the shard's identity in rows, plans and logs: the URL without credentials and query string.
-    `url` is the address that is opened. It may hold a secret and is kept out of every repr.
+    `url` is the address that is opened. It may hold a secret and is kept out of every repr. A folder has `samples`,
+    all or those of one work unit; its size and etag are then those of their files.
     """
 
     path: str
@@ -37,11 +55,43 @@ class Shard:
     etag: str | None = None
     cuttable: bool = True  # False if a byte range can only be read from the beginning of the file
     may_redirect: bool = True  # False if its web server may not redirect to another server (see listing.expand)
+    samples: tuple[FolderSample, ...] = field(default=(), repr=False)  # of a folder, in order; () for a file
+    tables: tuple[SourceFile, ...] = field(default=(), repr=False)  # metadata.csv and metadata.jsonl of a folder
+
+    def with_samples(self, samples: Sequence[FolderSample]) -> "Shard":
+        """Return the folder with these samples only, and the tables that lie beside them or above."""
+        folders = {""}
+        for sample in samples:
+            folder = sample.key.rpartition("/")[0]
+            while folder not in folders:
+                folders.add(folder)
+                folder = folder.rpartition("/")[0]
+        tables = tuple(table for table in self.tables if printable_name(table.name.rpartition("/")[0]) in folders)
+        part = replace(self, samples=tuple(samples), tables=tables)
+        listed = files_of(part)
+        digest = hashlib.sha256()
+        for file in listed:
+            digest.update(f"{file.name}\0{file.size}\0{file.etag}\n".encode("utf-8", "backslashreplace"))
+        size = sum(file.size or 0 for file in listed)
+        return replace(part, size=size, etag=digest.hexdigest()[:16])
+
+
+def files_of(folder: Shard) -> list[SourceFile]:
+    """Return the files of a folder's samples, and its tables."""
+    return [*(file for sample in folder.samples for file in sample.files), *folder.tables]
+
+
+def printable_name(name: str) -> str:
+    """Return a file's name with backslash escapes for bytes that are not UTF-8."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Input:
-    """A shard, or the part of an uncompressed one between the cuts at bytes `begin` and `end` (readers/tar.py)."""
+    """A shard, or the part of an uncompressed one between the cuts at bytes `begin` and `end` (readers/tar.py).
+
+    Of a folder, `begin` and `end` count samples, and `shard.samples` are those between them.
+    """
 
     shard: Shard
     begin: int = 0
@@ -79,7 +129,7 @@ class Damage:
     """A member that could not be read completely, and the error. The rest of its sample is still processed."""
 
     field: str  # lower case; "" if the member's header itself is damaged
-    offset: int  # of the member's header in the uncompressed tar
+    offset: int | None  # of the member's header in the uncompressed tar; None: of a file of a folder
     error: str  # name of an exception class: "LimitError", "DecodeError"
     message: str
 
@@ -88,7 +138,9 @@ class SampleId(NamedTuple):
     """Identifies a sample within a run. Its key does not: keys may repeat."""
 
     shard: str  # Shard.path
-    offset: int  # of the sample's first header in the uncompressed tar, pax and GNU prefixes included
+    # of the sample's first header in the uncompressed tar, pax and GNU prefixes included, or in the zip archive; of a
+    # folder, the number of the sample
+    offset: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -127,6 +179,23 @@ class RawSample:
     def id(self) -> SampleId:
         """The sample's identity within a run."""
         return SampleId(self.shard, self.offset)
+
+
+class SourceReader:
+    """What reading a folder, a zip archive or a table reports besides its samples, as `tar.TarReader` does of a tar."""
+
+    first_sample: int | None = None
+    next_sample: int | None = None
+    broken: str | None = None
+    failures: Sequence[Damage] = ()
+    is_empty = unterminated = trailing_data = concatenated = False
+
+    def __init__(self) -> None:
+        self.bytes_read = 0  # as stored
+        self.members: Counter[str] = Counter()  # members that belong to no sample, by kind
+
+    def __iter__(self) -> Iterator[RawSample]:
+        raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

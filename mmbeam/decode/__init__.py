@@ -77,7 +77,7 @@ def decode_sample(
 
 
 def _damage_failure(raw: RawSample, damage: Damage, modality: str = "") -> Failure:
-    where = f"byte {damage.offset:,}"
+    where = "" if damage.offset is None else f"byte {damage.offset:,}"
     message = damage.message if where in damage.message else f"at {where}: {damage.message}"
     return Failure.of(raw, "read", damage.error, message, modality=modality)
 

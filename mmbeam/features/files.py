@@ -18,7 +18,7 @@ from fsspec.implementations.local import LocalFileSystem
 from mmbeam.config import MIB
 from mmbeam.errors import MissingModalityError, ShardError, UsageError
 from mmbeam.features.schema import check_schema, feature_columns, origin_of, warn_of_unknown_origin
-from mmbeam.names import FEATURE_SUFFIX, SHARD_SUFFIXES
+from mmbeam.names import FEATURE_SUFFIX, KIND_OF_EXTENSION, SHARD_SUFFIXES
 from mmbeam.readers.listing import MAX_REQUESTS, Entry, exists_literally, expand, list_shards
 from mmbeam.readers.paths import file_system, public_path, without_query
 from mmbeam.readers.stream import ShardStream, open_shard
@@ -32,14 +32,14 @@ def feature_files(inputs: Sequence[str], strict: bool = False, allow_local_paths
     """Return the Parquet files of an input of features, or [] if the input is shards.
 
     Features are paths and globs that end in .parquet, outputs of a job, and folders with Parquet files and without
-    shards, such as OUT/data. `strict` and `allow_local_paths` are those of `list_shards`. Raises NoShardsError if no
-    file exists, and UsageError if the input mixes features and shards.
+    shards and media files, such as OUT/data. `strict` and `allow_local_paths` are those of `list_shards`. Raises
+    NoShardsError if no file exists, and UsageError if the input mixes features and shards.
     """
     places = [_parquets_at(entry) for entry in expand(inputs, allow_local_paths)]
     files = [path for paths in places for path in paths or ()]
     if files and None in places:
         raise UsageError("`input`: expected either features (Parquet) or shards, found both")
-    return list_shards(files, strict) if files else []
+    return list_shards(files, strict, any_file=True) if files else []
 
 
 def _parquets_at(place: Entry) -> list[Entry] | None:
@@ -56,7 +56,7 @@ def _parquets_at(place: Entry) -> list[Entry] | None:
         fs.invalidate_cache(path)
         names = [name.rstrip("/").rpartition("/")[2] for name in fs.ls(path, detail=False)]
         is_run = fs.exists(f"{path.rstrip('/')}/{MANIFEST}")
-        if not is_run and any(name.lower().endswith(SHARD_SUFFIXES) for name in names):
+        if not is_run and any(name.lower().endswith(SHARD_SUFFIXES) or _is_media(name) for name in names):
             return None
         folder, files = entry.rstrip("/"), _parquets(names)
         if is_run or (not files and DATA in names):
@@ -66,6 +66,10 @@ def _parquets_at(place: Entry) -> list[Entry] | None:
         return [place._replace(url=f"{folder}/{name}") for name in files] or None
     except (OSError, ValueError, ImportError):  # list_shards reports what is wrong with the entry
         return None
+
+
+def _is_media(name: str) -> bool:
+    return KIND_OF_EXTENSION.get(name.lower().rpartition(".")[2]) in ("image", "audio")
 
 
 def _parquets(names: Iterable[str]) -> list[str]:
@@ -149,7 +153,9 @@ class FeatureFiles:
         """
         urls = [
             file.url
-            for file in list_shards([file for entry in expand(paths) for file in _parquets_at(entry) or [entry]])
+            for file in list_shards(
+                [file for entry in expand(paths) for file in _parquets_at(entry) or [entry]], any_file=True
+            )
         ]
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
             footers = list(pool.map(lambda url: _read_footer(url, features, columns), urls))

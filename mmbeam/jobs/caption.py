@@ -88,7 +88,7 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     required = tuple(modality for modality in MODALITIES if modality in output.required)
     listing = (options.input, options.strict_input, options.allow_local_paths)
     files = feature_files(*listing)
-    shards = files or list_shards(*listing)
+    shards = files or list_shards(*listing, options.reading.fields)
     if files:
         _check_features(generate, shards, options)
     else:

@@ -50,7 +50,7 @@ def prepare(options: EmbedOptions) -> EmbedJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
     check_options(options)
     stages = _stages(options)
-    shards = list_shards(options.input, options.strict_input, options.allow_local_paths)
+    shards = list_shards(options.input, options.strict_input, options.allow_local_paths, options.reading.fields)
     modalities = tuple(dict.fromkeys(modality for stage in stages for modality in stage.modalities))
     required = options.modalities is not None
     check_modalities(probe(shards, options.reading.fields, options.reading.limits), modalities, required)

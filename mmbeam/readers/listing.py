@@ -7,10 +7,11 @@ import errno
 import logging
 import os
 import re
+import stat
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from math import prod
 from typing import Any, NamedTuple, TypeVar
@@ -18,9 +19,9 @@ from typing import Any, NamedTuple, TypeVar
 from braceexpand import braceexpand
 from fsspec.implementations.local import LocalFileSystem
 
-from mmbeam.config import MIB
+from mmbeam.config import MIB, FieldMap
 from mmbeam.errors import NoShardsError, ShardError, UsageError, printable, redact
-from mmbeam.names import LIST_SUFFIXES, SHARD_SUFFIXES
+from mmbeam.names import LIST_SUFFIXES, MODALITIES, NOT_INPUTS, SHARD_SUFFIXES, TABLE_NAMES
 from mmbeam.readers.paths import (
     Info,
     etag_of,
@@ -30,11 +31,12 @@ from mmbeam.readers.paths import (
     origin,
     plain_url,
     public_path,
+    split_name,
     without_query,
 )
 from mmbeam.readers.retry import http_status, retry
 from mmbeam.readers.stream import supports_ranges
-from mmbeam.types import Shard
+from mmbeam.types import FolderSample, Shard, SourceFile, printable_name
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +47,11 @@ HTTP_PROBES = 1000  # shards of a web server whose size is requested; it stays u
 MAX_REQUESTS = 32  # concurrent
 CUTTABLE_BYTES = 32 * MIB  # above this size a web server is asked whether it supports ranges: the shard may be cut
 PLACES_SHOWN = 5  # in an error
+EXPECTED = (
+    "Name shards, zip archives, or a folder or pattern of image, audio or text files; features (Parquet) are an input "
+    "of `mmbeam caption` and `mmbeam train`"
+)
+LEFT_OUT_SHOWN = 6  # extensions of files that are not inputs, in a message
 MAX_PATHS = 5_000_000  # that patterns stand for
 MAX_LIST_BYTES = 256 * MIB  # of a list of shards
 MAX_LINE_CHARS = 16_384  # of a line of it: a signed URL takes 2,000
@@ -133,9 +140,10 @@ def _expand_braces(pattern: str, folder: str = "") -> Iterator[str]:
 
 
 def _is_list(entry: str) -> bool:
-    return (entry.startswith("@") and not exists_literally(entry)) or without_query(entry).lower().endswith(
-        LIST_SUFFIXES
-    )
+    if entry.startswith("@") and not exists_literally(entry):
+        return True
+    is_glob = re.search("[*?[]", without_query(entry)) is not None and not exists_literally(entry)
+    return without_query(entry).lower().endswith(LIST_SUFFIXES) and not is_glob
 
 
 def _read_lines(url: str) -> list[tuple[int, str]]:
@@ -234,14 +242,26 @@ def _is_object(url: str, fs: Any, path: str) -> bool:
     return "://" in url and not url.startswith(("http://", "https://", "file://")) and bool(fs.isfile(path))
 
 
-def list_shards(patterns: Sequence[str | Entry], strict: bool = False, allow_local_paths: bool = False) -> list[Shard]:
+def list_shards(
+    patterns: Sequence[str | Entry],
+    strict: bool = False,
+    allow_local_paths: bool = False,
+    fields: FieldMap | None = None,
+    any_file: bool = False,
+) -> list[Shard]:
     """Return the shards that `patterns` name (see `expand`), with the sizes and etags that listings report.
 
-    The matches of a glob and the tars of a folder are sorted by path. A path that does not exist is returned as a
-    shard: its unit fails later, and the others are processed. A pattern without a match is a warning; if `strict`, both
-    are errors. Raise NoShardsError if nothing exists at all, UsageError for an invalid pattern, and the store's own
-    error if it denies access. An Entry of `expand` is not expanded again.
+    The matches of a glob and the shards of a folder are sorted by path. A folder without shards, a glob that matches
+    media files, and media files named by their paths are each one shard with `samples`: the files below the folder,
+    at any depth. `fields` states what is a media file. Files that are not inputs are left out, and a warning counts
+    them; if `any_file`, the matches of a glob are returned whatever they are.
+
+    A path that does not exist is returned as a shard: its unit fails later, and the others are processed. A pattern
+    without a match is a warning; if `strict`, both are errors. Raise NoShardsError if nothing exists at all, UsageError
+    for an invalid pattern and for a folder of both shards and media files, and the store's own error if it denies
+    access. An Entry of `expand` is not expanded again.
     """
+    fields = fields or FieldMap()
     expanded = [
         entry
         for pattern in patterns
@@ -250,26 +270,47 @@ def list_shards(patterns: Sequence[str | Entry], strict: bool = False, allow_loc
     places = [_place(entry) for entry in dict.fromkeys(expanded)]
     infos = _look_up([place for place in places if not place.is_glob])
     shards: dict[str, Shard] = {}
+    folders: dict[str, dict[str, SourceFile]] = {}  # media files by their name below the folder, by its path
     missing: list[str] = []
     unmatched: list[str] = []
+    left_out: list[str] = []
     for place in places:
         info = infos.get(place.url, {})
         is_folder = info is not None and (info.get("type") == "directory" or place.url.endswith("/"))
+        matches: list[Shard] = []
+        media: dict[str, SourceFile] = {}
+        root = place.url.rstrip("/") or "/"
         if place.is_glob or is_folder:
-            matches = _matches(place, is_folder)
-            if not matches:
-                unmatched.append(f"{public_path(place.url)}: {_why_empty(place, is_folder)}")
+            matches, media, others = _sort_out(place, is_folder, fields, any_file)
+            if place.is_glob:
+                root = place.prefix + re.split("[*?[]", place.path)[0].rpartition("/")[0]
+            if matches or media:
+                left_out += others
+            else:
+                unmatched.append(f"{public_path(place.url)}: {_why_empty(place, is_folder, others)}")
+        elif info and not any_file and _is_media(place.path, fields):
+            root, name = _split_url(place)
+            media = {name: _source_file(name, info)}
+        elif info and not any_file and _extension(place.path) in NOT_INPUTS:
+            unmatched.append(f"{public_path(place.url)}: is not an input. {EXPECTED}")
         else:
             matches = [place.shard_at(place.url, info or {})]
             if info is None:
                 denied = ", or access is denied" if place.is_http else ""
                 missing.append(f"{public_path(place.url)}: does not exist{denied}")
+        if media:
+            matches = [Shard(path=public_path(root), url=plain_url(root), may_redirect=place.may_redirect)]
+            folders.setdefault(matches[0].path, {}).update(media)
         for shard in matches:
             known = shards.setdefault(shard.path, shard)
             if known.url != shard.url:
                 raise UsageError(
                     f"{shard.path}: named twice, with different credentials or query strings; name it once"
                 )
+    for path, files in folders.items():
+        samples, tables, others = _group(files.values(), fields)
+        shards[path] = replace(shards[path], tables=tables).with_samples(samples)
+        left_out += others
     for fs in {id(place.fs): place.fs for place in places}.values():
         fs.invalidate_cache()  # a listing of 100,000 shards would stay in memory for the whole job
     empty = [*missing, *unmatched]
@@ -281,20 +322,176 @@ def list_shards(patterns: Sequence[str | Entry], strict: bool = False, allow_loc
         raise NoShardsError(f"`input`: {len(empty)} of {len(places)} patterns match nothing:\n  {shown}")
     for line in unmatched:
         log.warning("`input` %s", line)
+    if left_out:
+        log.warning("`input`: left out %d files that are not inputs: %s", len(left_out), _shown(left_out))
     return list(shards.values())
 
 
-def _matches(place: _Place, is_folder: bool) -> list[Shard]:
-    """Return the shards of a folder or a glob, sorted by path."""
-    if is_folder:
-        folder = place.url if place.is_http else place.path
-        entries = place.ask(lambda: place.fs.ls(folder, detail=True))
-        entries = [entry for entry in entries if without_query(entry["name"]).lower().endswith(SHARD_SUFFIXES)]
-    else:
-        entries = place.ask(lambda: place.fs.glob(place.path, detail=True)).values()
-    infos = [(entry["name"], _of_target(place.fs, entry)) for entry in entries]
-    shards = [place.shard_at(place.prefix + name, info) for name, info in infos if info.get("type") != "directory"]
-    return sorted(shards, key=lambda shard: shard.path)
+def _sort_out(
+    place: _Place, is_folder: bool, fields: FieldMap, any_file: bool
+) -> tuple[list[Shard], dict[str, SourceFile], list[str]]:
+    """Return the shards of a folder or a glob, its media files by their name below it, and the names of other files.
+
+    Only one of the first two is not empty. The media files include all that may belong to their samples. Raises
+    UsageError for shards beside images or audio.
+    """
+    entries = sorted(_entries(place, is_folder, any_file), key=lambda entry: entry[:2])
+    if any_file:
+        return [place.shard_at(place.prefix + name, info) for _, name, info in entries], {}, []
+    shards = [entry for entry in entries if without_query(entry[1]).lower().endswith(SHARD_SUFFIXES)]
+    visible = [entry for entry in entries if not _is_hidden(entry[0])]
+    media = [name for name, _, _ in visible if _is_media(name, fields)]
+    if shards and media:
+        path = public_path(place.url)
+        folder = path if is_folder else public_path(place.prefix + re.split("[*?[]", place.path)[0].rpartition("/")[0])
+        raise UsageError(
+            f"{path}: expected either shards or media files, found {len(shards):,} shards ({shards[0][0]}, ...) and "
+            f"{len(media):,} media files ({media[0]}, ...); name one kind with a pattern, for example "
+            f"'{folder}/**/*{_suffix(shards[0][0])}' or '{folder}/**/*{_suffix(media[0])}'"
+        )
+    if not shards and (media or any(_kind(name, fields) == "text" for name, _, _ in visible)):
+        hidden = [name for name, _, _ in entries if _is_hidden(name)]
+        return [], {name: _source_file(name, info) for name, _, info in visible}, hidden
+    if not shards and not is_folder:  # a tar may have any name
+        shards = [entry for entry in visible if _extension(entry[0]) not in NOT_INPUTS and not _kind(entry[0], fields)]
+    taken = {name for name, _, _ in shards}
+    others = [name for name, _, _ in entries if name not in taken]
+    return [place.shard_at(place.prefix + path, info) for _, path, info in shards], {}, others
+
+
+def _entries(place: _Place, is_folder: bool, any_file: bool) -> Iterator[tuple[str, str, Info]]:
+    """Yield the files of a glob or a folder: name below the folder, path in the store, and the listing's entry.
+
+    If a folder has shards directly in it, only the files beside them are listed; otherwise those at any depth. A
+    hidden folder counts as one file. Links to folders are not followed.
+    """
+    if not is_folder:
+        root = re.split("[*?[]", place.path)[0].rpartition("/")[0]
+        for path, info in place.ask(lambda: place.fs.glob(place.path, detail=True)).items():
+            target = _of_target(place.fs, info)
+            if target.get("type") != "directory":
+                yield path.removeprefix(root).lstrip("/"), path, target
+        return
+    root = place.url if place.is_http else place.path
+    listed = place.ask(lambda: place.fs.ls(root, detail=True))
+    has_shards = any(without_query(entry["name"]).lower().endswith(SHARD_SUFFIXES) for entry in listed)
+    if has_shards or any_file or place.is_http:
+        for entry in listed:
+            name = entry["name"].rstrip("/").rpartition("/")[2]
+            if not any_file or without_query(name).lower().endswith(SHARD_SUFFIXES):
+                info = _of_target(place.fs, entry)
+                if info.get("type") != "directory":
+                    yield name, entry["name"], info
+        return
+    if not isinstance(place.fs, LocalFileSystem):
+        for path, info in place.ask(lambda: place.fs.find(root, detail=True)).items():
+            name = path.removeprefix(root.rstrip("/")).lstrip("/")
+            if name and not name.endswith("/"):
+                yield name, path, info
+        return
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    for folder, subfolders, names in os.walk(root, onerror=fail):
+        for name in [*names, *(name for name in subfolders if name.startswith("."))]:
+            path = f"{folder.rstrip('/')}/{name}"
+            try:
+                status = os.stat(path)  # noqa: PTH116 (100,000 paths)
+            except OSError:  # a broken link: its sample fails
+                yield path.removeprefix(root).lstrip("/"), path, {}
+                continue
+            if stat.S_ISREG(status.st_mode) or name.startswith("."):
+                info = {"size": status.st_size, "mtime": status.st_mtime, "ino": status.st_ino, "type": "file"}
+                yield path.removeprefix(root).lstrip("/"), path, info
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+
+
+def _group(
+    files: Iterable[SourceFile], fields: FieldMap
+) -> tuple[list[FolderSample], tuple[SourceFile, ...], list[str]]:
+    """Return the samples of a folder's files, sorted by key, its tables of metadata, and the names of the other files.
+
+    A field that repeats within a key (`a.jpg`, `a.JPG`) begins another sample. A key without image, audio and text is
+    not a sample.
+    """
+    groups: dict[str, list[dict[str, SourceFile]]] = defaultdict(lambda: [{}])
+    tables = []
+    others: list[str] = []
+    for file in sorted(files, key=lambda file: file.name):
+        names = split_name(printable_name(file.name))
+        if file.name.rpartition("/")[2].lower() in TABLE_NAMES:
+            tables.append(file)
+        elif names is None:
+            others.append(file.name)
+        else:
+            variants = groups[names[0]]
+            if names[1] in variants[-1]:
+                variants.append({})
+            variants[-1][names[1]] = file
+    samples = []
+    for key in sorted(groups):
+        for members in groups[key]:
+            if any(fields.kind(name) in MODALITIES for name in members):
+                samples.append(FolderSample(key, tuple(members.values())))
+            else:
+                others += [file.name for file in members.values()]
+    return samples, tuple(tables), others
+
+
+def _source_file(name: str, info: Info) -> SourceFile:
+    return SourceFile(name, info.get("size"), etag_of(info))
+
+
+def _split_url(place: _Place) -> tuple[str, str]:
+    """Return the URL of the folder of a file, and the file's name."""
+    url = plain_url(place.url)
+    if is_local(url):
+        url = local_path(url)
+    root, _, name = url.rpartition("/")
+    return root or "/", name
+
+
+def _kind(name: str, fields: FieldMap) -> str | None:
+    names = split_name(without_query(name))
+    return None if names is None else fields.kind(names[1])
+
+
+def _is_media(name: str, fields: FieldMap) -> bool:
+    return _kind(name, fields) in ("image", "audio")
+
+
+def _extension(name: str) -> str:
+    return without_query(name).lower().rpartition("/")[2].rpartition(".")[2]
+
+
+def _suffix(name: str) -> str:
+    return next((end for end in SHARD_SUFFIXES if name.lower().endswith(end)), "." + name.rpartition(".")[2])
+
+
+def _is_hidden(name: str) -> bool:
+    return any(part.startswith(".") for part in name.split("/"))
+
+
+def _what(name: str) -> str:
+    """Return the kind of a file that is not an input, for counting: its extension."""
+    last = name.rpartition("/")[2]
+    if _is_hidden(name):
+        return "hidden"
+    return printable("." + _extension(name)) if "." in last else "without an extension"
+
+
+def _shown(names: Sequence[str]) -> str:
+    """Return the number of `names` of each kind, with an example of each."""
+    kinds: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        kinds[_what(name)].append(name)
+    largest = sorted(kinds, key=lambda kind: -len(kinds[kind]))
+    shown = [
+        f"{len(kinds[kind]):,} {kind} ({printable(kinds[kind][0])}{', ...' if len(kinds[kind]) > 1 else ''})"
+        for kind in largest[:LEFT_OUT_SHOWN]
+    ]
+    return ", ".join([*shown, *["..."] * (len(kinds) > LEFT_OUT_SHOWN)])
 
 
 def _of_target(fs: Any, entry: Info) -> Info:
@@ -308,9 +505,10 @@ def _of_target(fs: Any, entry: Info) -> Info:
     return info
 
 
-def _why_empty(place: _Place, is_folder: bool) -> str:
-    if is_folder:
-        return f"holds no {', '.join('*' + suffix for suffix in SHARD_SUFFIXES)}"
+def _why_empty(place: _Place, is_folder: bool, others: Sequence[str]) -> str:
+    if others or is_folder:
+        held = f"it holds {_shown(others)}" if others else "it holds no files"
+        return f"holds no {', '.join('*' + suffix for suffix in SHARD_SUFFIXES)} and no media files; {held}. {EXPECTED}"
     folder = re.split("[*?[]", place.path)[0].rpartition("/")[0]
     state = "exists" if place.ask(lambda: place.fs.exists(folder)) else "does not exist"
     return f"no match in {public_path(place.prefix + folder)}, which {state}"

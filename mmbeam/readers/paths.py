@@ -24,6 +24,8 @@ _COLONS = "\ue000"  # stands for ::, which fsspec takes for a chain of file syst
 
 SILENT_SECONDS = 20.0  # without data, after which a connection is closed and a request is repeated
 
+META_NAME = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves
+
 Info = Mapping[str, Any]  # of one path, as fsspec reports it
 
 
@@ -166,3 +168,16 @@ def etag_of(info: Info) -> str | None:
     if isinstance(info.get("mtime"), float) and "ino" in info:  # a local file; a float resolves microseconds
         return f"{round(info['mtime'] * 1e6)}-{info['size']}"
     return None
+
+
+def split_name(name: str) -> tuple[str, str] | None:
+    """Return key and field (lower case) of a member's path; None if it does not belong to a sample.
+
+    It follows webdataset's `base_plus_ext`, except for hidden files in folders (`a/.b.jpg`, macOS's `a/._b.jpg`):
+    they are ignored at any depth, where webdataset makes them fields of a key `a/`.
+    """
+    folder, slash, last = name.rpartition("/")
+    base, dot, extension = last.partition(".")
+    if not base or not dot or META_NAME.match(name):
+        return None
+    return f"{folder}{slash}{base}", extension.lower()

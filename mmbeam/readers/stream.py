@@ -31,7 +31,7 @@ from mmbeam.readers.paths import (
     scheme_of,
 )
 from mmbeam.readers.retry import http_status, retry
-from mmbeam.types import Input, Shard
+from mmbeam.types import Input, Shard, files_of
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +50,8 @@ def content_digest(source: Input) -> str | None:
     shard = source.shard
     if not is_local(shard.url):
         return None
+    if shard.samples:
+        return _folder_digest(shard)
     left = sys.maxsize if source.end is None else source.end - source.begin
     digest, path = hashlib.sha256(), Path(local_path(shard.url))
     try:
@@ -62,6 +64,20 @@ def content_digest(source: Input) -> str | None:
     except OSError:
         return None
     return digest.hexdigest()[:32] if (info["size"], etag_of(info)) == (shard.size, shard.etag) else None
+
+
+def _folder_digest(folder: Shard) -> str | None:
+    digest, root = hashlib.sha256(), Path(local_path(folder.url))
+    try:
+        for file in files_of(folder):
+            with (root / file.name).open("rb") as stream:
+                digest.update(hashlib.file_digest(stream, "sha256").digest())
+            info = LocalFileSystem().info(str(root / file.name))
+            if (info["size"], etag_of(info)) != (file.size, file.etag):
+                return None
+    except OSError:
+        return None
+    return digest.hexdigest()[:32]
 
 
 class ShardStream(io.BufferedReader):

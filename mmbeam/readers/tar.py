@@ -22,9 +22,10 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO
 
-from mmbeam.config import MIB, Limits
+from mmbeam.config import MIB, SAMPLE_MEMBERS, Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers.decompress import Decompressed, is_compressed
+from mmbeam.readers.paths import split_name
 from mmbeam.types import Damage, InputRead, RawSample
 
 BLOCK = 512
@@ -32,12 +33,10 @@ LOOK_BACK = 4096  # bytes read before a part's cut, to find the extended header 
 EXTENSION_BYTES = MIB  # limit of a pax or GNU header; Linux limits paths to 4 KiB
 READ_BYTES = MIB  # per read of decompressed or skipped data
 SEARCH_BYTES = 64 * MIB  # searched for the first header; a longer file without one is not a tar
-SAMPLE_MEMBERS = 4  # a sample may hold this multiple of Limits.member_bytes: image, audio, text, metadata
 FIELD_COST = 128  # bytes counted per field beyond its name, so that members without data are bounded too
 DAMAGES_KEPT = 100  # per sample, and per shard of those that belong to no sample
 KINDS_COUNTED = 50  # types of members counted by name; a hostile shard may have 256
 RESTARTS = 3  # of decompression per shard, each to read again what a wrong size skipped
-META_NAME = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves
 PAX_PATH = re.compile(rb"^\d+ path=([^\n]+)\n", re.MULTILINE)
 
 EXTENSION_TYPES = (b"x", b"X", b"g", b"L", b"K")  # pax, Solaris pax, pax global, GNU long name, GNU long link
@@ -546,19 +545,6 @@ def _text(name: bytes) -> str:
 
 def _padded(size: int) -> int:
     return -(-size // BLOCK) * BLOCK
-
-
-def split_name(name: str) -> tuple[str, str] | None:
-    """Return key and field (lower case) of a member's path; None if it does not belong to a sample.
-
-    It follows webdataset's `base_plus_ext`, except for hidden files in folders (`a/.b.jpg`, macOS's `a/._b.jpg`):
-    they are ignored at any depth, where webdataset makes them fields of a key `a/`.
-    """
-    folder, slash, last = name.rpartition("/")
-    base, dot, extension = last.partition(".")
-    if not base or not dot or META_NAME.match(name):
-        return None
-    return f"{folder}{slash}{base}", extension.lower()
 
 
 @dataclass(slots=True)

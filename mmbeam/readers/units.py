@@ -3,19 +3,22 @@
 import hashlib
 import re
 import sys
+from collections import defaultdict, deque
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from mmbeam.config import MIB
 from mmbeam.errors import UsageError
+from mmbeam.readers.paths import split_name
 from mmbeam.readers.tar import BLOCK
-from mmbeam.types import Input, InputRead, Shard, WorkUnit
+from mmbeam.types import FolderSample, Input, InputRead, Shard, SourceFile, WorkUnit, printable_name
 
 UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for an encoder
 GENERATE_UNIT_BYTES = 32 * MIB  # the same for a generator
 UNPACKED_SHARDS = 1_000  # up to this number of shards, none are packed: a shard that cannot be read then fails alone
 MAX_UNITS = 100_000  # cutting makes no more units than this, since each writes a Parquet file
 SPARE_SHARDS = 100  # of a unit with a limit, beyond the limit
+MAX_UNIT_SAMPLES = 4_096  # of a folder in one unit
 MAX_SHARDS_PER_UNIT = 100  # most shards in one unit: its footer lists them all
 
 
@@ -32,15 +35,24 @@ def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit], unit_bytes: i
     """Return new units for the shards that no known unit contains, in their order. Known units never change.
 
     Without `unit_bytes`, each shard is one unit. With it, each unit reads about that number of bytes: an uncompressed
-    tar (a path that ends in .tar) that is larger is cut into parts. If there are more than UNPACKED_SHARDS shards,
-    small adjacent ones are packed, as long as about UNPACKED_SHARDS units remain. Parts are larger where there would
-    otherwise be more than MAX_UNITS. A shard of unknown size is one unit. Pass `unit_bytes` only with a run: only a run
-    detects a part that was read from the wrong byte.
+    tar (a path that ends in .tar) that is larger is cut into parts. A folder is always cut, into units of about
+    UNIT_BYTES or MAX_UNIT_SAMPLES; of a folder that was planned before, only the new samples make new units. If there
+    are more than UNPACKED_SHARDS shards, small adjacent ones are packed, as long as about UNPACKED_SHARDS units remain.
+    Parts are larger where there would otherwise be more than MAX_UNITS. A shard of unknown size is one unit. Pass
+    `unit_bytes` only with a run: only a run detects a part that was read from the wrong byte.
     """
-    planned = {source.shard.path for unit in known for source in unit.inputs}
-    new = [shard for shard in shards if shard.path not in planned]
+    planned = defaultdict(list)
+    for unit in known:
+        for source in unit.inputs:
+            planned[source.shard.path].append(source)
+    listed = list(shards)
+    folders = [shard for shard in listed if shard.samples]
+    new = [shard for shard in listed if not shard.samples and shard.path not in planned]
     groups = ((Input(shard=shard),) for shard in new) if unit_bytes is None else _groups(new, unit_bytes)
     made = [WorkUnit(id=unit_id(*inputs), inputs=inputs) for inputs in groups]
+    for folder in folders:
+        for part in cut_folder(folder, planned[folder.path], unit_bytes or UNIT_BYTES):
+            made.append(WorkUnit(id=unit_id(part), inputs=(part,)))
     units = {unit.id: unit for unit in known}
     for unit in made:
         if unit.id in units:
@@ -82,12 +94,51 @@ def cut(shard: Shard, part_bytes: int) -> list[Input]:
     return [Input(shard=shard, begin=begin, end=end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
 
 
+def cut_folder(folder: Shard, planned: Sequence[Input], part_bytes: int) -> list[Input]:
+    """Return parts of about `part_bytes` each with the samples of a folder that no `planned` part holds."""
+    known = {sample.key for source in planned for sample in source.shard.samples}
+    new = [sample for sample in folder.samples if sample.key not in known]
+    begin = max((source.end or 0 for source in planned), default=0)
+    parts: list[Input] = []
+    chunk: list[FolderSample] = []
+    held = 0
+    for sample in new:
+        size = sum(file.size or 0 for file in sample.files)
+        if chunk and (held + size > part_bytes or len(chunk) == MAX_UNIT_SAMPLES):
+            parts.append(Input(shard=folder.with_samples(chunk), begin=begin, end=begin + len(chunk)))
+            begin, chunk, held = begin + len(chunk), [], 0
+        chunk.append(sample)
+        held += size
+    if chunk:
+        parts.append(Input(shard=folder.with_samples(chunk), begin=begin, end=begin + len(chunk)))
+    return parts
+
+
+def renewed(source: Input, now: Shard) -> Input:
+    """Return a planned input with its shard as listed `now`: of a folder, the samples that were planned for it.
+
+    A sample whose files no longer exist stays as planned, so that reading it fails.
+    """
+    if not source.shard.samples:
+        return Input(shard=now, begin=source.begin, end=source.end)
+    listed: dict[str, deque[FolderSample]] = defaultdict(deque)
+    for sample in now.samples:
+        listed[sample.key].append(sample)
+    samples = [listed[sample.key].popleft() if listed[sample.key] else sample for sample in source.shard.samples]
+    return Input(shard=now.with_samples(samples), begin=source.begin, end=source.end)
+
+
 def limited_unit(shards: Sequence[Shard], limit: int) -> WorkUnit:
     """Return one unit that ends after the first `limit` samples of `shards`, in their order.
 
     It contains `limit` shards, since each is expected to hold a sample, and some to replace those that cannot be read.
     """
-    inputs = tuple(Input(shard=shard) for shard in shards[: limit + SPARE_SHARDS])
+    inputs = tuple(
+        Input(shard=shard.with_samples(shard.samples[:limit]), end=min(limit, len(shard.samples)))
+        if shard.samples
+        else Input(shard=shard)
+        for shard in shards[: limit + SPARE_SHARDS]
+    )
     return WorkUnit(id=f"first-{limit}-{unit_id(*inputs)}", inputs=inputs, limit=limit)
 
 
@@ -122,7 +173,12 @@ def input_read_from_json(data: Mapping[str, Any]) -> InputRead:
 
 def unit_to_json(unit: WorkUnit) -> dict[str, Any]:
     """Return a unit as a line of the plan. `replace` belongs to a launch, not to the plan."""
-    return {"id": unit.id, "inputs": [input_to_json(source) for source in unit.inputs], "limit": unit.limit}
+    inputs = []
+    for source in unit.inputs:
+        shard = source.shard
+        listed = {"samples": [sample.files for sample in shard.samples], "tables": shard.tables}
+        inputs.append({**input_to_json(source), **{name: files for name, files in listed.items() if files}})
+    return {"id": unit.id, "inputs": inputs, "limit": unit.limit}
 
 
 def unit_from_json(
@@ -141,6 +197,14 @@ def unit_from_json(
             size=source["size"],
             etag=source["etag"],
             may_redirect=path not in bound,
+            samples=tuple(_folder_sample(files) for files in source.get("samples", ())),
+            tables=tuple(SourceFile(*file) for file in source.get("tables", ())),
         )
         inputs.append(Input(shard=shard, begin=source["begin"], end=source["end"]))
     return WorkUnit(id=data["id"], inputs=tuple(inputs), limit=data.get("limit"))
+
+
+def _folder_sample(files: Sequence[Sequence[Any]]) -> FolderSample:
+    first = SourceFile(*files[0])
+    names = split_name(printable_name(first.name))
+    return FolderSample(names[0] if names else first.name, tuple(SourceFile(*file) for file in files))

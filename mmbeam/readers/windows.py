@@ -24,8 +24,8 @@ from mmbeam.decode.common import MAX_DECODE_BYTES, LargeValueError
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import KIND_OF_EXTENSION, MODALITIES
 from mmbeam.process import MemoryBudget, cores, decode_pool, may_decode, steps
-from mmbeam.readers.stream import open_shard
-from mmbeam.readers.tar import KINDS_COUNTED, TarReader, part_origin
+from mmbeam.readers.sources import open_samples
+from mmbeam.readers.tar import KINDS_COUNTED
 from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
 
 InT = TypeVar("InT")
@@ -337,13 +337,11 @@ class _UnitSamples:
         """
         is_limited = self._unit.limit is not None
         is_pack = len(self._unit.inputs) > 1 and not is_limited
-        limits = self._reading.limits
         count = 0
         for number, source in enumerate(self._unit.inputs):
             count_before = count
             try:
-                with open_shard(source.shard, part_origin(source.begin)) as stream:
-                    reader = TarReader(stream, source.shard.path, self._is_wanted, limits, source.begin, source.end)
+                with open_samples(source, self._is_wanted, self._reading) as (reader, stream):
                     samples, stored_before = iter(reader), 0
                     while True:
                         begin = time.perf_counter()
@@ -377,7 +375,7 @@ class _UnitSamples:
             self._warnings["shards of several tars, all of which were read"] += reader.concatenated
             self._warnings += Counter()  # drops zeros
             self.failures += [
-                Failure.of_shard(source.shard.path, damage.offset, "read", damage.error, damage.message)
+                Failure.of_shard(source.shard.path, damage.offset or 0, "read", damage.error, damage.message)
                 for damage in reader.failures
             ]
             self.inputs_read[number] = InputRead(

@@ -4,13 +4,13 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from mmbeam.config import FieldMap, Limits
+from mmbeam.config import FieldMap, Limits, Reading
 from mmbeam.decode.text import decode_metadata
 from mmbeam.errors import SampleError, ShardError
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.stream import open_shard
-from mmbeam.readers.tar import TarReader
+from mmbeam.readers.sources import open_samples
+from mmbeam.readers.units import limited_unit
 from mmbeam.types import RawSample, Sample, Shard
 
 PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # representative of most corpora, and read in a second
@@ -54,8 +54,9 @@ def _probe_shard(shard: Shard, result: Probe, fields: FieldMap, limits: Limits, 
     def wanted(name: str) -> bool:
         return metadata and fields.kind(name) == "metadata"
 
-    with open_shard(shard) as stream:
-        for count, raw in enumerate(TarReader(stream, shard.path, wanted, limits), 1):
+    [source] = limited_unit([shard], PROBED_SAMPLES + 1).inputs
+    with open_samples(source, wanted, Reading(fields=fields, limits=limits)) as (reader, _):
+        for count, raw in enumerate(reader, 1):
             result.samples += 1
             result.keys.append(raw.key)
             result.fields.update(raw.fields)
@@ -83,7 +84,7 @@ def inspect_text(
     patterns: Sequence[str], fields: FieldMap, strict: bool = False, allow_local_paths: bool = False
 ) -> Iterator[str]:
     """Yield lines on the number of shards and the contents of their first samples. The flags are `list_shards`'s."""
-    shards = list_shards(patterns, strict, allow_local_paths)
+    shards = list_shards(patterns, strict, allow_local_paths, fields)
     sizes = [shard.size for shard in shards if shard.size is not None]
     known = "" if len(sizes) == len(shards) else f" ({len(shards) - len(sizes):,} of unknown size)"
     yield f"shards: {len(shards):,}, {sum(sizes) / 1e6:,.1f} MB{known}"

@@ -20,17 +20,19 @@ from mmbeam.readers.units import (
     input_read_from_json,
     limited_unit,
     plan_units,
+    renewed,
     unit_from_json,
     unit_id,
     unit_to_json,
 )
 from mmbeam.runs.commits import committed, load_reports, report_failed_unit
 from mmbeam.runs.run import FAILURES, PLAN, Run, commit_name, failures_unit, part_name
-from mmbeam.types import Input, Shard, UnitReport, WorkUnit
+from mmbeam.types import Input, Shard, UnitReport, WorkUnit, files_of, printable_name
 
 logger = logging.getLogger(__name__)
 
 _PLAN_FILE = re.compile(r"\d{6,}\.jsonl")
+FILES_SHOWN = 5  # of a folder, in an error
 
 
 def load_plan(run: Run) -> list[dict[str, Any]]:
@@ -108,21 +110,25 @@ def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> l
     Raises RunMismatchError if a committed shard has changed. A file of this machine whose time alone has changed is
     read again and compared.
     """
-    renewed, differing = [], []
+    current, differing = [], []
     for unit in units:
-        shards = [now.get(source.shard.path, source.shard) for source in unit.inputs]
-        inputs = tuple(replace(source, shard=shard) for source, shard in zip(unit.inputs, shards, strict=True))
-        renewed.append(replace(unit, inputs=inputs))
-        if any((a.shard.size, a.shard.etag) != (b.size, b.etag) for a, b in zip(unit.inputs, shards, strict=True)):
-            differing.append(renewed[-1])
+        inputs = tuple(
+            renewed(source, now[source.shard.path]) if source.shard.path in now else source for source in unit.inputs
+        )
+        current.append(replace(unit, inputs=inputs))
+        if any(
+            (a.shard.size, a.shard.etag) != (b.shard.size, b.shard.etag)
+            for a, b in zip(unit.inputs, inputs, strict=True)
+        ):
+            differing.append((unit, current[-1]))
     if differing:
         done = committed(run)
-        differing = [unit for unit in differing if unit.id in done]
-        reports = load_reports(run, [unit.id for unit in differing])
+        differing = [(unit, now_unit) for unit, now_unit in differing if unit.id in done]
+        reports = load_reports(run, [unit.id for unit, _ in differing])
         changes = [
             change
-            for unit, report in zip(differing, reports, strict=True)
-            for change in _changes(report.inputs, unit.inputs)
+            for (unit, now_unit), report in zip(differing, reports, strict=True)
+            for change in _changes(report.inputs, unit.inputs, now_unit.inputs)
         ]
         if changes:
             raise RunMismatchError(
@@ -130,7 +136,7 @@ def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> l
                 + "\n  ".join(dict.fromkeys(change for _, change in changes))
                 + "\nRestore the old files, choose another `output`, or use `overwrite` to start over"
             )
-    return renewed
+    return current
 
 
 def _count(changes: Sequence[tuple[str, str]], units: Sequence[WorkUnit]) -> str:
@@ -139,9 +145,12 @@ def _count(changes: Sequence[tuple[str, str]], units: Sequence[WorkUnit]) -> str
     return f"{changed:,} of {total:,} shards {'has' if changed == 1 else 'have'} changed"
 
 
-def _changes(committed_inputs: Sequence[Mapping[str, Any]], inputs: Sequence[Input]) -> Iterator[tuple[str, str]]:
+def _changes(
+    committed_inputs: Sequence[Mapping[str, Any]], planned_inputs: Sequence[Input], inputs: Sequence[Input]
+) -> Iterator[tuple[str, str]]:
     """Yield path and description of each change."""
     now = {source.shard.path: source.shard for source in inputs}
+    planned = {source.shard.path: source.shard for source in planned_inputs}
     for before in committed_inputs:
         shard = now.get(before["path"])
         if shard is None:  # it could not be read, and has become a unit of its own
@@ -155,6 +164,12 @@ def _changes(committed_inputs: Sequence[Mapping[str, Any]], inputs: Sequence[Inp
             source = Input(shard=shard, begin=before["begin"], end=before["end"])
             if content_digest(source) == before["digest"]:
                 continue
+        if shard.samples and differing:
+            old_files = set(files_of(planned[shard.path]))
+            names = sorted({printable_name(file.name) for file in old_files.symmetric_difference(files_of(shard))})
+            more = f" and {len(names) - FILES_SHOWN:,} more" if len(names) > FILES_SHOWN else ""
+            yield shard.path, f"{shard.path}: {', '.join(names[:FILES_SHOWN]) or 'some of its files'}{more}"
+            continue
         for name, old, new in differing:
             yield shard.path, f"{shard.path}: {name} {old} -> {new}"
 

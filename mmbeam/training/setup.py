@@ -215,7 +215,7 @@ def shard_source(
 ) -> ShardSource:
     """Return the source of the shards' samples, decoded as `processor` needs them; without a processor, texts only."""
     source = ShardSource(
-        units=plan_units(list_shards(options.input), []),
+        units=plan_units(list_shards(options.input, fields=options.reading.fields), []),
         labelling=_labelling(options),
         reading=options.reading,
         counts=counts or {},

@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import apache_beam as beam
 
+from mmbeam.config import FieldMap
 from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import GENERATE_UNIT_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
@@ -69,7 +70,8 @@ def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) ->
     units = [item for item in mixed if isinstance(item, WorkUnit)]
     if mixed and not patterns:
         return units
-    listed = list_shards(patterns)
+    reading = {} if run is None else run.configuration.get("reading", {})
+    listed = list_shards(patterns, fields=FieldMap(**reading.get("fields", {})))
     if run is None:
         return units + plan_units(listed, units)
     open_run(run)
