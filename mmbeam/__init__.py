@@ -1,8 +1,8 @@
 """mmbeam: embeddings and captions for buckets of image-text-audio shards.
 
-Models and rows without a pipeline: load_encoder, load_generator, read_rows, FeatureDataset. The steps of a pipeline:
-Plan, ReadShards, ReadFeatures, Embed, Generate, WriteParquet, Rows, Summarize. They are imported when they are first
-used, so that `import mmbeam` and `mmbeam --help` are fast.
+Models and rows without a pipeline: load_encoder, load_generator, read_rows, read_sample, FeatureDataset. The steps of a
+pipeline: Plan, ReadShards, ReadFeatures, Embed, Generate, WriteParquet, Rows, Summarize. They are imported with their
+first use, so that `import mmbeam` and `mmbeam --help` are fast.
 """
 
 import importlib
@@ -13,6 +13,7 @@ from mmbeam.names import VERSION
 if TYPE_CHECKING:
     from mmbeam.api import EncoderModel, GeneratorModel, load_encoder, load_generator, read_rows
     from mmbeam.features.dataset import FeatureDataset
+    from mmbeam.readers.samples import read_sample
     from mmbeam.transforms import (
         Embed,
         Generate,
@@ -41,14 +42,17 @@ __all__ = [
     "load_encoder",
     "load_generator",
     "read_rows",
+    "read_sample",
 ]
 _API = ("EncoderModel", "GeneratorModel", "load_encoder", "load_generator", "read_rows")
+
+_MODULES = {"FeatureDataset": "features", "read_sample": "readers.samples"}
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'mmbeam' has no attribute {name!r}")
-    module = "api" if name in _API else "features" if name == "FeatureDataset" else "transforms"
+    module = "api" if name in _API else _MODULES.get(name, "transforms")
     return getattr(importlib.import_module(f"mmbeam.{module}"), name)
 
 

@@ -35,7 +35,9 @@ def test_the_demo_captions_correctly_and_can_be_repeated(
     check_the_readme(out.replace(str(tmp_path), "..."))
     check_the_printed_command(out, capfd)
     assert main(["demo"]) == 0
-    assert "units: 4 written" in capfd.readouterr().out
+    out = capfd.readouterr().out
+    assert "units: 4 written" in out
+    assert Path(out.split()[-1]).read_bytes().startswith(b"<!doctype html>")
 
 
 def check_the_readme(out: str) -> None:
@@ -55,7 +57,7 @@ def check_the_printed_command(out: str, capfd: pytest.CaptureFixture[str]) -> No
     command = out[out.index("mmbeam caption") : out.index("The rows, in Python")].replace("\\\n", " ")
     assert main(shlex.split(command)[1:]) == 0
     assert "units: 0 written, 4 committed by an earlier run" in capfd.readouterr().out
-    lines = out[out.index("  import pyarrow") :].splitlines()
+    lines = out[out.index("  import pyarrow") : out.index("The report")].splitlines()
     scope: dict[str, object] = {}
     exec("\n".join(line.strip() for line in lines), scope)
     assert getattr(scope["table"], "num_rows", None) == 48

@@ -21,6 +21,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
     from mmbeam.demo import SAMPLES, SHARDS, describe_next_steps, describe_rows, make_corpus
     from mmbeam.jobs.caption import CaptionOptions, caption
     from mmbeam.models.placement import compute_on_one_thread
+    from mmbeam.report.page import ReportOptions, write_report
     from mmbeam.report.summary import summary_text
 
     output = Path(args.directory, "captions")
@@ -41,4 +42,6 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
         yield from (f"  {line}" for line in summary_text(caption(options), str(output)).splitlines())
         yield from describe_rows(shards, output)
         yield from describe_next_steps(shards, output)
+        write_report(ReportOptions(run=str(output), samples=24))
+        yield f"The report of this run, to open in a browser: {output}/_mmbeam/report.html"
     return 0
