@@ -6,6 +6,7 @@ interrupted (Ctrl-C), 143 terminated (SIGTERM).
 
 import argparse
 import atexit
+import io
 import logging
 import os
 import re
@@ -47,6 +48,9 @@ def entry() -> NoReturn:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command of `argv` (default: sys.argv) and return its exit status."""
     args = argparse.Namespace(verbose=False)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper) and stream.encoding.lower().replace("-", "") != "utf8":
+            stream.reconfigure(errors="backslashreplace")  # a caption in another script must not end the command
     try:
         args = parse(argv)
         if args.verbose:

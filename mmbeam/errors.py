@@ -24,10 +24,11 @@ raised unchanged: the attempt ends, and the runner may retry.
 `redact` removes credentials from a text. Every MmbeamError, log line and record passes through it.
 """
 
+import difflib
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 SECRET_NAME = re.compile("secret|token|passw|pwd|credential|key|signature|connection_string|sas_", re.IGNORECASE)
 SECRET_CHARS = 8  # a shorter value of the environment is not looked for in texts
@@ -186,6 +187,16 @@ class PromptError(SampleError):
 
 class CrashError(SampleError):
     """Processing a sample ends the process: a codec crashes, or the kernel kills it because memory is short."""
+
+
+def did_you_mean(word: str, known: Iterable[str]) -> str:
+    """Return "; did you mean X?" with the most similar of the `known` names, to end a message; "" if none is similar.
+
+    Case, and - or _ between words, do not matter.
+    """
+    names = {name.lower().replace("_", "-"): name for name in known}
+    similar = difflib.get_close_matches(word.lower().replace("_", "-"), names, n=1, cutoff=0.6)
+    return f"; did you mean {names[similar[0]]}?" if similar else ""
 
 
 MESSAGE_CHARS = 300  # of text from the input, or from a codec, in a message

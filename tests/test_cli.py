@@ -21,6 +21,7 @@ import torch
 
 from mmbeam import __version__
 from mmbeam.cli import _with_options, main
+from mmbeam.corpus.write import write_corpus
 from mmbeam.process import progress
 
 
@@ -124,6 +125,7 @@ def test_a_shard_without_kept_samples_has_an_empty_file(embed: Mmbeam, tmp_path:
     result = embed("--where", "image_width >= 1000")
     assert (result.status, result.err) == (0, "")
     assert "samples: 6 = 0 rows + 6 skipped (image_width >= 1000)\n" in result.out
+    assert "warning: --where 'image_width >= 1000' kept none of the 6 samples" in result.out
     data = ds.dataset(tmp_path / "out" / "data")
     assert (len(data.files), data.count_rows(), "image_embedding" in data.schema.names) == (2, 0, True)
 
@@ -160,6 +162,58 @@ def test_too_many_failures_stop_the_job_in_one_line(embed: Mmbeam, mmbeam: Mmbea
     check_error(result, 1, "120 of 120 samples lost outputs", "--max-failure-rate")
     assert result.err.count("\n") == 1
     assert "STOPPED: 120 of 120 samples" in mmbeam("status", tmp_path / "out").out
+
+
+def test_a_run_without_any_output_of_a_modality_ends_with_a_warning(embed: Mmbeam, tmp_path: Path) -> None:
+    truths = [replace(truth, members={"txt": b"text alone"}) for truth in shards.make_truths(4)]
+    shards.make_webdataset(tmp_path / "in", truths)
+    result = embed("--input", tmp_path / "in", "--limit", "3")
+    assert (result.status, result.err) == (0, "")
+    assert "\nwarning: image_embedding is null in all 3 rows: none of the 3 samples has image\n" in result.out
+    assert "\nwarning: --limit 3: only the first 3 samples were read. Without it, all are\n" in result.out
+    whole = embed("--input", tmp_path / "in")  # it grows out of the limit
+    assert "samples: 4 = 4 rows" in whole.out, whole
+
+
+def test_the_shipped_model_on_other_samples_than_the_demos_is_a_warning(
+    mmbeam: Mmbeam, good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    arguments = ["caption", "--input", good, "--limit", "2", "--device", "cpu"]
+    silent = mmbeam(*arguments, "--model", "shipped", "--output", tmp_path / "silent")
+    assert (silent.status, silent.err, "warning: without --model" in silent.out) == (0, "", False)
+    result = mmbeam(*arguments, "--output", tmp_path / "out")
+    for text in (caplog.text, result.out):  # at the start, and after the summary
+        assert "without --model the model that ships with mmbeam is used" in text
+        assert f"mmbeam caption --model Salesforce/blip-image-captioning-base --input {good} --output OTHER_DIR" in text
+    write_corpus(tmp_path / "demo", samples=4, shards=1)
+    demo = mmbeam("caption", "--input", tmp_path / "demo", "--device", "cpu", "--output", tmp_path / "captions")
+    assert (demo.status, demo.err, "warning" in demo.out) == (0, "", False)
+    assert caplog.text.count("without --model") == 1
+
+
+def test_a_corpus_that_has_moved(embed: Mmbeam, good: Path, tmp_path: Path) -> None:
+    shutil.copytree(good, tmp_path / "before")
+    assert embed("--input", tmp_path / "before").status == 0
+    (tmp_path / "before").rename(tmp_path / "after")
+    moved = f"{tmp_path}/before={tmp_path}/after"
+    check_error(embed("--input", tmp_path / "after"), 1, "2 of its 2 shards are not among", f"pass --moved {moved};")
+    result = embed("--input", tmp_path / "after", "--moved", moved)
+    assert (result.status, result.err) == (0, "")
+    assert result.out.startswith("units: 0 written, 2 committed by an earlier run\nsamples: 6 = 6 rows")
+
+
+def test_without_a_locale_of_utf8_the_error_says_so_and_output_is_escaped(tmp_path: Path) -> None:
+    shards.make_webdataset(tmp_path / "größe", shards.make_truths(1), shards=1)
+    environment = {"PATH": "/usr/bin:/bin", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+    command = [sys.executable, "-m", "mmbeam", "inspect", "größe"]
+    done = subprocess.run(
+        command, cwd=tmp_path, env={**environment, "PYTHONPATH": os.environ.get("PYTHONPATH", "")}, capture_output=True
+    )
+    assert (done.returncode, done.stdout) == (2, b"")
+    assert (
+        b"gr\\udcc3\\udcb6\\udcc3\\udc9fe/shard-000000.tar': expected a locale with UTF-8, found ascii" in done.stderr
+    )
+    assert b"set LC_ALL=C.UTF-8 or PYTHONUTF8=1\n" in done.stderr
 
 
 # Errors before anything is written
@@ -237,9 +291,7 @@ def test_an_output_of_another_configuration_is_an_error_that_names_the_differenc
     assert embed().status == 0
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")}
     result = embed("--modalities", "image", "--where", "image_width >= 8")
-    check_error(
-        result, 1, "modalities.model:", '["image", "text"] -> ["image"]', "cleaning.where: [] -> ", "--overwrite"
-    )
+    check_error(result, 1, "--modalities: image, text -> image\n", "--where: none -> image_width >= 8\n", "--overwrite")
     assert {path: path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("*")} == before
 
 

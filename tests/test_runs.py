@@ -8,6 +8,7 @@ import pickle
 import socket
 import subprocess
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +16,11 @@ import pytest
 from outputs import make_batches, make_run, make_unit, new_barrier, plan_together, start, write_unit
 from servers import STORES, fresh_output
 
-from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError
+from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError, UsageError
+from mmbeam.jobs.inputs import as_moved
 from mmbeam.runs.commits import DamagedPartError, committed, load_reports, report_failed_unit, report_of
 from mmbeam.runs.control import clear_stop, count_window, lock_run, stop_reason, stop_run
-from mmbeam.runs.plan import extend_plan, load_plan
+from mmbeam.runs.plan import extend_plan, grow_out_of_limit, load_plan
 from mmbeam.runs.run import Run, open_run, read_manifest
 from mmbeam.runs.store import Store
 from mmbeam.runs.summary import read_summary, sweep, write_summary
@@ -60,10 +62,27 @@ def test_a_run_with_the_same_configuration_opens_again(output: str) -> None:
 def test_another_configuration_is_an_error_that_lists_the_differences(output: str) -> None:
     open_run(make_run(output))
     with pytest.raises(RunMismatchError) as caught:
-        open_run(make_run(output, models={"clip": {"digest": "34cd"}, "clap": {}}, limit=5))
+        open_run(make_run(output, models={"clip": {"digest": "34cd"}, "clap": {}}, limit=5, reading={"draft": True}))
     lines = [line.strip() for line in str(caught.value).splitlines()]
-    assert lines[1:4] == ["limit: (absent) -> 5", "models.clap: (absent) -> {}", "models.clip.digest: 12ab -> 34cd"]
+    assert lines[1:5] == [
+        "model clip: digest 12ab -> digest 34cd",
+        "model clap: not used -> digest unknown",
+        "`limit`: not set -> 5",
+        "`draft`: not set -> yes",
+    ]
     assert "`overwrite`" in lines[-1]
+
+
+def test_another_model_is_an_error_that_names_the_models(local: str) -> None:
+    run = make_run(local, models={"model": {"digest": "12ab" * 16}})
+    open_run(replace(run, recorded={"models": {"model": "openai/clip"}}))
+    other = make_run(local, models={"model": {"digest": "34cd" * 16}})
+    with pytest.raises(RunMismatchError, match=r"\n  model: openai/clip -> google/siglip\n"):
+        open_run(replace(other, recorded={"models": {"model": "google/siglip"}}))
+    with pytest.raises(
+        RunMismatchError, match=r"\n  model openai/clip: its files have changed \(digest 12ab12ab12ab -> "
+    ):
+        open_run(replace(other, recorded={"models": {"model": "openai/clip"}}))
 
 
 def test_the_fingerprint_depends_on_the_configuration_only(local: str) -> None:
@@ -166,6 +185,56 @@ def test_a_planned_shard_that_is_no_longer_input_is_not_run(local: str, caplog: 
         units = extend_plan(run, make_shards(3)[1:])
     assert [unit.inputs[0].shard.path for unit in units] == ["/shards/00001.tar", "/shards/00002.tar"]
     assert "1 planned units are not run" in caplog.text
+
+
+def test_a_corpus_that_has_moved_is_an_error_that_names_the_pairs(local: str) -> None:
+    run = make_run(local)
+    units = extend_plan(run, make_shards(3))
+    moved = [replace(shard, path=shard.path.replace("/shards", "/new/place"), etag="e2") for shard in make_shards(3)]
+    with pytest.raises(RunMismatchError) as caught:
+        extend_plan(run, [*moved[:2], *make_shards(5)[3:]])
+    assert "2 of its 3 shards" in str(caught.value)
+    assert "/shards/00000.tar -> /new/place/00000.tar" in str(caught.value)
+    assert "`moved` /shards=/new/place;" in str(caught.value)
+    assert len(extend_plan(run, [*make_shards(3), *moved])) == 6  # both are named: the new ones are other shards
+    write_unit(run, units[1]).commit()
+    as_before = as_moved(moved, ["/shards=/new/place/"])
+    assert [shard.path for shard in as_before] == [shard.path for shard in make_shards(3)]
+    assert [unit.inputs[0].shard.url for unit in extend_plan(run, as_before)[:3]] == [shard.url for shard in moved]
+
+
+def test_shards_that_share_a_few_names_with_absent_ones_are_new(local: str) -> None:
+    run = make_run(local)
+    extend_plan(run, make_shards(3))
+    others = [replace(shard, path=shard.path.replace("/shards", "/day2")) for shard in make_shards(3)]
+    others = [others[0], *(replace(shard, size=2048) for shard in others[1:])]
+    assert len(extend_plan(run, others)) == 3
+
+
+@pytest.mark.parametrize("moved", ["", "/shards", "=/new", "/shards=", "/shards=/elsewhere"])
+def test_a_move_that_names_no_shard_is_an_error(moved: str) -> None:
+    with pytest.raises(UsageError, match="`moved`"):
+        as_moved(make_shards(2), [moved])
+
+
+def test_a_run_grows_out_of_its_limit(local: str) -> None:
+    small = make_run(local, limit=10)
+    shards = make_shards(3)
+    open_run(small)
+    (unit,) = extend_plan(small, shards)
+    write_unit(small, unit).commit()
+    whole = make_run(local, limit=None)
+    for other, inputs in [
+        (make_run(local, limit=5), shards),
+        (make_run(local, tokens=True), shards),
+        (whole, shards[:2]),
+    ]:
+        grow_out_of_limit(other, inputs)
+        assert committed(small) == {unit.id}
+    grow_out_of_limit(whole, make_shards(4))
+    open_run(whole)
+    assert committed(whole) == set()
+    assert len(extend_plan(whole, make_shards(4))) == 4
 
 
 def test_credentials_in_urls_are_used_and_never_written(local: str) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from mmbeam.commands.common import fraction, job_arguments, positive, run_job, shared_options
 from mmbeam.errors import UsageError
-from mmbeam.names import ENGINES, SHIPPED_MODEL, TASKS
+from mmbeam.names import ENGINES, TASKS
 
 if TYPE_CHECKING:
     from mmbeam.jobs.caption import CaptionOptions
@@ -20,7 +20,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--model",
         metavar="MODEL",
-        help="hub name with optional @revision, or a directory (default: the fusion model that ships with mmbeam)",
+        help="hub name with optional @revision, or a directory (default: shipped, a small fusion model that knows only "
+        "the samples of `mmbeam demo`)",
     )
     parser.add_argument(
         "--engine",
@@ -99,7 +100,7 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         seed=args.seed or 0,
     )
     return CaptionOptions(
-        model=args.model or SHIPPED_MODEL,
+        model=args.model,
         task=args.task,
         prompt=args.prompt,
         language=args.language,

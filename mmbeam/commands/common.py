@@ -107,6 +107,14 @@ def input_arguments(parser: argparse.ArgumentParser, features: bool = False) -> 
         + ("; features are an output of `mmbeam embed`, or Parquet files of it" if features else ""),
     )
     listing_arguments(group)
+    group.add_argument(
+        "--moved",
+        action="append",
+        default=[],
+        metavar="OLD=NEW",
+        help="the shards under the path NEW are those that this run knows under OLD; their rows keep OLD; may be "
+        "repeated",
+    )
     field_arguments(group)
 
 
@@ -209,6 +217,7 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
         "shared_output": args.shared_output,
         "workers": args.workers,
         "reading": Reading(fields=fields_of(args), cleaning=cleaning, draft=args.draft),
+        "moved": tuple(args.moved),
         "beam_args": args.beam_args,
     }
 
@@ -231,7 +240,7 @@ def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool
     """
     from mmbeam.jobs.options import is_waited_for
     from mmbeam.report.progress import ProgressLine
-    from mmbeam.report.summary import summary_text
+    from mmbeam.report.summary import outcome_warnings, summary_text
 
     with ProgressLine(options.output, sys.stderr), libraries_quiet(verbose):
         prepared = job(options)
@@ -244,6 +253,8 @@ def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool
         yield f"Submitted, without waiting for the end. `mmbeam status {redact(options.output)}` shows its progress."
         return 0
     yield summary_text(report, options.output)
+    for warning in (*prepared.warnings, *outcome_warnings(report.tally, prepared.run.configuration)):
+        yield f"warning: {warning}"
     return SOME_UNITS_FAILED if report.units_failed or report.broken else 0
 
 

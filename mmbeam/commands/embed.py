@@ -10,7 +10,6 @@ from mmbeam.commands.common import (
     run_job,
     shared_options,
 )
-from mmbeam.names import SHIPPED_MODEL
 
 if TYPE_CHECKING:
     from mmbeam.jobs.embed import EmbedOptions
@@ -26,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         metavar="[NAME=]MODEL",
         help="hub name with optional @revision, or a directory; NAME prefixes its columns; may be repeated "
-        "(default: the small fusion model that ships with mmbeam)",
+        "(default: shipped, a small fusion model that knows only the samples of `mmbeam demo`)",
     )
     parser.add_argument(
         "--modalities", metavar="LIST", help="subset of image,audio,text (default: all that the models encode)"
@@ -50,7 +49,7 @@ def _options(args: argparse.Namespace) -> "EmbedOptions":
 
     modalities = modalities_of(args.modalities)
     return EmbedOptions(
-        models=tuple(ModelRef.parse(model) for model in args.model or [SHIPPED_MODEL]),
+        models=tuple(ModelRef.parse(model) for model in args.model or ()),
         modalities=modalities,
         tokens=args.tokens,
         vector_type="float16" if args.float16 else "float32",

@@ -9,20 +9,20 @@ from typing import Any
 from mmbeam.clean.where import SampleValues
 from mmbeam.config import MIB, FieldMap, Reading, Windows
 from mmbeam.errors import ShardError, UsageError
-from mmbeam.features.files import check_columns, feature_files, open_counted
+from mmbeam.features.files import check_columns, open_counted
 from mmbeam.features.schema import FACTS, IDENTITY
 from mmbeam.jobs.cluster import workers_are_here
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
-from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of
+from mmbeam.jobs.inputs import shipped_model_warning
+from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of, inputs_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.models.placement import devices_of
 from mmbeam.names import MODALITIES, SHIPPED_MODEL, UNNAMED_MODEL, Engine, Modality, Task
 from mmbeam.prompts.ask import Decoding, Instruction, prompt_fields
 from mmbeam.prompts.template import entry_paths
-from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import public_path
 from mmbeam.readers.units import GENERATE_UNIT_BYTES
-from mmbeam.report.inspect import PROBED_SAMPLES, PROBED_SHARDS, Probe, probe
+from mmbeam.report.inspect import PROBED_SAMPLES, PROBED_SHARDS, Probe
 from mmbeam.runs.run import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.stages.generate import GenerateStage, generate_stage
@@ -38,7 +38,7 @@ FIELDS_SHOWN = 20  # in an error
 class CaptionOptions(JobOptions):
     """The options of the caption job. `input` is shards, or features that the embed job wrote."""
 
-    model: str = SHIPPED_MODEL
+    model: str | None = None  # None: the shipped model, with a warning for samples that are not the demo's
     task: Task | None = None  # None: the model's main task
     prompt: str | None = None  # a template over the sample; None: the task's own prompt
     language: str | None = None  # of the generated text; for Whisper, of the speech
@@ -69,6 +69,7 @@ def caption(options: CaptionOptions) -> RunReport:
 def prepare(options: CaptionOptions) -> CaptionJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
     check_options(options)
+    inputs = inputs_of(options, features=True)
     shared: dict[str, Any] = {
         "device": device_of(options),
         "dtype": options.dtype,
@@ -76,7 +77,9 @@ def prepare(options: CaptionOptions) -> CaptionJob:
         "image_filter": options.image_filter,
     }
     names = ("task", "prompt", "language", "source_language", "decoding", "explain", "engine")
-    generate = generate_stage(options.model, **{name: getattr(options, name) for name in names}, **shared)
+    generate = generate_stage(
+        options.model or SHIPPED_MODEL, **{name: getattr(options, name) for name in names}, **shared
+    )
     if options.engine == "vllm" and workers_are_here(options.beam_args):
         from mmbeam.models.generators import vllm  # imports the families, which takes seconds
 
@@ -86,19 +89,19 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     [output] = generate.outputs
     modalities = tuple(modality for modality in MODALITIES if modality in output.modalities)
     required = tuple(modality for modality in MODALITIES if modality in output.required)
-    listing = (options.input, options.strict_input, options.allow_local_paths)
-    files = feature_files(*listing)
-    shards = files or list_shards(*listing, options.reading.fields)
-    if files:
-        _check_features(generate, shards, options)
+    if inputs.features:
+        _check_features(generate, inputs.files, options)
     else:
-        _check_shards(generate, shards, options, modalities, required)
+        _check_shards(generate, inputs.first, options, modalities, required)
+    warning = None if options.model else shipped_model_warning(inputs, options.input, "caption")
+    if warning is not None:
+        log.warning(warning)
     embed = [embed_stage(generate.model, count_tokens=False, **shared)] if options.with_embeddings else []
     run = caption_run(
         options.output,
         generate,
         embed,
-        features=bool(files),
+        features=inputs.features,
         reading=options.reading,
         limit=options.limit,
         max_failure_rate=options.max_failure_rate,
@@ -107,10 +110,11 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     return CaptionJob(
         run=run,
         stages=(*embed, generate),
-        units=plan(run, shards, options, unit_bytes=None if files else GENERATE_UNIT_BYTES),
+        units=plan(run, inputs.files, options, unit_bytes=None if inputs.features else GENERATE_UNIT_BYTES),
         options=options,
         check=partial(check_present, modalities=modalities, required=required),
-        features=bool(files),
+        features=inputs.features,
+        warnings=() if warning is None else (warning,),
     )
 
 
@@ -121,7 +125,7 @@ def windows_for(device: str, windows: Windows) -> Windows:
 
 def _check_shards(
     stage: GenerateStage,
-    shards: Sequence[Shard],
+    first: Probe,
     options: CaptionOptions,
     modalities: Sequence[Modality],
     required: Sequence[Modality],
@@ -129,8 +133,6 @@ def _check_shards(
     if stage.spec.columns:
         names = ", ".join(column.name for column in stage.spec.columns)
         raise UsageError(f"`input`: {stage.model} takes features ({names}); use the output of `mmbeam embed`")
-    fields, limits = options.reading.fields, options.reading.limits
-    first = probe(shards, fields, limits, metadata=bool(prompt_fields(stage.instruction)))
     check_modalities(first, modalities, required=False)
     check_modalities(first, required, required=True)
     check_fields(first, stage.instruction, bool(options.reading.cleaning.where))

@@ -1,5 +1,6 @@
 """The embed job: shards in, one row of vectors per sample out."""
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -7,23 +8,24 @@ from typing import Any
 
 from mmbeam.clean import parse_image_filter
 from mmbeam.config import ModelRef, Reading
-from mmbeam.errors import UsageError
+from mmbeam.errors import UsageError, public_url
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
-from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of
+from mmbeam.jobs.inputs import shipped_model_warning
+from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of, inputs_of
 from mmbeam.models.loading import dtype_name
-from mmbeam.names import UNNAMED_MODEL, Modality
-from mmbeam.readers.listing import list_shards
-from mmbeam.report.inspect import probe
+from mmbeam.names import SHIPPED_MODEL, UNNAMED_MODEL, Modality
 from mmbeam.runs.run import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.types import RunReport
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbedOptions(JobOptions):
     """The options of the embed job."""
 
-    models: tuple[ModelRef, ...]
+    models: tuple[ModelRef, ...] = ()  # (): the shipped model, with a warning for samples that are not the demo's
     modalities: tuple[Modality, ...] | None = None  # None: all that the models encode
     tokens: bool = False  # also keep the sequence of token or patch features
     vector_type: str = "float32"  # of a stored number; "float16" halves the files
@@ -49,11 +51,14 @@ def embed(options: EmbedOptions) -> RunReport:
 def prepare(options: EmbedOptions) -> EmbedJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
     check_options(options)
+    inputs = inputs_of(options)
     stages = _stages(options)
-    shards = list_shards(options.input, options.strict_input, options.allow_local_paths, options.reading.fields)
     modalities = tuple(dict.fromkeys(modality for stage in stages for modality in stage.modalities))
     required = options.modalities is not None
-    check_modalities(probe(shards, options.reading.fields, options.reading.limits), modalities, required)
+    check_modalities(inputs.first, modalities, required)
+    warning = None if options.models else shipped_model_warning(inputs, options.input, "embed")
+    if warning is not None:
+        log.warning(warning)
     run = embed_run(
         options.output,
         stages,
@@ -65,18 +70,26 @@ def prepare(options: EmbedOptions) -> EmbedJob:
     return EmbedJob(
         run=run,
         stages=stages,
-        units=plan(run, shards, options),
+        units=plan(run, inputs.files, options),
         options=options,
         check=partial(check_present, modalities=modalities, required=modalities if required else ()),
+        warnings=() if warning is None else (warning,),
     )
 
 
 def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
-    names = [ref.name or UNNAMED_MODEL for ref in options.models]
+    models = options.models or (ModelRef(model=SHIPPED_MODEL),)
+    names = [ref.name or UNNAMED_MODEL for ref in models]
     if len(set(names)) < len(names):
-        raise UsageError("several models need different names: --model clip=DIR --model clap=DIR")
+        listed = ", ".join(
+            f"{ref.name}={public_url(ref.model)}" if ref.name else public_url(ref.model) for ref in models
+        )
+        again = " ".join(
+            f"--model {name}={public_url(ref.model)}" for name, ref in zip("abcdefgh", models, strict=False)
+        )
+        raise UsageError(f"`models`: expected a different name for each, found {listed}; for example {again}")
     stages: list[EmbedStage] = []
-    for ref in options.models:
+    for ref in models:
         stage = embed_stage(
             ref.model,
             name=ref.name,

@@ -26,7 +26,7 @@ from mmbeam.readers.units import UNIT_BYTES
 from mmbeam.runs.attempts import marks
 from mmbeam.runs.commits import committed, whole_reports
 from mmbeam.runs.control import clear_stop, lock_run, running_here, stop_reason
-from mmbeam.runs.plan import extend_plan, repair
+from mmbeam.runs.plan import extend_plan, grow_out_of_limit, repair
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
@@ -70,6 +70,7 @@ class Job:
         [RunReport], None
     ]  # called with the report of the finished run; raises an error if the job must fail
     features: bool = False  # the units are rows of features, not shards
+    warnings: tuple[str, ...] = ()  # about the launch, to be repeated after the summary
 
     def build(self, pipeline: beam.Pipeline) -> beam.PCollection[RunReport]:
         """Apply the job's transforms to `pipeline`."""
@@ -155,6 +156,7 @@ def plan(
 
     With `retry_failures` committed units that hold failures are marked, to be done again and replaced.
     """
+    grow_out_of_limit(run, shards)
     open_run(run, overwrite=options.overwrite)
     died = marks(run.store)  # units that may have ended processes run after the others
     units = sorted(extend_plan(run, shards, unit_bytes=unit_bytes), key=lambda unit: unit.id in died)

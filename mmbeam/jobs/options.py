@@ -20,6 +20,7 @@ from mmbeam.clean.where import compile_where
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import SECRET_NAME, MissingModalityError, UsageError, redact
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
+from mmbeam.jobs.inputs import Inputs, look_up
 from mmbeam.models.placement import devices_of
 from mmbeam.names import Modality
 from mmbeam.process import cores
@@ -60,7 +61,9 @@ class JobOptions:
     workers: int = 1  # processes of this machine that share the work; 1: this process does it
     reading: Reading = field(default_factory=Reading)
     windows: Windows = field(default_factory=Windows)
+    moved: tuple[str, ...] = ()  # OLD=NEW: the shards under NEW are those that this run knows under OLD
     beam_args: tuple[str, ...] = ()  # Beam's own options, as Beam spells them
+    inputs: Inputs | None = field(default=None, repr=False, compare=False)  # of `input`, if it was looked up already
 
     @property
     def image_filter(self) -> tuple[str, float] | None:
@@ -73,6 +76,18 @@ class JobOptions:
         """The options that run.json records although they change no row."""
         beam_args = public_args(self.beam_args)
         return {"windows": asdict(self.windows), "workers": self.workers, "beam_args": beam_args}
+
+
+def inputs_of(options: JobOptions, features: bool = False) -> Inputs:
+    """Return the files of the input and their first samples; the input may be `features`. See `inputs.look_up`."""
+    return options.inputs or look_up(
+        options.input,
+        options.reading,
+        strict=options.strict_input,
+        allow_local_paths=options.allow_local_paths,
+        features=features,
+        moved=options.moved,
+    )
 
 
 def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOptions:

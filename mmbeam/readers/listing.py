@@ -8,6 +8,7 @@ import logging
 import os
 import re
 import stat
+import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -204,6 +205,11 @@ class _Place:
         try:
             path.encode()
         except UnicodeEncodeError:
+            encoding = sys.getfilesystemencoding()
+            if encoding != "utf-8":
+                raise UsageError(
+                    f"{path!a}: expected a locale with UTF-8, found {encoding}; set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+                ) from None
             raise UsageError(f"{path!r}: the name is not UTF-8; rename the shard") from None
         cuttable = info.get("partial", True)
         return Shard(

@@ -33,8 +33,14 @@ class Probe:
         return frozenset(modality for modality in MODALITIES if modality in self.kinds.values())
 
 
-def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = None, metadata: bool = False) -> Probe:
-    """Read the headers of the first samples, and with `metadata` their JSON.
+def probe(
+    shards: Sequence[Shard],
+    fields: FieldMap,
+    limits: Limits | None = None,
+    metadata: bool = False,
+    samples: int = PROBED_SAMPLES,
+) -> Probe:
+    """Read the headers of the first `samples` of each of the first shards, and with `metadata` their JSON.
 
     A shard that cannot be read is skipped: its unit will fail. Raise ShardError if no shard can be read.
     """
@@ -42,7 +48,7 @@ def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = Non
     broken: list[ShardError] = []
     for shard in shards[:PROBED_SHARDS]:
         try:
-            _probe_shard(shard, result, fields, limits or Limits(), metadata)
+            _probe_shard(shard, result, fields, limits or Limits(), metadata, samples)
         except ShardError as error:
             broken.append(error)
     if len(broken) == len(shards):
@@ -50,11 +56,11 @@ def probe(shards: Sequence[Shard], fields: FieldMap, limits: Limits | None = Non
     return result
 
 
-def _probe_shard(shard: Shard, result: Probe, fields: FieldMap, limits: Limits, metadata: bool) -> None:
+def _probe_shard(shard: Shard, result: Probe, fields: FieldMap, limits: Limits, metadata: bool, samples: int) -> None:
     def wanted(name: str) -> bool:
         return metadata and fields.kind(name) == "metadata"
 
-    [source] = limited_unit([shard], PROBED_SAMPLES + 1).inputs
+    [source] = limited_unit([shard], samples + 1).inputs
     with open_samples(source, wanted, Reading(fields=fields, limits=limits)) as (reader, _):
         for count, raw in enumerate(reader, 1):
             result.samples += 1
@@ -63,7 +69,7 @@ def _probe_shard(shard: Shard, result: Probe, fields: FieldMap, limits: Limits, 
             result.kinds |= {name: kind for kind, name in fields.choose(raw.fields).items()}
             if metadata:
                 result.first.append(_without_media(raw, fields, limits))
-            if count == PROBED_SAMPLES:
+            if count == samples:
                 result.whole = False
                 break
 

@@ -1,8 +1,10 @@
 """The summary of a run, printed at its end."""
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from mmbeam.names import MODALITIES
 from mmbeam.report.progress import clock
 from mmbeam.runs.commits import read_failures
 from mmbeam.runs.run import failures_unit
@@ -53,6 +55,24 @@ def _times(report: RunReport) -> Iterator[str]:
     total = sum(seconds) or 1.0
     parts = [f"{name} {part / total:.0%}" for name, part in zip(STEPS.values(), seconds, strict=True)]
     yield f"time per unit: {', '.join(parts)}"
+
+
+def outcome_warnings(tally: Tally, configuration: Mapping[str, Any]) -> Iterator[str]:
+    """Yield warnings that a run did less than one may expect of it: few samples, no rows, or an output of none."""
+    limit = configuration.get("limit")
+    if not tally.samples:
+        yield "the input holds no samples; see what it holds with `mmbeam inspect`"
+    elif tally.samples == limit:
+        yield f"--limit {limit}: only the first {limit:,} samples were read. Without it, all are"
+    if tally.samples and sum(tally.skipped.values()) == tally.samples:
+        expressions = " and ".join(f"--where {shlex.quote(name)}" for name in tally.skipped)
+        yield f"{expressions} kept none of the {tally.samples:,} samples; see their fields with `mmbeam inspect`"
+    for name, count in tally.outputs.items():
+        if count == 0 and tally.rows:
+            modality = name.removesuffix("_embedding").rpartition("_")[2]
+            absent = modality in MODALITIES and not tally.present.get(modality)
+            reason = f"none of the {tally.samples:,} samples has {modality}" if absent else "see the failures"
+            yield f"{name} is null in all {tally.rows:,} rows: {reason}"
 
 
 def trouble_text(tally: Tally, store: Store) -> Iterator[str]:

@@ -7,6 +7,7 @@ A line without inputs withdraws its unit: the unit does not run again, and its r
 import json
 import logging
 import re
+import shlex
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -26,10 +27,22 @@ from mmbeam.readers.units import (
     unit_to_json,
 )
 from mmbeam.runs.commits import committed, load_reports, report_failed_unit
-from mmbeam.runs.run import FAILURES, PLAN, Run, commit_name, failures_unit, part_name
+from mmbeam.runs.run import (
+    FAILURES,
+    PLAN,
+    Run,
+    clear_run,
+    commit_name,
+    failures_unit,
+    part_name,
+    read_manifest,
+)
 from mmbeam.types import Input, Shard, UnitReport, WorkUnit, files_of, printable_name
 
 logger = logging.getLogger(__name__)
+
+PAIRS_SHOWN = 5  # of moved shards, in an error
+GROWN_SAMPLES = 10_000  # of a run with a limit, whose rows a larger run may replace without being told to
 
 _PLAN_FILE = re.compile(r"\d{6,}\.jsonl")
 FILES_SHOWN = 5  # of a folder, in an error
@@ -77,7 +90,7 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     now. A planned unit is skipped with a warning if none of its shards is in `shards`; in a run with a limit, if any of
     them is not. Rows and failures of withdrawn units are removed first.
 
-    Raises RunMismatchError with the committed shards that have changed.
+    Raises RunMismatchError with the committed shards that have changed, or with those that have moved.
     """
     now = {shard.path: shard for shard in shards}
     limit = run.configuration.get("limit")
@@ -86,6 +99,7 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
         plan = _read(run)
         _remove_units(run, {unit for unit, line in plan.items() if not line["inputs"]})
         known = _renewed(run, [unit_from_json(line) for line in plan.values() if line["inputs"]], now)
+        _check_not_moved(run, known, shards)
         new = plan_units(shards, known, unit_bytes) if limit is None else []
         if limit is not None and not known:
             new = [limited_unit(shards, limit)]
@@ -102,6 +116,58 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
             len(known) - len(present),
         )
     return [*present, *new]
+
+
+def grow_out_of_limit(run: Run, shards: Sequence[Shard]) -> None:
+    """Remove a run that read the first samples of `shards`, if `run` differs from it only in reading more of them.
+
+    Nothing else of the configuration may differ, and every shard of the smaller run must be among `shards`. A run of
+    more than GROWN_SAMPLES samples is left alone, since it is computed again: `open_run` then raises.
+    """
+    manifest = read_manifest(run.store)
+    limit = None if manifest is None else manifest["configuration"].get("limit")
+    if manifest is None or limit is None or limit > GROWN_SAMPLES:
+        return
+    larger = run.configuration.get("limit")
+    if {**manifest["configuration"], "limit": larger} != json.loads(json.dumps(run.configuration)):
+        return
+    planned = {source["path"] for line in _read(run).values() for source in line["inputs"]}
+    if (larger is None or larger > limit) and planned <= {shard.path for shard in shards}:
+        logger.warning(
+            "%s: the rows of the first %d samples (--limit) are replaced by those of this run", run.store, limit
+        )
+        clear_run(run.store)
+
+
+def _check_not_moved(run: Run, known: Sequence[WorkUnit], shards: Sequence[Shard]) -> None:
+    """Raise RunMismatchError if planned shards are absent and new ones have their names and sizes.
+
+    Their rows would be doubled under the new paths. Shards that share names by chance are accepted: those that have
+    a pair must be at least half of the absent ones, or of the new ones.
+    """
+    planned = {source.shard.path: source.shard for unit in known for source in unit.inputs}
+    listed = {shard.path for shard in shards}
+    absent = [shard for shard in planned.values() if shard.path not in listed]
+    new = {(_name(shard), shard.size): shard for shard in shards if shard.path not in planned and shard.size}
+    pairs = [(old.path, new[_name(old), old.size].path) for old in absent if (_name(old), old.size) in new]
+    if not pairs or 2 * len(pairs) < min(len(absent), len(new)):
+        return
+    before, after = pairs[0]
+    while before and before.rpartition("/")[2] == after.rpartition("/")[2]:  # the parts that differ
+        before, after = before.rpartition("/")[0], after.rpartition("/")[0]
+    moved = shlex.quote(f"{before or '/'}={after}")
+    lines = [*(f"{old} -> {now}" for old, now in pairs[:PAIRS_SHOWN]), *["..."] * (len(pairs) > PAIRS_SHOWN)]
+    raise RunMismatchError(
+        f"{run.store}: {len(pairs):,} of its {len(planned):,} shards are not among the inputs, which have shards of "
+        "the same names and sizes at other paths:\n  "
+        + "\n  ".join(lines)
+        + f"\nIf the corpus has moved, pass `moved` "
+        f"{moved}; if these are other shards, name the earlier ones as `input` too, or choose another `output`"
+    )
+
+
+def _name(shard: Shard) -> str:
+    return shard.path.rpartition("/")[2]
 
 
 def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> list[WorkUnit]:

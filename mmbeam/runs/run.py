@@ -13,6 +13,7 @@ from typing import Any, Self
 import pyarrow as pa
 
 from mmbeam.errors import JobError, RunMismatchError
+from mmbeam.names import KINDS, UNNAMED_MODEL
 from mmbeam.runs.rows import build_schema
 from mmbeam.runs.store import ATTEMPTS, Store
 from mmbeam.types import Output
@@ -29,6 +30,17 @@ STOP = f"{PRIVATE}/stop.json"
 LOCK = f"{PRIVATE}/lock"
 SUMMARY = f"{PRIVATE}/summary.json"
 
+# The argument that decides an entry of the configuration, where its name differs or is not at the top.
+_ARGUMENTS = {
+    **{name: name for name in ("dtype", "engine", "language", "limit", "prompt", "source_language", "task", "tokens")},
+    **{f"decoding.{name}": name for name in ("max_new_tokens", "num_beams", "temperature", "top_p", "seed")},
+    **{f"reading.fields.{kind}": f"{kind}_field" for kind in KINDS},
+    "modalities.model": "modalities",
+    "reading.cleaning.image_filter": "image_filter",
+    "reading.cleaning.text": "clean_text",
+    "reading.cleaning.where": "where",
+    "reading.draft": "draft",
+}
 _PART = re.compile(r"part-(.+)\.parquet")
 
 
@@ -129,7 +141,7 @@ def open_run(run: Run, overwrite: bool = False) -> None:
     """
     store = run.store
     if overwrite:
-        _clear(store)
+        clear_run(store)
     _compare(run, read_manifest(store) or _create_manifest(run))
     store.sweep_scratch()
 
@@ -201,7 +213,7 @@ def _check_exclusive(store: Store, content: bytes) -> None:
 
 def _compare(run: Run, manifest: Mapping[str, Any]) -> None:
     if manifest["fingerprint"] != run.fingerprint:
-        changes = differences(manifest["configuration"], run.configuration)
+        changes = _changes(manifest, run)
         raise RunMismatchError(
             f"{run.store} holds a run of another configuration (old -> new):\n  "
             + "\n  ".join(changes or [f"fingerprint: {manifest['fingerprint']} -> {run.fingerprint}"])
@@ -211,11 +223,36 @@ def _compare(run: Run, manifest: Mapping[str, Any]) -> None:
         logger.warning("%s was started with other versions: %s", run.store, change)
 
 
+def _changes(manifest: Mapping[str, Any], run: Run) -> list[str]:
+    """Return the differences between a manifest and a run in the user's terms: models by name, values as options."""
+    old, new = dict(manifest["configuration"]), dict(run.configuration)
+    names = [recorded.get("models", {}) for recorded in (manifest["recorded"], run.recorded)]
+    models = old.pop("models", {}), new.pop("models", {})
+    lines = []
+    for label in dict.fromkeys([*models[0], *models[1]]):
+        if models[0].get(label) == models[1].get(label):
+            continue
+        digests = [str(model.get(label, {}).get("digest", "unknown"))[:12] for model in models]
+        titles = [
+            str(name.get(label, f"digest {digest}")) if label in model else "not used"
+            for name, model, digest in zip(names, models, digests, strict=True)
+        ]
+        title = "model" if label == UNNAMED_MODEL else f"model {label}"
+        if titles[0] == titles[1]:
+            lines.append(f"{title} {titles[0]}: its files have changed (digest {digests[0]} -> {digests[1]})")
+        else:
+            lines.append(f"{title}: {titles[0]} -> {titles[1]}")
+    for line in differences(old, new):
+        name, _, change = line.partition(": ")
+        lines.append(f"`{_ARGUMENTS[name]}`: {change}" if name in _ARGUMENTS else line)
+    return lines
+
+
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
     """Return each leaf in which two nested mappings differ, as "dotted.key: old -> new", sorted."""
     before, after = dict(_leaves(old)), dict(_leaves(new))
     names = sorted(name for name in before | after if before.get(name) != after.get(name))
-    return [f"{name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}" for name in names]
+    return [f"{name}: {before.get(name, 'not set')} -> {after.get(name, 'not set')}" for name in names]
 
 
 def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
@@ -223,10 +260,20 @@ def _leaves(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, 
         if isinstance(value, Mapping) and value:
             yield from _leaves(value, f"{prefix}{key}.")
         else:
-            yield f"{prefix}{key}", value if isinstance(value, str) else json.dumps(value)
+            yield f"{prefix}{key}", _shown(value)
 
 
-def _clear(store: Store) -> None:
+def _shown(value: Any) -> str:
+    """Return a value of a configuration as a message shows it."""
+    if isinstance(value, list | tuple):
+        return ", ".join(map(_shown, value)) or "none"
+    words = {None: "not set", True: "yes", False: "no"}
+    if value is None or isinstance(value, bool):
+        return words[value]
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def clear_run(store: Store) -> None:
     """Remove a run, its rows first and its manifest last: a kill leaves a run with fewer rows."""
     if not store.exists(MANIFEST):
         return

@@ -1,0 +1,134 @@
+"""What a job reads, looked at before any model: the files that `input` names, and their first samples.
+
+Nothing here imports Beam, torch or transformers, so that an error in the input is reported within a second.
+"""
+
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Literal
+
+from mmbeam.clean.where import SampleValues
+from mmbeam.config import Reading
+from mmbeam.errors import NoShardsError, UsageError, did_you_mean
+from mmbeam.features.files import feature_files
+from mmbeam.names import FEATURE_SUFFIX, KINDS
+from mmbeam.readers.listing import list_shards
+from mmbeam.readers.paths import public_path
+from mmbeam.report.inspect import Probe, probe
+from mmbeam.types import Shard
+
+SEARCHED_SAMPLES = 2000  # of each of the first shards, for a field that an option names
+MADE_BY = "mmbeam"  # `made_by` in the JSON of the samples of corpus/, which the shipped model was trained on
+# What to use instead of the shipped model, by the modality of the samples.
+_CAPTIONERS = {
+    "image": "--model Salesforce/blip-image-captioning-base",
+    "audio": "--model openai/whisper-small --task transcribe",
+    "text": "--model google/flan-t5-base --task summarize",
+}
+_ENCODERS = {
+    "image": "--model openai/clip-vit-base-patch32",
+    "audio": "--model laion/clap-htsat-unfused",
+    "text": "--model sentence-transformers/all-MiniLM-L6-v2",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """The files of an input, and the contents of the first samples if they are shards."""
+
+    files: tuple[Shard, ...]
+    features: bool = False  # the files are Parquet of features, not shards
+    first: Probe = field(default_factory=Probe)
+
+
+def look_up(
+    patterns: Sequence[str],
+    reading: Reading,
+    *,
+    strict: bool = False,
+    allow_local_paths: bool = False,
+    features: bool = False,
+    moved: Sequence[str] = (),
+) -> Inputs:
+    """List the files that `patterns` name, and read the first samples of shards. `features` may be features, too.
+
+    Raises NoShardsError, UsageError for an invalid pattern and for a field of `reading` that no sample has, ShardError
+    if no shard can be read.
+    """
+    files = feature_files(patterns, strict, allow_local_paths) if features else []
+    if files:
+        return Inputs(files=tuple(as_moved(files, moved)), features=True)
+    try:
+        shards = list_shards(patterns, strict, allow_local_paths, reading.fields)
+    except NoShardsError:
+        if features or not (files := feature_files(patterns, strict, allow_local_paths)):
+            raise
+        shards = files
+    if not features and all(shard.path.lower().endswith(FEATURE_SUFFIX) for shard in shards):
+        raise UsageError(
+            f"`input`: expected shards (tar files), found rows of an mmbeam job ({shards[0].path}); name the shards "
+            "that the job read"
+        )
+    first = probe(shards, reading.fields, reading.limits, metadata=True)
+    check_named_fields(shards, first, reading)
+    return Inputs(files=tuple(as_moved(shards, moved)), first=first)
+
+
+def check_named_fields(shards: Sequence[Shard], first: Probe, reading: Reading) -> None:
+    """Raise UsageError for a field that `reading` names and that no sample of the first shards has.
+
+    If none of the `first` samples has it, SEARCHED_SAMPLES of each shard are searched.
+    """
+    chosen = {kind: getattr(reading.fields, kind) for kind in KINDS}
+    if first.samples and any(name is not None and name not in first.fields for name in chosen.values()):
+        first = probe(shards, reading.fields, reading.limits, samples=SEARCHED_SAMPLES)
+    for kind, name in chosen.items():
+        if first.samples and name is not None and name not in first.fields:
+            present = list(first.fields)
+            raise UsageError(
+                f"`{kind}_field` {name}: none of the {'' if first.whole else 'first '}{first.samples:,} samples has "
+                f"this field; they have {', '.join(present)}{did_you_mean(name, present)}"
+            )
+
+
+def as_moved(shards: Sequence[Shard], moved: Sequence[str]) -> list[Shard]:
+    """Return the shards with the paths that they had before the corpus was moved.
+
+    Each of `moved` is OLD=NEW: a shard under NEW keeps its identity, the path under OLD, and is read from NEW. Its etag
+    is dropped, since a copy has another one; the size is still compared. Raises UsageError.
+    """
+    result = list(shards)
+    for pair in moved:
+        old, equals, new = pair.partition("=")
+        if not (old and equals and new):
+            raise UsageError(f"`moved` {pair}: expected OLD=NEW, the former and the present path of the shards")
+        before, after = public_path(old).rstrip("/"), public_path(new).rstrip("/")
+        count = 0
+        for number, shard in enumerate(result):
+            if shard.path == after or shard.path.startswith(f"{after}/"):
+                result[number] = replace(shard, path=before + shard.path[len(after) :], etag=None)
+                count += 1
+        if not count:
+            raise UsageError(f"`moved` {pair}: no shard of the input is under {after}")
+    return result
+
+
+def shipped_model_warning(inputs: Inputs, patterns: Sequence[str], job: Literal["caption", "embed"]) -> str | None:
+    """Return a warning that the shipped model is of no use for these samples; None for the corpus of the demo."""
+    if any(_made_by(values) == MADE_BY for values in map(SampleValues, inputs.first.first)) or not inputs.first.samples:
+        return None
+    models = _CAPTIONERS if job == "caption" else _ENCODERS
+    model = next((models[name] for name in models if name in inputs.first.modalities), models["image"])
+    paths = " ".join(f"--input {shlex.quote(public_path(path) if '://' in path else path)}" for path in patterns)
+    return (
+        "without --model the model that ships with mmbeam is used. It knows only the shapes and tones of the corpus "
+        f"that `mmbeam demo` makes, and these samples are others: its {'texts' if job == 'caption' else 'vectors'} "
+        f"about them are meaningless. Use a model for your data: mmbeam {job} {model} {paths} --output OTHER_DIR. "
+        "--model shipped silences this warning"
+    )
+
+
+def _made_by(values: SampleValues) -> object:
+    metadata = values["metadata"]
+    return metadata.get("made_by") if isinstance(metadata, dict) else None
