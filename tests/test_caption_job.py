@@ -223,7 +223,7 @@ def test_with_embeddings_writes_vectors_and_captions_in_one_pass(tmp_path: Path,
 def test_modalities_absent_from_all_samples_are_an_error(tmp_path: Path, fusion: Path) -> None:
     truths = [replace(truth, members={"json": truth.members["json"]}) for truth in shards.make_truths(4)]
     shards.make_webdataset(tmp_path / "in", truths, shards=1)
-    with pytest.raises(MissingModalityError, match="no image and no audio and no text"):
+    with pytest.raises(MissingModalityError, match="expected image and audio and text in the first samples"):
         run(tmp_path, fusion, tmp_path / "in")
     assert not (tmp_path / "out").exists()
 
@@ -408,7 +408,8 @@ def test_the_command_captions_shards_and_features(
 def test_contradictory_options_are_usage_errors(
     tmp_path: Path, fusion: Path, arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    command = ["caption", "--model", str(fusion), "--input", str(tmp_path), "--output", str(tmp_path / "out")]
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(1), shards=1)
+    command = ["caption", "--model", str(fusion), "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out")]
     defaults = [] if "--max-new-tokens" in arguments else ["--max-new-tokens", "8"]
     assert main([*command, *defaults, *arguments]) == 2
     assert message in capsys.readouterr().err

@@ -143,7 +143,7 @@ def count_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
 def test_another_configuration_on_the_same_output_is_an_error(tmp_path: Path, clip: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4))
     run(tmp_path, clip, tmp_path / "in")
-    with pytest.raises(RunMismatchError, match=r"dtype: float32 -> bfloat16"):
+    with pytest.raises(RunMismatchError, match=r"`dtype`: float32 -> bfloat16"):
         run(tmp_path, clip, tmp_path / "in", dtype="bfloat16")
     report = run(tmp_path, clip, tmp_path / "in", dtype="bfloat16", overwrite=True)
     assert report.units_written == 2
@@ -348,7 +348,7 @@ def test_retry_failures_redoes_units_with_failures(tmp_path: Path, clip: Path, m
 def test_a_requested_modality_absent_from_all_samples_is_an_error(tmp_path: Path, clip: Path, clap: Path) -> None:
     truths = [replace(truth, members={"txt": truth.members["txt"]}) for truth in shards.make_truths(4)]
     shards.make_webdataset(tmp_path / "in", truths)
-    with pytest.raises(MissingModalityError, match="no image"):
+    with pytest.raises(MissingModalityError, match="expected image in the first samples of the input, found text"):
         run(tmp_path, clip, tmp_path / "in", modalities=("image", "text"))
     with pytest.raises(UsageError, match="audio"):
         run(tmp_path, clip, tmp_path / "in", modalities=("audio",))

@@ -148,7 +148,9 @@ def _check_not_moved(run: Run, known: Sequence[WorkUnit], shards: Sequence[Shard
     planned = {source.shard.path: source.shard for unit in known for source in unit.inputs}
     listed = {shard.path for shard in shards}
     absent = [shard for shard in planned.values() if shard.path not in listed]
-    new = {(_name(shard), shard.size): shard for shard in shards if shard.path not in planned and shard.size}
+    new: dict[tuple[str, int | None], Shard] = {
+        (_name(shard), shard.size): shard for shard in shards if shard.path not in planned and shard.size
+    }
     pairs = [(old.path, new[_name(old), old.size].path) for old in absent if (_name(old), old.size) in new]
     if not pairs or 2 * len(pairs) < min(len(absent), len(new)):
         return
