@@ -27,15 +27,17 @@ from mmbeam.decode import decode_sample
 from mmbeam.errors import JobError, UsageError
 from mmbeam.features import read as features_read
 from mmbeam.readers.listing import list_shards
+from mmbeam.readers.samples import read_samples
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader
 from mmbeam.report import page
+from mmbeam.report.gallery import load_media
 from mmbeam.report.page import ReportOptions, collect, write_report
 from mmbeam.runs.commits import report_failed_unit
 from mmbeam.runs.run import open_run
 from mmbeam.runs.summary import write_summary
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import Batch, Input, Needs, Output, Tally, UnitReport, WorkUnit
+from mmbeam.types import Batch, Input, Needs, Output, SampleId, Tally, UnitReport, WorkUnit
 
 HOSTILE = '</script><script>alert(1)</script><img src=x onerror="alert(2)">&amp;\u2028\u2029]]>'
 SAMPLES = 20
@@ -371,17 +373,35 @@ def test_an_input_that_is_gone_or_changed_is_named_on_its_cards(tmp_path: Path, 
 
 
 def test_another_sample_at_the_recorded_byte_is_not_shown(tmp_path: Path, truths: list[shards.Truth]) -> None:
-    from mmbeam.report.gallery import load_media
-    from mmbeam.types import SampleId
-
     path = str(shards.make_webdataset(tmp_path, truths[:2], shards=1).paths[0])
     [media] = load_media({SampleId(path, 0): "another"}, {}, Reading()).values()
     assert (media.image, media.notes) == (
         None,
-        ["the input holds another sample at this byte; it has changed since the run"],
+        ["the input holds another sample at this offset; it has changed since the run"],
     )
     [media] = load_media({SampleId(path, 0): "000000"}, {}, Reading()).values()
     assert media.image is not None
+
+
+def test_files_of_a_folder_are_read_back_by_their_number(tmp_path: Path) -> None:
+    folder, pictures = tmp_path / "photos", [shards.natural_image(n, 20 + n, 30) for n in range(4)]
+    for number, pixels in enumerate(pictures):
+        (folder / "sub").mkdir(parents=True, exist_ok=True)
+        (folder / "sub" / f"{number}.png").write_bytes(shards.encode_image(pixels, "png"))
+    (folder / "metadata.csv").write_text("file_name,place\nsub/2.png,garden\n")
+    [listed] = list_shards([str(folder)])
+    parts = [
+        Input(shard=listed.with_samples(listed.samples[begin : begin + 2]), begin=begin, end=begin + 2)
+        for begin in (0, 2)
+    ]
+    (folder / "sub" / "3.png").unlink()
+    keys = {SampleId(str(folder), number): f"sub/{number}" for number in range(4)}
+    media = load_media(keys, {str(folder): parts}, Reading())
+    assert [media[sample].image_size for sample in keys] == [(20, 30), (21, 30), (22, 30), None]
+    assert "no longer exists" in media[SampleId(str(folder), 3)].notes[0]
+    assert media.keys() == keys.keys()
+    [raw] = read_samples(parts[1], [2, 9])
+    assert (raw.key, raw.offset, raw.members["json"]) == ("sub/2", 2, b'{"place": "garden"}')
 
 
 def test_a_sample_that_ended_its_process_is_not_decoded_again(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import tars
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers.samples import read_sample, read_samples
-from mmbeam.types import Shard
+from mmbeam.types import Input, Shard
 
 LONG = "folder/" + "x" * 150  # needs a pax or GNU header ahead of the member's
 
@@ -29,13 +29,13 @@ def test_each_sample_is_read_again_by_its_offset(shard: Shard) -> None:
     assert [(raw.key, raw.offset, dict(raw.members)) for raw in singles] == expected
     assert {raw.shard for raw in singles} == {shard.path}
     offsets = [offset for _, offset, _ in expected[::-3]]
-    several = list(read_samples(shard, [*offsets, offsets[0]]))
+    several = list(read_samples(Input(shard=shard), [*offsets, offsets[0]]))
     assert [(raw.key, raw.offset, dict(raw.members)) for raw in several] == expected[::-3][::-1]
 
 
 def test_unwanted_members_are_named_and_not_read(shard: Shard) -> None:
     first = tars.read(Path(shard.path).read_bytes())[0]
-    [raw] = read_samples(shard, [first.offset], want=lambda field: field == "txt")
+    [raw] = read_samples(Input(shard=shard), [first.offset], want=lambda field: field == "txt")
     assert raw.fields == first.fields
     assert set(raw.members) == {"txt"} & set(first.fields)
 
@@ -61,7 +61,7 @@ def test_damage_and_limits_apply_as_in_a_job(tmp_path: Path) -> None:
 def test_a_changed_or_missing_shard_is_an_error(shard: Shard) -> None:
     changed = Shard(path=shard.path, url=shard.url, size=1)
     with pytest.raises(ShardError, match="changed since it was listed"):
-        list(read_samples(changed, [0]))
+        list(read_samples(Input(shard=changed), [0]))
     Path(shard.path).unlink()
     with pytest.raises(ShardError, match="does not exist"):
         read_sample(shard.path, 0)

@@ -1,41 +1,54 @@
 """Single samples of a shard, read again by their offset. Rows and failure records name the shard and the offset."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from dataclasses import replace
+from functools import partial
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
+from mmbeam.readers.folder import FolderReader
 from mmbeam.readers.paths import public_path
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import BLOCK, TarReader, is_header
-from mmbeam.types import RawSample, Shard
+from mmbeam.types import Input, RawSample, Shard
 
 
 def read_sample(shard: str, offset: int, limits: Limits | None = None) -> RawSample:
     """Return the sample that begins at byte `offset` of a shard, as the columns `shard` and `offset` of a row name it.
 
     `shard` is a path or URL. An uncompressed tar is read from that byte on, a compressed one from its beginning. Raises
-    ShardError if the shard cannot be read, or if no sample begins at that byte.
+    ShardError if the shard cannot be read, or if no sample begins at that byte. A folder is not read: its offsets
+    number the samples in the plan of a run.
     """
     path = public_path(shard)
-    for raw in read_samples(Shard(path=path, url=shard), (offset,), limits=limits):
+    for raw in read_samples(Input(shard=Shard(path=path, url=shard)), (offset,), limits=limits):
         return raw
     raise ShardError(f"{path}: no sample begins at byte {offset:,}; the shard is another one, or has changed")
 
 
 def read_samples(
-    shard: Shard,
+    source: Input,
     offsets: Collection[int],
     want: Callable[[str], bool] = lambda field: True,
     limits: Limits | None = None,
     waits: Sequence[float] | None = None,
+    metadata_field: str | None = None,
 ) -> Iterator[RawSample]:
-    """Yield the samples that begin at these bytes of a shard, in one pass and in their order in the shard.
+    """Yield the samples that begin at these bytes of a shard, or have these numbers in a folder, in one pass, in order.
 
-    Members of a field that `want` rejects are not read. An offset at which no member begins is left out. A pax global
-    header, which holds for all later members of an uncompressed tar, is not applied. `waits` are
+    Of a tar in parts, any part will do; of a folder, `source` holds the samples to choose from, and `metadata_field` is
+    that of `FieldMap`. Members of a field that `want` rejects are not read. An offset at which no member begins is left
+    out. A pax global header, which holds for all later members of an uncompressed tar, is not applied. `waits` are
     those of `open_shard`. Raises ShardError if the shard cannot be read, or is not the one that was listed.
     """
-    limits = limits or Limits()
+    limits, shard = limits or Limits(), source.shard
+    if shard.samples:
+        places = [offset for offset in sorted(set(offsets)) if 0 <= offset - source.begin < len(shard.samples)]
+        chosen = shard.with_samples([shard.samples[offset - source.begin] for offset in places])
+        folder = FolderReader(Input(shard=chosen), want, limits, metadata_field, partial(open_shard, waits=waits))
+        for sample, offset in zip(folder, places, strict=True):
+            yield replace(sample, offset=offset)
+        return
     with open_shard(shard, waits=waits) as stream:
         if is_header(stream.read(BLOCK)) and stream.seekable():
             for offset in sorted(set(offsets)):

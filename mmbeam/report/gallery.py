@@ -7,7 +7,7 @@ MP3 of its first seconds. If an input is gone or has changed, a note states the 
 import base64
 import io
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 
@@ -23,7 +23,7 @@ from mmbeam.decode.common import codec_errors
 from mmbeam.errors import SampleError, printable, redact
 from mmbeam.process import cores
 from mmbeam.readers.samples import read_samples
-from mmbeam.types import ImageHWC, Needs, RawSample, SampleId, Shard, Waveform
+from mmbeam.types import ImageHWC, Input, Needs, RawSample, SampleId, Shard, Waveform
 
 THUMB_SIDE = 320  # pixels, of the longer side
 JPEG_QUALITY = 80
@@ -43,33 +43,37 @@ class Media:
     notes: list[str] = field(default_factory=list)
 
 
-def load_media(keys: Mapping[SampleId, str], inputs: Mapping[str, Shard], reading: Reading) -> dict[SampleId, Media]:
+def load_media(
+    keys: Mapping[SampleId, str], inputs: Mapping[str, Sequence[Input]], reading: Reading
+) -> dict[SampleId, Media]:
     """Return the media of the samples in `keys`, which maps them to their keys.
 
-    `inputs` holds shards by path, with the size and etag that the run recorded; a shard that is not among them is
-    opened unchecked. An error of an input or a codec becomes a note.
+    `inputs` holds shards and parts of folders by path, with the size and etag that the run recorded; a shard that is
+    not among them is opened unchecked. An error of an input or a codec becomes a note.
     """
     samples: dict[str, list[SampleId]] = defaultdict(list)
     for sample in keys:
         samples[sample.shard].append(sample)
-    shards = [inputs.get(path) or Shard(path=path, url=path) for path in samples]
+    sources = [source for path in samples for source in inputs.get(path) or [Input(shard=Shard(path=path, url=path))]]
     media: dict[SampleId, Media] = {}
     with ThreadPoolExecutor(cores()) as pool:
-        for loaded in pool.map(lambda shard: _load_shard(shard, samples[shard.path], keys, reading), shards):
+        for loaded in pool.map(lambda source: _load_shard(source, samples[source.shard.path], keys, reading), sources):
             media |= loaded
     return media
 
 
 def _load_shard(
-    shard: Shard, samples: list[SampleId], keys: Mapping[SampleId, str], reading: Reading
+    source: Input, samples: list[SampleId], keys: Mapping[SampleId, str], reading: Reading
 ) -> dict[SampleId, Media]:
     want = wanted_fields(reading, Needs(modalities=frozenset({"image", "audio"})))
     media: dict[SampleId, Media] = {}
-    reason = "the input holds another sample at this byte; it has changed since the run"
+    if source.shard.samples:
+        samples = [sample for sample in samples if 0 <= sample.offset - source.begin < len(source.shard.samples)]
+    reason = "the input holds another sample at this offset; it has changed since the run"
     try:
         offsets = [sample.offset for sample in samples]
-        for raw in read_samples(shard, offsets, want, reading.limits, waits=()):
-            sample = SampleId(shard.path, raw.offset)
+        for raw in read_samples(source, offsets, want, reading.limits, (), reading.fields.metadata):
+            sample = SampleId(source.shard.path, raw.offset)
             if raw.key.encode("utf-8", "backslashreplace").decode() == keys[sample]:
                 media[sample] = _media(raw, reading)
     except Exception as error:  # of a store, too: a report is made without its inputs

@@ -31,6 +31,7 @@ from mmbeam.features.read import read_columns
 from mmbeam.features.schema import widths_of
 from mmbeam.names import COLUMN_OF_TASK, KINDS, MODALITIES, VERSION
 from mmbeam.readers.paths import is_local, local_path, public_path
+from mmbeam.readers.units import unit_from_json
 from mmbeam.report.gallery import load_media
 from mmbeam.report.status import failed_units
 from mmbeam.report.summary import STEPS
@@ -39,7 +40,7 @@ from mmbeam.runs.control import stop_reason
 from mmbeam.runs.plan import load_plan
 from mmbeam.runs.run import FAILURES, PRIVATE, Run, find_run, part_name
 from mmbeam.runs.summary import read_summary
-from mmbeam.types import SampleId, Shard, Tally, UnitReport
+from mmbeam.types import Input, SampleId, Shard, Tally, UnitReport
 
 MARK = "<!-- mmbeam report -->"  # the beginning of every page; another file is never replaced
 MAX_PARTS = 64  # Parquet files that are read; of a run with more, as many at random
@@ -126,11 +127,12 @@ def collect(options: ReportOptions) -> dict[str, Any]:
     reports = list(load_reports(run, sorted(done)))
     tally = sum((report.tally for report in reports), Tally())
     failed = failed_units(run, done)
-    ids = {str(unit["id"]) for unit in load_plan(run)} | done | failed.keys()
+    plan = load_plan(run)
+    ids = {str(unit["id"]) for unit in plan} | done | failed.keys()
     planned = len(ids) or int(run.configuration.get("limit") is not None)  # with a limit, one unit, even if not planned
     drawn = _draw(run, reports, options)
     records = _failure_records(run, reports, options.seed)
-    samples, groups = _gallery(run, reports, drawn, records, options)
+    samples, groups = _gallery(run, _sources(plan, reports), reports, drawn, records, options)
     return {
         "mmbeam": VERSION,
         "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -530,8 +532,23 @@ def _example(record: Mapping[str, Any]) -> dict[str, Any]:
     return {name: record[name] for name in ("key", "shard")} | {"message": _public(record["message"])}
 
 
+def _sources(plan: Sequence[Mapping[str, Any]], reports: Sequence[UnitReport]) -> dict[str, list[Input]]:
+    """Return the committed inputs by path: a shard once, with its size and etag, and every part of a folder."""
+    sources: dict[str, list[Input]] = {}
+    for report in reports:
+        for source in report.inputs:
+            shard = Shard(path=source["path"], url=source["path"], size=source["size"], etag=source["etag"])
+            sources[shard.path] = [Input(shard=shard)]
+    folders = [source for line in plan for source in unit_from_json(line).inputs if source.shard.samples]
+    return sources | {
+        path: [folder for folder in folders if folder.shard.path == path]
+        for path in {folder.shard.path for folder in folders}
+    }
+
+
 def _gallery(
     run: Run,
+    sources: Mapping[str, Sequence[Input]],
     reports: Sequence[UnitReport],
     drawn: _Drawn,
     records: Sequence[Mapping[str, Any]],
@@ -587,13 +604,8 @@ def _gallery(
     ]
     add("Near-duplicates", f"the pairs of greatest similarity, {NEAR} or more, {among}", pairs)
 
-    inputs = {
-        source["path"]: Shard(path=source["path"], url=source["path"], size=source["size"], etag=source["etag"])
-        for report in reports
-        for source in report.inputs
-    }
     crashed = {sample for sample, faults in of_sample.items() if any(fault["step"] == "crash" for fault in faults)}
-    media = load_media({s: key for s, key in keys.items() if s not in crashed}, inputs, _reading(run))
+    media = load_media({s: key for s, key in keys.items() if s not in crashed}, sources, _reading(run))
     cards = []
     for sample, key in keys.items():
         row, read = rows.get(sample, {}), media.get(sample)
