@@ -59,7 +59,8 @@ EXTENSIONS: Mapping[Kind, tuple[str, ...]] = {
 }
 KIND_OF_EXTENSION: Mapping[str, Kind] = {ext: kind for kind, exts in EXTENSIONS.items() for ext in exts}
 
-SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst")
+ZIP_SUFFIX = ".zip"
+SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ZIP_SUFFIX)
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl")  # beside the files of a folder: a row of metadata per file
 NOT_INPUTS = ("parquet", "csv", "tsv", "jsonl", "json", "txt", "md", "html", "xml", "yaml", "yml", "log", "pdf", "npy")
 LIST_SUFFIXES = (".txt", ".list")

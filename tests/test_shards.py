@@ -365,7 +365,7 @@ class TestListShards:
         with pytest.raises(NoShardsError, match="no pattern was given"):
             list_shards([])
         (folder / "empty").mkdir()
-        with pytest.raises(NoShardsError, match=re.escape("holds no *.tar, *.tar.gz, *.tgz, *.tar.zst")):
+        with pytest.raises(NoShardsError, match=re.escape("holds no *.tar, *.tar.gz, *.tgz, *.tar.zst, *.zip")):
             list_shards([f"{folder}/empty"])
 
     @pytest.mark.parametrize("unmatched", ["x-*.tar", "typo/*.tar", "empty", "[ab].tar"])

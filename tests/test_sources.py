@@ -1,10 +1,13 @@
 """Folders of media files and zip archives as inputs: what is listed, planned, read and resumed."""
 
+import io
 import json
 import logging
 import os
 import shutil
-from collections.abc import Callable
+import warnings
+import zipfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,16 +18,20 @@ from outputs import is_conserved, read_failures, read_rows
 
 from mmbeam.cli import main
 from mmbeam.config import FieldMap, Limits, ModelRef, Reading, Windows
-from mmbeam.errors import NoShardsError, RunMismatchError, UsageError
+from mmbeam.errors import NoShardsError, RunMismatchError, ShardError, UsageError
+from mmbeam.jobs import execute
 from mmbeam.jobs.embed import EmbedOptions, embed
 from mmbeam.readers import units as units_module
+from mmbeam.readers import zip as zip_module
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import limited_unit, plan_units, unit_from_json, unit_to_json
 from mmbeam.readers.windows import read_batches
-from mmbeam.types import Failure, Needs, RunReport, Sample, WorkUnit
+from mmbeam.readers.zip import ZipReader
+from mmbeam.types import Failure, Input, Needs, RunReport, Sample, Shard, WorkUnit
 
 NEEDS = Needs(modalities=frozenset({"image", "audio"}))
 JPEG = shards.encode_image(shards.natural_image(1, 32, 24))
+SOURCE = Input(shard=Shard(path="/x.zip", url="/x.zip"))
 PNG = shards.encode_image(shards.natural_image(2, 24, 32), "png")
 
 
@@ -255,7 +262,7 @@ class TestFolders:
         [
             ({"x.parquet": b"", "y.json": b"{}"}, "", "it holds 1 .parquet (x.parquet), 1 .json (y.json)"),
             ({"x.parquet": b"", "y.json": b"{}"}, "/*", "it holds 1 .parquet (x.parquet), 1 .json (y.json)"),
-            ({"x.csv": b""}, "/x.csv", "x.csv: is not an input. Name shards, zip archives, or a folder"),
+            ({"x.csv": b""}, "/x.csv", "x.csv: is not an input. Name tars, zip archives, or a folder"),
             ({"a.heic": b"", "b.heic": b""}, "", "it holds 2 .heic (a.heic, ...)"),
             ({".hidden.jpg": b""}, "", "it holds 1 hidden (.hidden.jpg)"),
         ],
@@ -315,8 +322,21 @@ class TestJobs:
         with pytest.raises(RunMismatchError, match=r"1 of 1 shards has changed:\n  .*photos: a\.txt\nRestore"):
             self.run(photos, tmp_path, clip)
 
-    def test_workers_and_a_limit(self, photos: Path, tmp_path: Path, clip: Path) -> None:
+    def test_a_limit(self, photos: Path, tmp_path: Path, clip: Path) -> None:
         assert self.run(photos, tmp_path, clip, limit=2).tally.rows == 2
+
+    def test_an_archive_is_embedded_in_parts_and_resumed(
+        self, tmp_path: Path, clip: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        members = [(f"{number}.jpg", JPEG if number else b"not a picture") for number in range(5)]
+        path = zipped(tmp_path / "x.zip", [*members, ("3.txt", b"three")])
+        monkeypatch.setattr(execute.plan, "__defaults__", (2 * len(JPEG),))
+        report = self.run(path, tmp_path, clip)
+        assert report.units_written > 1
+        assert is_conserved(report)
+        assert sorted(row["key"] for row in read_rows(tmp_path / "out")) == ["1", "2", "3", "4"]
+        assert [failure["key"] for failure in read_failures(tmp_path / "out")] == ["0"]
+        assert self.run(path, tmp_path, clip).units_kept == report.units_written
 
     def test_inspect_describes_a_folder(self, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
         logging.getLogger("mmbeam").setLevel(logging.ERROR)
@@ -324,3 +344,167 @@ class TestJobs:
         output = capsys.readouterr().out
         assert "keys: 2024/c, 2024/may/b, a" in output
         assert "modalities: image, text" in output
+
+
+HEAD = b"PK\x01\x02\x14\x03\x14\0"  # of an entry of the directory, before its flags
+
+
+def zipped(path: Path, members: Sequence[tuple[str, bytes]], method: int = zipfile.ZIP_STORED) -> Path:
+    with warnings.catch_warnings(), zipfile.ZipFile(path, "w", method) as archive:
+        warnings.simplefilter("ignore")  # of duplicate names
+        for name, data in members:
+            archive.writestr(name, data)
+    return path
+
+
+def patched(path: Path, old: bytes, new: bytes) -> Path:
+    """Replace bytes of an archive, in its headers and its directory."""
+    content = path.read_bytes()
+    assert old in content
+    path.write_bytes(content.replace(old, new))
+    return path
+
+
+def directory_of(path: Path) -> int:
+    with zipfile.ZipFile(path) as archive:
+        return archive.start_dir
+
+
+class TestZips:
+    MEMBERS = (("a.JPG", JPEG), ("sub/b.png", PNG), ("a.txt", b"a cat"), ("sub/", b""), ("README.md", b"# mine"))
+
+    @pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+    def test_members_of_a_key_are_a_sample_wherever_they_are(self, tmp_path: Path, method: int) -> None:
+        path = zipped(tmp_path / "x.ZIP", self.MEMBERS, method)
+        [unit] = plan(path)
+        batches = list(read_batches(unit, Reading(), NEEDS, Windows()))
+        samples = [s for batch in batches for s in batch.samples]
+        assert [(s.key, s.text, s.image is not None) for s in samples] == [("a", "a cat", True), ("sub/b", None, True)]
+        with zipfile.ZipFile(path) as archive:
+            assert [s.offset for s in samples] == [archive.getinfo(n).header_offset for n in ("a.JPG", "sub/b.png")]
+        assert batches[-1].tally.members == {"directory": 1, ".md": 1}
+
+    @pytest.mark.parametrize("part_bytes", [300, 1000, 5000])
+    def test_the_parts_of_an_archive_hold_each_sample_once(self, tmp_path: Path, part_bytes: int) -> None:
+        names = [f"{number:02}" for number in range(12)]
+        members = [(f"{name}.jpg", JPEG) for name in names] + [(f"{name}.txt", name.encode()) for name in names]
+        path = zipped(tmp_path / "x.zip", members)
+        [whole] = plan(path)
+        parts = plan_units(list_shards([str(path)]), [], part_bytes)
+        assert len(parts) > 1
+        expected, _ = read([whole])
+        samples, failures = read(parts)
+        assert [(s.key, s.text, s.offset) for s in samples] == [(s.key, s.text, s.offset) for s in expected]
+        assert (len(samples), failures) == (12, [])
+
+    @pytest.mark.parametrize(
+        ("members", "keys"),
+        [
+            ([("/etc/x.jpg", JPEG), ("../../up.jpg", JPEG)], ["/etc/x", "../../up"]),
+            ([("a.jpg", JPEG), ("a.jpg", JPEG)], ["a", "a"]),
+            ([("a.jpg", JPEG), ("b.jpg", JPEG), ("A.jpg", JPEG)], ["a", "b", "A"]),
+            ([("é/日本.jpg", JPEG)], ["é/日本"]),
+            ([("__MACOSX/._a.jpg", JPEG), (".DS_Store", b""), ("b.jpg", JPEG)], ["b"]),
+        ],
+    )
+    def test_names_are_keys_only(self, tmp_path: Path, members: list[tuple[str, bytes]], keys: list[str]) -> None:
+        samples, failures = read(plan(zipped(tmp_path / "x.zip", members)))
+        assert [s.key for s in samples] == keys
+        assert len({s.offset for s in samples}) == len(keys)
+        assert failures == []
+
+    @pytest.mark.parametrize(
+        ("spoil", "error", "message"),
+        [
+            (
+                lambda path: patched(path, b"PK\x01\x02\x14\x03\x14\0\0\0", b"PK\x01\x02\x14\x03\x14\0\1\0"),
+                "DecodeError",
+                "encrypted",
+            ),
+            (
+                lambda path: patched(path, HEAD + b"\0\0\0\0", HEAD + b"\0\0\x0e\0"),
+                "DecodeError",
+                "is compressed by method 14; expected stored (0) or deflated (8)",
+            ),
+            (lambda path: patched(path, JPEG[200:220], bytes(20)), "DecodeError", "Bad CRC-32"),
+            (lambda path: patched(path, b"PK\x03\x04", b"PK\0\0"), "DecodeError", "Bad magic number"),
+            (
+                lambda path: patched(path, len(JPEG).to_bytes(4, "little"), (1 << 31).to_bytes(4, "little")),
+                "LimitError",
+                "has 2,147,483,648 bytes",
+            ),
+        ],
+    )
+    def test_a_bad_member_costs_its_sample(
+        self, tmp_path: Path, spoil: Callable[[Path], Path], error: str, message: str
+    ) -> None:
+        samples, failures = read(plan(spoil(zipped(tmp_path / "x.zip", [("a.jpg", JPEG)]))))
+        assert [s.key for s in samples] == ["a"]
+        assert [(f.key, f.modality, f.error) for f in failures] == [("a", "image", error)]
+        assert message in failures[0].message
+
+    @pytest.mark.parametrize("content", [b"", b"PK\x05\x06", b"not a zip", b"PK\x05\x06" + b"\xff" * 18])
+    def test_what_is_not_an_archive_fails_as_a_whole(self, tmp_path: Path, content: bytes) -> None:
+        (tmp_path / "x.zip").write_bytes(content)
+        [unit] = plan(tmp_path / "x.zip")
+        *_, last = read_batches(unit, Reading(), NEEDS, Windows())
+        assert f"{tmp_path}/x.zip: not a zip archive" in (last.unit_error or "")
+
+    @pytest.mark.parametrize("cut", [1, 30, 90])
+    def test_a_cut_archive_fails_as_a_whole(self, tmp_path: Path, cut: int) -> None:
+        path = zipped(tmp_path / "x.zip", self.MEMBERS)
+        path.write_bytes(path.read_bytes()[:-cut])
+        *_, last = read_batches(plan(path)[0], Reading(), NEEDS, Windows())
+        assert "not a zip archive, or its central directory is damaged or cut off" in (last.unit_error or "")
+
+    def test_every_byte_of_the_directory_may_be_wrong(self, tmp_path: Path) -> None:
+        """The archive yields samples with failures, or fails as a whole; nothing else is raised."""
+        path = zipped(tmp_path / "x.zip", [("a.jpg", b"x" * 50), ("b.txt", b"text")], zipfile.ZIP_DEFLATED)
+        content, begin = path.read_bytes(), directory_of(path)
+        for position in range(begin, len(content)):
+            for value in (0, 0x7F, 0xFF):
+                spoilt = content[:position] + bytes([value]) + content[position + 1 :]
+                reader = ZipReader(io.BytesIO(spoilt), SOURCE, lambda _: True, Limits(), FieldMap())
+                try:
+                    samples = list(reader)
+                except ShardError:
+                    continue
+                assert len({s.offset for s in samples}) == len(samples)
+
+    def test_entries_that_share_their_data_are_failures_and_a_bomb_ends_at_the_limit(
+        self, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        path = zipped(
+            tmp_path / "x.zip", [(f"{number}.txt", bytes(100_000)) for number in range(20)], zipfile.ZIP_DEFLATED
+        )
+        monkeypatch.setattr(zip_module, "EXPANDED_BYTES", 0)
+        size = path.stat().st_size
+        _, failures = read(plan(path), Reading(limits=Limits(expansion=1_000_000 / size)))
+        assert {(f.error, "as a zip bomb does" in f.message) for f in failures[-10:]} == {("LimitError", True)}
+        assert len([f for f in failures if "zip bomb" in f.message]) == 10
+        content = bytearray(path.read_bytes())
+        with zipfile.ZipFile(path) as archive:
+            begin = archive.start_dir
+        first = content.index(b"PK\x01\x02", begin + 4)
+        content[first + 42 : first + 46] = bytes(4)  # the second entry begins where the first does
+        path.write_bytes(content)
+        _, failures = read(plan(path))
+        assert [f.key for f in failures if "one member for several samples" in f.message] == ["1"]
+
+    def test_zip64_and_an_archive_behind_other_bytes(self, tmp_path: Path) -> None:
+        path = tmp_path / "x.zip"
+        with zipfile.ZipFile(path, "w") as archive, archive.open("a.jpg", "w", force_zip64=True) as file:
+            file.write(JPEG)
+        path.write_bytes(b"#!/bin/sh\nexit\n" + path.read_bytes())
+        samples, failures = read(plan(path))
+        assert [(s.key, s.offset) for s in samples] == [("a", 15)]
+        assert failures == []
+
+    def test_an_archive_of_a_store_is_read_in_place(self, tmp_path: Path) -> None:
+        memory = fsspec.filesystem("memory")
+        memory.pipe("/zips/x.zip", zipped(tmp_path / "x.zip", self.MEMBERS).read_bytes())
+        try:
+            samples, _ = read(plan("memory://zips"))
+        finally:
+            memory.rm("/zips", recursive=True)
+        assert [(s.key, s.shard) for s in samples] == [("a", "memory://zips/x.zip"), ("sub/b", "memory://zips/x.zip")]

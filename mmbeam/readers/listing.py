@@ -49,7 +49,7 @@ MAX_REQUESTS = 32  # concurrent
 CUTTABLE_BYTES = 32 * MIB  # above this size a web server is asked whether it supports ranges: the shard may be cut
 PLACES_SHOWN = 5  # in an error
 EXPECTED = (
-    "Name shards, zip archives, or a folder or pattern of image, audio or text files; features (Parquet) are an input "
+    "Name tars, zip archives, or a folder or pattern of image, audio or text files; features (Parquet) are an input "
     "of `mmbeam caption` and `mmbeam train`"
 )
 LEFT_OUT_SHOWN = 6  # extensions of files that are not inputs, in a message

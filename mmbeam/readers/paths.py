@@ -14,6 +14,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.errors import ShardError, public_url
+from mmbeam.names import ZIP_SUFFIX
 
 ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation", "Last-Modified")  # the most specific first
 ALIASES = {"gcs": "gs", "s3a": "s3"}
@@ -168,6 +169,11 @@ def etag_of(info: Info) -> str | None:
     if isinstance(info.get("mtime"), float) and "ino" in info:  # a local file; a float resolves microseconds
         return f"{round(info['mtime'] * 1e6)}-{info['size']}"
     return None
+
+
+def is_zip(path: str) -> bool:
+    """Return whether a shard is a zip archive, by its name."""
+    return without_query(path).lower().endswith(ZIP_SUFFIX)
 
 
 def split_name(name: str) -> tuple[str, str] | None:

@@ -1,4 +1,4 @@
-"""Open an input of any form: a tar or a folder of media files."""
+"""Open an input of any form: a tar, a zip archive, or a folder of media files."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -6,8 +6,10 @@ from typing import Protocol
 
 from mmbeam.config import Reading
 from mmbeam.readers.folder import FolderReader
+from mmbeam.readers.paths import is_zip
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader, part_origin
+from mmbeam.readers.zip import ZipReader
 from mmbeam.types import Input, SourceReader
 
 
@@ -31,6 +33,10 @@ def open_samples(
     if shard.samples:
         folder = FolderReader(source, want, limits, reading.fields.metadata, open_shard)
         yield folder, folder
+        return
+    if is_zip(shard.path):
+        with open_shard(shard) as stream:
+            yield ZipReader(stream, source, want, limits, reading.fields), stream
         return
     with open_shard(shard, part_origin(source.begin)) as stream:
         yield TarReader(stream, shard.path, want, limits, source.begin, source.end), stream

@@ -26,6 +26,7 @@ from mmbeam.readers.paths import (
     etag_of,
     file_system,
     is_local,
+    is_zip,
     local_path,
     public_path,
     scheme_of,
@@ -48,7 +49,7 @@ def content_digest(source: Input) -> str | None:
     None for other stores, and if the file is not the one that was listed: its size or time differs.
     """
     shard = source.shard
-    if not is_local(shard.url):
+    if not is_local(shard.url) or (source.is_part and is_zip(shard.path)):  # the directory is at the end of a zip
         return None
     if shard.samples:
         return _folder_digest(shard)

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmbeam.config import MIB
 from mmbeam.errors import UsageError
-from mmbeam.readers.paths import split_name
+from mmbeam.readers.paths import is_zip, split_name
 from mmbeam.readers.tar import BLOCK
 from mmbeam.types import FolderSample, Input, InputRead, Shard, SourceFile, WorkUnit, printable_name
 
@@ -26,7 +26,7 @@ def unit_id(*inputs: Input) -> str:
     """Return the id of the unit that reads `inputs`: readable, safe as a file name, a function of its inputs."""
     spans = "".join(f"{source.shard.path}\0{source.begin}\0{source.end}\n" for source in inputs)
     name = inputs[0].shard.path.rpartition("/")[2]
-    stem = re.sub(r"(\.tar)?(\.gz|\.zst|\.tgz|\.tar|\.parquet)$", "", name, flags=re.IGNORECASE)
+    stem = re.sub(r"(\.tar)?(\.gz|\.zst|\.tgz|\.tar|\.zip|\.parquet)$", "", name, flags=re.IGNORECASE)
     safe = re.sub(r"[^A-Za-z0-9._-]+", "_", stem)[:60].strip("._-") or "shard"
     return f"{safe}-{hashlib.sha256(spans.encode()).hexdigest()[:10]}"
 
@@ -35,7 +35,7 @@ def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit], unit_bytes: i
     """Return new units for the shards that no known unit contains, in their order. Known units never change.
 
     Without `unit_bytes`, each shard is one unit. With it, each unit reads about that number of bytes: an uncompressed
-    tar (a path that ends in .tar) that is larger is cut into parts. A folder is always cut, into units of about
+    tar or a zip archive (by its name) that is larger is cut into parts. A folder is always cut, into units of about
     UNIT_BYTES or MAX_UNIT_SAMPLES; of a folder that was planned before, only the new samples make new units. If there
     are more than UNPACKED_SHARDS shards, small adjacent ones are packed, as long as about UNPACKED_SHARDS units remain.
     Parts are larger where there would otherwise be more than MAX_UNITS. A shard of unknown size is one unit. Pass
@@ -87,8 +87,8 @@ def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, .
 
 def cut(shard: Shard, part_bytes: int) -> list[Input]:
     """Return parts of about `part_bytes` each, or the whole shard if it is small or cannot be cut."""
-    is_tar = shard.path.lower().endswith(".tar") and shard.cuttable
-    count = round(shard.size / part_bytes) if is_tar and shard.size else 1
+    is_plain = (shard.path.lower().endswith(".tar") or is_zip(shard.path)) and shard.cuttable
+    count = round(shard.size / part_bytes) if is_plain and shard.size else 1
     cuts = {(shard.size or 0) * number // count // BLOCK * BLOCK for number in range(1, count)} - {0}
     begins = [0, *sorted(cuts)]
     return [Input(shard=shard, begin=begin, end=end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
