@@ -24,6 +24,7 @@ from mmbeam.jobs.embed import EmbedOptions, embed
 from mmbeam.readers import units as units_module
 from mmbeam.readers import zip as zip_module
 from mmbeam.readers.listing import list_shards
+from mmbeam.readers.samples import read_sample
 from mmbeam.readers.units import limited_unit, plan_units, unit_from_json, unit_to_json
 from mmbeam.readers.windows import read_batches
 from mmbeam.readers.zip import ZipReader
@@ -490,6 +491,15 @@ class TestZips:
         path.write_bytes(content)
         _, failures = read(plan(path))
         assert [f.key for f in failures if "one member for several samples" in f.message] == ["1"]
+
+    def test_single_samples_are_read_again_by_their_offset(self, tmp_path: Path) -> None:
+        path = zipped(tmp_path / "x.zip", self.MEMBERS)
+        samples, _ = read(plan(path))
+        raws = [read_sample(str(path), sample.offset) for sample in samples]
+        assert [(raw.key, raw.fields) for raw in raws] == [("a", ("jpg", "txt")), ("sub/b", ("png",))]
+        assert raws[1].members["png"] == PNG
+        with pytest.raises(ShardError, match="no sample begins at byte 7"):
+            read_sample(str(path), 7)
 
     def test_zip64_and_an_archive_behind_other_bytes(self, tmp_path: Path) -> None:
         path = tmp_path / "x.zip"

@@ -7,9 +7,10 @@ from functools import partial
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers.folder import FolderReader
-from mmbeam.readers.paths import public_path
+from mmbeam.readers.paths import is_zip, public_path
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import BLOCK, TarReader, is_header
+from mmbeam.readers.zip import ZipReader
 from mmbeam.types import Input, RawSample, Shard
 
 
@@ -48,6 +49,10 @@ def read_samples(
         folder = FolderReader(Input(shard=chosen), want, limits, metadata_field, partial(open_shard, waits=waits))
         for sample, offset in zip(folder, places, strict=True):
             yield replace(sample, offset=offset)
+        return
+    if is_zip(shard.path):
+        with open_shard(shard, waits=waits) as stream:
+            yield from ZipReader(stream, Input(shard=shard), want, limits, offsets=set(offsets))
         return
     with open_shard(shard, waits=waits) as stream:
         if is_header(stream.read(BLOCK)) and stream.seekable():

@@ -9,7 +9,7 @@ import stat
 import struct
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
 from mmbeam.config import MIB, SAMPLE_MEMBERS, FieldMap, Limits
@@ -38,17 +38,24 @@ class ZipReader(SourceReader):
     """The samples of a zip archive in the order of its central directory. Iterate once.
 
     `want(field)` states whether the bytes of a member are needed. A key without image, audio and text by `fields` is
-    not a sample; its members are counted. A field that repeats within a key begins another sample. A member that is
-    encrypted, damaged, too large, or compressed by another method than deflate is damage to its sample. Names are
-    keys only, never paths.
+    not a sample; its members are counted. Without `fields`, each key is a sample. A field that repeats within a key
+    begins another sample. A member that is encrypted, damaged, too large, or compressed by another method than deflate
+    is damage to its sample. Names are keys only, never paths. With `offsets`, only the samples at these are read.
 
     Raises ShardError if the archive has no readable central directory.
     """
 
     def __init__(
-        self, stream: BinaryIO, source: Input, want: Callable[[str], bool], limits: Limits, fields: FieldMap
+        self,
+        stream: BinaryIO,
+        source: Input,
+        want: Callable[[str], bool],
+        limits: Limits,
+        fields: FieldMap | None = None,
+        offsets: Collection[int] | None = None,
     ) -> None:
         super().__init__()
+        self._offsets = offsets
         self._stream = stream
         self._source = source
         self._shard = source.shard.path
@@ -74,17 +81,18 @@ class ZipReader(SourceReader):
         with archive:
             self.is_empty = not archive.filelist
             groups = self._groups(archive.filelist)
-            offsets: set[int] = set()
+            known: set[int] = set()
             keys: set[str] = set()
             for number, (key, members) in enumerate(groups):
                 offset = next(iter(members.values())).header_offset
-                is_shared = offset in offsets
+                is_shared = offset in known
                 if is_shared:  # only a hostile archive: an offset that no header can have
                     offset = size + number
-                offsets.add(offset)
+                known.add(offset)
                 is_repeated = key in keys
                 keys.add(key)
-                if offset >= self._source.begin and (self._source.end is None or offset < self._source.end):
+                is_inside = offset >= self._source.begin and (self._source.end is None or offset < self._source.end)
+                if is_inside and (self._offsets is None or offset in self._offsets):
                     yield self._read(archive, key, members, offset, is_repeated, is_shared)
 
     def _groups(self, infos: list[zipfile.ZipInfo]) -> list[tuple[str, dict[str, zipfile.ZipInfo]]]:
@@ -109,7 +117,7 @@ class ZipReader(SourceReader):
                 last[key][field] = info
         samples = []
         for key, members in groups:
-            if any(self._fields.kind(field) in MODALITIES for field in members):
+            if self._fields is None or any(self._fields.kind(field) in MODALITIES for field in members):
                 samples.append((key, members))
                 continue
             for field in members:
