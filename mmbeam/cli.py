@@ -93,6 +93,8 @@ def _with_options(message: str, args: argparse.Namespace) -> str:
     """Return `message` with each Python argument that it quotes (`batch_size`) replaced by its option --batch-size."""
     options = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     # Messages also name plurals (`models`), and `split_fractions`, which --split sets. Exact names win.
+    # `input` and `output` are those of a job also for commands that read its results.
+    options = {"input": "SHARDS" if "shards" in options else "--input", "output": "--output"} | options
     options = {f"{name}s": option for name, option in options.items()} | {"split_fractions": "--split"} | options
     return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
 

@@ -189,13 +189,13 @@ class CrashError(SampleError):
     """Processing a sample ends the process: a codec crashes, or the kernel kills it because memory is short."""
 
 
-def did_you_mean(word: str, known: Iterable[str]) -> str:
-    """Return "; did you mean X?" with the most similar of the `known` names, to end a message; "" if none is similar.
+def did_you_mean(word: str, known: Iterable[str], cutoff: float = 0.6) -> str:
+    """Return "; did you mean X?" with the most similar of the `known` names, to end a message.
 
-    Case, and - or _ between words, do not matter.
+    Return "" if no similarity reaches `cutoff`, from 0 to 1. Case, and - or _ between words, do not matter.
     """
     names = {name.lower().replace("_", "-"): name for name in known}
-    similar = difflib.get_close_matches(word.lower().replace("_", "-"), names, n=1, cutoff=0.6)
+    similar = difflib.get_close_matches(word.lower().replace("_", "-"), names, n=1, cutoff=cutoff)
     return f"; did you mean {names[similar[0]]}?" if similar else ""
 
 

@@ -297,7 +297,11 @@ def test_an_output_of_another_configuration_is_an_error_that_names_the_differenc
 
 def test_an_output_that_cannot_be_written(embed: Mmbeam, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    check_error(embed("--output", tmp_path / "file" / "out"), 1, f"{tmp_path}/file/out", "Not a directory")
+    check_error(
+        embed("--output", tmp_path / "file" / "out"),
+        2,
+        f"--output {tmp_path}/file/out: expected a directory, found a file",
+    )
     check_error(embed("--output", "/proc/out"), 1, "/proc/out", "No such file")
     check_error(embed("--output", "nowhere://out"), 2, "--output nowhere://out: Protocol not known")
 
@@ -367,7 +371,7 @@ def test_verbose_shows_the_traceback(embed: Mmbeam, tmp_path: Path) -> None:
 
 
 def test_an_unexpected_error_is_one_line(embed: Mmbeam) -> None:
-    check_error(embed("--runner=NoSuchRunner", "--shared-output"), 1, "NoSuchRunner")
+    check_error(embed("--runner=nowhere.NoSuchRunner", "--shared-output"), 1, "No module named 'nowhere'")
 
 
 def test_status_and_inspect(embed: Mmbeam, mmbeam: Mmbeam, good: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 
-from mmbeam.errors import UsageError
+from mmbeam.errors import UsageError, did_you_mean
 
 _MAX_DIGITS = 4300  # Python's own limit: converting more takes quadratic time
 
@@ -92,7 +92,8 @@ def check_steps(steps: Sequence[str]) -> None:
     """Raise UsageError if a step is unknown."""
     for step in steps:
         if step not in TEXT_STEPS:
-            raise UsageError(f"unknown text cleaning step {step!r}; the steps are {', '.join(TEXT_STEPS)}")
+            expected = ", ".join(TEXT_STEPS) + did_you_mean(step, TEXT_STEPS)
+            raise UsageError(f"unknown text cleaning step {step!r}; the steps are {expected}")
 
 
 def clean_text(text: str, steps: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from functools import lru_cache, partial
 from typing import Any
 
 from mmbeam.clean.text import json_integer
-from mmbeam.errors import UsageError
+from mmbeam.errors import UsageError, did_you_mean
 from mmbeam.names import Kind
 from mmbeam.types import Sample
 
@@ -120,7 +120,7 @@ class _Compiler:
 
     def _compile_name(self, node: ast.Name) -> _Term:
         if node.id not in KIND_OF_NAME:
-            raise self._error(node, f"unknown name {node.id!r}")
+            raise self._error(node, f"unknown name {node.id!r}{did_you_mean(node.id, KIND_OF_NAME)}")
         return lambda values: values[node.id]
 
     def _compile_attribute(self, node: ast.Attribute) -> _Term:

@@ -6,10 +6,14 @@ lines to print and returns the exit status. Slow imports belong in `run`.
 
 import argparse
 import importlib
-from collections.abc import Generator, Sequence
+import importlib.util
+import re
+import sys
+from collections.abc import Collection, Generator, Sequence
+from pathlib import Path
 from typing import NoReturn, Protocol, cast
 
-from mmbeam.errors import UsageError
+from mmbeam.errors import UsageError, did_you_mean
 from mmbeam.names import VERSION
 
 COMMANDS = ("caption", "demo", "embed", "evaluate", "export", "inspect", "report", "search", "status", "train")
@@ -37,21 +41,67 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     Raise UsageError for invalid arguments.
     """
-    args, unknown = _parser().parse_known_args(argv)
-    if unknown and not args.takes_beam_options:
-        raise UsageError(f"unknown argument {unknown[0]} (see `mmbeam {args.command} --help`)")
+    words = sys.argv[1:] if argv is None else argv
+    args, unknown = _parser(words).parse_known_args(words)
+    options = [f"--{name.replace('_', '-')}" for name in vars(args)]
+    beam = _beam_names() if unknown and args.takes_beam_options else frozenset()
+    for word in unknown:
+        name = word.partition("=")[0]
+        hint = (
+            did_you_mean(name, [*options, *(f"--{option}" for option in beam if not option.endswith("Runner"))])
+            if name.startswith("--")
+            else ""
+        )
+        if not args.takes_beam_options or (hint and beam and name[2:] not in beam):
+            raise UsageError(f"unknown argument {name} (see `mmbeam {args.command} --help`){hint}")
     args.beam_args = tuple(unknown)
+    if unknown:
+        _check_runner(unknown, beam)
     return args
+
+
+def _beam_names() -> frozenset[str]:
+    """Return the options and runners that occur in the source of Apache Beam's options, which is slow to import."""
+    spec = importlib.util.find_spec("apache_beam")
+    try:
+        source = Path((spec and spec.origin) or "", "../options/pipeline_options.py").resolve().read_text()
+    except OSError:
+        return frozenset()
+    options, runners = re.findall(r"""["']--([\w-]+)["']""", source), re.findall(r"(\w+Runner)'", source)
+    return frozenset([*options, *runners])
+
+
+def _check_runner(words: Sequence[str], beam: Collection[str]) -> None:
+    """Raise UsageError for a --runner that Beam does not have; a dotted name is a class, which Beam imports."""
+    runners = {name.lower().removesuffix("runner"): name for name in beam if name.endswith("Runner")}
+    for word, after in zip(words, [*words[1:], ""], strict=True):
+        option, equals, value = word.partition("=")
+        name = value if equals else after
+        if option == "--runner" and runners and "." not in name and name.lower().removesuffix("runner") not in runners:
+            expected = ", ".join(sorted(runners.values()))
+            hint = did_you_mean(name, runners.values())
+            raise UsageError(f"--runner {name}: expected one of {expected}, or the dotted name of a class{hint}")
 
 
 class _Parser(argparse.ArgumentParser):
     """Reports invalid arguments in one line, as UsageError."""
 
+    words: Sequence[str] = ()  # of the command line
+
     def error(self, message: str) -> NoReturn:
-        raise UsageError(f"{message} (see `{self.prog} --help`)")
+        choice = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)$", message)
+        hint = "" if choice is None else did_you_mean(choice[1], re.findall(r"'([^']+)'", choice[2]))
+        required = message.partition("are required: ")[2].split(", ")
+        misspelt = [word for word in self.words if word.startswith("--") and word.partition("=")[0] not in required]
+        for word in misspelt if required != [""] else ():
+            hint = hint or did_you_mean(word.partition("=")[0], required, cutoff=0.8).replace(
+                "did you", f"for {word}, did you"
+            )
+        raise UsageError(f"{message} (see `{self.prog} --help`){hint}")
 
 
-def _parser() -> _Parser:
+def _parser(words: Sequence[str]) -> _Parser:
+    _Parser.words = words
     parser = _Parser(
         prog="mmbeam",
         description="Embeddings and captions for buckets of image-text-audio shards.",

@@ -1,10 +1,11 @@
 """The command `mmbeam caption`."""
 
 import argparse
+import importlib.util
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from mmbeam.commands.common import fraction, job_arguments, positive, run_job, shared_options
+from mmbeam.commands.common import check_model, fraction, job_arguments, positive, run_job, shared_options
 from mmbeam.errors import UsageError
 from mmbeam.names import ENGINES, TASKS
 
@@ -86,12 +87,19 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         if args.temperature is None and getattr(args, name) is not None:
             raise UsageError(f"`{name}` needs sampling: pass `temperature` too")
 
-    from mmbeam.jobs.caption import CaptionOptions
     from mmbeam.prompts.ask import Decoding
     from mmbeam.prompts.template import parse_template
 
     if args.prompt is not None:
         parse_template(args.prompt)
+    if args.model is not None:
+        check_model(args.model)
+    if args.engine == "vllm" and not args.beam_args and importlib.util.find_spec("vllm") is None:
+        raise UsageError("`engine` vllm: vLLM is not installed here; see the README, or leave `engine` out")
+    shared = shared_options(args, features=True)
+
+    from mmbeam.jobs.caption import CaptionOptions  # slow
+
     decoding = Decoding(
         max_new_tokens=args.max_new_tokens,
         num_beams=args.num_beams,
@@ -109,5 +117,5 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         engine=args.engine,
         explain=args.explain,
         with_embeddings=args.with_embeddings,
-        **shared_options(args),
+        **shared,
     )

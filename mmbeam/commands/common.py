@@ -14,7 +14,7 @@ from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeVar
 
-from mmbeam.errors import UsageError, redact
+from mmbeam.errors import ModelError, UsageError, did_you_mean, redact
 from mmbeam.names import DTYPES, KINDS, MODALITIES
 
 if TYPE_CHECKING:
@@ -194,14 +194,39 @@ def fields_of(args: argparse.Namespace) -> "FieldMap":
     return FieldMap(image=args.image_field, audio=args.audio_field, text=args.text_field, metadata=args.metadata_field)
 
 
-def shared_options(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `job_arguments` as fields of JobOptions. Raise UsageError."""
+def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str, Any]:
+    """Return the arguments of `job_arguments` as fields of JobOptions, checked as far as that needs no torch.
+
+    With `features`, the input may also be features. Raise UsageError, NoShardsError or ShardError.
+    """
+    from mmbeam.clean import parse_image_filter
+    from mmbeam.clean.text import check_steps
+    from mmbeam.clean.where import compile_where
     from mmbeam.config import Cleaning, Reading
+    from mmbeam.jobs.inputs import look_up
 
     check_url("`output`", args.output)
-    _check_beam(args.beam_args)
     steps = tuple(args.clean_text.split(",")) if args.clean_text else ()
     cleaning = Cleaning(text=steps, where=tuple(args.where), image_filter=args.image_filter)
+    reading = Reading(fields=fields_of(args), cleaning=cleaning, draft=args.draft)
+    _check_output(args.output)
+    check_steps(steps)
+    for where in args.where:
+        compile_where(where)
+    if args.image_filter is not None:
+        parse_image_filter(args.image_filter)
+    inputs = None
+    if not args.beam_args:  # with a runner the workers may be elsewhere, which is checked first
+        inputs = look_up(
+            args.input,
+            reading,
+            strict=args.strict_input,
+            allow_local_paths=args.allow_local_paths,
+            features=features,
+            moved=args.moved,
+        )
+    else:
+        _check_beam(args.beam_args)
     return {
         "input": tuple(args.input),
         "strict_input": args.strict_input,
@@ -216,7 +241,8 @@ def shared_options(args: argparse.Namespace) -> dict[str, Any]:
         "retry_failures": args.retry_failures,
         "shared_output": args.shared_output,
         "workers": args.workers,
-        "reading": Reading(fields=fields_of(args), cleaning=cleaning, draft=args.draft),
+        "reading": reading,
+        "inputs": inputs,
         "moved": tuple(args.moved),
         "beam_args": args.beam_args,
     }
@@ -229,7 +255,8 @@ def modalities_of(text: str | None) -> "tuple[Modality, ...] | None":
     names = text.split(",")
     for name in names:
         if name not in MODALITIES:
-            raise UsageError(f"`modalities` {text}: unknown modality {name!r}; expected {', '.join(MODALITIES)}")
+            expected = ", ".join(MODALITIES) + did_you_mean(name, MODALITIES)
+            raise UsageError(f"`modalities` {text}: unknown modality {name!r}; expected {expected}")
     return tuple(modality for modality in MODALITIES if modality in names)
 
 
@@ -279,6 +306,30 @@ def check_url(name: str, url: str) -> None:
         file_system(url)
     except (ImportError, ValueError) as error:
         raise UsageError(f"{name} {public_path(url)}: {error}") from error
+
+
+def _check_output(output: str) -> None:
+    """Raise UsageError if a local output, or a part of its path, is a file."""
+    from mmbeam.readers.paths import is_local, local_path
+
+    if is_local(output):
+        path = Path(local_path(output))
+        for place in (path, *path.parents):
+            if place.is_file():
+                raise UsageError(f"`output` {output}: expected a directory, found a file, {place}; choose another one")
+
+
+def check_model(model: str) -> None:
+    """Raise ModelError for a model that is a file, or a path that does not exist, before torch is imported."""
+    from mmbeam.readers.paths import is_local
+
+    path = Path(model).expanduser()
+    if not is_local(model) or path.is_dir():
+        return
+    if path.exists():
+        raise ModelError(f"{model}: expected a directory with config.json and model.safetensors, found a file")
+    if path.is_absolute() or model.startswith((".", "~")) or model.count("/") > 1:
+        raise ModelError(f"{model}: expected an existing directory, or a hub name like org/model")
 
 
 def _check_beam(args: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from mmbeam.commands.common import (
+    check_model,
     job_arguments,
     modalities_of,
     run_job,
@@ -45,13 +46,19 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
 def _options(args: argparse.Namespace) -> "EmbedOptions":
     from mmbeam.config import ModelRef
-    from mmbeam.jobs.embed import EmbedOptions
 
     modalities = modalities_of(args.modalities)
+    models = tuple(ModelRef.parse(model) for model in args.model or ())
+    for model in models:
+        check_model(model.model)
+    shared = shared_options(args)
+
+    from mmbeam.jobs.embed import EmbedOptions  # slow
+
     return EmbedOptions(
-        models=tuple(ModelRef.parse(model) for model in args.model or ()),
+        models=models,
         modalities=modalities,
         tokens=args.tokens,
         vector_type="float16" if args.float16 else "float32",
-        **shared_options(args),
+        **shared,
     )

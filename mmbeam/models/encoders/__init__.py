@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from mmbeam.errors import ModelError
+from mmbeam.errors import ModelError, did_you_mean
 from mmbeam.models.encoders.base import Encoder, EncoderSpec
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
 from mmbeam.ops.image import apply_filter
@@ -62,7 +62,8 @@ def family_of(model_type: str | None) -> type[Encoder]:
     """Return the class that serves models of this type. Raises ModelError if there is none."""
     if model_type is None or model_type not in FAMILIES:
         raise ModelError(
-            f"unsupported model_type {model_type!r} for embedding; expected one of {', '.join(sorted(FAMILIES))}. "
+            f"unsupported model_type {model_type!r} for embedding; expected one of {', '.join(sorted(FAMILIES))}"
+            f"{did_you_mean(model_type or '', FAMILIES)}. "
             "To add a family, write a subclass of mmbeam.models.encoders.base.Encoder and add it to FAMILIES"
         )
     module, _, name = FAMILIES[model_type].rpartition(".")
