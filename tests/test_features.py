@@ -76,7 +76,7 @@ def write(path: Path, rows: Sequence[dict[str, Any]], **options: Any) -> Path:
 
 
 def unit_of(*paths: Path) -> WorkUnit:
-    [unit] = plan_units(list_shards([str(path) for path in paths]), [])
+    [unit] = plan_units(list_shards([str(path) for path in paths], any_file=True), [])
     return unit
 
 
@@ -161,7 +161,7 @@ def test_a_unit_is_named_after_its_file(tmp_path: Path) -> None:
 
 
 def files(*paths: Path) -> Any:
-    return list_shards([str(path) for path in paths])
+    return list_shards([str(path) for path in paths], any_file=True)
 
 
 def test_a_column_may_be_in_any_file_and_must_be_in_one(tmp_path: Path) -> None:
