@@ -2,6 +2,7 @@
 
 import fcntl
 import io
+import json
 import os
 import struct
 import termios
@@ -17,11 +18,12 @@ import shards
 from outputs import make_run, make_unit, write_unit
 from servers import STORES, fresh_output
 
+from mmbeam.cli import main
 from mmbeam.config import FieldMap
 from mmbeam.errors import JobError
 from mmbeam.process import Progress, progress
 from mmbeam.report import progress as module
-from mmbeam.report.inspect import inspect_text
+from mmbeam.report.inspect import inspect, inspect_text
 from mmbeam.report.progress import Committed, ProgressLine, clock, progress_line
 from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
@@ -333,9 +335,25 @@ def test_status_of_a_directory_without_a_run_is_an_error(tmp_path: Path) -> None
 
 def test_inspect_describes_the_contents_of_shards(tmp_path: Path) -> None:
     shards.make_webdataset(tmp_path / "in", shards.make_truths(4), shards=1)
-    text = "\n".join(inspect_text([str(tmp_path / "in")], FieldMap()))
+    text = "\n".join(inspect_text(inspect([str(tmp_path / "in")], FieldMap())))
     assert "keys: 000000, 000001, 000002" in text
     assert "fields of all 4 samples:" in text
     assert "modalities: audio, image, text" in text
     (tmp_path / "in" / "shard-000000.tar").write_bytes(bytes(1024))
-    assert list(inspect_text([str(tmp_path / "in")], FieldMap()))[-1] == "no samples"
+    assert list(inspect_text(inspect([str(tmp_path / "in")], FieldMap())))[-1] == "no samples"
+
+
+def test_inspect_names_each_bad_shard(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    made = shards.make_webdataset(tmp_path / "in", shards.make_truths(6), shards=3)
+    made.paths[0].write_bytes(made.paths[0].read_bytes()[:2000])
+    made.paths[1].write_bytes(b"not a tar" * 200)
+    paths = [str(tmp_path / "in"), str(tmp_path / "gone.tar")]
+    assert main(["inspect", *paths]) == 3
+    out = capsys.readouterr().out
+    assert f"BAD {made.paths[0]}: cut off at byte 2,000, inside the sample 000000\n" in out
+    assert f"BAD {made.paths[1]}: not a tar file" in out
+    assert f"BAD {tmp_path}/gone.tar: " in out
+    assert main(["inspect", "--json", *paths]) == 3
+    contents = json.loads(capsys.readouterr().out)
+    assert (len(contents["bad"]), contents["shards"], contents["sampled"]) == (3, 4, 2)
+    assert main(["inspect", str(made.paths[2])]) == 0

@@ -1,19 +1,25 @@
 """The contents of shards, from their first samples: for `mmbeam inspect`, and to check a job's options."""
 
+import json
+import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from mmbeam.clean.where import SampleValues
 from mmbeam.config import FieldMap, Limits, Reading
 from mmbeam.decode.text import decode_metadata
-from mmbeam.errors import SampleError, ShardError
+from mmbeam.errors import SampleError, ShardError, printable
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.readers.listing import list_shards
+from mmbeam.readers.paths import is_local
 from mmbeam.readers.sources import open_samples
 from mmbeam.readers.units import limited_unit
-from mmbeam.types import RawSample, Sample, Shard
+from mmbeam.types import Input, RawSample, Sample, Shard
 
 PROBED_SHARDS, PROBED_SAMPLES = 3, 32  # representative of most corpora, and read in a second
+WALK_SECONDS = 5.0  # for which `inspect` looks for bad shards; then it reads no further shard
+EXAMPLE_CHARS = 80  # shown of an entry of the JSON
 
 
 @dataclass
@@ -86,20 +92,96 @@ def _without_media(raw: RawSample, fields: FieldMap, limits: Limits) -> Sample:
     return Sample(key=raw.key, shard=raw.shard, offset=raw.offset, text=text, metadata=metadata)
 
 
-def inspect_text(
+@dataclass(frozen=True, kw_only=True)
+class Inspection:
+    """What `mmbeam inspect` shows, as JSON values."""
+
+    shards: int
+    bytes: int  # of the shards whose size is known
+    unknown_sizes: int
+    samples: int | None  # estimated from the shards read to their end; exact if `whole`; None if none was
+    whole: bool  # every shard was read to its end
+    bad: Mapping[str, str]  # reason, by path
+    sampled: int  # samples that the following describe
+    keys: tuple[str, ...]
+    fields: Mapping[str, int]  # samples, by field
+    kinds: Mapping[str, str]  # kind, by field that a job would read
+    metadata: Mapping[str, str]  # an example as JSON, by entry of the JSON
+
+
+def inspect(
     patterns: Sequence[str], fields: FieldMap, strict: bool = False, allow_local_paths: bool = False
-) -> Iterator[str]:
-    """Yield lines on the number of shards and the contents of their first samples. The flags are `list_shards`'s."""
+) -> Inspection:
+    """Read the headers of shards for WALK_SECONDS, and the JSON of the first samples. The flags are `list_shards`'s.
+
+    Uncompressed files of this machine are read to their end, the others as far as their first samples. Raises
+    NoShardsError and UsageError.
+    """
     shards = list_shards(patterns, strict, allow_local_paths, fields)
-    sizes = [shard.size for shard in shards if shard.size is not None]
-    known = "" if len(sizes) == len(shards) else f" ({len(shards) - len(sizes):,} of unknown size)"
-    yield f"shards: {len(shards):,}, {sum(sizes) / 1e6:,.1f} MB{known}"
-    contents = probe(shards, fields)
-    if not contents.samples:
+    bad: dict[str, str] = {}
+    walked_samples = walked_bytes = walked = 0
+    reading, stop = Reading(fields=fields), time.monotonic() + WALK_SECONDS
+    for shard in shards:
+        if time.monotonic() > stop:
+            break
+        to_the_end = is_local(shard.path) and not shard.path.lower().endswith((".gz", ".tgz", ".zst"))
+        count = 0
+        try:
+            with open_samples(Input(shard=shard), lambda name: False, reading) as (reader, _):
+                for raw in reader:
+                    count += 1
+                    if raw.truncated:
+                        size = "its end" if shard.size is None else f"byte {shard.size:,}"
+                        bad[shard.path] = f"cut off at {size}, inside the sample {printable(raw.key)}"
+                    if not to_the_end and count == PROBED_SAMPLES:
+                        break
+                else:
+                    walked, walked_samples = walked + 1, walked_samples + count
+                    walked_bytes += shard.size or 0
+        except ShardError as error:
+            bad[shard.path] = str(error).removeprefix(f"{shard.path}: ")
+    good = [shard for shard in shards if shard.path not in bad]
+    contents = probe(good, fields, metadata=True) if good else Probe()
+    examples: dict[str, str] = {}
+    for sample in contents.first:
+        entries = SampleValues(sample)["metadata"]
+        for name, value in entries.items() if isinstance(entries, dict) else ():
+            examples.setdefault(name, printable(json.dumps(value, ensure_ascii=False)))
+    total = sum(shard.size or 0 for shard in shards)
+    estimated = round(walked_samples * total / walked_bytes) if walked_bytes else None
+    return Inspection(
+        shards=len(shards),
+        bytes=total,
+        unknown_sizes=sum(shard.size is None for shard in shards),
+        samples=walked_samples if walked == len(shards) else estimated,
+        whole=walked == len(shards),
+        bad=bad,
+        sampled=contents.samples,
+        keys=tuple(contents.keys[:3]),
+        fields=dict(contents.fields.most_common()),
+        kinds=contents.kinds,
+        metadata=examples,
+    )
+
+
+def inspect_text(contents: Inspection) -> Iterator[str]:
+    """Yield lines on the number of shards, the bad ones, and the contents of the first samples."""
+    known = f" ({contents.unknown_sizes:,} of unknown size)" if contents.unknown_sizes else ""
+    yield f"shards: {contents.shards:,}, {contents.bytes / 1e6:,.1f} MB{known}"
+    if contents.samples is not None:
+        yield f"samples: {'' if contents.whole else 'about '}{contents.samples:,}"
+    for path, reason in contents.bad.items():
+        yield f"BAD {path}: {reason}"
+    if not contents.sampled:
         yield "no samples"
         return
-    yield f"keys: {', '.join(contents.keys[:3])}, ..."
-    yield f"fields of {'all' if contents.whole else 'the first'} {contents.samples:,} samples:"
-    for name, count in contents.fields.most_common():
-        yield f"  {name:<20} in {count:>4}  {contents.kinds.get(name, '-')}"
-    yield "modalities: " + (", ".join(sorted(contents.modalities)) or "none")
+    yield f"keys: {', '.join(contents.keys)}, ..."
+    complete = contents.whole and contents.sampled == contents.samples
+    yield f"fields of {'all' if complete else 'the first'} {contents.sampled:,} samples:"
+    for name, count in contents.fields.items():
+        yield f"  {name:<20} in {count:>4}  {contents.kinds.get(name, '- (of no known kind)')}"
+    yield "modalities: " + (", ".join(sorted(set(contents.kinds.values()) & set(MODALITIES))) or "none")
+    if contents.metadata:
+        yield "entries of the JSON, with an example of each:"
+        for name, example in contents.metadata.items():
+            yield f"  {name:<20} {example if len(example) <= EXAMPLE_CHARS else example[:EXAMPLE_CHARS] + '...'}"
