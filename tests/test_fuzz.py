@@ -21,7 +21,7 @@ from tars import FORMATS, PACK, corpus, everything, info, write
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
-from mmbeam.readers.tar import BLOCK, TarReader, is_header, legible_name, part_origin, parts_join, pax_records
+from mmbeam.readers.tar import BLOCK, TarReader, is_header_or_end, legible_name, part_origin, parts_join, pax_records
 from mmbeam.types import InputRead, RawSample
 
 CORPUS = Path(__file__).parent / "fuzz_corpus.txt"  # per line a name and zlib-compressed bytes in base 85
@@ -47,7 +47,7 @@ def read(data: bytes, begin: int = 0, end: int | None = None) -> tuple[list[RawS
 def check(data: bytes, cuts: tuple[int, ...] = (1024, 4096)) -> None:
     """Raise AssertionError, or the error of the reader, if it breaks a rule on these bytes."""
     for block in (data[:BLOCK], data[BLOCK : 2 * BLOCK]):
-        is_header(block)
+        is_header_or_end(block)
         with suppress(ValueError):
             pax_records(block)
         assert legible_name(block).isprintable()

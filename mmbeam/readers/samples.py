@@ -9,7 +9,7 @@ from mmbeam.errors import ShardError
 from mmbeam.readers.folder import FolderReader
 from mmbeam.readers.paths import is_zip, public_path
 from mmbeam.readers.stream import open_shard
-from mmbeam.readers.tar import BLOCK, TarReader, is_header
+from mmbeam.readers.tar import BLOCK, TarReader, is_header_or_end
 from mmbeam.readers.zip import ZipReader
 from mmbeam.types import Input, RawSample, Shard
 
@@ -55,11 +55,11 @@ def read_samples(
             yield from ZipReader(stream, Input(shard=shard), want, limits, offsets=set(offsets))
         return
     with open_shard(shard, waits=waits) as stream:
-        if is_header(stream.read(BLOCK)) and stream.seekable():
+        if is_header_or_end(stream.read(BLOCK)) and stream.seekable():
             for offset in sorted(set(offsets)):
                 stream.seek(offset)
                 block = stream.read(BLOCK)
-                if block.strip(b"\0") and is_header(block):
+                if block.strip(b"\0") and is_header_or_end(block):
                     stream.seek(offset)
                     raw = next(iter(TarReader(stream, shard.path, want, limits, origin=offset)), None)
                     if raw is not None and raw.offset == offset:

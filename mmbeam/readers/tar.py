@@ -193,7 +193,7 @@ class ByteReader:
         """The class and message of the error that ended decompression early."""
         return None if self._decompressed is None else self._decompressed.fault
 
-    def end(self) -> tuple[str, str]:
+    def end_error(self) -> tuple[str, str]:
         """Return the class and message of the error for a read past the end."""
         return self.fault or ("DecodeError", f"the shard ends at byte {self.position:,}")
 
@@ -235,7 +235,7 @@ class Members:
                 return
             pax, prefix, name_problem = dict(self._global_pax), None, ""
             try:
-                info = parse(self._block)
+                info = parse_header(self._block)
                 if info is None:
                     damage = self._pass_zeros(begin)
                     if damage is None:
@@ -253,7 +253,7 @@ class Members:
                     except ValueError as error:
                         name_problem = str(error)
                     self._block = source.read(BLOCK)
-                    info = parse(self._block)
+                    info = parse_header(self._block)
                     if info is None:
                         raise _BadHeaderError("a block of zeros")
                 begin = source.position - BLOCK if prefix is None else prefix
@@ -349,7 +349,7 @@ class Members:
     def _pass_cut(self, member: Member) -> Break:
         """Return the break of a member that claims more bytes than there are; move to the next header in its data."""
         present = max(0, self._source.position - member.data_offset)
-        error, why = self._source.end()
+        error, why = self._source.end_error()
         if not _is_tar(member.name) and not member.is_scanned and self._source.rewind(member.data_offset):
             self._block = find_header(self._source)
             if len(self._block) == BLOCK:
@@ -415,7 +415,7 @@ class Members:
         """Return the break at `begin` with a loss for each name; `_block` is the next header, or shorter at the end."""
         is_end_mark = self._block.count(0) == BLOCK
         is_end = not is_end_mark and not _is_anchor(self._block)
-        error, why = self._source.end() if is_end else ("DecodeError", "")
+        error, why = self._source.end_error() if is_end else ("DecodeError", "")
         if is_end:
             what += f"; no header follows: {why}"
         elif is_end_mark:
@@ -443,7 +443,7 @@ def _member(info: tarfile.TarInfo, pax: dict[str, str], offset: int, data_offset
     )
 
 
-def parse(block: bytes) -> tarfile.TarInfo | None:
+def parse_header(block: bytes) -> tarfile.TarInfo | None:
     """Parse a header; None for a block of zeros. Names that are not UTF-8 get backslash escapes."""
     if len(block) < BLOCK:
         raise _BadHeaderError(f"{len(block)} of its {BLOCK} bytes")
@@ -468,13 +468,13 @@ def find_header(source: ByteReader, stop: int | None = None) -> bytes:
 
 def _is_anchor(block: bytes) -> bool:
     """Return whether a tar can be followed from this block on: it has a header's magic and checksum."""
-    return block[257:262] == b"ustar" and is_header(block)
+    return block[257:262] == b"ustar" and is_header_or_end(block)
 
 
-def is_header(block: bytes) -> bool:
+def is_header_or_end(block: bytes) -> bool:
     """Return whether `block` is a header or the end-of-archive marker, as at the beginning of a tar."""
     try:
-        parse(block)
+        parse_header(block)
     except _BadHeaderError:
         return False
     return True
@@ -566,15 +566,15 @@ class _Group:
         return not (self.damages or self.losses or self.truncated)
 
 
-class _Cut:
+class _PartBoundary:
     """The boundary between the parts before and after a cut; see the top of this file."""
 
     def __init__(self, byte: int | None) -> None:  # None: no cut, so no member is after it
         self._byte = sys.maxsize if byte is None else byte
         self._key: str | None = None  # of the first member at or after the cut
 
-    def is_before(self, offset: int, key: str) -> bool:
-        """Return whether the boundary is before the next member, the first header of which is at `offset`."""
+    def is_passed(self, offset: int, key: str) -> bool:
+        """Record the next member, whose first header is at `offset`. Return whether it is after the cut."""
         if self._key is None and offset >= self._byte:
             self._key = key
         return self._key is not None and key != self._key
@@ -658,7 +658,7 @@ class TarReader:
         if len(first) < BLOCK and self._begin:
             return  # no header begins in this part
         headers = Members(self._source, first)
-        begin, end = _Cut(self._begin), _Cut(self._end)
+        begin, end = _PartBoundary(self._begin), _PartBoundary(self._end)
         group: _Group | None = None
         any_sample = False
         losses: list[Loss] = []  # since the last member
@@ -672,9 +672,9 @@ class TarReader:
             # yields none. Parts that begin after it then do not join (`parts_join`), and the next launch reads the
             # shard as one unit.
             if names is not None and not headers.global_pax:
-                if self.first_sample is None and begin.is_before(member.offset, names[0]):
+                if self.first_sample is None and begin.is_passed(member.offset, names[0]):
                     self.first_sample = member.offset
-                if end.is_before(member.offset, names[0]):
+                if end.is_passed(member.offset, names[0]):
                     self.next_sample = member.offset
                     self._unsure = losses[0].offset if losses else self._unsure
                     break
@@ -720,7 +720,7 @@ class TarReader:
         head = self._source.read(BLOCK)
         if not head:
             raise ShardError(f"{self._shard}: is empty (0 bytes)")
-        if is_compressed(head) and not is_header(head):
+        if is_compressed(head) and not is_header_or_end(head):
             self._end = None
             self._source.decompress(head, self._limits.expansion)
             head = self._source.read(BLOCK)
