@@ -94,7 +94,7 @@ def test_a_runners_error_of_many_lines_becomes_one_line(text: str, message: str)
     assert "\n" not in str(error)
     assert runner_error(OSError("one line"), args) is None
     lost_service = runner_error(grpc.RpcError("UNAVAILABLE: Socket closed"), args)
-    assert str(lost_service).startswith("the job service no longer answers; run the same command again to continue")
+    assert str(lost_service).startswith("the job service no longer answers; run the same command again to resume")
 
 
 def test_a_worker_pool_given_by_an_environment_option_is_checked(tmp_path: Path) -> None:

@@ -206,7 +206,7 @@ def test_a_launch_without_waiting_submits_the_job_and_says_so(
 
 
 def test_a_launch_without_waiting_cannot_retry_failures(home: Path, tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="`retry_failures` holds a lock"):
+    with pytest.raises(UsageError, match="`retry_failures` needs a launcher that waits"):
         embed_job(home, tmp_path, retry_failures=True).submit()
 
 

@@ -149,5 +149,5 @@ def test_describe_names_a_missing_tokenizer(tmp_path: Path) -> None:
     directory = hub.save_gpt2(tmp_path / "gpt2")
     for file in ("tokenizer.json", "vocab.json"):
         (directory / file).unlink(missing_ok=True)
-    with pytest.raises(ModelError, match=r"no tokenizer; expected tokenizer\.json"):
+    with pytest.raises(ModelError, match=r"expected a tokenizer \(tokenizer\.json"):
         describe(directory)

@@ -193,7 +193,7 @@ def test_plan_extends_a_run_and_rejects_another_configuration(here: Path) -> Non
     stop_run(run, "too many failures")
     Plan("shards/*.tar", run)  # a new launch clears the stop
     assert stop_reason(run) is None
-    with pytest.raises(RunMismatchError, match="dtype: float32 -> float16"):
+    with pytest.raises(RunMismatchError, match="`dtype`: float32 -> float16"):
         Plan("shards/*.tar", embed_run("out", [embed_stage(MODEL, dtype="float16")]))
 
 
