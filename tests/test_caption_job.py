@@ -196,7 +196,7 @@ def test_a_second_run_does_only_uncommitted_units(
     report = run(tmp_path, fusion, tmp_path / "in")
     assert (report.units_written, report.units_kept, calls["samples"]) == (1, 2, 4)
     assert captions(read_rows(tmp_path / "out")) == captions(before)
-    with pytest.raises(RunMismatchError, match=r"decoding.num_beams: 1 -> 2"):
+    with pytest.raises(RunMismatchError, match=r"`num_beams`: 1 -> 2"):
         run(tmp_path, fusion, tmp_path / "in", decoding=replace(GREEDY, num_beams=2))
 
 

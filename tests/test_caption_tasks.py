@@ -144,7 +144,7 @@ def test_shards_without_the_modality_of_the_model_are_an_error_with_a_prompt(tmp
     model = CAPTIONERS["blip"](tmp_path / "blip")
     source = write(tmp_path / "in", [{"json": {"title": "x"}}])
     for prompt in ("a", "{metadata[title]}"):
-        with pytest.raises(MissingModalityError, match="no image"):
+        with pytest.raises(MissingModalityError, match="expected image"):
             run(tmp_path, model, source, prompt=prompt)
 
 
@@ -199,9 +199,9 @@ def test_prompt_task_and_language_are_part_of_the_fingerprint(tmp_path: Path, ch
     kept = run(tmp_path, chat, source, prompt="say {text}")
     assert (kept.units_written, kept.units_kept) == (0, 1)
     for changes, message in (
-        ({"prompt": "say: {text}"}, r"prompt: say \{text\} -> say: \{text\}"),
-        ({"prompt": "say {text}", "task": "summarize"}, "task: caption -> summarize"),
-        ({"task": "translate", "language": "de"}, "language: null -> de"),
+        ({"prompt": "say: {text}"}, r"`prompt`: say \{text\} -> say: \{text\}"),
+        ({"prompt": "say {text}", "task": "summarize"}, "`task`: caption -> summarize"),
+        ({"task": "translate", "language": "de"}, "`language`: not set -> de"),
     ):
         with pytest.raises(RunMismatchError, match=message):
             run(tmp_path, chat, source, **changes)

@@ -258,6 +258,7 @@ VALUES = {
     "dataflow_service_options": ACCELERATOR,
     "tokens": "true",
     "overwrite": "false",
+    "moved": "gs://old=gs://new",
 }
 
 

@@ -227,8 +227,9 @@ def test_an_error_before_the_first_window_is_raised_unchanged(
 
 
 def test_models_need_different_names(tmp_path: Path, clip: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(1), shards=1)
     models = (ModelRef(model=str(clip)), ModelRef(model=str(clip), name="model"))
-    with pytest.raises(UsageError, match="different names"):
+    with pytest.raises(UsageError, match="expected a different name for each"):
         run(tmp_path, clip, tmp_path / "in", models=models)
 
 
