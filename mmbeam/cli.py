@@ -6,6 +6,7 @@ interrupted (Ctrl-C), 143 terminated (SIGTERM).
 
 import argparse
 import atexit
+import errno
 import io
 import logging
 import os
@@ -27,6 +28,7 @@ from mmbeam.terminal import before_exit, clear_line, log_to_stderr
 
 _MESSAGES = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}  # what ends the command, by signal
 CLEANING_SECONDS = 3.0  # given to what is called before a signal ends the process
+_FULL = (errno.ENOSPC, errno.EDQUOT)
 _exiting = threading.Lock()
 
 
@@ -82,8 +84,10 @@ def _report_error(error: object, status: int, args: argparse.Namespace) -> int:
     """Print one message on stderr, after the traceback if --verbose was given. Return `status`."""
     if args.verbose:
         print(redact(traceback.format_exc()), end="", file=sys.stderr)
-    if isinstance(error, OSError) and error.filename is not None:
-        error = f"{error.filename}: {error.strerror}"
+    if isinstance(error, OSError) and error.strerror:
+        place = "" if error.filename is None else f"{error.filename}: "
+        advice = "; free some space, and run the same command again to resume" if error.errno in _FULL else ""
+        error = f"{place}{error.strerror}{advice}"
     message = _with_options(redact(str(error)), args)
     print(f"mmbeam: {_without_control_characters(message)}", file=sys.stderr)
     return status

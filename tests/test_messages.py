@@ -1,6 +1,8 @@
 """What the command line says about each mistake: one message that names what was expected, where, and what to do."""
 
+import errno
 import json
+import os
 import re
 import subprocess
 import sys
@@ -11,6 +13,7 @@ import shards
 from outputs import make_run, make_unit, write_unit
 
 from mmbeam.cli import main
+from mmbeam.commands import COMMANDS
 from mmbeam.runs.run import open_run
 
 EMBED = "embed --input {tmp}/tars --output {tmp}/new"
@@ -189,3 +192,23 @@ def test_a_mistake_is_reported_before_torch_and_beam_are_imported(line: str, tmp
     code += "print(status, [name for name in ('torch', 'apache_beam', 'transformers') if name in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=True)
     assert done.stdout in ("1 []\n", "2 []\n"), done
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_one_message(
+    number: int, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def status_text(output: str) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr("mmbeam.report.status.status_text", status_text)
+    assert main(["status", "out"]) == 1
+    expected = f"mmbeam: {os.strerror(number)}; free some space, and run the same command again to resume\n"
+    assert capfd.readouterr().err == expected
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_the_help_of_each_command_has_an_example(name: str, capfd: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main([name, "--help"])
+    assert f"xample: mmbeam {name} " in " ".join(capfd.readouterr().out.split())

@@ -17,6 +17,9 @@ ABOUT = "Write a text about every sample: a caption, transcript, translation, su
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmbeam caption`."""
+    parser.epilog = (
+        "Example: mmbeam caption --input 'shards/*.tar' --output out --model Salesforce/blip-image-captioning-base."
+    )
     job_arguments(parser, features=True)
     parser.add_argument(
         "--model",

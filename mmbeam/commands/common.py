@@ -41,7 +41,10 @@ def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> No
     With `features`, the input may also be features.
     """
     parser.set_defaults(takes_beam_options=True)
-    parser.epilog = "Every Apache Beam pipeline option is accepted as Beam spells it, for example --runner=FlinkRunner."
+    parser.epilog = (
+        f"{'' if parser.epilog is None else parser.epilog + ' '}Every Apache Beam pipeline option is accepted as Beam "
+        "spells it, for example --runner=FlinkRunner."
+    )
     input_arguments(parser, features)
     parser.add_argument("--output", required=True, metavar="DIR", help="directory or URL for the Parquet files")
     run = parser.add_argument_group("execution")

@@ -11,6 +11,7 @@ ABOUT = "Make a small corpus, caption and embed it, and show the result; offline
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmbeam demo`."""
+    parser.epilog = "Example: mmbeam demo demo"
     parser.add_argument(
         "directory", nargs="?", default="demo", metavar="DIR", help="directory for corpus and result (default: demo)"
     )

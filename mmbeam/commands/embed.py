@@ -20,6 +20,7 @@ ABOUT = "Embed every sample of the shards, and write one Parquet row per sample.
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmbeam embed`."""
+    parser.epilog = "Example: mmbeam embed --input 'shards/*.tar' --output out --model openai/clip-vit-base-patch32."
     job_arguments(parser)
     parser.add_argument(
         "--model",

@@ -14,6 +14,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmbeam evaluate`."""
     parser.set_defaults(takes_beam_options=True)
     parser.epilog = (
+        "Example: mmbeam evaluate out --reference caption. "
         "Without --reference and --label it measures retrieval. Every Apache Beam pipeline option is accepted as Beam "
         "spells it, for example --runner=FlinkRunner."
     )

@@ -10,6 +10,7 @@ ABOUT = "Show the progress of the run in an output directory."
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmbeam status`."""
+    parser.epilog = "Example: mmbeam status out"
     parser.add_argument("output", metavar="OUT", help="the --output of a job")
 
 

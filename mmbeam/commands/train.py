@@ -28,6 +28,8 @@ Samples are split by a hash of their keys into training, validation and test. Af
 the validation split, and the best weights are kept. The test split is read once, at the end. To resume a training, run
 the same command again. To use the model: mmbeam caption --model MODEL_DIR
 
+Example: mmbeam train --input 'shards/*.tar' --output model --epochs 10
+
 Several processes or GPUs: torchrun --nproc-per-node N -m mmbeam train ...
 """
 
