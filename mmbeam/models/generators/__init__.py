@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from transformers.models.auto import modeling_auto
 
-from mmbeam.errors import ModelError
+from mmbeam.errors import ModelError, did_you_mean
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
 from mmbeam.names import Engine
@@ -59,9 +59,10 @@ def family_of(model_type: str | None, architecture: str | None = None) -> type[G
     model_type = model_type or ""
     path = FAMILIES.get(model_type) or _family_of_module(model_type) or _text_family(model_type, architecture)
     if path is None:
+        suffix = f" with architecture {architecture!r}" if architecture else ""
         raise ModelError(
-            f"unsupported model_type {model_type!r} with architecture {architecture!r} for generation; expected one of "
-            f"{', '.join(sorted(FAMILIES))}, and text-only models that transformers has as "
+            f"unsupported model_type {model_type!r}{suffix} for generation{did_you_mean(model_type, FAMILIES)}; "
+            f"expected one of {', '.join(sorted(FAMILIES))}, and text-only models that transformers has as "
             "...ForConditionalGeneration, ...ForCausalLM or ...LMHeadModel. "
             "A new family is one file, mmbeam/models/generators/<model_type>.py: a subclass of "
             "mmbeam.models.generators.base.Generator that describes the model, makes its inputs and weighs them "
