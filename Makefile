@@ -13,9 +13,9 @@ demo: $(VENV)/.ready
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
-# The long tests of damage and death: crashes at every step, kills at random moments.
+# Damaged and hostile input, faults of storage, and death, with the long tests that `make test` leaves out.
 torture: $(VENV)/.ready-test
-	$(BIN)/pytest --numprocesses 2 -m torture
+	$(BIN)/pytest --numprocesses 2 -m "" $(patsubst %,tests/test_%.py,conservation tarheaders hostile memory storage death)
 
 # On a real Flink 1.19, downloaded from Maven and PyPI. Needs a JDK; takes 16 minutes.
 test-flink: $(VENV)/.ready-test

@@ -1,6 +1,7 @@
 """Environment, devices and tiny models shared by all tests."""
 
 import os
+from collections import Counter
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -68,3 +69,26 @@ def pytest_sessionstart(session: pytest.Session) -> None:
 def pytest_report_header() -> str:
     """Name the stores that are tested on this machine, and why one is not."""
     return servers.report_header()
+
+
+TORTURE = {  # what the tests of a file do to a run
+    "test_conservation": "damaged input",
+    "test_tarheaders": "cut and changed headers",
+    "test_hostile": "hostile input",
+    "test_memory": "input that takes memory",
+    "test_storage": "faults of storage",
+    "test_death": "death of a process, full disks, damaged outputs",
+}
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print how many cases of each kind of damage were tried, and how many were held."""
+    tried, held = Counter[str](), Counter[str]()
+    for outcome in ("passed", "failed"):
+        for report in terminalreporter.getreports(outcome):
+            kind = TORTURE.get(Path(report.location[0]).stem)
+            if kind is not None and report.when == "call":
+                tried[kind] += 1
+                held[kind] += outcome == "passed"
+    for kind, count in tried.items():
+        terminalreporter.write_line(f"{kind}: {held[kind]} of {count} cases held")
