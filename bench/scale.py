@@ -70,7 +70,7 @@ class ConstantWindow:
     def __init__(self, kill_after: int | None) -> None:
         self.kill_after = kill_after
 
-    def __call__(self, unit: WorkUnit, *_: Any) -> Generator[Batch]:
+    def __call__(self, unit: WorkUnit, *_: Any, **__: Any) -> Generator[Batch]:
         if self.kill_after is not None and next(_started) >= self.kill_after:
             os.kill(os.getpid(), signal.SIGKILL)
         shard = unit.inputs[0].shard

@@ -409,7 +409,9 @@ def test_encoder_equals_the_model(directory: Path) -> None:
 
 
 def test_feature_only_model_is_not_an_encoder(tmp_path: Path) -> None:
-    tiny_config(FEATURES).save_pretrained(tmp_path)
-    fitted(FEATURES).save(tmp_path)
+    config, processor = tiny_config(FEATURES), fitted(FEATURES)
+    config.vocab_size = processor.vocab_size
+    config.save_pretrained(tmp_path)
+    processor.save(tmp_path)
     with pytest.raises(ModelError, match="all its sources are features"):
         FusionEncoder.describe(tmp_path, json.loads((tmp_path / "config.json").read_text()))

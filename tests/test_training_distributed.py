@@ -259,7 +259,7 @@ def test_the_process_count_is_1_without_torchrun_and_an_incomplete_environment_i
     assert process_count() == 1
     monkeypatch.setenv("WORLD_SIZE", "2")
     monkeypatch.setenv("RANK", "0")
-    with pytest.raises(UsageError, match=r"LOCAL_RANK, MASTER_ADDR, MASTER_PORT not set: start .* with torchrun"):
+    with pytest.raises(UsageError, match=r"LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set; start .* with torchrun"):
         process_count()
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import shards
 import tiny_audio_models
 import tiny_chat_models
 import tiny_generators_hub as hub
@@ -307,8 +308,13 @@ def test_the_error_names_what_to_install(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_job_on_the_cpu_fails_before_it_writes(saved: dict[str, Path], tmp_path: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(1), shards=1)
     options = CaptionOptions(
-        input=(str(tmp_path),), output=str(tmp_path / "out"), model=str(saved["qwen2"]), device="cpu", engine="vllm"
+        input=(str(tmp_path / "in"),),
+        output=str(tmp_path / "out"),
+        model=str(saved["qwen2"]),
+        device="cpu",
+        engine="vllm",
     )
     with pytest.raises(UsageError, match=r"`engine` vllm: .*expected `device` cuda"):
         prepare(options)

@@ -144,9 +144,9 @@ class Recorder(Trainer):
     spoil: int | None = None  # sets a weight of rank 0 to NaN
     die: int | None = None  # kills rank 1
 
-    def _step(self, batch: TrainingBatch | None, share: GlobalBatch) -> None:
+    def _train_batch(self, batch: TrainingBatch | None, global_batch: GlobalBatch) -> None:
         self.keys = [*getattr(self, "keys", []), *(example.key for example in (batch.examples if batch else ()))]
-        super()._step(batch, share)
+        super()._train_batch(batch, global_batch)
         if self.state.step == self.spoil and self.world.is_main:
             with torch.no_grad():
                 self.model.words.weight[5] = torch.nan
