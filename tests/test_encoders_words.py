@@ -1,7 +1,10 @@
 """Averages of word vectors against sentence-transformers, and their files with arbitrary bytes."""
 
+# ruff: noqa: RUF001
+
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -9,6 +12,7 @@ import torch
 from encoder_checks import load_encoder
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from nltk.tokenize import TreebankWordTokenizer
 from safetensors.torch import save_file
 from sentence_transformers import SentenceTransformer
 from sentence_transformers.sentence_transformer.modules import Pooling, WordEmbeddings
@@ -17,6 +21,9 @@ from sentence_transformers.sentence_transformer.modules.tokenizer import Whitesp
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.word_vectors import read_word_vectors, word_vector_width
 from mmbeam.models.loading import digest
+from mmbeam.models.placement import get_device
+from mmbeam.stages.embed import embed_stage
+from mmbeam.types import Batch, Sample, WorkUnit
 
 WIDTH = 5
 WORDS = ["the", "cat", "Cat", "dog", "sat", ",", "don't", "naïve", "дом", "家", "u.s.", "\u2028"]
@@ -79,7 +86,7 @@ def test_a_vector_equals_sentence_transformers(name: str, tmp_path: Path, device
     ids = encoder.tokenize(TEXTS)
     together = encoder.encode_text(ids, tokens=True)
     assert np.abs(together.pooled.cpu().numpy() - reference(tmp_path)).max() < 1e-5
-    assert not together.pooled[2:4].any()  # no known word
+    assert ids[2] == ids[3] == []  # no known word
     assert together.tokens is not None
     for text_ids, vector, tokens in zip(ids, together.pooled, together.tokens, strict=True):
         assert torch.equal(tokens.cpu(), torch.from_numpy(table())[text_ids])
@@ -91,6 +98,71 @@ def test_unknown_words_are_counted(tmp_path: Path) -> None:
     assert encoder.count_tokens(TEXTS[:4]) == [3, 6, 0, 3]
     assert encoder.tokenize([]) == encoder.count_tokens([]) == []
     assert encoder.encode_text([[], []], tokens=True).pooled.shape == (2, WIDTH)
+
+
+TREEBANK = [
+    *("do", "n't", "ca", "wo", "'s", "'ll", "'ve", "we", "should", "can", "not", "gon", "na", "'t", "is"),
+    *("cat", "a", "red", "green", "sierra", "beauty", "u.s.", "and/or", "well-known", "café", "o'clock", "5", "c++"),
+]
+
+
+def encoder_of(words: Sequence[str], directory: Path) -> Any:
+    directory.mkdir(exist_ok=True)
+    (directory / "vectors.txt").write_text(text_lines(words), encoding="utf-8", newline="")
+    return load_encoder(directory, torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("“Sierra Beauty”", "sierra beauty"),
+        ("cat’s", "cat 's"),
+        ("CAT'S «cat» ¿cat? „cat“ …cat… ‘cat’ cat™ ✨cat✨ ❤️cat❤️ \ufeffcat\u200b", "cat 's" + " cat" * 9),
+        ("cat—a a–cat cat--a cat…a", "cat a a cat cat a cat a"),
+        ("red/green red&green red-green, (red/unknown)", "red green red green red green red"),
+        ("and/or well-known o'clock o’clock U.S. c++ $5", "and/or well-known o'clock o'clock u.s. c++ 5"),
+        ("don't Don’t DON'T can't won`t shouldn't've", "do n't do n't do n't ca n't wo n't should n't 've"),
+        ("we'll cannot gonna 'tis 'TIS don't-cat", "we 'll can not gon na 't is 't is do n't cat"),
+        ("“don’t”, (we’ll)", "do n't we 'll"),
+        ("cafe\u0301", "café"),
+        ("zzz zzz-zzz ... — 'zzz' " + "n't" * 1000, ""),
+    ],
+)
+def test_an_unknown_word_is_split_as_the_table_was(text: str, words: str, tmp_path: Path) -> None:
+    encoder = encoder_of(TREEBANK, tmp_path)
+    assert [TREEBANK[row] for row in encoder.tokenize([text])[0]] == words.split()
+
+
+def test_contractions_equal_nltks_treebank_tokenizer(tmp_path: Path) -> None:
+    text = "don't can't won't he's I'm they'd we'll you're I've cannot gimme gonna gotta lemme more'n wanna"
+    expected = TreebankWordTokenizer().tokenize(text)
+    encoder = encoder_of(sorted({*expected, "'s"}), tmp_path)
+    rows = {row: word for word, row in encoder.rows.items()}
+    assert [rows[row] for row in encoder.tokenize([text])[0]] == expected
+
+
+def test_a_table_without_contractions_is_split_at_apostrophes(tmp_path: Path) -> None:
+    """As the text of fastText's vectors of Wikipedia was."""
+    words = ["don", "t", "cat", "s", "l", "homme"]
+    encoder = encoder_of(words, tmp_path)
+    assert [words[row] for row in encoder.tokenize(["don't cat’s l’homme"])[0]] == words
+
+
+def test_a_text_without_a_known_word_is_null_with_a_failure(tmp_path: Path) -> None:
+    save_glove(tmp_path)
+    texts = ["the cat", "unknown words", "", "sat"]
+    samples = tuple(
+        Sample(key=str(offset), shard="s", offset=offset, present=frozenset({"text"}), text=text)
+        for offset, text in enumerate(texts)
+    )
+    stage = embed_stage(str(tmp_path))
+    batch = Batch(unit=WorkUnit(id="u", inputs=()), index=0, last=True, samples=samples)
+    result = get_device("cpu").run(stage, batch)
+    assert [vector is None for vector in result.features["text_embedding"].to_pylist()] == [False, True, True, False]
+    assert [(failure.offset, failure.step, failure.outputs) for failure in result.failures] == [
+        (offset, "embed", ("text_embedding",)) for offset in (1, 2)
+    ]
+    assert "none of the text's words is in the table" in result.failures[0].message
 
 
 def test_a_word_may_contain_spaces_and_the_first_of_a_repeated_word_is_used(tmp_path: Path) -> None:

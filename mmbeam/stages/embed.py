@@ -14,7 +14,7 @@ import pyarrow as pa
 import torch
 import torch.nn.functional as F
 
-from mmbeam.errors import DeviceError, UsageError
+from mmbeam.errors import DeviceError, SampleError, UsageError
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import digest, dtype_name, resolve
@@ -79,6 +79,13 @@ class EmbedStage(ModelStage):
         for modality in self.modalities:
             positions = [index for index, sample in enumerate(batch.samples) if sample.has(modality)]
             values = self._values(model, modality, [batch.samples[index] for index in positions])
+            outputs = (self._column(modality, "embedding"),)
+            if modality == "text" and not all(map(len, values)):
+                error = SampleError(model.without_tokens)
+                empty = [batch.samples[index] for index, ids in zip(positions, values, strict=True) if not ids]
+                failures += [Failure.of(sample, "embed", error, modality="text", outputs=outputs) for sample in empty]
+                positions = [index for index, ids in zip(positions, values, strict=True) if ids]
+                values = [ids for ids in values if ids]
             weights, size, max_weight = self._limits(modality, values)
             results = run_batches(
                 values,
@@ -92,7 +99,6 @@ class EmbedStage(ModelStage):
             if any(isinstance(error, FloatingPointError) for error in errors.values()):
                 self._check_finite(model, modality)
             features |= {name: scatter_values(array, positions, len(batch.samples)) for name, array in columns.items()}
-            outputs = (self._column(modality, "embedding"),)
             failures += [
                 Failure.of(batch.samples[positions[index]], "embed", error, modality=modality, outputs=outputs)
                 for index, error in errors.items()

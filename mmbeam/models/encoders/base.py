@@ -54,6 +54,7 @@ class Encoder:
     """
 
     normalized: ClassVar[bool] = True  # whether vectors are compared by cosine and so L2-normalised
+    without_tokens: ClassVar[str] = "the text has no tokens"  # why a text that `tokenize` finds empty has no vector
 
     def __init__(self, spec: EncoderSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec

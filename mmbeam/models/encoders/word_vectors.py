@@ -1,8 +1,11 @@
 """Averages of word vectors (GloVe, fastText): the cheap baseline that any text encoder should beat.
 
-A text is split at white space. A word is looked up as it is, then without the punctuation around it, then in lower case
-too; an unknown word is left out. (This is the rule of sentence-transformers' WordEmbeddings, without its stop words.)
-The vector of a text without known words is zero. Vectors are not composed of subwords: fastText's text files have none.
+A text is split at white space. A word is looked up as it is, then without the punctuation and symbols around it
+(Unicode categories P and S), then in lower case too. (For ASCII punctuation this is the rule of sentence-transformers'
+WordEmbeddings, without its stop words.) An unknown word is split as the words of the table were: in a table with "n't"
+and "'s", such as GloVe's, contractions are split by the rules of the Penn Treebank ("don't" is "do" and "n't"); in any
+table, words are split at punctuation inside them ("red/green"). A part that is still unknown is left out.
+A text without a known word has no vector. Vectors are not composed of subwords: fastText's text files have none.
 
 The files:
 - A text file (`vectors.txt`, `glove*.txt` or `*.vec`), in UTF-8: a line per word, the word and its numbers, separated
@@ -16,9 +19,10 @@ the words, not for the file.
 
 import logging
 import re
-import string
+import unicodedata
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from itertools import accumulate
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -40,6 +44,14 @@ TABLE_FILE, WORDS_FILE = "model.safetensors", "vocab.txt"
 HEADER = re.compile(rb"[0-9]{1,12} ([0-9]{1,5})\s*")  # rows (ignored: they are counted) and columns
 MAX_LINE = 1 << 20  # bytes; a line of 2000 numbers has 20 KB
 COUNT_BLOCK = 1 << 20  # bytes
+# The contractions of the Penn Treebank, which are two words each; those of the last pattern are whole words.
+CONTRACTIONS = (
+    *(re.compile(rf"(.+)({end})", re.IGNORECASE | re.DOTALL) for end in ("n't", "'(?:s|m|d|ll|re|ve)")),
+    re.compile(r"(can)(not)|(d)('ye)|(gim|lem)(me)|(gon|wan)(na)|(got)(ta)|(more)('n)|('t)(is|was)", re.IGNORECASE),
+)
+MAX_CONTRACTION = 64  # characters
+TREEBANK_WORDS = ("n't", "'s")  # words of every table whose texts were split in this way
+APOSTROPHES = str.maketrans(dict.fromkeys("\u2018\u2019\u02bc\u2032\uff07`\u00b4", "'"))
 
 
 @dataclass(frozen=True)
@@ -53,10 +65,13 @@ class WordVectors:
 class WordVectorsEncoder(Encoder):
     """Text vectors of a table of word vectors, always in float32: looking up is cheap."""
 
+    without_tokens = "none of the text's words is in the table of word vectors"
+
     def __init__(self, spec: EncoderSpec, vectors: WordVectors, device: torch.device) -> None:
         super().__init__(spec, device, torch.float32)
         self.rows = vectors.rows
         self.table = torch.from_numpy(vectors.table).to(device)
+        self.has_contractions = all(word in vectors.rows for word in TREEBANK_WORDS)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
@@ -71,12 +86,36 @@ class WordVectorsEncoder(Encoder):
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the rows of each text's known words, never truncated."""
-        return [[row for word in text.split() if (row := self._row(word)) is not None] for text in texts]
+        return [[row for word in text.split() for row in self._rows_of(word)] for text in texts]
+
+    def _rows_of(self, word: str) -> list[int]:
+        """Return the row of a known word, or the rows of the known parts of an unknown one."""
+        row = self._row(word)
+        if row is not None:
+            return [row]
+        plain = unicodedata.normalize("NFC", word).translate(APOSTROPHES)
+        if plain != word and (row := self._row(plain)) is not None:
+            return [row]
+        parts = self._parts(plain)
+        return [row for part in parts for row in self._rows_of(part)]
 
     def _row(self, word: str) -> int | None:
-        bare = word.strip(string.punctuation)
-        rows = (self.rows.get(form) for form in (word, bare, bare.lower()) if form)
+        bare = strip_marks(word)
+        rows = (self.rows.get(form) for form in (word, bare, bare.lower(), word.lower()) if form)
         return next((row for row in rows if row is not None), None)
+
+    def _parts(self, word: str) -> list[str]:
+        """Return the shorter words that an unknown word consists of; [] if it is a single one."""
+        bare = strip_marks(word)
+        if self.has_contractions and len(word) <= MAX_CONTRACTION:
+            matches = (pattern.fullmatch(form) for pattern in CONTRACTIONS for form in (word, bare))
+            if match := next(filter(None, matches), None):
+                return [part.lower() if "'" in part else part for part in match.groups() if part]
+        for kept in ("'", ""):
+            parts = "".join(" " if is_mark(char) and char != kept else char for char in bare).split()
+            if parts != [word]:
+                return parts
+        return []
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of words of each text, known or not."""
@@ -90,6 +129,22 @@ class WordVectorsEncoder(Encoder):
         starts = torch.tensor([0, *accumulate(lengths)][:-1], dtype=torch.int64, device=self.device)
         pooled_BD = functional.embedding_bag(flat, self.table, starts, mode="mean")
         return Encoded(pooled=pooled_BD, tokens=torch.split(self.table[flat], lengths) if tokens else None)
+
+
+@cache
+def is_mark(char: str) -> bool:
+    """Return whether a character is punctuation, a symbol, invisible, or a variant selector of an emoji."""
+    return unicodedata.category(char)[0] in "PS" or unicodedata.category(char) in ("Cc", "Cf") or char in "\ufe0e\ufe0f"
+
+
+def strip_marks(word: str) -> str:
+    """Return a word without punctuation and symbols at its ends."""
+    start, end = 0, len(word)
+    while start < end and is_mark(word[start]):
+        start += 1
+    while start < end and is_mark(word[end - 1]):
+        end -= 1
+    return word[start:end]
 
 
 def word_vector_width(directory: Path) -> int:
