@@ -4,7 +4,8 @@
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from mmbeam.errors import UsageError
 from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind
@@ -52,13 +53,25 @@ class FieldMap:
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """Upper bounds on what a member may hold; a larger one is refused. Shards come from untrusted sources."""
+    """Upper bounds on what a member may hold; a larger one is refused. Shards come from untrusted sources.
+
+    On the command line each has an option: `--max-member-bytes` for `member_bytes`, and so on. Raises UsageError for a
+    limit that is not a positive number.
+    """
 
     member_bytes: int = 256 * MIB  # of one member; a larger one is not read into memory
     pixels: int = 100_000_000  # width x height: 300 MB decoded
     seconds: float = 1800.0  # of audio: 330 MB at 48 kHz in float32
+    channels: int = 32  # of audio
     text_chars: int = 1_000_000
+    metadata_bytes: int = 4 * MIB  # of JSON
+    decode_bytes: int = 600_000_000  # of memory, for decoding one image or sound, its file included
     expansion: float = 200.0  # decompressed size / stored size of a shard, beyond the first GiB
+
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if not 0 < value < float("inf"):
+                raise UsageError(f"`max_{name}` {value}: expected a positive number")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,6 +92,14 @@ class Reading:
     cleaning: Cleaning = field(default_factory=Cleaning)
     background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
     draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where that is still large enough
+
+    def configuration(self) -> dict[str, Any]:
+        """Return the values that a fingerprint covers. Limits that 0.1.0 did not have are left out at their default."""
+        values = asdict(self)
+        for name in ("channels", "metadata_bytes", "decode_bytes"):
+            if getattr(self.limits, name) == getattr(Limits, name):
+                del values["limits"][name]
+        return values
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,6 +21,9 @@ import torch
 
 from mmbeam import __version__
 from mmbeam.cli import _with_options, main
+from mmbeam.commands import parse
+from mmbeam.commands.common import LIMITS, limits_of
+from mmbeam.config import Limits
 from mmbeam.corpus.write import write_corpus
 from mmbeam.process import progress
 
@@ -73,6 +76,23 @@ def embed(mmbeam: Mmbeam, good: Path, clip: Path, tmp_path: Path) -> Mmbeam:
         return mmbeam("embed", *arguments, *rest)
 
     return call
+
+
+def test_limits_are_options_with_units() -> None:
+    """Each limit has an option, and its help states the default."""
+    assert list(LIMITS) == [field.name for field in fields(Limits)]
+    words = ["--max-member-bytes", "1.5GiB", "--max-pixels=200M", "--max-text-chars", "5k", "--max-decode-bytes", "2GB"]
+    for command in ("embed", "caption", "train"):
+        args = parse([command, "--input", "x", "--output", "y", *words, "--max-seconds", "0.5", "--max-channels", "2"])
+        assert limits_of(args) == Limits(
+            member_bytes=3 << 29,
+            pixels=200_000_000,
+            text_chars=5000,
+            decode_bytes=2_000_000_000,
+            seconds=0.5,
+            channels=2,
+        )
+        assert limits_of(parse([command, "--input", "x", "--output", "y"])) == Limits()
 
 
 def check_error(result: Result, status: int, *words: str) -> None:

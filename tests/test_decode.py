@@ -9,6 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -455,6 +456,15 @@ class TestAudio:
         np.testing.assert_array_equal(audio.waves[rate], expected)
         assert audio.seconds == len(expected) / rate == audio_seconds(SOUNDS[name], LIMITS)
 
+    def test_limits_of_channels_and_memory(self) -> None:
+        data = sound("WAV", channels=3)
+        assert decode_audio(data, Limits(channels=3), frozenset()).seconds == 0.5
+        with pytest.raises(LimitError, match=r"WAV of 3 channels, at most 2 are decoded \(--max-channels\)"):
+            decode_audio(data, Limits(channels=2), frozenset())
+        for decode, member in ((decode_image, IMAGES["png"]), (partial(decode_audio, rates=frozenset()), data)):
+            with pytest.raises(LimitError, match=r"0 MB to decode, at most 0 MB are used \(--max-decode-bytes\)"):
+                decode(member, Limits(decode_bytes=len(member)))
+
     @pytest.mark.parametrize("channels", [2, 3, 6])
     def test_channels_are_averaged(self, channels: int) -> None:
         data = sound("WAV", "FLOAT", channels=channels, seconds=12.0)  # several blocks
@@ -727,6 +737,11 @@ class TestText:
         for data in (b"abc", "日本x".encode(), b"a" * 100):
             with pytest.raises(LimitError, match="at most 2"):
                 decode_text(data, Limits(text_chars=2))
+
+    def test_size_of_metadata(self) -> None:
+        assert decode_metadata(b'["ab"]', Limits(metadata_bytes=6, text_chars=1)) == '["ab"]'
+        with pytest.raises(LimitError, match=r"JSON of 7 bytes, at most 6 are read \(--max-metadata-bytes\)"):
+            decode_metadata(b'["abc"]', Limits(metadata_bytes=6))
 
     @given(st.binary(max_size=60))
     def test_any_bytes(self, data: bytes) -> None:

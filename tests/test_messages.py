@@ -61,6 +61,13 @@ MISTAKES = [
     (CAPTION + " --top-p 0.5", 2, "--top-p needs sampling: pass --temperature too"),
     (CAPTION + " --seed 1", 2, "--seed needs sampling: pass --temperature too"),
     (CAPTION + " --num-beams 0", 2, "argument --num-beams: expected a whole number of at least 1, found '0'"),
+    (EMBED + " --max-pixels many", 2, "argument --max-pixels: expected a positive number such as 100, 100M or 256MiB"),
+    (EMBED + " --max-member-bytes 0MiB", 2, "argument --max-member-bytes: expected a positive number *found '0MiB'"),
+    (EMBED + " --max-member-bytes -1", 2, "argument --max-member-bytes: expected *"),
+    (EMBED + " --max-seconds inf", 2, "argument --max-seconds: expected a positive number *found 'inf'"),
+    (EMBED + " --max-channels 0.5", 2, "--max-channels 0: expected a positive number"),
+    (EMBED + " --max-piksels 5", 2, "unknown argument --max-piksels *did you mean --max-pixels?"),
+    ("train --input {tmp}/tars --output {tmp}/new --max-pixels x", 2, "argument --max-pixels: expected a positive"),
     # Expressions
     (EMBED + " --where image_widht>=8", 2, "where, column 1: unknown name 'image_widht'; did you mean image_width?"),
     (EMBED + " --where image_width>=", 2, "where, column *invalid syntax"),

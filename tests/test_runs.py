@@ -16,6 +16,7 @@ import pytest
 from outputs import make_batches, make_run, make_unit, new_barrier, plan_together, start, write_unit
 from servers import STORES, fresh_output
 
+from mmbeam.config import Limits, Reading
 from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError, UsageError
 from mmbeam.jobs.inputs import as_moved
 from mmbeam.runs.commits import DamagedPartError, committed, load_reports, report_failed_unit, report_of
@@ -61,14 +62,16 @@ def test_a_run_with_the_same_configuration_opens_again(output: str) -> None:
 
 def test_another_configuration_is_an_error_that_lists_the_differences(output: str) -> None:
     open_run(make_run(output))
+    reading = {"draft": True, "limits": {"channels": 2}}
     with pytest.raises(RunMismatchError) as caught:
-        open_run(make_run(output, models={"clip": {"digest": "34cd"}, "clap": {}}, limit=5, reading={"draft": True}))
+        open_run(make_run(output, models={"clip": {"digest": "34cd"}, "clap": {}}, limit=5, reading=reading))
     lines = [line.strip() for line in str(caught.value).splitlines()]
-    assert lines[1:5] == [
+    assert lines[1:6] == [
         "model clip: digest 12ab -> digest 34cd",
         "model clap: not used -> digest unknown",
         "`limit`: not set -> 5",
         "`draft`: not set -> yes",
+        "`max_channels`: not set -> 2",
     ]
     assert "`overwrite`" in lines[-1]
 
@@ -92,6 +95,13 @@ def test_the_fingerprint_depends_on_the_configuration_only(local: str) -> None:
     assert len(run.fingerprint) == 16
     assert make_run(local, a={"x": 1, "y": [2, 1]}, b=2).fingerprint != run.fingerprint
     assert run.schema.metadata[b"mmbeam.fingerprint"] == run.fingerprint.encode()
+
+
+def test_limits_at_their_defaults_leave_an_older_fingerprint_as_it_is() -> None:
+    before = {"member_bytes": 256 << 20, "pixels": 100_000_000, "seconds": 1800.0, "text_chars": 1_000_000}
+    assert Reading().configuration()["limits"] == {**before, "expansion": 200.0}
+    changed = Reading(limits=Limits(channels=2, pixels=5)).configuration()["limits"]
+    assert changed == {**before, "expansion": 200.0, "channels": 2, "pixels": 5}
 
 
 def test_a_run_pickles(local: str) -> None:

@@ -4,17 +4,20 @@ import io
 import os
 import tarfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from servers import STORES, FaultyProxy, FileServer, fresh_output
 from test_stream import Web, serve
 
 from mmbeam.config import Limits
-from mmbeam.errors import ShardError
+from mmbeam.errors import ShardError, UsageError
+from mmbeam.features import FeatureDataset
 from mmbeam.readers import paths as paths_module
 from mmbeam.readers import retry as retry_module
 from mmbeam.readers import stream as stream_module
@@ -22,6 +25,8 @@ from mmbeam.readers.listing import expand, list_shards
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader
 from mmbeam.runs.store import Store, forget_file_systems
+from mmbeam.training.options import TrainOptions
+from mmbeam.training.setup import row_source, set_up
 from mmbeam.types import Shard
 
 NO_WAIT = (0.0, 0.0, 0.0)
@@ -162,6 +167,44 @@ class TestBuckets:
         bucket.proxy.faults = [("GET", 500, {}), ("GET", 503, {})]
         assert [shard.path for shard in list_shards([f"{bucket.url}/in/*.tar"])] == [f"{bucket.url}/in/a.tar"]
         assert bucket.proxy.faults == []
+
+
+class TestFeatures:
+    """Features in a bucket, as the data loader reads them."""
+
+    @pytest.fixture
+    def parquet(self) -> bytes:
+        buffer = io.BytesIO()
+        vectors = pa.array([[float(row)] * 64 for row in range(2000)], pa.list_(pa.float32()))
+        table = pa.table({"key": [f"k{row}" for row in range(2000)], "image_embedding": vectors})
+        pq.write_table(table.replace_schema_metadata({"mmbeam.dims": '{"image_embedding": 64}'}), buffer, 500)
+        return buffer.getvalue()
+
+    def test_faults_are_waited_out(self, bucket: Bucket, parquet: bytes, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream_module, "BLOCK_BYTES", 50_000)
+        bucket.put("f/part.parquet", parquet)
+        dataset = FeatureDataset(f"{bucket.url}/f", batch_size=100, columns=["key"], shuffle=False)
+        bucket.proxy.cut_after, bucket.proxy.faults = 20_000, [("part.parquet", 503, {}), ("part.parquet", 500, {})]
+        batches = list(dataset)
+        assert [key for batch in batches for key in batch["key"]] == [f"k{row}" for row in range(2000)]
+        assert sum(float(batch["image_embedding"].sum()) for batch in batches) == 64 * sum(range(2000))
+        bucket.proxy.cut_after = None
+        bucket.put("f/part.parquet", parquet[:4] + parquet)
+        with pytest.raises(ShardError, match=r"part.parquet: changed since it was listed"):
+            list(dataset)
+
+    def test_a_fetched_list_may_not_name_local_paths(self, bucket: Bucket, parquet: bytes, tmp_path: Path) -> None:
+        (tmp_path / "a.parquet").write_bytes(parquet)
+        bucket.put("files.txt", f"{tmp_path}/a.parquet\n".encode())
+        files = f"{bucket.url}/files.txt"
+        options = TrainOptions(input=(files,), output=str(tmp_path / "model"), captions="key")
+        for read in (lambda: FeatureDataset(files, batch_size=1), lambda: set_up(options, tmp_path)):
+            with pytest.raises(UsageError, match=r"files.txt, line 1: .* found a local path; .*`allow_local_paths`"):
+                read()
+        assert len(list(FeatureDataset(files, batch_size=1000, allow_local_paths=True))) == 2
+        trusting = replace(options, allow_local_paths=True)
+        assert row_source(trusting, counts={}).features().keys() == {"image_embedding"}
+        assert trusting.identity() == options.identity()
 
 
 def test_s3_without_credentials(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

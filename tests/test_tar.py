@@ -242,7 +242,7 @@ class TestLimits:
         assert sample.fields == ("jpg", "txt")
         [damage] = sample.damages
         assert (damage.field, damage.offset, damage.error) == ("jpg", 0, "LimitError")
-        assert damage.message == ("member a.jpg at byte 0: has 1,001 bytes; 1,000 are allowed (Limits.member_bytes)")
+        assert damage.message == ("member a.jpg at byte 0: has 1,001 bytes; 1,000 are allowed (--max-member-bytes)")
         assert not sample.truncated
 
     def test_unwanted_member_may_be_large(self) -> None:

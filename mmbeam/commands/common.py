@@ -18,7 +18,7 @@ from mmbeam.errors import ModelError, UsageError, did_you_mean, redact
 from mmbeam.names import DTYPES, KINDS, MODALITIES
 
 if TYPE_CHECKING:
-    from mmbeam.config import FieldMap
+    from mmbeam.config import FieldMap, Limits
     from mmbeam.jobs.execute import Job
     from mmbeam.jobs.options import JobOptions
     from mmbeam.names import Modality
@@ -26,6 +26,17 @@ if TYPE_CHECKING:
 OptionsT = TypeVar("OptionsT", bound="JobOptions")
 
 SOME_UNITS_FAILED = 3  # exit status: done, but some units failed, or shards break off
+LIMITS = {  # the fields of config.Limits: what each limits
+    "member_bytes": "size of a member; a sample may have 4 times as much",
+    "pixels": "width x height of an image",
+    "seconds": "length of a sound",
+    "channels": "channels of a sound",
+    "text_chars": "characters of a text",
+    "metadata_bytes": "size of a sample's JSON",
+    "decode_bytes": "memory to decode one image or sound in",
+    "expansion": "decompressed size of a shard divided by its stored size, beyond the first GiB",
+}
+_QUANTITY = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kKMGT])(i?))?B?")
 
 
 class Group(Protocol):
@@ -71,6 +82,7 @@ def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> No
         "--shared-output", action="store_true", help="--output is a local directory that all workers share"
     )
     _cleaning_arguments(parser)
+    limit_arguments(parser)
 
 
 def device_argument(group: Group) -> None:
@@ -162,6 +174,39 @@ def _cleaning_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def limit_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the arguments for the limits on what a member may hold."""
+    from mmbeam.config import Limits
+
+    group = parser.add_argument_group("limits", "A member beyond a limit is a failure. N may have a unit: 100M, 2GiB.")
+    for name, what in LIMITS.items():
+        default = getattr(Limits, name)
+        unit = "B" * name.endswith("bytes")
+        scale = next((s for s in ("Mi", "M") if not default % quantity(f"1{s}")), "")
+        shown = f"{default / quantity(f'1{scale}'):g}{scale}{unit}"
+        option = f"--max-{name.replace('_', '-')}"
+        group.add_argument(option, type=quantity, metavar="N", help=f"{what} (default: {shown})")
+
+
+def limits_of(args: argparse.Namespace) -> "Limits":
+    """Return the limits of `limit_arguments`. Raises UsageError."""
+    from mmbeam.config import Limits
+
+    values = {name: value for name in LIMITS if (value := getattr(args, f"max_{name}")) is not None}
+    return Limits(**{name: type(getattr(Limits, name))(value) for name, value in values.items()})
+
+
+def quantity(text: str) -> float:
+    """Parse a positive number with an optional unit, such as 100M, 256MiB or 1.5GB (argument type)."""
+    match = _QUANTITY.fullmatch(text) if text.isascii() else None
+    value = 0.0
+    if match is not None:
+        value = float(match[1]) * (1024 if match[3] else 1000) ** " KMGT".index((match[2] or " ").upper())
+    if not value:
+        raise argparse.ArgumentTypeError(f"expected a positive number such as 100, 100M or 256MiB, found {text!r}")
+    return value
+
+
 def positive(text: str) -> int:
     """Parse a positive integer (argument type)."""
     if not (text.isascii() and text.isdecimal() and int(text)):
@@ -211,7 +256,7 @@ def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str
     check_url("`output`", args.output)
     steps = tuple(args.clean_text.split(",")) if args.clean_text else ()
     cleaning = Cleaning(text=steps, where=tuple(args.where), image_filter=args.image_filter)
-    reading = Reading(fields=fields_of(args), cleaning=cleaning, draft=args.draft)
+    reading = Reading(fields=fields_of(args), limits=limits_of(args), cleaning=cleaning, draft=args.draft)
     _check_output(args.output)
     check_steps(steps)
     for where in args.where:

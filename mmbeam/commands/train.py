@@ -6,7 +6,17 @@ from collections.abc import Generator
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
-from mmbeam.commands.common import Group, field_arguments, fields_of, fraction, modalities_of, positive
+from mmbeam.commands.common import (
+    Group,
+    field_arguments,
+    fields_of,
+    fraction,
+    limit_arguments,
+    limits_of,
+    listing_arguments,
+    modalities_of,
+    positive,
+)
 from mmbeam.names import (
     BUILTIN_ENCODERS,
     FUSIONS,
@@ -49,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     _data_arguments(parser.add_argument_group("data"))
     _model_arguments(parser.add_argument_group("model"))
     _training_arguments(parser.add_argument_group("training"))
+    limit_arguments(parser)
 
 
 def _data_arguments(group: Group) -> None:
@@ -85,6 +96,7 @@ def _data_arguments(group: Group) -> None:
         metavar="TRAIN,VALIDATION,TEST",
         help="fractions of the samples in each split (default: 0.9,0.05,0.05)",
     )
+    listing_arguments(group)
     field_arguments(group)
 
 
@@ -248,7 +260,7 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
     names = {field.name for field in fields(TrainOptions)}
     converted = {
         "input": tuple(args.input),
-        "reading": Reading(fields=fields_of(args)),
+        "reading": Reading(fields=fields_of(args), limits=limits_of(args)),
         "modalities": modalities_of(args.modalities),
         "columns": None if args.column is None else tuple(args.column),
         "split_fractions": args.split,

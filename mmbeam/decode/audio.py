@@ -29,7 +29,6 @@ from mmbeam.types import Audio, Waveform
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG")  # libsndfile reads more; these are accepted
 _SUPPORTED = "WAV, FLAC, MP3, Ogg Vorbis and Opus are supported"
 _RATES = (100, 384_000)  # Hz
-_MAX_CHANNELS = 32
 _MAX_OWN_RATE = 48_000  # Hz: a sound that is not resampled for a model is stored at this rate at most
 # The limit in seconds is for this many samples per second over all channels (8 channels at 48 kHz); a sound of more is
 # limited in proportion, so that decoding takes a bounded time.
@@ -64,7 +63,8 @@ def decode_audio(data: bytes, limits: Limits, rates: Set[int], max_bytes: int | 
             targets = [output.rate for output in outputs] or sorted(rates or {min(sound.samplerate, _MAX_OWN_RATE)})
             seconds = length.seconds + sound.frames / sound.samplerate if _is_known(sound) else 0.0
             for block in _blocks(sound, kind, length):
-                check_memory(kind, len(data) + round(4 * sum(targets) * max(seconds, length.seconds)), max_bytes)
+                nbytes = len(data) + round(4 * sum(targets) * max(seconds, length.seconds))
+                check_memory(kind, nbytes, limits.decode_bytes, max_bytes)
                 outputs = outputs or [_Resampled(rate, round(seconds * rate)) for rate in targets]
                 for output in outputs:
                     output.write(block, sound.samplerate)
@@ -92,16 +92,17 @@ class _Length:
 
     def __init__(self, limits: Limits) -> None:
         self.seconds = 0.0
-        self._limit = limits.seconds
+        self.limits = limits
 
     def extend(self, begin: float, frames: int, sound: "_Stream") -> None:
         """Set the length to `begin` seconds and `frames` of `sound`."""
         share = min(1.0, _SAMPLES_PER_SECOND / (sound.samplerate * sound.channels))
         seconds = begin + frames / sound.samplerate
-        if seconds > self._limit * share:
+        if seconds > self.limits.seconds * share:
             unit = "" if share == 1 else f" of {sound.channels} channels at {sound.samplerate:,} Hz"
+            allowed = self.limits.seconds * share
             raise LimitError(
-                f"sound of {seconds:,.1f} seconds or more{unit}, at most {self._limit * share:,.1f} are decoded"
+                f"sound of {seconds:,.1f} seconds or more{unit}, at most {allowed:,.1f} are decoded (--max-seconds)"
             )
         self.seconds = seconds
 
@@ -306,8 +307,11 @@ def _opened(data: bytes, kind: str, length: _Length) -> Iterator["_Stream"]:
             raise DecodeError(f"{sound.format_info} is not supported; {_SUPPORTED}")
         if not _RATES[0] <= sound.samplerate <= _RATES[1]:
             raise DecodeError(f"{kind} of {sound.samplerate:,} Hz; {_RATES[0]} to {_RATES[1]:,} Hz are supported")
-        if sound.channels > _MAX_CHANNELS:
-            raise LimitError(f"{kind} of {sound.channels:,} channels, at most {_MAX_CHANNELS} are decoded")
+        if sound.channels > length.limits.channels:
+            raise LimitError(
+                f"{kind} of {sound.channels:,} channels, at most {length.limits.channels:,} are decoded "
+                "(--max-channels)"
+            )
         if _is_known(sound):
             begin = length.seconds
             length.extend(begin, sound.frames, sound)

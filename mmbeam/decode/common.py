@@ -5,7 +5,6 @@ from contextlib import contextmanager
 
 from mmbeam.errors import DecodeError, LimitError, SampleError, printable
 
-MAX_DECODE_BYTES = 600_000_000  # of memory that decoding one image or sound may take, its file included
 _SIGNS_OF_A_CUT = ("truncat", "premature end", "not enough data", "end of file", "eof")
 
 
@@ -17,11 +16,12 @@ class LargeValueError(Exception):
         self.nbytes = nbytes
 
 
-def check_memory(what: str, nbytes: int, allowed: int | None) -> None:
-    """Raise LimitError if decoding takes more than MAX_DECODE_BYTES, LargeValueError if more than `allowed`."""
-    if nbytes > MAX_DECODE_BYTES:
+def check_memory(what: str, nbytes: int, limit: int, allowed: int | None) -> None:
+    """Raise LimitError if decoding takes more than `limit`, LargeValueError if more than `allowed`."""
+    if nbytes > limit:
         raise LimitError(
-            f"{what} takes {nbytes / 1e6:,.0f} MB to decode, at most {MAX_DECODE_BYTES / 1e6:,.0f} MB are used"
+            f"{what} takes {nbytes / 1e6:,.0f} MB to decode, at most {limit / 1e6:,.0f} MB are used "
+            "(--max-decode-bytes)"
         )
     if allowed is not None and nbytes > allowed:
         raise LargeValueError(nbytes)

@@ -132,7 +132,7 @@ def decode_image(
     coefficients = 2 * len(image.getbands()) if image.info.get("progressive") else 0  # of a JPEG, at any factor
     nbytes = len(data) * (2 if kind in ("PNG", "GIF") else 1)  # of these, metadata is removed from a copy
     nbytes += width * height * pixel_bytes // factor**2 + width * height * coefficients
-    check_memory(f"{kind} of {width:,} x {height:,} pixels", nbytes, max_bytes)
+    check_memory(f"{kind} of {width:,} x {height:,} pixels", nbytes, limits.decode_bytes, max_bytes)
     with codec_errors(kind, len(data)):
         pixels = _decode_jpeg(image, data, factor) if kind == "JPEG" else None
         if pixels is None:
@@ -204,7 +204,9 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
 
 def _check_pixels(kind: str, width: int, height: int, limits: Limits) -> None:
     if width * height > limits.pixels:
-        raise LimitError(f"{kind} of {width:,} x {height:,} pixels, at most {limits.pixels:,} are decoded")
+        raise LimitError(
+            f"{kind} of {width:,} x {height:,} pixels, at most {limits.pixels:,} are decoded (--max-pixels)"
+        )
 
 
 def _split_jpeg(data: bytes, header_only: bool = False) -> tuple[bytes, bytes, bytes]:

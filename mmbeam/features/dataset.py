@@ -84,6 +84,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
         features: Sequence[str] | None = None,
         columns: Sequence[str] = (),
         captions: Captions | None = None,
+        allow_local_paths: bool = False,
         split: Split | None = None,
         split_fractions: Fractions = SPLIT_FRACTIONS,
         split_seed: int = 0,
@@ -103,11 +104,15 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             features: columns of vectors or tokens; None for every column of pooled vectors.
             columns: other columns, returned as lists.
             captions: location of the captions; rows without a caption are skipped (`count` returns their number).
+            allow_local_paths: whether lists of files that are fetched may name local paths, other servers and buckets.
             split, split_fractions, split_seed: the split to read, by a hash of the key (split_of); None for all rows.
             shuffle, seed: whether each epoch has a new random order, a function of `seed`; or else the files' order.
             buffer_bytes: decompressed size of the rows that are shuffled together; a larger buffer shuffles better.
             dtype: of the values; None for the dtype in which they are stored.
             rank, world_size: None for the values of torch.distributed if it is initialised, else 0 and 1.
+
+        Files in a store are read like shards: after a fault, a request is repeated for up to 60 seconds, and a file
+        that is replaced while it is read is a ShardError.
 
         Raises NoShardsError if no file exists, and UsageError for files or columns that cannot be read as features, for
         contradictory arguments, and if no row has a caption.
@@ -129,6 +134,7 @@ class FeatureDataset(IterableDataset[FeatureBatch]):
             columns,
             captions,
             None if split is None else (split, split_seed, split_fractions),
+            allow_local_paths,
         )
         self._arguments = {
             "files": _digest(self._rows.files),
@@ -258,7 +264,7 @@ def _rank_and_world_size(rank: int | None, world_size: int | None) -> tuple[int,
 
 def _digest(files: FeatureFiles) -> str:
     """Identify a set of files by their names and row groups, independently of their folder."""
-    groups = [[PurePosixPath(group.url).name, group.index, group.rows, group.nbytes] for group in files.groups]
+    groups = [[PurePosixPath(group.file.url).name, group.index, group.rows, group.nbytes] for group in files.groups]
     return hashlib.sha256(json.dumps(groups).encode()).hexdigest()[:16]
 
 
@@ -374,6 +380,7 @@ class _SelectedRows:
         columns: Sequence[str],
         captions: Captions | None,
         split: tuple[Split, int, Fractions] | None,  # with the seed and the fractions
+        allow_local_paths: bool,
     ) -> None:
         if captions is not None and CAPTION in columns:
             raise UsageError(f"`columns` names {CAPTION!r}, which is where `captions` go; omit one of the two")
@@ -381,7 +388,8 @@ class _SelectedRows:
         self._split = split
         # Columns that decide whether a row is selected.
         self._selection_columns = {*(["key"] if split else []), *([self._captions.column] if self._captions else [])}
-        self.files = FeatureFiles.open(paths, features, sorted({*columns, *self._selection_columns}))
+        needed = sorted({*columns, *self._selection_columns})
+        self.files = FeatureFiles.open(paths, features, needed, allow_local_paths)
         self.columns = (*columns, *([CAPTION] if captions else []))
         if captions is not None and not any(self._has_caption(group) for group in self.files.groups):
             rows = sum(group.rows for group in self.files.groups)

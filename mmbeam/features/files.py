@@ -1,14 +1,14 @@
 """The Parquet files of an input of features: listed, checked against a model, and opened.
 
 Two ways to open a file: `open_counted`, through the job's own stream, which counts bytes and reports damage as a
-ShardError; and `FeatureFiles` for the data loader, which reads single row groups as fast as pyarrow can.
+ShardError; and `FeatureFiles` for the data loader, which reads single row groups, local ones as fast as pyarrow can.
 """
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Self
 
 import pyarrow as pa
@@ -20,7 +20,7 @@ from mmbeam.errors import MissingModalityError, ShardError, UsageError
 from mmbeam.features.schema import check_schema, feature_columns, origin_of, warn_of_unknown_origin
 from mmbeam.names import FEATURE_SUFFIX, KIND_OF_EXTENSION, SHARD_SUFFIXES
 from mmbeam.readers.listing import MAX_REQUESTS, Entry, exists_literally, expand, list_shards
-from mmbeam.readers.paths import file_system, public_path, without_query
+from mmbeam.readers.paths import file_system, is_local, local_path, without_query
 from mmbeam.readers.stream import ShardStream, open_shard
 from mmbeam.runs.run import DATA, MANIFEST
 from mmbeam.types import FeatureColumn, Origin, Shard
@@ -128,7 +128,7 @@ def open_counted(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
 class RowGroup:
     """A row group of a file, which is decoded as a whole."""
 
-    url: str = field(repr=False)
+    file: Shard
     index: int  # in its file
     rows: int
     nbytes: int  # of the columns that are read, decompressed
@@ -144,27 +144,31 @@ class FeatureFiles:
     groups: tuple[RowGroup, ...]  # in order, without empty ones
 
     @classmethod
-    def open(cls, paths: Sequence[str], features: Sequence[str] | None, columns: Sequence[str]) -> Self:
+    def open(
+        cls,
+        paths: Sequence[str],
+        features: Sequence[str] | None,
+        columns: Sequence[str],
+        allow_local_paths: bool = False,
+    ) -> Self:
         """List the files and read their footers.
 
         `paths` are outputs of a job, folders, globs and files. `features` are the columns of vectors to read; None
-        for every column of pooled vectors. Raises NoShardsError if no file exists, and UsageError if a file is not
-        Parquet, lacks a column, or has vectors of another width, type or model than the first file.
+        for every column of pooled vectors. `allow_local_paths` is that of `list_shards`.
+
+        Raises NoShardsError if no file exists, and UsageError if a file is not Parquet, lacks a column, or has vectors
+        of another width, type or model than the first file.
         """
-        urls = [
-            file.url
-            for file in list_shards(
-                [file for entry in expand(paths) for file in _parquets_at(entry) or [entry]], any_file=True
-            )
-        ]
+        entries = [file for entry in expand(paths, allow_local_paths) for file in _parquets_at(entry) or [entry]]
+        files = list_shards(entries, any_file=True)
         with ThreadPoolExecutor(MAX_REQUESTS) as pool:
-            footers = list(pool.map(lambda url: _read_footer(url, features, columns), urls))
+            footers = list(pool.map(lambda file: _read_footer(file, features, columns), files))
         expected = [replace(feature, origin=None) for feature in footers[0][0]]
         origins: dict[str, Origin] = {}
-        for url, (features_of_file, _) in zip(urls, footers, strict=True):
+        for file, (features_of_file, _) in zip(files, footers, strict=True):
             if [replace(feature, origin=None) for feature in features_of_file] != expected:
                 raise UsageError(
-                    f"{public_path(url)}: has {_names(features_of_file)}, but {public_path(urls[0])} has "
+                    f"{file.path}: has {_names(features_of_file)}, but {files[0].path} has "
                     f"{_names(expected)}; pass features of one run, or name the columns that all files have"
                 )
             for feature in features_of_file:
@@ -173,7 +177,7 @@ class FeatureFiles:
                 known = origins.setdefault(feature.name, feature.origin)
                 if feature.origin.digest != known.digest:
                     raise UsageError(
-                        f"{public_path(url)}: {feature.name} was made by {feature.origin}, but in another file by "
+                        f"{file.path}: {feature.name} was made by {feature.origin}, but in another file by "
                         f"{known}; pass features of one model"
                     )
         return cls(
@@ -186,39 +190,39 @@ class FeatureFiles:
         """Yield the rows of a group, about 2 MiB at a time, with `columns`, or with all columns of this object."""
         names = [*(feature.name for feature in self.features), *self.columns] if columns is None else list(columns)
         step = max(64, STEP_BYTES * group.rows // max(group.nbytes, 1))
-        with open_parquet(group.url) as file:
+        with open_parquet(group.file) as file:
             yield from file.iter_batches(step, row_groups=[group.index], columns=names, use_threads=False)
 
 
-def open_parquet(url: str) -> pq.ParquetFile:
-    """Open a Parquet file for the data loader; only files that are not local are prefetched.
+@contextmanager
+def open_parquet(file: Shard) -> Iterator[pq.ParquetFile]:
+    """Open a Parquet file for the data loader. A file that is not local is prefetched, and read like a shard.
 
-    Raises UsageError if it is not a Parquet file.
+    Raises UsageError if it is not a Parquet file, ShardError if it stays unreadable or has changed.
     """
-    fs, path = file_system(url)
-    local = isinstance(fs, LocalFileSystem)
-    try:
-        return pq.ParquetFile(path, filesystem=None if local else fs, pre_buffer=not local)
-    except (FileNotFoundError, PermissionError, MemoryError):
-        raise
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{public_path(url)}: expected a Parquet file ({error})") from None
+    local = is_local(file.url)
+    with nullcontext(local_path(file.url)) if local else open_shard(file) as source, ExitStack() as opened:
+        try:
+            parquet = opened.enter_context(pq.ParquetFile(source, pre_buffer=not local))
+        except (FileNotFoundError, PermissionError, MemoryError):
+            raise
+        except (pa.ArrowException, OSError) as error:
+            raise UsageError(f"{file.path}: expected a Parquet file ({error})") from None
+        yield parquet
 
 
 def _read_footer(
-    url: str, names: Sequence[str] | None, columns: Sequence[str]
+    file: Shard, names: Sequence[str] | None, columns: Sequence[str]
 ) -> tuple[tuple[FeatureColumn, ...], list[RowGroup]]:
     """Return the columns `names` of features and the row groups of a file. Raises UsageError for a missing column."""
-    with open_parquet(url) as file:
-        schema, metadata = file.schema_arrow, file.metadata
+    with open_parquet(file) as parquet:
+        schema, metadata = parquet.schema_arrow, parquet.metadata
         missing = [name for name in (*(names or ()), *columns) if name not in schema.names]
         if missing:
-            raise UsageError(
-                f"{public_path(url)}: expected columns {', '.join(missing)}, found {', '.join(schema.names)}"
-            )
-        features = feature_columns(schema, names, public_path(url))
+            raise UsageError(f"{file.path}: expected columns {', '.join(missing)}, found {', '.join(schema.names)}")
+        features = feature_columns(schema, names, file.path)
         read = {*(feature.name for feature in features), *columns}
-        leaves = [file.schema.column(i).path.partition(".")[0] for i in range(len(file.schema))]
+        leaves = [parquet.schema.column(i).path.partition(".")[0] for i in range(len(parquet.schema))]
         groups = []
         for index in range(metadata.num_row_groups):
             group = metadata.row_group(index)
@@ -226,7 +230,7 @@ def _read_footer(
             if group.num_rows:
                 groups.append(
                     RowGroup(
-                        url=url,
+                        file=file,
                         index=index,
                         rows=group.num_rows,
                         nbytes=sum(chunk.total_uncompressed_size for chunk in chunks.values()),

@@ -235,7 +235,7 @@ def caption_run(
         "dtype": dtype_name(stage.dtype, stage.device),
         "decoding": asdict(stage.decoding),
         "engine": stage.engine,
-        "reading": asdict(reading),
+        "reading": reading.configuration(),
         "limit": limit,
     }
     known = {

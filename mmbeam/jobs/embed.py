@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -147,7 +147,7 @@ def embed_run(
         "dtype": dtype_name(stages[0].dtype, stages[0].device),
         "tokens": stages[0].tokens,
         "vector_type": stages[0].vector_type,
-        "reading": asdict(reading),
+        "reading": reading.configuration(),
         "limit": limit,
     }
     known = {

@@ -55,7 +55,7 @@ class Decompressed(io.RawIOBase):
             self.fault = (
                 "LimitError",
                 f"{self._stored.count:,} stored bytes grew to more than {self._made:,}, beyond "
-                f"{self._expansion:g} times and 1 GiB (Limits.expansion)",
+                f"{self._expansion:g} times and 1 GiB (--max-expansion)",
             )
             return 0
         buffer[: len(data)] = data

@@ -119,7 +119,7 @@ class FolderReader(SourceReader):
     def _bytes(self, file: SourceFile, limit: int) -> bytes:
         """Return the bytes of a file. Raises _FileError for a fault of the file itself."""
         if (file.size or 0) > limit:
-            raise _FileError("LimitError", f"has {file.size:,} bytes; {limit:,} are allowed (Limits.member_bytes)")
+            raise _FileError("LimitError", f"has {file.size:,} bytes; {limit:,} are allowed (--max-member-bytes)")
         folder = self._folder
         shard = Shard(
             path=f"{folder.path}/{printable_name(file.name)}",
@@ -141,7 +141,7 @@ class FolderReader(SourceReader):
                 raise
             raise _FileError(type(error).__name__, fault) from None
         if len(data) > limit:
-            raise _FileError("LimitError", f"has more than {limit:,} bytes (Limits.member_bytes)")
+            raise _FileError("LimitError", f"has more than {limit:,} bytes (--max-member-bytes)")
         return data
 
     def _rows(self, table: SourceFile, files: set[str]) -> dict[str, str]:

@@ -923,10 +923,10 @@ class TarReader:
         if member.sparse:
             return "DecodeError", "is stored as a sparse file, which is unsupported; pack it as a regular file"
         if member.size > allowed:
-            return "LimitError", f"has {member.size:,} bytes; {allowed:,} are allowed (Limits.member_bytes)"
+            return "LimitError", f"has {member.size:,} bytes; {allowed:,} are allowed (--max-member-bytes)"
         if group.held + member.size > SAMPLE_MEMBERS * allowed:
             whole = f"{group.held + member.size:,} bytes; {SAMPLE_MEMBERS} times {allowed:,} are allowed"
-            return "LimitError", f"would raise its sample to {whole} (Limits.member_bytes)"
+            return "LimitError", f"would raise its sample to {whole} (--max-member-bytes)"
         return None
 
 

@@ -18,9 +18,9 @@ from dataclasses import dataclass, field, replace
 from typing import Generic, TypeVar
 
 from mmbeam.clean.where import compile_where, rejecting_expression, where_needs
-from mmbeam.config import MIB, Reading, Windows
+from mmbeam.config import MIB, Limits, Reading, Windows
 from mmbeam.decode import decode_sample, wanted_fields
-from mmbeam.decode.common import MAX_DECODE_BYTES, LargeValueError
+from mmbeam.decode.common import LargeValueError
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import KIND_OF_EXTENSION, MODALITIES
 from mmbeam.process import MemoryBudget, cores, decode_pool, may_decode, steps
@@ -32,8 +32,8 @@ InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
 _LARGE_BYTES = 32 * MIB  # a sample that takes more to decode is decoded alone, within _large
-_large = MemoryBudget(MAX_DECODE_BYTES)
-_SHARE = MAX_DECODE_BYTES // 2  # of _large, at most, for a window of several large samples
+_large = MemoryBudget(Limits.decode_bytes)
+_SHARE = Limits.decode_bytes // 2  # of _large, at most, for a window of several large samples
 _PAUSED_READ_BYTES = 8 * MIB  # of a remote shard's samples, read ahead while decoding is paused; 0 for local shards
 
 

@@ -181,10 +181,10 @@ class ZipReader(SourceReader):
         if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
             return "DecodeError", f"is compressed by method {info.compress_type}; expected stored (0) or deflated (8)"
         if info.file_size > allowed:
-            return "LimitError", f"has {info.file_size:,} bytes; {allowed:,} are allowed (Limits.member_bytes)"
+            return "LimitError", f"has {info.file_size:,} bytes; {allowed:,} are allowed (--max-member-bytes)"
         if held + info.file_size > SAMPLE_MEMBERS * allowed:
             whole = f"{held + info.file_size:,} bytes; {SAMPLE_MEMBERS} times {allowed:,} are allowed"
-            return "LimitError", f"would raise its sample to {whole} (Limits.member_bytes)"
+            return "LimitError", f"would raise its sample to {whole} (--max-member-bytes)"
         if info.file_size > self._budget:
-            return "LimitError", "the archive expands beyond its limit (Limits.expansion), as a zip bomb does"
+            return "LimitError", "the archive expands beyond its limit (--max-expansion), as a zip bomb does"
         return None

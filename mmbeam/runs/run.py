@@ -244,7 +244,9 @@ def _changes(manifest: Mapping[str, Any], run: Run) -> list[str]:
             lines.append(f"{title}: {titles[0]} -> {titles[1]}")
     for line in differences(old, new):
         name, _, change = line.partition(": ")
-        lines.append(f"`{_ARGUMENTS[name]}`: {change}" if name in _ARGUMENTS else line)
+        _, of_limits, limit = name.partition("reading.limits.")
+        argument = f"max_{limit}" if of_limits else _ARGUMENTS.get(name)
+        lines.append(line if argument is None else f"`{argument}`: {change}")
     return lines
 
 

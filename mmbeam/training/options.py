@@ -24,6 +24,8 @@ class TrainOptions:
     """The options of one training run. `identity` is the part that must not change when it resumes."""
 
     input: tuple[str, ...]  # shards, or Parquet files of features
+    strict_input: bool = False  # a pattern that matches nothing is an error
+    allow_local_paths: bool = False  # lists that are fetched may name local paths, other servers and other buckets
     output: str  # a local directory
     reading: Reading = field(default_factory=Reading)  # shards only
     modalities: tuple[Modality, ...] | None = None  # None: all that the samples have
@@ -74,10 +76,11 @@ class TrainOptions:
 
     def identity(self) -> dict[str, Any]:
         """Return the options that determine the weights, as JSON values."""
-        excluded = ("output", "device", "checkpoint_seconds")
+        excluded = ("output", "device", "checkpoint_seconds", "strict_input", "allow_local_paths")
         values = {f.name: _to_json(getattr(self, f.name)) for f in fields(self) if f.name not in excluded}
         encoders = [[modality, public_path(name) if "://" in name else name] for modality, name in self.encoders]
-        return values | {"input": [public_path(path) for path in self.input], "encoders": encoders}
+        reading = _to_json(self.reading.configuration())
+        return values | {"input": [public_path(path) for path in self.input], "encoders": encoders, "reading": reading}
 
 
 def _to_json(value: Any) -> Any:

@@ -66,7 +66,7 @@ def set_up(options: TrainOptions, directory: Path) -> Setup:
     Raises NoShardsError, TrainingError, MissingModalityError, ModelError, UsageError.
     """
     start = directory / START
-    features = bool(feature_files(options.input))
+    features = bool(feature_files(options.input, options.strict_input, options.allow_local_paths))
     is_saved = (start / FACTS).exists()
     counts = json.loads((start / FACTS).read_text()) if is_saved else _prepare_new_training(options, features, start)
     config = FusionConfig.from_pretrained(start)
@@ -214,8 +214,9 @@ def shard_source(
     options: TrainOptions, processor: FusionProcessor | None = None, counts: Mapping[Split, int] | None = None
 ) -> ShardSource:
     """Return the source of the shards' samples, decoded as `processor` needs them; without a processor, texts only."""
+    shards = list_shards(options.input, options.strict_input, options.allow_local_paths, options.reading.fields)
     source = ShardSource(
-        units=plan_units(list_shards(options.input, fields=options.reading.fields), []),
+        units=plan_units(shards, []),
         labelling=_labelling(options),
         reading=options.reading,
         counts=counts or {},
@@ -241,7 +242,8 @@ def row_source(
         columns = dict(map(column_modality, options.columns))
     return FeatureSource(
         paths=options.input,
-        captions=captions_of(options.input, options.captions, options.captions_from),
+        captions=captions_of(options.input, options.captions, options.captions_from, options.allow_local_paths),
+        allow_local_paths=options.allow_local_paths,
         labelling=_labelling(options),
         columns=columns,
         counts=counts or {},

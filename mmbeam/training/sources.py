@@ -304,11 +304,11 @@ def column_modality(text: str) -> tuple[str, Modality | None]:
     return name, modality
 
 
-def captions_of(paths: Sequence[str], name: str, file: str | None) -> Captions:
+def captions_of(paths: Sequence[str], name: str, file: str | None, allow_local_paths: bool = False) -> Captions:
     """Return the location of the captions: in `file`, in the column `name`, or in the field `name` of the JSON."""
     if file is not None:
         return Captions(file=file, file_caption=name)
-    with open_parquet(feature_files(paths)[0].url) as parquet:
+    with open_parquet(feature_files(paths, allow_local_paths=allow_local_paths)[0]) as parquet:
         names = parquet.schema_arrow.names
     return Captions(column=name) if name in names else Captions(metadata=name)
 
@@ -320,6 +320,7 @@ class FeatureSource:
     paths: Sequence[str]
     captions: Captions
     labelling: Labelling
+    allow_local_paths: bool = False  # see `listing.expand`
     columns: Mapping[str, Modality | None] | None = None  # None: all columns of vectors; a modality overrides the name
     counts: Mapping[Split, int] = field(default_factory=dict)
     seed: int = 0
@@ -414,6 +415,7 @@ class FeatureSource:
             features=None if self.columns is None else list(self.columns),
             columns=["key", *(["metadata"] if self._needs_metadata else [])],
             captions=self.captions,
+            allow_local_paths=self.allow_local_paths,
             split=split,
             split_fractions=self.labelling.split_fractions,
             split_seed=SPLIT_SEED,

@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import apache_beam as beam
 
@@ -81,7 +81,10 @@ class ReadUnits(beam.DoFn):
         self.run = run
         self.windows = windows or Windows()
         self.isolate = isolate
-        if run is not None and run.configuration.get("reading", asdict(self.reading)) != asdict(self.reading):
+        if (
+            run is not None
+            and run.configuration.get("reading", self.reading.configuration()) != self.reading.configuration()
+        ):
             raise UsageError("the run was made for another `reading`; use the same for both")
 
     def process(self, unit: WorkUnit) -> Iterator[Batch]:
