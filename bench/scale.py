@@ -96,7 +96,7 @@ def read_constant(run: Run, kill_after: int | None = None) -> ReadUnits:
 
 def build(pipeline: beam.Pipeline, run: Run, units: list[WorkUnit], kill_after: int | None = None) -> None:
     """Add the steps of a job without reading and without a model."""
-    batches = pipeline | Plan(units) | "Read" >> beam.ParDo(read_constant(run, kill_after))
+    batches = pipeline | Plan(units, run) | "Read" >> beam.ParDo(read_constant(run, kill_after))
     _ = batches | WriteParquet(run) | Summarize(run)
 
 

@@ -14,7 +14,7 @@ import apache_beam as beam
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from mmbeam import errors
-from mmbeam.errors import FailureRateError, JobError, MissingModalityError, UsageError
+from mmbeam.errors import FailureRateError, FlowError, JobError, MissingModalityError, UsageError
 from mmbeam.jobs.cluster import runner_error, workers_are_here
 from mmbeam.jobs.isolate import Isolate
 from mmbeam.jobs.options import UNITS_PER_DEVICE, JobOptions, is_waited_for, pipeline_options
@@ -30,10 +30,10 @@ from mmbeam.runs.plan import extend_plan, grow_out_of_limit, repair
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
-from mmbeam.transforms.plan import Plan
+from mmbeam.transforms.plan import Plan, Summarize, summarize
 from mmbeam.transforms.read import ReadFeatures, ReadShards
 from mmbeam.transforms.run_stage import Embed, Generate
-from mmbeam.transforms.write import Summarize, WriteParquet, summarize
+from mmbeam.transforms.write import WriteParquet
 from mmbeam.types import Needs, RunReport, Shard, Stage, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)
@@ -74,7 +74,7 @@ class Job:
 
     def build(self, pipeline: beam.Pipeline) -> beam.PCollection[RunReport]:
         """Apply the job's transforms to `pipeline`."""
-        batches = pipeline | Plan(self.units) | self._read()  # WorkUnit, Batch
+        batches = pipeline | Plan(self.units, self.run) | self._read()  # WorkUnit, Batch
         for number, stage in enumerate(self.stages):
             step = Generate(stage) if isinstance(stage, GenerateStage) else Embed(stage)
             batches = batches | f"{type(step).__name__}{getattr(stage, 'name', None) or number}" >> step  # Batch
@@ -241,5 +241,5 @@ def plain_error(error: Exception, args: Sequence[str] = ()) -> Exception:
     name, message, step = raised[-1]
     kind = getattr(errors, name.rpartition(".")[2], None)
     if isinstance(kind, type) and issubclass(kind, JobError):
-        return kind(message)
+        return kind(f"{message} (step {step})" if kind is FlowError else message)
     return JobError(f"step {step}: {name}: {message} (run the same command again to resume)")

@@ -223,11 +223,13 @@ def read_batches(
     windows: Windows,
     wanted: Callable[[str], bool] | None = None,
     held: HeldBytes | None = None,
+    samples: Iterator[RawSample] | None = None,
 ) -> Generator[Batch]:
     """Yield the unit's windows in order; the last one has `last`, and `unit_error` if an input could not be read.
 
-    Samples whose key is not `wanted` are skipped before they are decoded, and are not counted. Each tally has the
-    seconds of "read" and "decode" (summed over threads). `prefetch` makes windows ahead of the consumer.
+    The samples are those of the unit's inputs, unless they are passed as `samples`. Samples whose key is not `wanted`
+    are skipped before they are decoded, and are not counted. Each tally has the seconds of "read" and "decode" (summed
+    over threads). `prefetch` makes windows ahead of the consumer.
     """
     expressions = [(text, compile_where(text)) for text in reading.cleaning.where]
     isolation = unit.isolation
@@ -263,12 +265,14 @@ def read_batches(
     )
     source = _UnitSamples(unit, reading, needs)
     raws = (
-        raw for raw in source.samples() if (wanted is None or wanted(raw.key)) and (probed is None or raw.id in probed)
+        raw
+        for raw in (source.samples() if samples is None else samples)
+        if (wanted is None or wanted(raw.key)) and (probed is None or raw.id in probed)
     )
     index, window, error_text = 0, _OpenWindow(), None
     try:
-        with closing(ordered_map(decode, raws, decode_pool(), ahead)) as samples:
-            for decoded in samples:
+        with closing(ordered_map(decode, raws, decode_pool(), ahead)) as decoded_samples:
+            for decoded in decoded_samples:
                 if isinstance(decoded, tuple):
                     # A window reserves memory once, for all its large samples, so that none that holds memory waits for
                     # more: it is on its way to the consumer. Only the sample that is next in order waits.

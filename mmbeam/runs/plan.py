@@ -8,9 +8,10 @@ import json
 import logging
 import re
 import shlex
+import zlib
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from mmbeam.errors import RunMismatchError
@@ -55,9 +56,13 @@ def load_plan(run: Run) -> list[dict[str, Any]]:
 
 def _read(run: Run) -> dict[str, dict[str, Any]]:
     """Return the last line of each unit, withdrawn units included."""
-    names = _files(run)
-    lines = (json.loads(line) for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
-    return {line["id"]: line for line in lines}
+    return {unit: json.loads(line) for unit, line in _read_lines(run).items()}
+
+
+def _read_lines(run: Run) -> dict[str, bytes]:
+    """Return the last line of each unit as written, withdrawn units included. A line takes a tenth of its object."""
+    lines = (line for name in _files(run) for line in run.store.read(f"{PLAN}/{name}").splitlines())
+    return {json.loads(line)["id"]: line for line in lines}
 
 
 def _files(run: Run) -> list[str]:
@@ -240,6 +245,56 @@ def _changes(
             continue
         for name, old, new in differing:
             yield shard.path, f"{shard.path}: {name} {old} -> {new}"
+
+
+# On the workers
+
+
+@dataclass(frozen=True, kw_only=True)
+class Launch:
+    """The units of a launch, of nearly constant size: those of the run's plan, and how this launch differs from it."""
+
+    run: Run | None
+    omitted: frozenset[str]  # units of the plan that this launch does not run
+    changed: bytes  # compressed JSON: the lines of units that the plan lacks, or describes otherwise
+
+    def lines(self) -> Iterator[str]:
+        """Yield the units as JSON, for `unit_from_line`."""
+        changed: list[str] = json.loads(zlib.decompress(self.changed))
+        yield from changed
+        if self.run is not None:
+            skipped = self.omitted.union(json.loads(line)["id"] for line in changed)
+            yield from (line.decode() for unit, line in _read_lines(self.run).items() if unit not in skipped)
+
+    def ids(self) -> Iterator[str]:
+        """Yield the ids of the units."""
+        return (str(json.loads(line)["id"]) for line in self.lines())
+
+
+def launch_of(units: Sequence[WorkUnit], run: Run | None) -> Launch:
+    """Return the launch that runs `units`, most of which are in the plan of `run`, if there is one."""
+    planned = {} if run is None else _read_lines(run)
+    ids = {unit.id for unit in units}
+    lines = [_line(unit) for unit in units]
+    changed = [line for unit, line in zip(units, lines, strict=True) if line.encode() != planned.get(unit.id)]
+    compressed = zlib.compress(json.dumps(changed).encode())
+    return Launch(run=run, omitted=frozenset(planned.keys() - ids), changed=compressed)
+
+
+def _line(unit: WorkUnit) -> str:
+    """Return the unit as a line of the plan, with what the plan omits: URLs that are not the shard's path itself."""
+    shards = [source.shard for source in unit.inputs]
+    urls = {shard.path: shard.url for shard in shards if shard.url != shard.path}
+    bound = [shard.path for shard in shards if not shard.may_redirect]
+    omitted = {"urls": urls, "bound": bound, "replace": unit.replace}
+    return json.dumps({**unit_to_json(unit), **{name: value for name, value in omitted.items() if value}})
+
+
+def unit_from_line(line: str) -> WorkUnit:
+    """Return the unit of a line of a launch."""
+    data = json.loads(line)
+    unit = unit_from_json(data, data.get("urls"), data.get("bound", ()))
+    return replace(unit, replace=data.get("replace", False))
 
 
 # After the run

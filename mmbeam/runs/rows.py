@@ -150,8 +150,8 @@ def _feature(batch: Batch, name: str) -> pa.Array:
         raise FlowError(f"unit {batch.unit.id}, window {batch.index}: no stage made the column {name}")
     if len(feature) != len(batch.samples):
         raise FlowError(
-            f"unit {batch.unit.id}, window {batch.index}: expected {len(batch.samples)} values of {name}, "
-            f"one per sample, found {len(feature)}"
+            f"unit {batch.unit.id}, window {batch.index}: expected {len(batch.samples)} values of {name}, one per "
+            f"sample, found {len(feature)}. To drop samples behind a stage, use mmbeam.transforms.Filter"
         )
     return feature
 
@@ -245,5 +245,6 @@ def check_conserved(tally: Tally, where: str) -> None:
     if tally.samples != total:
         raise FlowError(
             f"{where}: expected one result for each of {tally.samples:,} samples; found {tally.rows:,} rows, "
-            f"{tally.failed:,} failed and {skipped:,} skipped, together {total:,}"
+            f"{tally.failed:,} failed and {skipped:,} skipped, together {total:,}. To drop samples between the steps, "
+            "use mmbeam.transforms.Filter, which counts them as skipped"
         )

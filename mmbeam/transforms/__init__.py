@@ -1,19 +1,27 @@
 """The steps of a job as Beam transforms, each usable alone: Plan, ReadShards or ReadFeatures, Embed, Generate,
-WriteParquet or Rows, Summarize."""
+WriteParquet or Rows, Summarize. ToBatches and Rows join them to other sources and sinks (docs/compose.md)."""
 
-from mmbeam.transforms.plan import Plan
+from mmbeam.transforms.compose import CaptionRows, EmbedRows, Filter, StageHandler, ToBatches, parse_example
+from mmbeam.transforms.plan import Plan, Summarize
 from mmbeam.transforms.read import ReadFeatures, ReadShards
+from mmbeam.transforms.rows import Rows
 from mmbeam.transforms.run_stage import Embed, Generate
-from mmbeam.transforms.write import BatchCoder, Rows, Summarize, WriteParquet
+from mmbeam.transforms.write import BatchCoder, WriteParquet
 
 __all__ = [
     "BatchCoder",
+    "CaptionRows",
     "Embed",
+    "EmbedRows",
+    "Filter",
     "Generate",
     "Plan",
     "ReadFeatures",
     "ReadShards",
     "Rows",
+    "StageHandler",
     "Summarize",
+    "ToBatches",
     "WriteParquet",
+    "parse_example",
 ]

@@ -1,20 +1,25 @@
-"""Plan: shard patterns, or units already planned, to work units spread over the workers."""
+"""Plan and Summarize: work units spread over the workers, and a check that each was reported."""
 
-import json
-import zlib
-from collections.abc import Sequence
-from dataclasses import replace
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import apache_beam as beam
+from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 from mmbeam.config import FieldMap
+from mmbeam.errors import FlowError
 from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.units import GENERATE_UNIT_BYTES, UNIT_BYTES, plan_units, unit_from_json, unit_to_json
-from mmbeam.runs.control import clear_stop
-from mmbeam.runs.plan import extend_plan
+from mmbeam.readers.units import GENERATE_UNIT_BYTES, UNIT_BYTES, plan_units
+from mmbeam.runs.commits import report_of
+from mmbeam.runs.control import check_failure_rate, clear_stop
+from mmbeam.runs.plan import Launch, extend_plan, launch_of, repair, unit_from_line
 from mmbeam.runs.run import Run, open_run
-from mmbeam.types import WorkUnit
+from mmbeam.runs.summary import write_summary
+from mmbeam.types import RunReport, UnitReport, WorkUnit
+
+LOST_SHOWN = 5  # of units that were not reported, in an error
 
 
 class Plan(beam.PTransform):
@@ -23,45 +28,36 @@ class Plan(beam.PTransform):
     `shards` is patterns, which are listed now on the machine that builds the pipeline, or units planned before. With a
     `run` the patterns are planned for it: its output is opened, and units that an earlier launch planned stay as they
     are. Large shards are cut and small ones packed only with a `run`, because a misread part can only be corrected in
-    the plan of a run. This is the only shuffle before the write, and it carries only paths. Units travel as JSON,
-    compressed in the description of the pipeline: 100,000 take 5 MB. beam.Create would hold them in memory twice, and
-    take four times as long to build the description.
+    the plan of a run. This is the only shuffle before the write, and it carries only paths. With a `run` a worker reads
+    the units from the plan in its output, so the description of the pipeline does not grow with them.
 
     Raises NoShardsError, and RunMismatchError if the output holds another run or a shard has changed.
     """
 
     def __init__(self, shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None = None) -> None:
         super().__init__()
+        self.run = run
         self.units = _units(shards, run)
+        self.launch = launch_of(self.units, run)
 
     def expand(self, begin: beam.Pipeline) -> beam.PCollection[WorkUnit]:
         """Apply the step."""
-        compressed = zlib.compress(json.dumps([_line(unit) for unit in self.units]).encode())
         return (
             begin
             | "Begin" >> beam.Impulse()  # bytes
-            | "Units" >> beam.FlatMap(_unpack, compressed)  # str
+            | "Units" >> beam.FlatMap(_lines, self.launch)  # str
             | "Spread" >> beam.Reshuffle()  # str
-            | "Parse" >> beam.Map(_parse)  # WorkUnit
+            | "Parse" >> beam.Map(unit_from_line)  # WorkUnit
         )
 
-
-def _unpack(_: bytes, packed: bytes) -> list[str]:
-    lines: list[str] = json.loads(zlib.decompress(packed))
-    return lines
-
-
-def _line(unit: WorkUnit) -> str:
-    """The unit as JSON, with what the run's plan omits: URLs that are not the shard's path itself."""
-    shards = [source.shard for source in unit.inputs]
-    urls = {shard.path: shard.url for shard in shards if shard.url != shard.path}
-    bound = [shard.path for shard in shards if not shard.may_redirect]
-    return json.dumps({**unit_to_json(unit), "urls": urls, "bound": bound, "replace": unit.replace})
+    def display_data(self) -> dict[str, Any]:
+        """Return what a runner's interface shows of the step."""
+        sizes = [source.shard.size or 0 for unit in self.units for source in unit.inputs if not source.begin]
+        return {"units": len(self.units), "shards": len(sizes), "bytes": sum(sizes)}
 
 
-def _parse(line: str) -> WorkUnit:
-    data = json.loads(line)
-    return replace(unit_from_json(data, data["urls"], data["bound"]), replace=data["replace"])
+def _lines(_: bytes, launch: Launch) -> Iterator[str]:
+    return launch.lines()
 
 
 def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) -> list[WorkUnit]:
@@ -78,3 +74,79 @@ def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) ->
     clear_stop(run)
     generates = run.configuration.get("task") in TASKS
     return units + extend_plan(run, listed, unit_bytes=GENERATE_UNIT_BYTES if generates else UNIT_BYTES)
+
+
+class Summarize(beam.PTransform):
+    """PCollection[UnitReport] -> PCollection[RunReport] of one element: write summary.json.
+
+    `check` is called with the report after it is written, and raises an error if the job must fail. `devices` is the
+    number of devices that compute, None if unknown. Raises FlowError if a unit that a Plan step of this pipeline
+    planned for the run was not reported.
+    """
+
+    def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None, devices: int | None = 1) -> None:
+        super().__init__()
+        self.run = run
+        self.check = check
+        self.devices = devices
+
+    def expand(self, reports: beam.PCollection[UnitReport]) -> beam.PCollection[RunReport]:
+        """Apply the step."""
+        return (
+            reports
+            | "Gather" >> beam.combiners.ToList()  # list[UnitReport]
+            | "Summary"
+            >> beam.Map(
+                summarize, self.run, time.time(), self.check, self.devices, planned_in(reports.pipeline, self.run)
+            )  # RunReport
+        )
+
+
+class _Launches(PipelineVisitor):
+    """Collects the launches of a run that a pipeline plans."""
+
+    def __init__(self, run: Run) -> None:
+        self.run = run
+        self.launches: list[Launch] = []
+
+    def enter_composite_transform(self, transform_node: AppliedPTransform) -> None:
+        plan = transform_node.transform
+        if isinstance(plan, Plan) and plan.run is not None and plan.run.launch_id == self.run.launch_id:
+            self.launches.append(plan.launch)
+
+
+def planned_in(pipeline: beam.Pipeline, run: Run) -> tuple[Launch, ...]:
+    """Return the launches of `run` that the Plan steps of `pipeline` plan."""
+    visitor = _Launches(run)
+    pipeline.visit(visitor)
+    return tuple(visitor.launches)
+
+
+def summarize(
+    reports: Sequence[UnitReport],
+    run: Run,
+    started: float,
+    check: Callable[[RunReport], None] | None,
+    devices: int | None = 1,
+    launches: Sequence[Launch] = (),
+) -> RunReport:
+    """Write and check the summary of a launch from the reports of all units; `started` is in Unix time.
+
+    Raises FlowError if a unit of `launches` has no report.
+    """
+    by_unit = {report.unit: report for report in sorted(reports, key=lambda report: report.status == "written")}
+    lost = sorted({unit for launch in launches for unit in launch.ids()} - by_unit.keys())
+    for unit in lost:
+        by_unit[unit] = report_of(run, unit) or UnitReport(unit=unit, status="failed", error="no step reported it")
+    report = write_summary(run, repair(run, list(by_unit.values())), time.time() - started, devices)
+    if lost:
+        raise FlowError(
+            f"{len(lost):,} of {len(by_unit):,} planned units were not reported: {', '.join(lost[:LOST_SHOWN])}"
+            f"{', ...' if len(lost) > LOST_SHOWN else ''}; a step between Plan and Summarize lost them. Let every "
+            "WorkUnit, every Batch with `last`, and every UnitReport pass"
+        )
+    if report.units_written:
+        check_failure_rate(run, report.tally)
+    if check is not None:
+        check(report)
+    return report

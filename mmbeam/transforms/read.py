@@ -4,6 +4,7 @@ import logging
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing
 from dataclasses import replace
+from typing import Any
 
 import apache_beam as beam
 
@@ -16,6 +17,7 @@ from mmbeam.runs.attempts import attempt
 from mmbeam.runs.commits import report_of
 from mmbeam.runs.control import raise_if_failed, record_error, stop_reason
 from mmbeam.runs.run import Run, part_name
+from mmbeam.transforms.metrics import report_source
 from mmbeam.types import Batch, Needs, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)
@@ -51,6 +53,16 @@ class ReadShards(beam.PTransform):
     def expand(self, units: beam.PCollection[WorkUnit]) -> beam.PCollection[Batch]:
         """Apply the step."""
         return units | "Read" >> beam.ParDo(self.dofn)
+
+    def display_data(self) -> dict[str, Any]:
+        """Return what a runner's interface shows of the step."""
+        needs, windows = self.dofn.needs, self.dofn.windows
+        return {
+            "modalities": ", ".join(sorted(needs.modalities)),
+            "columns": ", ".join(sorted(column.name for column in needs.columns)),
+            "window_bytes": windows.decoded_bytes,
+            "window_samples": windows.samples,
+        }
 
 
 class ReadFeatures(ReadShards):
@@ -119,6 +131,8 @@ class ReadUnits(beam.DoFn):
 
     def _read(self, unit: WorkUnit) -> Iterator[Batch]:
         """Yield the windows of a unit."""
+        for source in unit.inputs:
+            report_source(source.shard.path)
         windows = self.windows
         if unit.isolation is not None and unit.isolation.single:
             windows = replace(windows, samples=1)

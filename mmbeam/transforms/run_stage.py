@@ -4,11 +4,12 @@ import logging
 import os
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 import apache_beam as beam
 import numpy as np
 
-from mmbeam.errors import DeviceError
+from mmbeam.errors import DeviceError, public_url
 from mmbeam.models import placement
 from mmbeam.process import steps
 from mmbeam.runs.attempts import release_all
@@ -33,6 +34,12 @@ class Embed(beam.PTransform):
     def expand(self, batches: beam.PCollection[Batch]) -> beam.PCollection[Batch]:
         """Apply the step."""
         return batches | "Run" >> beam.ParDo(self.dofn)
+
+    def display_data(self) -> dict[str, Any]:
+        """Return what a runner's interface shows of the step: model, digest, device, dtype and batch size."""
+        stage = self.dofn.stage
+        shown = {name: getattr(stage, name, None) for name in ("model", "digest", "device", "dtype", "batch_size")}
+        return {name: public_url(str(value)) for name, value in shown.items() if value is not None}
 
 
 class Generate(Embed):
