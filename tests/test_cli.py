@@ -261,7 +261,7 @@ def spoil_pickled(model: Path) -> None:
 
 def spoil_family(model: Path) -> None:
     config = json.loads((model / "config.json").read_text())
-    (model / "config.json").write_text(json.dumps(config | {"model_type": "perceiver"}))
+    (model / "config.json").write_text(json.dumps(config | {"model_type": "perceivers"}))
 
 
 def spoil_processor(model: Path) -> None:
@@ -281,7 +281,7 @@ def spoil_config(model: Path) -> None:
     [
         (spoil_weights, ["has no model.safetensors"]),
         (spoil_pickled, ["has no model.safetensors", "pickled weights", "never loaded"]),
-        (spoil_family, ["unsupported model_type 'perceiver' for embedding"]),
+        (spoil_family, ["unsupported model_type 'perceivers' for embedding"]),
         (spoil_processor, ["preprocessor_config.json"]),
         (spoil_tokenizer, ["tokenizer"]),
         (spoil_config, ["config.json: cannot be read as JSON"]),

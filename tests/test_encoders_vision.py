@@ -143,7 +143,6 @@ def test_the_image_filter_is_applied(checkpoints: Checkpoints, device: torch.dev
         ("resnet", "config.json", {"num_channels": 1}, "num_channels is 1; expected 3"),
         ("resnet", "preprocessor_config.json", {"size": {"height": 9, "width": 9}}, "expected shortest_edge alone"),
         ("dinov3_vit", "preprocessor_config.json", {"size": {"max_height": 9, "max_width": 9}}, "or height and width"),
-        ("dinov3_vit", "preprocessor_config.json", {"do_pad": True}, "sets do_pad, which is unsupported"),
         ("dinov2", "preprocessor_config.json", {"image_processor_type": "DPTImageProcessor"}, "is DPTImageProcessor"),
     ],
 )

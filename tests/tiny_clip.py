@@ -52,8 +52,8 @@ def save_random(cls: Any, config: Any, directory: Path) -> None:
     for name, value in [*model.named_parameters(), *model.named_buffers()]:
         if value.dim() > 1 and value.is_floating_point():
             torch.nn.init.normal_(value.data, std=1.5 * value[0].numel() ** -0.5)
-        elif name.endswith("running_mean"):  # of a CLAP: as after training on spectrograms in decibels
+        elif name.endswith("audio_encoder.batch_norm.running_mean"):  # of a CLAP, in decibels
             value.fill_(-40.0)
-        elif name.endswith("running_var"):
+        elif name.endswith("audio_encoder.batch_norm.running_var"):
             value.fill_(400.0)
     model.save_pretrained(directory)

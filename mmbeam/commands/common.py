@@ -328,6 +328,8 @@ def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool
         yield f"Submitted, without waiting for the end. `mmbeam status {redact(options.output)}` shows its progress."
         return 0
     yield summary_text(report, options.output)
+    for note in prepared.run.recorded.get("notes", ()):
+        yield f"note: {note}"
     for warning in (*prepared.warnings, *outcome_warnings(report.tally, prepared.run.configuration)):
         yield f"warning: {warning}"
     return SOME_UNITS_FAILED if report.units_failed or report.broken else 0

@@ -243,6 +243,7 @@ def caption_run(
         "models": {UNNAMED_MODEL: stage.model},
         "device": stage.device,
         "batch_size": stage.batch_size,
+        "notes": [f"{step.model}: {note}" for step in (*embed, stage) for note in step.spec.notes],
     }
     return Run.create(
         output=output,

@@ -155,6 +155,7 @@ def embed_run(
         "models": {_label(stage): stage.model for stage in stages},
         "device": stages[0].device,
         "batch_size": stages[0].batch_size,
+        "notes": [f"{stage.model}: {note}" for stage in stages for note in stage.spec.notes],
     }
     return Run.create(
         output=output,

@@ -14,7 +14,7 @@ from typing import Any, cast
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from mmbeam.errors import ModelError
-from mmbeam.models.loading import read_json
+from mmbeam.models.loading import quiet_transformers, read_json
 from mmbeam.ops.audio import WaveRecipe
 from mmbeam.ops.image import ImageRecipe, Interpolation, Patching, PooledPatching
 from mmbeam.ops.log_mel import AstRecipe, ClapRecipe, GemmaRecipe, Padding, Truncation, WhisperRecipe
@@ -36,10 +36,30 @@ _HARMLESS_OPTIONS = {
     *("do_convert_rgb", "default_to_square", "input_data_format", "data_format", "return_tensors", "device"),
     "image_seq_length",
 }
+# Arguments of image processors. Without the format, they take an image of 3 rows for one of 3 channels.
+AS_DECODED: Mapping[str, str] = {"input_data_format": "channels_last", "return_tensors": "pt"}
 # transformers (5.20) reads DINOv3's processor only if torchvision is installed. Its options are those of ViT's, with
 # other defaults. A test in tests/test_encoders_vision.py fails when transformers reads it without torchvision.
 _DINOV3 = "DINOv3ViTImageProcessor"
 _DINOV3_DEFAULTS = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
+
+
+class RecipeError(ModelError):
+    """Settings of a processor that only the processor itself can follow."""
+
+
+def read_image_processor(directory: Path) -> Any:
+    """Read the checkpoint's own image processor, without torchvision. Raises ModelError."""
+    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
+        raise ModelError(
+            f"{directory}: expected an image processor (preprocessor_config.json or processor_config.json), found none"
+        )
+    auto: Any = AutoImageProcessor  # untyped
+    quiet_transformers()
+    try:
+        return auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
+    except Exception as error:  # transformers raises the errors of its parts
+        raise ModelError(f"{directory}: unreadable image processor: {type(error).__name__}: {error}") from error
 
 
 def read_image_recipe(directory: Path) -> ImageRecipe:
@@ -52,15 +72,15 @@ def read_image_recipe(directory: Path) -> ImageRecipe:
         name for name, value in options.items() if value and name not in _USED_OPTIONS | _HARMLESS_OPTIONS
     )
     if unsupported:
-        raise ModelError(f"{directory}: its image processor sets {', '.join(unsupported)}, which is unsupported")
+        raise RecipeError(f"{directory}: its image processor sets {', '.join(unsupported)}, which is unsupported")
     resample: Any = options.get("resample")
     if resample not in _INTERPOLATIONS:
-        raise ModelError(
+        raise RecipeError(
             f"{directory}: its image processor has resample {resample}; expected 2 (bilinear) or 3 (bicubic)"
         )
     size, crop = _size_and_crop(directory, options)
     if crop is None and not isinstance(size, tuple | Patching):
-        raise ModelError(
+        raise RecipeError(
             f"{directory}: its image processor makes images of different sizes; expected a fixed size or a crop"
         )
     recipe = ImageRecipe(
@@ -119,7 +139,7 @@ def _image_options(directory: Path) -> dict[str, Any]:
     except Exception as error:  # transformers raises errors of many types
         raise ModelError(f"{directory}: its image processor cannot be read: {type(error).__name__}: {error}") from error
     if options.get("image_processor_type") not in _PROCESSORS:
-        raise ModelError(
+        raise RecipeError(
             f"{directory}: its image processor is {options.get('image_processor_type')}; "
             f"expected one of {', '.join(_PROCESSORS)}"
         )
@@ -145,7 +165,7 @@ def _size_and_crop(
     crop = _height_width(options["crop_size"]) if options.get("do_center_crop") else None
     if kind in ("Siglip2ImageProcessor", "Gemma4ImageProcessor"):
         if not options["do_resize"]:
-            raise ModelError(f"{directory}: do_resize is false; images must be resized to whole patches")
+            raise RecipeError(f"{directory}: do_resize is false; images must be resized to whole patches")
         side = options["patch_size"]
         if kind == "Siglip2ImageProcessor":
             return Patching(patch_size=side, max_patches=options["max_num_patches"]), crop
@@ -156,7 +176,7 @@ def _size_and_crop(
         return None, crop
     if kind == "ConvNextImageProcessor":
         if set(size) != {"shortest_edge"} or crop is not None:
-            raise ModelError(f"{directory}: its image processor has size {size}; expected shortest_edge alone")
+            raise RecipeError(f"{directory}: its image processor has size {size}; expected shortest_edge alone")
         side = int(size["shortest_edge"])
         if side >= 384:  # like the reference: large images are warped, others keep their aspect ratio and are cropped
             return (side, side), None
@@ -165,7 +185,7 @@ def _size_and_crop(
         return int(size["shortest_edge"]), crop
     if set(size) == {"height", "width"}:
         return _height_width(size), crop
-    raise ModelError(f"{directory}: its image processor has size {size}; expected shortest_edge, or height and width")
+    raise RecipeError(f"{directory}: its image processor has size {size}; expected shortest_edge, or height and width")
 
 
 def _height_width(size: Mapping[str, int]) -> tuple[int, int]:

@@ -70,6 +70,20 @@ class TextTokenizer:
         """The model's inputs: "input_ids", and "attention_mask" unless the model was trained without it."""
         return tuple(self._tokenizer.model_input_names)
 
+    @property
+    def max_length(self) -> int:
+        """The tokenizer's own limit of tokens; a huge number if it has none."""
+        return int(self._tokenizer.model_max_length)
+
+    def special_types(self) -> dict[int, int]:
+        """Return the token types of special tokens where they are not 0, for models that take types (XLNet)."""
+        if "token_type_ids" not in self.inputs:
+            return {}
+        encoded = self._tokenizer("a", return_token_type_ids=True)
+        special = set(self._tokenizer.all_special_ids)
+        pairs = zip(encoded["input_ids"], encoded["token_type_ids"], strict=True)
+        return {token: kind for token, kind in pairs if token in special and kind}
+
     def encode(self, texts: Sequence[str], max_length: int) -> list[list[int]]:
         """Return the ids of each text with special tokens, truncated to `max_length`, without padding."""
         keeps_end = self._tokenizer.truncation_side == "left"

@@ -51,6 +51,7 @@ class GeneratorSpec:
     max_new_tokens: int | None = None  # the longest text that the model writes; None: unlimited
     columns: tuple[FeatureColumn, ...] = ()  # features that replace the media of their modalities
     embedding_dim: int | None = None  # of the shared space, if the model has one
+    notes: tuple[str, ...] = ()  # what the summary says of the model, such as slower preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -219,6 +219,9 @@ def embed_stage(
             f"`modalities` {', '.join(modalities or ())}: {model} encodes none of these; "
             f"it encodes {', '.join(spec.dims)}"
         )
+    without = [modality for modality in encoded if modality not in spec.token_dims]
+    if options.get("tokens") and without:
+        raise UsageError(f"`tokens`: {model} has no vector per token of {' and '.join(without)}; omit it")
     return EmbedStage(
         model=resolved.reference,
         spec=spec,

@@ -4,17 +4,23 @@ To add a family: write a subclass of base.Encoder, in a module of this package, 
 """
 
 import importlib
+import logging
 from collections.abc import Mapping
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import torch
+import transformers
+from transformers.models.auto.modeling_auto import MODEL_MAPPING_NAMES
 
 from mmbeam.errors import ModelError, did_you_mean
 from mmbeam.models.encoders.base import Encoder, EncoderSpec
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
+from mmbeam.models.recipes import RecipeError
 from mmbeam.ops.image import apply_filter
+
+logger = logging.getLogger(__name__)
 
 # model_type: module.class, imported on first use.
 FAMILIES: Mapping[str, str] = {
@@ -58,15 +64,20 @@ FAMILIES: Mapping[str, str] = {
 READS_MODULES_JSON = ("embedding_gemma2",)  # families whose checkpoints have modules.json too and that read it
 
 
-def family_of(model_type: str | None) -> type[Encoder]:
-    """Return the class that serves models of this type. Raises ModelError if there is none."""
-    if model_type is None or model_type not in FAMILIES:
+def family_of(model_type: str | None, is_generic: bool = False) -> type[Encoder]:
+    """Return the class that serves models of this type, or with `is_generic` the one of types without a family.
+
+    Raises ModelError for a type that neither a family nor AutoModel of the installed transformers knows.
+    """
+    is_generic = is_generic or (model_type not in FAMILIES and model_type in MODEL_MAPPING_NAMES)
+    if not is_generic and (model_type is None or model_type not in FAMILIES):
+        guess = did_you_mean(model_type or "", FAMILIES) or did_you_mean(model_type or "", MODEL_MAPPING_NAMES)
         raise ModelError(
-            f"unsupported model_type {model_type!r} for embedding; expected one of {', '.join(sorted(FAMILIES))}"
-            f"{did_you_mean(model_type or '', FAMILIES)}. "
-            "To add a family, write a subclass of mmbeam.models.encoders.base.Encoder and add it to FAMILIES"
+            f"unsupported model_type {model_type!r} for embedding; expected one that AutoModel of transformers "
+            f"{transformers.__version__} loads{guess}. Code in a checkpoint is never run"
         )
-    module, _, name = FAMILIES[model_type].rpartition(".")
+    path = "auto.AutoEncoder" if is_generic or model_type is None else FAMILIES[model_type]
+    module, _, name = path.rpartition(".")
     family: type[Encoder] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return family
 
@@ -89,7 +100,16 @@ def describe(directory: Path) -> EncoderSpec:
         raise ModelError(f"{directory}: {error}") from None
     if config:  # a sentence-transformers model may have its weights in a folder that modules.json names
         check_weights(directory)
-    return replace(family.describe(directory, config), family=str(model_type))
+    try:
+        spec = family.describe(directory, config)
+    except RecipeError as error:  # the checkpoint's own processor does what the family's kernels cannot
+        try:
+            spec = family_of(model_type, is_generic=True).describe(directory, config)
+        except ModelError as second_error:
+            logger.info("%s: nor by its own processor: %s", directory, second_error)
+            raise error from None
+        spec = replace(spec, notes=(f"{error}; images are preprocessed by the checkpoint's own processor", *spec.notes))
+    return replace(spec, family=str(model_type))
 
 
 def load(
@@ -102,7 +122,7 @@ def load(
 
     `image_filter`, ("median", size) or ("gaussian", sigma), is applied to images before their preprocessing.
     """
-    encoder = family_of(spec.family).load(spec, device, dtype)
+    encoder = family_of(spec.family, spec.is_generic).load(spec, device, dtype)
     if image_filter is not None:
         name, value = image_filter
         encoder.pixel_filter = partial(apply_filter, name=name, value=value)

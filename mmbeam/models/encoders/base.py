@@ -36,6 +36,8 @@ class EncoderSpec:
     sampling_rate: int | None = None  # Hz, for audio
     image_side: int | None = None  # pixels: the shorter side its preprocessing resizes to
     max_text_tokens: int | None = None  # special tokens included
+    is_generic: bool = False  # served by auto.py, not by a family
+    notes: tuple[str, ...] = ()  # what the summary says of the model: processors on the CPU, pooling of an unknown one
 
 
 @dataclass(frozen=True, kw_only=True)

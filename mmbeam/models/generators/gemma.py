@@ -12,11 +12,11 @@ import torch
 from transformers import Gemma3ForConditionalGeneration, Gemma4ForConditionalGeneration
 
 from mmbeam.errors import ModelError
-from mmbeam.models.generators.media import AS_DECODED, AudioWindow, images_of, read_image_processor
+from mmbeam.models.generators.media import AudioWindow, images_of
 from mmbeam.models.generators.pretrained import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, Placeholder
 from mmbeam.models.loading import read_config
-from mmbeam.models.recipes import read_gemma_recipe, read_pooled_recipe
+from mmbeam.models.recipes import AS_DECODED, read_gemma_recipe, read_image_processor, read_pooled_recipe
 from mmbeam.ops.image import PooledPatching, patch_positions, pooled_size, preprocess_patches
 from mmbeam.ops.log_mel import GEMMA_SECONDS, gemma_log_mel
 from mmbeam.prompts.ask import GeneratorSpec, Request

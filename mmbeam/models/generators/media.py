@@ -2,17 +2,15 @@
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from torch.nn import functional
-from transformers import AutoImageProcessor
 
 from mmbeam.errors import ModelError
-from mmbeam.models.loading import quiet_transformers
-from mmbeam.models.recipes import read_image_recipe, read_whisper_recipe
+from mmbeam.models.recipes import AS_DECODED, read_image_processor, read_image_recipe, read_whisper_recipe
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.ops.log_mel import whisper_log_mel
@@ -21,28 +19,12 @@ from mmbeam.types import ImageHWC
 
 logger = logging.getLogger(__name__)
 
-# Arguments of image processors. Without the format, they take an image of 3 rows for one of 3 channels.
-AS_DECODED: Mapping[str, str] = {"input_data_format": "channels_last", "return_tensors": "pt"}
 MIN_FRAMES = 7  # of 10 ms: shorter audio is padded with silence, because it would yield no token
 
 
 def images_of(requests: Sequence[Request]) -> list[ImageHWC]:
     """Return the images of the requests that have one."""
     return [request.image for request in requests if request.image is not None]
-
-
-def read_image_processor(directory: Path) -> Any:
-    """Read the checkpoint's own image processor, without torchvision. Raises ModelError."""
-    if not any((directory / name).is_file() for name in ("preprocessor_config.json", "processor_config.json")):
-        raise ModelError(
-            f"{directory}: expected an image processor (preprocessor_config.json or processor_config.json), found none"
-        )
-    auto: Any = AutoImageProcessor  # untyped
-    quiet_transformers()
-    try:
-        return auto.from_pretrained(directory, backend="pil", local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # transformers raises the errors of its parts
-        raise ModelError(f"{directory}: unreadable image processor: {type(error).__name__}: {error}") from error
 
 
 class PixelReader:

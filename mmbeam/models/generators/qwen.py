@@ -17,9 +17,10 @@ from transformers import (
     Qwen2AudioForConditionalGeneration,
 )
 
-from mmbeam.models.generators.media import AS_DECODED, AudioWindow, MelReader, images_of, read_image_processor
+from mmbeam.models.generators.media import AudioWindow, MelReader, images_of
 from mmbeam.models.generators.pretrained import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, Placeholder
+from mmbeam.models.recipes import AS_DECODED, read_image_processor
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 VL_IMAGE, VL_VIDEO = "<|image_pad|>", "<|video_pad|>"

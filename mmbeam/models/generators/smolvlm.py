@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from transformers import AutoModelForImageTextToText
 
-from mmbeam.models.generators.media import AS_DECODED, images_of, read_image_processor
+from mmbeam.models.generators.media import images_of
 from mmbeam.models.generators.pretrained import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, Placeholder
 from mmbeam.models.loading import read_json
+from mmbeam.models.recipes import AS_DECODED, read_image_processor
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"

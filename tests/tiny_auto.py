@@ -1,0 +1,280 @@
+"""Tiny checkpoints of architectures without a family here, from their configurations."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import transformers
+from tiny_audio_text import TOWER, WIDTH, byte_tokenizer, word_tokenizer
+from tiny_clip import DIM, SIDE, save_random
+
+SQUARE = {"height": SIDE, "width": SIDE}
+VISION = TOWER | {"image_size": SIDE, "patch_size": 16}
+STAGED: dict[str, Any] = {
+    "embed_dim": 8,
+    "depths": [1, 1],
+    "num_heads": [2, 4],
+    "window_size": 3,
+    "image_size": SIDE,
+    "patch_size": 4,
+}
+
+
+def _image(
+    name: str, processor: str, config: dict[str, Any], head: str = "Model", **options: Any
+) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        cls, configuration = getattr(transformers, name + head), getattr(transformers, name + "Config")(**config)
+        save_random(cls, configuration, directory)
+        getattr(transformers, processor + "Pil")(**options).save_pretrained(directory)
+        return directory
+
+    return build
+
+
+def _text(name: str, config: dict[str, Any], head: str = "Model", **tokenizer_options: Any) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        tokenizer = word_tokenizer(**tokenizer_options)
+        options = {"vocab_size": len(tokenizer), "pad_token_id": 0, **config}
+        save_random(getattr(transformers, name + head), getattr(transformers, name + "Config")(**options), directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return build
+
+
+def _decoder(name: str, config: dict[str, Any]) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        tokenizer = byte_tokenizer()
+        options = {
+            "vocab_size": len(tokenizer),
+            "bos_token_id": tokenizer.bos_token_id,
+            "eos_token_id": tokenizer.eos_token_id,
+            **config,
+        }
+        save_random(
+            getattr(transformers, name + "ForCausalLM"), getattr(transformers, name + "Config")(**options), directory
+        )
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return build
+
+
+def _joint(
+    name: str, processor: str, text: dict[str, Any], vision: dict[str, Any], **options: Any
+) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        tokenizer = word_tokenizer(model_max_length=64)
+        text_config = {"vocab_size": len(tokenizer), "pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, **text}
+        config = getattr(transformers, name + "Config")(text_config=text_config, vision_config=vision, **options)
+        save_random(getattr(transformers, name + "Model"), config, directory)
+        getattr(transformers, processor + "Pil")(**{"size": SQUARE, "crop_size": SQUARE}).save_pretrained(directory)
+        tokenizer.save_pretrained(directory)
+        return directory
+
+    return build
+
+
+def _audio(name: str, cls: str, config: dict[str, Any], extractor: str, **options: Any) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        save_random(getattr(transformers, cls), getattr(transformers, name + "Config")(**config), directory)
+        getattr(transformers, extractor)(**options).save_pretrained(directory)
+        return directory
+
+    return build
+
+
+SMALL_EFFICIENTNET: dict[str, Any] = {
+    "image_size": SIDE,
+    "width_coefficient": 0.25,
+    "depth_coefficient": 0.1,
+    "hidden_dim": 320,
+    "kernel_sizes": [3, 3],
+    "in_channels": [32, 16],
+    "out_channels": [16, 24],
+    "strides": [1, 2],
+    "num_block_repeats": [1, 1],
+    "expand_ratios": [1, 2],
+    "depthwise_padding": [],
+}
+CONV: dict[str, Any] = {
+    "conv_dim": (16, 16),
+    "conv_kernel": (10, 8),
+    "conv_stride": (8, 8),
+    "num_conv_pos_embeddings": 16,
+    "num_conv_pos_embedding_groups": 2,
+}
+POSITIONS = {"max_position_embeddings": 64}
+
+AUTO: dict[str, Callable[[Path], Path]] = {
+    "swin": _image("Swin", "ViTImageProcessor", STAGED, "ForImageClassification", size=SQUARE),
+    "swinv2": _image("Swinv2", "ViTImageProcessor", STAGED, size=SQUARE),
+    "beit": _image(
+        "Beit",
+        "BeitImageProcessor",
+        VISION | {"use_mean_pooling": True, "layer_scale_init_value": 1.0},
+        size=SQUARE,
+        do_center_crop=False,
+    ),
+    "deit": _image(
+        "DeiT",
+        "DeiTImageProcessor",
+        VISION,
+        "ForImageClassification",
+        size={"height": 56, "width": 56},
+        crop_size=SQUARE,
+    ),
+    "efficientnet": _image(
+        "EfficientNet",
+        "EfficientNetImageProcessor",
+        SMALL_EFFICIENTNET,
+        size=SQUARE,
+    ),
+    "regnet": _image(
+        "RegNet",
+        "ConvNextImageProcessor",
+        {"embedding_size": 8, "hidden_sizes": [8, 16], "depths": [1, 1], "groups_width": 4},
+        size={"shortest_edge": SIDE},
+    ),
+    "poolformer": _image(
+        "PoolFormer",
+        "PoolFormerImageProcessor",
+        {
+            "hidden_sizes": [8, 16],
+            "depths": [1, 1],
+            "num_encoder_blocks": 2,
+            "patch_sizes": [7, 3],
+            "strides": [4, 2],
+            "padding": [2, 1],
+        },
+        size={"shortest_edge": SIDE},
+        crop_size=SQUARE,
+    ),
+    "hiera": _image(
+        "Hiera",
+        "BitImageProcessor",
+        {
+            "image_size": [SIDE, SIDE],
+            "embed_dim": 8,
+            "depths": [1, 1],
+            "num_heads": [1, 2],
+            "num_query_pool": 1,
+            "query_stride": [2, 2],
+            "masked_unit_size": [4, 4],
+        },
+        size=SQUARE,
+        crop_size=SQUARE,
+    ),
+    "modernbert": _text(
+        "ModernBert",
+        TOWER
+        | POSITIONS
+        | {"pad_token_id": 0, "bos_token_id": 2, "eos_token_id": 3, "cls_token_id": 2, "sep_token_id": 3},
+        "ForMaskedLM",
+    ),
+    "camembert": _text("Camembert", TOWER | POSITIONS, "ForMaskedLM"),
+    "ernie": _text("Ernie", TOWER | POSITIONS),
+    "squeezebert": _text(
+        "SqueezeBert",
+        TOWER
+        | POSITIONS
+        | {
+            "embedding_size": 32,
+            "q_groups": 1,
+            "k_groups": 1,
+            "v_groups": 1,
+            "post_attention_groups": 1,
+            "intermediate_groups": 1,
+            "output_groups": 1,
+        },
+    ),
+    "gte": _text("Gte", TOWER | POSITIONS),
+    "nomic_bert": _text("NomicBert", TOWER | POSITIONS),
+    "llama": _decoder("Llama", TOWER | {"num_key_value_heads": 2}),
+    "bart": _text(
+        "Bart",
+        {
+            "d_model": WIDTH,
+            "encoder_layers": 1,
+            "decoder_layers": 1,
+            "encoder_attention_heads": 4,
+            "decoder_attention_heads": 4,
+            "encoder_ffn_dim": 64,
+            "decoder_ffn_dim": 64,
+            **POSITIONS,
+            "bos_token_id": 2,
+            "eos_token_id": 3,
+            "decoder_start_token_id": 2,
+        },
+    ),
+    "altclip": _joint(
+        "AltCLIP",
+        "CLIPImageProcessor",
+        TOWER | {"project_dim": WIDTH, **POSITIONS, "max_position_embeddings": 66, "pad_token_id": 1},
+        VISION,
+        projection_dim=DIM,
+    ),
+    "align": _joint(
+        "Align",
+        "EfficientNetImageProcessor",
+        TOWER | POSITIONS,
+        SMALL_EFFICIENTNET,
+        projection_dim=64,
+    ),
+    "clipseg": _joint("CLIPSeg", "ViTImageProcessor", TOWER | POSITIONS, VISION, projection_dim=DIM),
+    "chinese_clip": _joint("ChineseCLIP", "ChineseCLIPImageProcessor", TOWER | POSITIONS, VISION, projection_dim=DIM),
+    "groupvit": _joint(
+        "GroupViT",
+        "CLIPImageProcessor",
+        TOWER | POSITIONS,
+        TOWER
+        | {
+            "image_size": SIDE,
+            "patch_size": 16,
+            "depths": [1, 1, 1],
+            "num_group_tokens": [4, 2, 0],
+            "num_output_groups": [4, 2, 0],
+        },
+        projection_dim=DIM,
+        projection_intermediate_dim=32,
+    ),
+    "data2vec-audio": _audio(
+        "Data2VecAudio", "Data2VecAudioForCTC", TOWER | CONV | {"vocab_size": 8}, "Wav2Vec2FeatureExtractor"
+    ),
+    "unispeech": _audio("UniSpeech", "UniSpeechModel", TOWER | CONV, "Wav2Vec2FeatureExtractor"),
+    "wav2vec2-conformer": _audio(
+        "Wav2Vec2Conformer", "Wav2Vec2ConformerModel", TOWER | CONV | {"hidden_act": "gelu"}, "Wav2Vec2FeatureExtractor"
+    ),
+    "wav2vec2-bert": _audio(
+        "Wav2Vec2Bert",
+        "Wav2Vec2BertModel",
+        TOWER | {"feature_projection_input_dim": 160},
+        "SeamlessM4TFeatureExtractor",
+    ),
+    "moonshine": _audio(
+        "Moonshine",
+        "MoonshineForConditionalGeneration",
+        {
+            "hidden_size": 32,
+            "intermediate_size": 64,
+            "encoder_num_hidden_layers": 1,
+            "decoder_num_hidden_layers": 1,
+            "encoder_num_attention_heads": 4,
+            "decoder_num_attention_heads": 4,
+            "vocab_size": 32,
+            "eos_token_id": 2,
+            "bos_token_id": 1,
+        },
+        "Wav2Vec2FeatureExtractor",
+    ),
+    "parakeet_ctc": _audio(
+        "ParakeetCTC",
+        "ParakeetForCTC",
+        {
+            "encoder_config": TOWER | {"num_mel_bins": 80, "subsampling_conv_channels": 8, "conv_kernel_size": 5},
+            "vocab_size": 16,
+        },
+        "ParakeetFeatureExtractor",
+    ),
+}
