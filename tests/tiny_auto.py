@@ -7,6 +7,7 @@ from typing import Any
 import transformers
 from tiny_audio_text import TOWER, WIDTH, byte_tokenizer, word_tokenizer
 from tiny_clip import DIM, SIDE, save_random
+from tiny_generators_hub import chat_tokenizer, ids_of, save
 
 SQUARE = {"height": SIDE, "width": SIDE}
 VISION = TOWER | {"image_size": SIDE, "patch_size": 16}
@@ -277,4 +278,129 @@ AUTO: dict[str, Callable[[Path], Path]] = {
         },
         "ParakeetFeatureExtractor",
     ),
+}
+
+
+def save_paligemma(directory: Path) -> Path:
+    """A PaliGemma of 48 x 48 pixels and 9 tokens an image, without a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<image>"]})
+    size = len(tokenizer) + 1200  # the processor adds tokens of places and segments
+    config = transformers.PaliGemmaConfig(
+        text_config=TOWER
+        | ids_of(tokenizer)
+        | {"model_type": "gemma", "vocab_size": size, "num_key_value_heads": 2, "head_dim": 8},
+        vision_config=VISION | {"model_type": "siglip_vision_model", "vision_use_head": False},
+        image_token_index=tokenizer.convert_tokens_to_ids("<image>"),
+        projection_dim=WIDTH,
+    )
+    images = transformers.SiglipImageProcessorPil(size=SQUARE)
+    images.image_seq_length = 9
+    processor: Any = transformers.PaliGemmaProcessor(images, tokenizer)
+    return save(transformers.PaliGemmaForConditionalGeneration, config, directory, processor)
+
+
+def save_idefics(directory: Path) -> Path:
+    """An Idefics of 48 x 48 pixels, without a chat template."""
+    tokenizer = byte_tokenizer()
+    tokenizer.add_special_tokens(
+        {"additional_special_tokens": ["<fake_token_around_image>", "<image>", "<end_of_utterance>"]}
+    )
+    ids = ids_of(tokenizer)
+    config = transformers.IdeficsConfig(
+        **TOWER,
+        **ids,
+        additional_vocab_size=0,
+        cross_layer_interval=1,
+        use_resampler=False,
+        alpha_initializer="ones",
+        vision_config={
+            "embed_dim": WIDTH,
+            "image_size": SIDE,
+            "patch_size": 16,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 1,
+            "intermediate_size": 64,
+        },
+        max_position_embeddings=256,
+    )
+    processor: Any = transformers.IdeficsProcessor(
+        transformers.IdeficsImageProcessorPil(image_size=SIDE), tokenizer, image_size=SIDE
+    )
+    return save(transformers.IdeficsForVisionText2Text, config, directory, processor)
+
+
+def save_git(directory: Path) -> Path:
+    """A GIT of 48 x 48 pixels."""
+    tokenizer = word_tokenizer(model_max_length=64)
+    config = transformers.GitConfig(
+        vision_config=VISION,
+        **TOWER,
+        **POSITIONS,
+        vocab_size=len(tokenizer),
+        bos_token_id=2,
+        eos_token_id=3,
+        pad_token_id=0,
+    )
+    images = transformers.CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size=SQUARE)
+    return save(transformers.GitForCausalLM, config, directory, transformers.GitProcessor(images, tokenizer))
+
+
+def save_moonshine(directory: Path) -> Path:
+    """A Moonshine with a tokenizer."""
+    tokenizer = byte_tokenizer()
+    config = transformers.MoonshineConfig(
+        hidden_size=32,
+        intermediate_size=64,
+        encoder_num_hidden_layers=1,
+        decoder_num_hidden_layers=1,
+        encoder_num_attention_heads=4,
+        decoder_num_attention_heads=4,
+        decoder_start_token_id=tokenizer.bos_token_id,
+        **ids_of(tokenizer),
+    )
+    processor: Any = transformers.Wav2Vec2Processor(
+        transformers.Wav2Vec2FeatureExtractor(return_attention_mask=True), tokenizer
+    )
+    return save(transformers.MoonshineForConditionalGeneration, config, directory, processor)
+
+
+def save_internvl(directory: Path) -> Path:
+    """An InternVL of 48 x 48 pixels in one tile, whose chat template is its own."""
+    tokenizer = chat_tokenizer(
+        "<img>",
+        "</img>",
+        "<IMG_CONTEXT>",
+        "<video>",
+        image="<IMG_CONTEXT>\n",
+        start_image_token="<img>",
+        end_image_token="</img>",
+        context_image_token="<IMG_CONTEXT>",
+        video_token="<video>",
+    )
+    config = transformers.InternVLConfig(
+        text_config=TOWER
+        | ids_of(tokenizer)
+        | {"model_type": "qwen2", "num_key_value_heads": 2, "vocab_size": len(tokenizer) + 8},
+        vision_config=TOWER | {"image_size": [SIDE, SIDE], "patch_size": [12, 12]},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+        image_seq_length=4,
+    )
+    images = transformers.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=False)
+    processor: Any = transformers.InternVLProcessor(
+        images,
+        tokenizer,
+        transformers.InternVLVideoProcessor(),
+        image_seq_length=4,
+        chat_template=tokenizer.chat_template,
+    )
+    return save(transformers.InternVLForConditionalGeneration, config, directory, processor)
+
+
+CAPTIONERS: dict[str, Callable[[Path], Path]] = {
+    "paligemma": save_paligemma,
+    "idefics": save_idefics,
+    "git": save_git,
+    "moonshine": save_moonshine,
+    "internvl": save_internvl,
 }

@@ -1,8 +1,8 @@
 """The registry of generators: the family that serves a model, by its configuration's model_type.
 
 To add a family, write a module with a subclass of base.Generator, named as the model_type is (docs/families.md), and
-change nothing else; a type that a module of another name serves needs a line in FAMILIES. Text-to-text models
-without a family are found in the lists of transformers.
+change nothing else; a type that a module of another name serves needs a line in FAMILIES. Models without
+a family are found in the lists of transformers: text to text, and any other with its own processor (auto.py).
 """
 
 import importlib
@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from transformers.models.auto import modeling_auto
 
 from mmbeam.errors import ModelError, did_you_mean
@@ -42,6 +43,14 @@ FAMILIES: Mapping[str, str] = {
     "voxtral": "voxtral.VoxtralGenerator",
     "whisper": "whisper.WhisperGenerator",
 }
+# Checkpoints without a family, of model types in these lists.
+GENERIC = frozenset(
+    (
+        *modeling_auto.MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+        *modeling_auto.MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES,
+    )
+)
 # Text to text: any class in these lists, of model types that take text only.
 TEXT_FAMILIES: Mapping[str, Mapping[str, str]] = {
     "seq2seq.Seq2SeqGenerator": modeling_auto.MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES,
@@ -58,12 +67,13 @@ def family_of(model_type: str | None, architecture: str | None = None) -> type[G
     """Return the class for a model_type and an architecture, if known. Raises ModelError for an unsupported one."""
     model_type = model_type or ""
     path = FAMILIES.get(model_type) or _family_of_module(model_type) or _text_family(model_type, architecture)
+    path = path or ("auto.AutoGenerator" if model_type in GENERIC else None)
     if path is None:
         suffix = f" with architecture {architecture!r}" if architecture else ""
         raise ModelError(
             f"unsupported model_type {model_type!r}{suffix} for generation{did_you_mean(model_type, FAMILIES)}; "
-            f"expected one of {', '.join(sorted(FAMILIES))}, and text-only models that transformers has as "
-            "...ForConditionalGeneration, ...ForCausalLM or ...LMHeadModel. "
+            "expected one that AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, "
+            f"AutoModelForSeq2SeqLM or AutoModelForCausalLM of transformers {transformers.__version__} loads. "
             "A new family is one file, mmbeam/models/generators/<model_type>.py: a subclass of "
             "mmbeam.models.generators.base.Generator that describes the model, makes its inputs and weighs them "
             "(docs/families.md)"

@@ -208,7 +208,8 @@ def _continued_logits(
         if name in continuations:
             arguments[name] = torch.cat([value, continuations[name].to(value.dtype)], dim=1)
         elif isinstance(value, torch.Tensor) and value.shape == shape:  # token_type_ids: words are of type 0
-            arguments[name] = torch.cat([value, torch.zeros_like(ids_BT, dtype=value.dtype)], dim=1)
+            kind = int(model.config.model_type == "paligemma")  # there, 0 is the prompt and 1 the answer
+            arguments[name] = torch.cat([value, torch.full_like(ids_BT, kind, dtype=value.dtype)], dim=1)
     if "logits_to_keep" in inspect.signature(model.forward).parameters:
         arguments["logits_to_keep"] = count + 1
     logits_BLV: torch.Tensor = model.generate(**arguments, max_new_tokens=1, custom_generate=_forward)

@@ -1,0 +1,176 @@
+"""Generators without a family, against the checkpoint's own processor and `generate`, one by one."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny_generators_hub as hub
+import torch
+import transformers
+from pictures import pictures
+from shards import natural_sound
+from test_families import save_llava
+from tiny_auto import CAPTIONERS
+
+from mmbeam.errors import PromptError
+from mmbeam.jobs.caption import caption_run
+from mmbeam.models.encoders import describe as describe_encoder
+from mmbeam.models.encoders import load as load_encoder
+from mmbeam.models.generators import describe
+from mmbeam.models.generators.auto import CLASSES, PIECE_SECONDS
+from mmbeam.models.recipes import read_image_processor
+from mmbeam.prompts.ask import Request
+from mmbeam.prompts.turns import Turn
+from mmbeam.stages.generate import generate_stage
+
+pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # PaliGemmaProcessor
+
+RATE = 16000
+IMAGES = [image.copy() for image in pictures(((48, 48), (97, 120), (60, 41)))]
+CHAT, IMAGE = ("llava", "internvl"), ("paligemma", "idefics", "git")
+QUESTION = "what is it"
+DESCRIBE = "Describe the image in one sentence."
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    root = tmp_path_factory.mktemp("auto")
+    return {name: build(root / name) for name, build in {**CAPTIONERS, "llava": save_llava}.items()}
+
+
+@pytest.fixture(scope="module")
+def models(checkpoints: dict[str, Path]) -> dict[str, Any]:
+    return {name: hub.load_tiny(directory) for name, directory in checkpoints.items()}
+
+
+def references(directory: Path) -> tuple[Any, Any]:
+    """Return the model and its processor, whose images Pillow resizes."""
+    processor: Any = transformers.AutoProcessor.from_pretrained(directory)
+    if hasattr(processor, "image_processor"):
+        processor.image_processor = read_image_processor(directory)
+    model_type = transformers.AutoConfig.from_pretrained(directory).model_type
+    return getattr(transformers, CLASSES[model_type]).from_pretrained(directory), processor
+
+
+def answer(model: Any, inputs: Any) -> list[int]:
+    """Return the new tokens, without those that end a text."""
+    unused = ("labels", "token_type_ids") if type(model).__name__.startswith("Git") else ("labels",)
+    inputs = {name: value for name, value in inputs.items() if name not in unused}
+    [ids] = model.generate(**inputs, do_sample=False, max_new_tokens=hub.NEW).tolist()
+    return ids[inputs["input_ids"].shape[1] if "input_ids" in inputs else 1 :]
+
+
+def check(texts: Any, expected: list[list[int]]) -> None:
+    for text, ids in zip(texts, expected, strict=True):
+        assert list(text.token_ids) == ids[: len(text.token_ids)]
+        assert len(text.token_ids) > 1
+    assert len({text.token_ids for text in texts}) > 1
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", CHAT)
+def test_a_chat_model_equals_its_processor_and_generate(
+    name: str, checkpoints: dict[str, Path], models: dict[str, Any]
+) -> None:
+    requests = [Request(image=image) for image in IMAGES]
+    requests += [Request(image=IMAGES[0], prompt=QUESTION), Request(prompt=QUESTION)]
+    dialogue = (Turn("user", "hello"), Turn("assistant", "yes"), Turn("user", QUESTION))
+    requests.append(Request(image=IMAGES[1], turns=dialogue, task="dialogue"))
+    model, processor = references(checkpoints[name])
+    expected = []
+    for request in requests:
+        words = request.prompt or DESCRIBE
+        turns: list[Any] = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in request.turns]
+        turns = turns or [{"role": "user", "content": [{"type": "text", "text": words}]}]
+        if request.image is not None:
+            turns[-1]["content"].insert(0, {"type": "image"})
+        text = processor.apply_chat_template(turns, add_generation_prompt=True)
+        images = None if request.image is None else [request.image]
+        options = {} if images is None else {"input_data_format": "channels_last"}
+        expected.append(answer(model, processor(images=images, text=text, return_tensors="pt", **options)))
+    check(hub.generate(models[name], requests), expected)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize(("name", "before"), [("paligemma", "<image>"), ("idefics", ""), ("git", "")])
+def test_a_model_of_images_equals_its_processor_and_generate(
+    name: str, before: str, checkpoints: dict[str, Path], models: dict[str, Any]
+) -> None:
+    requests = [*(Request(image=image) for image in IMAGES), Request(image=IMAGES[0], prompt="a dog")]
+    model, processor = references(checkpoints[name])
+    default = "caption en" if name == "paligemma" else ""
+    expected = [
+        answer(
+            model,
+            processor(
+                images=[request.image],
+                text=[before + (request.prompt or default)],
+                input_data_format="channels_last",
+                return_tensors="pt",
+            ),
+        )
+        for request in requests
+    ]
+    check(hub.generate(models[name], requests), expected)
+
+
+@torch.inference_mode()
+def test_speech_equals_the_processor_and_generate(checkpoints: dict[str, Path], models: dict[str, Any]) -> None:
+    clips = [natural_sound(seed, seconds, RATE) for seed, seconds in enumerate((0.5, 1.3, 0.5))]
+    model, processor = references(checkpoints["moonshine"])
+    expected = [answer(model, processor(clip, sampling_rate=RATE, return_tensors="pt")) for clip in clips]
+    requests = [Request(audio=(clip, RATE), task="transcribe") for clip in clips]
+    check(hub.generate(models["moonshine"], requests), expected)
+
+
+def test_long_speech_is_transcribed_in_pieces(models: dict[str, Any]) -> None:
+    clip = natural_sound(3, 2 * PIECE_SECONDS, RATE)
+    whole, left, right = hub.generate(
+        models["moonshine"],
+        [Request(audio=(part, RATE)) for part in (clip, clip[: len(clip) // 2], clip[len(clip) // 2 :])],
+    )
+    assert whole.token_ids == left.token_ids + right.token_ids
+    assert whole.text == f"{left.text} {right.text}"
+    assert whole.logprob == pytest.approx(left.logprob + right.logprob, abs=1e-4)
+
+
+@pytest.mark.parametrize("name", [*CHAT, *IMAGE])
+def test_a_batch_equals_single_requests(name: str, models: dict[str, Any]) -> None:
+    requests = [*(Request(image=image) for image in IMAGES), Request(image=IMAGES[0], prompt=QUESTION)]
+    hub.check_scores(models[name], requests, hub.check_batches(models[name], requests))
+    hub.generate(models[name], requests[:2], num_beams=2)
+
+
+def test_a_text_that_spells_a_token_of_the_model_fails(models: dict[str, Any]) -> None:
+    with pytest.raises(PromptError, match="the text spells '<image>'"):
+        hub.generate(models["llava"], [Request(image=IMAGES[0], text="<image> and more")])
+
+
+def test_the_run_says_that_there_is_no_family(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+    stage = generate_stage(str(checkpoints["llava"]))
+    [note] = caption_run(str(tmp_path / "out"), stage).recorded["notes"]
+    assert "llava has no family of its own: it runs by LlavaForConditionalGeneration" in note
+    assert (stage.spec.required, stage.spec.modalities) == ((), ("image", "text"))
+    spec = describe(checkpoints["moonshine"])
+    assert (spec.required, spec.modalities, spec.tasks) == (("audio",), ("audio",), ("transcribe",))
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", [*CHAT, *IMAGE])
+def test_the_same_checkpoints_encode_images(name: str, checkpoints: dict[str, Path]) -> None:
+    """By get_image_features, or by the image tower of a model without it."""
+    spec = describe_encoder(checkpoints[name])
+    vectors = load_encoder(spec, torch.device("cpu"), torch.float32).encode_image(IMAGES).pooled
+    reference: Any = transformers.AutoModel.from_pretrained(checkpoints[name])
+    processor = read_image_processor(checkpoints[name])
+    for image, vector in zip(IMAGES, vectors, strict=True):
+        pixels = processor(image, input_data_format="channels_last", return_tensors="pt")
+        pixels = pixels if isinstance(pixels, torch.Tensor) else pixels["pixel_values"]
+        if hasattr(reference, "get_image_features"):
+            expected = torch.cat(list(reference.get_image_features(pixels).pooler_output)).mean(0)
+        elif name == "git":
+            expected = reference.image_encoder(pixels).last_hidden_state[0, 0]
+        else:
+            expected = reference.vision_model(pixels.flatten(0, -4)).pooler_output[0]
+        assert np.allclose(vector, expected, atol=1e-4)
