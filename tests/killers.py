@@ -14,14 +14,17 @@ import pyarrow as pa
 import shards
 
 import mmbeam.readers.windows
+from mmbeam import process
 from mmbeam.config import Windows
 from mmbeam.decode import decode_sample
 from mmbeam.jobs.execute import Job, check_present, plan
 from mmbeam.jobs.options import JobOptions
+from mmbeam.jobs.workers import UnitWork
 from mmbeam.readers.listing import list_shards
 from mmbeam.runs.run import Run
+from mmbeam.runs.summary import write_summary
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import Batch, Needs, Output, RawSample, Tally
+from mmbeam.types import Batch, Needs, Output, RawSample, Tally, UnitReport
 
 LENGTH = Output(modalities=frozenset({"text"}), columns=(pa.field("text_length", pa.int32()),))
 SIGNALS = {"decode": signal.SIGSEGV, "model": signal.SIGKILL, "write": signal.SIGABRT}
@@ -96,7 +99,7 @@ def make_corpus(directory: Path, marked: dict[int, str], count: int = 24, number
     shards.make_webdataset(directory, truths, shards=number)
 
 
-def make_job(directory: Path, output: Path | str, **changes: Any) -> Job:
+def make_job(directory: Path | str, output: Path | str, **changes: Any) -> Job:
     """The job over a corpus, planned."""
     options = JobOptions(
         input=(str(directory),), output=str(output), device="cpu", windows=Windows(samples=4), max_failure_rate=1.0
@@ -118,3 +121,14 @@ def make_job(directory: Path, output: Path | str, **changes: Any) -> Job:
         options=options,
         check=partial(check_present, modalities=(), required=()),
     )
+
+
+def run_units(job: Job) -> list[UnitReport]:
+    """Run the job's units one by one through its fused stage, write the summary, and return the reports."""
+    work = UnitWork(job.steps, ("cpu",), 1)
+    try:
+        reports = [work(unit, lambda _: None) for unit in job.units]
+    finally:
+        process.reset()
+    write_summary(job.run, reports, 1.0)
+    return reports

@@ -12,6 +12,7 @@ import http.client
 import http.server
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -23,6 +24,7 @@ import urllib.error
 import urllib.parse
 import urllib.request
 import uuid
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Self
 
@@ -200,11 +202,24 @@ class _FileHandler(http.server.BaseHTTPRequestHandler):
         pass
 
 
+def _without(hidden: Sequence[str], listing: bytes) -> bytes:
+    """Return a listing of S3 (XML) or GCS (JSON) without the names that contain one of `hidden`."""
+    if listing.startswith(b"{"):
+        page = json.loads(listing)
+        page["items"] = [item for item in page.get("items", []) if not any(name in item["name"] for name in hidden)]
+        return json.dumps(page).encode()
+    entries = re.split(r"(<Contents>.*?</Contents>)", listing.decode(), flags=re.DOTALL)
+    kept = [e for e in entries if not (e.startswith("<Contents>") and any(name in e for name in hidden))]
+    return "".join(kept).encode()
+
+
 class FaultyProxy(http.server.ThreadingHTTPServer):
     """Forwards requests to the server at `upstream`, with faults; a context manager, on a free port of this machine.
 
-    `faults` are answers to the next requests whose method and path contain a text: (text, status, headers). Those of
-    `always` are given to every such request. A body is cut after `cut_after` bytes.
+    `faults` are answers to the next requests whose method and path contain a text: (text, status, headers); the header
+    "x-code" is S3's code of the error. Those of `always` are given to every such request. A body of a range is cut
+    after `cut_after` bytes, or stays without its rest after `stall_after`; its length is said to be `claimed` bytes
+    more. Listings leave out names that contain one of `hidden`. `before` is called with each request and its range.
     """
 
     daemon_threads = True
@@ -213,18 +228,29 @@ class FaultyProxy(http.server.ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _ProxyHandler)
         self.upstream = urllib.parse.urlsplit(upstream)
         self.endpoint = f"http://127.0.0.1:{self.server_port}"
+        self.requests: list[str] = []
+        self._released = threading.Event()  # stalled responses end
+        self.behave()
+        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
+
+    def behave(self) -> None:
+        """Make no faults from now on."""
         self.faults: list[tuple[str, int, dict[str, str]]] = []
         self.always: list[tuple[str, int, dict[str, str]]] = []
         self.cut_after: int | None = None
-        self.requests: list[str] = []
+        self.stall_after: int | None = None
+        self.claimed = 0
+        self.hidden: tuple[str, ...] = ()
+        self.before: Callable[[str, str], None] = lambda request, span: None
+        self.requests.clear()
         self.sent = 0  # bytes of bodies of ranges
-        self._thread = threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True)
 
     def __enter__(self) -> Self:
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._released.set()
         self.shutdown()
         self._thread.join()
         self.server_close()
@@ -245,11 +271,13 @@ class _ProxyHandler(http.server.BaseHTTPRequestHandler):
     def answer(self) -> None:
         proxy, request = self.server, f"{self.command} {self.path}"
         proxy.requests.append(request)
+        proxy.before(request, self.headers.get("Range") or "")
         body = self._body()
         fault = proxy.fault(request)
         if fault is not None:
-            xml = b"<Error><Code>AccessDenied</Code><Message>no</Message></Error>" if fault[1] == 403 else b""
-            self._send(fault[1], list(fault[2].items()), xml)
+            code = fault[2].get("x-code", "AccessDenied" if fault[1] == 403 else "")
+            xml = f"<Error><Code>{code}</Code><Message>no</Message></Error>" if code else ""
+            self._send(fault[1], list(fault[2].items()), xml.encode())
             return
         headers = {name: value for name, value in self.headers.items() if name.lower() not in ("host", "connection")}
         headers = {name: value for name, value in headers.items() if name.lower() != "transfer-encoding"}
@@ -260,6 +288,8 @@ class _ProxyHandler(http.server.BaseHTTPRequestHandler):
         upstream.close()
         ignored = ("content-length", "transfer-encoding", "connection", "date", "server")
         kept = [(name, value) for name, value in response.getheaders() if name.lower() not in ignored]
+        if proxy.hidden and re.search(r"/o\?|list-type=", self.path):
+            content = _without(proxy.hidden, content)
         length = response.getheader("Content-Length") if self.command == "HEAD" else None
         self._send(response.status, kept, content, length)
 
@@ -277,17 +307,24 @@ class _ProxyHandler(http.server.BaseHTTPRequestHandler):
         self.send_response(status)
         for name, value in headers:
             self.send_header(name, value)
-        self.send_header("Content-Length", length or str(len(content)))
+        claimed = self.server.claimed if status == 206 else 0
+        self.send_header("Content-Length", length or str(len(content) + claimed))
         self.end_headers()
         if self.command == "HEAD":
             return
+        stalls = False
         if status == 206:
-            cut = self.server.cut_after
-            if cut is not None and len(content) > cut:
-                content, self.close_connection = content[:cut], True
+            cut, stall = self.server.cut_after, self.server.stall_after
+            stalls = stall is not None and len(content) > stall
+            content = content[:stall] if stalls else content[:cut]
+            content = content[: len(content) + min(0, claimed)]
+            self.close_connection = True
             self.server.sent += len(content)
         with contextlib.suppress(ConnectionError):
             self.wfile.write(content)
+            self.wfile.flush()
+        if stalls:
+            self.server._released.wait()
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = answer
 

@@ -20,15 +20,13 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from killers import make_corpus, make_job
+from killers import make_corpus, make_job, run_units
 from known import read_parts
 from outputs import make_run, make_unit, write_unit
 
-from mmbeam import process
 from mmbeam.errors import JobError, RunMismatchError
-from mmbeam.jobs.execute import Job
 from mmbeam.jobs.isolate import MAX_CRASHES, Isolate, _End
-from mmbeam.jobs.workers import ProcessEndedError, UnitWork
+from mmbeam.jobs.workers import ProcessEndedError
 from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
 from mmbeam.runs import attempts
@@ -36,7 +34,6 @@ from mmbeam.runs.attempts import attempt, is_left_behind, marks, release_all
 from mmbeam.runs.control import lock_run
 from mmbeam.runs.run import LOCK, Run, part_name
 from mmbeam.runs.store import ATTEMPTS, Store, process_identity
-from mmbeam.runs.summary import write_summary
 from mmbeam.types import SampleId, UnitReport, WorkUnit
 
 
@@ -378,16 +375,6 @@ def test_a_limit_over_shards_that_cannot_be_read_is_a_failed_unit(tmp_path: Path
 
 
 # Faults of the store, and kills
-
-
-def run_units(job: Job) -> None:
-    """Run the job's units one by one through its fused stage, and write the summary."""
-    work = UnitWork(job.steps, ("cpu",), 1)
-    try:
-        reports = [work(unit, lambda _: None) for unit in job.units]
-    finally:
-        process.reset()
-    write_summary(job.run, reports, 1.0)
 
 
 @pytest.fixture(scope="module")

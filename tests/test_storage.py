@@ -3,6 +3,7 @@
 import io
 import os
 import tarfile
+import uuid
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,6 +13,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from killers import make_corpus, make_job, run_units
+from known import read_parts
 from servers import STORES, FaultyProxy, FileServer, fresh_output
 from test_stream import Web, serve
 
@@ -24,6 +27,7 @@ from mmbeam.readers import stream as stream_module
 from mmbeam.readers.listing import expand, list_shards
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader
+from mmbeam.runs.commits import read_failures, whole_reports
 from mmbeam.runs.store import Store, forget_file_systems
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.setup import row_source, set_up
@@ -34,13 +38,16 @@ RANDOM = np.random.default_rng(0)
 BUCKETS = [store for store in STORES if store != "local"]
 
 
-def make_tar(samples: int, size: int) -> bytes:
+def make_tar(samples: int, size: int, text: bytes | None = None) -> bytes:
+    """Return a tar of samples of random bytes, each with the `text`, if any."""
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w") as tar:
         for number in range(samples):
-            info = tarfile.TarInfo(f"{number:04}.bin")
-            info.size = size
-            tar.addfile(info, io.BytesIO(RANDOM.bytes(size)))
+            for extension, data in (("bin", RANDOM.bytes(size)), ("txt", text)):
+                if data is not None:
+                    info = tarfile.TarInfo(f"{number:04}.{extension}")
+                    info.size = len(data)
+                    tar.addfile(info, io.BytesIO(data))
     return buffer.getvalue()
 
 
@@ -52,13 +59,11 @@ class Bucket:
     proxy: FaultyProxy
 
     def put(self, name: str, content: bytes) -> None:
-        """Write an object, past the faults."""
-        faults, self.proxy.faults = self.proxy.faults, []
-        always, self.proxy.always = self.proxy.always, []
+        """Write an object. From then on the proxy makes no faults."""
+        self.proxy.behave()
         fs, path = paths_module.file_system(f"{self.url}/{name}")
         fs.pipe_file(path, content)
         fs.invalidate_cache()
-        self.proxy.faults, self.proxy.always = faults, always
 
     def shard(self, name: str, content: bytes) -> Shard:
         self.put(name, content)
@@ -83,9 +88,7 @@ def proxied(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFac
 @pytest.fixture
 def bucket(proxied: Bucket, monkeypatch: pytest.MonkeyPatch) -> Bucket:
     monkeypatch.setattr(retry_module, "RETRY_WAITS", NO_WAIT)
-    proxied.proxy.faults, proxied.proxy.always, proxied.proxy.cut_after = [], [], None
-    proxied.proxy.sent = 0
-    proxied.proxy.requests.clear()
+    proxied.proxy.behave()
     return proxied
 
 
@@ -103,6 +106,34 @@ class TestBuckets:
         assert read_keys(shard) == [f"{number:04}" for number in range(1000)]
         assert bucket.proxy.sent == len(data)
 
+    def test_a_server_that_stalls(self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+        """After SILENT_SECONDS without data the connection is closed, and reading goes on at the byte reached."""
+        data = make_tar(100, 5_000)
+        shard = bucket.shard("stalls.tar", data)
+        for module in (paths_module, stream_module):
+            monkeypatch.setattr(module, "SILENT_SECONDS", 0.3)
+        bucket.proxy.stall_after = 300_000
+        assert read_keys(shard) == [f"{number:04}" for number in range(100)]
+        assert bucket.proxy.sent == len(data)
+        bucket.proxy.stall_after = 0
+        with (
+            open_shard(shard) as stream,
+            pytest.raises(ShardError, match=r"stalls.tar: unreadable from byte 0 on, after 4 attempts: \w*Timeout"),
+        ):
+            stream.read()
+
+    @pytest.mark.parametrize("claimed", [1, 100_000, -2000])
+    def test_a_wrong_content_length(self, claimed: int, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100_000)
+        data = make_tar(60, 5_000)
+        shard = bucket.shard("length.tar", data)
+        bucket.proxy.claimed = claimed
+        with open_shard(shard) as stream:
+            if claimed < 0:  # as long as the server does so, the last bytes never arrive
+                assert stream.read(len(data) + claimed) == data[:claimed]
+                bucket.proxy.claimed, data = 0, data[claimed:]
+            assert stream.read() == data
+
     def test_replaced_while_it_is_read(self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100_000)
         shard = bucket.shard("replaced.tar", make_tar(100, 5_000))
@@ -113,6 +144,30 @@ class TestBuckets:
                 stream.read()
         with pytest.raises(ShardError, match=r"replaced.tar: changed since it was listed"):
             open_shard(shard)
+
+    def test_a_job_over_a_shard_that_is_replaced_while_it_is_read(
+        self, bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        """No row of either version is written; the next run reads the new one."""
+        monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100_000)
+        folder = f"{bucket.url}/{uuid.uuid4().hex}"
+        for name, text in (("a", b"steady"), ("b", b"old")):
+            bucket.put(f"{folder.rpartition('/')[2]}/{name}.tar", make_tar(60, 5_000, text))
+
+        def replace_b(request: str, span: str) -> None:
+            if "b.tar" in request and span.startswith("bytes=100000-"):
+                bucket.put(f"{folder.rpartition('/')[2]}/b.tar", make_tar(60, 5_000, b"new"))
+
+        bucket.proxy.before = replace_b
+        job = make_job(folder, tmp_path)
+        assert {report.status for report in run_units(job)} == {"written", "failed"}
+        [rows] = read_parts(tmp_path).values()
+        assert [row["text"] for row in rows] == ["steady"] * 60
+        [record] = [record for name in job.run.store.list("failures") for record in read_failures(job.run.store, name)]
+        assert "b.tar: changed while it was read" in record["message"]
+        assert {report.status for report in run_units(make_job(folder, tmp_path))} == {"kept", "written"}
+        texts = sorted(row["text"] for rows in read_parts(tmp_path).values() for row in rows)
+        assert texts == ["new"] * 60 + ["steady"] * 60
 
     def test_a_busy_server_is_given_up_within_one_budget(self, bucket: Bucket) -> None:
         shard = bucket.shard("busy.tar", make_tar(1, 5_000))
@@ -144,6 +199,30 @@ class TestBuckets:
         hint = "AWS_ACCESS_KEY_ID" if bucket.url.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS"
         assert hint in str(e.value)
 
+    @pytest.mark.parametrize("step", ["read", "open", "list", "write"])
+    def test_credentials_that_expire(self, step: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+        """S3 answers 400 with a code, to a HEAD request without; Google storage answers 401."""
+        monkeypatch.setattr(stream_module, "BLOCK_BYTES", 100_000)
+        is_s3 = bucket.url.startswith("s3")
+        shard = bucket.shard("expired.tar", make_tar(60, 5_000))
+        expired = [("", 400, {"x-code": "ExpiredToken"}) if is_s3 else ("", 401, {})]
+        what = {"open": "unreadable from byte 0 on", "read": "unreadable from byte 100,000 on"}.get(step)
+        what = what or {"list": "cannot be listed", "write": "out/data/a: cannot be written"}[step]
+        hint = "AWS_ACCESS_KEY_ID" if is_s3 else "GOOGLE_APPLICATION_CREDENTIALS"
+        why = "status 400" if is_s3 else "status 401"
+        with open_shard(shard) as stream:
+            assert stream.read(10)
+            bucket.proxy.always = expired
+            requests = {
+                "read": stream.read,
+                "open": lambda: open_shard(shard).read(),
+                "list": lambda: list_shards([f"{bucket.url}/*.tar"]),
+                "write": lambda: Store(f"{bucket.url}/out").create("data/a", b"x"),
+            }
+            with pytest.raises(PermissionError, match=rf"{what}: access denied \({why}.*\); check .*{hint}") as raised:
+                requests[step]()
+        assert bucket.url in str(raised.value)
+
     def test_access_denied_to_write_and_to_list(self, bucket: Bucket) -> None:
         hint = "AWS_ACCESS_KEY_ID" if bucket.url.startswith("s3") else "GOOGLE_APPLICATION_CREDENTIALS"
         store = Store(f"{bucket.url}/out")
@@ -161,6 +240,34 @@ class TestBuckets:
         with pytest.raises(FileExistsError):
             store.create("data/once", b"y")
         assert store.read("data/once") == b"x" * 1000
+
+    def test_requests_are_repeated_by_one_budget(self, bucket: Bucket) -> None:
+        """The clients of the stores repeat none: gcsfs would make up to 36 attempts of each of ours."""
+        store = Store(f"{bucket.url}/out")
+        for status in (503, 429):
+            for request in (lambda: store.create("data/a", b"x"), lambda: store.list("data"), lambda: store.read("a")):
+                bucket.proxy.behave()
+                bucket.proxy.always = [("", status, {})]
+                with pytest.raises(ConnectionError, match=f"after 4 attempts: .*{status}"):
+                    request()
+                assert len(bucket.proxy.requests) == 4
+
+    @pytest.mark.parametrize("hidden", ["data/", "out"])
+    def test_a_listing_that_lacks_new_files(self, hidden: str, bucket: Bucket, tmp_path: Path) -> None:
+        """The next launch plans, reads and publishes again what it does not see, and finds that it exists."""
+        make_corpus(tmp_path / "in", {}, number=2)
+        output = f"{bucket.url}/{uuid.uuid4().hex}-out"
+        run_units(make_job(tmp_path / "in", output))
+        store = Store(output)
+        before = {name: store.read(f"data/{name}") for name in store.list("data")}
+        assert len(before) == 2
+        bucket.proxy.hidden = (hidden if "/" in hidden else output.rpartition("/")[2],)
+        run_units(make_job(tmp_path / "in", output))
+        bucket.proxy.behave()
+        assert {name: store.read(f"data/{name}") for name in store.list("data")} == before
+        job = make_job(tmp_path / "in", output)
+        assert len(job.units) == len(whole_reports(job.run, [unit.id for unit in job.units])) == 2
+        assert len(store.list("_mmbeam/plan")) == 1
 
     def test_one_fault_of_a_listing_is_waited_out(self, bucket: Bucket) -> None:
         bucket.put("in/a.tar", b"x")
@@ -188,7 +295,6 @@ class TestFeatures:
         batches = list(dataset)
         assert [key for batch in batches for key in batch["key"]] == [f"k{row}" for row in range(2000)]
         assert sum(float(batch["image_embedding"].sum()) for batch in batches) == 64 * sum(range(2000))
-        bucket.proxy.cut_after = None
         bucket.put("f/part.parquet", parquet[:4] + parquet)
         with pytest.raises(ShardError, match=r"part.parquet: changed since it was listed"):
             list(dataset)

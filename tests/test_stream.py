@@ -43,6 +43,9 @@ class Web:
     modified: str | None = None
     cut_after: int | None = None  # bytes of a body, at `cuts` requests
     cuts: int = 0
+    stall_after: int | None = None  # bytes of a body, after which nothing more is sent until `released`
+    released: threading.Event = field(default_factory=threading.Event)
+    claimed: int = 0  # bytes that the Content-Length of a body is too large
     statuses: list[int] = field(default_factory=list)  # of the next GET requests, instead of a response
     always: int | None = None  # the status of every response
     requests: list[str] = field(default_factory=list)
@@ -71,14 +74,18 @@ def handler(web: Web) -> type[BaseHTTPRequestHandler]:
             if web.cut_after is not None and web.cuts and len(body) > web.cut_after:
                 web.cuts -= 1
                 body = body[: web.cut_after]
+            stalls = web.stall_after is not None and len(body) > web.stall_after
             with suppress(ConnectionError):  # the reader closed the connection
-                self.wfile.write(body)
+                self.wfile.write(body[: web.stall_after] if stalls else body)
+            if stalls:
+                web.released.wait()
             return None
 
         def answer(self, status: int, begin: int, end: int) -> None:
             self.send_response(status)
             if web.sizes:
-                self.send_header("Content-Length", str(end - begin))
+                claimed = web.claimed if self.command == "GET" else 0
+                self.send_header("Content-Length", str(end - begin + claimed))
             if web.etag:
                 self.send_header("ETag", web.etag)
             if web.modified:
@@ -99,6 +106,7 @@ def serve(web: Web) -> Iterator[Shard]:
     try:
         yield Shard(path=path, url=f"{path}?key=SECRET", size=len(web.data))
     finally:
+        web.released.set()
         server.shutdown()
         thread.join()
         server.server_close()
@@ -131,6 +139,28 @@ class TestHttp:
             for begin in range(0, len(DATA), 500_000):
                 web.cuts = 2
                 assert stream.read(500_000) == DATA[begin : begin + 500_000]
+
+    @pytest.mark.parametrize("ranges", [True, False])
+    def test_a_server_that_stalls(self, ranges: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream_module, "SILENT_SECONDS", 0.2)
+        with serve(web := Web(ranges=ranges, stall_after=1_000_000 if not ranges else 390_000)) as shard:
+            if ranges:
+                assert read_all(shard) == DATA
+                web.stall_after = 0
+            with pytest.raises(ShardError, match=r"x.tar: unreadable from byte \d+.* after 4 attempts: .*[Tt]imeout"):
+                read_all(shard)
+
+    @pytest.mark.parametrize(("claimed", "ranges"), [(50_000, True), (-50_000, True), (-50_000, False)])
+    def test_a_wrong_content_length(self, claimed: int, ranges: bool) -> None:
+        """The bytes that the server does send are used, and no more are expected than the shard has."""
+        with serve(web := Web(ranges=ranges, claimed=claimed)) as shard, open_shard(shard, waits=NO_WAIT) as stream:
+            assert stream.read(len(DATA) - 50_000) == DATA[:-50_000]
+            web.claimed = 0
+            assert stream.read() == DATA[-50_000:]
+
+    def test_a_server_without_ranges_that_claims_more_than_it_sends(self) -> None:
+        with serve(Web(ranges=False, claimed=50_000)) as shard, pytest.raises(ShardError, match="Not enough data"):
+            read_all(shard)
 
     def test_server_without_ranges(self) -> None:
         with serve(web := Web(ranges=False)) as shard:

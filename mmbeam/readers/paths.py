@@ -52,9 +52,12 @@ def file_system(url: str, may_redirect: bool = True, **options: Any) -> tuple[An
         ours = {"connect_timeout": SILENT_SECONDS, "read_timeout": SILENT_SECONDS}
         once = {"retries": {"mode": "standard", "total_max_attempts": 1}}
         options["config_kwargs"] = {**ours, **once, **configured}
-    elif scheme_of(url) == "gs" and "STORAGE_EMULATOR_HOST" not in os.environ:
-        if not any(fsspec.config.conf.get(name, {}).get("endpoint_url") for name in ("gs", "gcs")):
+    elif scheme_of(url) == "gs":
+        configured = {**fsspec.config.conf.get("gcs", {}), **fsspec.config.conf.get("gs", {})}
+        if "STORAGE_EMULATOR_HOST" not in os.environ and not configured.get("endpoint_url"):
             _find_host("storage.googleapis.com")
+        session = configured.get("session_kwargs", {})
+        options["session_kwargs"] = {**session, "trace_configs": [*session.get("trace_configs", ()), _once()]}
     elif scheme_of(url) in ("http", "https") and not may_redirect:
         options["get_client"] = _bound_client
     fs, path = url_to_fs(url.replace("::", _COLONS), **options)
@@ -71,6 +74,34 @@ def _find_host(host: str) -> None:
     except OSError as error:
         reason = f"{host}: cannot be found ({error.strerror}); check the network of this machine"
         raise ConnectionError(reason) from None
+
+
+class StoreError(OSError):
+    """A response with an error status, which may be temporary."""
+
+    def __init__(self, status: int, reason: str, headers: Mapping[str, str]) -> None:
+        super().__init__(f"{status}, {reason}")
+        self.status, self.headers = status, headers
+
+
+@cache
+def _once() -> Any:
+    """Return hooks that raise faults as errors after which gcsfs does not repeat a request; it does up to 36 times."""
+    import aiohttp  # here, since only HTTP and GCS need it
+
+    async def check(session: Any, context: Any, end: Any) -> None:
+        if end.response.status >= 500 or end.response.status in (401, 408, 429):
+            end.response.close()
+            raise StoreError(end.response.status, end.response.reason, end.response.headers)
+
+    async def fail(session: Any, context: Any, failure: Any) -> None:
+        if isinstance(failure.exception, aiohttp.ClientError):
+            raise ConnectionError(str(failure.exception)) from failure.exception
+
+    trace = aiohttp.TraceConfig()
+    trace.on_request_end.append(check)
+    trace.on_request_exception.append(fail)
+    return trace
 
 
 async def _bound_client(**options: Any) -> Any:

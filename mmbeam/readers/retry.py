@@ -79,6 +79,8 @@ def _raise_permanent(error: Exception, status: int | None, path: str, failure: s
         raise error
     names = " ".join(f"{type(e).__name__} {_code(e)}" for e in (error, error.__cause__))
     is_denied = status in (401, 403) or _NO_CREDENTIALS.search(names) is not None
+    # S3 answers requests with an expired token with 400, and its response to a HEAD request has no code.
+    is_denied = is_denied or (path.startswith("s3://") and status == 400 and _code(error.__cause__ or error) == "400")
     if is_denied or isinstance(error, PermissionError):
         if isinstance(error, PermissionError) and str(error).startswith(path):  # raised by this function before
             raise error

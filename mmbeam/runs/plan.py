@@ -54,20 +54,24 @@ def load_plan(run: Run) -> list[dict[str, Any]]:
     return [line for line in _read(run).values() if line["inputs"]]
 
 
-def _read(run: Run) -> dict[str, dict[str, Any]]:
+def _read(run: Run, known_files: int = 0) -> dict[str, dict[str, Any]]:
     """Return the last line of each unit, withdrawn units included."""
-    return {unit: json.loads(line) for unit, line in _read_lines(run).items()}
+    return {unit: json.loads(line) for unit, line in _read_lines(run, known_files).items()}
 
 
-def _read_lines(run: Run) -> dict[str, bytes]:
+def _read_lines(run: Run, known_files: int = 0) -> dict[str, bytes]:
     """Return the last line of each unit as written, withdrawn units included. A line takes a tenth of its object."""
-    lines = (line for name in _files(run) for line in run.store.read(f"{PLAN}/{name}").splitlines())
+    names = _files(run, known_files)
+    lines = (line for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
     return {json.loads(line)["id"]: line for line in lines}
 
 
-def _files(run: Run) -> list[str]:
-    """Return the files of the plan, in their order; a file of another name is ignored, with a warning."""
-    names = sorted(run.store.list(PLAN))
+def _files(run: Run, known_files: int = 0) -> list[str]:
+    """Return the files of the plan, in their order; a file of another name is ignored, with a warning.
+
+    The first `known_files` exist, also if the listing of the store lacks them.
+    """
+    names = sorted({*run.store.list(PLAN), *map(_file_name, range(known_files))})
     foreign = [name for name in names if not _PLAN_FILE.fullmatch(name)]
     if foreign:
         logger.warning("%s/%s: %s is not a file of the plan; it is ignored", run.store, PLAN, ", ".join(foreign))
@@ -78,10 +82,14 @@ def _try_add(run: Run, number: int, units: Sequence[WorkUnit]) -> bool:
     """Write units as the plan file of this number; False if another launch has written that file."""
     lines = "".join(json.dumps(unit_to_json(unit)) + "\n" for unit in units)
     try:
-        run.store.create(f"{PLAN}/{number:06d}.jsonl", lines.encode())
+        run.store.create(f"{PLAN}/{_file_name(number)}", lines.encode())
     except FileExistsError:
         return False
     return True
+
+
+def _file_name(number: int) -> str:
+    return f"{number:06d}.jsonl"
 
 
 # At launch
@@ -99,17 +107,19 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     """
     now = {shard.path: shard for shard in shards}
     limit = run.configuration.get("limit")
+    known_files = 0
     while True:
-        number = len(_files(run))
-        plan = _read(run)
+        number = len(_files(run, known_files))
+        plan = _read(run, known_files)
         _remove_units(run, {unit for unit, line in plan.items() if not line["inputs"]})
         known = _renewed(run, [unit_from_json(line) for line in plan.values() if line["inputs"]], now)
         _check_not_moved(run, known, shards)
         new = plan_units(shards, known, unit_bytes) if limit is None else []
         if limit is not None and not known:
             new = [limited_unit(shards, limit)]
-        if not new or _try_add(run, number, new):  # otherwise another launch was first, and its units are known now
+        if not new or _try_add(run, number, new):
             break
+        known_files = number + 1  # another launch was first, or the listing is old
     present = []
     for unit in known:
         listed = [source.shard.path in now for source in unit.inputs]
@@ -328,8 +338,9 @@ def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
         plan_changes.append(pack)
         reruns += singles
     plan_changes += [unit for unit, _ in reruns]
-    while plan_changes and not _try_add(run, len(_files(run)), plan_changes):
-        continue
+    number = len(_files(run))
+    while plan_changes and not _try_add(run, number, plan_changes):
+        number += 1
     _remove_units(run, withdrawn)
     failed = [report_failed_unit(run, unit, reason) for unit, reason in reruns]
     return [report for report in reports if report.unit not in withdrawn] + failed
