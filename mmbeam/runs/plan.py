@@ -10,7 +10,7 @@ import re
 import shlex
 import zlib
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -56,12 +56,11 @@ def load_plan(run: Run) -> list[dict[str, Any]]:
 
 def _read(run: Run, known_files: int = 0) -> dict[str, dict[str, Any]]:
     """Return the last line of each unit, withdrawn units included."""
-    return {unit: json.loads(line) for unit, line in _read_lines(run, known_files).items()}
+    return {unit: json.loads(line) for unit, line in _read_lines(run, _files(run, known_files)).items()}
 
 
-def _read_lines(run: Run, known_files: int = 0) -> dict[str, bytes]:
+def _read_lines(run: Run, names: Iterable[str]) -> dict[str, bytes]:
     """Return the last line of each unit as written, withdrawn units included. A line takes a tenth of its object."""
-    names = _files(run, known_files)
     lines = (line for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
     return {json.loads(line)["id"]: line for line in lines}
 
@@ -265,6 +264,7 @@ class Launch:
     """The units of a launch, of nearly constant size: those of the run's plan, and how this launch differs from it."""
 
     run: Run | None
+    files: tuple[str, ...]  # of the plan
     omitted: frozenset[str]  # units of the plan that this launch does not run
     changed: bytes  # compressed JSON: the lines of units that the plan lacks, or describes otherwise
 
@@ -274,7 +274,9 @@ class Launch:
         yield from changed
         if self.run is not None:
             skipped = self.omitted.union(json.loads(line)["id"] for line in changed)
-            yield from (line.decode() for unit, line in _read_lines(self.run).items() if unit not in skipped)
+            yield from (
+                line.decode() for unit, line in _read_lines(self.run, self.files).items() if unit not in skipped
+            )
 
     def ids(self) -> Iterator[str]:
         """Yield the ids of the units."""
@@ -283,12 +285,13 @@ class Launch:
 
 def launch_of(units: Sequence[WorkUnit], run: Run | None) -> Launch:
     """Return the launch that runs `units`, most of which are in the plan of `run`, if there is one."""
-    planned = {} if run is None else _read_lines(run)
+    files = () if run is None else tuple(_files(run))
+    planned = {} if run is None else _read_lines(run, files)
     ids = {unit.id for unit in units}
     lines = [_line(unit) for unit in units]
     changed = [line for unit, line in zip(units, lines, strict=True) if line.encode() != planned.get(unit.id)]
     compressed = zlib.compress(json.dumps(changed).encode())
-    return Launch(run=run, omitted=frozenset(planned.keys() - ids), changed=compressed)
+    return Launch(run=run, files=files, omitted=frozenset(planned.keys() - ids), changed=compressed)
 
 
 def _line(unit: WorkUnit) -> str:
