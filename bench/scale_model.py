@@ -102,7 +102,7 @@ class Requests:
 
 # Upper bounds, as counted on fake-gcs-server with gcsfs (tests/test_scale.py). To check whether a file exists, gcsfs
 # requests the file and a folder of its name concurrently, and uses the first answer.
-LAUNCH = Requests(writes=6, reads=4)  # check for the manifest and the plan, and write them
+LAUNCH = Requests(writes=7, reads=4)  # check for the manifest and the plan, and write them
 CHECK = Requests(writes=1, reads=3)  # is the run stopped, is the unit committed
 OPEN = Requests(writes=2, reads=4)  # open a shard; its blocks are extra
 COMMIT = Requests(writes=2)  # the Parquet, the report; one more if samples failed. Deletion is free.

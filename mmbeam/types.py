@@ -468,7 +468,7 @@ class UnitReport:
     tally: Tally = Tally()
     wall_seconds: float = 0.0
     error: str | None = None  # why it failed
-    failures_file: str | None = None  # name under failures/; None if nothing failed
+    failures_file: str | None = None  # name under _failures/; None if nothing failed
     inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin and end of each, and its InputRead
     batch_plan: Mapping[str, Any] = field(default_factory=dict)
 

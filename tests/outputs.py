@@ -108,7 +108,7 @@ def read_rows(output: Path) -> list[dict[str, Any]]:
 
 def read_failures(output: Path) -> list[dict[str, Any]]:
     """Read the failure records under `output`, by shard and offset."""
-    records = ds.dataset(output / "failures").to_table().to_pylist()
+    records = ds.dataset(output / "_failures").to_table().to_pylist()
     return sorted(records, key=lambda record: (record["shard"], record["offset"] or 0))
 
 

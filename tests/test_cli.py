@@ -158,8 +158,8 @@ def test_a_corrupt_image_fails_one_sample_and_not_the_job(embed: Mmbeam, tmp_pat
     assert (result.status, result.err) == (0, "")
     assert "samples: 5 = 5 rows; 1 rows lack some of their outputs\n" in result.out
     assert f"failures: 1 decode: DecodeError, for example 000002 of {tmp_path}/in/shard-000000.tar: " in result.out
-    assert f"failure records: {tmp_path}/out/failures/\n" in result.out
-    records = ds.dataset(tmp_path / "out" / "failures").to_table().to_pylist()
+    assert f"failure records: {tmp_path}/out/_failures/\n" in result.out
+    records = ds.dataset(tmp_path / "out" / "_failures").to_table().to_pylist()
     assert [(record["key"], record["modality"]) for record in records] == [("000002", "image")]
 
 

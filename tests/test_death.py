@@ -59,7 +59,7 @@ def begin(run: Run, unit: str) -> AbstractContextManager[int]:
 
 
 def failures(output: Path) -> list[dict[str, Any]]:
-    return [record for path in sorted((output / "failures").glob("*")) for record in pq.read_table(path).to_pylist()]
+    return [record for path in sorted((output / "_failures").glob("*")) for record in pq.read_table(path).to_pylist()]
 
 
 # Marks
@@ -308,9 +308,9 @@ def test_damage_to_an_output_costs_its_unit_and_no_more(tmp_path: Path, caplog: 
     first.write_bytes(first.read_bytes()[:-1000])
     second.write_bytes(second.read_bytes() + b"\0")
     for name in (
-        "failures/part-x-failed.parquet",
-        "failures/part-x-0123.parquet",
-        "failures/notes.txt",
+        "_failures/part-x-failed.parquet",
+        "_failures/part-x-0123.parquet",
+        "_failures/notes.txt",
         "_mmbeam/plan/.DS_Store",
         "_mmbeam/attempts/notes",
         "_mmbeam/stop.json",
@@ -321,7 +321,7 @@ def test_damage_to_an_output_costs_its_unit_and_no_more(tmp_path: Path, caplog: 
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"")
     assert "units: 4 planned" not in "\n".join(status_text(str(tmp_path / "out")))
-    assert "failures/part-x-failed.parquet: expected failure records of mmbeam" in caplog.text
+    assert "_failures/part-x-failed.parquet: expected failure records of mmbeam" in caplog.text
     report = make_job(tmp_path / "in", tmp_path / "out").execute()
     assert (report.units_written, report.units_kept) == (2, 1)
     assert read_parts(tmp_path / "out") == whole

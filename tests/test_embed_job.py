@@ -209,7 +209,7 @@ def test_an_error_in_one_unit_stops_the_others_and_is_raised_unchanged(
     with pytest.raises(MemoryError, match="out of memory"):
         run(tmp_path, clip, tmp_path / "in")
     assert calls[0] <= 6
-    assert not list((tmp_path / "out" / "failures").glob("*"))
+    assert not list((tmp_path / "out" / "_failures").glob("*"))
     assert not list((tmp_path / "out" / "_mmbeam" / "tmp").glob("*"))
 
 
@@ -297,7 +297,7 @@ def test_a_device_error_ends_the_attempt_without_failing_a_sample(
     monkeypatch.setattr(ClipEncoder, "encode_image", lost)
     with pytest.raises(DeviceError, match="unspecified launch failure"):
         run(tmp_path, clip, tmp_path / "in")
-    assert not list((tmp_path / "out" / "failures").glob("*"))
+    assert not list((tmp_path / "out" / "_failures").glob("*"))
     assert calls[0] == 6  # nothing was tried on the broken device
     whole = len(list((tmp_path / "out" / "data").glob("*.parquet")))
     monkeypatch.setattr(ClipEncoder, "encode_image", real)

@@ -64,11 +64,11 @@ def rows_of(run: Run, unit: str = UNIT.id) -> pa.Table:
 
 
 def failures_of(run: Run, name: str | None) -> list[dict[str, Any]]:
-    return list(pq.read_table(BytesIO(run.store.read(f"failures/{name}"))).to_pylist())
+    return list(pq.read_table(BytesIO(run.store.read(f"_failures/{name}"))).to_pylist())
 
 
 def files_of(run: Run) -> dict[str, int]:
-    folders = ("data", "failures", "_mmbeam/commits", "_mmbeam/tmp")
+    folders = ("data", "_failures", "_mmbeam/commits", "_mmbeam/tmp")
     return {folder: len(run.store.list(folder)) for folder in folders}
 
 
@@ -352,9 +352,9 @@ def check_committed_once(run: Run, orphans: int = 0) -> None:
     report = report_of(run, UNIT.id)
     assert report is not None
     assert rows_of(run)["offset"].to_pylist() == [number * 1024 for number in range(10)]
-    assert len(run.store.list("failures")) == 1 + orphans
+    assert len(run.store.list("_failures")) == 1 + orphans
     sweep(run, [report])
-    assert set(run.store.list("failures")) == {report.failures_file}
+    assert set(run.store.list("_failures")) == {report.failures_file}
     assert len(failures_of(run, report.failures_file)) == 2
 
 
@@ -387,7 +387,7 @@ def test_one_of_several_attempts_in_processes_commits(run: Run) -> None:
 
 @pytest.mark.parametrize(
     ("folder", "status", "orphans"),
-    [("failures/", "written", 0), ("data/", "written", 1), ("_mmbeam/commits/", "kept", 0)],
+    [("_failures/", "written", 0), ("data/", "written", 1), ("_mmbeam/commits/", "kept", 0)],
 )
 def test_the_next_attempt_commits_the_unit_of_a_killed_attempt(
     run: Run, folder: str, status: str, orphans: int
@@ -495,7 +495,7 @@ def test_all_failure_files_have_one_schema(local: Run) -> None:
     committed_file = write_unit(local, UNIT).commit().failures_file
     failed_file = report_failed_unit(local, make_unit("b-2"), "gone").failures_file
     for name in (committed_file, failed_file):
-        assert pq.read_schema(BytesIO(local.store.read(f"failures/{name}"))).equals(FAILURE_SCHEMA)
+        assert pq.read_schema(BytesIO(local.store.read(f"_failures/{name}"))).equals(FAILURE_SCHEMA)
 
 
 def test_rows_of_1000_samples_are_made_in_a_tenth_of_a_second() -> None:

@@ -171,3 +171,16 @@ def test_torch(written: Written) -> None:
     assert vectors.dtype == getattr(torch, written.vector_type)
     assert vectors.tolist() == [row["image_embedding"] for row in written.vectors]
     assert vectors.float().norm(dim=1).tolist() == pytest.approx([1.0] * len(vectors), abs=2e-3)
+
+
+def test_the_output_itself_reads_as_its_rows(written: Written, datasets: Any, tmp_path: Path) -> None:
+    """Failure records and what `_mmbeam/` holds are not taken for rows."""
+    output = written.data.parent
+    assert list((output / "_failures").iterdir())
+    assert_same(pq.read_table(output).to_pylist(), written)
+    assert_same(ds.dataset(output).to_table().to_pylist(), written)
+    assert_same(pd.read_parquet(output).to_dict("records"), written)
+    loaded = datasets.load_dataset(str(output), split="train", cache_dir=str(tmp_path / "cache"))
+    assert_same(loaded.to_list(), written)
+    with pytest.raises(pl.exceptions.InvalidOperationError):  # polars needs the folder of the rows, and says so
+        pl.read_parquet(output)

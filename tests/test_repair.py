@@ -236,7 +236,7 @@ def test_a_shard_with_misread_parts_is_read_whole_by_the_second_run(output: str,
     assert (second.units_failed, second.units_kept, second.units_written) == (0, 20, 1)
     assert rows(output) == expected
     assert second.tally.samples == len(expected)
-    assert list(Store(output).list("failures")) == []
+    assert list(Store(output).list("_failures")) == []
     before = files(output)
     assert launch(output, source).units_written == 0
     assert files(output) == before
@@ -408,7 +408,7 @@ def test_rows_that_a_slow_attempt_commits_for_a_withdrawn_part_are_removed(
     report = launch(output, source)
     assert (report.units_failed, report.units_kept + report.units_written) == (0, 1)
     assert rows(output) == whole(source, tmp_path)
-    assert list(Store(output).list("failures")) == []
+    assert list(Store(output).list("_failures")) == []
     before = files(output)
     assert launch(output, source).units_kept == 1
     assert files(output) == before
@@ -494,7 +494,7 @@ def test_an_unreadable_shard_of_a_pack_becomes_a_separate_unit(output: str, tmp_
     third = launch(output, source, part_bytes=100_000)
     assert (third.units_kept, third.units_written, third.units_failed) == (2, 1, 0)
     assert rows(output) == whole(source, tmp_path)
-    assert list(Store(output).list("failures")) == []
+    assert list(Store(output).list("_failures")) == []
 
 
 @pytest.mark.usefixtures("packing")
@@ -519,7 +519,7 @@ def test_a_shard_whose_read_fails_halfway_is_removed_from_its_pack(
     with served(tmp_path, BreaksOff, int(url.rpartition(":")[2])):
         assert launch(output, source, part_bytes=100_000).units_failed == 0
     assert rows(output) == whole(folder, tmp_path)
-    assert list(Store(output).list("failures")) == []
+    assert list(Store(output).list("_failures")) == []
 
 
 @pytest.mark.usefixtures("packing")

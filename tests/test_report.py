@@ -238,7 +238,7 @@ def test_the_summary_names_counts_failures_and_paths(tmp_path: Path) -> None:
     assert "time per unit: model 7" in text
     assert "2 samples repeat a key of their shard" in text
     assert "failures: 4 decode: DecodeError, for example 00000 of /shards/a-0.tar: truncated JPEG" in text
-    assert f"failure records: {tmp_path}/out/failures/" in text
+    assert f"failure records: {tmp_path}/out/_failures/" in text
     assert "FAILED unit b-4: b-4.tar: is not a tar\nFAILED: 2 more units" in text
     assert "Run the same command again" in text
     assert text.endswith(f"rows: {tmp_path}/out/data/")
@@ -314,7 +314,7 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
 
 
 def listing(run: Run) -> dict[str, dict[str, int]]:
-    return {folder: run.store.list(folder) for folder in ("data", "failures", "_mmbeam", "_mmbeam/commits")}
+    return {folder: run.store.list(folder) for folder in ("data", "_failures", "_mmbeam", "_mmbeam/commits")}
 
 
 def test_status_of_a_limited_run_before_its_first_commit(tmp_path: Path) -> None:

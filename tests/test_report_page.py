@@ -406,7 +406,7 @@ def test_files_of_a_folder_are_read_back_by_their_number(tmp_path: Path) -> None
 
 def test_a_sample_that_ended_its_process_is_not_decoded_again(tmp_path: Path) -> None:
     root = write_run(tmp_path / "out", [[{"key": "a", "caption": None}, {"key": "b", "caption": "b"}]], CAPTION)
-    [file] = (root / "failures").iterdir()
+    [file] = (root / "_failures").iterdir()
     table = pq.read_table(file)
     pq.write_table(table.set_column(4, table.schema.field("step"), pa.array(["crash"])), file)
     card = card_of(collect(ReportOptions(run=str(root))), "a")

@@ -349,4 +349,4 @@ def test_two_processes_with_the_same_command_at_the_same_time(known: Known, tmp_
     assert committed(job.run) == {unit.id for unit in job.units}
     reports = load_reports(job.run, [unit.id for unit in job.units])
     failure_files = {report.failures_file for report in reports} - {None}
-    assert {path.name for path in (output / "failures").glob("*")} == failure_files
+    assert {path.name for path in (output / "_failures").glob("*")} == failure_files

@@ -12,6 +12,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from outputs import make_batches, make_run, make_unit, new_barrier, plan_together, start, write_unit
 from servers import STORES, fresh_output
@@ -19,10 +21,19 @@ from servers import STORES, fresh_output
 from mmbeam.config import Limits, Reading
 from mmbeam.errors import FailureRateError, FlowError, JobError, RunMismatchError, UsageError
 from mmbeam.jobs.inputs import as_moved
-from mmbeam.runs.commits import DamagedPartError, committed, load_reports, report_failed_unit, report_of
+from mmbeam.report.status import failed_units
+from mmbeam.runs.commits import (
+    DamagedPartError,
+    committed,
+    load_reports,
+    read_failures,
+    report_failed_unit,
+    report_of,
+)
 from mmbeam.runs.control import clear_stop, count_window, lock_run, stop_reason, stop_run
 from mmbeam.runs.plan import extend_plan, grow_out_of_limit, load_plan
-from mmbeam.runs.run import Run, open_run, read_manifest
+from mmbeam.runs.rows import FAILURE_SCHEMA
+from mmbeam.runs.run import Run, list_failures, open_run, read_manifest
 from mmbeam.runs.store import Store
 from mmbeam.runs.summary import read_summary, sweep, write_summary
 from mmbeam.types import Shard, Tally, UnitReport
@@ -143,10 +154,10 @@ def test_overwrite_removes_only_files_of_mmbeam(output: str) -> None:
     extend_plan(run, make_shards(2))
     write_summary(run, [commit(run, "a-1")], 1.0)
     run.store.create("data/notes.txt", b"theirs")
-    run.store.create("failures/notes.txt", b"theirs")
+    run.store.create("_failures/notes.txt", b"theirs")
     with pytest.raises(RunMismatchError, match=r"notes\.txt"):  # it could hold rows
         open_run(make_run(output, limit=5), overwrite=True)
-    assert run.store.list("data") == run.store.list("failures") == {"notes.txt": 6}
+    assert run.store.list("data") == run.store.list("_failures") == {"notes.txt": 6}
     run.store.remove("data/notes.txt")
     other = make_run(output, limit=5)
     open_run(other, overwrite=True)
@@ -453,8 +464,23 @@ def test_failure_files_that_no_footer_names_are_removed(output: str) -> None:
     run = make_run(output)
     report = commit(run, "a-1")
     for name in ("part-a-1-000000000000", "part-a-1-failed", "part-b-2-000000000000", "part-a-10-000000000000"):
-        run.store.create(f"failures/{name}.parquet", b"x")
-    run.store.create("failures/notes.txt", b"x")
+        run.store.create(f"_failures/{name}.parquet", b"x")
+    run.store.create("_failures/notes.txt", b"x")
     sweep(run, [report])
     kept = {report.failures_file, "part-b-2-000000000000.parquet", "part-a-10-000000000000.parquet", "notes.txt"}
-    assert set(run.store.list("failures")) == kept
+    assert set(run.store.list("_failures")) == kept
+
+
+def test_failure_files_of_the_old_folder_are_read_swept_and_removed(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
+    open_run(run)
+    record = dict.fromkeys(FAILURE_SCHEMA.names, "") | {"offset": 0, "outputs": [], "row": False, "key": "old"}
+    (tmp_path / "out" / "failures").mkdir()
+    for name in ("part-a-1-ab.parquet", "part-b-2-cd.parquet", "part-c-3-failed.parquet"):
+        pq.write_table(pa.Table.from_pylist([record], FAILURE_SCHEMA), tmp_path / "out" / "failures" / name)
+    assert [record["key"] for record in read_failures(run.store, "part-a-1-ab.parquet")] == ["old"]
+    assert failed_units(run, set()) == {"c-3": ""}
+    write_summary(run, [UnitReport(unit="b-2", status="kept", failures_file=None)], 1.0)
+    assert set(list_failures(run.store)) == {"part-a-1-ab.parquet", "part-c-3-failed.parquet"}
+    open_run(run, overwrite=True)
+    assert not list_failures(run.store)

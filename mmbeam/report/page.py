@@ -35,10 +35,10 @@ from mmbeam.readers.units import unit_from_json
 from mmbeam.report.gallery import load_media
 from mmbeam.report.status import failed_units
 from mmbeam.report.summary import STEPS
-from mmbeam.runs.commits import committed, load_reports
+from mmbeam.runs.commits import committed, load_reports, read_failures
 from mmbeam.runs.control import stop_reason
 from mmbeam.runs.plan import load_plan
-from mmbeam.runs.run import FAILURES, PRIVATE, Run, find_run, part_name
+from mmbeam.runs.run import PRIVATE, Run, find_run, part_name
 from mmbeam.runs.summary import read_summary
 from mmbeam.types import Input, SampleId, Shard, Tally, UnitReport
 
@@ -514,11 +514,7 @@ def _failure_records(run: Run, reports: Sequence[UnitReport], seed: int) -> list
     chosen = np.sort(np.random.default_rng(seed).permutation(len(names))[:FAILURE_FILES])
     kinds: dict[str, list[dict[str, Any]]] = defaultdict(list)
     for name in (names[i] for i in chosen):
-        try:
-            table = pq.read_table(pa.BufferReader(run.store.read(f"{FAILURES}/{name}")))
-        except FileNotFoundError:  # replaced by a launch that is running
-            continue
-        for record in table.to_pylist():
+        for record in read_failures(run.store, name):
             if record["key"] and len(kinds[_kind(record)]) < EXAMPLES:
                 kinds[_kind(record)].append(record)
     return [record for kind in sorted(kinds, key=lambda kind: (len(kinds[kind]), kind)) for record in kinds[kind]]

@@ -8,7 +8,7 @@ from mmbeam.report.summary import broken_text, failed_text, samples_text, troubl
 from mmbeam.runs.commits import committed, load_reports, read_failures
 from mmbeam.runs.control import stop_reason
 from mmbeam.runs.plan import load_plan
-from mmbeam.runs.run import Run, find_run
+from mmbeam.runs.run import Run, find_run, list_failures
 from mmbeam.runs.summary import broken_shards
 from mmbeam.types import Tally
 
@@ -63,7 +63,7 @@ def _configuration(run: Run) -> Iterator[str]:
 
 def failed_units(run: Run, done: set[str]) -> dict[str, str]:
     """Return the reasons of failed units that are not committed, by unit."""
-    names = [name for name in run.store.list("failures") if name.endswith("-failed.parquet")]
+    names = [name for name in list_failures(run.store) if name.endswith("-failed.parquet")]
     units = {name.removeprefix("part-").removesuffix("-failed.parquet"): name for name in names}
     records = {unit: read_failures(run.store, name) for unit, name in units.items() if unit not in done}
     return {unit: str(of_unit[0]["message"]) for unit, of_unit in records.items() if of_unit}

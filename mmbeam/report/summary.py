@@ -7,7 +7,7 @@ from typing import Any
 from mmbeam.names import MODALITIES
 from mmbeam.report.progress import clock
 from mmbeam.runs.commits import read_failures
-from mmbeam.runs.run import failures_unit
+from mmbeam.runs.run import FAILURES, failures_unit, list_failures
 from mmbeam.runs.store import Store
 from mmbeam.types import RunReport, Tally
 
@@ -92,13 +92,13 @@ def trouble_text(tally: Tally, store: Store) -> Iterator[str]:
         example = "" if record is None else f", for example {key}{record['shard']}: {record['message']}"
         yield f"failures: {count:,} {kind}{example}"
     if tally.failures:
-        yield f"failure records: {store}/failures/"
+        yield f"failure records: {store}/{FAILURES}/"
 
 
 def find_examples(store: Store, kinds: Mapping[str, int]) -> dict[str, dict[str, Any]]:
     """Return a failure record for each kind ("step: error") that occurs in the smallest failure files."""
     examples: dict[str, dict[str, Any]] = {}
-    sizes = {name: size for name, size in store.list("failures").items() if failures_unit(name) is not None}
+    sizes = {name: size for name, size in list_failures(store).items() if failures_unit(name) is not None}
     for name in sorted(sizes, key=lambda name: (sizes[name], name))[:MAX_EXAMPLE_FILES]:
         if examples.keys() >= kinds.keys():
             break

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 from mmbeam.errors import RunMismatchError
 from mmbeam.readers.units import inputs_to_json
 from mmbeam.runs.rows import FAILURE_SCHEMA
-from mmbeam.runs.run import DATA, FAILURES, Run, commit_name, failures_name, part_name, part_unit
+from mmbeam.runs.run import DATA, FAILURES, OLD_FAILURES, Run, commit_name, failures_name, part_name, part_unit
 from mmbeam.runs.store import Store
 from mmbeam.types import InputRead, UnitReport, WorkUnit
 
@@ -121,10 +121,15 @@ def _load_whole(run: Run, unit_id: str, size: int) -> UnitReport | None:
 
 
 def read_failures(store: Store, name: str) -> list[dict[str, Any]]:
-    """Return the records of a file in failures/; none, with a warning, if the file is not one of mmbeam's."""
+    """Return the records of a failure file; none, with a warning, if the file is not one of mmbeam's."""
     path = f"{FAILURES}/{name}"
     try:
-        table = pq.read_table(pa.BufferReader(store.read(path)))
+        try:
+            content = store.read(path)
+        except FileNotFoundError:
+            path = f"{OLD_FAILURES}/{name}"
+            content = store.read(path)
+        table = pq.read_table(pa.BufferReader(content))
         records: list[dict[str, Any]] = table.select(FAILURE_SCHEMA.names).to_pylist()
         return records
     except FileNotFoundError:  # swept meanwhile

@@ -29,14 +29,15 @@ from mmbeam.readers.units import (
 )
 from mmbeam.runs.commits import committed, load_reports, report_failed_unit
 from mmbeam.runs.run import (
-    FAILURES,
     PLAN,
     Run,
     clear_run,
     commit_name,
     failures_unit,
+    list_failures,
     part_name,
     read_manifest,
+    remove_failures,
 )
 from mmbeam.types import Input, Shard, UnitReport, WorkUnit, files_of, printable_name
 
@@ -395,6 +396,6 @@ def _remove_units(run: Run, withdrawn: Collection[str]) -> None:
     for unit in committed(run) & set(withdrawn):
         run.store.remove(commit_name(unit))  # first: it must not describe rows that are gone
         run.store.remove(part_name(unit))
-    for name in run.store.list(FAILURES):
+    for name in list_failures(run.store):
         if failures_unit(name) in withdrawn:
-            run.store.remove(f"{FAILURES}/{name}")
+            remove_failures(run.store, name)

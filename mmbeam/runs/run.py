@@ -21,7 +21,8 @@ from mmbeam.types import Output
 logger = logging.getLogger(__name__)
 
 DATA = "data"
-FAILURES = "failures"
+FAILURES = "_failures"  # data frames skip names that begin with _ when they read the whole output
+OLD_FAILURES = "failures"  # of mmbeam 0.1
 PRIVATE = "_mmbeam"
 MANIFEST = f"{PRIVATE}/run.json"
 PLAN = f"{PRIVATE}/plan"
@@ -29,6 +30,8 @@ COMMITS = f"{PRIVATE}/commits"
 STOP = f"{PRIVATE}/stop.json"
 LOCK = f"{PRIVATE}/lock"
 SUMMARY = f"{PRIVATE}/summary.json"
+DATASET = ".huggingface.yaml"  # tells `datasets.load_dataset(OUT)` which files are the rows
+_DATASET_CONFIG = b"configs:\n- config_name: default\n  data_files: data/*.parquet\n"
 
 # The argument that decides an entry of the configuration, where its name differs or is not at the top.
 _ARGUMENTS = {
@@ -61,9 +64,20 @@ def failures_name(unit_id: str, attempt: str) -> str:
 
 
 def failures_unit(name: str) -> str | None:
-    """Return the unit of a file in failures/; None if mmbeam did not write the file."""
+    """Return the unit of a failure file; None if mmbeam did not write the file."""
     unit = part_unit(name)
     return None if unit is None else unit.rpartition("-")[0]
+
+
+def list_failures(store: Store) -> dict[str, int]:
+    """Return name and size in bytes of the failure files of a run."""
+    return {**store.list(OLD_FAILURES), **store.list(FAILURES)}
+
+
+def remove_failures(store: Store, name: str) -> None:
+    """Remove a failure file."""
+    for folder in (FAILURES, OLD_FAILURES):
+        store.remove(f"{folder}/{name}")
 
 
 def commit_name(unit_id: str) -> str:
@@ -199,6 +213,7 @@ def _create_manifest(run: Run) -> dict[str, Any]:
     except FileExistsError:  # another launch was first
         return read_manifest(run.store) or manifest
     _check_exclusive(run.store, content)
+    run.store.replace(DATASET, _DATASET_CONFIG)
     return manifest
 
 
@@ -279,7 +294,7 @@ def clear_run(store: Store) -> None:
     """Remove a run, its rows first and its manifest last: a kill leaves a run with fewer rows."""
     if not store.exists(MANIFEST):
         return
-    for folder in (DATA, FAILURES):
+    for folder in (DATA, FAILURES, OLD_FAILURES):
         for name in store.list(folder):
             if part_unit(name) is not None:
                 store.remove(f"{folder}/{name}")
@@ -287,4 +302,5 @@ def clear_run(store: Store) -> None:
         for name in store.list(folder):
             if f"{folder}/{name}" != MANIFEST:
                 store.remove(f"{folder}/{name}")
+    store.remove(DATASET)
     store.remove(MANIFEST)

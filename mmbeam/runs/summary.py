@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from mmbeam.runs.attempts import marks
 from mmbeam.runs.control import locked_by_another
 from mmbeam.runs.rows import check_conserved
-from mmbeam.runs.run import FAILURES, SUMMARY, Run, failures_unit
+from mmbeam.runs.run import SUMMARY, Run, failures_unit, list_failures, remove_failures
 from mmbeam.runs.store import ATTEMPTS
 from mmbeam.types import RunReport, Tally, UnitReport
 
@@ -81,7 +81,7 @@ def sweep(run: Run, reports: Sequence[UnitReport]) -> None:
     for committed, names in marks(run.store).items():
         for name in names if committed in current else ():
             run.store.remove(f"{ATTEMPTS}/{name}")
-    for name in run.store.list(FAILURES):
+    for name in list_failures(run.store):
         unit = failures_unit(name)
         if unit in current and current[unit] != name:
-            run.store.remove(f"{FAILURES}/{name}")
+            remove_failures(run.store, name)

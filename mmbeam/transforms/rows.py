@@ -42,8 +42,8 @@ class Rows(beam.PTransform):
 
     `stages` are those of the pipeline. `cleaning` is whether the reading cleans text, which adds `text_clean`.
     The result has an attribute `failures`, a second PCollection of the records that WriteParquet would write to
-    `failures/`. Nothing is committed, so nothing can be resumed: use WriteParquet for that. A shard that cannot be read
-    raises ShardError, since rows alone could not show that some are missing.
+    `_failures/`. Nothing is committed, so nothing can be resumed: use WriteParquet for that. A shard that cannot be
+    read raises ShardError, since rows alone could not show that some are missing.
 
     `form` is what a row becomes:
     - "dict": a dictionary. The attribute `schema` is the Arrow schema, for sinks that need one.
