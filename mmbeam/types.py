@@ -11,7 +11,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
-from typing import Any, Literal, NamedTuple, Protocol, Self
+from typing import Any, Literal, NamedTuple, Self, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -425,35 +425,64 @@ class Output:
         return (not self.modalities or bool(self.modalities & present)) and self.required <= present
 
 
-class Stage(Protocol):
-    """A model applied to a window. It is picklable, cheap until it is loaded, and independent of Beam.
+class Stage:
+    """A model applied to the windows of a unit, in three steps that run in three places, so that a GPU never waits.
 
-    `load` is called once per process and `key`. `run` receives the loaded model on the thread that owns the device.
-    It never raises for a fault of a sample: it returns the batch with its outputs added to `features` (one value per
-    sample, in order) and one Failure for each value lost.
+    `prepare` and `collect` run on the unit's thread, `launch` on the device's thread, which all units share. The next
+    work is prepared while the device computes. On a CPU all three run in turn on the device's thread.
+
+    A stage is picklable, cheap until it is loaded, and independent of Beam. It never raises for a fault of a sample: it
+    returns the window with its outputs added to `features` (one value per sample, in order) and one Failure for each
+    value lost. A simple stage implements `key`, `needs`, `outputs`, `load`, and a `launch` that returns the window.
     """
+
+    device: str = "cpu"  # the torch device on which it runs
 
     @property
     def key(self) -> str:
         """Identifies the loaded model in the process-wide registry."""
-
-    @property
-    def device(self) -> str:
-        """The torch device on which the stage runs."""
+        raise NotImplementedError
 
     @property
     def needs(self) -> Needs:
         """What the stage reads of a sample."""
+        raise NotImplementedError
 
     @property
     def outputs(self) -> Sequence[Output]:
         """What the stage adds to a sample."""
+        raise NotImplementedError
 
     def load(self) -> Any:
-        """Return the model with its weights on the device."""
+        """Return the model with its weights on the device. Called once per process and `key`."""
+        raise NotImplementedError
+
+    def prepare(self, model: Any, batch: Batch) -> Iterator[Any]:
+        """Yield the window's work, each item for one call of `launch`: tokenized, packed, on its way to the device.
+
+        On a GPU the current stream is the device's copy stream, so that copies from pinned memory overlap with kernels.
+        By default the window itself is its only work.
+        """
+        yield batch
+
+    def launch(self, model: Any, work: Any) -> Any:
+        """Start the device's kernels on one item of work and return the result, without waiting for the device.
+
+        Copies to the host go to pinned memory; `collect` reads it.
+        """
+        raise NotImplementedError
+
+    def collect(self, model: Any, batch: Batch, results: Sequence[Any]) -> Batch:
+        """Return the window with the stage's outputs and failures, from the results, which the device has completed.
+
+        By default the only result is that window.
+        """
+        [result] = results
+        return cast(Batch, result)
 
     def run(self, model: Any, batch: Batch) -> Batch:
-        """Return `batch` with the stage's outputs and failures added."""
+        """Return the window with the stage's outputs and failures: the three steps in turn, on the calling thread."""
+        return self.collect(model, batch, [self.launch(model, work) for work in self.prepare(model, batch)])
 
 
 UnitStatus = Literal["written", "kept", "failed"]  # committed by this launch, by an earlier one, or not committed

@@ -1,7 +1,8 @@
 """Packing a window into batches, halving batches that do not fit, and isolating items that fail."""
 
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,9 +15,32 @@ from mmbeam.models.generators.base import Generator
 from mmbeam.models.placement import classify
 from mmbeam.prompts.ask import Decoding, GeneratorSpec, Request
 from mmbeam.stages.generate import padded_weights, plan_batches
-from mmbeam.stages.packing import MemoryLimit, pack, run_batches
+from mmbeam.stages.packing import MemoryLimit, Pack, PackResults, launch_pack, pack
 
 weights = st.lists(st.integers(1, 500), max_size=80)
+
+
+def run_batches(
+    items: Sequence[Any],
+    batches: Sequence[list[int]],
+    call: Callable[[Any], Any],
+    known_good: Callable[[], Any],
+    weights: Sequence[int] | None = None,
+    limit: MemoryLimit | None = None,
+) -> PackResults[Any]:
+    """Run the packs of a window, prepared one by one before they are launched."""
+    results: PackResults[Any] = PackResults("")
+    limit = limit or MemoryLimit()
+    for batch in batches:
+        batch_weights = [1 if weights is None else weights[position] for position in batch]
+        whole = Pack(group="", positions=batch, items=[items[position] for position in batch], weights=batch_weights)
+        for part in limit.split(whole):
+            part.inputs = list(part.items)
+            result = launch_pack(part, list, call, known_good, limit)
+            results.done += result.done
+            results.failed |= result.failed
+            results.splits += result.splits
+    return results
 
 
 limits = st.one_of(st.none(), st.integers(1, 2000))

@@ -21,15 +21,14 @@ from mmbeam.jobs.cluster import check_cluster
 from mmbeam.jobs.embed import embed, prepare
 from mmbeam.jobs.execute import execute_pipeline
 from mmbeam.stages.embed import EmbedStage
-from mmbeam.types import Batch
 
 
 class LoudStage(EmbedStage):
     """An encoder that prints more than a pipe holds."""
 
-    def run(self, model: Any, batch: Batch) -> Batch:
+    def launch(self, model: Any, work: Any) -> Any:
         os.write(1, b"x" * 200_000)
-        return super().run(model, batch)
+        return super().launch(model, work)
 
 
 @pytest.fixture

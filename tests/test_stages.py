@@ -17,7 +17,7 @@ from mmbeam.models.encoders.joint import ClipEncoder
 from mmbeam.models.placement import Device, resolve_device
 from mmbeam.process import may_decode, reset
 from mmbeam.stages.embed import EmbedStage, embed_stage
-from mmbeam.types import Batch, Sample, WorkUnit
+from mmbeam.types import Batch, Sample, Stage, WorkUnit
 
 
 def batch_of(count: int, **changes: Any) -> Batch:
@@ -201,11 +201,10 @@ def test_spellings_of_a_dtype_share_a_loaded_model(clip: Path, monkeypatch: pyte
     assert loads == [1]
 
 
-class Stub:
-    """A Stage that raises an error."""
+class Stub(Stage):
+    """A simple stage that raises an error."""
 
     key = "stub"
-    device = "cpu"
 
     def __init__(self, error: Exception) -> None:
         self.error: Exception | None = error
@@ -213,15 +212,15 @@ class Stub:
     def load(self) -> None:
         return None
 
-    def run(self, model: None, batch: Batch) -> Batch:
+    def launch(self, model: None, work: Batch) -> Batch:
         if self.error is not None:
             raise self.error
-        return batch
+        return work
 
 
 def test_only_a_device_error_breaks_the_device_for_good() -> None:
     batch, device = batch_of(1), Device("cpu")
-    stage: Any = Stub(OSError(28, "No space left on device"))
+    stage = Stub(OSError(28, "No space left on device"))
     with pytest.raises(OSError, match="No space"):
         device.run(stage, batch)
     stage.error = None

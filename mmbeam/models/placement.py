@@ -1,8 +1,8 @@
 """Where models run: one thread per device, and which device each work unit uses.
 
-A device's thread loads its models, runs them and alone touches the device. Work units submit batches to it and wait for
-the results. Two units per device keep it busy: one computes while the other opens, decodes or writes. Models stay
-loaded for the life of the process.
+A device's thread loads its models and launches their kernels. Work units prepare work on their own threads, submit it
+and wait for the results. Two units per device keep it busy: one computes while the other opens, decodes or writes.
+Models stay loaded for the life of the process.
 
 A process that launches a job uses every GPU it sees. A unit leases the least busy device when it begins and keeps it
 until it ends, so with twice as many concurrent units as GPUs, each GPU has one unit that computes and one that is being
@@ -19,14 +19,15 @@ import re
 import tempfile
 import threading
 import time
-from collections import Counter
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
+from collections import Counter, deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext, suppress
+from copy import copy
 from dataclasses import replace
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal, NamedTuple
 
 import torch
 from filelock import FileLock, Timeout
@@ -36,8 +37,11 @@ from mmbeam.process import cores, decoding_paused, on_reset
 from mmbeam.types import Batch, Stage, Tally
 
 log = logging.getLogger(__name__)
+cuda: Any = torch.cuda  # partly untyped
 
 Fault = Literal["memory", "device", "environment", "sample"]
+
+QUEUE_DEPTH = 2  # items of work per unit that a GPU computes or has queued, while the next one is prepared
 
 # Parts of a RuntimeError's message that mean a broken device. Such an error is sticky: later results are wrong too.
 _DEVICE_WORDS = ("cuda error", "cudnn error", "cudnn_status", "cublas_status", "nccl error", "device-side assert")
@@ -59,9 +63,14 @@ def classify(error: BaseException) -> Fault:
 
 def release_cached_memory() -> None:
     """Return the memory that torch's allocator holds for reuse on GPUs: after a failure it is in pieces."""
-    cuda: Any = torch.cuda  # partly untyped
     if cuda.is_initialized():
         cuda.empty_cache()
+
+
+def wait_for_device() -> None:
+    """Wait for the kernels that this thread has launched. Raises their error."""
+    if cuda.is_initialized():
+        cuda.current_stream().synchronize()
 
 
 def resolve_device(name: str) -> str:
@@ -82,6 +91,15 @@ def resolve_device(name: str) -> str:
     return "cuda:0" if name == "cuda" else name
 
 
+class Launched(NamedTuple):
+    """Work whose kernels a GPU has not necessarily begun."""
+
+    work: Any  # kept until the end, since the kernels read its memory
+    result: Any
+    begin: Any  # torch.cuda.Event
+    end: Any  # torch.cuda.Event
+
+
 class Device:
     """One device and the thread that owns it."""
 
@@ -90,44 +108,115 @@ class Device:
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix=f"mmbeam-{name}")
         self._models: dict[str, Any] = {}  # by the stage's key
         self._failure: str | None = None  # the error that broke the device
-        if name.startswith("cuda"):
+        self._is_cuda = name.startswith("cuda")
+        self._copies: Any = None  # torch.cuda.Stream of a GPU
+        if self._is_cuda:
             torch.backends.cudnn.allow_tf32 = False  # torch's default rounds float32 convolutions to 10 bits
 
     def run(self, stage: Stage, batch: Batch) -> Batch:
-        """Run `stage` on `batch` on the device's thread, and wait for the result. The stage's own device is ignored.
+        """Run `stage` on `batch`, and wait for the result. The stage's own device is ignored.
 
-        The result's tally gains the seconds computed ("compute"), spent loading the model ("load_model") and waited
-        for the device ("device_wait"). Raises DeviceError when the device fails, and on every later call.
+        On a GPU, the calling thread prepares work while the device computes what was prepared before. On a CPU, which
+        is the device, everything runs on the device's thread.
+
+        The result's tally gains the seconds that the device computed ("compute"), that the calling thread prepared and
+        collected ("prepare", on a GPU), loaded the model ("load_model") and waited for the device ("device_wait").
+        Raises DeviceError when the device fails, and on every later call.
         """
         begin = time.perf_counter()
         if stage.device != self.name:
-            stage = replace(cast(Any, stage), device=self.name)
-        result, computed, loaded = self._thread.submit(self._run, stage, batch).result()
-        waited = max(0.0, time.perf_counter() - begin - computed - loaded)
-        seconds = {"compute": computed, "load_model": loaded, "device_wait": waited}
+            stage = copy(stage)
+            object.__setattr__(stage, "device", self.name)
+        with self._failure_noted():
+            model, loaded = self._thread.submit(self._load, stage).result()
+            if self._is_cuda:
+                result, seconds = self._run_overlapped(stage, model, batch)
+            else:
+                result, computed = self._thread.submit(self._run_in_series, stage, model, batch).result()
+                seconds = {"compute": computed}
+        waited = time.perf_counter() - begin - loaded - seconds["compute"] - seconds.get("prepare", 0.0)
+        seconds |= {"load_model": loaded, "device_wait": max(0.0, waited)}
         return replace(result, tally=result.tally + Tally(seconds=seconds))
 
-    def _run(self, stage: Stage, batch: Batch) -> tuple[Batch, float, float]:
-        """Return the result, the seconds computed and the seconds spent loading the model."""
+    @contextmanager
+    def _failure_noted(self) -> Iterator[None]:
+        """Raise DeviceError if the device has failed before; raise and note its first failure as one."""
+        self._raise_if_failed()
+        try:
+            yield
+        except Exception as error:
+            is_noted = self._failure is not None and isinstance(error, DeviceError)
+            if is_noted or classify(error) != "device":
+                raise
+            self._failure = str(error).partition("\n")[0]  # CUDA's further lines are advice on debugging
+            raise DeviceError(f"{self.name}: {type(error).__name__}: {self._failure}") from error
+
+    def _raise_if_failed(self) -> None:
         if self._failure is not None:
             raise DeviceError(f"{self.name} failed before: {self._failure}")
+
+    def _load(self, stage: Stage) -> tuple[Any, float]:
+        """Return the stage's model, and the seconds spent loading it."""
         begin = time.perf_counter()
-        is_cuda = self.name.startswith("cuda")
+        with self._failure_noted(), cuda.device(self.name) if self._is_cuda else nullcontext():
+            if self._is_cuda and self._copies is None:
+                self._copies = cuda.Stream(self.name)
+            if stage.key not in self._models:
+                self._models[stage.key] = stage.load()
+        return self._models[stage.key], time.perf_counter() - begin
+
+    def _run_in_series(self, stage: Stage, model: Any, batch: Batch) -> tuple[Batch, float]:
+        """Return the result, and the seconds it took."""
+        begin = time.perf_counter()
         # Threads of a model on all cores of a CPU wait for each other, so concurrent decoding would slow them all.
-        takes_all_cores = not is_cuda and torch.get_num_threads() >= max(2, cores())
-        try:
-            with torch.cuda.device(self.name) if is_cuda else nullcontext():
-                if stage.key not in self._models:
-                    self._models[stage.key] = stage.load()
-                loaded = time.perf_counter()
-                with decoding_paused() if takes_all_cores else nullcontext():
-                    result = stage.run(self._models[stage.key], batch)
-        except Exception as error:
-            if classify(error) == "device":
-                self._failure = str(error).partition("\n")[0]  # CUDA's further lines are advice on debugging
-                raise DeviceError(f"{self.name}: {type(error).__name__}: {self._failure}") from error
-            raise
-        return result, time.perf_counter() - loaded, loaded - begin
+        takes_all_cores = torch.get_num_threads() >= max(2, cores())
+        paused = decoding_paused() if takes_all_cores else nullcontext()
+        with self._failure_noted(), torch.inference_mode(), paused:
+            result = stage.run(model, batch)
+        return result, time.perf_counter() - begin
+
+    def _run_overlapped(self, stage: Stage, model: Any, batch: Batch) -> tuple[Batch, dict[str, float]]:
+        """Return the result, and the seconds that the device computed and the calling thread prepared and collected."""
+        flying: deque[Future[Launched]] = deque()
+        results: list[Any] = []
+        computed = waited = 0.0
+        begin = time.perf_counter()
+        with torch.inference_mode(), cuda.device(self.name):
+            works = stage.prepare(model, batch)
+            try:
+                is_last = False
+                while not is_last or flying:
+                    if not is_last and len(flying) < QUEUE_DEPTH:
+                        with cuda.stream(self._copies):
+                            work = next(works, None)
+                            is_last = work is None
+                            if work is not None:
+                                copied = self._copies.record_event()
+                                flying.append(self._thread.submit(self._launch, stage, model, work, copied))
+                        del work
+                        continue
+                    start = time.perf_counter()
+                    launched = flying.popleft().result()
+                    launched.end.synchronize()
+                    waited += time.perf_counter() - start
+                    computed += launched.begin.elapsed_time(launched.end) / 1000
+                    results.append(launched.result)
+                    del launched
+            finally:
+                for future in flying:  # after an error: the kernels still read the memory of their work
+                    with suppress(Exception):
+                        future.result().end.synchronize()
+            result = stage.collect(model, batch, results)
+        return result, {"compute": computed, "prepare": time.perf_counter() - begin - waited}
+
+    def _launch(self, stage: Stage, model: Any, work: Any, copied: Any) -> Launched:
+        with self._failure_noted(), torch.inference_mode(), cuda.device(self.name):
+            cuda.current_stream().wait_event(copied)
+            begin, end = (cuda.Event(enable_timing=True, blocking=True) for _ in range(2))
+            begin.record()
+            result = stage.launch(model, work)
+            end.record()
+        return Launched(work, result, begin, end)
 
 
 _lock = threading.RLock()

@@ -1,15 +1,18 @@
 """Texts to token ids and their counts with a checkpoint's tokenizer, and token ids to padded batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal
 
+import numpy as np
 import torch
 from transformers import AutoTokenizer
 
 from mmbeam.errors import ModelError
 from mmbeam.models.loading import model_path, read_json
+from mmbeam.ops.transfer import Uploaded, to_device
 
 Side = Literal["left", "right"]
 
@@ -256,13 +259,20 @@ def pad(
     width = longest if length is None else length
     if longest > width:
         raise ValueError(f"expected at most {width} tokens, found {longest}")
-    ids_BL = torch.full((len(ids), width), pad_id, dtype=torch.int64)
-    mask_BL = torch.zeros((len(ids), width), dtype=torch.int64)
-    for row, sequence in enumerate(ids):
-        span = slice(0, len(sequence)) if side == "right" else slice(width - len(sequence), width)
-        ids_BL[row, span] = torch.tensor(sequence, dtype=torch.int64)
-        mask_BL[row, span] = 1
-    return ids_BL.to(device, non_blocking=True), mask_BL.to(device, non_blocking=True)
+    if isinstance(ids, Uploaded):
+        lengths_B1 = ids.flat[len(ids.flat) - len(ids) :, None]
+        steps_BL = torch.arange(width, device=device) - (0 if side == "right" else width - lengths_B1)
+        is_token_BL = (steps_BL >= 0) & (steps_BL < lengths_B1)
+        index_BL = (lengths_B1.cumsum(0) - lengths_B1 + steps_BL).clamp(0, len(ids.flat) - 1)
+        return torch.where(is_token_BL, ids.flat[index_BL], pad_id), is_token_BL.long()
+    lengths = np.fromiter(map(len, ids), np.int64, len(ids))[:, None]
+    steps = np.arange(width) - (0 if side == "right" else width - lengths)
+    is_token = (steps >= 0) & (steps < lengths)
+    padded = np.full((2, len(ids), width), pad_id, np.int64)  # the ids, and the mask
+    padded[0][is_token] = np.fromiter(chain.from_iterable(ids), np.int64, int(lengths.sum()))
+    padded[1] = is_token
+    ids_BL, mask_BL = to_device(padded, device)
+    return ids_BL, mask_BL
 
 
 def unpad(hidden_BLD: torch.Tensor, lengths: Sequence[int], side: Side = "right") -> list[torch.Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch.nn import functional
 
 from mmbeam.errors import DecodeError, LimitError
+from mmbeam.ops.transfer import Uploaded, upload_arrays
 from mmbeam.types import Waveform
 
 MelScale = Literal["htk", "slaney"]
@@ -122,13 +123,24 @@ def to_rate(
             raise DecodeError("the audio has no samples; expected at least one")
         groups.setdefault((rate, len(wave)), []).append(position)
     resampled: dict[int, torch.Tensor] = {}
-    for (rate, _), positions in groups.items():
+    if device.type != "cpu" and not isinstance(waves, Uploaded):
+        waves = upload_waves(waves, rates, device)
+    for (rate, length), positions in groups.items():
         first = waves[positions[0]]
-        is_alone = len(positions) == 1 and first.flags.writeable  # then without a copy, which may be large
-        stacked = first[None] if is_alone else np.stack([waves[position] for position in positions])
-        wave_BN = resample(torch.from_numpy(stacked).to(device), rate, target_rate)
-        resampled.update(zip(positions, wave_BN, strict=True))
+        if isinstance(waves, Uploaded):
+            start = waves.starts[positions[0]]
+            wave_BN = waves.flat[start : start + len(positions) * length].view(len(positions), length)
+        else:
+            is_alone = len(positions) == 1 and first.flags.writeable  # then without a copy, which may be large
+            stacked = first[None] if is_alone else np.stack([waves[position] for position in positions])
+            wave_BN = torch.from_numpy(stacked)
+        resampled.update(zip(positions, resample(wave_BN, rate, target_rate), strict=True))
     return [resampled[position] for position in range(len(waves))]
+
+
+def upload_waves(waves: Sequence[Waveform], rates: Sequence[int], device: torch.device) -> Uploaded[Waveform]:
+    """Copy clips of any lengths to the device, clips of one rate and length next to each other."""
+    return upload_arrays(waves, device, [(rate, len(wave)) for wave, rate in zip(waves, rates, strict=True)])
 
 
 def even_starts(length: int, window: int) -> list[int]:

@@ -14,11 +14,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-import numpy as np
 import torch
 from torch.nn import functional
 
 from mmbeam.errors import LimitError, UsageError
+from mmbeam.ops.transfer import Uploaded, upload_arrays
 from mmbeam.types import ImageHWC
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -167,17 +167,19 @@ def _on_device(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tup
 
 def transfer_by_size(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
     """Yield the images of each size as uint8 [B, 3, H, W] on `device`, with their indices, after a single transfer."""
+    uploaded = images if isinstance(images, Uploaded) else upload_images(images, device)
     groups: dict[tuple[int, ...], list[int]] = {}
     for index, image in enumerate(images):
         groups.setdefault(image.shape, []).append(index)
-    order = [index for indices in groups.values() for index in indices]
-    host = torch.empty(sum(image.size for image in images), dtype=torch.uint8, pin_memory=device.type == "cuda")
-    np.concatenate([images[index].reshape(-1) for index in order], out=host.numpy())
-    flat, start = host.to(device, non_blocking=True), 0
     for shape, indices in groups.items():
+        start = uploaded.starts[indices[0]]
         end = start + len(indices) * math.prod(shape)
-        yield indices, flat[start:end].view(len(indices), *shape).permute(0, 3, 1, 2)
-        start = end
+        yield indices, uploaded.flat[start:end].view(len(indices), *shape).permute(0, 3, 1, 2)
+
+
+def upload_images(images: Sequence[ImageHWC], device: torch.device) -> Uploaded[ImageHWC]:
+    """Copy images of any sizes to the device, images of one size next to each other."""
+    return upload_arrays(images, device, [image.shape for image in images])
 
 
 def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:

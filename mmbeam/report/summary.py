@@ -13,6 +13,7 @@ from mmbeam.types import RunReport, Tally
 
 STEPS = {  # sequential steps of a unit's thread; they add up to its time
     "compute": "model",
+    "prepare": "preparing for the device",  # on a GPU, while it computes
     "load_model": "model loading",
     "read_wait": "waiting for samples",
     "device_wait": "waiting for the device",
@@ -53,7 +54,11 @@ def _times(report: RunReport) -> Iterator[str]:
     yield f"time: {took}, {report.rate:,.1f} samples/s, {utilisation}"
     seconds = [report.tally.seconds.get(step, 0.0) for step in STEPS]
     total = sum(seconds) or 1.0
-    parts = [f"{name} {part / total:.0%}" for name, part in zip(STEPS.values(), seconds, strict=True)]
+    parts = [
+        f"{name} {part / total:.0%}"
+        for step, name, part in zip(STEPS, STEPS.values(), seconds, strict=True)
+        if part or step != "prepare"
+    ]
     yield f"time per unit: {', '.join(parts)}"
 
 

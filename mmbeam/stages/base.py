@@ -1,11 +1,11 @@
 """What the stages of a model share: its files, its device, the size of its batches, and the batch that they return.
 
-A stage is a frozen value that pickles. `load` runs once per process, `run` once per window on the device's thread.
-Stages do not depend on Beam.
+A stage is a frozen value that pickles, in the three steps of types.Stage. Stages do not depend on Beam.
 """
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,7 +17,8 @@ from mmbeam.errors import ModelError
 from mmbeam.models.loading import digest, parse_dtype, resolve
 from mmbeam.models.placement import Fault, resolve_device
 from mmbeam.names import Modality
-from mmbeam.types import Batch, Failure, ImageHWC, Needs, Tally, Waveform
+from mmbeam.stages.packing import Pack, PackResults, launch_pack, memory_limit
+from mmbeam.types import Batch, Failure, ImageHWC, Needs, Stage, Tally, Waveform
 
 # Default samples per batch: on a CPU larger batches gain nothing, on a GPU they fill it.
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
@@ -28,8 +29,12 @@ SPLIT_WARNINGS: Mapping[Fault, str] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelStage:
-    """A model on a window of samples."""
+class ModelStage(Stage):
+    """A model on a window of samples, in packs.
+
+    Subclasses implement `packs` and `transfer` (the unit's thread), `compute` and `known_good` (the device's thread),
+    and `collect` (the unit's thread).
+    """
 
     model: str  # where workers find its files: a directory, or a hub name with its @revision
     spec: Any  # of encoders or generators
@@ -70,13 +75,57 @@ class ModelStage:
         spec = replace(self.spec, directory=str(directory))
         return spec, torch.device(resolve_device(self.device)), parse_dtype(self.dtype, self.device)
 
+    def packs(self, model: Any, batch: Batch) -> Iterator[Pack[Any] | PackResults[Any]]:
+        """Yield the window's items, tokenized, in packs of similar size; and the results of items that have failed."""
+        raise NotImplementedError
+
+    def transfer(self, model: Any, group: str, items: Sequence[Any]) -> Any:
+        """Return the inputs of `compute` for the items of a pack, copied to the device without waiting for it."""
+        raise NotImplementedError
+
+    def compute(self, model: Any, group: str, inputs: Any) -> Any:
+        """Return the model's results, on their way to the host. Does not wait for the device if the model does not."""
+        raise NotImplementedError
+
+    def known_good(self, model: Any, group: str) -> Any:
+        """Return an item that every working model accepts."""
+        raise NotImplementedError
+
+    def prepare(self, model: Any, batch: Batch) -> Iterator[Pack[Any] | PackResults[Any]]:
+        """Yield the window's packs with their inputs on the way to the device, none larger than what failed before."""
+        for whole in self.packs(model, batch):
+            if isinstance(whole, PackResults):
+                yield whole
+                continue
+            for pack in memory_limit(f"{self.key}:{whole.group}").split(whole):
+                with suppress(Exception):  # `launch` tries again, and isolates the item that fails
+                    pack.inputs = self.transfer(model, pack.group, pack.items)
+                yield pack
+
+    def launch(self, model: Any, work: Pack[Any] | PackResults[Any]) -> PackResults[Any]:
+        """Compute a pack; halve it if it does not fit into memory or fails."""
+        if isinstance(work, PackResults):
+            return work
+        return launch_pack(
+            work,
+            lambda items: self.transfer(model, work.group, items),
+            lambda inputs: self.compute(model, work.group, inputs),
+            lambda: self.known_good(model, work.group),
+            memory_limit(f"{self.key}:{work.group}"),
+        )
+
+    @torch.inference_mode()
+    def run(self, model: Any, batch: Batch) -> Batch:
+        """Return the window with the stage's outputs and failures: the three steps in turn, on the calling thread."""
+        return super().run(model, batch)
+
     def finish(
         self,
         model: Any,
         batch: Batch,
         features: Mapping[str, pa.Array],
         failures: Sequence[Failure],
-        splits: Counter[Fault],
+        results: Sequence[PackResults[Any]],
     ) -> Batch:
         """Return `batch` with the columns and failures of this stage, and a warning for each split batch."""
         added = dict(features)
@@ -84,6 +133,7 @@ class ModelStage:
             positions = [index for index, sample in enumerate(batch.samples) if sample.text is not None]
             counts = model.count_tokens([batch.samples[index].model_text or "" for index in positions])
             added["text_num_tokens"] = scatter_values(pa.array(counts, pa.int32()), positions, len(batch.samples))
+        splits = sum((result.splits for result in results), Counter[Fault]())
         warnings = {SPLIT_WARNINGS[fault]: count for fault, count in splits.items()}
         return replace(
             batch,

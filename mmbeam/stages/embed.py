@@ -4,8 +4,7 @@ Failures are recorded per modality and sample: if an image cannot be decoded, th
 vector, and if one model fails, the columns of the other models are not affected.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -18,16 +17,19 @@ from mmbeam.errors import DeviceError, SampleError, UsageError
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.models.loading import digest, dtype_name, resolve
-from mmbeam.models.placement import Fault, resolve_device
+from mmbeam.models.placement import resolve_device
 from mmbeam.names import MODALITIES, Modality
+from mmbeam.ops.audio import upload_waves
+from mmbeam.ops.image import upload_images
+from mmbeam.ops.transfer import to_host, upload_ids
 from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_values
-from mmbeam.stages.packing import BatchResults, memory_limit, pack, run_batches
+from mmbeam.stages.packing import Pack, PackResults, pack
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
 TEXT_TOKENS_PER_SAMPLE = 128  # maximum number of padded tokens in a batch of texts, divided by the batch size
 
 FloatTD = np.ndarray[Any, np.dtype[np.float32]]  # [tokens, width]
-Values = Sequence[Any]  # the inputs of one modality: images, (wave, rate) pairs, token ids
+Values = Sequence[Any]  # of one modality: images, (wave, rate) pairs, token ids
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,41 +72,67 @@ class EmbedStage(ModelStage):
         """Return the encoder on its device."""
         return load(*self.load_arguments(), image_filter=self.image_filter)
 
-    @torch.inference_mode()
-    def run(self, model: Encoder, batch: Batch) -> Batch:
-        """Return `batch` with this stage's columns, and a Failure for each lost vector."""
-        features: dict[str, pa.Array] = {}
-        failures: list[Failure] = []
-        splits = Counter[Fault]()
+    def packs(self, model: Encoder, batch: Batch) -> Iterator[Pack[Any] | PackResults[Any]]:
+        """Yield the images, clips and texts of a window in packs, one modality after the other."""
         for modality in self.modalities:
             positions = [index for index, sample in enumerate(batch.samples) if sample.has(modality)]
             values = self._values(model, modality, [batch.samples[index] for index in positions])
-            outputs = (self._column(modality, "embedding"),)
             if modality == "text" and not all(map(len, values)):
-                error = SampleError(model.without_tokens)
-                empty = [batch.samples[index] for index, ids in zip(positions, values, strict=True) if not ids]
-                failures += [Failure.of(sample, "embed", error, modality="text", outputs=outputs) for sample in empty]
-                positions = [index for index, ids in zip(positions, values, strict=True) if ids]
+                error: Exception = SampleError(model.without_tokens)
+                failed = {index: error for index, ids in zip(positions, values, strict=True) if not ids}
+                yield PackResults(modality, failed=failed)
+                positions = [index for index in positions if index not in failed]
                 values = [ids for ids in values if ids]
             weights, size, max_weight = self._limits(modality, values)
-            results = run_batches(
-                values,
-                pack(weights, size, max_weight),
-                lambda some, modality=modality: _encode(model, modality, some, self.tokens),  # type: ignore[misc]
-                lambda modality=modality: _known_good(model, modality),  # type: ignore[misc]
-                weights,
-                memory_limit(f"{self.key}:{modality}"),
-            )
-            columns, errors = self._collect(modality, results, len(values), model.normalized)
+            for indices in pack(weights, size, max_weight):
+                yield Pack(
+                    group=modality,
+                    positions=[positions[index] for index in indices],
+                    items=[values[index] for index in indices],
+                    weights=[weights[index] for index in indices],
+                )
+
+    def transfer(self, model: Encoder, group: str, items: Values) -> Values:
+        """Return the values, on a GPU also as one copy in its memory."""
+        if group == "audio":
+            waves, rates = [wave for wave, _ in items], [rate for _, rate in items]
+            return (waves if model.device.type == "cpu" else upload_waves(waves, rates, model.device)), rates
+        if model.device.type == "cpu":
+            return items
+        return upload_images(items, model.device) if group == "image" else upload_ids(items, model.device)
+
+    def compute(self, model: Encoder, group: str, inputs: Values) -> "_Vectors":
+        """Return the vectors of a pack, on their way to the host."""
+        encoded = _encode(model, group, inputs, self.tokens)
+        pooled_BD = F.normalize(encoded.pooled.float(), dim=-1) if model.normalized else encoded.pooled.float()
+        if encoded.tokens is None:
+            return _Vectors(to_host(pooled_BD))
+        tokens_TD = to_host(torch.cat(list(encoded.tokens)).float())
+        return _Vectors(to_host(pooled_BD), tokens_TD, list(map(len, encoded.tokens)))
+
+    def known_good(self, model: Encoder, group: str) -> Any:
+        """Return an image, a clip or a text that every working model accepts."""
+        if group == "image":
+            return good_image()
+        return good_audio() if group == "audio" else model.tokenize(["a"])[0]
+
+    def collect(self, model: Encoder, batch: Batch, results: Sequence[PackResults["_Vectors"]]) -> Batch:
+        """Return `batch` with this stage's columns, and a Failure for each lost vector."""
+        features: dict[str, pa.Array] = {}
+        failures: list[Failure] = []
+        for modality in self.modalities:
+            positions = [index for index, sample in enumerate(batch.samples) if sample.has(modality)]
+            of_modality = [result for result in results if result.group == modality]
+            columns, errors = self._columns(modality, of_modality, positions)
             if any(isinstance(error, FloatingPointError) for error in errors.values()):
                 self._check_finite(model, modality)
             features |= {name: scatter_values(array, positions, len(batch.samples)) for name, array in columns.items()}
+            outputs = (self._column(modality, "embedding"),)
             failures += [
-                Failure.of(batch.samples[positions[index]], "embed", error, modality=modality, outputs=outputs)
-                for index, error in errors.items()
+                Failure.of(batch.samples[position], "embed", error, modality=modality, outputs=outputs)
+                for position, error in errors.items()
             ]
-            splits += results.splits
-        return self.finish(model, batch, features, failures, splits)
+        return self.finish(model, batch, features, failures, results)
 
     def _values(self, model: Encoder, modality: Modality, samples: Sequence[Sample]) -> Values:
         if modality == "image":
@@ -125,30 +153,34 @@ class EmbedStage(ModelStage):
 
     def _check_finite(self, model: Encoder, modality: Modality) -> None:
         """Raise DeviceError if even an input known to be good has a vector that is not finite."""
-        vector = _encode(model, modality, [_known_good(model, modality)], tokens=False).pooled
+        item = self.known_good(model, modality)
+        vector = _encode(model, modality, self.transfer(model, modality, [item]), tokens=False).pooled
         if not bool(torch.isfinite(vector).all()):
             raise DeviceError(
                 f"{self.model} on {self.device}: the {modality} vector of an input known to be good is not finite; "
                 f"set `dtype` to a wider one than {dtype_name(self.dtype, self.device)}, or check the device"
             )
 
-    def _collect(
-        self, modality: Modality, results: BatchResults[Encoded], count: int, is_normalized: bool
+    def _columns(
+        self, modality: Modality, results: Sequence[PackResults["_Vectors"]], positions: Sequence[int]
     ) -> tuple[dict[str, pa.Array], dict[int, Exception]]:
-        """Return the columns of `count` values in the window's order, and the errors by position."""
-        errors = dict(results.failed)
+        """Return the columns of the samples at `positions`, and the errors by position in the window."""
+        count, row_of = len(positions), {position: row for row, position in enumerate(positions)}
+        errors = {row_of[position]: error for result in results for position, error in result.failed.items()}
         pooled = np.zeros((count, self.spec.dims[modality]), np.float32)
         empty = np.zeros((0, self.spec.token_dims.get(modality, 1)), np.float32)
         sequences = [empty] * count
-        for positions, encoded in results.done:
-            vectors = encoded.pooled.float()
-            pooled[positions] = (F.normalize(vectors, dim=-1) if is_normalized else vectors).cpu().numpy()
-            for position, tokens in zip(positions, encoded.tokens or (), strict=bool(encoded.tokens)):
-                sequences[position] = tokens.float().cpu().numpy()
-        for position, values in enumerate(zip(pooled, sequences, strict=True)):
+        for part, vectors in (done for result in results for done in result.done):
+            rows = [row_of[position] for position in part]
+            pooled[rows] = vectors.pooled_BD.numpy()
+            if vectors.tokens_TD is not None:
+                tokens = np.split(vectors.tokens_TD.numpy(), np.cumsum(vectors.lengths)[:-1])
+                for row, tokens_of_row in zip(rows, tokens, strict=True):
+                    sequences[row] = tokens_of_row
+        for row, values in enumerate(zip(pooled, sequences, strict=True)):
             error = _storage_error(values, self.vector_type)
             if error is not None:
-                errors.setdefault(position, error)
+                errors.setdefault(row, error)
         is_missing = np.zeros(count, bool)
         is_missing[list(errors)] = True
         pooled[is_missing] = 0  # becomes null; the value may not fit
@@ -159,21 +191,25 @@ class EmbedStage(ModelStage):
             columns[self._column(modality, "tokens")] = _sequences(
                 sequences, is_missing, empty.astype(self.vector_type)
             )
-        return columns, errors
+        return columns, {positions[row]: error for row, error in errors.items()}
 
 
-def _encode(model: Encoder, modality: Modality, values: Values, tokens: bool) -> Encoded:
+@dataclass(frozen=True)
+class _Vectors:
+    """The float32 vectors of a pack on the host, which are there only when the device has completed its work."""
+
+    pooled_BD: torch.Tensor
+    tokens_TD: torch.Tensor | None = None  # of all samples
+    lengths: Sequence[int] = ()  # tokens of each sample
+
+
+def _encode(model: Encoder, modality: str, values: Any, tokens: bool) -> Encoded:
     if modality == "image":
         return model.encode_image(values, tokens)
     if modality == "text":
         return model.encode_text(values, tokens)
-    return model.encode_audio([wave for wave, _ in values], [rate for _, rate in values], tokens)
-
-
-def _known_good(model: Encoder, modality: Modality) -> Any:
-    if modality == "image":
-        return good_image()
-    return good_audio() if modality == "audio" else model.tokenize(["a"])[0]
+    waves, rates = values
+    return model.encode_audio(waves, rates, tokens)
 
 
 def _sequences(sequences: Sequence[FloatTD], is_missing: np.ndarray[Any, Any], empty: np.ndarray[Any, Any]) -> pa.Array:

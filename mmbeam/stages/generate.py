@@ -6,8 +6,9 @@ text made without it would be incomplete, and its row would not show that.
 
 import hashlib
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -35,8 +36,8 @@ from mmbeam.prompts.ask import (
 from mmbeam.prompts.turns import Turn
 from mmbeam.runs.rows import covers
 from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_values
-from mmbeam.stages.packing import memory_limit, pack, run_batches
-from mmbeam.types import Batch, Failure, Needs, Output, Sample
+from mmbeam.stages.packing import Pack, PackResults, pack
+from mmbeam.types import Batch, Failure, Needs, Output
 
 # Maximum number of padded tokens in a batch, divided by batch_size. Tokens still to be generated are included,
 # since the key-value cache of a 7 B model takes about 57 kB per token, 29 MB per sample.
@@ -109,35 +110,56 @@ class GenerateStage(ModelStage):
         """Return the generator on its device."""
         return load(*self.load_arguments(), self.engine)
 
-    @torch.inference_mode()
-    def run(self, model: Generator, batch: Batch) -> Batch:
-        """Return `batch` with this stage's columns, and a Failure for each lost text."""
-        by_position, failures = self._requests(batch)
+    def packs(self, model: Generator, batch: Batch) -> Iterator[Pack[Request] | PackResults[Any]]:
+        """Yield the requests of a window in packs, after the samples that lack a field of the prompt."""
+        by_position, errors = self._requests(batch)
+        yield PackResults(self.column, failed=errors)
         positions, requests = list(by_position), list(by_position.values())
         weights = padded_weights(model, requests, self.decoding)
-        results = run_batches(
-            requests,
-            plan_batches(model, requests, weights, self.batch_limit),
-            lambda some: self._generate(model, some),
-            self._known_good,
-            weights,
-            memory_limit(f"{self.key}:{self.column}"),
-        )
-        texts: dict[int, tuple[Generated, Attribution]] = {}
-        for indices, generated in results.done:
-            texts.update(zip((positions[index] for index in indices), generated, strict=True))
-        failures += [self._failure(batch.samples[positions[index]], error) for index, error in results.failed.items()]
-        return self.finish(model, batch, self._columns(texts, len(batch.samples)), failures, results.splits)
+        for indices in plan_batches(model, requests, weights, self.batch_limit):
+            yield Pack(
+                group=self.column,
+                positions=[positions[index] for index in indices],
+                items=[requests[index] for index in indices],
+                weights=[weights[index] for index in indices],
+            )
 
-    def _requests(self, batch: Batch) -> tuple[dict[int, Request], list[Failure]]:
-        """Return the requests by position, and the failures of samples that lack a field of the prompt.
+    def transfer(self, model: Generator, group: str, items: Sequence[Request]) -> Sequence[Request]:
+        """Return the requests with filtered images."""
+        return items if self.image_filter is None else [self._filtered(item, *self.image_filter) for item in items]
+
+    def compute(self, model: Generator, group: str, inputs: Sequence[Request]) -> list[tuple[Generated, Attribution]]:
+        """Return the texts of requests, and with `explain` their attributions."""
+        texts = model.generate(inputs, self.decoding)
+        if not all(math.isfinite(text.logprob) for text in texts):
+            raise FloatingPointError("the model's log-probabilities are not finite; a wider `dtype` may help")
+        attributions: Sequence[Attribution] = attribute(model, inputs, texts) if self.explain else [{}] * len(texts)
+        return list(zip(texts, attributions, strict=True))
+
+    def collect(
+        self, model: Generator, batch: Batch, results: Sequence[PackResults[list[tuple[Generated, Attribution]]]]
+    ) -> Batch:
+        """Return `batch` with this stage's columns, and a Failure for each lost text."""
+        texts: dict[int, tuple[Generated, Attribution]] = {}
+        failures: list[Failure] = []
+        for result in results:
+            for positions, generated in result.done:
+                texts.update(zip(positions, generated, strict=True))
+            failures += [
+                Failure.of(batch.samples[position], "generate", error, outputs=(self.column,))
+                for position, error in result.failed.items()
+            ]
+        return self.finish(model, batch, self._columns(texts, len(batch.samples)), failures, results)
+
+    def _requests(self, batch: Batch) -> tuple[dict[int, Request], dict[int, Exception]]:
+        """Return by position the requests, and the errors of samples that lack a field of the prompt.
 
         Samples whose text is not due, or that have already failed to be decoded, have neither.
         """
         [output] = self.outputs
         lost = {failure.id for failure in batch.failures if covers(failure, output)}
         requests: dict[int, Request] = {}
-        failures: list[Failure] = []
+        errors: dict[int, Exception] = {}
         for position, sample in enumerate(batch.samples):
             if not output.is_due(sample.present) or sample.id in lost:
                 continue
@@ -145,10 +167,10 @@ class GenerateStage(ModelStage):
             try:
                 requests[position] = make_request(sample, self.spec, self.instruction, seed)
             except PromptError as error:
-                failures.append(self._failure(sample, error))
-        return requests, failures
+                errors[position] = error
+        return requests, errors
 
-    def _known_good(self) -> Request:
+    def known_good(self, model: Generator, group: str) -> Request:
         """Return a request that every working model accepts."""
         shapes = {column.name: (1, column.width) if column.tokens else (column.width,) for column in self.spec.columns}
         return Request(
@@ -162,15 +184,6 @@ class GenerateStage(ModelStage):
             language=self.instruction.language,
             source_language=self.instruction.source_language,
         )
-
-    def _generate(self, model: Generator, requests: Sequence[Request]) -> list[tuple[Generated, Attribution]]:
-        if self.image_filter is not None:
-            requests = [self._filtered(request, *self.image_filter) for request in requests]
-        texts = model.generate(requests, self.decoding)
-        if not all(math.isfinite(text.logprob) for text in texts):
-            raise FloatingPointError("the model's log-probabilities are not finite; a wider `dtype` may help")
-        attributions: Sequence[Attribution] = attribute(model, requests, texts) if self.explain else [{}] * len(texts)
-        return list(zip(texts, attributions, strict=True))
 
     def _filtered(self, request: Request, name: str, value: float) -> Request:
         if request.image is None:
@@ -191,9 +204,6 @@ class GenerateStage(ModelStage):
             attributions = [texts[position][1].get(modality) for position in positions]
             values[self._attribution_column(modality)] = pa.array(attributions, pa.float32())
         return {name: scatter_values(array, positions, count) for name, array in values.items()}
-
-    def _failure(self, sample: Sample, error: Exception) -> Failure:
-        return Failure.of(sample, "generate", error, outputs=(self.column,))
 
 
 def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Generated]) -> list[Attribution]:

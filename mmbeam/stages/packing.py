@@ -1,4 +1,4 @@
-"""Order a window by size, pack it into batches under a limit, run them, and isolate items that fail.
+"""Order a window by size, pack it into batches under a limit, launch them, and isolate items that fail.
 
 Batches of mixed lengths waste computation on padding. Ordering a window and limiting the padded size of a batch removes
 nearly all of it: at batch size 64, real tokens rise from 0.48 to 0.95 of all tokens.
@@ -7,13 +7,13 @@ nearly all of it: at batch size 64, real tokens rise from 0.48 to 0.95 of all to
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 from mmbeam.errors import DeviceError
-from mmbeam.models.placement import Fault, classify, release_cached_memory
+from mmbeam.models.placement import Fault, classify, release_cached_memory, wait_for_device
 from mmbeam.process import on_reset
 
 logger = logging.getLogger(__name__)
@@ -21,13 +21,36 @@ ItemT = TypeVar("ItemT")
 ResultT = TypeVar("ResultT")
 
 
-@dataclass
-class BatchResults(Generic[ResultT]):
-    """The results of a window."""
+@dataclass(kw_only=True)
+class Pack(Generic[ItemT]):
+    """Items of a window that pass through the model together."""
 
-    done: list[tuple[list[int], ResultT]] = field(default_factory=list)  # positions and result of each batch that ran
+    group: str  # what the items of a pack have in common: a modality, an output
+    positions: list[int]  # in the window
+    items: list[ItemT]
+    weights: list[int]
+    inputs: Any = None  # the items as the model takes them, on the device or on their way; None: not prepared
+
+    def halves(self) -> tuple[Self, Self]:
+        """Return the pack's two halves, not prepared."""
+        middle = (len(self.items) + 1) // 2
+        first, second = (
+            replace(
+                self, positions=self.positions[part], items=self.items[part], weights=self.weights[part], inputs=None
+            )
+            for part in (slice(middle), slice(middle, None))
+        )
+        return first, second
+
+
+@dataclass
+class PackResults(Generic[ResultT]):
+    """The results of a pack: of all its items together, or of its parts."""
+
+    group: str
+    done: list[tuple[list[int], ResultT]] = field(default_factory=list)  # positions and result of each part that ran
     failed: dict[int, Exception] = field(default_factory=dict)  # items that failed alone, by position
-    splits: Counter[Fault] = field(default_factory=Counter)  # batches that failed, by cause
+    splits: Counter[Fault] = field(default_factory=Counter)  # parts that failed, by cause
 
 
 class MemoryLimit:
@@ -48,6 +71,14 @@ class MemoryLimit:
         """Return whether a batch of items of these weights may fit. One item always may."""
         count, weight = len(weights), len(weights) * max(weights)
         return count == 1 or not any(count >= items and 2 * weight >= failed for items, failed in self._failed)
+
+    def split(self, pack: Pack[ItemT]) -> Iterator[Pack[ItemT]]:
+        """Yield the pack, or parts of it that may fit."""
+        if self.allows(pack.weights):
+            yield pack
+        else:
+            for half in pack.halves():
+                yield from self.split(half)
 
 
 _limits: dict[str, MemoryLimit] = {}  # by the key of a stage and the modality; a device's thread alone uses its own
@@ -88,55 +119,54 @@ def pack(
     return batches
 
 
-def run_batches(
-    items: Sequence[ItemT],
-    batches: Sequence[list[int]],
-    call: Callable[[list[ItemT]], ResultT],
+def launch_pack(
+    pack: Pack[ItemT],
+    prepare: Callable[[list[ItemT]], Any],
+    compute: Callable[[Any], ResultT],
     known_good: Callable[[], ItemT],
-    weights: Sequence[int] | None = None,
     limit: MemoryLimit | None = None,
-) -> BatchResults[ResultT]:
-    """Call `call` on each batch of `items`, and halve a batch that does not fit into memory or that fails.
+) -> PackResults[ResultT]:
+    """Call `compute` on the pack's inputs; halve the pack, and `prepare` the halves, if it does not fit or fails.
 
-    `limit` remembers the batches that did not fit, by the `weights` of their items (1 by default).
+    `limit` remembers the packs that did not fit into memory.
 
     An item that fails alone is recorded in `failed` only if the item of `known_good` passes. Otherwise, or if the
     device is broken, DeviceError is raised. Errors of the environment are raised unchanged.
     """
-    results: BatchResults[ResultT] = BatchResults()
+    results: PackResults[ResultT] = PackResults(pack.group)
     limit = limit or MemoryLimit()
-    todo = list(reversed(batches))
+    todo = [pack]
     while todo:
-        positions = todo.pop()
-        middle = (len(positions) + 1) // 2
-        batch_weights = [1 if weights is None else weights[position] for position in positions]
-        if not limit.allows(batch_weights):
-            todo += [positions[middle:], positions[:middle]]
+        pack = todo.pop()
+        if not limit.allows(pack.weights):
+            todo += reversed(pack.halves())
             continue
         try:
-            results.done.append((positions, call([items[position] for position in positions])))
+            results.done.append((pack.positions, compute(prepare(pack.items) if pack.inputs is None else pack.inputs)))
         except Exception as error:
             fault = classify(error)
             if fault in ("device", "environment"):
                 raise
             results.splits[fault] += 1
             _release_frames(error)
+            wait_for_device()  # kernels that were launched before the error may still read the inputs
+            pack.inputs = None
             if fault == "memory":
-                limit.record(batch_weights)
+                limit.record(pack.weights)
                 release_cached_memory()
-            if len(positions) > 1:
-                logger.info("halving a batch of %d: %s", len(positions), error)
-                todo += [positions[middle:], positions[:middle]]
+            if len(pack.items) > 1:
+                logger.info("halving a batch of %d: %s", len(pack.items), error)
+                todo += reversed(pack.halves())
                 continue
             try:
-                call([known_good()])
+                compute(prepare([known_good()]))
             except Exception as second_error:
                 if classify(second_error) == "environment":
                     raise
                 raise DeviceError(
                     f"the model fails on an input known to be good ({second_error}), after: {error}"
                 ) from second_error
-            results.failed[positions[0]] = error
+            results.failed[pack.positions[0]] = error
     return results
 
 

@@ -7,6 +7,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,12 @@ class TracedStage(EmbedStage):
         self._note("load", "model")
         return super().load()
 
-    def run(self, model: Any, batch: Batch) -> Batch:
+    def prepare(self, model: Any, batch: Batch) -> Iterator[Any]:
         self._note("run", batch.unit.id)
         if self.seconds < 0:  # like the OOM killer
             os.kill(os.getpid(), signal.SIGKILL)
         time.sleep(self.seconds)
-        return super().run(model, batch)
+        yield from super().prepare(model, batch)
 
     def _note(self, *words: str) -> None:
         line = " ".join([str(os.getpid()), *words])
