@@ -1,17 +1,25 @@
 """Whisper: real tiny models, compared with their own processor and `generate`, on short and long audio."""
 
+import itertools
+import warnings
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import tiny_generators_hub as hub
 import torch
 from shards import natural_sound
 from transformers import WhisperForConditionalGeneration, WhisperProcessor
 
-from mmbeam.errors import ModelError
-from mmbeam.models.generators import describe
-from mmbeam.prompts.ask import Decoding, Generated, Request
+from mmbeam.errors import ModelError, UsageError
+from mmbeam.models.generators import describe, whisper
+from mmbeam.models.generators.whisper import MAX_COMPRESSION, compression, warp
+from mmbeam.models.placement import get_device
+from mmbeam.prompts.ask import Decoding, Generated, Instruction, Request, with_default_tokens
+from mmbeam.stages.generate import generate_stage
+from mmbeam.types import Audio, Batch, Sample, WorkUnit
 
 RATE, WINDOW = 16000, 2.0  # Hz, seconds
 SHORT, LONG = (0.3, 1.0, 1.99, 2.0, 0.7), (2.1, 6.4, 4.0, 9.3)
@@ -126,6 +134,227 @@ def test_an_english_only_model_has_neither_language_nor_task(tmp_path: Path) -> 
     [ids] = reference.generate(**features, max_new_tokens=hub.NEW).tolist()
     [text] = hub.generate(model, [request])
     assert list(text.token_ids) == ids[: len(text.token_ids)]
+
+
+@torch.inference_mode()
+def segments_of(reference: Any, request: Request, **options: Any) -> Any:
+    """The segments of transformers' own `generate`."""
+    model, processor = reference
+    assert request.audio is not None
+    how: dict[str, Any] = {"truncation": False, "padding": "longest", "return_attention_mask": True}
+    features = processor(request.audio[0], sampling_rate=RATE, return_tensors="pt", **how)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        output = model.generate(
+            **features, max_new_tokens=hub.NEW, return_timestamps=True, return_segments=True, **options
+        )
+    return output["segments"][0]
+
+
+def test_segments_equal_the_models_own_generate(model: Any, reference: Any) -> None:
+    requests = [sound(seconds, seed=seed) for seed, seconds in enumerate((2.1, 6.4, 4.0, 9.3, 7.7))]
+    count = 0
+    for request, text in zip(requests, hub.generate(model, requests), strict=True):
+        decoded = [
+            (
+                float(segment["start"]),
+                float(segment["end"]),
+                reference[1].decode(segment["tokens"], skip_special_tokens=True),
+            )
+            for segment in segments_of(reference, request)
+        ]
+        expected = [(start, end, words.strip()) for start, end, words in decoded if words.strip()]
+        count += len(expected)
+        assert [segment["text"] for segment in text.details["segments"]] == [words for *_, words in expected]
+        for segment, (start, end, _) in zip(text.details["segments"], expected, strict=True):
+            assert (segment["start"], segment["end"]) == pytest.approx((start, end), abs=1e-5)
+    assert count > 10
+
+
+@torch.inference_mode()
+def test_token_times_equal_the_models_own_generate(trained: Path) -> None:
+    """transformers has no time for the last token; its attention ends with the one before."""
+    model, reference = hub.load_tiny(trained), load_reference(trained)
+    for seconds in (0.7, 1.3, 2.0):
+        request = sound(seconds)
+        assert request.audio is not None
+        features = reference[1](request.audio[0], sampling_rate=RATE, return_tensors="pt", return_attention_mask=True)
+        model_reference: Any = WhisperForConditionalGeneration.from_pretrained(trained, attn_implementation="eager")
+        output = model_reference.generate(
+            **features, language="en", task="transcribe", max_new_tokens=hub.NEW, return_token_timestamps=True
+        )
+        ids = output["sequences"][0].tolist()
+        expected = output["token_timestamps"][0].tolist()
+        clip = torch.from_numpy(request.audio[0])
+        [item], memory = model._begin([Request(audio=request.audio, language="en")], [clip], True)
+        start = [*item.start, model.model.generation_config.no_timestamps_token_id]
+        [times] = model.token_times(memory, [start], [ids[:-1]], [item.frames])
+        assert times == pytest.approx(expected[: len(times)], abs=1e-5)
+    assert len(set(times)) > 3  # the longest sound's
+
+
+def test_words_have_times(model: Any, trained: Path) -> None:
+    for generator, seconds in ((model, 6.4), (model, 9.3), (hub.load_tiny(trained), 1.5)):
+        [text] = hub.generate(generator, [sound(seconds)], word_timestamps=True)
+        words = text.details["words"]
+        assert words
+        assert all(0 <= word["start"] <= word["end"] <= seconds + 0.02 for word in words)
+        assert [word["start"] for word in words] == sorted(word["start"] for word in words)
+
+
+def test_tokens_become_words(model: Any) -> None:
+    tokenizer = model.tokenizer._tokenizer
+    stamp = model.model.generation_config.no_timestamps_token_id + 1
+    text = ' "Hello", said the naïve cat.'
+    ids = [stamp, *tokenizer(text, add_special_tokens=False)["input_ids"], stamp + 50]
+    words = model._split_words(ids, [0.01 * index for index in range(len(ids))], True)
+    assert [word["text"] for word in words] == ['"Hello",', "said", "the", "naïve", "cat."]
+    assert all(left["end"] == right["start"] for left, right in itertools.pairwise(words))
+    assert words[-1]["end"] == pytest.approx(0.01 * (len(ids) - 1))
+    spaceless = model._split_words(ids[1:-1], [0.0] * (len(ids) - 2), False)
+    assert len(spaceless) > len(words)
+
+
+def test_warping_equals_a_path_by_hand() -> None:
+    cost = np.array([[0.0, 0.0, 5.0, 5.0, 5.0], [5.0, 5.0, 0.0, 5.0, 5.0], [5.0, 5.0, 5.0, 0.0, 0.0]])
+    assert warp(cost) == [0, 2, 3]
+    assert warp(np.zeros((1, 4))) == [0]
+
+
+@torch.inference_mode()
+def test_no_speech_is_the_probability_after_the_begin_token(model: Any, reference: Any) -> None:
+    requests = [sound(seconds) for seconds in (0.7, 6.4)]
+    short, long = (text.details["no_speech"] for text in hub.generate(model, requests))
+    assert requests[0].audio is not None
+    features = reference[1](requests[0].audio[0], sampling_rate=RATE, return_tensors="pt")["input_features"]
+    start = torch.tensor([[reference[0].generation_config.decoder_start_token_id]])
+    token = reference[0].generation_config.no_timestamps_token_id - 1
+    expected = reference[0](features, decoder_input_ids=start).logits[0, 0].softmax(-1)[token]
+    assert short == pytest.approx(float(expected), rel=1e-4)
+    assert 0 < long < 1
+
+
+def test_compression_is_high_for_repetitions(model: Any) -> None:
+    assert compression("") == 0
+    assert compression("the quick brown fox jumps over the lazy dog") < 1.5
+    assert compression(" you" * 60) > MAX_COMPRESSION
+    [text] = hub.generate(model, [sound(0.7)])
+    assert text.details["compression"] == pytest.approx(compression(text.text))
+
+
+def watch(model: Any, monkeypatch: pytest.MonkeyPatch, **thresholds: float) -> list[tuple[float | None, int]]:
+    """Set the thresholds, and return a list that records the temperature and the size of each batch decoded."""
+    decoded: list[tuple[float | None, int]] = []
+    real = whisper.decode
+
+    def recorded(model: Any, inputs: Any, decoding: Decoding, seeds: Any, **options: Any) -> Any:
+        decoded.append((decoding.temperature, len(seeds)))
+        return real(model, inputs, decoding, seeds, **options)
+
+    monkeypatch.setattr(whisper, "decode", recorded)
+    for name, value in {"MAX_COMPRESSION": 1e9, "MIN_LOGPROB": -1e9, "MAX_NO_SPEECH": 2.0, **thresholds}.items():
+        monkeypatch.setattr(whisper, name, value)
+    return decoded
+
+
+def test_a_robust_decoding_of_good_windows_equals_the_plain_one(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    decoded = watch(model, monkeypatch)
+    requests = [sound(seconds) for seconds in LONG]
+    robust, plain = (hub.generate(model, requests, robust=robust) for robust in (True, False))
+    assert [text.token_ids for text in robust] == [text.token_ids for text in plain]
+    assert {temperature for temperature, _ in decoded} == {None}
+
+
+@pytest.mark.parametrize("threshold", [{"MAX_COMPRESSION": 0.0}, {"MIN_LOGPROB": 0.0}])
+def test_a_bad_window_is_decoded_at_higher_temperatures(
+    model: Any, monkeypatch: pytest.MonkeyPatch, threshold: dict[str, float]
+) -> None:
+    decoded = watch(model, monkeypatch, **threshold)
+    requests = [sound(1.0, seed=1), sound(1.9, seed=2)]
+    together = hub.generate(model, requests, robust=True)
+    assert [temperature for temperature, _ in decoded[:6]] == [None, 0.2, 0.4, 0.6, 0.8, 1.0]
+    alone = [hub.generate(model, [request], robust=True)[0] for request in requests]
+    assert [text.token_ids for text in alone] == [text.token_ids for text in together]
+
+
+def test_only_the_bad_windows_are_decoded_again(model: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    requests = [sound(1.0), sound(1.9), sound(0.4)]
+    ratios: list[float] = []
+    monkeypatch.setattr(whisper, "compression", lambda text: ratios.append(compression(text)) or ratios[-1])
+    watch(model, monkeypatch)
+    hub.generate(model, requests, robust=True)
+    decoded = watch(model, monkeypatch, MAX_COMPRESSION=max(ratios[:3]) - 1e-6)
+    monkeypatch.setattr(whisper, "TEMPERATURES", (0.0, 0.5))
+    hub.generate(model, requests, robust=True)
+    assert decoded[0] == (None, 3)
+    assert decoded[1] == (0.5, ratios[:3].count(max(ratios[:3])))
+    assert len(set(ratios[:3])) > 1
+
+
+def test_windows_without_speech_have_no_text(model: Any, reference: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in transformers with the same thresholds, of a window's likelihood and of no speech."""
+    request = sound(6.4)
+    [plain] = hub.generate(model, [request])
+    monkeypatch.setattr(whisper, "TEMPERATURES", (0.0,))
+    for threshold in (0.0, 1.0):
+        watch(model, monkeypatch, MIN_LOGPROB=0.0, MAX_NO_SPEECH=threshold)
+        [text] = hub.generate(model, [request], robust=True)
+        theirs = segments_of(
+            reference, request, temperature=(0.0,), logprob_threshold=0.0, no_speech_threshold=threshold
+        )
+        assert bool(text.text) == bool(theirs) == (threshold == 1.0)
+        assert (text.text == plain.text) == (threshold == 1.0)
+    assert text.details["segments"]
+
+
+def test_the_likelihood_of_a_window_decides_as_in_transformers(
+    model: Any, reference: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each window's threshold is tried a little above and below its own mean log-probability after the processors."""
+    request = sound(2.0)
+    monkeypatch.setattr(whisper, "TEMPERATURES", (0.0,))
+    found: list[float] = []
+    real = whisper.decode
+
+    def kept(*args: Any, **options: Any) -> Any:
+        tokens = real(*args, **options)
+        found.extend(row.filtered_logprob / len(row.token_ids) for row in tokens)
+        return tokens
+
+    monkeypatch.setattr(whisper, "decode", kept)
+    hub.generate(model, [request], robust=True)
+    for shift in (-1e-3, 1e-3):
+        theirs = segments_of(
+            reference, request, temperature=(0.0,), logprob_threshold=found[0] + shift, no_speech_threshold=0.0
+        )
+        assert bool(theirs) == (shift < 0)
+
+
+def test_options_of_whisper_need_a_whisper(saved: Path) -> None:
+    spec = describe(saved)
+    assert [name for name, _ in spec.details] == ["no_speech", "compression", "segments", "words"]
+    with pytest.raises(UsageError, match="`robust` and `temperature` are mutually exclusive"):
+        with_default_tokens(Decoding(robust=True, temperature=0.5), spec, Instruction(task="transcribe"))
+    for option in ("robust", "word_timestamps"):
+        with pytest.raises(UsageError, match=f"`{option}`: only for Whisper"):
+            with_default_tokens(Decoding(**{option: True}), replace(spec, details=()), Instruction(task="transcribe"))
+
+
+def test_the_stage_writes_the_details(saved: Path) -> None:
+    wave = natural_sound(3, 5.0, RATE)
+    sample = Sample(
+        key="a", shard="s", offset=0, present=frozenset({"audio"}), audio=Audio(waves={RATE: wave}, seconds=5.0)
+    )
+    stage = generate_stage(str(saved), decoding=Decoding(max_new_tokens=hub.NEW, word_timestamps=True))
+    names = [column.name for column in stage.outputs[0].columns]
+    assert names[3:] == [f"transcript_{name}" for name in ("no_speech", "compression", "segments", "words")]
+    batch = Batch(unit=WorkUnit(id="u", inputs=()), index=0, last=True, samples=(sample,))
+    features = get_device("cpu").run(stage, batch).features
+    assert [features[column.name].type for column in stage.outputs[0].columns] == [
+        column.type for column in stage.outputs[0].columns
+    ]
+    [segments] = features["transcript_segments"].to_pylist()
+    assert set(segments[0]) == {"start", "end", "text"}
 
 
 def test_other_rates_are_resampled(model: Any) -> None:

@@ -354,6 +354,7 @@ def save_whisper(directory: Path, multilingual: bool = True, trained: bool = Fal
     )
     WhisperProcessor(WhisperFeatureExtractor(chunk_length=2), tokenizer).save_pretrained(directory)
     options: dict[str, Any] = {"no_timestamps_token_id": unstamped, "max_initial_timestamp_index": 50}
+    options["alignment_heads"] = [[0, 1], [1, 2]]
     options |= {"is_multilingual": multilingual, "max_length": 40, "begin_suppress_tokens": [5, end]}
     suppressed = [3, 4, *(tokenizer.convert_tokens_to_ids(stamps) if trained else ())]
     options |= {"suppress_tokens": suppressed, "forced_decoder_ids": [[1, None], [2, transcribe]]}

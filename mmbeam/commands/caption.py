@@ -73,6 +73,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="P",
         help="nucleus sampling: sample from the smallest set of tokens with this probability",
     )
+    decoding.add_argument(
+        "--robust",
+        action="store_true",
+        help="Whisper: decode windows of a repetitive or unlikely text again at higher temperatures, and leave out "
+        "windows without speech",
+    )
+    decoding.add_argument(
+        "--word-timestamps", action="store_true", help="Whisper: also write the times of words (transcript_words)"
+    )
     decoding.add_argument("--seed", type=int, metavar="S", help="random seed of sampling (default: 0)")
 
 
@@ -87,7 +96,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
 def _options(args: argparse.Namespace) -> "CaptionOptions":
     for name in ("top_p", "seed"):
-        if args.temperature is None and getattr(args, name) is not None:
+        if args.temperature is None and getattr(args, name) is not None and not (name == "seed" and args.robust):
             raise UsageError(f"`{name}` needs sampling: pass `temperature` too")
 
     from mmbeam.prompts.ask import Decoding
@@ -109,6 +118,8 @@ def _options(args: argparse.Namespace) -> "CaptionOptions":
         temperature=args.temperature,
         top_p=1.0 if args.top_p is None else args.top_p,
         seed=args.seed or 0,
+        robust=args.robust,
+        word_timestamps=args.word_timestamps,
     )
     return CaptionOptions(
         model=args.model,

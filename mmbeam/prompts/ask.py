@@ -52,6 +52,8 @@ class GeneratorSpec:
     columns: tuple[FeatureColumn, ...] = ()  # features that replace the media of their modalities
     embedding_dim: int | None = None  # of the shared space, if the model has one
     notes: tuple[str, ...] = ()  # what the summary says of the model, such as slower preprocessing
+    # Further columns about a text, by the end of their names. Only a Whisper has them, and only it can be `robust`.
+    details: tuple[tuple[str, pa.DataType], ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +65,8 @@ class Decoding:
     temperature: float | None = None  # None: no sampling
     top_p: float = 1.0  # nucleus sampling: total probability of the tokens to draw from
     seed: int = 0  # of sampling; each sample has its own random stream, see stages.generate.stream_seed
+    robust: bool = False  # of Whisper: fall back to higher temperatures, and leave out windows without speech
+    word_timestamps: bool = False  # of Whisper: also the times of words
 
     @property
     def is_sampled(self) -> bool:
@@ -120,6 +124,7 @@ class Generated:
     token_ids: tuple[int, ...]  # as generated, an end-of-text token included
     num_tokens: int  # without the end-of-text token
     logprob: float  # sum of the log-probabilities of token_ids under the model, before temperature or top-p
+    details: Mapping[str, Any] = field(default_factory=dict)  # values of GeneratorSpec.details
 
 
 def make_instruction(
@@ -168,6 +173,11 @@ def with_default_tokens(decoding: Decoding, spec: GeneratorSpec, instruction: In
         )
     if not 0 < decoding.top_p <= 1 or (decoding.top_p < 1 and not decoding.is_sampled):
         raise UsageError(f"`top_p` {decoding.top_p}: expected a number above 0 and at most 1, with `temperature`")
+    for name in ("robust", "word_timestamps"):
+        if getattr(decoding, name) and not spec.details:
+            raise UsageError(f"`{name}`: only for Whisper; {spec.family} has no such option")
+    if decoding.robust and decoding.is_sampled:
+        raise UsageError("`robust` and `temperature` are mutually exclusive: `robust` chooses the temperatures")
     longest = spec.max_new_tokens
     if decoding.max_new_tokens is None:
         default = NEW_TOKENS[instruction.task]

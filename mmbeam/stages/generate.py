@@ -100,8 +100,14 @@ class GenerateStage(ModelStage):
                 for modality in self.modalities
                 if self.explain
             ),
+            *(pa.field(f"{self.column}_{name}", kind) for name, kind in self.details),
         )
         return [make_output(self.spec, self.instruction, columns)]
+
+    @property
+    def details(self) -> Sequence[tuple[str, pa.DataType]]:
+        """The further columns about a text, by the end of their names."""
+        return [pair for pair in self.spec.details if pair[0] != "words" or self.decoding.word_timestamps]
 
     def _attribution_column(self, modality: Modality) -> str:
         return f"{self.column}_{modality}_attribution"
@@ -203,6 +209,8 @@ class GenerateStage(ModelStage):
         for modality in self.modalities if self.explain else ():
             attributions = [texts[position][1].get(modality) for position in positions]
             values[self._attribution_column(modality)] = pa.array(attributions, pa.float32())
+        for name, kind in self.details:
+            values[f"{self.column}_{name}"] = pa.array([text.details.get(name) for text in generated], kind)
         return {name: scatter_values(array, positions, count) for name, array in values.items()}
 
 

@@ -35,11 +35,17 @@ class GeneratedTokens:
     token_ids: tuple[int, ...]  # an end-of-text token included
     num_tokens: int  # without it
     logprob: float  # sum over token_ids, under the model itself
+    filtered_logprob: float | None = None  # the same after the logits processors, at temperature 1
 
 
 @torch.inference_mode()
 def decode(
-    model: Any, inputs: Mapping[str, Any], decoding: Decoding, seeds: Sequence[int], **options: Any
+    model: Any,
+    inputs: Mapping[str, Any],
+    decoding: Decoding,
+    seeds: Sequence[int],
+    with_filtered: bool = False,
+    **options: Any,
 ) -> list[GeneratedTokens]:
     """Generate tokens for each row of a batch; `seeds` start the rows' random streams if tokens are sampled.
 
@@ -49,9 +55,9 @@ def decode(
 
     The log-probability is that of the model's own distribution, before processors, temperature and top-p. It is
     recorded at each step; for beam search, `score` computes it afterwards. Either way, the logits [T, B, V] are not
-    kept.
+    kept. `with_filtered` also records the one after the processors, except for beam search.
     """
-    recorder = _SampleAndRecord(decoding, seeds)
+    recorder = _SampleAndRecord(decoding, seeds, with_filtered)
     processors = LogitsProcessorList([*options.pop("logits_processor", ()), recorder])
     # A beam search repeats the encoder's outputs in place, hence the copy.
     arguments = {name: copy(value) if isinstance(value, ModelOutput) else value for name, value in inputs.items()}
@@ -77,9 +83,15 @@ def decode(
         logprobs = score(model, inputs, rows, recorder.prompt_BP[:: decoding.num_beams])
     else:
         logprobs = recorder.sequence_logprobs(ids_BL, [len(row) for row in rows])
+    filtered = recorder.filtered_logprobs([len(row) for row in rows])
     return [
-        GeneratedTokens(token_ids=tuple(row), num_tokens=len(row) - (row[-1] in ends), logprob=logprob)
-        for row, logprob in zip(rows, logprobs, strict=True)
+        GeneratedTokens(
+            token_ids=tuple(row),
+            num_tokens=len(row) - (row[-1] in ends),
+            logprob=logprob,
+            filtered_logprob=filtered_logprob,
+        )
+        for row, logprob, filtered_logprob in zip(rows, logprobs, filtered, strict=True)
     ]
 
 
@@ -90,12 +102,15 @@ class _SampleAndRecord(LogitsProcessor):
     numbers, one per step.
     """
 
-    def __init__(self, decoding: Decoding, seeds: Sequence[int]) -> None:
+    def __init__(self, decoding: Decoding, seeds: Sequence[int], with_filtered: bool = False) -> None:
         self.prompt_BP: torch.Tensor | None = None  # the beginning of the output; one row per beam
         self.logits_BV: torch.Tensor | None = None  # this step's, as the model computed them
         self._is_recording = decoding.num_beams == 1
         self._logprobs_BV: torch.Tensor | None = None  # of the last step, whose token is not yet known
         self._chosen_B: list[torch.Tensor] = []  # the log-probability of each step's token
+        self._has_filtered = with_filtered and self._is_recording
+        self._filtered_BV: torch.Tensor | None = None  # as _logprobs_BV, after the processors
+        self._filtered_B: list[torch.Tensor] = []
         self._warpers = LogitsProcessorList()
         if decoding.temperature is not None:
             self._warpers.append(TemperatureLogitsWarper(float(decoding.temperature)))
@@ -115,6 +130,7 @@ class _SampleAndRecord(LogitsProcessor):
         if self._is_recording:
             self._record(input_ids)
             self._logprobs_BV = logits_BV.float().log_softmax(-1)
+            self._filtered_BV = scores.float().log_softmax(-1) if self._has_filtered else None
         if self._uniform_TB is None:
             return scores
         return torch.full_like(scores, -math.inf).scatter(1, self._sample(input_ids, scores), 0.0)
@@ -123,6 +139,8 @@ class _SampleAndRecord(LogitsProcessor):
         """Keep the log-probability of the last token of `ids_BL`."""
         if self._logprobs_BV is not None:
             self._chosen_B.append(self._logprobs_BV.gather(1, ids_BL[:, -1:]).squeeze(1))
+        if self._filtered_BV is not None:
+            self._filtered_B.append(self._filtered_BV.gather(1, ids_BL[:, -1:]).squeeze(1))
 
     def _sample(self, input_ids: torch.Tensor, scores_BV: torch.Tensor) -> torch.Tensor:
         """Sample a token of each row, by its probability after temperature and top-p. Returns [B, 1]."""
@@ -139,6 +157,16 @@ class _SampleAndRecord(LogitsProcessor):
         """
         self._record(ids_BL)
         rows = torch.stack(self._chosen_B, dim=1).tolist()
+        return [math.fsum(row[:length]) for row, length in zip(rows, lengths, strict=True)]
+
+    def filtered_logprobs(self, lengths: Sequence[int]) -> list[float | None]:
+        """Return the log-probability after the processors of each row's first tokens; call `sequence_logprobs` first.
+
+        None if it was not recorded.
+        """
+        if not self._has_filtered:
+            return [None] * len(lengths)
+        rows = torch.stack(self._filtered_B, dim=1).tolist()
         return [math.fsum(row[:length]) for row, length in zip(rows, lengths, strict=True)]
 
 

@@ -164,6 +164,12 @@ class PromptTokenizer(TextTokenizer):
             text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True)
         return text.strip()
 
+    def decode_exactly(self, ids: Sequence[int]) -> str:
+        """Return the text of the ids with its spaces; U+FFFD where they are not whole characters."""
+        with self._lock:
+            text: str = self._tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False)
+        return text
+
     def encode_words(self, text: str) -> list[int]:
         """Return the ids of a text on its own, without any of the model's special tokens."""
         [ids] = self._ids([text], add_special_tokens=False, verbose=False)
