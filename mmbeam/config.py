@@ -109,6 +109,13 @@ class Windows:
     decoded_bytes: int = 32 * MIB  # of the window's decoded samples
     samples: int = 1024  # in the window
 
+    def on(self, device: str) -> "Windows":
+        """Return the windows for a device: on a GPU larger ones, which fill its batches, unless they were changed."""
+        return GPU_WINDOWS if device != "cpu" and self == Windows() else self
+
+
+GPU_WINDOWS = Windows(decoded_bytes=256 * MIB, samples=4096)  # 340 pictures of 512 x 512; a batch is 256 samples
+
 
 @dataclass(frozen=True, kw_only=True)
 class ModelRef:

@@ -7,11 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import shards
 
-from mmbeam.config import Cleaning, Limits, Reading, Windows
-from mmbeam.process import cores, decoding_paused
+from mmbeam.config import GPU_WINDOWS, Cleaning, Limits, Reading, Windows
+from mmbeam.process import cores, decoding_paused, reset, use_cores
 from mmbeam.readers import windows as module
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import limited_unit, plan_units
@@ -186,3 +187,25 @@ def test_a_unit_waits_while_decoding_is_paused(tmp_path: Path) -> None:
             time.sleep(0.2)
             assert not batches.done()
         assert [len(batch.samples) for batch in batches.result(timeout=10)] == [5, 5, 2]
+
+
+def test_every_core_decodes_however_large_the_samples_are(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight cores and pictures of 12 megapixels, of which 32 MiB hold none: eight decoders meet."""
+    reset()
+    use_cores(8)
+    decode, meeting = module.decode_sample, threading.Barrier(8)
+
+    def large(*args: object) -> object:
+        meeting.wait(10)
+        sample, failures = decode(*args)  # type: ignore[arg-type]
+        return replace(sample, image=np.empty((3000, 4000, 3), np.uint8)), failures  # memory that is never touched
+
+    monkeypatch.setattr(module, "decode_sample", large)
+    assert [len(batch.samples) for batch in read(unit_of(tmp_path, 16), windows=GPU_WINDOWS)] == [8, 8, 0]
+    reset()
+
+
+def test_windows_are_larger_on_a_gpu_unless_set() -> None:
+    assert [Windows().on(device) for device in ("cpu", "cuda", "cuda:1")] == [Windows(), GPU_WINDOWS, GPU_WINDOWS]
+    assert Windows(samples=7).on("cuda:0") == Windows(samples=7)
+    assert GPU_WINDOWS.decoded_bytes > Windows().decoded_bytes

@@ -23,9 +23,8 @@ from pictures import pictures
 from shards import natural_sound
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from mmbeam.config import Windows
 from mmbeam.errors import DeviceError, JobError, LimitError, ModelError, UsageError
-from mmbeam.jobs.caption import GPU_WINDOWS, CaptionOptions, prepare, windows_for
+from mmbeam.jobs.caption import CaptionOptions, prepare
 from mmbeam.models.generators import check_engine, describe, family_of, vllm
 from mmbeam.models.generators.decoding import score
 from mmbeam.models.generators.vllm import VllmGenerator
@@ -319,13 +318,6 @@ def test_a_job_on_the_cpu_fails_before_it_writes(saved: dict[str, Path], tmp_pat
     with pytest.raises(UsageError, match=r"`engine` vllm: .*expected `device` cuda"):
         prepare(options)
     assert not (tmp_path / "out").exists()
-
-
-def test_windows_are_larger_on_a_gpu_unless_set() -> None:
-    chosen = Windows(samples=7)
-    assert [windows_for(device, Windows()) for device in ("cpu", "cuda")] == [Windows(), GPU_WINDOWS]
-    assert windows_for("cuda:0", chosen) == chosen
-    assert GPU_WINDOWS.decoded_bytes > Windows().decoded_bytes
 
 
 # The engines themselves: transformers, and vLLM if it is installed on a machine with a GPU

@@ -2,12 +2,12 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from typing import Any
 
 from mmbeam.clean.where import SampleValues
-from mmbeam.config import MIB, FieldMap, Reading, Windows
+from mmbeam.config import FieldMap, Reading
 from mmbeam.errors import ShardError, UsageError
 from mmbeam.features.files import check_columns, open_counted
 from mmbeam.features.schema import FACTS, IDENTITY
@@ -30,7 +30,6 @@ from mmbeam.types import RunReport, Sample, Shard
 
 log = logging.getLogger(__name__)
 
-GPU_WINDOWS = Windows(decoded_bytes=256 * MIB)  # 340 pictures of 512 x 512 (default: 42); a batch is 256 samples
 FIELDS_SHOWN = 20  # in an error
 
 
@@ -85,7 +84,6 @@ def prepare(options: CaptionOptions) -> CaptionJob:
 
         vllm.check_installed()
         vllm.check_processes(len(devices_of(options.device)), options.workers)
-    options = replace(options, windows=windows_for(generate.device, options.windows))
     [output] = generate.outputs
     modalities = tuple(modality for modality in MODALITIES if modality in output.modalities)
     required = tuple(modality for modality in MODALITIES if modality in output.required)
@@ -116,11 +114,6 @@ def prepare(options: CaptionOptions) -> CaptionJob:
         features=inputs.features,
         warnings=() if warning is None else (warning,),
     )
-
-
-def windows_for(device: str, windows: Windows) -> Windows:
-    """Return windows that fill `device`: larger ones on a GPU, unless the user has set them."""
-    return GPU_WINDOWS if device != "cpu" and windows == Windows() else windows
 
 
 def _check_shards(

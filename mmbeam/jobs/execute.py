@@ -138,7 +138,8 @@ class Job:
         needs = reduce(or_, (stage.needs for stage in self.stages), Needs())
         read = ReadFeatures if self.features else ReadShards
         alone = Isolate(partial(replace(self, units=()).steps, isolate=False), self.stages[0].device)
-        return read(needs, self.options.reading, self.run, self.options.windows, alone if isolate else None)
+        windows = self.options.windows.on(self.stages[0].device)
+        return read(needs, self.options.reading, self.run, windows, alone if isolate else None)
 
     def _devices(self) -> tuple[str, ...]:
         """Return the devices of this machine that the job uses.

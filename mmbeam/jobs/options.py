@@ -75,7 +75,7 @@ class JobOptions:
     def recorded(self) -> dict[str, Any]:
         """The options that run.json records although they change no row."""
         beam_args = public_args(self.beam_args)
-        return {"windows": asdict(self.windows), "workers": self.workers, "beam_args": beam_args}
+        return {"windows": asdict(self.windows.on(device_of(self))), "workers": self.workers, "beam_args": beam_args}
 
 
 def inputs_of(options: JobOptions, features: bool = False) -> Inputs:

@@ -31,9 +31,12 @@ from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Ta
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
-_LARGE_BYTES = 32 * MIB  # a sample that takes more to decode is decoded alone, within _large
+_LARGE_BYTES = (
+    32 * MIB
+)  # a sample that takes more, or more than a quarter of a window, is decoded alone, within _large
 _large = MemoryBudget(Limits.decode_bytes)
 _SHARE = Limits.decode_bytes // 2  # of _large, at most, for a window of several large samples
+_AHEAD_BYTES = 32 * MIB  # of a unit's samples, decoded ahead of the window; at least a sample per core
 _PAUSED_READ_BYTES = 8 * MIB  # of a remote shard's samples, read ahead while decoding is paused; 0 for local shards
 
 
@@ -109,13 +112,14 @@ def prefetch(batches: Generator[Batch], name: str, held: HeldBytes | None = None
 
 @dataclass(frozen=True)
 class Lookahead(Generic[InT, OutT]):
-    """How far `ordered_map` works ahead: `depth` items, or fewer if items or results are large."""
+    """How far `ordered_map` works ahead: `depth` items, or fewer, at least `least`, if items or results are large."""
 
     depth: int
     max_bytes: int = sys.maxsize
     paused_bytes: int = 0  # of items, read while decoding is paused
     item_bytes: Callable[[InT], int] = lambda item: 0
     result_bytes: Callable[[OutT], int] = lambda result: 0
+    least: int = 1
 
 
 def ordered_map(
@@ -128,15 +132,16 @@ def ordered_map(
     waiting: deque[tuple[InT, int]] = deque()  # items read and not submitted, with their bytes
     pending: deque[tuple[Future[OutT], int]] = deque()  # submitted
     waiting_bytes = pending_bytes = 0
-    room = min(ahead.depth, 2)  # until a result shows how large they are
+    room = min(ahead.depth, max(2, ahead.least))  # until a result shows how large they are
     ended = False
     try:
         while not (ended and not waiting and not pending):
-            if pending and (len(pending) >= room or pending_bytes > ahead.max_bytes or (ended and not waiting)):
+            is_full = len(pending) >= room or (len(pending) >= ahead.least and pending_bytes > ahead.max_bytes)
+            if pending and (is_full or (ended and not waiting)):
                 future, size = pending.popleft()
                 pending_bytes -= size
                 result = future.result()
-                room = min(ahead.depth, max(1, ahead.max_bytes // max(1, ahead.result_bytes(result))))
+                room = min(ahead.depth, max(ahead.least, ahead.max_bytes // max(1, ahead.result_bytes(result))))
                 yield result
                 del result, future
             elif not ended and (not waiting or (not may_decode.is_set() and waiting_bytes < ahead.paused_bytes)):
@@ -236,7 +241,9 @@ def read_batches(
     probed = None if isolation is None else isolation.probed
     own, held = held is None, held or HeldBytes()
 
-    def decode(raw: RawSample, max_bytes: int | None = _LARGE_BYTES) -> _DecodedSample | tuple[RawSample, int]:
+    alone_bytes = max(_LARGE_BYTES, windows.decoded_bytes // 4)
+
+    def decode(raw: RawSample, max_bytes: int | None = alone_bytes) -> _DecodedSample | tuple[RawSample, int]:
         """Return the sample, or its bytes with the memory that decoding them takes if that is more than `max_bytes`."""
         begin = time.perf_counter()
         steps.begin("decode", [raw])
@@ -258,7 +265,8 @@ def read_batches(
 
     ahead: Lookahead[RawSample, _DecodedSample | tuple[RawSample, int]] = Lookahead(
         depth=2 * cores() + 2 if isolation is None else 1,
-        max_bytes=windows.decoded_bytes,
+        least=cores() if isolation is None else 1,
+        max_bytes=_AHEAD_BYTES,
         paused_bytes=_PAUSED_READ_BYTES if any("://" in source.shard.path for source in unit.inputs) else 0,
         item_bytes=lambda raw: sum(map(len, raw.members.values())),
         result_bytes=lambda decoded: decoded[1] if isinstance(decoded, tuple) else decoded.sample.nbytes,
