@@ -19,6 +19,7 @@ from mmbeam.models.encoders import describe
 from mmbeam.models.encoders.auto import PIECE_SECONDS, AutoEncoder
 from mmbeam.models.loading import quiet_transformers
 from mmbeam.stages.embed import embed_stage
+from mmbeam.types import Batch, Sample, WorkUnit
 
 CPU = torch.device("cpu")
 RATE = 16000
@@ -122,6 +123,23 @@ def test_the_run_states_how_vectors_are_pooled(checkpoints: dict[str, Path], tmp
     [note] = embed_run(str(tmp_path / "out"), [stage]).recorded["notes"]
     assert "deit has no family of its own: it runs by AutoModel" in note
     assert "slower than a family; vectors are image: class token of DeiTModel" in note
+
+
+def test_a_stage_runs_the_processor_before_the_device(
+    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    samples = tuple(
+        Sample(key=str(offset), shard="s", offset=offset, present=frozenset({"image"}), image=image)
+        for offset, image in enumerate(IMAGES)
+    )
+    batch = Batch(unit=WorkUnit(id="u", inputs=()), index=0, last=True, samples=samples)
+    stage = embed_stage(str(checkpoints["swin"]))
+    model = stage.load()
+    with torch.inference_mode():
+        work = list(stage.prepare(model, batch))
+        monkeypatch.setattr(AutoEncoder, "prepare_image", None)
+        vectors = stage.collect(model, batch, [stage.launch(model, pack) for pack in work]).features["image_embedding"]
+    assert vectors.null_count == 0
 
 
 @torch.inference_mode()

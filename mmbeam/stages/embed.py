@@ -6,7 +6,7 @@ vector, and if one model fails, the columns of the other models are not affected
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import pyarrow as pa
@@ -93,7 +93,10 @@ class EmbedStage(ModelStage):
                 )
 
     def transfer(self, model: Encoder, group: str, items: Values) -> Values:
-        """Return the values, on a GPU also as one copy in its memory."""
+        """Return the values, on a GPU also as one copy in its memory; or what a processor makes of them."""
+        prepared = model.prepare(cast(Modality, group), items)
+        if prepared is not None:
+            return prepared
         if group == "audio":
             waves, rates = [wave for wave, _ in items], [rate for _, rate in items]
             return (waves if model.device.type == "cpu" else upload_waves(waves, rates, model.device)), rates

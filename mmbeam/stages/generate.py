@@ -131,8 +131,13 @@ class GenerateStage(ModelStage):
             )
 
     def transfer(self, model: Generator, group: str, items: Sequence[Request]) -> Sequence[Request]:
-        """Return the requests with filtered images."""
-        return items if self.image_filter is None else [self._filtered(item, *self.image_filter) for item in items]
+        """Return the requests with filtered images, and with what the checkpoint's own processor makes of them."""
+        if self.image_filter is not None:
+            items = [self._filtered(item, *self.image_filter) for item in items]
+        prepared = [model.prepare(item) for item in items]
+        if not any(prepared):
+            return items
+        return [replace(item, prepared=inputs) for item, inputs in zip(items, prepared, strict=True)]
 
     def compute(self, model: Generator, group: str, inputs: Sequence[Request]) -> list[tuple[Generated, Attribution]]:
         """Return the texts of requests, and with `explain` their attributions."""

@@ -123,6 +123,14 @@ class AutoEncoder(Encoder):
         model = _plain(load_pretrained(AutoModel, directory, device, dtype, ignore_missing=ignored))
         return cls(spec, model, _read_processors(directory), parsed)
 
+    def prepare(self, modality: Modality, values: Sequence[Any]) -> Any:
+        """Return the processors' outputs for images, and for clips those of their pieces."""
+        if modality == "image":
+            return [self.prepare_image(image) for image in values]
+        if modality == "audio":
+            return [self.prepare_audio(wave, rate) for wave, rate in values], [rate for _, rate in values]
+        return None
+
     def prepare_image(self, image: ImageHWC) -> dict[str, torch.Tensor]:
         """Return the inputs that the checkpoint's image processor makes of an image, on the CPU."""
         if self.pixel_filter is not None:
@@ -141,14 +149,18 @@ class AutoEncoder(Encoder):
         ]
 
     @torch.inference_mode()
-    def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
-        """Encode images of any sizes, uint8 [H, W, 3]; tokens are the last hidden states."""
-        return self._encode("image", [self.prepare_image(image) for image in images], tokens)
+    def encode_image(self, images: Sequence[Any], tokens: bool = False) -> Encoded:
+        """Encode images of any sizes, uint8 [H, W, 3], or prepared ones; tokens are the last hidden states."""
+        inputs = [image if isinstance(image, dict) else self.prepare_image(image) for image in images]
+        return self._encode("image", inputs, tokens)
 
     @torch.inference_mode()
-    def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
-        """Encode audio clips; tokens are the last hidden states, piece after piece."""
-        pieces = [self.prepare_audio(wave, rate) for wave, rate in zip(waves, rates, strict=True)]
+    def encode_audio(self, waves: Sequence[Any], rates: Sequence[int], tokens: bool = False) -> Encoded:
+        """Encode audio clips, or prepared ones; tokens are the last hidden states, piece after piece."""
+        pieces = [
+            wave if isinstance(wave, list) else self.prepare_audio(wave, rate)
+            for wave, rate in zip(waves, rates, strict=True)
+        ]
         return encode_windows(
             pieces, max(len(waves), PIECES_PER_BATCH), lambda some: self._encode("audio", some, tokens)
         )

@@ -74,6 +74,13 @@ class Encoder:
         """Load the weights (safetensors only) onto `device`, in eval mode."""
         raise NotImplementedError
 
+    def prepare(self, modality: Modality, values: Sequence[Any]) -> Any:
+        """Return what the encode method takes instead of these values, preprocessed on the CPU in the unit's thread.
+
+        None if the model preprocesses on its device.
+        """
+        return None
+
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
         """Encode images of any sizes, uint8 [H, W, 3]."""
         raise NotImplementedError

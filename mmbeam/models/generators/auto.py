@@ -15,6 +15,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any, Self
 
 import torch
@@ -54,6 +55,7 @@ class AutoGenerator(PretrainedGenerator):
     def __init__(self, spec: GeneratorSpec, model: Any) -> None:
         super().__init__(spec, model)
         self.processor = _read_processor(Path(spec.directory))
+        self._lock = Lock()  # its tokenizer has states, which two threads may not change
         self.is_chat = _template(self.processor) is not None
         own = self.processor.tokenizer
         added = (token.content for token in own.added_tokens_decoder.values() if token.special)
@@ -101,6 +103,10 @@ class AutoGenerator(PretrainedGenerator):
 
     def prepare(self, request: Request) -> list[Inputs]:
         """Return the model's inputs for a request, on the CPU: one, or several for the pieces of long speech."""
+        with self._lock:
+            return self._prepare(request)
+
+    def _prepare(self, request: Request) -> list[Inputs]:
         image = None if request.image is None else Image.fromarray(request.image)
         wave = None if request.audio is None else self._resample(*request.audio)
         if self.spec.family in SPEECH:
@@ -134,7 +140,7 @@ class AutoGenerator(PretrainedGenerator):
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
         """Return one text per request."""
-        prepared = [self.prepare(request) for request in requests]
+        prepared = [request.prepared or self.prepare(request) for request in requests]
         parts = [(row, piece, inputs) for row, several in enumerate(prepared) for piece, inputs in enumerate(several)]
         done: dict[int, GeneratedTokens] = {}
         for positions in self._groups([inputs for *_, inputs in parts]):
@@ -155,7 +161,7 @@ class AutoGenerator(PretrainedGenerator):
     @torch.inference_mode()
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
         """Return the log-probability of each text given its request."""
-        inputs = [self.prepare(request) for request in requests]
+        inputs = [request.prepared or self.prepare(request) for request in requests]
         if any(len(pieces) > 1 for pieces in inputs):
             raise ModelError(f"{self.spec.directory}: texts of audio in several pieces cannot be scored")
         return [

@@ -50,6 +50,13 @@ class Generator:
         """
         raise NotImplementedError
 
+    def prepare(self, request: Request) -> Any:
+        """Return the model's inputs for a request, made on the CPU in the unit's thread, for `Request.prepared`.
+
+        None if `generate` makes them.
+        """
+        return None
+
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, without truncation and special tokens."""
         raise NotImplementedError
