@@ -92,7 +92,7 @@ class EmbedStage(ModelStage):
                     weights=[weights[index] for index in indices],
                 )
 
-    def transfer(self, model: Encoder, group: str, items: Values) -> Values:
+    def transfer(self, model: Encoder, group: str, items: Values) -> Any:
         """Return the values, on a GPU also as one copy in its memory; or what a processor makes of them."""
         prepared = model.prepare(cast(Modality, group), items)
         if prepared is not None:
