@@ -43,7 +43,7 @@ class EncoderModel:
     @property
     def dims(self) -> Mapping[Modality, int]:
         """The width of the vectors of each modality that the model encodes."""
-        return {modality: self._stage.spec.dims[modality] for modality in self._stage.modalities}
+        return {modality: self._stage.width(modality) for modality in self._stage.modalities}
 
     def encode(
         self,
@@ -105,14 +105,31 @@ class GeneratorModel:
 
 
 def load_encoder(
-    model: str, *, device: str = "auto", dtype: str | None = None, modalities: Sequence[Modality] | None = None
+    model: str,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    modalities: Sequence[Modality] | None = None,
+    text_prompt: str | None = None,
+    dims: int | None = None,
 ) -> EncoderModel:
     """Load the encoder `model`: a hub name with optional @revision, or a directory.
 
-    `device` is "auto", "cpu" or "cuda[:N]". `dtype` defaults to float32 on a CPU and bfloat16 on a GPU. Raises
-    ModelError for an unusable model, UsageError if it encodes none of `modalities`.
+    `device` is "auto", "cpu" or "cuda[:N]". `dtype` defaults to float32 on a CPU and bfloat16 on a GPU.
+    `text_prompt` is put before each text: the name of a prompt of the checkpoint, or the prompt itself. `dims` keeps
+    the first numbers of each vector. Raises ModelError for an unusable model, UsageError if it encodes none of
+    `modalities`.
     """
-    return EncoderModel(embed_stage(model, device=device, dtype=dtype, modalities=modalities, count_tokens=False))
+    stage = embed_stage(
+        model,
+        device=device,
+        dtype=dtype,
+        modalities=modalities,
+        count_tokens=False,
+        text_prompt=text_prompt,
+        dims=dims,
+    )
+    return EncoderModel(stage)
 
 
 def load_generator(

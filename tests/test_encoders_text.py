@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from encoder_checks import edit_json, load_encoder
@@ -18,11 +19,14 @@ from sentence_transformers.sentence_transformer.modules import Dropout, LayerNor
 from tiny_audio_text import TEXTS, WIDTH, save_bert, save_modernbert, save_mpnet, save_roberta, save_t5
 from transformers import AutoModel, AutoTokenizer
 
-from mmbeam.errors import ModelError
+import mmbeam
+from mmbeam.errors import ModelError, UsageError
+from mmbeam.jobs.embed import embed_run
 from mmbeam.models.encoders import describe
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.encoders.sentence import LEGACY_MODES, pool
 from mmbeam.models.encoders.text import TextEncoder
+from mmbeam.stages.embed import embed_stage
 
 CLOSE = 1e-5  # on vectors of length 1 to 10, float32
 HALF = {torch.bfloat16: 0.05, torch.float16: 0.01}  # largest distance of a unit vector from its float32 self
@@ -158,6 +162,46 @@ def test_a_prompt_that_is_not_the_default_is_not_used(root: Path, tmp_path: Path
     encoder = load_encoder(directory, device)
     assert encoder.tokenize(["a dog"]) == load_encoder(root / "bert", device).tokenize(["a dog"])
     assert np.abs(reference(directory) - encode(encoder, TEXTS)).max() < CLOSE
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_a_prompt_by_name_or_text_and_fewer_dims_equal_sentence_transformers(
+    include: bool, root: Path, tmp_path: Path
+) -> None:
+    prompts = {"query": "about rain. ", "document": ""}
+    directory = sentence(root, tmp_path, Pooling(WIDTH, include_prompt=include), Normalize(), prompts=prompts)
+    model = SentenceTransformer(str(directory), device="cpu", local_files_only=True, truncate_dim=10)
+    ours = mmbeam.load_encoder(str(directory), device="cpu", text_prompt="query", dims=10)
+    assert dict(ours.dims) == {"text": 10}
+    theirs = model.encode(TEXTS, prompt_name="query", batch_size=1, show_progress_bar=False, normalize_embeddings=True)
+    assert np.abs(theirs - ours.encode(texts=TEXTS)["text"]).max() < CLOSE
+    other = mmbeam.load_encoder(str(directory), device="cpu", text_prompt="a dog: ")
+    theirs = SentenceTransformer(str(directory), device="cpu").encode(TEXTS, prompt="a dog: ", batch_size=1)
+    assert np.abs(theirs - other.encode(texts=TEXTS)["text"]).max() < CLOSE
+    with pytest.raises(UsageError, match=r"`text_prompt` qery: the checkpoint defines document, query.*did you mean"):
+        embed_stage(str(directory), text_prompt="qery")
+    with pytest.raises(UsageError, match=f"`dims` {WIDTH + 1}: .* has vectors of {WIDTH} numbers"):
+        embed_stage(str(directory), dims=WIDTH + 1)
+    with pytest.raises(UsageError, match="`text_prompt` query: the checkpoint defines no prompts"):
+        embed_stage(str(root / "bert"), text_prompt="query")
+
+
+def test_a_prompt_comes_before_the_texts_of_any_model(clip: Path) -> None:
+    plain, prompted = (mmbeam.load_encoder(str(clip), device="cpu", text_prompt=text) for text in (None, "a cat: "))
+    expected = plain.encode(texts=["a cat: and a dog"])["text"]
+    assert np.allclose(prompted.encode(texts=["and a dog"])["text"], expected)
+    images = [np.zeros((9, 9, 3), np.uint8)]
+    assert np.array_equal(prompted.encode(images=images)["image"], plain.encode(images=images)["image"])
+
+
+def test_the_run_keeps_prompt_and_dims(clip: Path, tmp_path: Path) -> None:
+    stage = embed_stage(str(clip), text_prompt="a cat: ", dims=10)
+    configuration = embed_run(str(tmp_path / "a"), [stage]).configuration
+    assert (configuration["text_prompt"], configuration["dims"]) == ({"model": "a cat: "}, 10)
+    plain = embed_run(str(tmp_path / "b"), [embed_stage(str(clip))]).configuration
+    assert {"text_prompt", "dims"}.isdisjoint(plain)
+    assert [column.type.value_type for output in stage.outputs for column in output.columns] == [pa.float32()] * 2
+    assert [column.type.list_size for output in stage.outputs for column in output.columns] == [10] * 2
 
 
 def test_the_files_of_version_2(root: Path, tmp_path: Path, device: torch.device) -> None:

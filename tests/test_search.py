@@ -92,7 +92,8 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[shard
     truths = shards.make_truths(12)
     shards.make_webdataset(root / "in", truths, shards=2)
     model = ModelRef(model=str(save_clip(root / "clip")))
-    embed(EmbedOptions(input=(str(root / "in"),), output=str(root / "out"), models=(model,), device="cpu"))
+    options = {"text_prompt": "a photo: ", "dims": 16}  # which the search repeats
+    embed(EmbedOptions(input=(str(root / "in"),), output=str(root / "out"), models=(model,), device="cpu", **options))
     return root, truths
 
 

@@ -8,6 +8,7 @@ from mmbeam.commands.common import (
     check_model,
     job_arguments,
     modalities_of,
+    positive,
     run_job,
     shared_options,
 )
@@ -33,6 +34,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--modalities", metavar="LIST", help="subset of image,audio,text (default: all that the models encode)"
     )
     parser.add_argument("--tokens", action="store_true", help="also write the sequence of token or patch vectors")
+    parser.add_argument(
+        "--text-prompt",
+        metavar="NAME|TEXT",
+        help="put this before each text: a prompt that the checkpoint defines, or a text such as 'query: ' (default: "
+        "the checkpoint's default prompt, mostly none)",
+    )
+    parser.add_argument(
+        "--dims",
+        type=positive,
+        metavar="N",
+        help="keep the first N numbers of each vector, normalised again: for models trained so (Matryoshka)",
+    )
     parser.add_argument("--float16", action="store_true", help="store vectors as float16 (Spark cannot read them)")
 
 
@@ -61,5 +74,7 @@ def _options(args: argparse.Namespace) -> "EmbedOptions":
         modalities=modalities,
         tokens=args.tokens,
         vector_type="float16" if args.float16 else "float32",
+        text_prompt=args.text_prompt,
+        dims=args.dims,
         **shared,
     )

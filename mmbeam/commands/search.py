@@ -28,6 +28,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--json", action="store_true", help="print one JSON object per row, with all columns but vectors"
     )
+    parser.add_argument(
+        "--text-prompt",
+        metavar="NAME|TEXT",
+        help="put this before TEXT, as embed's option does: 'query: ' for rows with 'passage: ' (default: the run's)",
+    )
     device_argument(parser)
 
 
@@ -47,6 +52,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
         column=args.column,
         top=args.top,
         device=args.device,
+        text_prompt=args.text_prompt,
     )
     with libraries_quiet(args.verbose):
         result = search(options)

@@ -29,6 +29,8 @@ class EmbedOptions(JobOptions):
     modalities: tuple[Modality, ...] | None = None  # None: all that the models encode
     tokens: bool = False  # also keep the sequence of token or patch features
     vector_type: str = "float32"  # of a stored number; "float16" halves the files
+    text_prompt: str | None = None  # before each text: the name of a prompt of the checkpoint, or the prompt itself
+    dims: int | None = None  # numbers of a vector to keep, normalised again
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +101,8 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
             batch_size=options.batch_size,
             tokens=options.tokens,
             vector_type=options.vector_type,
+            text_prompt=options.text_prompt,
+            dims=options.dims,
             image_filter=options.image_filter,
             count_tokens=not any(stage.count_tokens for stage in stages),
         )
@@ -107,6 +111,8 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
     not_encoded = [modality for modality in options.modalities or () if modality not in encoded]
     if not_encoded:
         raise UsageError(f"`modalities`: none of the models encodes {', '.join(not_encoded)}")
+    if options.text_prompt is not None and "text" not in encoded:
+        raise UsageError(f"`text_prompt` {options.text_prompt!r}: none of the models encodes text here; omit it")
     return tuple(stages)
 
 
@@ -127,7 +133,7 @@ def embed_run(
     """
     reading = reading or Reading()
     # The fingerprint has one place for these, so all stages must agree on them.
-    for setting in ("dtype", "device", "batch_size", "tokens", "vector_type"):
+    for setting in ("dtype", "device", "batch_size", "tokens", "vector_type", "dims"):
         values = {dtype_name(s.dtype, s.device) if setting == "dtype" else getattr(s, setting) for s in stages}
         if len(values) != 1:
             raise UsageError(f"stages of one run must agree on {setting}, found {', '.join(sorted(map(str, values)))}")
@@ -138,6 +144,7 @@ def embed_run(
             raise UsageError(
                 f"{stage.model}: expected image_filter {expected}, as in `reading`, found {stage.image_filter}"
             )
+    prompts = {_label(stage): stage.spec.text_prompt for stage in stages if stage.spec.text_prompt is not None}
     configuration = {
         "task": "embed",
         "output_version": OUTPUT_VERSION,
@@ -147,6 +154,8 @@ def embed_run(
         "dtype": dtype_name(stages[0].dtype, stages[0].device),
         "tokens": stages[0].tokens,
         "vector_type": stages[0].vector_type,
+        **({} if stages[0].dims is None else {"dims": stages[0].dims}),
+        **({"text_prompt": prompts} if prompts else {}),
         "reading": reading.configuration(),
         "limit": limit,
     }

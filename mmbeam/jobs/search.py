@@ -5,7 +5,7 @@ The search is exact: every vector of the column is compared with the query by co
 
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -42,6 +42,7 @@ class SearchOptions:
     column: str | None = None  # of vectors; None: the first that can be compared with the query
     top: int = 10
     device: str = "auto"
+    text_prompt: str | None = None  # before the text; None: the run's own
 
 
 class Hit(NamedTuple):
@@ -161,11 +162,16 @@ def _encode(
                 dtype=run.configuration["dtype"],
                 image_filter=None if image_filter is None else parse_image_filter(image_filter),
                 count_tokens=False,
+                dims=run.configuration.get("dims"),
+                text_prompt=options.text_prompt,
             )
+            prompt = run.configuration.get("text_prompt", {}).get(name.model)
+            if options.text_prompt is None and prompt is not None:
+                stage = replace(stage, spec=replace(stage.spec, text_prompt=prompt))
         except UsageError:  # the model does not encode the query's modality
             problems.append(f"{column}: {reference} does not encode {modality}")
             continue
-        if stage.spec.dims[modality] != rows.widths[column]:
+        if stage.width(modality) != rows.widths[column]:
             problems.append(f"{column}: {reference} has vectors of another width for {modality}")
             continue
         if stage.digest != made["digest"]:

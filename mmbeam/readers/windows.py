@@ -31,9 +31,7 @@ from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Ta
 InT = TypeVar("InT")
 OutT = TypeVar("OutT")
 
-_LARGE_BYTES = (
-    32 * MIB
-)  # a sample that takes more, or more than a quarter of a window, is decoded alone, within _large
+_LARGE_BYTES = 32 * MIB  # a sample that takes more, or more than a quarter of a window, is decoded alone, within _large
 _large = MemoryBudget(Limits.decode_bytes)
 _SHARE = Limits.decode_bytes // 2  # of _large, at most, for a window of several large samples
 _AHEAD_BYTES = 32 * MIB  # of a unit's samples, decoded ahead of the window; at least a sample per core

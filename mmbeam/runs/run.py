@@ -35,11 +35,15 @@ _DATASET_CONFIG = b"configs:\n- config_name: default\n  data_files: data/*.parqu
 
 # The argument that decides an entry of the configuration, where its name differs or is not at the top.
 _ARGUMENTS = {
-    **{name: name for name in ("dtype", "engine", "language", "limit", "prompt", "source_language", "task", "tokens")},
+    **{
+        name: name
+        for name in ("dims", "dtype", "engine", "language", "limit", "prompt", "source_language", "task", "tokens")
+    },
     **{f"decoding.{name}": name for name in ("max_new_tokens", "num_beams", "temperature", "top_p", "seed", "robust")},
     "decoding.word_timestamps": "word_timestamps",
     **{f"reading.fields.{kind}": f"{kind}_field" for kind in KINDS},
     "modalities.model": "modalities",
+    "text_prompt.model": "text_prompt",
     "reading.cleaning.image_filter": "image_filter",
     "reading.cleaning.text": "clean_text",
     "reading.cleaning.where": "where",

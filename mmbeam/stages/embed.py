@@ -5,7 +5,7 @@ vector, and if one model fails, the columns of the other models are not affected
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, cast
 
 import numpy as np
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from mmbeam.errors import DeviceError, SampleError, UsageError
 from mmbeam.models.encoders import describe, load
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
+from mmbeam.models.encoders.sentence import find_prompt
 from mmbeam.models.loading import digest, dtype_name, resolve
 from mmbeam.models.placement import resolve_device
 from mmbeam.names import MODALITIES, Modality
@@ -41,6 +42,7 @@ class EmbedStage(ModelStage):
     name: str | None = None  # prefix of the columns, if several models run in one pass
     tokens: bool = False  # whether to keep the sequence of token or patch vectors in addition to the pooled vector
     vector_type: str = "float32"  # of the stored numbers: float32 or float16
+    dims: int | None = None  # numbers of a vector to keep (of Matryoshka models), normalised again; None: all
 
     @property
     def key(self) -> str:
@@ -58,12 +60,16 @@ class EmbedStage(ModelStage):
         outputs = []
         number = pa.from_numpy_dtype(self.vector_type)
         for modality in self.modalities:
-            columns = [pa.field(self._column(modality, "embedding"), pa.list_(number, self.spec.dims[modality]))]
+            columns = [pa.field(self._column(modality, "embedding"), pa.list_(number, self.width(modality)))]
             if self.tokens:
                 tokens = pa.list_(pa.list_(number, self.spec.token_dims[modality]))
                 columns.append(pa.field(self._column(modality, "tokens"), tokens))
             outputs.append(Output(modalities=frozenset((modality,)), columns=tuple(columns)))
         return outputs
+
+    def width(self, modality: Modality) -> int:
+        """Return the numbers of a stored vector."""
+        return self.dims or self.spec.dims[modality]
 
     def _column(self, modality: Modality, kind: Literal["embedding", "tokens"]) -> str:
         return f"{modality}_{kind}" if self.name is None else f"{self.name}_{modality}_{kind}"
@@ -107,7 +113,8 @@ class EmbedStage(ModelStage):
     def compute(self, model: Encoder, group: str, inputs: Values) -> "_Vectors":
         """Return the vectors of a pack, on their way to the host."""
         encoded = _encode(model, group, inputs, self.tokens)
-        pooled_BD = F.normalize(encoded.pooled.float(), dim=-1) if model.normalized else encoded.pooled.float()
+        pooled_BD = encoded.pooled.float()[:, : self.dims]
+        pooled_BD = F.normalize(pooled_BD, dim=-1) if model.normalized else pooled_BD
         if encoded.tokens is None:
             return _Vectors(to_host(pooled_BD))
         tokens_TD = to_host(torch.cat(list(encoded.tokens)).float())
@@ -141,7 +148,7 @@ class EmbedStage(ModelStage):
         if modality == "image":
             return [sample.image for sample in samples]
         if modality == "text":
-            return model.tokenize([sample.model_text or "" for sample in samples])
+            return model.tokenize([model.with_prompt(sample.model_text or "") for sample in samples])
         return [sample.audio.at(self.spec.sampling_rate) for sample in samples if sample.audio is not None]
 
     def _limits(self, modality: Modality, values: Values) -> tuple[list[int], int, int | None]:
@@ -170,7 +177,7 @@ class EmbedStage(ModelStage):
         """Return the columns of the samples at `positions`, and the errors by position in the window."""
         count, row_of = len(positions), {position: row for row, position in enumerate(positions)}
         errors = {row_of[position]: error for result in results for position, error in result.failed.items()}
-        pooled = np.zeros((count, self.spec.dims[modality]), np.float32)
+        pooled = np.zeros((count, self.width(modality)), np.float32)
         empty = np.zeros((0, self.spec.token_dims.get(modality, 1)), np.float32)
         sequences = [empty] * count
         for part, vectors in (done for result in results for done in result.done):
@@ -239,13 +246,15 @@ def embed_stage(
     modalities: Sequence[Modality] | None = None,
     device: str = "cpu",
     count_tokens: bool = True,
+    text_prompt: str | None = None,
     **options: Any,
 ) -> EmbedStage:
     """Return the stage of `model`: a hub name with optional @revision, or a directory. Reads no weights.
 
     `modalities` defaults to all that the model encodes. `device` is the device on the workers: "cpu" or "cuda[:N]".
-    "auto" selects it by the devices of this machine. `options` are other fields of EmbedStage: name, dtype, batch_size,
-    tokens, vector_type, image_filter. If a pipeline has several stages, give each a `name`, and let one of them count
+    "auto" selects it by the devices of this machine. `text_prompt` is put before each text: the name of a prompt of the
+    checkpoint, or the prompt itself. `options` are other fields of EmbedStage: name, dtype, batch_size, tokens,
+    vector_type, image_filter, dims. If a pipeline has several stages, give each a `name`, and let one of them count
     tokens.
 
     Raises ModelError for an unusable model, UsageError if it encodes none of `modalities`.
@@ -258,6 +267,11 @@ def embed_stage(
             f"`modalities` {', '.join(modalities or ())}: {model} encodes none of these; "
             f"it encodes {', '.join(spec.dims)}"
         )
+    if text_prompt is not None and "text" in encoded:
+        spec = replace(spec, text_prompt=find_prompt(resolved.directory, text_prompt))
+    least = min(spec.dims[modality] for modality in encoded)
+    if (options.get("dims") or 1) > least:
+        raise UsageError(f"`dims` {options['dims']}: {model} has vectors of {least} numbers; expected at most that")
     without = [modality for modality in encoded if modality not in spec.token_dims]
     if options.get("tokens") and without:
         raise UsageError(f"`tokens`: {model} has no vector per token of {' and '.join(without)}; omit it")

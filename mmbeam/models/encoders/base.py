@@ -36,6 +36,7 @@ class EncoderSpec:
     sampling_rate: int | None = None  # Hz, for audio
     image_side: int | None = None  # pixels: the shorter side its preprocessing resizes to
     max_text_tokens: int | None = None  # special tokens included
+    text_prompt: str | None = None  # put before every text; None: the checkpoint's default
     is_generic: bool = False  # served by auto.py, not by a family
     notes: tuple[str, ...] = ()  # what the summary says of the model: processors on the CPU, pooling of an unknown one
 
@@ -88,6 +89,10 @@ class Encoder:
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
         """Encode waveforms, float32 [frames] at `rates` Hz, resampled on the device to the model's rate."""
         raise NotImplementedError
+
+    def with_prompt(self, text: str) -> str:
+        """Return a text as `tokenize` takes it, with the prompt of the spec before it."""
+        return (self.spec.text_prompt or "") + text
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of each text, special tokens included, truncated to the model's limit.

@@ -7,6 +7,7 @@ it; code is never imported from a path in these files.
 
 import json
 import logging
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional
 
-from mmbeam.errors import ModelError
+from mmbeam.errors import ModelError, UsageError, did_you_mean
 from mmbeam.models.loading import check_weights, model_path, read_json
 
 logger = logging.getLogger(__name__)
@@ -176,6 +177,24 @@ def _default_prompt(directory: Path, general: Mapping[str, Any]) -> str:
             f"expected one of {sorted(prompts)}"
         )
     return prompts[name] or ""
+
+
+def find_prompt(directory: Path, prompt: str) -> str:
+    """Return the checkpoint's prompt of that name, or else `prompt` itself.
+
+    Raises UsageError for a single word that the checkpoint does not define: a prompt ends in a space or punctuation.
+    """
+    stored = read_json(directory, "config_sentence_transformers.json", required=False).get("prompts") or {}
+    prompts = {name: text or "" for name, text in stored.items()}
+    if prompt in prompts:
+        return str(prompts[prompt])
+    if re.fullmatch(r"[\w.-]+", prompt):
+        defined = f"the checkpoint defines {', '.join(prompts)}" if prompts else "the checkpoint defines no prompts"
+        raise UsageError(
+            f"`text_prompt` {prompt}: {defined}{did_you_mean(prompt, prompts)}; any other text is put before each text "
+            "as it is, and ends in a space, such as 'query: '"
+        )
+    return prompt
 
 
 def _positive(directory: Path, config: Mapping[str, Any], key: str) -> int:

@@ -6,6 +6,7 @@ are generators (models/generators/).
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,8 @@ class TextEncoder(TransformersEncoder):
     recipe: SentenceRecipe
 
     def __init__(self, spec: EncoderSpec, model: Any, recipe: SentenceRecipe, tokenizer: TextTokenizer) -> None:
+        if spec.text_prompt is not None:
+            recipe = replace(recipe, prompt=spec.text_prompt)
         super().__init__(spec, model, recipe, tokenizer)
         self.head = load_head(recipe, model.device)
         self.skip = 0 if recipe.include_prompt else self._prompt_tokens()
@@ -56,6 +59,10 @@ class TextEncoder(TransformersEncoder):
         model_class = AutoModel if half is None else getattr(transformers, half)
         model = load_pretrained(model_class, recipe.transformer, device, dtype, ignore_missing=UNUSED)
         return cls(spec, model, recipe, TextTokenizer(recipe.transformer))
+
+    def with_prompt(self, text: str) -> str:
+        """Return the text: `tokenize` adds the prompt, whose tokens some checkpoints do not pool."""
+        return text
 
     def tokenize(self, texts: Sequence[str]) -> list[list[int]]:
         """Return the token ids of prompt and text, special tokens included, truncated to the model's limit."""
