@@ -4,6 +4,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -479,3 +480,129 @@ def test_a_closed_stdout_is_not_an_error(good: Path) -> None:
         assert process.stderr is not None
         assert process.stderr.read() == b""
         assert process.wait() == 1
+
+
+# Configuration files, dry runs, plans and repeated commands
+
+
+@pytest.fixture
+def config(good: Path, clip: Path, tmp_path: Path) -> Path:
+    """A configuration file for `mmbeam embed`."""
+    path = tmp_path / "job.toml"
+    options = {"input": [str(good)], "model": str(clip), "output": str(tmp_path / "out"), "device": "cpu"}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in options.items()]
+    path.write_text("\n".join([*lines, 'modalities = ["image", "text"]', "batch-size = 3", "overwrite = false"]))
+    return path
+
+
+def test_a_configuration_file_holds_options_and_the_command_line_wins(
+    mmbeam: Mmbeam, config: Path, tmp_path: Path
+) -> None:
+    with config.open("a") as file:
+        file.write('\nwhere = ["image_width >= 1", "image_height >= 1"]\ndraft = true\nlimit = 4\n')
+    result = mmbeam("embed", "--config", config, "--limit", "2")
+    assert result.status == 0, result.err
+    manifest = json.loads((tmp_path / "out" / "_mmbeam" / "run.json").read_text())
+    configuration = manifest["configuration"]
+    assert (configuration["limit"], configuration["reading"]["draft"]) == (2, True)
+    assert configuration["reading"]["cleaning"]["where"] == ["image_width >= 1", "image_height >= 1"]
+    assert configuration["modalities"] == {"model": ["image", "text"]}
+    assert manifest["recorded"]["batch_size"] == 3
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("input = ", "expected TOML, found an error: Invalid value (at end of document)"),
+        ("[table]\na = 1", "table: expected a string, a number, true, false or a list of these"),
+        ("inptu = 'x'", "unknown argument --inptu (see `mmbeam embed --help`); did you mean --input?"),
+        ("batch-size = 'many'", "argument --batch-size: expected a whole number of at least 1, found 'many'"),
+    ],
+)
+def test_a_wrong_configuration_file_is_reported(content: str, message: str, mmbeam: Mmbeam, tmp_path: Path) -> None:
+    (tmp_path / "job.toml").write_text(content)
+    result = mmbeam("embed", "--config", tmp_path / "job.toml", "--input", "x", "--output", "y")
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err
+
+
+def test_an_absent_configuration_file_is_named(mmbeam: Mmbeam) -> None:
+    result = mmbeam("embed", "--config", "/nowhere.toml")
+    assert (result.status, result.err) == (1, "mmbeam: /nowhere.toml: No such file or directory\n")
+
+
+@pytest.mark.parametrize("option", ["--limit=3", "--overwrite", "--retry-failures", "--workers=2"])
+def test_a_dry_run_writes_nothing(option: str, mmbeam: Mmbeam, config: Path, tmp_path: Path) -> None:
+    fresh = mmbeam("embed", "--config", config, "--dry-run", option)
+    assert (fresh.status, fresh.err) == (0, "")
+    units = 1 if "limit" in option else 2
+    assert f"units: {units} planned, 0 committed, {units} to do" in fresh.out
+    assert not (tmp_path / "out").exists()
+    assert mmbeam("embed", "--config", config).status == 0
+    before = files(tmp_path / "out")
+    again = mmbeam("embed", "--config", config, "--dry-run", option)
+    if "limit" in option:
+        assert again.status == 1
+        assert "`limit`: not set -> 3" in again.err.replace("--limit", "`limit`")
+    else:
+        done = 0 if option == "--overwrite" else 2
+        assert f"units: 2 planned, {done} committed, {2 - done} to do" in again.out
+    assert files(tmp_path / "out") == before
+
+
+def files(folder: Path) -> dict[str, tuple[int, int]]:
+    return {str(path): (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_a_plan_estimates_and_writes_nothing(mmbeam: Mmbeam, config: Path, tmp_path: Path) -> None:
+    result = mmbeam("plan", "embed", "--config", config, "--price-per-hour", "3.6")
+    assert (result.status, result.err) == (0, "")
+    assert re.search(r"^measured on 3 samples: [\d,]+ samples/s read, [\d,]+ samples/s in the model$", result.out, re.M)
+    (count,) = re.findall(r"^samples: about (\d+), of which 100% become rows$", result.out, re.M)
+    assert 5 <= int(count) <= 8
+    assert re.search(r"^time: about \d+s, limited by (the model|reading and decoding), on 1 device$", result.out, re.M)
+    assert re.search(r"^cost: about 0\.\d\d, at 3\.6 per hour$", result.out, re.M)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("embedd",), "JOB: expected caption or embed, found embedd; did you mean embed?"),
+        (("embed", "--price-per-hour", "x"), "argument --price-per-hour: invalid float value: 'x'"),
+    ],
+)
+def test_a_wrong_plan_is_reported(words: tuple[str, ...], message: str, mmbeam: Mmbeam) -> None:
+    result = mmbeam("plan", *words)
+    assert (result.status, result.out) == (2, "")
+    assert message in result.err
+
+
+def test_rerun_repeats_the_command_of_a_run(
+    mmbeam: Mmbeam, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert mmbeam("embed", "--config", "job.toml", "--output", "out", "--overwrite").status == 0
+    (part, _) = (tmp_path / "out" / "data").glob("*.parquet")
+    part.unlink()
+    monkeypatch.chdir("/")
+    result = mmbeam("rerun", tmp_path / "out")
+    assert (result.status, result.err) == (0, "")
+    assert "units: 1 written, 1 committed by an earlier run" in result.out
+    assert "0 to do" in mmbeam("rerun", tmp_path / "out", "--dry-run").out
+
+
+def test_a_run_that_cannot_be_repeated_says_why(mmbeam: Mmbeam, config: Path, tmp_path: Path) -> None:
+    assert mmbeam("embed", "--config", config).status == 0
+    path = tmp_path / "out" / "_mmbeam" / "run.json"
+    manifest = json.loads(path.read_text())
+    words = manifest["recorded"]["command"]
+    for command, message in (
+        (words | {"is_whole": False}, "the command held a secret"),
+        (words | {"directory": "/nowhere"}, "the command ran in /nowhere, which does not exist here"),
+        (None, "expected the command of the run in run.json, found none"),
+    ):
+        path.write_text(json.dumps({**manifest, "recorded": {**manifest["recorded"], "command": command}}))
+        result = mmbeam("rerun", tmp_path / "out")
+        assert (result.status, result.out) == (2, "")
+        assert message in result.err

@@ -32,6 +32,7 @@ from tiny_generators import save_fusion
 
 from mmbeam.cli import main
 from mmbeam.commands import parse
+from mmbeam.commands.common import LIMITS
 from mmbeam.config import ModelRef
 from mmbeam.errors import UsageError
 from mmbeam.jobs import caption, embed
@@ -321,8 +322,10 @@ def test_only_embed_takes_several_models() -> None:
 
 NOT_IN_THE_TEMPLATE = {
     "verbose", "help", "workers", "shared_output",  # for one machine, or a terminal
+    "config", "dry_run",  # the template has a form, and its own parameters
     "retry_failures",  # holds a lock while the job runs
     "engine",  # the image has no vLLM
+    *(f"max_{name}" for name in LIMITS),  # rarely changed; a template of one's own can add them
 }  # fmt: skip
 
 

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import re
 import sys
+import tomllib
 from collections.abc import Collection, Generator, Sequence
 from pathlib import Path
 from typing import NoReturn, Protocol, cast
@@ -16,7 +17,21 @@ from typing import NoReturn, Protocol, cast
 from mmbeam.errors import UsageError, did_you_mean
 from mmbeam.names import VERSION
 
-COMMANDS = ("caption", "demo", "embed", "evaluate", "export", "inspect", "report", "search", "status", "train")
+_REPEATABLE = ("input", "model", "moved", "where")  # options that a list in a configuration file repeats
+COMMANDS = (
+    "caption",
+    "demo",
+    "embed",
+    "evaluate",
+    "export",
+    "inspect",
+    "plan",
+    "report",
+    "rerun",
+    "search",
+    "status",
+    "train",
+)
 
 
 class Command(Protocol):
@@ -41,7 +56,13 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
     Raise UsageError for invalid arguments.
     """
-    words = sys.argv[1:] if argv is None else argv
+    words = list(sys.argv[1:] if argv is None else argv)
+    if words[:1] == ["rerun"] and len(words) > 1 and not words[1].startswith("-"):
+        words = command("rerun").words_of(words[1], words[2:])  # type: ignore[attr-defined]
+    price, is_plan = None, words[:1] == ["plan"] and len(words) > 1 and words[1] not in ("-h", "--help")
+    if is_plan:
+        words, price = command("plan").words_of(words[1:])  # type: ignore[attr-defined]
+    words = _with_config(words)
     args, unknown = _parser(words).parse_known_args(words)
     options = [f"--{name.replace('_', '-')}" for name in vars(args)]
     beam = _beam_names() if unknown and args.takes_beam_options else frozenset()
@@ -55,9 +76,51 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         if not args.takes_beam_options or (hint and beam and name[2:] not in beam):
             raise UsageError(f"unknown argument {name} (see `mmbeam {args.command} --help`){hint}")
     args.beam_args = tuple(unknown)
+    args.words, args.estimate, args.price_per_hour = tuple(words), is_plan, price
     if unknown:
         _check_runner(unknown, beam)
     return args
+
+
+def _with_config(words: Sequence[str]) -> list[str]:
+    """Return the words with `--config FILE` replaced by the options of the file that the other words do not give.
+
+    Raises UsageError if the file is not TOML, or holds something other than options.
+    """
+    path = None
+    rest: list[str] = []
+    waiting = iter(words)
+    for word in waiting:
+        if word == "--config":
+            path = next(waiting, None)
+        elif word.startswith("--config="):
+            path = word.partition("=")[2]
+        else:
+            rest.append(word)
+    if path is None:
+        return list(words)
+    try:
+        options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UsageError(f"--config {path}: expected TOML, found an error: {error}") from error
+    shown = {word.partition("=")[0] for word in rest}
+    added: list[str] = []
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        if not all(isinstance(item, str | int | float) for item in values):
+            raise UsageError(
+                f"--config {path}: {name}: expected a string, a number, true, false or a list of these, as in "
+                f"`batch-size = 32`; found {type(value).__name__}"
+            )
+        if f"--{name}" in shown or value is False:
+            continue
+        if value is True:
+            added.append(f"--{name}")
+        elif isinstance(value, list) and name not in _REPEATABLE:
+            added.append(f"--{name}={','.join(map(str, values))}")
+        else:
+            added += [f"--{name}={item}" for item in values]
+    return [*rest[:1], *added, *rest[1:]]
 
 
 def _beam_names() -> frozenset[str]:

@@ -78,6 +78,12 @@ def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> No
     )
     run.add_argument("--overwrite", action="store_true", help="delete the results of an earlier run in --output first")
     run.add_argument("--retry-failures", action="store_true", help="redo units that contain failed samples")
+    run.add_argument("--dry-run", action="store_true", help="check and plan the job, and write nothing")
+    run.add_argument(
+        "--config",
+        metavar="FILE.toml",
+        help="read options from a file: `batch-size = 32`, `where = ['...']`, `draft = true`; those given here win",
+    )
     run.add_argument(
         "--shared-output", action="store_true", help="--output is a local directory that all workers share"
     )
@@ -287,6 +293,9 @@ def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str
         "max_failure_rate": args.max_failure_rate,
         "overwrite": args.overwrite,
         "retry_failures": args.retry_failures,
+        "dry_run": args.dry_run,
+        "price_per_hour": args.price_per_hour,
+        "command": args.words,
         "shared_output": args.shared_output,
         "workers": args.workers,
         "reading": reading,
@@ -308,22 +317,34 @@ def modalities_of(text: str | None) -> "tuple[Modality, ...] | None":
     return tuple(modality for modality in MODALITIES if modality in names)
 
 
-def run_job(job: "Callable[[OptionsT], Job]", options: "OptionsT", verbose: bool) -> Generator[str, None, int]:
+def run_job(
+    job: "Callable[[OptionsT], Job]", options: "OptionsT", args: argparse.Namespace
+) -> Generator[str, None, int]:
     """Run the job that `job` makes of the options. Yield its summary, and return the exit status.
 
     If Beam's options say not to wait for the job's end, it is only submitted.
     """
     from mmbeam.jobs.options import is_waited_for
+    from mmbeam.report.plan import estimate_text, plan_text, units_left
     from mmbeam.report.progress import ProgressLine
     from mmbeam.report.summary import outcome_warnings, summary_text
 
-    with ProgressLine(options.output, sys.stderr), libraries_quiet(verbose):
+    with ProgressLine(options.output, sys.stderr), libraries_quiet(args.verbose):
         prepared = job(options)
-        if is_waited_for(options.beam_args):
+        if options.dry_run:
+            report, calibration = None, prepared.calibrate() if args.estimate and prepared.units else None
+        elif is_waited_for(options.beam_args):
             report = prepared.execute()
         else:
             report = None
             prepared.submit()
+    if options.dry_run:
+        yield from plan_text(prepared.run, prepared.units, options.overwrite)
+        if calibration is not None:
+            left = units_left(prepared.run, prepared.units, options.overwrite)
+            devices = max(options.workers, prepared.devices)
+            yield from estimate_text(left, calibration, devices, options.price_per_hour)
+        return 0
     if report is None:
         yield f"Submitted, without waiting for the end. `mmbeam status {redact(options.output)}` shows its progress."
         return 0

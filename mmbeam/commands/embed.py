@@ -55,7 +55,7 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
     from mmbeam.jobs.embed import prepare
 
-    return (yield from run_job(prepare, options, args.verbose))
+    return (yield from run_job(prepare, options, args))
 
 
 def _options(args: argparse.Namespace) -> "EmbedOptions":

@@ -2,6 +2,7 @@
 
 import logging
 import re
+import resource
 import time
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -14,19 +15,21 @@ import apache_beam as beam
 from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from mmbeam import errors
-from mmbeam.errors import FailureRateError, FlowError, JobError, MissingModalityError, UsageError
+from mmbeam.errors import FailureRateError, FlowError, JobError, MissingModalityError, ShardError, UsageError
 from mmbeam.jobs.cluster import runner_error, workers_are_here
 from mmbeam.jobs.isolate import Isolate
 from mmbeam.jobs.options import UNITS_PER_DEVICE, JobOptions, is_waited_for, pipeline_options
 from mmbeam.jobs.workers import make_workers
-from mmbeam.models.placement import devices_of
+from mmbeam.models.placement import devices_of, lease_device, release_device
 from mmbeam.names import Modality
 from mmbeam.process import progress
 from mmbeam.readers.units import UNIT_BYTES
+from mmbeam.report.plan import Calibration, stored_bytes
 from mmbeam.runs.attempts import marks
 from mmbeam.runs.commits import committed, whole_reports
 from mmbeam.runs.control import clear_stop, lock_run, running_here, stop_reason
 from mmbeam.runs.plan import extend_plan, grow_out_of_limit, repair
+from mmbeam.runs.rows import make_rows
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
@@ -38,6 +41,7 @@ from mmbeam.types import Needs, RunReport, Shard, Stage, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)
 
+CALIBRATION_SAMPLES = 64
 OUTPUT_VERSION = 1  # of the meaning of a row. A change of it changes every fingerprint
 PACKAGES = (  # whose version may change a value
     "mmbeam",
@@ -134,12 +138,53 @@ class Job:
                 reports.append(report)
         return summarize(reports, self.run, started, self.check, devices=max(count, len(devices)))
 
+    def calibrate(self) -> Calibration:
+        """Read the first samples of the first unit and run the stages on them twice; nothing is written.
+
+        Raises ShardError if they cannot be read.
+        """
+        reader = self._read(isolate=False).dofn
+        unit = replace(self.units[0], limit=CALIBRATION_SAMPLES, isolation=None)
+        windows = replace(self.options.windows, samples=CALIBRATION_SAMPLES)
+        begin = time.perf_counter()
+        [first, *others] = reader.read(unit, self.options.reading, reader.needs, windows)
+        read_seconds = time.perf_counter() - begin
+        if first.unit_error is not None:
+            raise ShardError(first.unit_error)
+        batch, load_seconds, model_seconds = first, 0.0, 0.0
+        for stage in self.stages if first.samples else ():
+            device = lease_device(stage.device, unit.id)
+            load_seconds += device.run(stage, batch).tally.seconds["load_model"]
+            done = device.run(stage, batch)
+            model_seconds += done.tally.seconds["compute"] - batch.tally.seconds.get("compute", 0.0)
+            batch = done
+            release_device(stage.device, unit.id)
+        window = make_rows(batch, self.run.outputs, self.run.schema)
+        count = first.tally.samples
+        is_whole = not others and count < CALIBRATION_SAMPLES
+        return Calibration(
+            samples=count,
+            rows=window.rows.num_rows,
+            stored_bytes=stored_bytes([unit]) if is_whole else first.tally.bytes_read,
+            read_seconds=read_seconds * count / max(1, count + sum(other.tally.samples for other in others)),
+            model_seconds=model_seconds,
+            load_seconds=load_seconds,
+            row_bytes=window.rows.nbytes,
+            peak_bytes=1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss,
+            failures=len({record["key"] for record in window.failures}),
+        )
+
     def _read(self, isolate: bool = True) -> ReadShards | ReadFeatures:
         needs = reduce(or_, (stage.needs for stage in self.stages), Needs())
         read = ReadFeatures if self.features else ReadShards
         alone = Isolate(partial(replace(self, units=()).steps, isolate=False), self.stages[0].device)
         windows = self.options.windows.on(self.stages[0].device)
         return read(needs, self.options.reading, self.run, windows, alone if isolate else None)
+
+    @property
+    def devices(self) -> int:
+        """The number of devices that the job uses, as far as this process knows."""
+        return len(self._devices())
 
     def _devices(self) -> tuple[str, ...]:
         """Return the devices of this machine that the job uses.
@@ -155,8 +200,11 @@ def plan(
 ) -> tuple[WorkUnit, ...]:
     """Open the run and return its units, each of about `unit_bytes` of input; if that is None, one unit per shard.
 
-    With `retry_failures` committed units that hold failures are marked, to be done again and replaced.
+    With `retry_failures` committed units that hold failures are marked, to be done again and replaced. With `dry_run`
+    nothing is written.
     """
+    if options.dry_run:
+        run = replace(run, dry=True)
     grow_out_of_limit(run, shards)
     open_run(run, overwrite=options.overwrite)
     died = marks(run.store)  # units that may have ended processes run after the others

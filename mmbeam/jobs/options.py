@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any
 
 from apache_beam.options.pipeline_options import (
@@ -57,12 +58,15 @@ class JobOptions:
     max_failure_rate: float = 0.05
     overwrite: bool = False
     retry_failures: bool = False
+    dry_run: bool = False  # plan, and write nothing
+    price_per_hour: float | None = None  # of the machines, for the estimate of a plan
     shared_output: bool = False  # a local output is the same directory on every worker
     workers: int = 1  # processes of this machine that share the work; 1: this process does it
     reading: Reading = field(default_factory=Reading)
     windows: Windows = field(default_factory=Windows)
     moved: tuple[str, ...] = ()  # OLD=NEW: the shards under NEW are those that this run knows under OLD
     beam_args: tuple[str, ...] = ()  # Beam's own options, as Beam spells them
+    command: tuple[str, ...] = ()  # the words of the command line, for `mmbeam rerun`; () from Python
     inputs: Inputs | None = field(default=None, repr=False, compare=False)  # of `input`, if it was looked up already
 
     @property
@@ -75,7 +79,16 @@ class JobOptions:
     def recorded(self) -> dict[str, Any]:
         """The options that run.json records although they change no row."""
         beam_args = public_args(self.beam_args)
-        return {"windows": asdict(self.windows.on(device_of(self))), "workers": self.workers, "beam_args": beam_args}
+        recorded: dict[str, Any] = {
+            "windows": asdict(self.windows.on(device_of(self))),
+            "workers": self.workers,
+            "beam_args": beam_args,
+        }
+        if self.command:
+            words = public_args(self.command)
+            is_whole = words == list(self.command)  # no secret was removed
+            recorded["command"] = {"words": words, "is_whole": is_whole, "directory": str(Path.cwd())}
+        return recorded
 
 
 def inputs_of(options: JobOptions, features: bool = False) -> Inputs:

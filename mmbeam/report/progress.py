@@ -95,9 +95,10 @@ class ProgressLine:
             self._write(CLEAR_LINE)
 
     def _show(self) -> None:
+        if self._terminal:
+            self._write(f"{CLEAR_LINE}starting")
         while not self._end.wait(self._seconds):
             if not progress.units:
-                self._write(f"{CLEAR_LINE}starting" if self._terminal else "")
                 continue
             line = progress_line(self._progress())
             if self._terminal:

@@ -15,7 +15,7 @@ import pyarrow as pa
 from mmbeam.errors import JobError, RunMismatchError
 from mmbeam.names import KINDS, UNNAMED_MODEL
 from mmbeam.runs.rows import build_schema
-from mmbeam.runs.store import ATTEMPTS, Store
+from mmbeam.runs.store import ATTEMPTS, DryStore, Store
 from mmbeam.types import Output
 
 logger = logging.getLogger(__name__)
@@ -109,6 +109,7 @@ class Run:
     outputs: tuple[Output, ...]
     schema: pa.Schema  # of the rows
     max_failure_rate: float = 0.05  # fraction of samples that may fail
+    dry: bool = field(default=False, compare=False)  # whether nothing is written to the output
     launch_id: str = field(default_factory=lambda: uuid.uuid4().hex, compare=False)  # differs between launches of a run
 
     @classmethod
@@ -142,7 +143,7 @@ class Run:
     @cached_property
     def store(self) -> Store:
         """The output directory."""
-        return Store(self.output)
+        return DryStore(self.output) if self.dry else Store(self.output)
 
     @cached_property
     def fingerprint(self) -> str:

@@ -17,6 +17,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
+from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -189,6 +190,80 @@ class Store:
                 _publish_by_move(fs, source, path, exclusive)
         finally:
             source.unlink(missing_ok=True)
+
+
+@dataclass(frozen=True)
+class DryStore(Store):
+    """A store for a dry run: what is written or removed is seen by this object, and nothing reaches the directory."""
+
+    written: dict[str, bytes | None] = field(default_factory=dict, repr=False, compare=False)  # None: removed
+
+    def list(self, folder: str) -> dict[str, int]:
+        """As `Store.list`."""
+        sizes = super().list(folder)
+        for name, content in self.written.items():
+            parent, _, file = name.rpartition("/")
+            if parent == folder:
+                sizes.pop(file, None)
+                sizes |= {} if content is None else {file: len(content)}
+        return sizes
+
+    def read(self, name: str) -> bytes:
+        """As `Store.read`."""
+        if name not in self.written:
+            return super().read(name)
+        content = self.written[name]
+        if content is None:
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self}/{name}")
+        return content
+
+    def open(self, name: str) -> Any:
+        """As `Store.open`."""
+        return BytesIO(self.read(name)) if name in self.written else super().open(name)
+
+    def tail(self, name: str, size: int) -> bytes:
+        """As `Store.tail`."""
+        return self.read(name)[-size:] if name in self.written else super().tail(name, size)
+
+    def exists(self, name: str) -> bool:
+        """As `Store.exists`."""
+        return self.written[name] is not None if name in self.written else super().exists(name)
+
+    def size(self, name: str) -> int | None:
+        """As `Store.size`."""
+        content = self.written.get(name)
+        return (None if content is None else len(content)) if name in self.written else super().size(name)
+
+    def modified(self, name: str) -> float:
+        """As `Store.modified`."""
+        return time.time() if self.written.get(name) is not None else super().modified(name)
+
+    def now(self) -> float:
+        """Return the time by this machine's clock."""
+        return time.time()
+
+    def create(self, name: str, source: Path | bytes) -> None:
+        """As `Store.create`, in memory."""
+        if self.exists(name):
+            raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self}/{name}")
+        self.replace(name, source)
+
+    def replace(self, name: str, source: Path | bytes) -> None:
+        """As `Store.replace`, in memory."""
+        self.written[name] = source if isinstance(source, bytes) else source.read_bytes()
+        if isinstance(source, Path):
+            source.unlink()
+
+    def remove(self, name: str) -> None:
+        """As `Store.remove`, in memory."""
+        self.written[name] = None
+
+    def scratch(self) -> Path:
+        """Return the directory for temporary files of this machine."""
+        return Path(tempfile.gettempdir())
+
+    def sweep_scratch(self) -> None:
+        """Do nothing."""
 
 
 @cache
