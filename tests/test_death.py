@@ -23,6 +23,7 @@ import pytest
 from killers import make_corpus, make_job, run_units
 from known import read_parts
 from outputs import make_run, make_unit, write_unit
+from servers import STORES, fresh_output
 
 from mmbeam.errors import JobError, RunMismatchError
 from mmbeam.jobs.isolate import MAX_CRASHES, Isolate, _End
@@ -31,6 +32,7 @@ from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
 from mmbeam.runs import attempts
 from mmbeam.runs.attempts import attempt, is_left_behind, marks, release_all
+from mmbeam.runs.commits import read_failures
 from mmbeam.runs.control import lock_run
 from mmbeam.runs.run import LOCK, Run, part_name
 from mmbeam.runs.store import ATTEMPTS, Store, process_identity
@@ -65,8 +67,14 @@ def failures(output: Path) -> list[dict[str, Any]]:
 # Marks
 
 
-def test_only_attempts_that_ended_their_processes_are_counted(tmp_path: Path) -> None:
-    run = make_run(str(tmp_path))
+@pytest.fixture(params=STORES)
+def output(request: pytest.FixtureRequest, tmp_path: Path) -> str:
+    """An output directory that does not exist yet, in each store."""
+    return fresh_output(request.param, tmp_path)
+
+
+def test_only_attempts_that_ended_their_processes_are_counted(output: str) -> None:
+    run = make_run(output)
     leave_marks(run, "a-1", ended_process())
     leave_marks(run, "a-1-2", ended_process(), count=1)  # another unit, whose name begins alike
     with begin(run, "a-1") as died:
@@ -79,27 +87,31 @@ def test_only_attempts_that_ended_their_processes_are_counted(tmp_path: Path) ->
     assert "b-1" not in marks(run.store)
 
 
-def test_a_commit_removes_the_marks_of_its_unit(tmp_path: Path) -> None:
-    run, unit = make_run(str(tmp_path)), make_unit()
+def test_a_commit_removes_the_marks_of_its_unit(output: str) -> None:
+    run, unit = make_run(output), make_unit()
     leave_marks(run, unit.id, ended_process())
     with begin(run, unit.id):
         write_unit(run, unit).commit()
     assert marks(run.store) == {}
 
 
-@pytest.mark.parametrize("output", ["local", "memory"])
-def test_an_attempt_on_another_host_counts_when_its_mark_is_old(output: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("store", [*STORES, "memory"])
+def test_an_attempt_on_another_host_counts_when_its_mark_is_old(
+    store: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """By the difference of two times of the store: the time in the mark, and this host's clock, do not matter."""
-    run = make_run(str(tmp_path) if output == "local" else f"memory://{tmp_path.name}")
+    run = make_run(f"memory://{tmp_path.name}" if store == "memory" else fresh_output(store, tmp_path))
     leave_marks(run, "a-1", {**elsewhere(), "time": 0}, count=1)
     (name,) = marks(run.store)["a-1"]
     assert not is_left_behind(run.store, f"{ATTEMPTS}/{name}")
-    if output == "local":
-        path = tmp_path / ATTEMPTS / name
+    if store == "local":
+        path = Path(run.output) / ATTEMPTS / name
         old = path.stat().st_mtime - attempts.STALE_SECONDS - 1
         os.utime(path, (old, old))
-        assert is_left_behind(run.store, f"{ATTEMPTS}/{name}")
-    assert not list(tmp_path.rglob("clock-*"))
+    else:
+        monkeypatch.setattr(attempts, "STALE_SECONDS", -2.0)  # S3 resolves seconds
+    assert is_left_behind(run.store, f"{ATTEMPTS}/{name}")
+    assert not [file for file in run.store.list("_mmbeam") if file.startswith("clock-")]
 
 
 def test_a_live_process_renews_its_marks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -280,13 +292,14 @@ def test_a_sample_that_ends_its_process_is_one_failure(
 
 
 @pytest.mark.torture
-def test_a_sample_that_ends_its_process_is_one_failure_with_workers(tmp_path: Path) -> None:
+def test_a_sample_that_ends_its_process_is_one_failure_with_workers(output: str, tmp_path: Path) -> None:
     """No mark is left before: the job's own worker processes end, are replaced, and the unit is isolated."""
     make_corpus(tmp_path / "in", {9: "kill in decode"}, number=4)
-    report = make_job(tmp_path / "in", tmp_path / "out", workers=2).execute()
+    report = make_job(tmp_path / "in", output, workers=2).execute()
     assert (report.units_written, report.tally.samples, report.tally.failed) == (4, 24, 1)
-    assert [record["step"] for record in failures(tmp_path / "out")] == ["crash"]
-    assert not list((tmp_path / "out" / ATTEMPTS).iterdir())
+    store = Store(output)
+    assert [record["step"] for name in store.list("failures") for record in read_failures(store, name)] == ["crash"]
+    assert store.list(ATTEMPTS) == {}
 
 
 def test_a_worker_process_error_says_how_it_ended() -> None:

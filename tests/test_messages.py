@@ -132,6 +132,8 @@ MISTAKES = [
     # Runners
     (EMBED + " --runner=FlinkRuner", 2, "--runner FlinkRuner: expected one of *did you mean FlinkRunner?"),
     (EMBED + " --runner dataflow_runner", 2, "--runner dataflow_runner: *did you mean DataflowRunner?"),
+    (EMBED + " --direct_running_mode multi_processing", 2, "--direct_running_mode=multi_processing: *; use --workers"),
+    (EMBED + " --runner=FnApiRunner --direct_running_mode=multi_processing", 2, "--direct_running_mode=multi_proc*"),
     # Outputs of jobs
     ("status {tmp}/nothing", 1, "{tmp}/nothing: not the output of an mmbeam job"),
     ("status {tmp}/empty", 1, "{tmp}/empty: not the output of an mmbeam job"),

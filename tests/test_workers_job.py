@@ -134,7 +134,7 @@ def captions_of(path: Path) -> list[str]:
     [
         (["--runner=FlinkRunner", "--flink_master=[local]"], r"--runner=flink use --parallelism .* --sdk_worker_para"),
         (["--runner=DataflowRunner"], "--runner=dataflow use --num_workers and --max_num_workers"),
-        (["--runner=FnApiRunner"], "--direct_num_workers with --direct_running_mode"),
+        (["--runner=FnApiRunner"], r"--direct_num_workers \(units in flight\)"),
         (["--runner=PrismRunner"], "--runner=prism use its own options, or leave --runner out"),
         (["--direct_num_workers=3"], "mutually exclusive"),
         (["--no_wait_until_finish"], "must wait"),

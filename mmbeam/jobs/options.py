@@ -9,6 +9,7 @@ from typing import Any
 
 from apache_beam.options.pipeline_options import (
     DebugOptions,
+    DirectOptions,
     GoogleCloudOptions,
     PipelineOptions,
     StandardOptions,
@@ -38,7 +39,7 @@ UNITS_PER_DEVICE = 2  # in flight: one computes while the other opens, decodes o
 _INSTEAD = {
     "flink": "--parallelism (units in flight) and --sdk_worker_parallelism (processes of a TaskManager)",
     "dataflow": "--num_workers and --max_num_workers (machines)",
-    "fnapi": "--direct_num_workers with --direct_running_mode",
+    "fnapi": "--direct_num_workers (units in flight)",
     "portable": "the job service's own options, and --sdk_worker_parallelism",
 }
 
@@ -107,7 +108,7 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
     """Return Beam's options. With no runner named it is InProcessRunner, with two units in flight per device.
 
     `devices` is the number of devices that compute. Raises UsageError for an argument that Beam does not know: Beam
-    itself only logs and drops it.
+    itself only logs and drops it. Raises it also for Beam's multi_processing mode.
     """
     parser = argparse.ArgumentParser(allow_abbrev=False, add_help=False, conflict_handler="resolve")
     classes = [PipelineOptions]
@@ -118,6 +119,13 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
     if unknown:
         raise UsageError(f"unknown argument {unknown[0]}: neither mmbeam nor Apache Beam has it (see mmbeam --help)")
     runner = runner_of(args)
+    if (
+        runner in (*IN_PROCESS, "fnapi")
+        and PipelineOptions(list(args)).view_as(DirectOptions).direct_running_mode == "multi_processing"
+    ):
+        raise UsageError(
+            "--direct_running_mode=multi_processing: the job hangs when one of Beam's processes ends; use `workers`"
+        )
     if runner in IN_PROCESS:
         threads = ["--direct_running_mode=multi_threading", f"--direct_num_workers={UNITS_PER_DEVICE * devices}"]
         args = [*threads, *args, f"--runner={RUNNER}"]
