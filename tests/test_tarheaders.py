@@ -241,6 +241,51 @@ class TestProperties:
             assert kept == {pair for pair in whole if pair[0] != name}
             assert sum(len(sample.damages) for sample in samples) + len(reader.failures) == 1
 
+    def test_a_damaged_header_costs_its_own_sample(self) -> None:
+        """Small members of one block or two, so that a wrong size often leads to a header."""
+        source = random.Random(2)
+        for _ in range(400):
+            fields = source.sample(["jpg", "json", "txt"], source.choice([1, 2, 3]))
+            sizes = [source.choice([1, 100, 513, 1500]) for _ in range(4 * len(fields))]
+            names = [f"{number:03}.{name}" for number in range(4) for name in fields]
+            pairs = [(name, name.encode() * 300) for name in names]
+            pairs = [(name, data[:size]) for (name, data), size in zip(pairs, sizes, strict=True)]
+            data = bytearray(write(pairs, source.choice(["gnu", "ustar"])))
+            with tarfile.open(fileobj=io.BytesIO(data)) as tar:
+                member = source.choice(tar.getmembers())
+            begin, key = member.offset, member.name.partition(".")[0]
+            match source.randrange(4):
+                case 0:
+                    data[begin + source.randrange(100, 156)] ^= 1 << source.randrange(8)
+                case 1:
+                    data[begin + 257 : begin + 265] = bytes(8)  # the magic
+                case 2:
+                    data[begin + 124 : begin + 136] = b"%011o\0" % source.choice([0, 4000, 1 << 20])
+                case 3:
+                    data[begin : begin + BLOCK] = source.randbytes(BLOCK)
+            packed = PACK[source.choice(list(PACK))](bytes(data))
+            reader = TarReader(io.BytesIO(packed), "x.tar", everything, Limits())
+            samples = list(reader)
+            intact = [pair for pair in content(samples) if pair[0] != key]
+            assert intact == [pair for pair in grouped(pairs) if pair[0] != key]
+            assert not [sample for sample in samples if sample.key != key and sample.damages]
+            damages = [damage for sample in samples for damage in sample.damages] + reader.failures
+            is_last = member.name == names[-1]  # whose data may end with the shard's marker
+            assert len(damages) == 1 or content(samples) == grouped(pairs) or is_last
+
+    def test_a_legible_name_tells_whose_header_is_damaged(self) -> None:
+        """Also in a shard whose samples have different fields: that of no other sample is missing."""
+        pairs = [("0.jpg", b"0"), ("0.txt", b"0"), ("1.wav", b"1"), ("2.json", b"2"), ("3.jpg", b"3"), ("3.txt", b"3")]
+        for number, (name, _) in enumerate(pairs):
+            data = bytearray(write(pairs))
+            begin = number * 2 * BLOCK
+            data[begin + 257 : begin + 265] = bytes(8)
+            samples = read(bytes(data))
+            assert [(s.key, tuple(s.members)) for s in samples if s.key != name[0]] == [
+                (key, tuple(members)) for key, members in grouped(pairs) if key != name[0]
+            ]
+            assert {sample.key for sample in samples if sample.damages} == {name[0]}
+
     def check_fuzzed(self, data: bytes) -> None:
         try:
             samples = read(data, lambda field: field != "json", member_bytes=100_000)
