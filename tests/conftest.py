@@ -92,3 +92,8 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
                 held[kind] += outcome == "passed"
     for kind, count in tried.items():
         terminalreporter.write_line(f"{kind}: {held[kind]} of {count} cases held")
+    if terminalreporter.config.get_verbosity() > 0:
+        for report in terminalreporter.getreports("passed"):
+            for name, counts in report.user_properties:
+                if name == "device" and report.when == "call":
+                    terminalreporter.write_line(f"a window on a GPU: {counts}")

@@ -15,7 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from fnmatch import fnmatch
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ import torch
 import transformers
 from filelock import FileLock
 from huggingface_hub import errors as hub_errors
-from transformers import AutoConfig
+from transformers import AttentionMaskInterface, AutoConfig
+from transformers.masking_utils import eager_mask, sdpa_mask
 
 from mmbeam.errors import ModelError, UsageError, printable
 from mmbeam.names import SHIPPED_MODEL
@@ -413,6 +414,19 @@ def _check_keys(directory: Path, cls: str, info: Mapping[str, Any], ignore_missi
         )
     if info["unexpected_keys"]:
         logger.info("%s: %d weights are not used by %s", directory, len(info["unexpected_keys"]), cls)
+
+
+def _attention_mask(make: Any, **arguments: Any) -> torch.Tensor | None:
+    """Return transformers' mask. On a GPU, do not read whether it could be left out, which would wait for the GPU."""
+    mask = arguments.get("attention_mask")
+    if mask is not None and mask.is_cuda:
+        arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}
+    made: torch.Tensor | None = make(**arguments)
+    return made
+
+
+for _name, _make in {"sdpa": sdpa_mask, "eager": eager_mask}.items():
+    AttentionMaskInterface.register(_name, partial(_attention_mask, _make))
 
 
 def quiet_transformers() -> None:

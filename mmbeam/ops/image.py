@@ -18,7 +18,7 @@ import torch
 from torch.nn import functional
 
 from mmbeam.errors import LimitError, UsageError
-from mmbeam.ops.transfer import Uploaded, upload_arrays
+from mmbeam.ops.transfer import Uploaded, to_device, upload_arrays
 from mmbeam.types import ImageHWC
 
 Interpolation = Literal["bicubic", "bilinear"]
@@ -132,7 +132,7 @@ def patch_positions(patches: Patches) -> torch.Tensor:
     for row, (down, across) in enumerate(patches.shapes):
         y, x = torch.meshgrid(torch.arange(down), torch.arange(across), indexing="ij")
         positions[row, : down * across] = torch.stack([x.flatten(), y.flatten()], dim=-1)
-    return positions.to(patches.mask_BN.device, non_blocking=True)
+    return to_device(positions, patches.mask_BN.device)
 
 
 def _resized(
@@ -279,9 +279,14 @@ def normalize(pixels_BCHW: torch.Tensor, mean: Sequence[float], std: Sequence[fl
     """Return (pixels * scale - mean) / std per channel, in float32, with `scale` folded into the other two."""
     shape = (-1, *(1 for _ in pixels_BCHW.shape[2:]))
     factor = 1.0 / scale
-    mean_C = (torch.tensor(mean) * factor).to(pixels_BCHW.device, non_blocking=True).view(shape)
-    std_C = (torch.tensor(std) * factor).to(pixels_BCHW.device, non_blocking=True).view(shape)
+    mean_C, std_C = (_channels(tuple(values), factor, pixels_BCHW.device).view(shape) for values in (mean, std))
     return pixels_BCHW.to(torch.float32, copy=True).sub_(mean_C).div_(std_C)
+
+
+@functools.lru_cache(maxsize=64)
+def _channels(values: tuple[float, ...], factor: float, device: torch.device) -> torch.Tensor:
+    with torch.inference_mode(False):  # a cached tensor made in inference mode cannot be used outside it
+        return (torch.tensor(values) * factor).to(device)
 
 
 def patchify(pixels_BCHW: torch.Tensor, side: int) -> torch.Tensor:

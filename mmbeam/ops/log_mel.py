@@ -15,6 +15,7 @@ import torch
 from torch.nn import functional
 
 from mmbeam.ops.audio import MelScale, even_starts, kaldi_filter_bank, mel_filter_bank, power_spectrogram
+from mmbeam.ops.transfer import to_device
 
 BLOCK_FRAMES = 4096  # of a spectrogram are computed at a time: 34 MB at 513 bins in float64
 MIN_POWER = 1e-10  # of Whisper's and CLAP's references: the smallest argument of a logarithm
@@ -139,7 +140,7 @@ def clap_features(windows: Sequence[torch.Tensor], recipe: ClapRecipe) -> tuple[
         mel_BTM = clap_log_mel(torch.stack(list(windows)), recipe)
         return mel_BTM[:, None], torch.zeros(len(windows), 1, dtype=torch.bool, device=mel_BTM.device)
     fused = [_fuse(clap_log_mel(window[None], recipe)[0], recipe) for window in windows]
-    is_longer = torch.tensor([[longer] for _, longer in fused], device=windows[0].device)
+    is_longer = to_device([[longer] for _, longer in fused], windows[0].device)
     return torch.stack([features for features, _ in fused]), is_longer
 
 
@@ -196,7 +197,7 @@ def ast_log_mel(windows: Sequence[torch.Tensor], recipe: AstRecipe) -> torch.Ten
     spectrum_BTF = torch.fft.rfft((frames_BTK - AST_PREEMPHASIS * before_BTK) * hann_K, n=AST_FFT)
     mel_BTM = (spectrum_BTF.abs() ** 2) @ _kaldi_bank(recipe.n_mels, wave_BN.device)
     log_BTM = torch.clamp(mel_BTM, min=AST_FLOOR).log().float()
-    counts = torch.tensor([1 + (len(window) - AST_FRAME) // AST_HOP for window in windows], device=wave_BN.device)
+    counts = to_device([1 + (len(window) - AST_FRAME) // AST_HOP for window in windows], wave_BN.device)
     beyond_BT = torch.arange(recipe.n_frames, device=wave_BN.device) >= counts[:, None]
     return (log_BTM.masked_fill(beyond_BT[..., None], 0.0) - recipe.mean) / recipe.spread
 
@@ -256,7 +257,7 @@ def gemma_log_mel(windows: Sequence[torch.Tensor], recipe: GemmaRecipe) -> tuple
     options = (recipe.n_fft, recipe.n_mels, recipe.low, recipe.high, recipe.sampling_rate)
     bank_MF = _mel_bank(*options, "htk", torch.float64, wave_BN.device)
     log_BTM = (magnitude_BTF @ bank_MF.T + recipe.floor).log().float()
-    counts = torch.tensor([recipe.frames(len(window)) for window in windows], device=wave_BN.device)
+    counts = to_device([recipe.frames(len(window)) for window in windows], wave_BN.device)
     mask_BT = torch.arange(log_BTM.shape[1], device=wave_BN.device) < counts[:, None]
     return log_BTM * mask_BT[..., None], mask_BT
 

@@ -27,9 +27,9 @@ class Uploaded(list[ItemT]):
         self.starts = starts  # of each value in `flat`
 
 
-def to_device(array: np.ndarray[Any, Any] | torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Return a host array on the device, by one copy from pinned memory that does not wait for the device."""
-    tensor = torch.from_numpy(array) if isinstance(array, np.ndarray) else array
+def to_device(values: np.ndarray[Any, Any] | torch.Tensor | Sequence[Any], device: torch.device) -> torch.Tensor:
+    """Return numbers of the host on the device, by one copy from pinned memory that does not wait for the device."""
+    tensor = values if isinstance(values, torch.Tensor) else torch.as_tensor(values)
     if device.type == "cpu":
         return tensor
     host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(tensor)

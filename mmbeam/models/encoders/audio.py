@@ -33,6 +33,7 @@ from mmbeam.ops.log_mel import (
     whisper_log_mel,
     whisper_windows,
 )
+from mmbeam.ops.transfer import to_device
 from mmbeam.types import Waveform
 
 AST_WINDOWS_PER_BATCH = 16  # of 10 s: computing their spectrograms takes 300 MB
@@ -139,7 +140,7 @@ class WhisperEncoder(TransformersEncoder):
                 sums_BD[position] += hidden_LD[:count].float().sum(0)
                 if tokens:
                     frames[position].append(hidden_LD[:count].float())
-        counts_B = torch.tensor([self._frames(len(clip)) for clip in clips], device=self.device)
+        counts_B = to_device([self._frames(len(clip)) for clip in clips], self.device)
         pooled_BD = sums_BD / counts_B[:, None]
         return Encoded(pooled=pooled_BD, tokens=[torch.cat(of_clip) for of_clip in frames] if tokens else None)
 
@@ -213,7 +214,7 @@ class SpeechEncoder(TransformersEncoder):
             longest = len(features[order[len(hidden)]])
             batch = order[len(hidden) : len(hidden) + max(1, SPEECH_FRAMES_PER_BATCH // longest)]
             batch_BTD = pad_sequence([features[position] for position in batch], batch_first=True)
-            lengths_B = torch.tensor([len(features[position]) for position in batch], device=self.device)
+            lengths_B = to_device([len(features[position]) for position in batch], self.device)
             mask_BT = torch.arange(longest, device=self.device) < lengths_B[:, None]
             hidden_BTD = self.model.encoder(batch_BTD, attention_mask=mask_BT).last_hidden_state
             hidden.update(

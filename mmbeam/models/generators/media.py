@@ -14,6 +14,7 @@ from mmbeam.models.recipes import AS_DECODED, read_image_processor, read_image_r
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.ops.log_mel import whisper_log_mel
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import Request
 from mmbeam.types import ImageHWC
 
@@ -49,7 +50,7 @@ class PixelReader:
         if self.recipe is not None:
             return preprocess(images, self.recipe, device, dtype)
         pixels: torch.Tensor = self.processor(images, **AS_DECODED)["pixel_values"]
-        return pixels.to(device, dtype)
+        return to_device(pixels, device).to(dtype)
 
 
 class AudioWindow(NamedTuple):
@@ -99,8 +100,9 @@ class MelReader:
         windows = self.window.cut(requests, device)
         if not windows:
             return None
-        counts = torch.tensor([-(-len(window) // recipe.hop_length) for window in windows], device=device)
-        frames = recipe.n_samples // recipe.hop_length if is_padded else int(counts.max())
+        lengths = [-(-len(window) // recipe.hop_length) for window in windows]
+        counts = to_device(lengths, device)
+        frames = recipe.n_samples // recipe.hop_length if is_padded else max(lengths)
         # The last frame's Fourier window reaches past the frame's end.
         length = min(recipe.n_samples, frames * recipe.hop_length + recipe.n_fft)
         padded = torch.stack([functional.pad(window, (0, length - len(window))) for window in windows])

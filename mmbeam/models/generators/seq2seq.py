@@ -11,7 +11,6 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForSeq2SeqLM
 
 from mmbeam.errors import LimitError, UsageError
@@ -21,6 +20,7 @@ from mmbeam.models.generators.prompts import PromptTokenizer, find_language, lan
 from mmbeam.models.loading import read_config, read_json
 from mmbeam.models.tokenizing import pad
 from mmbeam.names import Task
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import GeneratorSpec, Instruction, Request
 from mmbeam.prompts.turns import one_speaker, write_dialogue
 
@@ -125,7 +125,7 @@ class Seq2SeqGenerator(PretrainedGenerator):
         ):
             start = self.model.generation_config.decoder_start_token_id
             starts = [[start, _language_id(self.tokenizer, request.language or "")] for request in requests]
-            inputs["decoder_input_ids"] = torch.tensor(starts, device=self.device)
+            inputs["decoder_input_ids"] = to_device(starts, self.device)
         return inputs
 
 
