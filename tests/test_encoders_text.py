@@ -267,7 +267,6 @@ def write(path: Path, value: Any) -> None:
         ("2_Dense/config.json", {"out_features": 5}, "weights do not fit"),
         ("2_Dense/config.json", {"out_features": None}, "out_features is None; expected a positive integer"),
         ("config_sentence_transformers.json", {"default_prompt_name": "ask"}, "default_prompt_name is 'ask'"),
-        ("2_Dense/config.json", {"module_input_name": "token_embeddings"}, "module_input_name is 'token_embeddings'"),
         ("sentence_bert_config.json", {"transformer_task": "fill-mask"}, "transformer_task 'fill-mask'"),
         ("sentence_bert_config.json", {"model_args": {"rotary": 1}}, "unsupported options: rotary"),
         ("sentence_bert_config.json", {"modality_config": {"message": {}}}, "modality_config"),

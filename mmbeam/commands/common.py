@@ -394,6 +394,8 @@ def check_model(model: str) -> None:
     """Raise ModelError for a model that is a file, or a path that does not exist, before torch is imported."""
     from mmbeam.readers.paths import is_local
 
+    package, colon, rest = model.partition(":")
+    model = rest if colon and package in ("open_clip", "timm") else model
     path = Path(model).expanduser()
     if not is_local(model) or path.is_dir():
         return

@@ -4,6 +4,8 @@ What the configuration of a family means is defined in encoders/ and generators/
 """
 
 import hashlib
+import importlib
+import importlib.util
 import json
 import logging
 import os
@@ -13,7 +15,7 @@ import tempfile
 import threading
 from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatch
 from functools import cache, partial
 from pathlib import Path
@@ -50,6 +52,8 @@ _DTYPES: Mapping[str, torch.dtype] = {
     "bf16": torch.bfloat16,
 }
 
+PACKAGES = ("open_clip", "timm")  # prefixes of models that run on another package
+
 _SHIPPED_DIRECTORY = Path(__file__).parent / "fusion" / SHIPPED_MODEL
 
 # Buffers that some checkpoints have and others lack; they are computed from the configuration alone.
@@ -68,27 +72,65 @@ class Resolved:
     directory: Path
     revision: str | None  # the commit of a hub model, None for directories
     name: str  # as the user gave it, without @revision and without credentials
+    package: str | None = None  # one of PACKAGES; None: transformers
 
     @property
     def reference(self) -> str:
         """The argument with which `resolve` finds the same files on another machine."""
+        prefix = "" if self.package is None else f"{self.package}:"
         if self.revision is not None:
-            return f"{self.name}@{self.revision}"
+            return f"{prefix}{self.name}@{self.revision}"
         if self.name == SHIPPED_MODEL:
             return SHIPPED_MODEL  # every installation of this package has it
-        return self.name if "://" in self.name else str(self.directory)
+        return prefix + (self.name if "://" in self.name else str(self.directory))
 
 
 def resolve(model: str) -> Resolved:
     """Find or fetch the files of `model`: a directory, a remote directory, a hub name, or "shipped".
 
+    With a prefix, "open_clip:" or "timm:", it may also be a name of that package: "open_clip:ViT-B-32/openai".
+
     A hub name may end in `@revision`, which is resolved to a commit. HF_HUB_OFFLINE is honoured. Raises ModelError,
     also for files that lie outside the directory, and for an adapter without its model.
     """
-    resolved = _find(model)
+    package, model = split_package(model)
+    if package is not None and "://" not in model and not Path(model).expanduser().is_dir():
+        model = _package_repository(package, model)
+    resolved = replace(_find(model), package=package)
     model_files(resolved.directory)
     _check_no_adapter(resolved.directory)
     return resolved
+
+
+def split_package(model: str) -> tuple[str | None, str]:
+    """Return the package that a model's prefix names, None for transformers, and the rest."""
+    package, colon, rest = model.partition(":")
+    return (package, rest) if colon and package in PACKAGES else (None, model)
+
+
+def _package_repository(package: str, model: str) -> str:
+    """Return the hub's repository of a model by its name in the package. Raises ModelError."""
+    name, at, revision = model.partition("@")
+    if importlib.util.find_spec(package) is None:
+        raise ModelError(f"{package}:{model}: needs the package; run `pip install 'mmbeam[{package}]'`")
+    if package == "timm":
+        config = None if "/" in name else importlib.import_module("timm.models").get_pretrained_cfg(name)
+        repository = name if "/" in name else getattr(config, "hf_hub_id", None)
+    else:
+        module, (architecture, _, tag) = importlib.import_module("open_clip"), name.partition("/")
+        if architecture not in module.list_models():
+            return model  # a name of the hub
+        repository = (module.get_pretrained_cfg(architecture, tag).get("hf_hub") or "").rstrip("/")
+    if not repository:
+        raise ModelError(
+            f"{package}:{model}: expected a directory, a hub name, or a model that {package} has on the hub"
+            + (
+                f", such as {architecture}/{tags[0]}"
+                if package == "open_clip" and (tags := module.list_pretrained_tags_by_model(architecture))
+                else ""
+            )
+        )
+    return f"{repository}{at}{revision}"
 
 
 def _find(model: str) -> Resolved:

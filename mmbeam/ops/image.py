@@ -54,6 +54,7 @@ class ImageRecipe:
     size: int | tuple[int, int] | Patching | None  # the shorter side, (height, width), what patching needs, or as is
     interpolation: Interpolation = "bicubic"
     crop: tuple[int, int] | None = None  # height, width, around the centre
+    rounds_crop: bool = False  # where an odd margin is divided: rounded half to even (torchvision), else down
     rounded: bool = True  # whether resized values are rounded to levels; DINOv3's processor rescales first
     scale: float = 1.0  # factor of a level, before the mean is subtracted
     mean: tuple[float, ...] = (0.0, 0.0, 0.0)
@@ -147,7 +148,7 @@ def _resized(
             pixels = pixels.float()
         pixels = resize(pixels, recipe.resized(pixels.shape[-2], pixels.shape[-1]), recipe.interpolation)
         if recipe.crop is not None:
-            pixels = center_crop(pixels, recipe.crop)
+            pixels = center_crop(pixels, recipe.crop, recipe.rounds_crop)
         resized.update(zip(indices, pixels.unbind(), strict=True))
     return [resized[index] for index in range(len(images))]
 
@@ -260,7 +261,7 @@ def pooled_size(height: int, width: int, patching: PooledPatching) -> tuple[int,
     return down, across
 
 
-def center_crop(pixels_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
+def center_crop(pixels_BCHW: torch.Tensor, size: tuple[int, int], rounds: bool = False) -> torch.Tensor:
     """Return the middle `size` (height, width) of images; smaller ones are first padded with black.
 
     If the padding is odd, the extra pixel is at the bottom and the right, as in torchvision and the original CLIP
@@ -271,7 +272,8 @@ def center_crop(pixels_BCHW: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
     if short_y or short_x:
         sides = (short_x // 2, short_x - short_x // 2, short_y // 2, short_y - short_y // 2)
         pixels_BCHW = functional.pad(pixels_BCHW, sides)
-    top, left = (pixels_BCHW.shape[-2] - height) // 2, (pixels_BCHW.shape[-1] - width) // 2
+    margins = (pixels_BCHW.shape[-2] - height, pixels_BCHW.shape[-1] - width)
+    top, left = (round(margin / 2) if rounds else margin // 2 for margin in margins)
     return pixels_BCHW[..., top : top + height, left : left + width]
 
 

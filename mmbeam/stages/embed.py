@@ -260,7 +260,7 @@ def embed_stage(
     Raises ModelError for an unusable model, UsageError if it encodes none of `modalities`.
     """
     resolved = resolve(model)
-    spec = describe(resolved.directory)
+    spec = describe(resolved.directory, resolved.package)
     encoded = tuple(m for m in MODALITIES if m in spec.dims and (modalities is None or m in modalities))
     if not encoded:
         raise UsageError(

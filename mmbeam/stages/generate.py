@@ -305,6 +305,10 @@ def generate_stage(
     Raises ModelError for an unusable model, UsageError for options that contradict each other or the model.
     """
     resolved = resolve(model)
+    if resolved.package is not None:
+        raise UsageError(
+            f"`model` {model}: a model of {resolved.package} writes no texts; expected one of transformers"
+        )
     spec = describe(resolved.directory)
     instruction = make_instruction(spec, task, prompt, language, source_language)
     check_instruction(spec, instruction)

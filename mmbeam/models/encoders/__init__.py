@@ -59,7 +59,11 @@ FAMILIES: Mapping[str, str] = {
     "umt5": "text.TextEncoder",
     "word-vectors": "word_vectors.WordVectorsEncoder",
     "sentence-transformers": "text.TextEncoder",
+    "open_clip": "packages.OpenClipEncoder",
+    "timm": "packages.TimmEncoder",
 }
+# Classes that do what a family cannot: by default with transformers' own processors.
+GENERIC: Mapping[str, str] = {"sentence-transformers": "packages.SentencePackageEncoder"}
 
 READS_MODULES_JSON = ("embedding_gemma2",)  # families whose checkpoints have modules.json too and that read it
 
@@ -76,14 +80,16 @@ def family_of(model_type: str | None, is_generic: bool = False) -> type[Encoder]
             f"unsupported model_type {model_type!r} for embedding; expected one that AutoModel of transformers "
             f"{transformers.__version__} loads{guess}. Code in a checkpoint is never run"
         )
-    path = "auto.AutoEncoder" if is_generic or model_type is None else FAMILIES[model_type]
+    path = GENERIC.get(str(model_type), "auto.AutoEncoder") if is_generic else FAMILIES[str(model_type)]
     module, _, name = path.rpartition(".")
     family: type[Encoder] = getattr(importlib.import_module(f"{__name__}.{module}"), name)
     return family
 
 
-def describe(directory: Path) -> EncoderSpec:
+def describe(directory: Path, package: str | None = None) -> EncoderSpec:
     """Return the spec of a model from the configuration files in `directory`, without loading weights.
+
+    `package` is the one whose files these are, "open_clip" or "timm", if it is not transformers.
 
     A directory with modules.json is a sentence-transformers model, whatever model it wraps (but for
     READS_MODULES_JSON). One with neither modules.json nor config.json has word vectors (word_vectors.py).
@@ -94,11 +100,14 @@ def describe(directory: Path) -> EncoderSpec:
     model_type = config.get("model_type") if (directory / "config.json").exists() else "word-vectors"
     if (directory / "modules.json").is_file() and model_type not in READS_MODULES_JSON:
         model_type = "sentence-transformers"
+    model_type = package or model_type
     try:
         family = family_of(model_type)
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from None
-    if config:  # a sentence-transformers model may have its weights in a folder that modules.json names
+    if (
+        config and package is None
+    ):  # a sentence-transformers model may have its weights in a folder that modules.json names
         check_weights(directory)
     try:
         spec = family.describe(directory, config)
@@ -108,7 +117,12 @@ def describe(directory: Path) -> EncoderSpec:
         except ModelError as second_error:
             logger.info("%s: nor by its own processor: %s", directory, second_error)
             raise error from None
-        spec = replace(spec, notes=(f"{error}; images are preprocessed by the checkpoint's own processor", *spec.notes))
+        by = (
+            "it runs by the package"
+            if model_type in GENERIC
+            else "images are preprocessed by the checkpoint's own processor"
+        )
+        spec = replace(spec, notes=(f"{error}; {by}", *spec.notes), is_generic=True)
     return replace(spec, family=str(model_type))
 
 

@@ -21,6 +21,7 @@ from torch.nn import functional
 
 from mmbeam.errors import ModelError, UsageError, did_you_mean
 from mmbeam.models.loading import check_weights, model_path, read_json
+from mmbeam.models.recipes import RecipeError
 
 logger = logging.getLogger(__name__)
 
@@ -91,8 +92,9 @@ def read_sentence_recipe(directory: Path, inputs: frozenset[str] = TEXT_ONLY) ->
     chain = [_module(directory, module) for module in modules]
     names = [name for name, _ in chain]
     if names[:2] != ["Transformer", "Pooling"] or any(name not in HEAD_MODULES for name in names[2:]):
-        raise ModelError(
-            f"{path}: expected Transformer, Pooling and then any of {', '.join(HEAD_MODULES)}; found {', '.join(names)}"
+        raise RecipeError(
+            f"{path}: expected Transformer, Pooling and then any of {', '.join(HEAD_MODULES)}, or the package "
+            f"sentence-transformers, which runs others; found {', '.join(names)}"
         )
     (_, transformer), (_, pooling), *head = chain
     head = [(name, folder) for name, folder in head if name != "Dropout"]
@@ -100,7 +102,7 @@ def read_sentence_recipe(directory: Path, inputs: frozenset[str] = TEXT_ONLY) ->
         config = read_json(folder, "config.json", required=name != "Normalize")
         for key in ("module_input_name", "module_output_name"):
             if config.get(key, "sentence_embedding") != "sentence_embedding":
-                raise ModelError(f"{folder}/config.json: {key} is {config[key]!r}; expected 'sentence_embedding'")
+                raise RecipeError(f"{folder}/config.json: {key} is {config[key]!r}; expected 'sentence_embedding'")
         if name != "Normalize":
             check_weights(folder)
     general = read_json(directory, "config_sentence_transformers.json", required=False)
@@ -141,7 +143,7 @@ def _transformer_options(directory: Path, inputs: frozenset[str]) -> dict[str, A
     if not _reads_hidden_states(options.get("modality_config"), inputs):
         unsupported.append(f"modality_config {options['modality_config']!r}")
     if unsupported:
-        raise ModelError(f"{directory}: the Transformer module sets unsupported options: {', '.join(unsupported)}")
+        raise RecipeError(f"{directory}: the Transformer module sets unsupported options: {', '.join(unsupported)}")
     return options
 
 
@@ -163,7 +165,7 @@ def _modes(directory: Path, config: Mapping[str, Any]) -> tuple[str, ...]:
         modes = (value,) if isinstance(value, str) else tuple(value)
     unknown = [mode for mode in modes if mode not in POOLINGS]
     if unknown:
-        raise ModelError(f"{directory}/config.json: unknown pooling {unknown}; expected {', '.join(POOLINGS)}")
+        raise RecipeError(f"{directory}/config.json: unknown pooling {unknown}; expected {', '.join(POOLINGS)}")
     return modes
 
 
