@@ -12,11 +12,11 @@ import pytest
 import shards
 
 from mmbeam.config import GPU_WINDOWS, Cleaning, Limits, Reading, Windows
-from mmbeam.process import cores, decoding_paused, reset, use_cores
+from mmbeam.process import MemoryBudget, cores, decoding_paused, reset, use_cores
 from mmbeam.readers import windows as module
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import limited_unit, plan_units
-from mmbeam.readers.windows import Lookahead, ordered_map, prefetch, read_batches
+from mmbeam.readers.windows import HeldBytes, Lookahead, ordered_map, prefetch, read_batches
 from mmbeam.types import Batch, Needs, RawSample, WorkUnit
 
 IMAGES = Needs(modalities=frozenset({"image"}))
@@ -209,3 +209,82 @@ def test_windows_are_larger_on_a_gpu_unless_set() -> None:
     assert [Windows().on(device) for device in ("cpu", "cuda", "cuda:1")] == [Windows(), GPU_WINDOWS, GPU_WINDOWS]
     assert Windows(samples=7).on("cuda:0") == Windows(samples=7)
     assert GPU_WINDOWS.decoded_bytes > Windows().decoded_bytes
+
+
+# The budget of memory for large samples
+
+
+def test_a_budget_is_granted_in_order() -> None:
+    """A large request is not overtaken by smaller ones that would fit; one beyond the budget gets all of it."""
+    budget, granted = MemoryBudget(100), []
+    assert budget.acquire(60) == 60
+    waiting = []
+    for nbytes in (1000, 10, 30):
+        waiting.append(threading.Thread(target=lambda n=nbytes: granted.append(budget.acquire(n))))
+        waiting[-1].start()
+        while len(budget._waiting) < len(waiting):
+            time.sleep(0.001)
+    assert granted == []
+    budget.release(60)
+    waiting[0].join(10)
+    assert granted == [100]
+    budget.release(100)
+    for thread in waiting[1:]:
+        thread.join(10)
+    assert sorted(granted) == [10, 30, 100]
+    assert budget._used == 40
+
+
+@pytest.fixture
+def budget(monkeypatch: pytest.MonkeyPatch) -> MemoryBudget:
+    """Every sample is large: two of them fit into the budget of the process."""
+    budget = MemoryBudget(2 * 64 * 48 * 3)
+    monkeypatch.setattr(module, "_large", budget)
+    monkeypatch.setattr(module, "_LARGE_BYTES", 1)
+    monkeypatch.setattr(module, "_SHARE", budget.nbytes // 2)
+    return budget
+
+
+def test_held_bytes_are_released_when_their_window_is_finished(budget: MemoryBudget) -> None:
+    held = HeldBytes()
+    for index in (0, 0, 1, 3):
+        held.add(index, budget.acquire(10))
+    for index, left in ((0, 40), (1, 20), (2, 10), (3, 10), (4, 0)):
+        held.release_before(index)
+        assert budget._used == left
+    held.add(2, budget.acquire(10))  # the consumer has left it behind
+    assert budget._used == 0
+
+
+def test_large_samples_of_several_units_stay_within_the_budget(budget: MemoryBudget, tmp_path: Path) -> None:
+    """Also if a consumer leaves early. Each of several units gets its samples in order."""
+    unit, peaks = unit_of(tmp_path), []
+    acquire = budget.acquire
+
+    def recorded(nbytes: int) -> int:
+        granted = acquire(nbytes)
+        peaks.append(budget._used)
+        return granted
+
+    budget.acquire = recorded  # type: ignore[method-assign]
+
+    def consume(_: int, most: int = 100) -> list[str]:
+        keys: list[str] = []
+        held = HeldBytes()
+        batches = read_batches(unit, Reading(), IMAGES, Windows(samples=5, decoded_bytes=8_000), held=held)
+        for batch in prefetch(batches, "mmbeam-read-it", held):
+            keys += [sample.key for sample in batch.samples]
+            if len(keys) >= most:
+                break
+        return keys
+
+    with ThreadPoolExecutor(3) as pool:
+        results = list(pool.map(consume, range(3)))
+    assert results == [[truth.key for truth in shards.make_truths(12)]] * 3
+    assert len(consume(0, most=3)) >= 3
+    assert 0 < max(peaks) <= budget.nbytes
+    for _ in range(1000):  # the thread of the reader that was left
+        if budget._used == 0:
+            break
+        time.sleep(0.005)
+    assert budget._used == 0
