@@ -16,7 +16,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from outputs import make_run, make_unit, write_unit
 
-from mmbeam.config import Cleaning, Reading, Windows
+from mmbeam.config import Cleaning, Limits, Reading, Windows
 from mmbeam.errors import MissingModalityError, NoShardsError, ShardError, UsageError
 from mmbeam.features.files import check_columns, feature_files
 from mmbeam.features.read import column_values, read_features
@@ -382,6 +382,21 @@ def test_a_damaged_file_or_another_width_fails_the_unit(tmp_path: Path) -> None:
     assert "cannot be read as Parquet" in batches[-1].unit_error
     path.unlink()
     assert "does not exist" in str(read(unit)[-1].unit_error)
+
+
+@pytest.mark.parametrize("name", ["image_embedding", "text_tokens"])
+def test_a_list_of_more_numbers_than_its_limit_fails_the_unit(name: str, tmp_path: Path) -> None:
+    """A list of one number repeated takes next to nothing in a file."""
+    many = {"image_embedding": [0.0] * 300_000, "text_tokens": [[0.0] * 3] * 100_000}[name]
+    path = write(tmp_path / "a.parquet", [make_row(0), make_row(1, **{name: many}), *map(make_row, range(2, 9))])
+    assert path.stat().st_size < 20_000
+    for limits in (Limits(), Limits(decode_bytes=5_000_000)):
+        batches = read(unit_of(path), reading=Reading(limits=limits))
+        assert (len(samples_of(batches)), batches[-1].unit_error) == (9, None)
+    small = Reading(limits=Limits(decode_bytes=1_000_000))
+    error = read(unit_of(path), reading=small)[-1].unit_error
+    assert error is not None
+    assert re.search(rf"a.parquet: row group 0 has 1 MB of {name}, .*--max-decode-bytes", error)
 
 
 def test_an_empty_file_is_an_empty_unit(tmp_path: Path) -> None:

@@ -124,6 +124,27 @@ def open_counted(file: Shard) -> Iterator[tuple[pq.ParquetFile, ShardStream]]:
             raise ShardError(f"{file.path}: cannot be read as Parquet: {' '.join(str(error).split())}") from error
 
 
+def check_sizes(path: str, parquet: pq.ParquetFile, features: Iterable[FeatureColumn], max_bytes: int) -> None:
+    """Raise ShardError if a row group has more numbers in a column of features than its vectors can hold.
+
+    Lists of one number repeated take next to nothing in a file, so the sizes in its footer show nothing. A column of
+    tokens, and one of vectors of the wrong width, may have `max_bytes` in a row group.
+    """
+    columns = {feature.name: feature for feature in features}
+    leaves = [parquet.schema.column(index).path.partition(".")[0] for index in range(len(parquet.schema))]
+    for number in range(parquet.metadata.num_row_groups):
+        group = parquet.metadata.row_group(number)
+        for index, feature in ((index, columns[name]) for index, name in enumerate(leaves) if name in columns):
+            size = {"FLOAT": 4, "DOUBLE": 8}.get(parquet.schema.column(index).physical_type, 2)
+            nbytes = group.column(index).num_values * size
+            expected = 0 if feature.tokens else group.num_rows * max(1, feature.width) * size
+            if nbytes > max(expected, max_bytes):
+                raise ShardError(
+                    f"{path}: row group {number} has {nbytes / 1e6:,.0f} MB of {feature.name}, expected at most "
+                    f"{max(expected, max_bytes) / 1e6:,.0f} MB; write smaller row groups, or raise --max-decode-bytes"
+                )
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RowGroup:
     """A row group of a file, which is decoded as a whole."""

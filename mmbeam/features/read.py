@@ -16,7 +16,7 @@ from mmbeam.clean.text import clean_text
 from mmbeam.clean.where import compile_where, rejecting_expression
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import JobError, ShardError, UsageError
-from mmbeam.features.files import open_counted
+from mmbeam.features.files import check_sizes, open_counted
 from mmbeam.features.schema import FACTS, IDENTITY, check_schema, widths_of
 from mmbeam.readers.windows import HeldBytes
 from mmbeam.runs.commits import committed, load_reports
@@ -57,7 +57,8 @@ def read_features(
     index, unit_error, cost = 0, None, _Cost()
     inputs_read = [InputRead()] * len(unit.inputs)
     try:
-        for table in _tables(unit, windows, columns, cost, inputs_read):
+        max_bytes = reading.limits.decode_bytes // 4  # of one list: pyarrow takes 4 times as much while it reads it
+        for table in _tables(unit, max_bytes, windows, columns, cost, inputs_read):
             begin = time.perf_counter()
             samples: list[Sample] = []
             failures: list[Failure] = []
@@ -116,7 +117,12 @@ class _Cost:
 
 
 def _tables(
-    unit: WorkUnit, windows: Windows, columns: Sequence[FeatureColumn], cost: _Cost, inputs_read: list[InputRead]
+    unit: WorkUnit,
+    max_bytes: int,
+    windows: Windows,
+    columns: Sequence[FeatureColumn],
+    cost: _Cost,
+    inputs_read: list[InputRead],
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of each window, up to the unit's limit.
 
@@ -125,7 +131,7 @@ def _tables(
     left = unit.limit
     for number, source in enumerate(unit.inputs):
         try:
-            for table in _tables_of(source.shard, windows, columns, cost):
+            for table in _tables_of(source.shard, max_bytes, windows, columns, cost):
                 yield table if left is None else table.slice(0, left)
                 if left is not None:
                     left -= table.num_rows
@@ -139,7 +145,7 @@ def _tables(
 
 
 def _tables_of(
-    shard: Shard, windows: Windows, columns: Sequence[FeatureColumn], cost: _Cost
+    shard: Shard, max_bytes: int, windows: Windows, columns: Sequence[FeatureColumn], cost: _Cost
 ) -> Iterator[pa.RecordBatch]:
     """Yield the rows of each window of one file."""
     with open_counted(shard) as (parquet, stream):
@@ -148,10 +154,13 @@ def _tables_of(
             check_schema(shard.path, schema, {column.name: column for column in columns})
         except UsageError as error:  # the launch accepted the input, so this file differs from the others
             raise ShardError(str(error)) from None
+        check_sizes(shard.path, parquet, columns, max_bytes)
         names = [name for name, is_right in (IDENTITY | FACTS).items() if _has(schema, name, is_right)]
         names += [column.name for column in columns if column.name in schema.names]
-        stored = sum(footer.row_group(number).total_byte_size for number in range(footer.num_row_groups))
-        row_bytes = max(1, stored // max(1, footer.num_rows))
+        groups = [footer.row_group(number) for number in range(footer.num_row_groups)]
+        stored = sum(group.total_byte_size for group in groups)
+        numbers = sum(group.column(index).num_values for group in groups for index in range(group.num_columns))
+        row_bytes = max(1, max(stored, 2 * numbers) // max(1, footer.num_rows))
         rows = max(1, min(windows.samples, windows.decoded_bytes // row_bytes))
         tables = parquet.iter_batches(batch_size=rows, columns=names)
         bytes_before = 0
@@ -211,9 +220,11 @@ def column_values(array: pa.Array, column: FeatureColumn) -> list[Feature | str 
     counts = pc.fill_null(pc.list_value_length(array), 0) if column.tokens else valid.cast(pa.int32())
     widths: npt.NDArray[np.int64] = np.asarray(pc.fill_null(pc.list_value_length(vectors), 0), np.int64)
     right: npt.NDArray[np.bool_] = np.asarray(widths == column.width)
-    numbers = vectors.filter(pa.array(right)).flatten().to_numpy(zero_copy_only=False)
-    matrix = np.full((len(vectors), column.width), np.nan, numbers.dtype)
-    matrix[right] = numbers.reshape(-1, column.width)
+    numbers = (vectors if right.all() else vectors.filter(pa.array(right))).flatten().to_numpy(zero_copy_only=False)
+    matrix = numbers.reshape(-1, column.width)
+    if not right.all():
+        matrix = np.full((len(vectors), column.width), np.nan, numbers.dtype)
+        matrix[right] = numbers.reshape(-1, column.width)
     finite: npt.NDArray[np.bool_] = np.asarray(np.isfinite(matrix).all(axis=1))
     ends = np.cumsum(np.asarray(counts))
     values: list[Feature | str | None] = []
