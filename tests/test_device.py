@@ -7,7 +7,7 @@ results must equal those of the CPU.
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +128,16 @@ def test_a_device_error_ends_both_units_and_is_reported_by_each() -> None:
 # Budgets
 
 ENCODERS: dict[str, tuple[Callable[[Path], Path], int]] = {  # kernels of a window, at most
-    "clip": (save_clip, 160),
-    "metaclip_2": (tiny_models.save_metaclip2, 160),
+    "clip": (save_clip, 145),
+    "metaclip_2": (tiny_models.save_metaclip2, 145),
     "siglip": (tiny_models.save_siglip, 145),
     "siglip2": (tiny_models.save_siglip2, 235),
     "blip": (tiny_models.save_blip, 180),
     "vit": (tiny_models.BACKBONES["vit"], 80),
-    "dinov2": (tiny_models.BACKBONES["dinov2"], 85),
-    "dinov2_with_registers": (tiny_models.BACKBONES["dinov2_with_registers"], 85),
-    "dinov3_vit": (tiny_models.BACKBONES["dinov3_vit"], 85),
-    "dinov3_convnext": (tiny_models.BACKBONES["dinov3_convnext"], 60),
+    "dinov2": (tiny_models.BACKBONES["dinov2"], 70),
+    "dinov2_with_registers": (tiny_models.BACKBONES["dinov2_with_registers"], 70),
+    "dinov3_vit": (tiny_models.BACKBONES["dinov3_vit"], 90),
+    "dinov3_convnext": (tiny_models.BACKBONES["dinov3_convnext"], 68),
     "resnet": (tiny_models.BACKBONES["resnet"], 90),
     "convnext": (tiny_models.BACKBONES["convnext"], 70),
     "convnextv2": (tiny_models.BACKBONES["convnextv2"], 85),
@@ -213,5 +213,26 @@ def test_a_window_of_an_encoder_keeps_its_budget(
     assert gpu.stats["kernels"] <= kernels
     assert gpu.stats["waits for events"] == packs
     assert gpu.stats["copies to the host"] == 2 * packs
-    assert gpu.stats["copies to the device"] <= 3 * packs
+    assert gpu.stats["copies to the device"] <= 4 * packs
     assert sum(count for lines in gpu.sites.values() for count in lines.values()) <= WAITS.get(family, 0), gpu.sites
+
+
+def test_the_number_of_sizes_hardly_adds_kernels(clip: Path, record_property: Callable[[str, object], None]) -> None:
+    """43 pictures of 43 sizes: one kernel per size pads them, and a few resize them together."""
+    samples = tuple(
+        Sample(
+            key=str(number),
+            shard="s.tar",
+            offset=number,
+            present=frozenset({"image"}),
+            image=shards.natural_image(number, 40 + number, 90 - number),
+        )
+        for number in range(43)
+    )
+    with simulated_gpu() as gpu:
+        stage, device = embed_stage(str(clip), modalities=("image",), dtype="float32"), Device("cuda:0")
+        device.run(stage, replace(window(), samples=samples))
+        gpu.stats.clear()
+        device.run(stage, replace(window(), samples=samples))
+    record_property("device", f"43 sizes: {gpu.stats['kernels']} kernels")
+    assert gpu.stats["kernels"] < 43 + 100

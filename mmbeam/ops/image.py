@@ -1,9 +1,10 @@
 """Image kernels: filter, resize, crop, normalise and cut into patches, on any device.
 
 Pure kernels: no I/O, no state. Each equals the reference processor of transformers 5. On a CPU, the torchvision backend
-is matched exactly (DINOv3's, which resizes in float, within 1e-5). The Pillow backend, and both backends on other
-devices, are matched within one of 256 levels (within two in one value of 50,000 where an image is enlarged; the two
-backends differ by as much). models/recipes.py reads a checkpoint's recipe; decoding is in decode/.
+is matched exactly (DINOv3's, which resizes in float, within 1e-5), and the Pillow backend within one of 256 levels, as
+the two backends match each other. On other devices, Pillow's own coefficients are used: one value of 1,000 differs, by
+one level. (Where an image is enlarged, one of 50,000 may differ by two.) models/recipes.py reads a checkpoint's recipe;
+decoding is in decode/.
 
 Shape suffixes: B batch, C channels, H height, W width, N patches, D values of a patch.
 """
@@ -12,8 +13,9 @@ import functools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
+import numpy as np
 import torch
 from torch.nn import functional
 
@@ -26,9 +28,7 @@ PixelFilter = Callable[[torch.Tensor], torch.Tensor]  # uint8 [B, C, H, W] to th
 
 # An image of 1 x 65535 pixels, resized to a shorter side of 224, would have 3.3 billion pixels.
 MAX_RESIZED_PIXELS = 1 << 25
-# CUDA's antialiasing kernel keeps its weights in shared memory, which is too small for the weights of a larger scale.
-MAX_DEVICE_SCALE = 64.0
-
+RESIZED_ELEMENTS = 1 << 26  # values of padded images that are resized together on a GPU: 256 MB in float32
 STRIP_ELEMENTS = 1 << 24  # values of a strip of rows that is filtered at a time, without padding: 64 MB in float32
 
 
@@ -98,8 +98,8 @@ def preprocess(
 ) -> torch.Tensor:
     """Turn images of any sizes, uint8 [H, W, 3], into the model's input [B, 3, height, width] on `device`.
 
-    `pixel_filter` is applied at an image's own resolution. Images of one size are resized together, and all images are
-    normalised together. Raises LimitError for an image that is too narrow.
+    `pixel_filter` is applied at an image's own resolution. On a GPU, all images are resized together. Raises LimitError
+    for an image that is too narrow.
     """
     pixels = torch.stack(_resized(images, recipe, device, pixel_filter))
     return normalize(pixels, recipe.mean, recipe.std, recipe.scale).to(dtype)
@@ -139,84 +139,182 @@ def patch_positions(patches: Patches) -> torch.Tensor:
 def _resized(
     images: Sequence[ImageHWC], recipe: ImageRecipe, device: torch.device, pixel_filter: PixelFilter | None
 ) -> list[torch.Tensor]:
-    """Return each image filtered, resized and cropped, as levels [3, height, width]."""
-    resized: dict[int, torch.Tensor] = {}
-    for indices, pixels in _on_device(images, device):
+    """Return each image filtered, resized and cropped, as levels [3, height, width].
+
+    On a CPU, images are resized one by one without a copy: stacking them would gain nothing.
+    """
+    if device.type != "cpu":
+        return resize_together(upload_images(images, device, recipe), recipe, pixel_filter)
+    resized: list[torch.Tensor] = []
+    for image in images:
+        writeable = image if image.flags.writeable else image.copy()  # torch warns about read-only memory
+        pixels = torch.from_numpy(writeable)[None].permute(0, 3, 1, 2)
         if pixel_filter is not None:
             pixels = pixel_filter(pixels)
         if not recipe.rounded:
             pixels = pixels.float()
-        pixels = resize(pixels, recipe.resized(pixels.shape[-2], pixels.shape[-1]), recipe.interpolation)
+        pixels = resize(pixels, recipe.resized(*image.shape[:2]), recipe.interpolation)
         if recipe.crop is not None:
             pixels = center_crop(pixels, recipe.crop, recipe.rounds_crop)
-        resized.update(zip(indices, pixels.unbind(), strict=True))
-    return [resized[index] for index in range(len(images))]
+        resized.append(pixels[0])
+    return resized
 
 
-def _on_device(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield the images of each size as uint8 [B, 3, H, W] on `device`, with their indices.
+class UploadedImages(Uploaded[ImageHWC]):
+    """Images on a device, images of one size next to each other, with the filters that resize them by `recipe`."""
 
-    On a CPU, images are yielded one by one without a copy: stacking them would gain nothing.
+    recipe: ImageRecipe | None
+    rows: torch.Tensor  # [B, height, 1 + K], see `resize_together`
+    columns: torch.Tensor  # [B, width, 1 + K]
+
+
+def upload_images(
+    images: Sequence[ImageHWC], device: torch.device, recipe: ImageRecipe | None = None
+) -> UploadedImages:
+    """Copy images of any sizes to the device in one transfer, and the filters of `recipe` in two.
+
+    Raises LimitError for an image that is too narrow.
     """
-    if device.type != "cpu":
-        yield from transfer_by_size(images, device)
-        return
-    for index, image in enumerate(images):
-        writeable = image if image.flags.writeable else image.copy()  # torch warns about read-only memory
-        yield [index], torch.from_numpy(writeable)[None].permute(0, 3, 1, 2)
+    if isinstance(images, UploadedImages) and images.recipe == recipe:
+        return images
+    flat = upload_arrays(images, device, [image.shape for image in images])
+    uploaded = UploadedImages(images, flat.flat, flat.starts)
+    uploaded.recipe = recipe
+    if recipe is not None:
+        sizes = [(image.shape[:2], recipe.resized(*image.shape[:2])) for image in images]
+        for (height, width), (new_height, new_width) in sizes:
+            _check_resized(height, width, new_height, new_width)
+        crop = recipe.crop or (None, None)
+        filters = [
+            _filters(
+                [(old[side], new[side]) for old, new in sizes], crop[side], recipe.interpolation, recipe.rounds_crop
+            )
+            for side in (0, 1)
+        ]
+        uploaded.rows, uploaded.columns = (to_device(array, device) for array in filters)
+    return uploaded
 
 
-def transfer_by_size(images: Sequence[ImageHWC], device: torch.device) -> Iterator[tuple[list[int], torch.Tensor]]:
-    """Yield the images of each size as uint8 [B, 3, H, W] on `device`, with their indices, after a single transfer."""
-    uploaded = images if isinstance(images, Uploaded) else upload_images(images, device)
-    groups: dict[tuple[int, ...], list[int]] = {}
-    for index, image in enumerate(images):
-        groups.setdefault(image.shape, []).append(index)
-    for shape, indices in groups.items():
-        start = uploaded.starts[indices[0]]
-        end = start + len(indices) * math.prod(shape)
-        yield indices, uploaded.flat[start:end].view(len(indices), *shape).permute(0, 3, 1, 2)
+def resize_together(
+    images: UploadedImages, recipe: ImageRecipe, pixel_filter: PixelFilter | None = None
+) -> list[torch.Tensor]:
+    """Return each image resized and cropped, float32 levels [3, height, width]: Pillow's result by matrix products.
+
+    Images of any sizes are padded to one size, and multiplied by a matrix per image and direction, which holds Pillow's
+    coefficients. Pillow rounds after each direction, the horizontal one first, unless the image is of floats.
+    """
+    shapes = [image.shape[:2] for image in images]
+    resized: list[torch.Tensor] = []
+    for first, last in _chunks(shapes):
+        height, width = (max(sides) for sides in zip(*shapes[first:last], strict=True))
+        make = torch.empty if len(set(shapes[first:last])) == 1 else torch.zeros
+        padded_BHCW = make(last - first, height, 3, width, device=images.flat.device)
+        row = first
+        while row < last:  # images of one size that follow each other
+            down, across = shapes[row]
+            end = next((other for other in range(row, last) if shapes[other] != (down, across)), last)
+            start, length = images.starts[row], (end - row) * down * across * 3
+            same = images.flat[start : start + length].view(-1, down, across, 3).permute(0, 3, 1, 2)
+            same = same if pixel_filter is None else pixel_filter(same)
+            padded_BHCW[row - first : end - first, :down, :, :across] = same.transpose(1, 2)
+            row = end
+        columns_BWX = _matrices(images.columns[first:last], width).transpose(1, 2)
+        wide_BHX = (padded_BHCW.flatten(1, 2) @ columns_BWX).view(last - first, height, -1)  # X: of all channels
+        wide_BHX = _round(wide_BHX) if recipe.rounded else wide_BHX
+        levels_BYX = _matrices(images.rows[first:last], height) @ wide_BHX
+        levels_BYX = _round(levels_BYX) if recipe.rounded else levels_BYX
+        resized += levels_BYX.view(*levels_BYX.shape[:2], 3, -1).transpose(1, 2).unbind()
+    if recipe.crop is not None:
+        return resized
+    sizes = [recipe.resized(*shape) for shape in shapes]
+    return [levels[:, :height, :width] for levels, (height, width) in zip(resized, sizes, strict=True)]
 
 
-def upload_images(images: Sequence[ImageHWC], device: torch.device) -> Uploaded[ImageHWC]:
-    """Copy images of any sizes to the device, images of one size next to each other."""
-    return upload_arrays(images, device, [image.shape for image in images])
+def _chunks(shapes: Sequence[tuple[int, ...]]) -> Iterator[tuple[int, int]]:
+    """Yield the bounds of runs of images that have at most RESIZED_ELEMENTS values when padded, or of one image."""
+    first, height, width = 0, 0, 0
+    for index, (down, across) in enumerate(shapes):
+        height, width = max(height, down), max(width, across)
+        if index > first and 3 * height * width * (index + 1 - first) > RESIZED_ELEMENTS:
+            yield first, index
+            first, height, width = index, down, across
+    yield first, len(shapes)
+
+
+def _round(levels: torch.Tensor) -> torch.Tensor:
+    return levels.add_(0.5).floor_().clamp_(0, 255)  # halves are rounded up, as in Pillow
+
+
+def _matrices(filters_BXK: torch.Tensor, length: int) -> torch.Tensor:
+    """Return the matrices [B, X, length] of filters as `_filters` returns them."""
+    first_BX1, weights_BXK = filters_BXK[..., :1].long(), filters_BXK[..., 1:]
+    taps_BXK = first_BX1 + torch.arange(weights_BXK.shape[-1], device=filters_BXK.device)
+    matrices = torch.zeros(*weights_BXK.shape[:2], length, device=filters_BXK.device)
+    return matrices.scatter_add_(2, taps_BXK.clamp_(max=length - 1), weights_BXK)  # beyond the image, weights are 0
+
+
+def _filters(
+    sides: Sequence[tuple[int, int]], crop: int | None, interpolation: Interpolation, rounds_crop: bool
+) -> np.ndarray[Any, Any]:
+    """Return the filters that resize lines from old to new lengths and crop them to `crop`, float32 [B, X, 1 + K].
+
+    The first number of a filter is the first pixel that it reads, the others are the weights of K pixels from there.
+    """
+    filters = [_coefficients(old, new, interpolation) for old, new in sides]
+    length = crop or max(len(filter_XK) for filter_XK in filters)
+    together = np.zeros((len(filters), length, max(filter_XK.shape[1] for filter_XK in filters)), np.float32)
+    for row, filter_XK in enumerate(filters):
+        new, taps = filter_XK.shape
+        margin = 0 if crop is None else new - crop
+        before = max(0, -margin // 2)
+        start = max(0, round(margin / 2) if rounds_crop else margin // 2)
+        kept = filter_XK[start : start + length]
+        together[row, before : before + len(kept), :taps] = kept
+    return together
+
+
+@functools.lru_cache(maxsize=1024)
+def _coefficients(old: int, new: int, interpolation: Interpolation) -> np.ndarray[Any, Any]:
+    """Return the filter of each new pixel as `_filters` does: those of Pillow's Resample.c (precompute_coeffs)."""
+    scale = old / new
+    stretch = max(scale, 1.0)
+    support = {"bicubic": 2.0, "bilinear": 1.0}[interpolation] * stretch
+    center_X1 = ((np.arange(new) + 0.5) * scale)[:, None]
+    first_X1 = np.maximum((center_X1 - support + 0.5).astype(np.int64), 0)
+    last_X1 = np.minimum((center_X1 + support + 0.5).astype(np.int64), old)
+    taps_XK = first_X1 + np.arange(int((last_X1 - first_X1).max()))
+    x = np.abs((taps_XK - center_X1 + 0.5) / stretch)
+    if interpolation == "bilinear":
+        weights_XK = np.maximum(0.0, 1.0 - x)
+    else:
+        inner, outer = (1.5 * x - 2.5) * x * x + 1.0, ((-0.5 * x + 2.5) * x - 4.0) * x + 2.0
+        weights_XK = np.where(x < 1, inner, np.where(x < 2, outer, 0.0))
+    weights_XK = weights_XK * (taps_XK < last_X1)
+    weights_XK /= weights_XK.sum(1, keepdims=True)
+    fixed_XK = np.round(weights_XK * (1 << 22)) / (1 << 22)  # Pillow's own precision, which float32 holds
+    return np.concatenate([first_X1, fixed_XK], axis=1).astype(np.float32)
 
 
 def resize(pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation) -> torch.Tensor:
     """Resize uint8 images to (height, width) with antialiasing, as Pillow does; float ones stay unrounded.
 
-    On a CPU this is torch's uint8 kernel, which torchvision uses too. Other devices have no such kernel and use two
-    passes in float32, rounded in between, because Pillow rounds after its horizontal pass.
+    This is torch's kernel, which torchvision uses too. Other devices have none for uint8: see `resize_together`.
     """
     height, width = size
     old_height, old_width = pixels_BCHW.shape[-2:]
     if (height, width) == (old_height, old_width):
         return pixels_BCHW
+    _check_resized(old_height, old_width, height, width)
+    return functional.interpolate(pixels_BCHW, size, mode=interpolation, antialias=True)
+
+
+def _check_resized(old_height: int, old_width: int, height: int, width: int) -> None:
+    """Raise LimitError if the resized image is too large."""
     if height * width > MAX_RESIZED_PIXELS:
         raise LimitError(
             f"an image of {old_width} x {old_height} pixels would be resized to {width} x {height}; "
             f"expected at most {MAX_RESIZED_PIXELS:,} pixels. It is too narrow for this model"
         )
-    device = pixels_BCHW.device
-    if max(old_height / height, old_width / width) > MAX_DEVICE_SCALE:
-        pixels_BCHW = pixels_BCHW.cpu()
-    if pixels_BCHW.device.type == "cpu" or pixels_BCHW.is_floating_point():
-        return functional.interpolate(pixels_BCHW, size, mode=interpolation, antialias=True).to(device)
-    return resize_in_two_passes(pixels_BCHW, size, interpolation)
-
-
-def resize_in_two_passes(
-    pixels_BCHW: torch.Tensor, size: tuple[int, int], interpolation: Interpolation
-) -> torch.Tensor:
-    """Resize like `resize`, on devices without a uint8 kernel."""
-    height, width = size
-    pixels = pixels_BCHW.float()
-    for shape in ((pixels.shape[-2], width), (height, width)):
-        if shape != pixels.shape[-2:]:
-            pixels = functional.interpolate(pixels, shape, mode=interpolation, antialias=True)
-            pixels = (pixels + 0.5).floor_().clamp_(0, 255)  # halves are rounded up, as in Pillow
-    return pixels.to(torch.uint8)
 
 
 def shortest_edge(height: int, width: int, size: int) -> tuple[int, int]:

@@ -90,7 +90,8 @@ class EmbedStage(ModelStage):
                 positions = [index for index in positions if index not in failed]
                 values = [ids for ids in values if ids]
             weights, size, max_weight = self._limits(modality, values)
-            for indices in pack(weights, size, max_weight):
+            widths = [image.shape[1] for image in values] if modality == "image" else None  # equal sizes side by side
+            for indices in pack(weights, size, max_weight, widths):
                 yield Pack(
                     group=modality,
                     positions=[positions[index] for index in indices],

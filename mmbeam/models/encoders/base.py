@@ -16,7 +16,7 @@ from transformers import AutoModel
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tokenizing import TextTokenizer, vocabulary_size
 from mmbeam.names import Modality
-from mmbeam.ops.image import PixelFilter
+from mmbeam.ops.image import ImageRecipe, PixelFilter, upload_images
 from mmbeam.types import ImageHWC, Waveform
 
 WindowT = TypeVar("WindowT")
@@ -136,6 +136,12 @@ class TransformersEncoder(Encoder):
         model = load_pretrained(AutoModel, directory, device, dtype, ignore_missing=cls.optional_weights)
         tokenizer = TextTokenizer(directory) if "text" in spec.dims else None
         return cls(spec, model, cls.read_recipe(directory), tokenizer)
+
+    def prepare(self, modality: Modality, values: Sequence[Any]) -> Any:
+        """On a GPU, return images with the filters that resize them."""
+        if modality != "image" or self.device.type == "cpu" or not isinstance(self.recipe, ImageRecipe):
+            return None
+        return upload_images(values, self.device, self.recipe)
 
     @property
     def tokenizer(self) -> TextTokenizer:
