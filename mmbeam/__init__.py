@@ -1,8 +1,8 @@
 """mmbeam: embeddings and captions for buckets of image-text-audio shards.
 
 Models and rows without a pipeline: load_encoder, load_generator, read_rows, read_sample, FeatureDataset. The steps of a
-pipeline: Plan, ReadShards, ReadFeatures, Embed, Generate, WriteParquet, Rows, Summarize. They are imported with their
-first use, so that `import mmbeam` and `mmbeam --help` are fast.
+pipeline: Plan, ReadShards, ReadFeatures, Embed, Label, Generate, WriteParquet, Rows, Summarize. They are imported with
+their first use, so that `import mmbeam` and `mmbeam --help` are fast.
 """
 
 import importlib
@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from mmbeam.transforms import (
         Embed,
         Generate,
+        Label,
         Plan,
         ReadFeatures,
         ReadShards,
@@ -32,6 +33,7 @@ __all__ = [
     "FeatureDataset",
     "Generate",
     "GeneratorModel",
+    "Label",
     "Plan",
     "ReadFeatures",
     "ReadShards",

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mmbeam.errors import UsageError
-from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind
+from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind, LabelTask, SegmentKind
 
 MIB = 1 << 20
 SAMPLE_MEMBERS = 4  # a sample may hold this multiple of Limits.member_bytes: image, audio, text, metadata
@@ -115,6 +115,18 @@ class Windows:
 
 
 GPU_WINDOWS = Windows(decoded_bytes=256 * MIB, samples=4096)  # 340 pictures of 512 x 512; a batch is 256 samples
+
+
+@dataclass(frozen=True, kw_only=True)
+class Labelling:
+    """What is asked of a labeller. None: by the task and the model."""
+
+    task: LabelTask
+    labels: tuple[str, ...] | None = None  # to look for; or the names of the classes of a model that lacks them
+    templates: tuple[str, ...] | None = None  # of the text about a label, which stands for {}
+    top_k: int | None = None  # labels, objects or segments per sample
+    threshold: float | None = None  # least score
+    segments: SegmentKind | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

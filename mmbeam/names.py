@@ -25,6 +25,19 @@ COLUMN_OF_TASK: Mapping[Task, str] = {  # the column of the generated text
     "dialogue": "reply",
 }
 
+LabelTask = Literal["classify", "zero-shot", "detect", "segment", "tag", "sentiment"]  # what a labeller is asked for
+LABEL_TASKS: tuple[LabelTask, ...] = get_args(LabelTask)
+COLUMN_OF_LABELS: Mapping[LabelTask, str] = {  # the column of the labels
+    "classify": "labels",
+    "zero-shot": "labels",
+    "detect": "objects",
+    "segment": "segments",
+    "tag": "tags",
+    "sentiment": "labels",
+}
+SegmentKind = Literal["semantic", "instance", "panoptic"]  # what a segment is: a class, an object, or either
+SEGMENT_KINDS: tuple[SegmentKind, ...] = get_args(SegmentKind)
+
 Engine = Literal["transformers", "vllm"]  # runs a generator
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 DType = Literal["float32", "float16", "bfloat16"]  # of a model's weights

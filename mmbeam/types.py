@@ -259,7 +259,7 @@ class Failure:
     shard: str
     offset: int
     modality: str  # "image", "audio", "text", "metadata"; "" for the whole sample
-    step: str  # "read", "decode", "embed", "generate", "crash"
+    step: str  # "read", "decode", "embed", "label", "generate", "crash"
     error: str  # name of an exception class
     message: str
     outputs: tuple[str, ...] = ()  # columns lost; empty: every output that depends on `modality`

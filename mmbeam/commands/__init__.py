@@ -25,6 +25,7 @@ COMMANDS = (
     "evaluate",
     "export",
     "inspect",
+    "label",
     "plan",
     "report",
     "rerun",

@@ -6,13 +6,13 @@ from collections.abc import Generator, Sequence
 from mmbeam.errors import UsageError, did_you_mean
 
 ABOUT = "Show what a job will take before it runs: units, samples, time, memory, output and cost. Nothing is written."
-JOBS = ("caption", "embed")
+JOBS = ("caption", "embed", "label")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmbeam plan`."""
     parser.epilog = "Example: mmbeam plan embed --input 'shards/*.tar' --output out --model MODEL --price-per-hour 1.2"
-    parser.add_argument("job", metavar="JOB", help=f"{' or '.join(JOBS)}, followed by its options")
+    parser.add_argument("job", metavar="JOB", help=f"{', '.join(JOBS)}, followed by its options")
     price_argument(parser)
 
 
@@ -33,7 +33,7 @@ def words_of(words: Sequence[str]) -> tuple[list[str], float | None]:
         raise UsageError(f"{error} (see `mmbeam plan --help`)") from error
     if rest[:1] == [] or rest[0] not in JOBS:
         found = rest[0] if rest else "none"
-        raise UsageError(f"JOB: expected {' or '.join(JOBS)}, found {found}{did_you_mean(found, JOBS)}")
+        raise UsageError(f"JOB: expected {', '.join(JOBS)}, found {found}{did_you_mean(found, JOBS)}")
     return [*rest, "--dry-run"], args.price_per_hour
 
 

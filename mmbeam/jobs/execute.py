@@ -33,9 +33,10 @@ from mmbeam.runs.rows import make_rows
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
+from mmbeam.stages.label import LabelStage
 from mmbeam.transforms.plan import Plan, Summarize, summarize
 from mmbeam.transforms.read import ReadFeatures, ReadShards
-from mmbeam.transforms.run_stage import Embed, Generate
+from mmbeam.transforms.run_stage import Embed, Generate, Label
 from mmbeam.transforms.write import WriteParquet
 from mmbeam.types import Needs, RunReport, Shard, Stage, UnitReport, WorkUnit
 
@@ -80,7 +81,8 @@ class Job:
         """Apply the job's transforms to `pipeline`."""
         batches = pipeline | Plan(self.units, self.run) | self._read()  # WorkUnit, Batch
         for number, stage in enumerate(self.stages):
-            step = Generate(stage) if isinstance(stage, GenerateStage) else Embed(stage)
+            step_of = {GenerateStage: Generate, LabelStage: Label}.get(type(stage), Embed)
+            step = step_of(stage)
             batches = batches | f"{type(step).__name__}{getattr(stage, 'name', None) or number}" >> step  # Batch
         here = workers_are_here(self.options.beam_args)
         devices = len(self._devices()) if here else None

@@ -1,11 +1,11 @@
-"""The steps of a job as Beam transforms, each usable alone: Plan, ReadShards or ReadFeatures, Embed, Generate,
-WriteParquet or Rows, Summarize. ToBatches and Rows join them to other sources and sinks (docs/compose.md)."""
+"""The steps of a job as Beam transforms, each usable alone: Plan, ReadShards or ReadFeatures, Embed, Label,
+Generate, WriteParquet or Rows, Summarize. ToBatches and Rows join them to other sources and sinks (docs/compose.md)."""
 
 from mmbeam.transforms.compose import CaptionRows, EmbedRows, Filter, StageHandler, ToBatches, parse_example
 from mmbeam.transforms.plan import Plan, Summarize
 from mmbeam.transforms.read import ReadFeatures, ReadShards
 from mmbeam.transforms.rows import Rows
-from mmbeam.transforms.run_stage import Embed, Generate
+from mmbeam.transforms.run_stage import Embed, Generate, Label
 from mmbeam.transforms.write import BatchCoder, WriteParquet
 
 __all__ = [
@@ -15,6 +15,7 @@ __all__ = [
     "EmbedRows",
     "Filter",
     "Generate",
+    "Label",
     "Plan",
     "ReadFeatures",
     "ReadShards",

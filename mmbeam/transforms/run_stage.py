@@ -1,4 +1,4 @@
-"""Embed and Generate: run a stage on every batch, on the thread that owns the stage's device."""
+"""Embed, Label and Generate: run a stage on every batch, on the thread that owns the stage's device."""
 
 import logging
 import os
@@ -40,6 +40,13 @@ class Embed(beam.PTransform):
         stage = self.dofn.stage
         shown = {name: getattr(stage, name, None) for name in ("model", "digest", "device", "dtype", "batch_size")}
         return {name: public_url(str(value)) for name, value in shown.items() if value is not None}
+
+
+class Label(Embed):
+    """PCollection[Batch] -> PCollection[Batch]: add the classes, objects, segments or tags of each sample.
+
+    It may stand before or behind other steps, which do not affect it. Models and devices are handled as in Embed.
+    """
 
 
 class Generate(Embed):

@@ -1,0 +1,133 @@
+"""The label job end to end: shards in, committed rows of labels out, with failures and resume, and the command."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import shards
+from outputs import is_conserved, read_failures, read_rows
+from tiny_labellers import IMAGES, TEXTS
+
+from mmbeam.cli import main
+from mmbeam.config import Labelling, Windows
+from mmbeam.errors import RunMismatchError
+from mmbeam.jobs.label import LabelOptions, label
+from mmbeam.stages.label import label_stage
+from mmbeam.types import Batch, RunReport, Sample, WorkUnit
+
+
+@pytest.fixture(scope="module")
+def vit(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return IMAGES["vit"](tmp_path_factory.mktemp("models") / "vit")
+
+
+@pytest.fixture(scope="module")
+def bert(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return TEXTS["bert"](tmp_path_factory.mktemp("models") / "bert")
+
+
+def run(tmp_path: Path, model: Path, task: Any = "classify", **changes: Any) -> RunReport:
+    options = LabelOptions(
+        input=(str(tmp_path / "in" / "*.tar"),),
+        output=str(tmp_path / "out"),
+        model=str(model),
+        labelling=Labelling(task=task, top_k=2),
+        device="cpu",
+        batch_size=4,
+        windows=Windows(samples=7),
+    )
+    return label(replace(options, **changes))
+
+
+def test_rows_have_labels_and_bad_images_are_failures(tmp_path: Path, vit: Path) -> None:
+    made = shards.make_hostile(tmp_path / "in")
+    report = run(tmp_path, vit, max_failure_rate=1.0)
+    assert is_conserved(report)
+    rows = {(Path(row["shard"]).stem, row["key"]): row for row in read_rows(tmp_path / "out")}
+    for name, corpus in made.items():
+        for truth in corpus.truths:
+            row = rows.get((name, truth.key))
+            if not truth.bad and truth.size is not None:
+                assert row is not None
+                assert (len(row["labels"]), row["errors"]) == (2, [])
+            elif row is not None and truth.bad:
+                assert row["labels"] is None
+    assert any(record["outputs"] == ["labels"] for record in read_failures(tmp_path / "out"))
+
+
+def test_a_second_run_does_nothing_and_another_labelling_is_an_error(tmp_path: Path, vit: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(8))
+    assert run(tmp_path, vit).units_written == 2
+    before = read_rows(tmp_path / "out")
+    again = run(tmp_path, vit)
+    assert (again.units_written, again.units_kept) == (0, 2)
+    with pytest.raises(RunMismatchError, match="labelling"):
+        run(tmp_path, vit, labelling=Labelling(task="classify", top_k=3))
+    run(tmp_path, vit, overwrite=True, windows=Windows(samples=3), batch_size=3)
+    for row, first in zip(read_rows(tmp_path / "out"), before, strict=True):
+        assert [record["label"] for record in row["labels"]] == [record["label"] for record in first["labels"]]
+
+
+def test_an_image_that_fails_in_the_model_costs_one_record(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    stage = label_stage(str(vit))
+    model = stage.load()
+    compute = model.compute
+
+    def fail_on_black(modality: Any, inputs: Any) -> Any:
+        if any(not image.any() for image in inputs):
+            raise ValueError("black")
+        return compute(modality, inputs)
+
+    monkeypatch.setattr(model, "compute", fail_on_black)
+    samples = tuple(
+        Sample(
+            key=str(number),
+            shard="test",
+            offset=number,
+            present=frozenset({"image"}),
+            image=np.full((40, 40, 3), number, np.uint8),
+            image_size=(40, 40),
+        )
+        for number in range(5)
+    )
+    done = stage.run(model, Batch(unit=WorkUnit(id="test", inputs=()), index=0, last=True, samples=samples))
+    assert [value is None for value in done.features["labels"].to_pylist()] == [True] + [False] * 4
+    [failure] = done.failures
+    assert (failure.key, failure.step, failure.error, failure.outputs) == ("0", "label", "ValueError", ("labels",))
+
+
+def test_the_command_writes_labels_and_counts_tokens(
+    tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(5))
+    args = ["label", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", str(bert)]
+    assert main([*args, "--task", "sentiment", "--device", "cpu", "--top-k", "1", "--where", "text_chars > 0"]) == 0
+    assert "5 labels" in capsys.readouterr().out
+    for row in read_rows(tmp_path / "out"):
+        assert len(row["labels"]) == 1
+        assert row["text_num_tokens"] > 0
+    recorded = json.loads((tmp_path / "out" / "_mmbeam" / "run.json").read_text())
+    assert recorded["configuration"]["labelling"]["top_k"] == 1
+
+
+@pytest.mark.parametrize(
+    ("extra", "words"),
+    [
+        (["--task", "zero-shot"], "--task zero-shot needs --labels to look for"),
+        (["--labels", "a,a"], "--labels a,a: a repeats"),
+        (["--labels", ","], "expected at least one"),
+        (["--segments", "panoptic"], "--segments needs --task segment"),
+        (["--templates", "a {}"], "--templates needs --task zero-shot"),
+        (["--task", "tag"], "which can do classify, sentiment"),
+    ],
+)
+def test_contradictory_arguments(
+    extra: list[str], words: str, tmp_path: Path, bert: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(1), shards=1)
+    args = ["label", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", str(bert)]
+    assert main([*args, *extra]) == 2
+    assert words in capsys.readouterr().err
