@@ -92,10 +92,12 @@ class Reading:
     cleaning: Cleaning = field(default_factory=Cleaning)
     background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
     draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where that is still large enough
+    isolate_decoding: bool = False  # decode in child processes; not part of the fingerprint
 
     def configuration(self) -> dict[str, Any]:
         """Return the values that a fingerprint covers. Limits that 0.1.0 did not have are left out at their default."""
         values = asdict(self)
+        del values["isolate_decoding"]
         for name in ("channels", "metadata_bytes", "decode_bytes"):
             if getattr(self.limits, name) == getattr(Limits, name):
                 del values["limits"][name]

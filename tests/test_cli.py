@@ -93,7 +93,8 @@ def test_limits_are_options_with_units() -> None:
             seconds=0.5,
             channels=2,
         )
-        assert limits_of(parse([command, "--input", "x", "--output", "y"])) == Limits()
+        plain = parse([command, "--input", "x", "--output", "y"])
+        assert (limits_of(plain), plain.isolate_decoding) == (Limits(), False)
 
 
 def check_error(result: Result, status: int, *words: str) -> None:

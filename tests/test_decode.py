@@ -2,13 +2,15 @@
 
 import io
 import json
+import os
 import struct
 import time
 import tracemalloc
 import warnings
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -20,14 +22,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image, ImageOps, features
 
+from mmbeam import decode as decode_module
 from mmbeam.config import Cleaning, FieldMap, Limits, Reading
-from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.decode import decode_apart, decode_sample, wanted_fields
 from mmbeam.decode import image as image_module
 from mmbeam.decode.audio import audio_seconds, decode_audio
+from mmbeam.decode.common import LargeValueError
 from mmbeam.decode.image import decode_image, image_size
 from mmbeam.decode.text import decode_metadata, decode_text
 from mmbeam.errors import DecodeError, FlowError, LimitError, SampleError
 from mmbeam.names import KINDS
+from mmbeam.process import reset
 from mmbeam.types import Damage, Needs, RawSample
 
 LIMITS = Limits()
@@ -936,3 +941,64 @@ class TestFuzz:
 def test_codecs_are_installed() -> None:
     assert features.check("webp")
     assert features.check("libtiff")
+
+
+class Deadly(bytes):
+    """The bytes of a member that end the child process which receives them."""
+
+    def __reduce__(self) -> Any:
+        return os.abort, ()
+
+
+class TestInChildProcesses:
+    ALL = TestSample.ALL
+
+    @pytest.fixture(autouse=True)
+    def ended(self) -> Iterator[None]:
+        yield
+        reset()
+        assert decode_module._idle == []
+
+    def test_the_same_values_and_failures(self) -> None:
+        bad = {"jpg": IMAGES["jpeg"][:500], "wav": b"junk", "txt": b"\xff", "json": b"{"}
+        for members in (TestSample.FIELDS, bad, {"png": IMAGES["png"]}):
+            raw = raw_sample(members)
+            (sample, failures), expected = (
+                decode_apart(raw, Reading(), self.ALL),
+                decode_sample(raw, Reading(), self.ALL),
+            )
+            assert failures == expected[1]
+            assert repr(sample) == repr(expected[0])
+            if sample.image is not None and expected[0].image is not None:
+                assert np.array_equal(sample.image, expected[0].image)
+                assert sample.image.flags.writeable
+        assert len(decode_module._idle) == 1
+
+    def test_a_sample_that_ends_its_process_twice_is_one_failure(self) -> None:
+        good = raw_sample(TestSample.FIELDS)
+        decode_apart(good, Reading(), self.ALL)
+        sample, [failure] = decode_apart(raw_sample({"jpg": Deadly(b"x"), "txt": b"a"}), Reading(), self.ALL)
+        assert (failure.step, failure.error, sample.text, sample.present) == (
+            "crash",
+            "CrashError",
+            None,
+            {"image", "text"},
+        )
+        assert failure.message == "its process was killed by SIGABRT in the step decode, twice with this sample alone"
+        assert decode_apart(good, Reading(), self.ALL)[1] == ()
+
+    def test_an_end_by_chance_costs_no_sample(self) -> None:
+        good = raw_sample(TestSample.FIELDS)
+        decode_apart(good, Reading(), self.ALL)
+        [child] = decode_module._idle
+        child._process.kill()
+        child._process.wait()
+        assert decode_apart(good, Reading(), self.ALL)[1] == ()
+
+    def test_other_errors_are_raised_here(self) -> None:
+        raw = raw_sample(TestSample.FIELDS)
+        with pytest.raises(LargeValueError) as large:
+            decode_apart(raw, Reading(), self.ALL, max_bytes=10)
+        assert large.value.nbytes > 10
+        with pytest.raises(FlowError, match=r"k.jpg is needed but was not read"):
+            decode_apart(replace(raw, members={}), Reading(), self.ALL)

@@ -245,6 +245,17 @@ def budget(monkeypatch: pytest.MonkeyPatch) -> MemoryBudget:
     return budget
 
 
+def test_windows_decoded_in_child_processes_are_the_same(budget: MemoryBudget, tmp_path: Path) -> None:
+    unit = unit_of(tmp_path)
+    batches = read(unit, Reading(isolate_decoding=True), Windows(samples=5, decoded_bytes=8_000))
+    for batch, expected in zip(batches, read(unit, windows=Windows(samples=5, decoded_bytes=8_000)), strict=True):
+        assert [sample.id for sample in batch.samples] == [sample.id for sample in expected.samples]
+        for sample, other in zip(batch.samples, expected.samples, strict=True):
+            np.testing.assert_array_equal(sample.image, other.image)
+    reset()
+    assert budget._used == 0
+
+
 def test_held_bytes_are_released_when_their_window_is_finished(budget: MemoryBudget) -> None:
     held = HeldBytes()
     for index in (0, 0, 1, 3):

@@ -192,6 +192,12 @@ def limit_arguments(parser: argparse.ArgumentParser) -> None:
         shown = f"{default / quantity(f'1{scale}'):g}{scale}{unit}"
         option = f"--max-{name.replace('_', '-')}"
         group.add_argument(option, type=quantity, metavar="N", help=f"{what} (default: {shown})")
+    group.add_argument(
+        "--isolate-decoding",
+        action="store_true",
+        help="decode in child processes, one per core: a codec that crashes costs its sample, and no attempt at its "
+        "unit (70 MB per process, and about twice the CPU time of decoding)",
+    )
 
 
 def limits_of(args: argparse.Namespace) -> "Limits":
@@ -262,7 +268,13 @@ def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str
     check_url("`output`", args.output)
     steps = tuple(args.clean_text.split(",")) if args.clean_text else ()
     cleaning = Cleaning(text=steps, where=tuple(args.where), image_filter=args.image_filter)
-    reading = Reading(fields=fields_of(args), limits=limits_of(args), cleaning=cleaning, draft=args.draft)
+    reading = Reading(
+        fields=fields_of(args),
+        limits=limits_of(args),
+        cleaning=cleaning,
+        draft=args.draft,
+        isolate_decoding=args.isolate_decoding,
+    )
     _check_output(args.output)
     check_steps(steps)
     for where in args.where:

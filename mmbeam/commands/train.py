@@ -260,7 +260,7 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
     names = {field.name for field in fields(TrainOptions)}
     converted = {
         "input": tuple(args.input),
-        "reading": Reading(fields=fields_of(args), limits=limits_of(args)),
+        "reading": Reading(fields=fields_of(args), limits=limits_of(args), isolate_decoding=args.isolate_decoding),
         "modalities": modalities_of(args.modalities),
         "columns": None if args.column is None else tuple(args.column),
         "split_fractions": args.split,

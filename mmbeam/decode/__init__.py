@@ -3,21 +3,34 @@
 Shards are untrusted: any bytes yield a value or a SampleError, in time and memory bounded by the limits. The
 only other exception is MemoryError, a fault of the environment. Decoding is thread-safe, and codecs release
 the GIL.
+
+`decode_apart` does the same in a child process, where a codec that crashes ends nothing else.
 """
 
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
 from typing import Any
 
 from mmbeam.clean.text import clean_text
 from mmbeam.clean.where import where_needs
 from mmbeam.config import Reading
 from mmbeam.decode.audio import audio_seconds, decode_audio
+from mmbeam.decode.common import LargeValueError
 from mmbeam.decode.image import decode_image, image_size
 from mmbeam.decode.text import decode_metadata, decode_text
 from mmbeam.errors import FlowError, SampleError
 from mmbeam.names import KINDS, MODALITIES, Kind
+from mmbeam.process import on_reset
 from mmbeam.types import Audio, Damage, Failure, Needs, RawSample, Sample
+
+_SERVE = "import sys; from mmbeam.decode import serve; serve(int(sys.argv[1]))"
 
 
 def wanted_fields(reading: Reading, needs: Needs) -> Callable[[str], bool]:
@@ -99,3 +112,78 @@ def _decode(kind: Kind, data: bytes, reading: Reading, needs: Needs, max_bytes: 
             return {"metadata": decode_metadata(data, limits)}
     text, steps = decode_text(data, limits), reading.cleaning.text
     return {"text": text, "text_clean": clean_text(text, steps) if steps else None}
+
+
+# In child processes
+
+
+class _Child:
+    """A process that decodes one sample at a time."""
+
+    def __init__(self) -> None:
+        self.connection, theirs = Pipe()
+        command = [sys.executable, "-W", "ignore", "-c", _SERVE, str(theirs.fileno())]
+        with theirs:
+            self._process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=2, pass_fds=[theirs.fileno()])
+
+    def end(self) -> str:
+        """End the process, and return how it ended."""
+        self.connection.close()
+        status = self._process.wait()
+        return f"was killed by {signal.Signals(-status).name}" if status < 0 else f"ended with status {status}"
+
+
+_idle: list[_Child] = []
+
+
+@on_reset
+def _end_children() -> None:
+    while _idle:
+        _idle.pop().end()
+
+
+def decode_apart(
+    raw: RawSample, reading: Reading, needs: Needs, crash: str | None = None, max_bytes: int | None = None
+) -> tuple[Sample, tuple[Failure, ...]]:
+    """Return what `decode_sample` returns, computed in a child process that is idle or new.
+
+    A sample that ends two of them becomes a Failure with the step "crash"; one end may be chance.
+    """
+    for _ in range(2):
+        try:
+            child = _idle.pop()
+        except IndexError:
+            child = _Child()
+        try:
+            child.connection.send((raw, reading, needs, crash, max_bytes))
+            answer = child.connection.recv()
+        except (EOFError, OSError):
+            how = f"its process {child.end()} in the step decode, twice with this sample alone"
+            continue
+        _idle.append(child)
+        if isinstance(answer, int):
+            raise LargeValueError(answer)
+        if isinstance(answer, Exception):
+            raise answer
+        decoded: tuple[Sample, tuple[Failure, ...]] = answer
+        return decoded
+    return decode_sample(raw, reading, needs, how)
+
+
+def serve(descriptor: int) -> None:
+    """Decode what the parent process sends until it is gone."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent too, which ends this process
+    with suppress(OSError):  # if memory is short, the kernel shall kill this process, and not its parent
+        Path("/proc/self/oom_score_adj").write_text("1000")
+    parent = Connection(descriptor)
+    answer: object
+    with suppress(EOFError, OSError):
+        while True:
+            arguments = parent.recv()
+            try:
+                answer = decode_sample(*arguments)
+            except LargeValueError as error:
+                answer = error.nbytes
+            except Exception as error:
+                answer = error
+            parent.send(answer)

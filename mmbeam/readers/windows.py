@@ -19,7 +19,7 @@ from typing import Generic, TypeVar
 
 from mmbeam.clean.where import compile_where, rejecting_expression, where_needs
 from mmbeam.config import MIB, Limits, Reading, Windows
-from mmbeam.decode import decode_sample, wanted_fields
+from mmbeam.decode import decode_apart, decode_sample, wanted_fields
 from mmbeam.decode.common import LargeValueError
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import KIND_OF_EXTENSION, MODALITIES
@@ -247,7 +247,8 @@ def read_batches(
         steps.begin("decode", [raw])
         crash = None if isolation is None else isolation.crashes.get(raw.id)
         try:
-            sample, failures = decode_sample(raw, reading, needs, crash, max_bytes)
+            decode_it = decode_apart if reading.isolate_decoding else decode_sample
+            sample, failures = decode_it(raw, reading, needs, crash, max_bytes)
         except LargeValueError as error:
             return raw, error.nbytes
         skip = rejecting_expression(sample, expressions)
