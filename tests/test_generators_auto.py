@@ -13,11 +13,11 @@ from shards import natural_sound
 from test_families import save_llava
 from tiny_auto import CAPTIONERS
 
-from mmbeam.errors import PromptError
+from mmbeam.errors import ModelError, PromptError
 from mmbeam.jobs.caption import caption_run
 from mmbeam.models.encoders import describe as describe_encoder
 from mmbeam.models.encoders import load as load_encoder
-from mmbeam.models.generators import describe
+from mmbeam.models.generators import auto, describe
 from mmbeam.models.generators.auto import CLASSES, PIECE_SECONDS
 from mmbeam.models.recipes import read_image_processor
 from mmbeam.prompts.ask import Request
@@ -122,6 +122,35 @@ def test_speech_equals_the_processor_and_generate(checkpoints: dict[str, Path], 
     expected = [answer(model, processor(clip, sampling_rate=RATE, return_tensors="pt")) for clip in clips]
     requests = [Request(audio=(clip, RATE), task="transcribe") for clip in clips]
     check(hub.generate(models["moonshine"], requests), expected)
+
+
+@torch.inference_mode()
+def test_a_chat_model_of_audio_equals_its_processor(checkpoints: dict[str, Path], models: dict[str, Any]) -> None:
+    """In generation, and as an encoder by get_audio_features."""
+    clips = [natural_sound(seed, seconds, RATE) for seed, seconds in enumerate((0.5, 1.3))]
+    model, processor = references(checkpoints["glmasr"])
+    expected = []
+    for clip in clips:
+        content = [{"type": "audio", "audio": clip}, {"type": "text", "text": "Transcribe the speech."}]
+        options: dict[str, Any] = {"add_generation_prompt": True, "tokenize": True, "return_dict": True}
+        chat = [{"role": "user", "content": content}]
+        expected.append(answer(model, processor.apply_chat_template(chat, return_tensors="pt", **options)))
+    check(hub.generate(models["glmasr"], [Request(audio=(clip, RATE), task="transcribe") for clip in clips]), expected)
+    spec = describe_encoder(checkpoints["glmasr"])
+    vectors = load_encoder(spec, torch.device("cpu"), torch.float32).encode_audio(clips, [RATE] * 2).pooled
+    for clip, vector in zip(clips, vectors, strict=True):
+        features = processor.feature_extractor(
+            clip, sampling_rate=RATE, return_attention_mask=True, return_tensors="pt"
+        )
+        output = model.get_audio_features(features["input_features"], features["attention_mask"])
+        assert torch.allclose(vector, torch.cat(list(output.pooler_output)).reshape(-1, len(vector)).mean(0), atol=1e-4)
+
+
+def test_beams_need_texts_that_can_be_scored(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(models["git"], "_has_scores", False)
+    monkeypatch.setattr(auto, "score", lambda *_: [0.0])
+    with pytest.raises(ModelError, match="GitForCausalLM cannot score its texts, which `num_beams` needs"):
+        hub.generate(models["git"], [Request(image=IMAGES[0])], num_beams=2)
 
 
 def test_long_speech_is_transcribed_in_pieces(models: dict[str, Any]) -> None:

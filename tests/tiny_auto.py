@@ -176,20 +176,6 @@ AUTO: dict[str, Callable[[Path], Path]] = {
     ),
     "camembert": _text("Camembert", TOWER | POSITIONS, "ForMaskedLM"),
     "ernie": _text("Ernie", TOWER | POSITIONS),
-    "squeezebert": _text(
-        "SqueezeBert",
-        TOWER
-        | POSITIONS
-        | {
-            "embedding_size": 32,
-            "q_groups": 1,
-            "k_groups": 1,
-            "v_groups": 1,
-            "post_attention_groups": 1,
-            "intermediate_groups": 1,
-            "output_groups": 1,
-        },
-    ),
     "gte": _text("Gte", TOWER | POSITIONS),
     "nomic_bert": _text("NomicBert", TOWER | POSITIONS),
     "llama": _decoder("Llama", TOWER | {"num_key_value_heads": 2}),
@@ -224,26 +210,9 @@ AUTO: dict[str, Callable[[Path], Path]] = {
         projection_dim=64,
     ),
     "clipseg": _joint("CLIPSeg", "ViTImageProcessor", TOWER | POSITIONS, VISION, projection_dim=DIM),
-    "chinese_clip": _joint("ChineseCLIP", "ChineseCLIPImageProcessor", TOWER | POSITIONS, VISION, projection_dim=DIM),
-    "groupvit": _joint(
-        "GroupViT",
-        "CLIPImageProcessor",
-        TOWER | POSITIONS,
-        TOWER
-        | {
-            "image_size": SIDE,
-            "patch_size": 16,
-            "depths": [1, 1, 1],
-            "num_group_tokens": [4, 2, 0],
-            "num_output_groups": [4, 2, 0],
-        },
-        projection_dim=DIM,
-        projection_intermediate_dim=32,
-    ),
     "data2vec-audio": _audio(
         "Data2VecAudio", "Data2VecAudioForCTC", TOWER | CONV | {"vocab_size": 8}, "Wav2Vec2FeatureExtractor"
     ),
-    "unispeech": _audio("UniSpeech", "UniSpeechModel", TOWER | CONV, "Wav2Vec2FeatureExtractor"),
     "wav2vec2-conformer": _audio(
         "Wav2Vec2Conformer", "Wav2Vec2ConformerModel", TOWER | CONV | {"hidden_act": "gelu"}, "Wav2Vec2FeatureExtractor"
     ),
@@ -397,10 +366,25 @@ def save_internvl(directory: Path) -> Path:
     return save(transformers.InternVLForConditionalGeneration, config, directory, processor)
 
 
+def save_glmasr(directory: Path) -> Path:
+    """A GLM-ASR: a chat model of audio, whose feature extractor's mask has another name."""
+    marks = ("<|pad|>", "<|begin_of_audio|>", "<|end_of_audio|>")
+    tokenizer = chat_tokenizer(*marks, audio="<|begin_of_audio|><|pad|><|end_of_audio|>")
+    config = transformers.GlmAsrConfig(
+        audio_config=TOWER | {"num_mel_bins": 80, "max_position_embeddings": 100},
+        text_config=TOWER | ids_of(tokenizer) | {"model_type": "llama", "num_key_value_heads": 2},
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"),
+    )
+    extractor = transformers.WhisperFeatureExtractor(feature_size=80, chunk_length=2)
+    processor: Any = transformers.GlmAsrProcessor(extractor, tokenizer, chat_template=tokenizer.chat_template)
+    return save(transformers.GlmAsrForConditionalGeneration, config, directory, processor)
+
+
 CAPTIONERS: dict[str, Callable[[Path], Path]] = {
     "paligemma": save_paligemma,
     "idefics": save_idefics,
     "git": save_git,
     "moonshine": save_moonshine,
     "internvl": save_internvl,
+    "glmasr": save_glmasr,
 }

@@ -125,7 +125,7 @@ class EmbedStage(ModelStage):
         """Return an image, a clip or a text that every working model accepts."""
         if group == "image":
             return good_image()
-        return good_audio() if group == "audio" else model.tokenize(["a"])[0]
+        return good_audio() if group == "audio" else model.tokenize(["a text that every working model encodes"])[0]
 
     def collect(self, model: Encoder, batch: Batch, results: Sequence[PackResults["_Vectors"]]) -> Batch:
         """Return `batch` with this stage's columns, and a Failure for each lost vector."""

@@ -38,6 +38,7 @@ logger = logging.getLogger(__name__)
 
 PIECE_SECONDS = 30  # the longest piece of audio: attention costs the square of the length
 PIECES_PER_BATCH = 8
+GOOD_TEXT = "a text that every working model encodes"
 SIDE = 64  # pixels of the image with which a model is tried
 # Towers of models whose forward takes several modalities together.
 TOWERS: Mapping[Modality, tuple[str, ...]] = {
@@ -50,6 +51,7 @@ MAIN_INPUTS: Mapping[Modality, tuple[str, ...]] = {
     "audio": ("input_values", "input_features", "audio_values"),
     "text": ("input_ids",),
 }
+AUDIO_MASKS = ("input_features_mask", "feature_attention_mask", "padding_mask")
 UNUSED = (r"(^|\.)mask_token$", r"(^|\.)masked_spec_embed$")  # weights that are used in pre-training only
 POOLER = re.compile(r"(^|\.)pooler\.")
 CLASS_TOKEN = re.compile(r"(^|\.)(cls|class)_(token|embedding|embed)s?$")
@@ -88,7 +90,15 @@ class AutoEncoder(Encoder):
         self.poolings: dict[Modality, str] = {}  # how vectors are pooled, for a person; known after the first batch
         self.has_pooler = _has_pooler(Path(spec.directory), model)
         self.has_class_token = any(CLASS_TOKEN.search(name) for name, _ in model.named_parameters())
+        self.audio_mask = self._audio_mask()
         self.token_types = {} if processors.tokenizer is None else processors.tokenizer.special_types()
+
+    def _audio_mask(self) -> str | None:
+        """Return the model's own name for the feature extractor's mask, if it has one."""
+        if "audio" not in self.routes or self.routes["audio"].method == "forward":
+            return None
+        names = inspect.signature(getattr(self.model, self.routes["audio"].method)).parameters
+        return next((name for name in AUDIO_MASKS if name in names), None)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
@@ -121,6 +131,8 @@ class AutoEncoder(Encoder):
         parsed = read_config(directory)
         ignored = UNUSED if _weight_names(directory, POOLER) else (*UNUSED, POOLER.pattern)
         model = _plain(load_pretrained(AutoModel, directory, device, dtype, ignore_missing=ignored))
+        if hasattr(model.config, "mask_ratio"):  # a masked autoencoder leaves out patches at random, even in eval mode
+            model.config.mask_ratio = 0.0
         return cls(spec, model, _read_processors(directory), parsed)
 
     def prepare(self, modality: Modality, values: Sequence[Any]) -> Any:
@@ -143,8 +155,9 @@ class AutoEncoder(Encoder):
         own_rate = int(self.processors.audio.sampling_rate)
         [clip] = to_rate([wave], [rate], own_rate, torch.device("cpu"))
         count = -(-len(clip) // (PIECE_SECONDS * own_rate))
+        options = {} if self.audio_mask is None else {"return_attention_mask": True}
         return [
-            _tensors(self.processors.audio(piece.numpy(), sampling_rate=own_rate, return_tensors="pt"))
+            _tensors(self.processors.audio(piece.numpy(), sampling_rate=own_rate, return_tensors="pt", **options))
             for piece in torch.tensor_split(clip, max(1, count))
         ]
 
@@ -198,10 +211,15 @@ class AutoEncoder(Encoder):
         module = self.model.get_submodule(route.module)
         method = module.forward if route.method == "forward" else getattr(module, route.method)
         names = inspect.signature(method).parameters
+        if modality == "audio" and self.audio_mask is not None:
+            renamed = {"attention_mask": self.audio_mask}
+            inputs = [{renamed.get(name, name): value for name, value in values.items()} for values in inputs]
         shapes: dict[Any, list[int]] = {}
         for position, values in enumerate(inputs):
-            # Of an image that is several tensors (patches and their grid), or several images, the batch is one.
+            # The batch is one for an image that is several tensors (patches and their grid) or several images, and for
+            # audio of which the model selects frames by a mask.
             alone = modality == "image" and (len(values) > 1 or next(iter(values.values())).dim() != 4)
+            alone = alone or (modality == "audio" and self.audio_mask is not None)
             shape = position if alone else tuple((name, value.shape) for name, value in sorted(values.items()))
             shapes.setdefault(shape, []).append(position)
         pooled: dict[int, torch.Tensor] = {}
@@ -230,6 +248,8 @@ class AutoEncoder(Encoder):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Return the vectors [B, D] of an output and its hidden states [B, L, D], if it has those."""
         route, hidden = self.routes[modality], getattr(output, "last_hidden_state", None)
+        if hidden is None and getattr(output, "feature_maps", None):  # of a backbone
+            hidden = output.feature_maps[-1]
         name = type(self.model.get_submodule(route.module)).__name__
         name += "" if route.method == "forward" else f".{route.method}"
         if hidden is not None and hidden.dim() == 4:  # [B, D, H, W] of a convolutional network
@@ -276,7 +296,7 @@ def _tried(encoder: AutoEncoder, is_loaded: bool = False) -> EncoderSpec:
                 wave: Waveform = (0.1 * np.sin(np.arange(16000))).astype(np.float32)
                 encoded = encoder.encode_audio([wave], [16000], tokens=True)
             else:
-                encoded = encoder.encode_text(encoder.tokenize(["a"]), tokens=True)
+                encoded = encoder.encode_text(encoder.tokenize([GOOD_TEXT]), tokens=True)
         except Exception as error:
             if not is_loaded:
                 raise

@@ -11,6 +11,7 @@ whose texts are joined. A text that spells one of the model's own tokens fails: 
 """
 
 import inspect
+import logging
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -35,6 +36,8 @@ from mmbeam.ops.audio import to_rate
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 from mmbeam.types import Waveform
 
+logger = logging.getLogger(__name__)
+
 # model_type: the class of transformers.
 SPEECH: Mapping[str, str] = {
     name: cls
@@ -56,6 +59,7 @@ class AutoGenerator(PretrainedGenerator):
         super().__init__(spec, model)
         self.processor = _read_processor(Path(spec.directory))
         self._lock = Lock()  # its tokenizer has states, which two threads may not change
+        self._has_scores = False  # whether `score` was found to agree with greedy decoding
         self.is_chat = _template(self.processor) is not None
         own = self.processor.tokenizer
         added = (token.content for token in own.added_tokens_decoder.values() if token.special)
@@ -151,6 +155,8 @@ class AutoGenerator(PretrainedGenerator):
                     f"a prompt of {joined['input_ids'].shape[1]:,} tokens and {decoding.limit} new ones; expected at "
                     f"most {limit:,} together"
                 )
+            if decoding.num_beams > 1:
+                self._check_scores(joined)
             seeds = [(requests[parts[position][0]].seed + parts[position][1]) % 2**64 for position in positions]
             done.update(zip(positions, decode(self.model, joined, decoding, seeds), strict=True))
         texts: list[list[Generated]] = [[] for _ in requests]
@@ -168,6 +174,27 @@ class AutoGenerator(PretrainedGenerator):
             score(self.model, self._join(pieces), [text.token_ids])[0]
             for pieces, text in zip(inputs, texts, strict=True)
         ]
+
+    def _check_scores(self, inputs: Inputs) -> None:
+        """Raise ModelError if `score`, which beam search needs, disagrees with greedy decoding: once per model."""
+        if self._has_scores:
+            return
+        rows = len(next(iter(inputs.values())))
+        greedy = decode(self.model, inputs, Decoding(max_new_tokens=2), [0] * rows)
+        try:
+            scores = score(self.model, inputs, [tokens.token_ids for tokens in greedy])
+        except (RuntimeError, ValueError, TypeError) as error:
+            scores = [math.nan]
+            logger.info("%s: texts cannot be scored: %s", self.spec.directory, error)
+        if not all(
+            math.isclose(left, tokens.logprob, rel_tol=0.02, abs_tol=0.02)
+            for left, tokens in zip(scores, greedy, strict=False)
+        ):
+            raise ModelError(
+                f"{self.spec.directory}: {type(self.model).__name__} cannot score its texts, which `num_beams` needs; "
+                "use greedy decoding"
+            )
+        self._has_scores = True
 
     def _words(self, request: Request) -> str:
         """Return the prompt of a request that is not a dialogue."""
