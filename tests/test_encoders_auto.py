@@ -9,7 +9,7 @@ import torch
 from encoder_checks import edit_json, load_encoder
 from pictures import pictures
 from shards import natural_sound
-from tiny_auto import AUTO
+from tiny_auto import AUTO, Checkpoints
 from tiny_models import BACKBONES
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
@@ -44,14 +44,17 @@ IMAGE |= {"deit": lambda output: output.last_hidden_state[:, 0], "poolformer": m
 TEXT: dict[str, Any] = {"camembert": mean, "gte": mean, "nomic_bert": mean, "bart": mean, "modernbert": mean}
 TEXT |= {"ernie": pooled, "llama": lambda output: output.last_hidden_state[:, -1]}
 JOINT = ("altclip", "align", "clipseg")
-AUDIO = ("data2vec-audio", "wav2vec2-conformer", "wav2vec2-bert", "moonshine", "parakeet_ctc")
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     quiet_transformers()
-    root = tmp_path_factory.mktemp("auto")
-    return {name: build(root / name) for name, build in AUTO.items()}
+    return Checkpoints(tmp_path_factory.mktemp("auto"), AUTO)
+
+
+def some(*names: str, torture: str) -> list[Any]:
+    """Parametrise by the names; those of `torture` run with `make torture` only, since each takes a second."""
+    return [*names, *(pytest.param(name, marks=pytest.mark.torture) for name in torture.split())]
 
 
 def reference(directory: Path) -> Any:
@@ -70,8 +73,13 @@ def check(vectors: torch.Tensor, expected: list[torch.Tensor]) -> None:
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", [*IMAGE, *JOINT])
-def test_images_equal_transformers_one_by_one(name: str, checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "name",
+    some(
+        "swin", "beit", "deit", "efficientnet", "poolformer", "altclip", "align", torture="swinv2 regnet hiera clipseg"
+    ),
+)
+def test_images_equal_transformers_one_by_one(name: str, checkpoints: Checkpoints) -> None:
     encoder, model = load_encoder(checkpoints[name], CPU), reference(checkpoints[name])
     processor = AutoImageProcessor.from_pretrained(checkpoints[name], backend="pil")
     method = model.get_image_features if name in JOINT else model
@@ -87,8 +95,11 @@ def test_images_equal_transformers_one_by_one(name: str, checkpoints: dict[str, 
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", [*TEXT, *JOINT])
-def test_texts_equal_transformers_one_by_one(name: str, checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "name",
+    some("camembert", "ernie", "gte", "bart", "llama", "altclip", "align", torture="modernbert nomic_bert clipseg"),
+)
+def test_texts_equal_transformers_one_by_one(name: str, checkpoints: Checkpoints) -> None:
     encoder, model = load_encoder(checkpoints[name], CPU), reference(checkpoints[name])
     tokenizer = AutoTokenizer.from_pretrained(checkpoints[name])
     options: dict[str, Any] = {"truncation": True, "max_length": encoder.spec.max_text_tokens, "return_tensors": "pt"}
@@ -100,8 +111,10 @@ def test_texts_equal_transformers_one_by_one(name: str, checkpoints: dict[str, P
 
 
 @torch.inference_mode()
-@pytest.mark.parametrize("name", AUDIO)
-def test_sounds_equal_transformers_one_by_one(name: str, checkpoints: dict[str, Path]) -> None:
+@pytest.mark.parametrize(
+    "name", some("data2vec-audio", "moonshine", "parakeet_ctc", torture="wav2vec2-conformer wav2vec2-bert")
+)
+def test_sounds_equal_transformers_one_by_one(name: str, checkpoints: Checkpoints) -> None:
     encoder, model = load_encoder(checkpoints[name], CPU), reference(checkpoints[name])
     extractor = AutoFeatureExtractor.from_pretrained(checkpoints[name])
     inputs = [extractor(clip, sampling_rate=RATE, return_tensors="pt") for clip in CLIPS]
@@ -110,7 +123,7 @@ def test_sounds_equal_transformers_one_by_one(name: str, checkpoints: dict[str, 
     assert encoder.spec.sampling_rate == RATE
 
 
-def test_long_audio_is_encoded_in_pieces(checkpoints: dict[str, Path]) -> None:
+def test_long_audio_is_encoded_in_pieces(checkpoints: Checkpoints) -> None:
     encoder = load_encoder(checkpoints["moonshine"], CPU)
     clip = natural_sound(9, 2 * PIECE_SECONDS, RATE)
     whole = encoder.encode_audio([clip], [RATE]).pooled
@@ -118,7 +131,7 @@ def test_long_audio_is_encoded_in_pieces(checkpoints: dict[str, Path]) -> None:
     assert torch.allclose(whole[0], halves.mean(0), atol=1e-5)
 
 
-def test_the_run_states_how_vectors_are_pooled(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_the_run_states_how_vectors_are_pooled(checkpoints: Checkpoints, tmp_path: Path) -> None:
     stage = embed_stage(str(checkpoints["deit"]))
     [note] = embed_run(str(tmp_path / "out"), [stage]).recorded["notes"]
     assert "deit has no family of its own: it runs by AutoModel" in note
@@ -126,7 +139,7 @@ def test_the_run_states_how_vectors_are_pooled(checkpoints: dict[str, Path], tmp
 
 
 def test_a_stage_runs_the_processor_before_the_device(
-    checkpoints: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+    checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     samples = tuple(
         Sample(key=str(offset), shard="s", offset=offset, present=frozenset({"image"}), image=image)
@@ -176,7 +189,7 @@ def test_a_checkpoint_with_code_is_never_run(tmp_path: Path) -> None:
         describe(tmp_path)
 
 
-def test_without_a_processor_the_error_says_what_is_missing(checkpoints: dict[str, Path], tmp_path: Path) -> None:
+def test_without_a_processor_the_error_says_what_is_missing(checkpoints: Checkpoints, tmp_path: Path) -> None:
     for path in checkpoints["swin"].iterdir():
         if path.name != "preprocessor_config.json":
             (tmp_path / path.name).write_bytes(path.read_bytes())

@@ -1,6 +1,6 @@
 """Tiny checkpoints of architectures without a family here, from their configurations."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +107,19 @@ CONV: dict[str, Any] = {
     "num_conv_pos_embedding_groups": 2,
 }
 POSITIONS = {"max_position_embeddings": 64}
+
+
+class Checkpoints(dict[str, Path]):
+    """The directories of checkpoints, each built when it is first asked for."""
+
+    def __init__(self, root: Path, builders: Mapping[str, Callable[[Path], Path]]) -> None:
+        super().__init__()
+        self.root, self.builders = root, builders
+
+    def __missing__(self, name: str) -> Path:
+        self[name] = self.builders[name](self.root / name)
+        return self[name]
+
 
 AUTO: dict[str, Callable[[Path], Path]] = {
     "swin": _image("Swin", "ViTImageProcessor", STAGED, "ForImageClassification", size=SQUARE),
