@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 from threading import Lock
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -39,6 +39,13 @@ _ENOUGH_CHARS = 4096  # of a text, tokenized at first; or this many per token th
 _CHARS_PER_TOKEN = 16
 _CUT_TOKENS = 64  # at the end of a text, which a cut there may change
 _MAX_TOKENS = 8192  # if neither tokenizer nor configuration sets a limit (relative positions)
+
+
+class Tokens(NamedTuple):
+    """The tokens of a text, special tokens included."""
+
+    ids: list[int]
+    offsets: list[tuple[int, int] | None]  # of their first character and behind their last one; None: a special token
 
 
 class TextTokenizer:
@@ -92,6 +99,40 @@ class TextTokenizer:
         keeps_end = self._tokenizer.truncation_side == "left"
         parts = [enough_text(text, max_length, self._count, keeps_end) for text in texts]
         return [ids for group in _groups(parts) for ids in self._ids(group, truncation=True, max_length=max_length)]
+
+    def check_offsets(self, directory: Path) -> None:
+        """Raise ModelError if the tokenizer does not know the characters of its tokens."""
+        if not self._tokenizer.is_fast:
+            raise ModelError(
+                f"{directory}: its tokenizer, {type(self._tokenizer).__name__}, does not tell where in a text a token "
+                "is; expected one with tokenizer.json"
+            )
+
+    def encode_with_offsets(self, texts: Sequence[str], max_length: int) -> list[Tokens]:
+        """Return the tokens of each text as `encode` does, with their places in the text."""
+        keeps_end = self._tokenizer.truncation_side == "left"
+        encoded: list[Tokens] = []
+        for text in texts:
+            part = enough_text(text, max_length, self._count, keeps_end)
+            shift = len(text) - len(part) if keeps_end else 0
+            with self._lock:
+                values = self._tokenizer(
+                    part,
+                    truncation=True,
+                    max_length=max_length,
+                    split_special_tokens=True,
+                    return_offsets_mapping=True,
+                    return_special_tokens_mask=True,
+                )
+            ids: list[int] = []
+            offsets: list[tuple[int, int] | None] = []
+            names = ("input_ids", "offset_mapping", "special_tokens_mask")
+            for token, (start, end), special in zip(*(values[name] for name in names), strict=True):
+                if special or token not in self._spellable:
+                    ids.append(token)
+                    offsets.append(None if special else (start + shift, end + shift))
+            encoded.append(Tokens(ids, offsets))
+        return encoded
 
     def count(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, not truncated, without special tokens. See count_in_pieces."""

@@ -36,6 +36,19 @@ HEADS: Sequence[Head] = (
         ("classify", "sentiment"),
         "classify.TextClassifier",
     ),
+    Head(auto.MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES.values(), ("detect",), "detect.Detector"),
+    Head(
+        tuple(f"{name}ForObjectDetection" for name in ("OwlViT", "Owlv2", "GroundingDino", "MMGroundingDino")),
+        ("detect",),
+        "detect.OpenDetector",
+    ),
+    Head(auto.MODEL_FOR_SEMANTIC_SEGMENTATION_MAPPING_NAMES.values(), ("segment",), "segment.SemanticSegmenter"),
+    Head(
+        ("Mask2FormerForUniversalSegmentation", "MaskFormerForInstanceSegmentation"),
+        ("segment",),
+        "segment.UniversalSegmenter",
+    ),
+    Head(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(), ("tag",), "tag.Tagger"),
 )
 ZERO_SHOT = "zero_shot.ZeroShotClassifier"  # runs any encoder that embeds texts and another modality in one space
 

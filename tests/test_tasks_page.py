@@ -1,0 +1,43 @@
+"""The examples of docs/tasks.md, with tiny models in directories of the hub's names."""
+
+import re
+import shlex
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from tiny_clip import save_clip
+from tiny_labellers import DETECTORS, IMAGES, SEGMENTERS, SOUNDS, TAGGERS, TEXTS, save_owlv2
+
+from mmbeam.cli import main
+from mmbeam.corpus.write import write_corpus
+
+PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
+MODELS: dict[str, Callable[[Path], object]] = {
+    "google/vit-base-patch16-224": IMAGES["vit"],
+    "MIT/ast-finetuned-audioset-10-10-0.4593": SOUNDS["ast"],
+    "distilbert/distilbert-base-uncased-finetuned-sst-2-english": TEXTS["distilbert"],
+    "openai/clip-vit-base-patch32": save_clip,
+    "facebook/detr-resnet-50": DETECTORS["detr"],
+    "google/owlv2-base-patch16-ensemble": save_owlv2,
+    "nvidia/segformer-b0-finetuned-ade-512-512": SEGMENTERS["segformer"],
+    "facebook/mask2former-swin-tiny-coco-instance": SEGMENTERS["mask2former"],
+    "dslim/bert-base-NER": TAGGERS["bert"],
+}
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filter has all zero values")
+@pytest.mark.filterwarnings("ignore:__array__ implementation doesn't accept a copy keyword")
+def test_every_example_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_corpus(tmp_path / "shards", samples=4, shards=1, image_side=64, rate=8000)
+    for name, save in MODELS.items():
+        save(tmp_path / name)
+    monkeypatch.chdir(tmp_path)
+    commands = "".join(re.findall(r"```console\n(.*?)```", PAGE, re.DOTALL)).replace("\\\n", "").splitlines()
+    assert len(commands) == len(MODELS)
+    for command in commands:
+        _, program, *arguments = shlex.split(command)
+        assert program == "mmbeam"
+        assert main([*arguments, "--device", "cpu"]) == 0, command
+    [example] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
+    exec(example, {})
