@@ -152,9 +152,7 @@ def test_a_chat_model_of_audio_equals_its_processor(checkpoints: Checkpoints, mo
 def test_beams_need_texts_that_can_be_scored(models: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(models["paligemma"], "_has_scores", False)
     monkeypatch.setattr(auto, "score", lambda *_: [0.0])
-    with pytest.raises(
-        ModelError, match="cannot score its texts, which `num_beams` needs"
-    ):
+    with pytest.raises(ModelError, match="cannot score its texts, which `num_beams` needs"):
         hub.generate(models["paligemma"], [Request(image=IMAGES[0])], num_beams=2)
 
 

@@ -1,6 +1,7 @@
 """Captioners: real tiny models, saved and loaded, compared with their own processors and `generate`."""
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +189,16 @@ def test_florence_needs_the_number_of_image_tokens(tmp_path: Path) -> None:
 
 def test_bfloat16(name: str, saved: dict[str, Path]) -> None:
     hub.check_bfloat16(saved[name], requests_of(name))
+
+
+def test_the_spec_says_that_the_checkpoints_own_processor_is_used(saved: dict[str, Path], tmp_path: Path) -> None:
+    directory = shutil.copytree(saved["blip"], tmp_path / "blip")
+    assert describe(directory).notes == ()
+    name = next(name for name in ("preprocessor_config.json", "processor_config.json") if (directory / name).is_file())
+    content = json.loads((directory / name).read_text())
+    content.get("image_processor", content)["resample"] = 1
+    (directory / name).write_text(json.dumps(content))
+    [note] = describe(directory).notes
+    assert (
+        "has resample 1; expected 2 (bilinear) or 3 (bicubic); images are preprocessed by the checkpoint's own" in note
+    )

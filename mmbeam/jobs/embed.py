@@ -148,7 +148,14 @@ def embed_run(
     configuration = {
         "task": "embed",
         "output_version": OUTPUT_VERSION,
-        "models": {_label(stage): {"family": stage.spec.family, "digest": stage.digest} for stage in stages},
+        "models": {
+            _label(stage): {
+                "family": stage.spec.family,
+                "digest": stage.digest,
+                **({"generic": True} if stage.spec.is_generic else {}),
+            }
+            for stage in stages
+        },
         "columns": [column.name for stage in stages for output in stage.outputs for column in output.columns],
         "modalities": {_label(stage): list(stage.modalities) for stage in stages},
         "dtype": dtype_name(stages[0].dtype, stages[0].device),

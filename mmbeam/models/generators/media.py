@@ -35,10 +35,12 @@ class PixelReader:
         """Raises ModelError if the processor's file is missing or broken."""
         self.processor: Any = read_image_processor(directory)
         self.recipe: ImageRecipe | None = None
+        self.notes: tuple[str, ...] = ()  # what the summary says of it
         try:
             self.recipe = read_image_recipe(directory)
         except ModelError as error:
             logger.info("images are preprocessed on the CPU: %s", error)
+            self.notes = (f"{error}; images are preprocessed by the checkpoint's own processor",)
 
     @property
     def shorter_side(self) -> int | None:

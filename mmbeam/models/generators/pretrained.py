@@ -126,8 +126,10 @@ class ImageGenerator(PretrainedGenerator):
     @classmethod
     def make_spec(cls, directory: Path, **fields: Any) -> GeneratorSpec:
         """Return the spec of a model that takes an image and a prompt, unless `fields` differ. Checks its files."""
-        shared = {"modalities": ("image", "text"), "required": ("image",), "takes_prompt": True}
-        return super().make_spec(directory, image_side=PixelReader(directory).shorter_side, **{**shared, **fields})
+        shared: dict[str, Any] = {"modalities": ("image", "text"), "required": ("image",), "takes_prompt": True}
+        pixels = PixelReader(directory)
+        shared |= {"image_side": pixels.shorter_side, "notes": pixels.notes}
+        return super().make_spec(directory, **{**shared, **fields})
 
     def pixels(self, requests: Sequence[Request]) -> torch.Tensor:
         """Return the preprocessed images, [B, 3, height, width]."""
