@@ -351,6 +351,44 @@ class TestImage:
         with pytest.raises(LimitError, match=f"{format} of .* pixels"):
             decode_image(data, Limits(pixels=100))
 
+    @pytest.mark.parametrize(("magic", "largest"), [(b"P6", 65535), (b"P6", 100), (b"P5", 1000), (b"P5", 7)])
+    def test_ppm_of_another_largest_value(self, magic: bytes, largest: int) -> None:
+        """Its numbers are scaled as by Pillow."""
+        kind = np.dtype(">u2" if largest > 255 else "u1")
+        count = 40 * 30 * (3 if magic == b"P6" else 1)
+        numbers = np.random.default_rng(0).integers(0, min(largest + 5, np.iinfo(kind).max), count).astype(kind)
+        data = magic + b"\n# made by a test\n40 30\n%d\n" % largest + numbers.tobytes()
+        expected = opened(data)
+        if expected.mode == "I":
+            expected = Image.fromarray(((np.asarray(expected) + 128) // 257).astype(np.uint8))
+        np.testing.assert_array_equal(decode_image(data, LIMITS)[0], np.asarray(expected.convert("RGB")))
+        with pytest.raises(DecodeError, match="truncated PPM"):
+            decode_image(data[:-1], LIMITS)
+
+    def test_images_that_would_take_minutes(self) -> None:
+        """Each took half a minute, for 50 MB: bytes read one by one, numbers decoded one by one, joined one by one."""
+        jpeg = IMAGES["jpeg"]
+        comment = b"P6\n#" + b"x" * 20_000_000
+        exif = jpeg[:2] + (b"\xff\xe1\xff\xffExif\0\0" + bytes(65527)) * 300 + jpeg[2:]
+        wide = b"P6\n2000 1000\n65535\n" + bytes(2000 * 1000 * 6)
+        chunks = IMAGES["png"][:33] + bytes(1_200_100)
+        gif = IMAGES["gif"]
+        comments = gif[:13] + gif[13 : 13 + (3 << (gif[10] & 7) + 1)] + b"!\xfe\x01x\0" * 100_001
+        begin = time.process_time()
+        for data, error in (
+            (comment, "no header in its first 65,536 bytes"),
+            (b"P3\n2000 1001\n255\n" + b"1 " * 100, "PPM of text of 2,000 x 1,001 pixels, at most 2,000,000"),
+            (chunks, "more than 100,000 chunks"),
+            (comments, "more than 100,000 chunks"),
+        ):
+            with pytest.raises(SampleError, match=error):
+                decode_image(data, LIMITS)
+        assert decode_image(exif, LIMITS)[1] == (96, 64)
+        assert decode_image(wide, LIMITS)[1] == (2000, 1000)
+        with pytest.raises(LimitError, match="WAV of more than 100,000 chunks"):
+            audio_seconds(SOUNDS["wav 16"][:12] + bytes(800_100), LIMITS)
+        assert time.process_time() - begin < 10
+
     def test_avif_without_its_codec(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(image_module._OPENERS, "AVIF")  # type: ignore[attr-defined]
         with pytest.raises(DecodeError, match="AVIF is not supported by the installed Pillow"):

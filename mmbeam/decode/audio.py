@@ -43,6 +43,7 @@ _UNKNOWN_FRAMES = 1 << 60  # libsndfile's count for a FLAC that was written to a
 # A data size of at least this means unknown: programs that write to a pipe (sox, ffmpeg) cannot fill in the real size.
 _UNKNOWN_SIZE = 0x7FFF0000
 _MAX_TAGS = 100
+_MAX_CHUNKS = 100_000  # of a WAV
 _MAX_STREAMS = 1000
 _ZEROS = re.compile(rb"\0*")
 _OGG_FIRST_PAGE = re.compile(rb"OggS\0[\x02\x03\x06\x07]")  # the flag of the first page of a logical stream is set
@@ -226,8 +227,11 @@ def _end_without_tags(data: bytes) -> int:
 
 def _check_wav_is_whole(data: bytes) -> None:
     """Raise DecodeError for a WAV whose data chunk is cut short; libsndfile would read it without an error."""
-    position, long_size = 12, None
+    position, long_size, count = 12, None, 0
     while position + 8 <= len(data):
+        count += 1
+        if count > _MAX_CHUNKS:
+            raise LimitError(f"WAV of more than {_MAX_CHUNKS:,} chunks")
         name, size = struct.unpack_from("<4sI", data, position)
         position += 8
         if name == b"ds64" and position + 16 <= len(data):  # RF64: 64-bit sizes of the file and of its data

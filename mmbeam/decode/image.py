@@ -19,6 +19,7 @@ import struct
 import warnings
 import zlib
 from collections.abc import Mapping
+from dataclasses import replace
 from importlib import import_module
 from itertools import islice
 from typing import Any, Literal
@@ -67,6 +68,10 @@ _SIGNATURES = (
     (b"MM\0+", "TIFF"),
 )
 _PPM = re.compile(rb"P[1-6]\s")
+_PPM_HEADER = re.compile(rb"P(?:[14](?:(?:\s|#[^\r\n]*[\r\n])+\d+){2}|[2356](?:(?:\s|#[^\r\n]*[\r\n])+\d+){3})\s")
+_PPM_HEADER_BYTES = 65536  # that may precede the pixels: Pillow takes half a microsecond for each byte of a comment
+_MAX_TEXT_PIXELS = 2_000_000  # of a PPM or PGM whose numbers are text, for each of which Pillow takes a microsecond
+_MAX_CHUNKS = 100_000  # of a PNG, JPEG or GIF, with metadata
 _AVIF = re.compile(rb"....ftyp(....)*?(avif|avis)", re.DOTALL)  # the major brand, or a compatible one
 _ORIENTATION = 0x0112  # EXIF tag
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
@@ -138,8 +143,11 @@ def decode_image(
         if pixels is None:
             if kind == "JPEG":  # of which only the header was opened
                 image = JpegImagePlugin.JpegImageFile(io.BytesIO(_split_jpeg(data)[0]))
-            image.load()
-            pixels = _to_rgb(image, kind, data, background)
+            if kind == "PPM" and image.tile[0][0] == "ppm":
+                pixels = _decode_scaled_ppm(image, data)
+            else:
+                image.load()
+                pixels = _to_rgb(image, kind, data, background)
         return np.ascontiguousarray(_upright(pixels, orientation)), _shown_size(image, orientation)
 
 
@@ -188,6 +196,8 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
             file = _without_gif_metadata(data)
         elif kind == "TIFF":
             _check_tags(data)
+        elif kind == "PPM" and not _PPM_HEADER.match(data[:_PPM_HEADER_BYTES]):
+            raise DecodeError(f"damaged PPM ({len(data):,} bytes): no header in its first {_PPM_HEADER_BYTES:,} bytes")
         elif kind == "AVIF":  # Pillow reads its EXIF when it opens a file; where that is, only the decoder knows
             view = memoryview(data)
             for match in islice(_TIFF_HEADER.finditer(data), _MAX_TIFF_HEADERS):
@@ -196,10 +206,17 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
             _check_pixels(kind, *_webp_size(data), limits)  # the decoder allocates its canvases when it opens a file
         image = _OPENERS[kind](io.BytesIO(file))
     _check_pixels(kind, *image.size, limits)
+    if kind == "PPM" and image.tile[0][0] == "ppm_plain" and image.mode != "1":
+        _check_pixels("PPM of text", *image.size, replace(limits, pixels=min(limits.pixels, _MAX_TEXT_PIXELS)))
     if kind in ("WebP", "AVIF"):
         exif, xmp = image.info.get("exif", b""), image.info.get("xmp", b"")
     orientation = 1 if kind == "TIFF" else _orientation(exif, xmp)  # Pillow applies that of a TIFF
     return image, kind, orientation
+
+
+def _check_chunks(count: int) -> None:
+    if count > _MAX_CHUNKS:
+        raise LimitError(f"image of more than {_MAX_CHUNKS:,} chunks")
 
 
 def _check_pixels(kind: str, width: int, height: int, limits: Limits) -> None:
@@ -211,8 +228,9 @@ def _check_pixels(kind: str, width: int, height: int, limits: Limits) -> None:
 
 def _split_jpeg(data: bytes, header_only: bool = False) -> tuple[bytes, bytes, bytes]:
     """Return a JPEG without metadata, up to its first scan with `header_only`, and its EXIF and XMP ("" if absent)."""
-    kept, position, exif, xmp = [data[:2]], 2, b"", b""
+    kept, position, exif, xmp = [data[:2]], 2, list[bytes](), b""
     while position + 4 <= len(data) and data[position] == 0xFF:
+        _check_chunks(len(kept) + len(exif))
         marker = data[position + 1]
         if marker == 0xFF:  # a fill byte
             position += 1
@@ -222,25 +240,28 @@ def _split_jpeg(data: bytes, header_only: bool = False) -> tuple[bytes, bytes, b
         end = position + 2 + int.from_bytes(data[position + 2 : position + 4], "big")
         body = data[position + 4 : end]
         if marker == 0xE1 and body.startswith(b"Exif\0\0"):
-            exif += body[6:] if exif else body
+            exif.append(body[6:] if exif else body)
         elif marker == 0xE1 and body.startswith(_XMP_IN_JPEG):
             xmp = xmp or body[len(_XMP_IN_JPEG) :]
         if not (0xE1 <= marker <= 0xEF or marker == 0xFE) or marker == 0xEE:  # Adobe's: how colours are stored
             kept.append(data[position:end])
         position = end
     rest = position + (1 << 16) if header_only else len(data)
-    return b"".join([*kept, data[position:rest]]), exif, xmp
+    return b"".join([*kept, data[position:rest]]), b"".join(exif), xmp
 
 
 def _without_gif_metadata(data: bytes) -> bytes:
     """Return a GIF without the comments and application data before its first frame, which Pillow joins one by one."""
     flags = data[10] if len(data) > 10 else 0
     position = 13 + (3 << (flags & 7) + 1 if flags & 0x80 else 0)
-    kept = [data[:position]]
+    kept, count = [data[:position]], 0
     while data[position : position + 1] == b"!":
         end = position + 2
-        while end < len(data) and data[end]:
+        while end < len(data) and data[end] and count <= _MAX_CHUNKS:
             end += 1 + data[end]
+            count += 1
+        count += 1
+        _check_chunks(count)
         if data[position + 1 : position + 2] == b"\xf9":  # transparency
             kept.append(data[position : end + 1])
         position = end + 1
@@ -293,8 +314,10 @@ def _split_png(data: bytes) -> tuple[bytes, bytes]:
     """
     view = memoryview(data)
     pixel_chunks, metadata = [view[:8]], [view[:33]]  # the signature; the signature and IHDR
-    position = 8
+    position, count = 8, 0
     while position + 8 <= len(data):
+        count += 1
+        _check_chunks(count)
         length, name = struct.unpack_from(">I4s", data, position)
         chunk, body = view[position : position + 12 + length], view[position + 8 : position + 8 + length]
         if not name[0] & 0x20 or name == b"tRNS":  # critical chunks have a capital first letter
@@ -364,6 +387,26 @@ def _to_rgb(image: ImageFile.ImageFile, kind: str, data: bytes, background: tupl
         if colour is not None:
             rgb[_matches_trns(strip, depth, colour, low_bytes and low_bytes.crop(box))] = background
         pixels[top : top + rows] = rgb
+    return pixels
+
+
+def _decode_scaled_ppm(image: ImageFile.ImageFile, data: bytes) -> ImageHWC:
+    """Return the pixels of a binary PPM or PGM whose largest value is not 255, as Pillow's decoder scales them.
+
+    Pillow takes a microsecond for each number.
+    """
+    tile: Any = image.tile[0]
+    (_, _, offset, (_, largest)), (width, height) = tile, image.size
+    count, kind = width * height * len(image.getbands()), np.dtype(">u2" if largest > 255 else "u1")
+    if len(data) - offset < count * kind.itemsize:
+        raise DecodeError(f"truncated PPM (expected {count * kind.itemsize:,} bytes, found {len(data) - offset:,})")
+    stored = np.frombuffer(data, kind, count, offset).reshape(height, width, -1)
+    pixels: ImageHWC = np.empty((height, width, 3), np.uint8)
+    top = 65535 if image.mode == "I" else 255
+    rows = max(1, _STRIP_PIXELS // max(1, width))
+    for begin in range(0, height, rows):
+        values = np.minimum(np.rint(stored[begin : begin + rows] / largest * top), top).astype(np.uint32)
+        pixels[begin : begin + rows] = (values + 128) // 257 if image.mode == "I" else values
     return pixels
 
 
