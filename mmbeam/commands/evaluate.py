@@ -43,7 +43,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="LEFT:RIGHT",
         help="two columns of vectors, or `all` for all pairs of one model; may be repeated",
     )
-    parser.add_argument("--label", metavar="FIELD", help="fit a linear classifier for FIELD on each column of vectors")
+    parser.add_argument(
+        "--label",
+        metavar="FIELD",
+        help="JSON field or column with the truth of labels, objects or segments; fits a linear classifier for it "
+        "on each column of vectors",
+    )
     parser.add_argument("--output", metavar="DIR", help="directory for the results (default: OUT/_mmbeam)")
 
 
@@ -81,6 +86,13 @@ def result_text(result: Mapping[str, Any]) -> Iterator[str]:
         yield from _retrieval(result["retrieval"])
     if result["probes"]:
         yield from _probes(result["probes"])
+    for labels in result["labels"]:
+        yield f"{labels['column']} against {labels['label']}: {labels['rows']:,} rows, {labels['classes']:,} classes"
+        for name, score in labels.items():
+            if isinstance(score, float):
+                yield f"  {name:<20} {score:8.4f}"
+        if labels["left_out"]:
+            yield f"  {labels['left_out']:,} rows lack one of the two"
     yield f"report: {result['report']}"
 
 

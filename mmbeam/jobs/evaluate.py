@@ -1,4 +1,4 @@
-"""The evaluate job: text scores, retrieval between modalities, and linear probes of the rows that a run wrote.
+"""The evaluate job: text scores, retrieval, linear probes, and scores of labels, of the rows that a run wrote.
 
 Texts are scored by a Beam pipeline. Vectors are measured in this process, on columns read into memory as float32:
 retrieval compares all pairs of vectors, and the solver of a probe reads them repeatedly.
@@ -22,6 +22,13 @@ from mmbeam.features.read import WrittenRows, rows_with_vectors, to_vectors
 from mmbeam.features.schema import parse_name
 from mmbeam.jobs.execute import plain_error, versions
 from mmbeam.jobs.options import pipeline_options
+from mmbeam.metrics.labels import (
+    classification_scores,
+    detection_scores,
+    segmentation_scores,
+    true_labels,
+    true_records,
+)
 from mmbeam.metrics.pairs import KEY, PairSource, ReferenceFile, RowField, texts_of
 from mmbeam.metrics.probe import linear_probe
 from mmbeam.metrics.retrieval import match_ranks, retrieval_scores
@@ -33,7 +40,15 @@ from mmbeam.transforms.evaluate import ScoreTexts, Scoring
 ALL_PAIRS = "all"  # instead of a pair of columns: every pair of columns of one model and width
 TEXT_METRICS = ("chrf", "bleu", "rouge", "cider", "exact_match")  # the first ranks the worst samples
 TRANSCRIPT_METRICS = ("wer", "cer", "exact_match")  # for a column with "transcript" in its name
-PACKAGES = ("mmbeam", "numpy", "sacrebleu", "rouge-score", "jiwer", "scikit-learn")  # a version may change a score
+PACKAGES = (
+    "mmbeam",
+    "numpy",
+    "sacrebleu",
+    "rouge-score",
+    "jiwer",
+    "scikit-learn",
+    "pycocotools",
+)  # a version may change a score
 REFERENCE = "reference"  # the default field of a file of references
 
 # Without threads: they do not speed up Python code.
@@ -41,6 +56,8 @@ IN_PROCESS = ("--direct_running_mode=in_memory", "--direct_num_workers=1")
 
 _SAMPLE_COLUMNS = (KEY, "shard", "text", "text_clean", "metadata")  # strings that no model generated
 _FIELDS_SHOWN = 30  # in an error
+# By column of `mmbeam label`, the keys of a true record; a true label is a string.
+TRUE_FIELDS = {"labels": (), "objects": ("label", "x", "y", "width", "height"), "segments": ("label", "size", "rle")}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +111,7 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
         result["text"] = _evaluate_texts(rows, source, metrics, destination, options.beam_args)
     result["retrieval"] = [_evaluate_retrieval(rows, left, right) for left, right in pairs]
     result["probes"] = [] if label is None else [_evaluate_probe(rows, column, label) for column in rows.widths]
+    result["labels"] = [] if label is None else [_evaluate_labels(rows, column, label) for column in _labelled(rows)]
     report = destination.name(".json")
     destination.store.replace(report, json.dumps(result, indent=1, ensure_ascii=False).encode())
     return {**result, "report": f"{destination.store}/{report}"}
@@ -237,11 +255,57 @@ def _pairs(options: EvaluateOptions, rows: WrittenRows, default: bool) -> list[t
 def _label(options: EvaluateOptions, rows: WrittenRows) -> RowField | None:
     if options.label is None:
         return None
-    if not rows.widths:
-        raise UsageError(f"`label`: expected vectors to predict it from; the rows have {', '.join(rows.schema.names)}")
-    field = RowField(name=options.label, in_metadata=options.label not in rows.schema.names)
-    _check_field(rows, "label", field, lambda value: label_text(value) is not None)
+    labelled = _labelled(rows)
+    if not rows.widths and not labelled:
+        raise UsageError(
+            "`label`: expected vectors to predict it from, or labels of `mmbeam label` to measure; the rows have "
+            f"{', '.join(rows.schema.names)}"
+        )
+    is_own = options.label in labelled  # then the entry of the metadata with the same name is meant
+    field = RowField(name=options.label, in_metadata=is_own or options.label not in rows.schema.names)
+    if labelled:
+        _check_field(rows, "label", field, lambda value: any(_truth(value, kind) for kind in labelled.values()))
+    else:
+        _check_field(rows, "label", field, lambda value: label_text(value) is not None)
     return field
+
+
+def _labelled(rows: WrittenRows) -> dict[str, str]:
+    """Return the columns of labels, objects and segments, and which of them each is."""
+    columns = {name: name.rpartition("_")[2] for name in rows.schema.names}
+    return {
+        name: kind
+        for name, kind in columns.items()
+        if kind in TRUE_FIELDS and pa.types.is_list(rows.schema.field(name).type)
+    }
+
+
+def _truth(value: Any, kind: str) -> list[Any] | None:
+    """Return the true labels, objects or segments of a row; None if it has none."""
+    return true_labels(value) if kind == "labels" else true_records(value, TRUE_FIELDS[kind])
+
+
+def _evaluate_labels(rows: WrittenRows, column: str, label: RowField) -> dict[str, Any]:
+    """Return how well a column of labels, objects or segments agrees with the truth, over the rows with both."""
+    kind = _labelled(rows)[column]
+    predicted: list[Any] = []
+    truths: list[Any] = []
+    is_multi, total = False, 0
+    for batch in rows.read(list(dict.fromkeys((column, label.column)))):
+        total += batch.num_rows
+        for records, value in zip(batch.column(column).to_pylist(), label.values(batch), strict=True):
+            truth = _truth(value, kind)
+            if records is not None and truth is not None:
+                predicted.append(records)
+                truths.append(truth)
+                is_multi = is_multi or isinstance(value, list)
+    if not truths:
+        raise JobError(f"{rows.store}: no row has both {column} and a true value in {label.name}")
+    if kind == "labels":
+        scores = classification_scores(predicted, truths, is_multi)
+    else:
+        scores = (detection_scores if kind == "objects" else segmentation_scores)(predicted, truths)
+    return {"column": column, "label": label.name, "rows": len(truths), "left_out": total - len(truths), **scores}
 
 
 def _evaluate_retrieval(rows: WrittenRows, left: str, right: str) -> dict[str, Any]:
