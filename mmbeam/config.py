@@ -52,6 +52,15 @@ class FieldMap:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Table:
+    """Which columns of a table hold media. Without any, readers/table.py finds them by name and type."""
+
+    path_columns: tuple[str, ...] = ()  # paths of files, relative to the table
+    url_columns: tuple[str, ...] = ()
+    bytes_columns: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """Upper bounds on what a member may hold; a larger one is refused. Shards come from untrusted sources.
 
@@ -88,6 +97,7 @@ class Reading:
     """How bytes become samples. Part of the fingerprint."""
 
     fields: FieldMap = field(default_factory=FieldMap)
+    table: Table = field(default_factory=Table)
     limits: Limits = field(default_factory=Limits)
     cleaning: Cleaning = field(default_factory=Cleaning)
     background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
@@ -101,6 +111,8 @@ class Reading:
         for name in ("channels", "metadata_bytes", "decode_bytes"):
             if getattr(self.limits, name) == getattr(Limits, name):
                 del values["limits"][name]
+        if self.table == Table():
+            del values["table"]
         return values
 
 

@@ -54,7 +54,10 @@ class Shard:
     size: int | None = None  # bytes as stored; None if the store does not report it
     etag: str | None = None
     cuttable: bool = True  # False if a byte range can only be read from the beginning of the file
-    may_redirect: bool = True  # False if its web server may not redirect to another server (see listing.expand)
+    # False if its web server may not redirect to another server (see listing.expand). A table without it may not name
+    # files outside its folder, or servers that are not public.
+    may_redirect: bool = True
+    rows: int | None = None  # of a table; None if unknown
     samples: tuple[FolderSample, ...] = field(default=(), repr=False)  # of a folder, in order; () for a file
     tables: tuple[SourceFile, ...] = field(default=(), repr=False)  # metadata.csv and metadata.jsonl of a folder
 

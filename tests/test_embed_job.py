@@ -221,7 +221,7 @@ def test_an_error_before_the_first_window_is_raised_unchanged(
     def refused(*_: object) -> None:
         raise PermissionError("access refused")
 
-    monkeypatch.setattr("mmbeam.readers.sources.open_shard", refused)
+    monkeypatch.setattr("mmbeam.readers.samples.open_shard", refused)
     with pytest.raises(PermissionError, match=r"^access refused$"):
         run(tmp_path, clip, tmp_path / "in")
 

@@ -503,7 +503,7 @@ def test_a_shard_whose_read_fails_halfway_is_removed_from_its_pack(
 ) -> None:
     """Its samples are in a unit that is being written, so the pack is read again without the shard."""
     folder = put(tmp_path, **{f"tiny-{number}": samples(2 * number, 2 * number + 1) for number in range(8)})
-    monkeypatch.setattr("mmbeam.readers.sources.open_shard", partial(open_shard, waits=()))
+    monkeypatch.setattr("mmbeam.readers.samples.open_shard", partial(open_shard, waits=()))
     monkeypatch.setattr("mmbeam.readers.stream.BLOCK_BYTES", 512)
     monkeypatch.setattr("mmbeam.readers.stream.READ_BYTES", 512)
     with served(tmp_path, BreaksOff) as url:

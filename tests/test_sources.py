@@ -287,7 +287,7 @@ class TestFolders:
         [
             ({"x.parquet": b"", "y.json": b"{}"}, "", "it holds 1 .parquet (x.parquet), 1 .json (y.json)"),
             ({"x.parquet": b"", "y.json": b"{}"}, "/*", "it holds 1 .parquet (x.parquet), 1 .json (y.json)"),
-            ({"x.csv": b""}, "/x.csv", "x.csv: is not an input. Name tars, zip archives, or a folder"),
+            ({"x.pdf": b""}, "/x.pdf", "x.pdf: is not an input. Name tars, zip archives, a folder"),
             ({"a.heic": b"", "b.heic": b""}, "", "it holds 2 .heic (a.heic, ...)"),
             ({".hidden.jpg": b""}, "", "it holds 1 hidden (.hidden.jpg)"),
         ],

@@ -17,7 +17,15 @@ from typing import NoReturn, Protocol, cast
 from mmbeam.errors import UsageError, did_you_mean
 from mmbeam.names import VERSION
 
-_REPEATABLE = ("input", "model", "moved", "where")  # options that a list in a configuration file repeats
+_REPEATABLE = (
+    "bytes-column",
+    "input",
+    "model",
+    "moved",
+    "path-column",
+    "url-column",
+    "where",
+)  # options that a list in a configuration file repeats
 COMMANDS = (
     "caption",
     "demo",

@@ -137,6 +137,19 @@ def input_arguments(parser: argparse.ArgumentParser, features: bool = False) -> 
         "repeated",
     )
     field_arguments(group)
+    table_arguments(group)
+
+
+def table_arguments(group: Group) -> None:
+    """Add the arguments that name the columns of a table."""
+    for kind, what in (("path", "paths of files, relative to it"), ("url", "URLs"), ("bytes", "media as bytes")):
+        group.add_argument(
+            f"--{kind}-column",
+            action="append",
+            default=[],
+            metavar="COLUMN",
+            help=f"column of a table with {what} (default: by name and type); may be repeated",
+        )
 
 
 def listing_arguments(group: Group) -> None:
@@ -145,7 +158,7 @@ def listing_arguments(group: Group) -> None:
     group.add_argument(
         "--allow-local-paths",
         action="store_true",
-        help="trust lists of shards that are fetched (http://, s3://, ...): they may name local paths, other servers "
+        help="trust tables and fetched lists of shards (http://, s3://, ...): they may name local paths, other servers "
         "and other buckets",
     )
 
@@ -262,14 +275,18 @@ def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str
     from mmbeam.clean import parse_image_filter
     from mmbeam.clean.text import check_steps
     from mmbeam.clean.where import compile_where
-    from mmbeam.config import Cleaning, Reading
+    from mmbeam.config import Cleaning, Reading, Table
     from mmbeam.jobs.inputs import look_up
 
     check_url("`output`", args.output)
     steps = tuple(args.clean_text.split(",")) if args.clean_text else ()
     cleaning = Cleaning(text=steps, where=tuple(args.where), image_filter=args.image_filter)
+    table = Table(
+        path_columns=tuple(args.path_column), url_columns=tuple(args.url_column), bytes_columns=tuple(args.bytes_column)
+    )
     reading = Reading(
         fields=fields_of(args),
+        table=table,
         limits=limits_of(args),
         cleaning=cleaning,
         draft=args.draft,

@@ -42,6 +42,15 @@ def feature_files(inputs: Sequence[str], strict: bool = False, allow_local_paths
     return list_shards(files, strict, any_file=True) if files else []
 
 
+def is_features(file: Shard) -> bool:
+    """Return whether a Parquet file holds rows of an mmbeam job; True if it cannot be read, which is reported later."""
+    try:
+        with open_counted(file) as (parquet, _):
+            return {"key", "shard", "offset"} <= set(parquet.schema_arrow.names)
+    except (ShardError, OSError):
+        return True
+
+
 def _parquets_at(place: Entry) -> list[Entry] | None:
     """Return the Parquet files of an entry; a glob is returned unchanged. None if it names shards or does not exist."""
     entry = place.url

@@ -18,7 +18,6 @@ from mmbeam.config import Reading, Windows
 from mmbeam.errors import JobError, ShardError, UsageError
 from mmbeam.features.files import check_sizes, open_counted
 from mmbeam.features.schema import FACTS, IDENTITY, check_schema, widths_of
-from mmbeam.readers.windows import HeldBytes
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.run import find_run, part_name
 from mmbeam.runs.store import Store
@@ -43,7 +42,7 @@ Vectors = npt.NDArray[np.float32]  # [rows, width]
 
 
 def read_features(
-    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, held: HeldBytes | None = None
+    unit: WorkUnit, reading: Reading, needs: Needs, windows: Windows, held: object = None
 ) -> Generator[Batch]:
     """Yield the unit's rows as windows of samples, then an empty last one, with a `unit_error` if a file is damaged.
 

@@ -13,8 +13,8 @@ from mmbeam.features.files import check_columns, open_counted
 from mmbeam.features.schema import FACTS, IDENTITY
 from mmbeam.jobs.cluster import workers_are_here
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
-from mmbeam.jobs.inputs import shipped_model_warning
-from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of, inputs_of
+from mmbeam.jobs.inputs import check_modalities, inputs_of, shipped_model_warning
+from mmbeam.jobs.options import JobOptions, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.models.placement import devices_of
 from mmbeam.names import MODALITIES, SHIPPED_MODEL, UNNAMED_MODEL, Engine, Modality, Task

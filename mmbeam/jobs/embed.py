@@ -10,8 +10,8 @@ from mmbeam.clean import parse_image_filter
 from mmbeam.config import ModelRef, Reading
 from mmbeam.errors import UsageError, public_url
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
-from mmbeam.jobs.inputs import shipped_model_warning
-from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of, inputs_of
+from mmbeam.jobs.inputs import check_modalities, inputs_of, shipped_model_warning
+from mmbeam.jobs.options import JobOptions, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.names import SHIPPED_MODEL, UNNAMED_MODEL, Modality
 from mmbeam.runs.run import Run

@@ -3,20 +3,28 @@
 Nothing here imports Beam, torch or transformers, so that an error in the input is reported within a second.
 """
 
+import logging
 import shlex
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 from mmbeam.clean.where import SampleValues
 from mmbeam.config import Reading
-from mmbeam.errors import NoShardsError, UsageError, did_you_mean
-from mmbeam.features.files import feature_files
-from mmbeam.names import FEATURE_SUFFIX, KINDS
+from mmbeam.errors import MissingModalityError, NoShardsError, ShardError, UsageError, did_you_mean
+from mmbeam.features.files import feature_files, is_features
+from mmbeam.names import FEATURE_SUFFIX, KINDS, Modality
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.paths import public_path
+from mmbeam.readers.paths import is_table, public_path
+from mmbeam.readers.stream import open_shard
+from mmbeam.readers.table import count_rows
 from mmbeam.report.inspect import Probe, probe
 from mmbeam.types import Shard
+
+if TYPE_CHECKING:
+    from mmbeam.jobs.options import JobOptions
+
+log = logging.getLogger(__name__)
 
 SEARCHED_SAMPLES = 2000  # of each of the first shards, for a field that an option names
 MADE_BY = "mmbeam"  # `made_by` in the JSON of the samples of corpus/, which the shipped model was trained on
@@ -57,7 +65,7 @@ def look_up(
     if no shard can be read.
     """
     files = feature_files(patterns, strict, allow_local_paths) if features else []
-    if files:
+    if files and is_features(files[0]):
         return Inputs(files=tuple(as_moved(files, moved)), features=True)
     try:
         shards = list_shards(patterns, strict, allow_local_paths, reading.fields)
@@ -65,14 +73,25 @@ def look_up(
         if features or not (files := feature_files(patterns, strict, allow_local_paths)):
             raise
         shards = files
-    if not features and all(shard.path.lower().endswith(FEATURE_SUFFIX) for shard in shards):
+    parquets = [shard for shard in shards if shard.path.lower().endswith(FEATURE_SUFFIX)]
+    if not features and parquets and is_features(parquets[0]):
         raise UsageError(
-            f"`input`: expected shards (tar files), found rows of an mmbeam job ({shards[0].path}); name the shards "
+            f"`input`: expected shards (tar files), found rows of an mmbeam job ({parquets[0].path}); name the shards "
             "that the job read"
         )
-    first = probe(shards, reading.fields, reading.limits, metadata=True)
+    shards = [_with_rows(shard) if is_table(shard.path) else shard for shard in shards]
+    first = probe(shards, reading, metadata=True)
     check_named_fields(shards, first, reading)
     return Inputs(files=tuple(as_moved(shards, moved)), first=first)
+
+
+def _with_rows(table: Shard) -> Shard:
+    """Return a table with the number of its rows, by which it is cut; unknown if it cannot be read."""
+    try:
+        with open_shard(table) as stream:
+            return replace(table, rows=count_rows(table.path, stream))
+    except ShardError:
+        return table
 
 
 def check_named_fields(shards: Sequence[Shard], first: Probe, reading: Reading) -> None:
@@ -82,7 +101,7 @@ def check_named_fields(shards: Sequence[Shard], first: Probe, reading: Reading) 
     """
     chosen = {kind: getattr(reading.fields, kind) for kind in KINDS}
     if first.samples and any(name is not None and name not in first.fields for name in chosen.values()):
-        first = probe(shards, reading.fields, reading.limits, samples=SEARCHED_SAMPLES)
+        first = probe(shards, reading, samples=SEARCHED_SAMPLES)
     for kind, name in chosen.items():
         if first.samples and name is not None and name not in first.fields:
             present = list(first.fields)
@@ -112,6 +131,34 @@ def as_moved(shards: Sequence[Shard], moved: Sequence[str]) -> list[Shard]:
         if not count:
             raise UsageError(f"`moved` {pair}: no shard of the input is under {after}")
     return result
+
+
+def inputs_of(options: "JobOptions", features: bool = False) -> Inputs:
+    """Return the files of the input and their first samples; the input may be `features`. See `look_up`."""
+    known: Inputs | None = options.inputs
+    return known or look_up(
+        options.input,
+        options.reading,
+        strict=options.strict_input,
+        allow_local_paths=options.allow_local_paths,
+        features=features,
+        moved=options.moved,
+    )
+
+
+def check_modalities(probe: Probe, modalities: Sequence[Modality], required: bool) -> None:
+    """Raise MissingModalityError if the input has none of `modalities`, or with `required` not all of them.
+
+    Log a warning instead if the probe did not see the whole input.
+    """
+    missing = [modality for modality in modalities if modality not in probe.modalities]
+    if not probe.samples or not missing or (not required and len(missing) < len(modalities)):
+        return
+    present = ", ".join(sorted(probe.modalities)) or "none of image, audio and text"
+    message = f"expected {' and '.join(missing)} in the first samples of the input, found {present}"
+    if probe.whole:
+        raise MissingModalityError(f"{message}; see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`")
+    log.warning("%s; continuing, since there are more samples", message)
 
 
 def shipped_model_warning(inputs: Inputs, patterns: Sequence[str], job: Literal["caption", "embed"]) -> str | None:

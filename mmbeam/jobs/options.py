@@ -20,13 +20,10 @@ from mmbeam.clean import parse_image_filter
 from mmbeam.clean.text import check_steps
 from mmbeam.clean.where import compile_where
 from mmbeam.config import Reading, Windows
-from mmbeam.errors import SECRET_NAME, MissingModalityError, UsageError, redact
+from mmbeam.errors import SECRET_NAME, UsageError, redact
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
-from mmbeam.jobs.inputs import Inputs, look_up
 from mmbeam.models.placement import devices_of
-from mmbeam.names import Modality
 from mmbeam.process import cores
-from mmbeam.report.inspect import Probe
 
 log = logging.getLogger(__name__)
 
@@ -68,7 +65,7 @@ class JobOptions:
     moved: tuple[str, ...] = ()  # OLD=NEW: the shards under NEW are those that this run knows under OLD
     beam_args: tuple[str, ...] = ()  # Beam's own options, as Beam spells them
     command: tuple[str, ...] = ()  # the words of the command line, for `mmbeam rerun`; () from Python
-    inputs: Inputs | None = field(default=None, repr=False, compare=False)  # of `input`, if it was looked up already
+    inputs: Any = field(default=None, repr=False, compare=False)  # inputs.Inputs, if they were looked up already
 
     @property
     def image_filter(self) -> tuple[str, float] | None:
@@ -90,18 +87,6 @@ class JobOptions:
             is_whole = words == list(self.command)  # no secret was removed
             recorded["command"] = {"words": words, "is_whole": is_whole, "directory": str(Path.cwd())}
         return recorded
-
-
-def inputs_of(options: JobOptions, features: bool = False) -> Inputs:
-    """Return the files of the input and their first samples; the input may be `features`. See `inputs.look_up`."""
-    return options.inputs or look_up(
-        options.input,
-        options.reading,
-        strict=options.strict_input,
-        allow_local_paths=options.allow_local_paths,
-        features=features,
-        moved=options.moved,
-    )
 
 
 def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOptions:
@@ -196,21 +181,6 @@ def check_workers(options: JobOptions) -> None:
         raise UsageError("`workers`: memory:// exists in one process only; the others would not see it")
     if options.workers > cores():
         log.warning("%d workers: more than the %d cores here", options.workers, cores())
-
-
-def check_modalities(probe: Probe, modalities: Sequence[Modality], required: bool) -> None:
-    """Raise MissingModalityError if the input has none of `modalities`, or with `required` not all of them.
-
-    Log a warning instead if the probe did not see the whole input.
-    """
-    missing = [modality for modality in modalities if modality not in probe.modalities]
-    if not probe.samples or not missing or (not required and len(missing) < len(modalities)):
-        return
-    present = ", ".join(sorted(probe.modalities)) or "none of image, audio and text"
-    message = f"expected {' and '.join(missing)} in the first samples of the input, found {present}"
-    if probe.whole:
-        raise MissingModalityError(f"{message}; see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`")
-    log.warning("%s; continuing, since there are more samples", message)
 
 
 def public_args(args: Sequence[str]) -> list[str]:

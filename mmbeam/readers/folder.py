@@ -13,15 +13,16 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import islice
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
 from mmbeam.config import MIB, SAMPLE_MEMBERS, Limits
 from mmbeam.errors import ShardError
-from mmbeam.readers.paths import etag_of, file_system, is_local, split_name
+from mmbeam.readers.paths import FileError, etag_of, file_system, is_local, split_name
 from mmbeam.types import Damage, FolderSample, Input, RawSample, Shard, SourceFile, SourceReader, printable_name
 
 CONCURRENT_READS = 16  # samples of a remote folder, each of which takes the latency of a request
 AHEAD_BYTES = 32 * MIB  # of them, as listed
+ItemT = TypeVar("ItemT")
 FILE_NAME = "file_name"  # the column of a table of metadata that names a file
 
 
@@ -55,33 +56,11 @@ class FolderReader(SourceReader):
             self._metadata |= self._rows(table, files)
         keys: set[str] = set()
         numbered = enumerate(self._folder.samples, self._begin)
-        for raw in map(self._read, numbered) if is_local(self._folder.url) else self._read_ahead(numbered):
+        is_here = is_local(self._folder.url)
+        for raw in map(self._read, numbered) if is_here else read_ahead(self._read, numbered, _listed_bytes):
             self.bytes_read += sum(map(len, raw.members.values()))
             yield replace(raw, repeated=True) if raw.key in keys else raw
             keys.add(raw.key)
-
-    def _read_ahead(self, numbered: Iterator[tuple[int, FolderSample]]) -> Iterator[RawSample]:
-        pending: deque[tuple[Future[RawSample], int]] = deque()
-        held = 0
-        with ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="mmbeam-folder") as pool:
-            try:
-                while True:
-                    while len(pending) < CONCURRENT_READS and (held < AHEAD_BYTES or not pending):
-                        item = next(numbered, None)
-                        if item is None:
-                            break
-                        size = sum(file.size or 0 for file in item[1].files)
-                        pending.append((pool.submit(self._read, item), size))
-                        held += size
-                    if not pending:
-                        return
-                    future, size = pending.popleft()
-                    held -= size
-                    yield future.result()
-                    del future
-            finally:
-                for future, _ in pending:
-                    future.cancel()
 
     def _read(self, item: tuple[int, FolderSample]) -> RawSample:
         number, sample = item
@@ -97,7 +76,7 @@ class FolderReader(SourceReader):
             limit = min(self._limits.member_bytes, SAMPLE_MEMBERS * self._limits.member_bytes - held)
             try:
                 data = self._bytes(file, limit)
-            except _FileError as error:
+            except FileError as error:
                 message = f"{self._folder.path}/{printable_name(file.name)}: {error}"
                 damages.append(Damage(field=name, offset=None, error=error.kind, message=message))
                 continue
@@ -117,9 +96,6 @@ class FolderReader(SourceReader):
         )
 
     def _bytes(self, file: SourceFile, limit: int) -> bytes:
-        """Return the bytes of a file. Raises _FileError for a fault of the file itself."""
-        if (file.size or 0) > limit:
-            raise _FileError("LimitError", f"has {file.size:,} bytes; {limit:,} are allowed (--max-member-bytes)")
         folder = self._folder
         shard = Shard(
             path=f"{folder.path}/{printable_name(file.name)}",
@@ -128,28 +104,14 @@ class FolderReader(SourceReader):
             etag=file.etag,
             may_redirect=folder.may_redirect,
         )
-        try:
-            with self._open(shard) as stream:
-                data = stream.read(limit + 1)
-        except PermissionError as error:
-            if not is_local(shard.url):  # the credentials may have expired
-                raise
-            raise _FileError("PermissionError", f"cannot be read: {error.strerror}") from None
-        except ShardError as error:
-            fault = _fault_of(shard)
-            if fault is None:
-                raise
-            raise _FileError(type(error).__name__, fault) from None
-        if len(data) > limit:
-            raise _FileError("LimitError", f"has more than {limit:,} bytes (--max-member-bytes)")
-        return data
+        return file_bytes(self._open, shard, limit)
 
     def _rows(self, table: SourceFile, files: set[str]) -> dict[str, str]:
         """Return the rows of a table of metadata as JSON objects, by the name of the file below the folder."""
         where = f"{self._folder.path}/{printable_name(table.name)}"
         try:
             text = self._bytes(table, self._limits.member_bytes).decode("utf-8-sig")
-        except _FileError as error:
+        except FileError as error:
             raise ShardError(f"{where}: {error}") from None
         except UnicodeDecodeError as error:
             raise ShardError(f"{where}: expected UTF-8, found byte {error.start:,} invalid; save it as UTF-8") from None
@@ -169,12 +131,55 @@ class FolderReader(SourceReader):
         return rows
 
 
-class _FileError(Exception):
-    """A fault of one file, and the name of its class of error."""
+def read_ahead(
+    read: Callable[[ItemT], RawSample], items: Iterator[ItemT], size_of: Callable[[ItemT], int]
+) -> Iterator[RawSample]:
+    """Yield `map(read, items)` in order, with CONCURRENT_READS calls or AHEAD_BYTES by `size_of` in progress."""
+    pending: deque[tuple[Future[RawSample], int]] = deque()
+    held = 0
+    with ThreadPoolExecutor(CONCURRENT_READS, thread_name_prefix="mmbeam-files") as pool:
+        try:
+            while True:
+                while len(pending) < CONCURRENT_READS and (held < AHEAD_BYTES or not pending):
+                    item = next(items, None)
+                    if item is None:
+                        break
+                    pending.append((pool.submit(read, item), size_of(item)))
+                    held += pending[-1][1]
+                if not pending:
+                    return
+                future, size = pending.popleft()
+                held -= size
+                yield future.result()
+                del future
+        finally:
+            for future, _ in pending:
+                future.cancel()
 
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
+
+def _listed_bytes(item: tuple[int, FolderSample]) -> int:
+    return sum(file.size or 0 for file in item[1].files)
+
+
+def file_bytes(open_file: Callable[[Shard], BinaryIO], file: Shard, limit: int) -> bytes:
+    """Return the bytes of a media file. Raises FileError for a fault of the file itself."""
+    if (file.size or 0) > limit:
+        raise FileError("LimitError", f"has {file.size:,} bytes; {limit:,} are allowed (--max-member-bytes)")
+    try:
+        with open_file(file) as stream:
+            data = stream.read(limit + 1)
+    except PermissionError as error:
+        if not is_local(file.url):  # the credentials may have expired
+            raise
+        raise FileError("PermissionError", f"cannot be read: {error.strerror}") from None
+    except ShardError as error:
+        fault = _fault_of(file)
+        if fault is None:
+            raise
+        raise FileError(type(error).__name__, fault) from None
+    if len(data) > limit:
+        raise FileError("LimitError", f"has more than {limit:,} bytes (--max-member-bytes)")
+    return data
 
 
 def _fault_of(shard: Shard) -> str | None:

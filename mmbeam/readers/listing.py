@@ -28,6 +28,7 @@ from mmbeam.readers.paths import (
     etag_of,
     file_system,
     is_local,
+    is_table,
     local_path,
     origin,
     plain_url,
@@ -49,8 +50,8 @@ MAX_REQUESTS = 32  # concurrent
 CUTTABLE_BYTES = 32 * MIB  # above this size a web server is asked whether it supports ranges: the shard may be cut
 PLACES_SHOWN = 5  # in an error
 EXPECTED = (
-    "Name tars, zip archives, or a folder or pattern of image, audio or text files; features (Parquet) are an input "
-    "of `mmbeam caption` and `mmbeam train`"
+    "Name tars, zip archives, a folder or pattern of image, audio or text files, or tables (Parquet, CSV, JSON lines); "
+    "features (Parquet of `mmbeam embed`) are an input of `mmbeam caption` and `mmbeam train`"
 )
 LEFT_OUT_SHOWN = 6  # extensions of files that are not inputs, in a message
 MAX_PATHS = 5_000_000  # that patterns stand for
@@ -288,6 +289,8 @@ def list_shards(
         root = place.url.rstrip("/") or "/"
         if place.is_glob or is_folder:
             matches, media, others = _sort_out(place, is_folder, fields, any_file)
+            if not any_file:
+                matches = [replace(s, may_redirect=allow_local_paths) if is_table(s.path) else s for s in matches]
             if place.is_glob:
                 root = place.prefix + re.split("[*?[]", place.path)[0].rpartition("/")[0]
             if matches or media:
@@ -297,6 +300,8 @@ def list_shards(
         elif info and not any_file and _is_media(place.path, fields):
             root, name = _split_url(place)
             media = {name: _source_file(name, info)}
+        elif info and not any_file and is_table(place.path):
+            matches = [replace(place.shard_at(place.url, info), may_redirect=allow_local_paths)]
         elif info and not any_file and _extension(place.path) in NOT_INPUTS:
             unmatched.append(f"{public_path(place.url)}: is not an input. {EXPECTED}")
         else:
@@ -360,6 +365,10 @@ def _sort_out(
         return [], {name: _source_file(name, info) for name, _, info in visible}, hidden
     if not shards and not is_folder:  # a tar may have any name
         shards = [entry for entry in visible if _extension(entry[0]) not in NOT_INPUTS and not _kind(entry[0], fields)]
+        if is_table(place.path):  # asked for by its suffix
+            shards += [entry for entry in visible if is_table(entry[0])]
+    elif not shards:  # a folder of tables only
+        shards = [entry for entry in visible if is_table(entry[0]) and "/_" not in f"/{entry[0]}"]
     taken = {name for name, _, _ in shards}
     others = [name for name, _, _ in entries if name not in taken]
     return [place.shard_at(place.prefix + path, info) for _, path, info in shards], {}, others

@@ -14,7 +14,7 @@ from fsspec.core import url_to_fs
 from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.errors import ShardError, public_url
-from mmbeam.names import ZIP_SUFFIX
+from mmbeam.names import TABLE_SUFFIXES, ZIP_SUFFIX
 
 ETAG_KEYS = ("md5Hash", "ETag", "etag", "generation", "Last-Modified")  # the most specific first
 ALIASES = {"gcs": "gs", "s3a": "s3"}
@@ -28,6 +28,14 @@ SILENT_SECONDS = 20.0  # without data, after which a connection is closed and a 
 META_NAME = re.compile(r"__[^/]*__($|/)")  # names that webdataset reserves
 
 Info = Mapping[str, Any]  # of one path, as fsspec reports it
+
+
+class FileError(Exception):
+    """A fault of one file, and the name of its class of error."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
 
 
 def file_system(url: str, may_redirect: bool = True, **options: Any) -> tuple[Any, str]:
@@ -205,6 +213,11 @@ def etag_of(info: Info) -> str | None:
 def is_zip(path: str) -> bool:
     """Return whether a shard is a zip archive, by its name."""
     return without_query(path).lower().endswith(ZIP_SUFFIX)
+
+
+def is_table(path: str) -> bool:
+    """Return whether an input is a table with a row per sample, by its name."""
+    return without_query(path).lower().endswith(TABLE_SUFFIXES)
 
 
 def split_name(name: str) -> tuple[str, str] | None:

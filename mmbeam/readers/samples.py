@@ -1,17 +1,55 @@
-"""Single samples of a shard, read again by their offset. Rows and failure records name the shard and the offset."""
+"""Open an input of any form: a tar, a zip archive, a folder, a table. Read single samples again by their offset."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
+from typing import Protocol
 
-from mmbeam.config import Limits
+from mmbeam.config import Limits, Reading
 from mmbeam.errors import ShardError
+from mmbeam.readers.fetch import fetch
 from mmbeam.readers.folder import FolderReader
-from mmbeam.readers.paths import is_zip, public_path
+from mmbeam.readers.paths import is_table, is_zip, public_path
 from mmbeam.readers.stream import open_shard
-from mmbeam.readers.tar import BLOCK, TarReader, is_header_or_end
+from mmbeam.readers.table import TableReader
+from mmbeam.readers.tar import BLOCK, TarReader, is_header_or_end, part_origin
 from mmbeam.readers.zip import ZipReader
-from mmbeam.types import Input, RawSample, Shard
+from mmbeam.types import Input, RawSample, Shard, SourceReader
+
+
+class Counted(Protocol):
+    """Something that counts the bytes it reads."""
+
+    @property
+    def bytes_read(self) -> int:
+        """Bytes read from the store so far."""
+
+
+@contextmanager
+def open_samples(
+    source: Input, want: Callable[[str], bool], reading: Reading
+) -> Iterator[tuple[TarReader | SourceReader, Counted]]:
+    """Open an input; yield the reader of its samples, and what counts the bytes.
+
+    `want(field)` states whether the bytes of a field are needed. Raises ShardError, here or while reading.
+    """
+    shard, limits = source.shard, reading.limits
+    if shard.samples:
+        folder = FolderReader(source, want, limits, reading.fields.metadata, open_shard)
+        yield folder, folder
+        return
+    if is_table(shard.path):
+        with open_shard(shard) as stream:
+            table = TableReader(stream, source, want, reading, open_shard, fetch)
+            yield table, table
+        return
+    if is_zip(shard.path):
+        with open_shard(shard) as stream:
+            yield ZipReader(stream, source, want, limits, reading.fields), stream
+        return
+    with open_shard(shard, part_origin(source.begin)) as stream:
+        yield TarReader(stream, shard.path, want, limits, source.begin, source.end), stream
 
 
 def read_sample(shard: str, offset: int, limits: Limits | None = None) -> RawSample:
@@ -22,7 +60,8 @@ def read_sample(shard: str, offset: int, limits: Limits | None = None) -> RawSam
     number the samples in the plan of a run.
     """
     path = public_path(shard)
-    for raw in read_samples(Input(shard=Shard(path=path, url=shard)), (offset,), limits=limits):
+    reading = Reading(limits=limits or Limits())
+    for raw in read_samples(Input(shard=Shard(path=path, url=shard)), (offset,), reading=reading):
         return raw
     raise ShardError(f"{path}: no sample begins at byte {offset:,}; the shard is another one, or has changed")
 
@@ -31,24 +70,30 @@ def read_samples(
     source: Input,
     offsets: Collection[int],
     want: Callable[[str], bool] = lambda field: True,
-    limits: Limits | None = None,
+    reading: Reading | None = None,
     waits: Sequence[float] | None = None,
-    metadata_field: str | None = None,
 ) -> Iterator[RawSample]:
-    """Yield the samples that begin at these bytes of a shard, or have these numbers in a folder, in one pass, in order.
+    """Yield the samples that begin at these bytes of a shard, or have these numbers in a folder or a table, in order.
 
-    Of a tar in parts, any part will do; of a folder, `source` holds the samples to choose from, and `metadata_field` is
-    that of `FieldMap`. Members of a field that `want` rejects are not read. An offset at which no member begins is left
-    out. A pax global header, which holds for all later members of an uncompressed tar, is not applied. `waits` are
-    those of `open_shard`. Raises ShardError if the shard cannot be read, or is not the one that was listed.
+    Of a tar or a table in parts, any part will do; of a folder, `source` holds the samples to choose from. Members of a
+    field that `want` rejects are not read. An offset at which no member begins is left out. A pax global header, which
+    holds for all later members of an uncompressed tar, is not applied. `waits` are those of `open_shard`. Raises
+    ShardError if the shard cannot be read, or is not the one that was listed.
     """
-    limits, shard = limits or Limits(), source.shard
+    reading, shard = reading or Reading(), source.shard
+    limits = reading.limits
     if shard.samples:
         places = [offset for offset in sorted(set(offsets)) if 0 <= offset - source.begin < len(shard.samples)]
         chosen = shard.with_samples([shard.samples[offset - source.begin] for offset in places])
-        folder = FolderReader(Input(shard=chosen), want, limits, metadata_field, partial(open_shard, waits=waits))
+        opened = partial(open_shard, waits=waits)
+        folder = FolderReader(Input(shard=chosen), want, limits, reading.fields.metadata, opened)
         for sample, offset in zip(folder, places, strict=True):
             yield replace(sample, offset=offset)
+        return
+    if is_table(shard.path):
+        with open_shard(shard, waits=waits) as stream:
+            opened = partial(open_shard, waits=waits)
+            yield from TableReader(stream, Input(shard=shard), want, reading, opened, fetch, set(offsets))
         return
     if is_zip(shard.path):
         with open_shard(shard, waits=waits) as stream:

@@ -9,7 +9,7 @@ from typing import Any
 
 from mmbeam.config import MIB
 from mmbeam.errors import UsageError
-from mmbeam.readers.paths import is_zip, split_name
+from mmbeam.readers.paths import is_table, is_zip, split_name
 from mmbeam.readers.tar import BLOCK
 from mmbeam.types import FolderSample, Input, InputRead, Shard, SourceFile, WorkUnit, printable_name
 
@@ -87,11 +87,23 @@ def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, .
 
 def cut(shard: Shard, part_bytes: int) -> list[Input]:
     """Return parts of about `part_bytes` each, or the whole shard if it is small or cannot be cut."""
+    if is_table(shard.path):
+        return cut_table(shard, part_bytes)
     is_plain = (shard.path.lower().endswith(".tar") or is_zip(shard.path)) and shard.cuttable
     count = round(shard.size / part_bytes) if is_plain and shard.size else 1
     cuts = {(shard.size or 0) * number // count // BLOCK * BLOCK for number in range(1, count)} - {0}
     begins = [0, *sorted(cuts)]
     return [Input(shard=shard, begin=begin, end=end) for begin, end in zip(begins, [*begins[1:], None], strict=True)]
+
+
+def cut_table(table: Shard, part_bytes: int) -> list[Input]:
+    """Return parts of at most MAX_UNIT_SAMPLES rows, and of about `part_bytes`, or the whole of a small table."""
+    rows = table.rows or 0
+    per_part = min(MAX_UNIT_SAMPLES, max(1, rows * part_bytes // max(1, table.size or 1)))
+    if rows <= per_part:
+        return [Input(shard=table)]
+    begins = range(0, rows, per_part)
+    return [Input(shard=table, begin=begin, end=min(rows, begin + per_part)) for begin in begins]
 
 
 def cut_folder(folder: Shard, planned: Sequence[Input], part_bytes: int) -> list[Input]:

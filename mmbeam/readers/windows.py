@@ -24,7 +24,7 @@ from mmbeam.decode.common import LargeValueError
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import KIND_OF_EXTENSION, MODALITIES
 from mmbeam.process import MemoryBudget, cores, decode_pool, may_decode, steps
-from mmbeam.readers.sources import open_samples
+from mmbeam.readers.samples import open_samples
 from mmbeam.readers.tar import KINDS_COUNTED
 from mmbeam.types import Batch, Failure, InputRead, Needs, RawSample, Sample, Tally, WorkUnit
 

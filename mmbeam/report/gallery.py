@@ -72,7 +72,7 @@ def _load_shard(
     reason = "the input holds another sample at this offset; it has changed since the run"
     try:
         offsets = [sample.offset for sample in samples]
-        for raw in read_samples(source, offsets, want, reading.limits, (), reading.fields.metadata):
+        for raw in read_samples(source, offsets, want, reading, ()):
             sample = SampleId(source.shard.path, raw.offset)
             if raw.key.encode("utf-8", "backslashreplace").decode() == keys[sample]:
                 media[sample] = _media(raw, reading)

@@ -13,7 +13,7 @@ from mmbeam.errors import SampleError, ShardError, printable
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import is_local
-from mmbeam.readers.sources import open_samples
+from mmbeam.readers.samples import open_samples
 from mmbeam.readers.units import limited_unit
 from mmbeam.types import Input, RawSample, Sample, Shard
 
@@ -41,8 +41,7 @@ class Probe:
 
 def probe(
     shards: Sequence[Shard],
-    fields: FieldMap,
-    limits: Limits | None = None,
+    reading: Reading,
     metadata: bool = False,
     samples: int = PROBED_SAMPLES,
 ) -> Probe:
@@ -54,7 +53,7 @@ def probe(
     broken: list[ShardError] = []
     for shard in shards[:PROBED_SHARDS]:
         try:
-            _probe_shard(shard, result, fields, limits or Limits(), metadata, samples)
+            _probe_shard(shard, result, reading, metadata, samples)
         except ShardError as error:
             broken.append(error)
     if len(broken) == len(shards):
@@ -62,12 +61,14 @@ def probe(
     return result
 
 
-def _probe_shard(shard: Shard, result: Probe, fields: FieldMap, limits: Limits, metadata: bool, samples: int) -> None:
+def _probe_shard(shard: Shard, result: Probe, reading: Reading, metadata: bool, samples: int) -> None:
+    fields, limits = reading.fields, reading.limits
+
     def wanted(name: str) -> bool:
         return metadata and fields.kind(name) == "metadata"
 
     [source] = limited_unit([shard], samples + 1).inputs
-    with open_samples(source, wanted, Reading(fields=fields, limits=limits)) as (reader, _):
+    with open_samples(source, wanted, reading) as (reader, _):
         for count, raw in enumerate(reader, 1):
             result.samples += 1
             result.keys.append(raw.key)
@@ -141,7 +142,7 @@ def inspect(
         except ShardError as error:
             bad[shard.path] = str(error).removeprefix(f"{shard.path}: ")
     good = [shard for shard in shards if shard.path not in bad]
-    contents = probe(good, fields, metadata=True) if good else Probe()
+    contents = probe(good, reading, metadata=True) if good else Probe()
     examples: dict[str, str] = {}
     for sample in contents.first:
         entries = SampleValues(sample)["metadata"]
