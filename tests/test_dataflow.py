@@ -322,9 +322,10 @@ def test_only_embed_takes_several_models() -> None:
 
 NOT_IN_THE_TEMPLATE = {
     "verbose", "help", "workers", "shared_output",  # for one machine, or a terminal
-    "config", "dry_run",  # the template has a form, and its own parameters
+    "config", "dry_run", "bytes_column", "path_column", "url_column",  # the template has a form, and its own parameters
     "retry_failures",  # holds a lock while the job runs
     "engine",  # the image has no vLLM
+    "dims", "text_prompt", "robust", "word_timestamps",  # of few models; a template of one's own can add them
     *(f"max_{name}" for name in LIMITS),  # rarely changed; a template of one's own can add them
 }  # fmt: skip
 
