@@ -285,7 +285,7 @@ class TestFolders:
     @pytest.mark.parametrize(
         ("files", "pattern", "message"),
         [
-            ({"x.parquet": b"", "y.json": b"{}"}, "", "it holds 1 .parquet (x.parquet), 1 .json (y.json)"),
+            ({"x.pdf": b"", "y.json": b"{}"}, "", "it holds 1 .pdf (x.pdf), 1 .json (y.json)"),
             ({"x.parquet": b"", "y.json": b"{}"}, "/*", "it holds 1 .parquet (x.parquet), 1 .json (y.json)"),
             ({"x.pdf": b""}, "/x.pdf", "x.pdf: is not an input. Name tars, zip archives, a folder"),
             ({"a.heic": b"", "b.heic": b""}, "", "it holds 2 .heic (a.heic, ...)"),

@@ -9,7 +9,8 @@ from mmbeam.clean import parse_image_filter
 from mmbeam.config import Labelling, Reading
 from mmbeam.errors import UsageError
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
-from mmbeam.jobs.options import JobOptions, check_modalities, check_options, device_of, inputs_of
+from mmbeam.jobs.inputs import check_modalities, inputs_of
+from mmbeam.jobs.options import JobOptions, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.names import UNNAMED_MODEL
 from mmbeam.runs.run import Run
