@@ -10,13 +10,15 @@ from encoder_checks import edit_json, load_encoder
 from pictures import pictures
 from shards import natural_sound
 from tiny_auto import AUTO, Checkpoints
-from tiny_models import BACKBONES
+from tiny_models import BACKBONES, BUILDERS
 from transformers import AutoFeatureExtractor, AutoImageProcessor, AutoModel, AutoTokenizer
 
 from mmbeam.errors import ModelError
 from mmbeam.jobs.embed import embed_run
 from mmbeam.models.encoders import describe
 from mmbeam.models.encoders.auto import PIECE_SECONDS, AutoEncoder
+from mmbeam.models.encoders.joint import ImageTextEncoder
+from mmbeam.models.encoders.vision import VisionEncoder
 from mmbeam.models.loading import quiet_transformers
 from mmbeam.stages.embed import embed_stage
 from mmbeam.types import Batch, Sample, WorkUnit
@@ -170,7 +172,7 @@ def test_settings_that_the_kernels_lack_are_followed_by_the_checkpoints_own_proc
     directory = BACKBONES[family](tmp_path / family)
     edit_json(directory, "preprocessor_config.json", **changes)
     encoder = load_encoder(directory, CPU)
-    assert isinstance(encoder, AutoEncoder)
+    assert isinstance(encoder, VisionEncoder)
     assert encoder.spec.family == family
     assert "its image processor" in encoder.spec.notes[0]
     assert "preprocessed by the checkpoint's own processor" in encoder.spec.notes[0]
@@ -178,6 +180,29 @@ def test_settings_that_the_kernels_lack_are_followed_by_the_checkpoints_own_proc
     inputs = [processor(image, input_data_format="channels_last", return_tensors="pt") for image in IMAGES]
     pool = (lambda output: output.last_hidden_state[:, 0]) if family == "vit" else pooled
     check(encoder.encode_image(IMAGES).pooled, [pool(model(**values)) for values in inputs])
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("family", ["clip", "siglip", "blip"])
+def test_texts_do_not_change_if_images_need_the_checkpoints_own_processor(family: str, tmp_path: Path) -> None:
+    directory = BUILDERS[family](tmp_path / family)
+    before = load_encoder(directory, CPU)
+    name = "processor_config.json" if (directory / "processor_config.json").is_file() else "preprocessor_config.json"
+    edit_json(directory, name, "image_processor" if name.startswith("processor") else None, resample=1)
+    after = load_encoder(directory, CPU)
+    assert isinstance(after, ImageTextEncoder)
+    assert after.tokenize(TEXTS) == before.tokenize(TEXTS)
+    ids = before.tokenize(TEXTS)
+    assert torch.equal(after.encode_text(ids).pooled, before.encode_text(ids).pooled)
+    prepared = after.prepare("image", IMAGES)
+    processor = AutoImageProcessor.from_pretrained(directory, backend="pil")
+    pixels = [
+        processor(image, input_data_format="channels_last", return_tensors="pt")["pixel_values"] for image in IMAGES
+    ]
+    assert torch.equal(torch.stack(prepared), torch.cat(pixels))
+    assert torch.equal(after.encode_image(prepared).pooled, after.encode_image(IMAGES).pooled)
+    assert not torch.allclose(after.encode_image(IMAGES).pooled, before.encode_image(IMAGES).pooled, atol=1e-3)
+    assert "has resample 1" in after.spec.notes[0]
 
 
 def test_a_checkpoint_with_code_is_never_run(tmp_path: Path) -> None:

@@ -11,6 +11,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
+import torch
 from transformers import AutoImageProcessor, ViTImageProcessorPil
 
 from mmbeam.errors import ModelError
@@ -18,6 +20,7 @@ from mmbeam.models.loading import quiet_transformers, read_json
 from mmbeam.ops.audio import WaveRecipe
 from mmbeam.ops.image import ImageRecipe, Interpolation, Patching, PooledPatching
 from mmbeam.ops.log_mel import AstRecipe, ClapRecipe, GemmaRecipe, Padding, Truncation, WhisperRecipe
+from mmbeam.types import ImageHWC
 
 # Processors whose steps are exactly: resize, centre crop, rescale, normalise (and patch).
 _PROCESSORS = (
@@ -95,6 +98,46 @@ def read_image_recipe(directory: Path) -> ImageRecipe:
     return recipe
 
 
+class OwnPixels:
+    """The checkpoint's own image processor, for settings that the kernels lack. It runs on the CPU, image by image.
+
+    Raises RecipeError with the reason if it fails, or makes images of different sizes.
+    """
+
+    mean: None = None
+    crop: None = None
+    shorter_side: None = None  # pixels that it needs; None: unlimited
+
+    def __init__(self, directory: Path, reason: str) -> None:
+        self.note = f"{reason}; images are preprocessed by the checkpoint's own processor"
+        try:
+            self.processor = read_image_processor(directory)
+            sizes = {tuple(self(np.full((*shape, 3), 127, np.uint8)).shape[-2:]) for shape in ((64, 64), (48, 80))}
+        except Exception as error:  # transformers raises errors of many types
+            raise RecipeError(reason) from error
+        if len(sizes) > 1:
+            raise RecipeError(reason)
+        [self.size] = sizes
+
+    def __call__(self, image: ImageHWC) -> torch.Tensor:
+        """Return the pixels of an image, float32 [3, height, width]."""
+        [pixels_CHW] = self.processor(image, **AS_DECODED)["pixel_values"]
+        return cast(torch.Tensor, pixels_CHW)
+
+
+def notes_of(recipe: ImageRecipe | OwnPixels) -> tuple[str, ...]:
+    """Return what the summary says of the preprocessing."""
+    return (recipe.note,) if isinstance(recipe, OwnPixels) else ()
+
+
+def read_pixels(directory: Path) -> ImageRecipe | OwnPixels:
+    """Return the recipe of the image processor in `directory`, or the processor if the kernels lack a setting."""
+    try:
+        return read_image_recipe(directory)
+    except RecipeError as error:
+        return OwnPixels(directory, str(error))
+
+
 def read_pooled_recipe(directory: Path, vision: Any) -> ImageRecipe:
     """Return the recipe of a Gemma 4 image processor. Raises ModelError if the configuration `vision` needs another."""
     recipe, side, pooling = read_image_recipe(directory), vision.patch_size, vision.pooling_kernel_size
@@ -107,7 +150,7 @@ def read_pooled_recipe(directory: Path, vision: Any) -> ImageRecipe:
     return recipe
 
 
-def check_image_size(directory: Path, side: int | Sequence[int], recipe: ImageRecipe) -> None:
+def check_image_size(directory: Path, side: int | Sequence[int], recipe: ImageRecipe | OwnPixels) -> None:
     """Raise ModelError unless the recipe makes images of `side` x `side`, or of `side` as (height, width)."""
     expected = (side, side) if isinstance(side, int) else tuple(side)
     size = recipe.crop or recipe.size

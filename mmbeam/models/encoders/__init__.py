@@ -117,6 +117,8 @@ def describe(directory: Path, package: str | None = None) -> EncoderSpec:
         except ModelError as second_error:
             logger.info("%s: nor by its own processor: %s", directory, second_error)
             raise error from None
+        if "image" not in spec.dims and model_type not in GENERIC:
+            raise
         by = (
             "it runs by the package"
             if model_type in GENERIC

@@ -291,7 +291,8 @@ def _tried(encoder: AutoEncoder, is_loaded: bool = False) -> EncoderSpec:
     for modality in encoder.routes:
         try:
             if modality == "image":
-                encoded = encoder.encode_image([np.full((SIDE, SIDE, 3), 127, np.uint8)], tokens=True)
+                shapes = ((SIDE, SIDE, 3), (SIDE, 2 * SIDE, 3))
+                encoded = encoder.encode_image([np.full(shape, 127, np.uint8) for shape in shapes], tokens=True)
             elif modality == "audio":
                 wave: Waveform = (0.1 * np.sin(np.arange(16000))).astype(np.float32)
                 encoded = encoder.encode_audio([wave], [16000], tokens=True)

@@ -16,7 +16,7 @@ from transformers import AutoModel
 from mmbeam.models.loading import load_pretrained
 from mmbeam.models.tokenizing import TextTokenizer, vocabulary_size
 from mmbeam.names import Modality
-from mmbeam.ops.image import ImageRecipe, PixelFilter, upload_images
+from mmbeam.ops.image import ImageRecipe, PixelFilter, preprocess, upload_images
 from mmbeam.types import ImageHWC, Waveform
 
 WindowT = TypeVar("WindowT")
@@ -138,10 +138,26 @@ class TransformersEncoder(Encoder):
         return cls(spec, model, cls.read_recipe(directory), tokenizer)
 
     def prepare(self, modality: Modality, values: Sequence[Any]) -> Any:
-        """On a GPU, return images with the filters that resize them."""
+        """Return what the checkpoint's own processor makes of images; on a GPU, images with the filters that resize."""
+        if modality == "image" and callable(self.recipe):  # the checkpoint's own processor (recipes.OwnPixels)
+            return [self._own_pixels(image) for image in values]
         if modality != "image" or self.device.type == "cpu" or not isinstance(self.recipe, ImageRecipe):
             return None
         return upload_images(values, self.device, self.recipe)
+
+    def pixels(self, images: Sequence[Any]) -> torch.Tensor:
+        """Return images of any sizes, or what `prepare` made of them, as the model's input [B, 3, height, width]."""
+        if not callable(self.recipe):
+            return preprocess(images, self.recipe, self.device, self.dtype, self.pixel_filter)
+        ready = [image if isinstance(image, torch.Tensor) else self._own_pixels(image) for image in images]
+        return torch.stack(ready).to(self.device, self.dtype)
+
+    def _own_pixels(self, image: ImageHWC) -> torch.Tensor:
+        if self.pixel_filter is not None:
+            pixels_1CHW = torch.from_numpy(image.copy()).permute(2, 0, 1)[None]
+            image = self.pixel_filter(pixels_1CHW)[0].permute(1, 2, 0).contiguous().numpy()
+        pixels_CHW: torch.Tensor = self.recipe(image)
+        return pixels_CHW
 
     @property
     def tokenizer(self) -> TextTokenizer:

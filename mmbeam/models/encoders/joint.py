@@ -21,11 +21,19 @@ from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec, TransformersEncoder, encode_windows
 from mmbeam.models.encoders.vision import VisionEncoder
 from mmbeam.models.loading import load_pretrained, read_config, read_json
-from mmbeam.models.recipes import check_image_size, check_patch_size, read_clap_recipe, read_image_recipe
+from mmbeam.models.recipes import (
+    OwnPixels,
+    check_image_size,
+    check_patch_size,
+    notes_of,
+    read_clap_recipe,
+    read_image_recipe,
+    read_pixels,
+)
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, text_limit, unpad
 from mmbeam.names import Modality
 from mmbeam.ops.audio import to_rate
-from mmbeam.ops.image import ImageRecipe, preprocess, preprocess_patches
+from mmbeam.ops.image import ImageRecipe, preprocess_patches
 from mmbeam.ops.log_mel import ClapRecipe, clap_features, clap_windows
 from mmbeam.types import ImageHWC, Waveform
 
@@ -60,13 +68,13 @@ class JointEncoder(TransformersEncoder):
 class ImageTextEncoder(JointEncoder):
     """An image tower and a text tower."""
 
-    recipe: ImageRecipe
-    read_recipe = staticmethod(read_image_recipe)
+    recipe: ImageRecipe | OwnPixels
+    read_recipe = staticmethod(read_pixels)
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
         """Read the configuration and the files of the image processor and the tokenizer."""
-        parsed, recipe = read_config(directory), read_image_recipe(directory)
+        parsed, recipe = read_config(directory), cls.read_recipe(directory)
         cls._check(directory, parsed, recipe)
         check_vocabulary(directory)
         return EncoderSpec(
@@ -76,10 +84,11 @@ class ImageTextEncoder(JointEncoder):
             token_dims={"image": parsed.vision_config.hidden_size, "text": parsed.text_config.hidden_size},
             image_side=recipe.shorter_side,
             max_text_tokens=parsed.text_config.max_position_embeddings,
+            notes=notes_of(recipe),
         )
 
     @classmethod
-    def _check(cls, directory: Path, config: Any, recipe: ImageRecipe) -> None:
+    def _check(cls, directory: Path, config: Any, recipe: Any) -> None:
         """Raise ModelError if the model cannot encode the image processor's output."""
         check_image_size(directory, config.vision_config.image_size, recipe)
 
@@ -90,8 +99,7 @@ class ImageTextEncoder(JointEncoder):
     @torch.inference_mode()
     def encode_image(self, images: Sequence[ImageHWC], tokens: bool = False) -> Encoded:
         """Encode images of any sizes, uint8 [H, W, 3]. CLIP's and BLIP's tokens begin with the class token."""
-        pixels_BCHW = preprocess(images, self.recipe, self.device, self.dtype, self.pixel_filter)
-        hidden_BLD, pooled_BD = self._image_tower(pixels_BCHW)
+        hidden_BLD, pooled_BD = self._image_tower(self.pixels(images))
         return Encoded(pooled=pooled_BD, tokens=list(hidden_BLD) if tokens else None)
 
     def _image_tower(self, pixels_BCHW: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -110,7 +118,7 @@ class SiglipEncoder(ImageTextEncoder):
     pads_to_max_length = True
 
     @classmethod
-    def _check(cls, directory: Path, config: Any, recipe: ImageRecipe) -> None:
+    def _check(cls, directory: Path, config: Any, recipe: Any) -> None:
         super()._check(directory, config, recipe)
         _check_pooling_head(directory, config)
 
@@ -126,8 +134,11 @@ class Siglip2Encoder(SiglipEncoder):
     256 patches of 16 pixels.)
     """
 
+    recipe: ImageRecipe
+    read_recipe = staticmethod(read_image_recipe)
+
     @classmethod
-    def _check(cls, directory: Path, config: Any, recipe: ImageRecipe) -> None:
+    def _check(cls, directory: Path, config: Any, recipe: Any) -> None:
         check_patch_size(directory, config.vision_config.patch_size, recipe)
         _check_pooling_head(directory, config)
 
@@ -165,7 +176,7 @@ class BlipEncoder(ImageTextEncoder):
         """Read the configuration and the files of the image processor and, for retrieval, the tokenizer."""
         if _blip_architecture(directory, config) == BLIP_RETRIEVAL:
             return super().describe(directory, config)
-        parsed, recipe = read_config(directory), read_image_recipe(directory)
+        parsed, recipe = read_config(directory), read_pixels(directory)
         cls._check(directory, parsed, recipe)
         width = parsed.vision_config.hidden_size
         return EncoderSpec(
@@ -174,6 +185,7 @@ class BlipEncoder(ImageTextEncoder):
             dims={"image": width},
             token_dims={"image": width},
             image_side=recipe.shorter_side,
+            notes=notes_of(recipe),
         )
 
     @classmethod
@@ -186,7 +198,7 @@ class BlipEncoder(ImageTextEncoder):
         directory = Path(spec.directory)
         architecture = _blip_architecture(directory, read_json(directory, "config.json"))
         model = load_pretrained(getattr(transformers, architecture), directory, torch.device("cpu"), dtype)
-        recipe = read_image_recipe(directory)
+        recipe = read_pixels(directory)
         if architecture == BLIP_RETRIEVAL:
             return cls(spec, model.to(device), recipe, TextTokenizer(directory))
         return VisionEncoder(spec, model.vision_model.to(device), recipe)

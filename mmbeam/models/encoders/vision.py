@@ -15,22 +15,22 @@ import torch
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, EncoderSpec, TransformersEncoder
 from mmbeam.models.loading import read_config
-from mmbeam.models.recipes import check_image_size, read_image_recipe
-from mmbeam.ops.image import ImageRecipe, preprocess
+from mmbeam.models.recipes import OwnPixels, check_image_size, notes_of, read_pixels
+from mmbeam.ops.image import ImageRecipe
 from mmbeam.types import ImageHWC
 
 
 class VisionEncoder(TransformersEncoder):
     """Image vectors of a vision backbone."""
 
-    recipe: ImageRecipe
-    read_recipe = staticmethod(read_image_recipe)
+    recipe: ImageRecipe | OwnPixels
+    read_recipe = staticmethod(read_pixels)
     optional_weights = (r"(^|\.)pooler\.",)  # ViT's
 
     @classmethod
     def describe(cls, directory: Path, config: Mapping[str, Any]) -> EncoderSpec:
         """Read the configuration and the image processor's file."""
-        parsed, recipe = read_config(directory), read_image_recipe(directory)
+        parsed, recipe = read_config(directory), read_pixels(directory)
         if parsed.num_channels != 3:
             raise ModelError(f"{directory}/config.json: num_channels is {parsed.num_channels}; expected 3, for RGB")
         if parsed.model_type == "vit":  # the others take images of any size
@@ -42,6 +42,7 @@ class VisionEncoder(TransformersEncoder):
             dims={"image": width},
             token_dims={"image": width},
             image_side=recipe.shorter_side,
+            notes=notes_of(recipe),
         )
 
     @torch.inference_mode()
@@ -51,7 +52,7 @@ class VisionEncoder(TransformersEncoder):
         Tokens are the last hidden states: class token, registers and patches in the model's order, or the cells of a
         convolutional network row by row.
         """
-        output = self.model(preprocess(images, self.recipe, self.device, self.dtype, self.pixel_filter))
+        output = self.model(self.pixels(images))
         hidden = output.last_hidden_state
         if hidden.dim() == 4:  # [B, D, H, W]
             pooled_BD, hidden = output.pooler_output.flatten(1), hidden.flatten(2).transpose(1, 2)
