@@ -10,6 +10,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from typing import Any
@@ -388,6 +389,23 @@ class TestImage:
         with pytest.raises(LimitError, match="WAV of more than 100,000 chunks"):
             audio_seconds(SOUNDS["wav 16"][:12] + bytes(800_100), LIMITS)
         assert time.process_time() - begin < 10
+
+    @pytest.mark.parametrize("count", [1, 4096, 65_535])
+    def test_tags_that_point_to_their_own_folder(self, count: int) -> None:
+        """In a TIFF, and in 100 folders of EXIF in an AVIF. They were followed for ever."""
+        entries = struct.pack("<HHII", 34665, 4, 1, 8) * count
+        tiff = b"II*\0" + struct.pack("<IH", 8, count) + entries + bytes(4)
+        avif = (
+            saved(photo(), "AVIF")
+            + b"".join(b"II*\0" + struct.pack("<I", 8 * (100 - n)) for n in range(100))
+            + tiff[8:]
+        )
+        begin = time.process_time()
+        with pytest.raises(DecodeError):
+            decode_image(tiff, LIMITS)
+        with suppress(DecodeError):
+            decode_image(avif, LIMITS)
+        assert time.process_time() - begin < 20
 
     def test_avif_without_its_codec(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delitem(image_module._OPENERS, "AVIF")  # type: ignore[attr-defined]

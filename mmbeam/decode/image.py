@@ -86,6 +86,7 @@ _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # per pixel, of P
 _ANIMATION_BYTES = 15  # per pixel of WebP and AVIF, besides the result: the canvases of the decoder, and Pillow's image
 _TIFF_BYTES = 6  # per pixel of a compressed file, besides Pillow's image and the result: one strip may hold them all
 _MAX_TIFF_STRIPS = 200_000
+_MAX_TIFF_TAGS = 4096  # of one folder; real files have up to a hundred
 _TIFF_HEADER = re.compile(rb"II\*\0|MM\0\*")
 _MAX_TIFF_HEADERS = 100
 _TIFF_TYPE_BYTES = {
@@ -292,16 +293,18 @@ def _check_tags(data: bytes | memoryview) -> None:
         return int.from_bytes(data[at : at + length], order)
 
     folders, total = [number(8 if is_big else 4, size)], 0
-    for folder in folders:
+    for index, folder in enumerate(folders):
         first = folder + count_size
         entries = min(number(folder, count_size), max(0, len(data) - first) // entry_size)
+        if entries > _MAX_TIFF_TAGS:
+            raise DecodeError(f"damaged tags ({entries:,} in one folder, at most {_MAX_TIFF_TAGS:,} are read)")
         for entry in range(first, first + entries * entry_size, entry_size):
             tag, kind, count = number(entry, 2), number(entry + 2, 2), number(entry + 4, size)
             nbytes = count * _TIFF_TYPE_BYTES.get(kind, 0)
             total += nbytes if nbytes > size else 0
             if tag in _TIFF_STRIP_TAGS and count > _MAX_TIFF_STRIPS:
                 raise LimitError(f"TIFF of {count:,} strips, at most {_MAX_TIFF_STRIPS:,} are decoded")
-            if tag in _TIFF_FOLDER_TAGS and folder == folders[0]:
+            if tag in _TIFF_FOLDER_TAGS and index == 0 and len(folders) <= len(_TIFF_FOLDER_TAGS):
                 folders.append(number(entry + 4 + size, size))
         if total > len(data) + 65536:
             raise DecodeError(f"damaged tags (they hold {total:,} bytes, the file has {len(data):,})")
