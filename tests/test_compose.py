@@ -20,7 +20,7 @@ from tiny_clip import save_clip
 
 from mmbeam.config import FieldMap, ModelRef, Reading, Windows
 from mmbeam.errors import FlowError, ShardError, UsageError
-from mmbeam.jobs.embed import EmbedOptions, embed
+from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
 from mmbeam.jobs.options import pipeline_options
 from mmbeam.names import MODALITIES
 from mmbeam.runs.run import open_run
@@ -221,6 +221,20 @@ def test_a_step_that_drops_samples_is_told_how(behind: bool, here: Path) -> None
     steps = [Embed(stage), drop] if behind else [drop, Embed(stage)]
     with pytest.raises(RuntimeError, match=r"use mmbeam\.transforms\.Filter"):
         collect(Plan("shards/*.tar", run), ReadShards(stage.needs, run=run), *steps, WriteParquet(run), Summarize(run))
+
+
+def test_a_stage_of_ones_own(here: Path) -> None:
+    names = run_recipe("A stage of your own", here)
+    code = RECIPES["A stage of your own"][0]
+    assert len(re.findall(r"^(?:class| +).*$", code.partition("stage = ")[0], re.MULTILINE)) <= 15
+    written = {row["key"]: row["brightness"] for row in read_rows(here / "out")}
+    assert sum(value is None for value in written.values()) == 0
+    report = read_summary(names["run"])
+    assert (report.tally.outputs["brightness"], report.tally.failed) == (12, 1)
+    configuration = names["run"].configuration
+    assert configuration["models"] == {"Brightness": {"family": "Brightness", "digest": "brightness-1"}}
+    both = embed_run(str(here / "both"), [embed_stage("clip"), names["stage"]])
+    assert both.configuration["columns"] == ["image_embedding", "text_embedding", "brightness"]
 
 
 def test_run_inference(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,7 +16,7 @@ from mmbeam.models.loading import dtype_name
 from mmbeam.names import SHIPPED_MODEL, UNNAMED_MODEL, Modality
 from mmbeam.runs.run import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
-from mmbeam.types import RunReport
+from mmbeam.types import RunReport, Stage
 
 log = logging.getLogger(__name__)
 
@@ -118,7 +118,7 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
 
 def embed_run(
     output: str,
-    stages: Sequence[EmbedStage],
+    stages: Sequence[Stage],
     *,
     reading: Reading | None = None,
     limit: int | None = None,
@@ -127,24 +127,26 @@ def embed_run(
 ) -> Run:
     """Return the run that writes the outputs of `stages`, over shards read by `reading`, to `output`.
 
-    Nothing is written yet. A job that the command line starts with the same options has the same fingerprint, so each
-    can resume the other. `recorded` is added to what run.json records. Raises UsageError if the stages contradict each
-    other or `reading`.
+    A stage of your own may be among them; its `key` stands for its model in the fingerprint. Nothing is written yet. A
+    job that the command line starts with the same options has the same fingerprint, so each can resume the other.
+    `recorded` is added to what run.json records. Raises UsageError if the stages contradict each other or `reading`.
     """
     reading = reading or Reading()
+    encoders = [stage for stage in stages if isinstance(stage, EmbedStage)]
+    own = {getattr(stage, "name", None) or type(stage).__name__: stage for stage in stages if stage not in encoders}
     # The fingerprint has one place for these, so all stages must agree on them.
     for setting in ("dtype", "device", "batch_size", "tokens", "vector_type", "dims"):
-        values = {dtype_name(s.dtype, s.device) if setting == "dtype" else getattr(s, setting) for s in stages}
-        if len(values) != 1:
+        values = {dtype_name(s.dtype, s.device) if setting == "dtype" else getattr(s, setting) for s in encoders}
+        if len(values) > 1:
             raise UsageError(f"stages of one run must agree on {setting}, found {', '.join(sorted(map(str, values)))}")
     name = reading.cleaning.image_filter
     expected = None if name is None else parse_image_filter(name)
-    for stage in stages:
+    for stage in encoders:
         if stage.image_filter != expected:
             raise UsageError(
                 f"{stage.model}: expected image_filter {expected}, as in `reading`, found {stage.image_filter}"
             )
-    prompts = {_label(stage): stage.spec.text_prompt for stage in stages if stage.spec.text_prompt is not None}
+    prompts = {_label(stage): stage.spec.text_prompt for stage in encoders if stage.spec.text_prompt is not None}
     configuration = {
         "task": "embed",
         "output_version": OUTPUT_VERSION,
@@ -154,24 +156,25 @@ def embed_run(
                 "digest": stage.digest,
                 **({"generic": True} if stage.spec.is_generic else {}),
             }
-            for stage in stages
-        },
+            for stage in encoders
+        }
+        | {name: {"family": type(stage).__name__, "digest": stage.key} for name, stage in own.items()},
         "columns": [column.name for stage in stages for output in stage.outputs for column in output.columns],
-        "modalities": {_label(stage): list(stage.modalities) for stage in stages},
-        "dtype": dtype_name(stages[0].dtype, stages[0].device),
-        "tokens": stages[0].tokens,
-        "vector_type": stages[0].vector_type,
-        **({} if stages[0].dims is None else {"dims": stages[0].dims}),
+        "modalities": {_label(stage): list(stage.modalities) for stage in encoders},
+        "dtype": dtype_name(encoders[0].dtype, encoders[0].device) if encoders else None,
+        "tokens": bool(encoders) and encoders[0].tokens,
+        "vector_type": encoders[0].vector_type if encoders else "float32",
+        **({"dims": encoders[0].dims} if encoders and encoders[0].dims is not None else {}),
         **({"text_prompt": prompts} if prompts else {}),
         "reading": reading.configuration(),
         "limit": limit,
     }
     known = {
         "versions": versions(),
-        "models": {_label(stage): stage.model for stage in stages},
+        "models": {_label(stage): stage.model for stage in encoders} | {name: stage.key for name, stage in own.items()},
         "device": stages[0].device,
-        "batch_size": stages[0].batch_size,
-        "notes": [f"{stage.model}: {note}" for stage in stages for note in stage.spec.notes],
+        "batch_size": encoders[0].batch_size if encoders else None,
+        "notes": [f"{stage.model}: {note}" for stage in encoders for note in stage.spec.notes],
     }
     return Run.create(
         output=output,

@@ -56,7 +56,8 @@ class Isolate:
                 unexplained += 1
             if unexplained == MAX_UNEXPLAINED:
                 return f"{end.how} in the step {end.step or 'read'}, and no single sample is the cause"
-        return f"more than {MAX_CRASHES} of its samples end their process, for example {next(iter(crashes))}"
+        shard, offset = next(iter(crashes))
+        return f"more than {MAX_CRASHES} of its samples end their process, for example at byte {offset:,} of {shard}"
 
     def _probe(self, unit: WorkUnit, suspects: Sequence[SampleId]) -> dict[SampleId, str]:
         """Return those of the samples that end a process when they are processed alone, with a message each."""
