@@ -1,5 +1,7 @@
 """The label job end to end: shards in, committed rows of labels out, with failures and resume, and the command."""
 
+import base64
+import io
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -9,12 +11,15 @@ import numpy as np
 import pytest
 import shards
 from outputs import is_conserved, read_failures, read_rows
+from PIL import Image
 from tiny_labellers import IMAGES, TEXTS
 
 from mmbeam.cli import main
 from mmbeam.config import Labelling, Windows
+from mmbeam.decode.masks import encode_mask
 from mmbeam.errors import RunMismatchError
 from mmbeam.jobs.label import LabelOptions, label
+from mmbeam.report.page import _found
 from mmbeam.stages.label import label_stage
 from mmbeam.types import Batch, RunReport, Sample, WorkUnit
 
@@ -131,3 +136,24 @@ def test_contradictory_arguments(
     args = ["label", "--input", str(tmp_path / "in"), "--output", str(tmp_path / "out"), "--model", str(bert)]
     assert main([*args, *extra]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_the_report_draws_boxes_and_masks(tmp_path: Path) -> None:
+    """Boxes are scaled to the thumbnail, masks become a PNG, and labels are text; nothing is markup."""
+    mask = np.zeros((400, 800), bool)
+    mask[:200] = True
+    hostile = "<b>cat</b>"
+    found = {
+        "objects": [{"label": hostile, "score": 0.9, "x": 80.0, "y": 40.0, "width": 160.0, "height": 80.0}],
+        "segments": [{"label": "sky", "score": 0.8, "area": 1, "size": [400, 800], "rle": encode_mask(mask)}],
+        "tags": [{"label": "PER", "score": 0.7, "start": 0, "end": 4, "text": "Anna"}],
+    }
+    card = _found(found, {"image_width": 800, "image_height": 400}, (320, 160))
+    assert card["found"] == [["objects", hostile, 0.9], ["segments", "sky", 0.8], ["tags", "PER 'Anna'", 0.7]]
+    assert card["boxes"] == [[hostile, 32.0, 16.0, 64.0, 32.0]]
+    url = str(card["masks"])
+    with Image.open(io.BytesIO(base64.b64decode(url.partition(",")[2]))) as image:
+        alpha = np.asarray(image.convert("RGBA"))[..., 3]
+    assert alpha.shape == (160, 320)
+    assert (alpha[:80] > 0).all()
+    assert not alpha[80:].any()

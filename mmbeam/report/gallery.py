@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import soundfile
@@ -20,6 +21,7 @@ from mmbeam.config import Limits, Reading
 from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.decode.audio import decode_audio
 from mmbeam.decode.common import codec_errors
+from mmbeam.decode.masks import decode_mask
 from mmbeam.errors import SampleError, printable, redact
 from mmbeam.process import cores
 from mmbeam.readers.samples import read_samples
@@ -29,6 +31,11 @@ THUMB_SIDE = 320  # pixels, of the longer side
 JPEG_QUALITY = 80
 CLIP_SECONDS = 8.0
 CLIP_RATES = (8000, 11025, 12000, 16000, 22050, 24000)  # Hz, stored as they are; other sounds are resampled to the last
+MASK_COLORS = (
+    *((230, 60, 60), (40, 120, 230), (40, 170, 80), (240, 160, 20)),
+    *((150, 70, 200), (0, 170, 180), (220, 80, 160)),
+)
+MASK_OPACITY = 130  # of 255
 BLOCK_NUMBERS = 1 << 17  # decoded at a time, over all channels
 
 
@@ -103,6 +110,27 @@ def _thumbnail(pixels: ImageHWC) -> tuple[str, tuple[int, int]]:
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=JPEG_QUALITY)
     return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", image.size
+
+
+def draw_masks(segments: Sequence[Mapping[str, Any]], size: tuple[int, int]) -> str | None:
+    """Return the data URL of a PNG of `size`, width and height, with a colour per segment; None if none can be read."""
+    width, height = size
+    levels = np.zeros((height, width), np.uint8)  # number of the segment, 0 for none
+    for number, segment in enumerate(segments, 1):
+        try:
+            rows, columns = (int(side) for side in segment["size"])
+            mask = decode_mask(segment["rle"], (rows, columns))
+        except ValueError:
+            continue
+        at_row, at_column = np.arange(height) * rows // height, np.arange(width) * columns // width
+        levels[mask[at_row][:, at_column]] = (number - 1) % len(MASK_COLORS) + 1
+    if not levels.any():
+        return None
+    image = Image.fromarray(levels).convert("P")
+    image.putpalette([0, 0, 0, *(value for color in MASK_COLORS for value in color)])
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG", transparency=bytes([0] + [MASK_OPACITY] * len(MASK_COLORS)))
+    return f"data:image/png;base64,{base64.b64encode(buffer.getvalue()).decode()}"
 
 
 def _clip(data: bytes, limits: Limits) -> str:

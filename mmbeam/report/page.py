@@ -29,10 +29,10 @@ from mmbeam.errors import SECRET_NAME, UsageError, redact
 from mmbeam.features.captions import json_object
 from mmbeam.features.read import read_columns
 from mmbeam.features.schema import widths_of
-from mmbeam.names import COLUMN_OF_TASK, KINDS, MODALITIES, VERSION
+from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK, KINDS, MODALITIES, VERSION
 from mmbeam.readers.paths import is_local, local_path, public_path
 from mmbeam.readers.units import unit_from_json
-from mmbeam.report.gallery import load_media
+from mmbeam.report.gallery import draw_masks, load_media
 from mmbeam.report.status import failed_units
 from mmbeam.report.summary import STEPS
 from mmbeam.runs.commits import committed, load_reports, read_failures
@@ -52,6 +52,7 @@ POINT_CHARS = 160  # of a text, on a map
 BINS = 24  # bars of a histogram
 CLUSTERS = 8  # at most, and also colours of a map
 COMPONENTS = 16  # of the principal components, for the clusters
+FOUND = 20  # labels, objects, segments or tags on a card
 EXTREMES = 8  # cards of the most likely texts, and of the least likely
 PAIRS = 4  # near-duplicates of a column
 NEAR = 0.95  # least cosine similarity of near-duplicates
@@ -245,6 +246,7 @@ class _Drawn:
     vector_rows: npt.NDArray[np.int64]  # the rows whose vectors were read
     vectors: Mapping[str, tuple[npt.NDArray[np.int64], Vectors]]  # by column: rows, and finite vectors [n, width]
     colors: Sequence[str | None]  # the value of the field that colours the maps; empty without one
+    found: Mapping[int, Mapping[str, Any]]  # labels, objects, segments and tags, by row and column, of some rows
 
 
 def _draw(run: Run, reports: Sequence[UnitReport], options: ReportOptions) -> _Drawn:
@@ -257,7 +259,7 @@ def _draw(run: Run, reports: Sequence[UnitReport], options: ReportOptions) -> _D
     if not kept:
         if options.color is not None:
             raise UsageError(f"`color` {options.color}: {run.store} has no rows")
-        return _Drawn(0, 0, 0, [], {}, places, places, {}, [])
+        return _Drawn(0, 0, 0, [], {}, places, places, {}, [], {})
     with run.store.open(part_name(kept[0].unit)) as file:
         schema = pq.read_schema(file)
     plain = [field.name for field in schema if not pa.types.is_nested(field.type) or field.name == "errors"]
@@ -283,6 +285,11 @@ def _draw(run: Run, reports: Sequence[UnitReport], options: ReportOptions) -> _D
     vector_rows = np.sort(order[:VECTOR_ROWS])
     widths = widths_of(schema)
     batches = list(_read(run, kept, places[vector_rows], list(widths))) if widths else []
+    labelled = [name for name in schema.names if name.rpartition("_")[2] in COLUMN_OF_LABELS.values()]
+    shown = np.sort(order[: options.samples])  # masks are large
+    found = (
+        [row for batch in _read(run, kept, places[shown], labelled) for row in batch.to_pylist()] if labelled else []
+    )
     return _Drawn(
         total=total,
         parts=len(parts),
@@ -296,6 +303,7 @@ def _draw(run: Run, reports: Sequence[UnitReport], options: ReportOptions) -> _D
             for name, width in widths.items()
         },
         colors=colors,
+        found=dict(zip(shown.tolist(), found, strict=False)),
     )
 
 
@@ -552,6 +560,7 @@ def _gallery(
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
     """Return the cards of samples, and the groups that show them: a title, a note, and sets of cards."""
     rows = {SampleId(row["shard"], row["offset"]): row for row in drawn.rows}
+    ids = {SampleId(drawn.rows[number]["shard"], drawn.rows[number]["offset"]): number for number in drawn.found}
     keys: dict[SampleId, str] = {}
     groups: list[dict[str, Any]] = []
 
@@ -617,6 +626,7 @@ def _gallery(
                 "image_size": read and read.image_size,
                 "audio": read and read.audio,
                 "audio_seconds": row.get("audio_seconds"),
+                **_found(drawn.found.get(ids.get(sample, -1), {}), row, None if read is None else read.image_size),
                 "attribution": _attribution(row),
                 "metadata": _public(row.get("metadata")),
                 "values": [
@@ -645,6 +655,27 @@ def _gallery(
     for group in groups:
         group["sets"] = [[label, [place[sample] for sample in members]] for label, members in group["sets"]]
     return cards, groups
+
+
+def _found(
+    columns: Mapping[str, Any], row: Mapping[str, Any], size: tuple[int, int] | None
+) -> dict[str, Sequence[Any] | str | None]:
+    """Return the lines of a card about labels, its boxes in pixels of the thumbnail of `size`, and its masks."""
+    lines, boxes, masks = [], [], None
+    for name, records in columns.items():
+        best = (records or [])[:FOUND]
+        for record in best:
+            text = f" {record['text'][:TEXT_CHARS]!r}" if "text" in record else ""
+            lines.append([name, f"{record['label']}{text}", round(record["score"], 4)])
+            if "width" in record and size is not None and row.get("image_width"):
+                scales = [size[0] / row["image_width"], size[1] / row["image_height"]] * 2
+                sides = [
+                    record[side] * scale for side, scale in zip(("x", "y", "width", "height"), scales, strict=True)
+                ]
+                boxes.append([record["label"], *(round(side, 2) for side in sides)])
+        if best and "rle" in best[0] and size is not None:
+            masks = draw_masks(best, size)
+    return {"found": lines, "boxes": boxes, "masks": masks}
 
 
 def _attribution(row: Mapping[str, Any]) -> list[tuple[str, float]]:
