@@ -385,6 +385,7 @@ class TestImage:
             with pytest.raises(SampleError, match=error):
                 decode_image(data, LIMITS)
         assert decode_image(exif, LIMITS)[1] == (96, 64)
+        assert decode_image(jpeg[:2] + b"\xff" * 20_000_000 + jpeg[2:], LIMITS)[1] == (96, 64)
         assert decode_image(wide, LIMITS)[1] == (2000, 1000)
         with pytest.raises(LimitError, match="WAV of more than 100,000 chunks"):
             audio_seconds(SOUNDS["wav 16"][:12] + bytes(800_100), LIMITS)

@@ -215,14 +215,15 @@ def _skip_tags(data: bytes, start: int) -> int:
 def _end_without_tags(data: bytes) -> int:
     """Return where the audio ends before ID3v1 and APEv2 tags."""
     end = len(data)
-    while True:
+    for _ in range(_MAX_TAGS):
         id3v1, ape = data[max(0, end - 128) : end], data[max(0, end - 32) : end]
         if len(id3v1) == 128 and id3v1.startswith(b"TAG") and not any(0 < byte < 32 for byte in id3v1[3:125]):
             end -= 128  # all of it but the track number and the genre is text
         elif ape.startswith(b"APETAGEX") and 32 <= (size := int.from_bytes(ape[12:16], "little")) <= end:
             end -= size + (32 if ape[23] & 0x80 else 0)  # the size leaves out a header
         else:
-            return end
+            break
+    return end
 
 
 def _check_wav_is_whole(data: bytes) -> None:

@@ -109,6 +109,7 @@ _TIFF_TYPE_BYTES = {
 }
 _TIFF_STRIP_TAGS = (273, 279, 324, 325)  # offsets and sizes of strips and tiles
 _TIFF_FOLDER_TAGS = (34665, 34853, 40965)  # EXIF, GPS and interoperability tags: Pillow reads them too
+_FILL = re.compile(rb"\xff*")
 _PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
 
@@ -233,8 +234,8 @@ def _split_jpeg(data: bytes, header_only: bool = False) -> tuple[bytes, bytes, b
     while position + 4 <= len(data) and data[position] == 0xFF:
         _check_chunks(len(kept) + len(exif))
         marker = data[position + 1]
-        if marker == 0xFF:  # a fill byte
-            position += 1
+        if marker == 0xFF:  # fill bytes
+            position = _FILL.match(data, position).end() - 1  # type: ignore[union-attr]  # it matches anywhere
             continue
         if marker == 0x01 or 0xD0 <= marker <= 0xDA:  # without a length, or the first scan
             break

@@ -33,6 +33,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch.nn import functional
 
+from mmbeam.clean.text import normalize
 from mmbeam.errors import ModelError
 from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec
 from mmbeam.names import Modality
@@ -93,7 +94,7 @@ class WordVectorsEncoder(Encoder):
         row = self._row(word)
         if row is not None:
             return [row]
-        plain = unicodedata.normalize("NFC", word).translate(APOSTROPHES)
+        plain = normalize("NFC", word).translate(APOSTROPHES)
         if plain != word and (row := self._row(plain)) is not None:
             return [row]
         parts = self._parts(plain)
