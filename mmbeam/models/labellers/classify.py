@@ -110,7 +110,7 @@ class ImageClassifier(Classifier):
         """Return the images on the device, or the processor's outputs for them."""
         if self.processed is not None:
             return self.processed.prepare(items, self.pixel_filter)
-        return items if self.device.type == "cpu" else upload_images(items, self.device)
+        return items if self.device.type == "cpu" else upload_images(items, self.device, self.recipe)
 
     @torch.inference_mode()
     def compute(self, modality: Modality, inputs: Any) -> torch.Tensor:
