@@ -195,6 +195,20 @@ class Tensor(torch.Tensor):
     def tolist(self) -> Any:
         return self.cpu().tolist()
 
+    def __getitem__(self, index: Any) -> torch.Tensor:
+        return super().__getitem__(self._indices(index))
+
+    def __setitem__(self, index: Any, value: Any) -> None:
+        super().__setitem__(self._indices(index), value)
+
+    def _indices(self, index: Any) -> Any:
+        """Return the index with lists as tensors on the device: torch would create them on the meta device."""
+        parts = tuple(
+            torch.tensor(part, device=DEVICE) if isinstance(part, list) else part
+            for part in (index if isinstance(index, tuple) else (index,))
+        )
+        return parts if isinstance(index, tuple) else parts[0]
+
     def new_tensor(self, data: Any, **options: Any) -> torch.Tensor:
         return torch.tensor(data, dtype=options.get("dtype", self.dtype), device=options.get("device", DEVICE))
 

@@ -5,6 +5,7 @@ results must equal those of the CPU.
 """
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -14,7 +15,12 @@ from typing import Any
 import numpy as np
 import pytest
 import shards
+import tiny_audio_models
 import tiny_audio_text
+import tiny_captioners
+import tiny_chat_models
+import tiny_generators
+import tiny_generators_hub as hub
 import tiny_models
 import torch
 from simulated_cuda import Gpu, simulated_gpu
@@ -24,8 +30,10 @@ from tiny_gemma import save_embedding_gemma2
 from mmbeam.errors import DeviceError
 from mmbeam.models.placement import Device
 from mmbeam.process import reset
+from mmbeam.prompts.ask import Decoding
 from mmbeam.stages.base import ModelStage
 from mmbeam.stages.embed import embed_stage
+from mmbeam.stages.generate import generate_stage
 from mmbeam.stages.packing import Pack
 from mmbeam.types import Audio, Batch, Sample, WorkUnit
 
@@ -129,24 +137,20 @@ def test_a_device_error_ends_both_units_and_is_reported_by_each() -> None:
 
 ENCODERS: dict[str, tuple[Callable[[Path], Path], int]] = {  # kernels of a window, at most
     "clip": (save_clip, 145),
-    "metaclip_2": (tiny_models.save_metaclip2, 145),
     "siglip": (tiny_models.save_siglip, 145),
     "siglip2": (tiny_models.save_siglip2, 235),
     "blip": (tiny_models.save_blip, 180),
     "vit": (tiny_models.BACKBONES["vit"], 80),
     "dinov2": (tiny_models.BACKBONES["dinov2"], 70),
-    "dinov2_with_registers": (tiny_models.BACKBONES["dinov2_with_registers"], 70),
     "dinov3_vit": (tiny_models.BACKBONES["dinov3_vit"], 90),
     "dinov3_convnext": (tiny_models.BACKBONES["dinov3_convnext"], 68),
     "resnet": (tiny_models.BACKBONES["resnet"], 90),
     "convnext": (tiny_models.BACKBONES["convnext"], 70),
-    "convnextv2": (tiny_models.BACKBONES["convnextv2"], 85),
     "clap": (tiny_audio_text.save_clap, 320),
     "clap-fusion": (lambda path: tiny_audio_text.save_clap(path, fusion=True), 370),
     "whisper": (tiny_audio_text.save_whisper, 175),
     "ast": (tiny_audio_text.save_ast, 160),
     "wav2vec2": (lambda path: tiny_audio_text.save_speech(path, "wav2vec2"), 205),
-    "hubert": (lambda path: tiny_audio_text.save_speech(path, "hubert"), 205),
     "wavlm": (lambda path: tiny_audio_text.save_speech(path, "wavlm"), 265),
     "bert": (tiny_audio_text.save_bert, 75),
     "modernbert": (tiny_audio_text.save_modernbert, 125),
@@ -236,3 +240,41 @@ def test_the_number_of_sizes_hardly_adds_kernels(clip: Path, record_property: Ca
         device.run(stage, replace(window(), samples=samples))
     record_property("device", f"43 sizes: {gpu.stats['kernels']} kernels")
     assert gpu.stats["kernels"] < 43 + 100
+
+
+ALIKE = {"mbart", "marian", "pegasus", "gpt2", "blip-2-t5", "idefics3", "qwen2_5_omni"}  # the code of another family
+GENERATORS: dict[str, Callable[[Path], Path]] = {
+    **hub.SEQ2SEQ,
+    **hub.CAUSAL,
+    **tiny_captioners.CAPTIONERS,
+    **tiny_chat_models.IMAGE_MODELS,
+    **tiny_audio_models.AUDIO_MODELS,
+    "whisper": hub.save_whisper,
+    "mmbeam-fusion": tiny_generators.save_fusion,
+}
+
+
+PER_TOKEN = {"whisper": 8}  # it decodes the windows of a clip one after the other
+
+
+@pytest.mark.parametrize("family", sorted(GENERATORS.keys() - ALIKE))
+def test_a_generator_writes_the_same_text_and_waits_once_per_token(
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
+) -> None:
+    """The wait is for whether every text has ended. The rest is once per window, and of the model's own code."""
+    task: Any = "summarize" if family == "qwen2" else None
+    stage = generate_stage(str(GENERATORS[family](tmp_path)), dtype="float32", task=task)
+    few, more = (replace(stage, decoding=Decoding(max_new_tokens=count)) for count in (2, 4))
+    batch = replace(window(), samples=window().samples[1:3])
+    texts = Device("cpu").run(more, batch).features[stage.column]
+    stats: list[Counter[str]] = []
+    with simulated_gpu() as gpu:
+        device = Device("cuda:0")
+        for measured in (few, few, more):
+            gpu.stats.clear()
+            result = device.run(measured, batch)
+            stats.append(Counter({what: count for what, count in gpu.stats.items() if what != "kernels"}))
+    assert result.features[stage.column].to_pylist() == texts.to_pylist()
+    per_token = {what: (count - stats[1][what]) / 2 for what, count in stats[2].items()}
+    record_property("device", f"{family}: {gpu.stats['kernels']} kernels for 4 tokens; per token {per_token}")
+    assert sum(per_token.values()) <= PER_TOKEN.get(family, 1), per_token

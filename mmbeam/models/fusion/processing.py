@@ -33,6 +33,7 @@ from mmbeam.models.tokenizing import count_in_pieces, enough_text, pad
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import ImageRecipe, preprocess
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import Request
 from mmbeam.types import Waveform
 
@@ -184,8 +185,9 @@ class FusionProcessor:
         return inputs
 
     def _media(self, name: str, source: SourceConfig, requests: Sequence[Request], device: torch.device) -> SourceInput:
-        present = torch.tensor([getattr(request, source.modality) is not None for request in requests], device=device)
-        if not present.any():
+        has_source = [getattr(request, source.modality) is not None for request in requests]
+        present = to_device(has_source, device)
+        if not any(has_source):
             return torch.zeros(len(requests), 1, device=device), present
         if source.modality == "image":
             images = [request.image for request in requests if request.image is not None]
@@ -208,7 +210,7 @@ class FusionProcessor:
         values = audio_inputs(waves, recipe)
         if not isinstance(recipe, WaveformRecipe):
             return values, torch.ones(len(values), dtype=torch.bool, device=device)
-        lengths = torch.tensor([recipe.length(len(wave)) for wave in waves], device=device)
+        lengths = to_device([recipe.length(len(wave)) for wave in waves], device)
         return values, torch.arange(values.shape[1], device=device) < lengths[:, None]
 
     def _text(self, name: str, source: SourceConfig, texts: Sequence[str | None], device: torch.device) -> SourceInput:
@@ -233,7 +235,7 @@ class FusionProcessor:
             for row, feature in enumerate(features):
                 if feature is not None:
                     values[row] = feature
-            return torch.from_numpy(values).to(device), torch.from_numpy(mask).to(device)
+            return to_device(values, device), to_device(mask, device)
         lengths = [0 if feature is None else len(feature) for feature in features]
         self._warn_if_truncated(name, max(lengths, default=0), source.max_tokens, "vectors")
         lengths = [min(length, source.max_tokens) for length in lengths]
@@ -243,7 +245,7 @@ class FusionProcessor:
             if feature is not None:
                 sequences[row, :length] = feature[:length]
         real = np.arange(longest) < np.array(lengths)[:, None]
-        return torch.from_numpy(sequences).to(device), torch.from_numpy(real).to(device)
+        return to_device(sequences, device), to_device(real, device)
 
     def _warn_if_truncated(self, name: str, longest: int, limit: int, unit: str) -> None:
         """Log a warning, once per name, that inputs are truncated."""

@@ -19,6 +19,7 @@ from mmbeam.models.loading import read_config
 from mmbeam.models.recipes import AS_DECODED, read_gemma_recipe, read_image_processor, read_pooled_recipe
 from mmbeam.ops.image import PooledPatching, patch_positions, pooled_size, preprocess_patches
 from mmbeam.ops.log_mel import GEMMA_SECONDS, gemma_log_mel
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 IMAGE_3, BEGIN_IMAGE_3, END_IMAGE_3 = "<image_soft_token>", "<start_of_image>", "<end_of_image>"
@@ -65,7 +66,7 @@ class Gemma3Generator(ChatGenerator):
         if not images:
             return {}
         pixels = self.processor(images, **AS_DECODED)["pixel_values"]
-        return {"pixel_values": pixels.to(self.device, self.dtype)}
+        return {"pixel_values": to_device(pixels, self.device).to(self.dtype)}
 
 
 class Gemma4Generator(ChatGenerator):

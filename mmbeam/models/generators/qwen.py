@@ -21,6 +21,7 @@ from mmbeam.models.generators.media import AudioWindow, MelReader, images_of
 from mmbeam.models.generators.pretrained import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, Placeholder
 from mmbeam.models.recipes import AS_DECODED, read_image_processor
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 VL_IMAGE, VL_VIDEO = "<|image_pad|>", "<|video_pad|>"
@@ -71,8 +72,8 @@ class QwenGenerator(ChatGenerator):
         images = images_of(requests)
         if self.processor is not None and images:
             processed = self.processor(images, **AS_DECODED)
-            tensors["pixel_values"] = processed["pixel_values"].to(self.device, self.dtype)
-            tensors["image_grid_thw"] = processed["image_grid_thw"].to(self.device)
+            tensors["pixel_values"] = to_device(processed["pixel_values"], self.device).to(self.dtype)
+            tensors["image_grid_thw"] = to_device(processed["image_grid_thw"], self.device)
         mels = None if self.mels is None else self.mels(requests, self.device, is_padded=self.is_mel_padded)
         if mels is not None:
             tensors["input_features"], tensors["feature_attention_mask"] = mels[0].to(self.dtype), mels[1]

@@ -15,6 +15,7 @@ from mmbeam.models.generators.pretrained import ChatGenerator
 from mmbeam.models.generators.prompts import Medium, Placeholder
 from mmbeam.models.loading import read_json
 from mmbeam.models.recipes import AS_DECODED, read_image_processor
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import GeneratorSpec, Request
 
 IMAGE, AROUND, WHOLE = "<image>", "<fake_token_around_image>", "<global-img>"
@@ -63,6 +64,6 @@ class SmolVlmGenerator(ChatGenerator):
             return {}
         processed = self.processor(images, **AS_DECODED)
         return {
-            "pixel_values": processed["pixel_values"].to(self.device, self.dtype),
-            "pixel_attention_mask": processed["pixel_attention_mask"].to(self.device),
+            "pixel_values": to_device(processed["pixel_values"], self.device).to(self.dtype),
+            "pixel_attention_mask": to_device(processed["pixel_attention_mask"], self.device),
         }

@@ -38,6 +38,7 @@ from mmbeam.models.loading import read_config, read_json
 from mmbeam.models.recipes import read_whisper_recipe
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.log_mel import WhisperRecipe, whisper_log_mel, whisper_windows
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 
 START_TOKENS = 4  # at most: the begin token, the language, the task, and the token for no timestamps
@@ -286,7 +287,7 @@ class WhisperGenerator(PretrainedGenerator):
 
     def _no_speech(self, memory: BaseModelOutput, starts: Sequence[Sequence[int]]) -> list[float]:
         """Return the probability of the token for no speech after the begin token of each window."""
-        first_B1 = torch.tensor([start[:1] for start in starts], device=self.device)
+        first_B1 = to_device([start[:1] for start in starts], self.device)
         logits_BV = self.model(encoder_outputs=memory, decoder_input_ids=first_B1).logits[:, 0]
         token = self.model.generation_config.no_timestamps_token_id - 1
         probabilities: list[float] = logits_BV.float().softmax(-1)[:, token].tolist()
@@ -417,7 +418,7 @@ class WhisperGenerator(PretrainedGenerator):
         return BaseModelOutput(last_hidden_state=hidden_BLD)
 
     def _decoder_inputs(self, memory: BaseModelOutput, starts: Sequence[Sequence[int]]) -> dict[str, Any]:
-        return {"encoder_outputs": memory, "decoder_input_ids": torch.tensor(starts, device=self.device)}
+        return {"encoder_outputs": memory, "decoder_input_ids": to_device(starts, self.device)}
 
     def _starts(self, requests: Sequence[Request], memory: BaseModelOutput) -> list[list[int]]:
         """Return the first tokens of each transcript; in a multilingual model they name the language and the task."""
