@@ -13,9 +13,10 @@ demo: $(VENV)/.ready
 test: lint
 	$(BIN)/pytest --numprocesses 2 --dist worksteal
 
-# Damaged and hostile input, faults of storage, and death, with the long tests that `make test` leaves out.
+# Damaged and hostile input, faults of storage, death, and every generator on a simulated GPU, with the long tests that
+# `make test` leaves out.
 torture: $(VENV)/.ready-test
-	$(BIN)/pytest --numprocesses 2 -m "" $(patsubst %,tests/test_%.py,conservation tarheaders hostile memory storage death)
+	$(BIN)/pytest --numprocesses 2 -m "" $(patsubst %,tests/test_%.py,conservation tarheaders hostile memory storage death device)
 
 # On a real Flink 1.19, downloaded from Maven and PyPI. Needs a JDK; takes 16 minutes.
 test-flink: $(VENV)/.ready-test

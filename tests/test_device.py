@@ -243,6 +243,7 @@ def test_the_number_of_sizes_hardly_adds_kernels(clip: Path, record_property: Ca
 
 
 ALIKE = {"mbart", "marian", "pegasus", "gpt2", "blip-2-t5", "idefics3", "qwen2_5_omni"}  # the code of another family
+DAILY = {"t5", "llama", "blip", "smolvlm", "whisper", "mmbeam-fusion"}
 GENERATORS: dict[str, Callable[[Path], Path]] = {
     **hub.SEQ2SEQ,
     **hub.CAUSAL,
@@ -257,7 +258,13 @@ GENERATORS: dict[str, Callable[[Path], Path]] = {
 PER_TOKEN = {"whisper": 8}  # it decodes the windows of a clip one after the other
 
 
-@pytest.mark.parametrize("family", sorted(GENERATORS.keys() - ALIKE))
+@pytest.mark.parametrize(
+    "family",
+    [
+        *sorted(DAILY),
+        *(pytest.param(name, marks=pytest.mark.torture) for name in sorted(GENERATORS.keys() - ALIKE - DAILY)),
+    ],
+)
 def test_a_generator_writes_the_same_text_and_waits_once_per_token(
     family: str, tmp_path: Path, record_property: Callable[[str, object], None]
 ) -> None:
