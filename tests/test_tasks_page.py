@@ -39,9 +39,7 @@ def test_every_example_runs(whole: bool, tmp_path: Path, monkeypatch: pytest.Mon
     for command in commands:
         _, program, *arguments = shlex.split(command)
         assert program == "mmbeam"
-        runs = (
-            whole or "areas" in arguments
-        )  # that the Python example reads; others: the launch only
+        runs = whole or "areas" in arguments  # that the Python example reads; others: the launch only
         assert main([*arguments, "--device", "cpu", *([] if runs else ["--dry-run"])]) == 0, command
     [example] = re.findall(r"```python\n(.*?)```", PAGE, re.DOTALL)
     exec(example, {})
