@@ -115,9 +115,9 @@ def load_encoder(
 ) -> EncoderModel:
     """Load the encoder `model`: a hub name with optional @revision, or a directory.
 
-    `device` is "auto", "cpu" or "cuda[:N]". `dtype` defaults to float32 on a CPU and bfloat16 on a GPU.
-    `text_prompt` is put before each text: the name of a prompt of the checkpoint, or the prompt itself. `dims` keeps
-    the first numbers of each vector. Raises ModelError for an unusable model, UsageError if it encodes none of
+    `device` is "auto", "cpu" or "cuda[:N]". `dtype` defaults to float32 on a CPU and bfloat16 on a GPU. `text_prompt`
+    is put before each text: the name of a prompt of the checkpoint, or the prompt itself. `dims` truncates each vector
+    to its first `dims` components. Raises ModelError for an unusable model, UsageError if it encodes none of
     `modalities`.
     """
     stage = embed_stage(

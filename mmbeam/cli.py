@@ -26,8 +26,11 @@ from mmbeam.commands import command, parse
 from mmbeam.errors import MmbeamError, UsageError, redact
 from mmbeam.terminal import before_exit, clear_line, log_to_stderr
 
-_MESSAGES = {int(signal.SIGINT): "interrupted", int(signal.SIGTERM): "terminated"}  # what ends the command, by signal
-CLEANING_SECONDS = 3.0  # given to what is called before a signal ends the process
+_MESSAGES = {
+    int(signal.SIGINT): "interrupted",
+    int(signal.SIGTERM): "terminated",
+}  # the message to print, by signal number
+CLEANING_SECONDS = 3.0  # time limit of the `before_exit` callbacks
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _exiting = threading.Lock()
 
@@ -97,7 +100,7 @@ def _with_options(message: str, args: argparse.Namespace) -> str:
     """Return `message` with each Python argument that it quotes (`batch_size`) replaced by its option --batch-size."""
     options = {name: f"--{name.replace('_', '-')}" for name in vars(args)}
     # Messages also name plurals (`models`), and `split_fractions`, which --split sets. Exact names win.
-    # `input` and `output` are those of a job also for commands that read its results.
+    # Commands that read a job's results lack --input and --output, but their messages may refer to them.
     options = {"input": "SHARDS" if "shards" in options else "--input", "output": "--output"} | options
     options = {f"{name}s": option for name, option in options.items()} | {"split_fractions": "--split"} | options
     return re.sub(r"`(\w+)`", lambda match: options.get(match[1], match[0]), message)
@@ -144,7 +147,7 @@ def _wait_for_signal(receiver: socket.socket) -> None:
 def _exit_now(number: int, _frame: object = None) -> None:
     """End this process and its children because of a signal: called by the handler and by the waiting thread."""
     if not _exiting.acquire(blocking=False):
-        return  # the other one does it
+        return  # the other caller is ending the process
     cleaning = threading.Thread(target=lambda: [call() for call in before_exit], daemon=True)
     cleaning.start()
     cleaning.join(timeout=CLEANING_SECONDS)  # a store may not answer

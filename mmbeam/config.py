@@ -31,7 +31,7 @@ class FieldMap:
     def __post_init__(self) -> None:
         for kind in KINDS:
             if (name := getattr(self, kind)) is not None:
-                object.__setattr__(self, kind, name.lower())  # as readers return the fields of a sample
+                object.__setattr__(self, kind, name.lower())  # readers return field names in lower case
 
     def kind(self, name: str) -> Kind | None:
         """Return the kind of the field `name` (lower case); None if no stage can use it."""
@@ -124,7 +124,7 @@ class Windows:
     samples: int = 1024  # in the window
 
     def on(self, device: str) -> "Windows":
-        """Return the windows for a device: on a GPU larger ones, which fill its batches, unless they were changed."""
+        """Return the limits for `device`: larger on a GPU, so that a window fills a batch, unless they were set."""
         return GPU_WINDOWS if device != "cpu" and self == Windows() else self
 
 
@@ -133,7 +133,7 @@ GPU_WINDOWS = Windows(decoded_bytes=256 * MIB, samples=4096)  # 340 pictures of 
 
 @dataclass(frozen=True, kw_only=True)
 class Labelling:
-    """What is asked of a labeller. None: by the task and the model."""
+    """Options of a label stage. None means that the task and the model decide."""
 
     task: LabelTask
     labels: tuple[str, ...] | None = None  # to look for; or the names of the classes of a model that lacks them

@@ -31,12 +31,12 @@ import re
 from collections.abc import Iterable, Iterator
 
 SECRET_NAME = re.compile("secret|token|passw|pwd|credential|key|signature|connection_string|sas_", re.IGNORECASE)
-SECRET_CHARS = 8  # a shorter value of the environment is not looked for in texts
+SECRET_CHARS = 8  # shorter values of environment variables are not redacted
 
 _NAMES_ONLY = ("file", "local", "gs", "gcs", "s3", "s3a")  # with these, ? and # are part of a name
 _CONTAINER_AT = ("abfs", "abfss", "wasb", "wasbs", "github")  # what is before the @ names a container or a repository
-# All patterns are linear in the text, which may come from an input.
-# The user part of a URL: up to the last @ before the path; also behind a / if it is a name and a password, not a port.
+# All patterns are linear in the text, which may come from an input. The user part of a URL: up to the last @ before the
+# path; also after a / if it looks like name:password, not host:port.
 _USER = re.compile(
     r"\b([A-Za-z][A-Za-z0-9+.-]{0,30})://(?:(?:[^\s/@]{0,500}@)+|"
     r"(?!arn:)[^\s/:@]{0,200}:(?!\d*(?:[/\s:?#]|$))(?:[^@\s]{0,500}|[^@\n/]{0,500})@)"
@@ -63,8 +63,8 @@ _KNOWN = re.compile(  # keys of AWS, Google and the Hugging Face hub; headers; p
 def redact(text: str) -> str:
     """Return `text` without credentials: user parts and query strings of URLs, secret fields, keys of known forms.
 
-    The values of the environment's secrets (AWS_SECRET_ACCESS_KEY, FSSPEC_S3_SECRET, ...) are removed wherever they
-    are.
+    Values of secret environment variables (AWS_SECRET_ACCESS_KEY, FSSPEC_S3_SECRET, ...) are removed wherever they
+    occur.
     """
     for secret in _secrets_of_environment():
         text = text.replace(secret, "...")
@@ -82,7 +82,7 @@ def redact(text: str) -> str:
 def public_url(url: str) -> str:
     """Return `url` without user part, query string and fragment.
 
-    Of a name in a bucket, which may hold ? and #, only the values of secret fields behind a ? are removed.
+    For an object name in a bucket, which may contain ? and #, only the values of secret fields after a ? are removed.
     """
     url = _USER.sub(_without_user, url, count=1)
     if url.partition("://")[0].lower() not in _NAMES_ONLY:
@@ -97,7 +97,7 @@ def _without_user(match: re.Match[str]) -> str:
 
 
 def _secrets_of_environment() -> Iterator[str]:
-    """Yield the values of secrets in the environment, but no paths, which errors name."""
+    """Yield the values of secrets in the environment, except paths, which error messages must show."""
     for name, value in os.environ.items():
         if name.startswith("FSSPEC_") and value.startswith("{"):
             try:

@@ -28,7 +28,7 @@ def on_reset(callback: Callable[[], None]) -> Callable[[], None]:
 
 
 def reset() -> None:
-    """Return all process-wide state to what it is after the first import. Not while a unit is being processed."""
+    """Reset all process-wide state to its initial values. Must not be called while a unit is being processed."""
     use_cores(0)
     _make_pool.cache_clear()
     progress.relay = None
@@ -105,7 +105,7 @@ class MemoryBudget:
         self._changed = threading.Condition()
 
     def acquire(self, nbytes: int) -> int:
-        """Wait until `nbytes` are free, all of them for a request that exceeds the budget; return what is granted."""
+        """Wait until `nbytes` are free, reserve them and return their number; at most the whole budget."""
         granted = min(nbytes, self.nbytes)
         ticket = object()
         with self._changed:
@@ -117,7 +117,7 @@ class MemoryBudget:
         return granted
 
     def release(self, nbytes: int) -> None:
-        """Return what `acquire` granted."""
+        """Release the bytes that `acquire` granted."""
         with self._changed:
             self._used -= nbytes
             self._changed.notify_all()

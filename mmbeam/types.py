@@ -44,16 +44,16 @@ class FolderSample(NamedTuple):
 class Shard:
     """One input file, or a folder of media files, as a listing describes it.
 
-    `path` is the shard's identity in rows, plans and logs: the URL without credentials and query string.
-    `url` is the address that is opened. It may hold a secret and is kept out of every repr. A folder has `samples`,
-    all or those of one work unit; its size and etag are then those of their files.
+    `path` is the shard's identity in rows, plans and logs: the URL without credentials and query string. `url` is the
+    address that is opened. It may hold a secret and is kept out of every repr. For a folder, `samples` holds all of its
+    samples or those of one work unit; size and etag are computed from their files.
     """
 
     path: str
     url: str = field(repr=False)
     size: int | None = None  # bytes as stored; None if the store does not report it
     etag: str | None = None
-    cuttable: bool = True  # False if a byte range can only be read from the beginning of the file
+    cuttable: bool = True  # False if the file must be read from its beginning: no range requests
     # False if its web server may not redirect to another server (see listing.expand). A table without it may not name
     # files outside its folder, or servers that are not public.
     may_redirect: bool = True
@@ -62,7 +62,7 @@ class Shard:
     tables: tuple[SourceFile, ...] = field(default=(), repr=False)  # metadata.csv and metadata.jsonl of a folder
 
     def with_samples(self, samples: Sequence[FolderSample]) -> "Shard":
-        """Return the folder with these samples only, and the tables that lie beside them or above."""
+        """Return the folder with these samples only, and the tables in their directories or in parent directories."""
         folders = {""}
         for sample in samples:
             folder = sample.key.rpartition("/")[0]
@@ -93,7 +93,7 @@ def printable_name(name: str) -> str:
 class Input:
     """A shard, or the part of an uncompressed one between the cuts at bytes `begin` and `end` (readers/tar.py).
 
-    Of a folder, `begin` and `end` count samples, and `shard.samples` are those between them.
+    For a folder, `begin` and `end` are sample indexes, and `shard.samples` are those between them.
     """
 
     shard: Shard
@@ -113,7 +113,7 @@ class InputRead:
     first_sample: int | None = None  # of a part: byte of its first sample (0 if it begins the shard); None: no sample
     next_sample: int | None = None  # of a part: byte of the first sample after it; None: no sample
     error: str | None = None  # why it could not be read, if other inputs of the unit could
-    broken: str | None = None  # why nothing could be read from some byte on; how many samples follow is unknown
+    broken: str | None = None  # why reading stopped before the end; the number of samples lost is unknown
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -124,7 +124,7 @@ class WorkUnit:
     inputs: tuple[Input, ...]
     limit: int | None = None  # number of samples to stop after
     replace: bool = False  # run it although it is committed, and replace its rows (retry_failures)
-    isolation: "Isolation | None" = None  # set only in a child process that looks for the sample that ends it
+    isolation: "Isolation | None" = None  # set only in a child process that searches for the sample that crashes it
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -159,7 +159,7 @@ class Isolation:
 
 
 class StepBegun(NamedTuple):
-    """What a child process says before it begins a step, so that its parent knows where it ended."""
+    """Message from a child process that a step begins, so that the parent knows which step crashed."""
 
     step: str  # "decode", "model", "write"
     samples: tuple[SampleId, ...]
@@ -185,7 +185,7 @@ class RawSample:
 
 
 class SourceReader:
-    """What reading a folder, a zip archive or a table reports besides its samples, as `tar.TarReader` does of a tar."""
+    """Base class of the readers other than `tar.TarReader`, with the same result attributes."""
 
     first_sample: int | None = None
     next_sample: int | None = None
@@ -298,7 +298,7 @@ class Failure:
 
     @classmethod
     def of_shard(cls, shard: str, offset: int, step: str, error: str, message: str) -> Self:
-        """Return the failure of a place in a shard that belongs to no sample. It has no key."""
+        """Return a failure at an offset of a shard that belongs to no sample. It has no key."""
         return cls(key="", shard=shard, offset=offset, modality="", step=step, error=error, message=printable(message))
 
     @property
@@ -376,7 +376,7 @@ class Origin(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class FeatureColumn:
-    """A column of pre-computed features: as files store it, or as a model takes it instead of a modality's media."""
+    """A column of pre-computed features: as stored in a file, or as a model accepts it in place of raw media."""
 
     name: str
     width: int  # of one vector
@@ -388,11 +388,11 @@ class FeatureColumn:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Needs:
-    """What a stage reads of a sample, so that nothing else is decoded."""
+    """What a stage reads from a sample, so that nothing else is decoded."""
 
     modalities: frozenset[Modality] = frozenset()
     sampling_rates: frozenset[int] = frozenset()  # Hz; empty: each sound's own rate
-    image_side: int | None = None  # pixels: each model resizes the shorter side to at most this
+    image_side: int | None = None  # pixels: the largest shorter side that a model resizes to
     columns: frozenset[FeatureColumn] = frozenset()  # if the input is rows of features
 
     def __or__(self, needs: "Needs") -> "Needs":
@@ -448,7 +448,7 @@ class Stage:
 
     @property
     def needs(self) -> Needs:
-        """What the stage reads of a sample."""
+        """What the stage reads from a sample."""
         raise NotImplementedError
 
     @property
@@ -464,7 +464,7 @@ class Stage:
         """Yield the window's work, each item for one call of `launch`: tokenized, packed, on its way to the device.
 
         On a GPU the current stream is the device's copy stream, so that copies from pinned memory overlap with kernels.
-        By default the window itself is its only work.
+        By default, yield the window itself.
         """
         yield batch
 
@@ -478,7 +478,7 @@ class Stage:
     def collect(self, model: Any, batch: Batch, results: Sequence[Any]) -> Batch:
         """Return the window with the stage's outputs and failures, from the results, which the device has completed.
 
-        By default the only result is that window.
+        By default, return the single result, which is the window.
         """
         [result] = results
         return cast(Batch, result)

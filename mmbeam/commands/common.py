@@ -33,7 +33,7 @@ LIMITS = {  # the fields of config.Limits: what each limits
     "channels": "channels of a sound",
     "text_chars": "characters of a text",
     "metadata_bytes": "size of a sample's JSON",
-    "decode_bytes": "memory to decode one image or sound in",
+    "decode_bytes": "memory for decoding one image or sound",
     "expansion": "decompressed size of a shard divided by its stored size, beyond the first GiB",
 }
 _QUANTITY = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kKMGT])(i?))?B?")
@@ -82,7 +82,7 @@ def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> No
     run.add_argument(
         "--config",
         metavar="FILE.toml",
-        help="read options from a file: `batch-size = 32`, `where = ['...']`, `draft = true`; those given here win",
+        help="read options from a file: `batch-size = 32`, `where = ['...']`; the command line takes precedence",
     )
     run.add_argument(
         "--shared-output", action="store_true", help="--output is a local directory that all workers share"
@@ -112,7 +112,7 @@ def device_arguments(group: Group) -> None:
         "--batch-size",
         type=_batch_size,
         metavar="N",
-        help="samples per model batch; up to 4 times as many short texts (default: auto)",
+        help="samples per model batch; a batch of short texts may hold up to 4 times as many (default: auto)",
     )
 
 
@@ -268,7 +268,7 @@ def fields_of(args: argparse.Namespace) -> "FieldMap":
 
 
 def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str, Any]:
-    """Return the arguments of `job_arguments` as fields of JobOptions, checked as far as that needs no torch.
+    """Return the arguments of `job_arguments` as fields of JobOptions, checked as far as possible without torch.
 
     With `features`, the input may also be features. Raise UsageError, NoShardsError or ShardError.
     """
@@ -299,7 +299,7 @@ def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str
     if args.image_filter is not None:
         parse_image_filter(args.image_filter)
     inputs = None
-    if not args.beam_args:  # with a runner the workers may be elsewhere, which is checked first
+    if not args.beam_args:  # with a runner, check first whether the workers can reach the input
         inputs = look_up(
             args.input,
             reading,

@@ -36,8 +36,8 @@ _SAMPLES_PER_SECOND = 384_000
 _BLOCK_SAMPLES = 1 << 17  # decoded at a time, over all channels: 512 KiB
 _MP3_SLACK = 2 * 1152  # frames by which encoders' Xing headers differ from what is decoded
 _MP3_SAME_STREAM = 0xFFFE0C00  # bits of a frame header that are equal throughout a stream: sync, version, layer, rate
-# Bytes. What follows the first MP3 in a file, if it has no Xing header, counts as another MP3 only from this size. Less
-# may remain because some encoders count the size of a stream differently.
+# Bytes. Data after the first MP3 of a file that has no Xing header of its own counts as another MP3 only if it # has at
+# least this many bytes. A shorter rest can come from encoders that compute the stream size differently.
 _MIN_BARE_MP3 = 8192
 _UNKNOWN_FRAMES = 1 << 60  # libsndfile's count for a FLAC that was written to a pipe is near 2**63
 # A data size of at least this means unknown: programs that write to a pipe (sox, ffmpeg) cannot fill in the real size.
@@ -52,9 +52,10 @@ _OGG_FIRST_PAGE = re.compile(rb"OggS\0[\x02\x03\x06\x07]")  # the flag of the fi
 def decode_audio(data: bytes, limits: Limits, rates: Set[int], max_bytes: int | None = None) -> Audio:
     """Return the mono waveform at each of `rates` in Hz (soxr, HQ).
 
-    Without `rates`, it is at its own rate, or at 48 kHz if that is less. Raises DecodeError for data that is not a
-    whole sound, has no frames, or has samples that are not finite; LimitError if it is longer than the limit, by its
-    header or in fact, or has too many channels; LargeValueError if decoding takes more than `max_bytes` of memory.
+    Without `rates`, the waveform keeps its native rate, limited to 48 kHz. Raises DecodeError for data that is not a
+    whole sound, has no frames, or has samples that are not finite; LimitError if it is longer than the limit, according
+    to its header or once decoded, or has too many channels; LargeValueError if decoding takes more than `max_bytes` of
+    memory.
     """
     kind, streams = _split(data)
     outputs: list[_Resampled] = []
@@ -109,7 +110,10 @@ class _Length:
 
 
 class _Resampled:
-    """A waveform at `rate` Hz, written in blocks of any rate. The result equals resampling each run of a rate whole."""
+    """A waveform at `rate` Hz, written in blocks of any rate.
+
+    The result is the same as resampling each run of blocks of one rate in one piece.
+    """
 
     def __init__(self, rate: int, expected: int) -> None:
         self.rate = rate
@@ -117,7 +121,7 @@ class _Resampled:
         self._size = 0
         self._own_rate = rate
         self._stream: soxr.ResampleStream | None = None
-        self._run = 0, 0  # frames read since the own rate changed, and the size then
+        self._run = 0, 0  # frames read since the input rate last changed, and the output size at that point
 
     def write(self, block: Waveform, own_rate: int) -> None:
         """Append a block at `own_rate` Hz."""

@@ -77,14 +77,17 @@ _ORIENTATION = 0x0112  # EXIF tag
 _XMP_ORIENTATION = re.compile(rb'tiff:Orientation(?:="|>)([0-9])')
 _XMP_IN_JPEG = b"http://ns.adobe.com/xap/1.0/\0"
 _PNG_ORIENTATION_TEXTS = (b"XML:com.adobe.xmp\0", b"Raw profile type exif\0")  # keywords of text chunks
-# Each scan of a progressive JPEG is a pass over all pixels and may take 10 bytes; encoders write about 10 scans.
+# Each scan of a progressive JPEG is a pass over all pixels, but may be only 10 bytes long in the file; encoders write
+# about 10 scans.
 _MAX_SCANS = 100
 # libjpeg's warnings (jerror.h) after which pixels are missing or wrong
 _JPEG_DATA_LOST = ("remature end", "bad Huffman code", "instead of RST")
 _STRIP_PIXELS = 1 << 19  # converted to RGB at a time
 _MODE_BYTES = {"1": 1, "L": 1, "P": 1, "I;16": 2, "I;16B": 2}  # per pixel, of Pillow's modes; 4 for the others
 _ANIMATION_BYTES = 15  # per pixel of WebP and AVIF, besides the result: the canvases of the decoder, and Pillow's image
-_TIFF_BYTES = 6  # per pixel of a compressed file, besides Pillow's image and the result: one strip may hold them all
+_TIFF_BYTES = (
+    6  # per pixel of a compressed file, besides Pillow's image and the result: one strip may contain the whole image
+)
 _MAX_TIFF_STRIPS = 200_000
 _MAX_TIFF_TAGS = 4096  # of one folder; real files have up to a hundred
 _TIFF_HEADER = re.compile(rb"II\*\0|MM\0\*")
@@ -200,7 +203,9 @@ def _open(data: bytes, limits: Limits) -> tuple[ImageFile.ImageFile, str, int]:
             _check_tags(data)
         elif kind == "PPM" and not _PPM_HEADER.match(data[:_PPM_HEADER_BYTES]):
             raise DecodeError(f"damaged PPM ({len(data):,} bytes): no header in its first {_PPM_HEADER_BYTES:,} bytes")
-        elif kind == "AVIF":  # Pillow reads its EXIF when it opens a file; where that is, only the decoder knows
+        elif (
+            kind == "AVIF"
+        ):  # Pillow reads its EXIF when it opens a file; only the decoder knows where in the file it is
             view = memoryview(data)
             for match in islice(_TIFF_HEADER.finditer(data), _MAX_TIFF_HEADERS):
                 _check_tags(view[match.start() :])
@@ -285,7 +290,7 @@ def _webp_size(data: bytes) -> tuple[int, int]:
 
 
 def _check_tags(data: bytes | memoryview) -> None:
-    """Refuse TIFF or EXIF whose tags share their bytes, which Pillow copies for every tag, or with a million strips."""
+    """Raise DecodeError if tags of a TIFF or EXIF overlap (Pillow copies the bytes), LimitError for too many strips."""
     order: Literal["little", "big"] = "little" if data[:1] == b"I" else "big"
     is_big = 43 in data[2:4]
     size, count_size, entry_size = (8, 8, 20) if is_big else (4, 2, 12)

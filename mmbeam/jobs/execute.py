@@ -43,7 +43,7 @@ from mmbeam.types import Needs, RunReport, Shard, Stage, UnitReport, WorkUnit
 log = logging.getLogger(__name__)
 
 CALIBRATION_SAMPLES = 64
-OUTPUT_VERSION = 1  # of the meaning of a row. A change of it changes every fingerprint
+OUTPUT_VERSION = 1  # version of what a row means; increasing it changes every fingerprint
 PACKAGES = (  # whose version may change a value
     "mmbeam",
     "apache-beam",
@@ -121,7 +121,7 @@ class Job:
     def _execute_in_processes(self, devices: Sequence[str]) -> RunReport:
         """Run the job in worker processes of this machine, at most one per unit that is left to do.
 
-        Raises what a worker process raised, and JobError if one was killed; the others are ended then.
+        Raises what a worker process raised, and JobError if one was killed; the other processes are then terminated.
         """
         progress.start(len(self.units))
         kept = whole_reports(self.run, [unit.id for unit in self.units if not unit.replace])

@@ -1,4 +1,4 @@
-"""What a job reads, looked at before any model: the files that `input` names, and their first samples.
+"""Inspect the input of a job before a model is loaded: the files that `input` names, and their first samples.
 
 Nothing here imports Beam, torch or transformers, so that an error in the input is reported within a second.
 """
@@ -59,7 +59,9 @@ def look_up(
     features: bool = False,
     moved: Sequence[str] = (),
 ) -> Inputs:
-    """List the files that `patterns` name, and read the first samples of shards. `features` may be features, too.
+    """List the files that `patterns` name, and read the first samples of shards.
+
+    With `features`, the patterns may also name files of features.
 
     Raises NoShardsError, UsageError for an invalid pattern and for a field of `reading` that no sample has, ShardError
     if no shard can be read.

@@ -22,7 +22,7 @@ from mmbeam.types import Isolation, SampleId, StepBegun, UnitReport, WorkUnit
 
 log = logging.getLogger(__name__)
 
-MAX_UNEXPLAINED = 2  # ends of a unit's process that no sample explains, before the unit fails
+MAX_UNEXPLAINED = 2  # crashes that no single sample explains, after which the unit fails
 MAX_CRASHES = 20  # samples of one unit that may end processes before the unit fails
 
 
@@ -60,9 +60,9 @@ class Isolate:
         return f"more than {MAX_CRASHES} of its samples end their process, for example at byte {offset:,} of {shard}"
 
     def _probe(self, unit: WorkUnit, suspects: Sequence[SampleId]) -> dict[SampleId, str]:
-        """Return those of the samples that end a process when they are processed alone, with a message each."""
+        """Return the samples that crash a process on their own, with a message for each."""
         crashes: dict[SampleId, str] = {}
-        ends = Counter(suspects if len(suspects) == 1 else ())  # of processes, for which the sample alone is the cause
+        ends = Counter(suspects if len(suspects) == 1 else ())  # crashes of processes that ran only this sample
         while left := frozenset(suspects) - crashes.keys():
             end = self._run(replace(unit, isolation=Isolation(crashes=crashes, probed=left, single=True)))
             if isinstance(end, UnitReport) or len(end.samples) != 1 or end.samples[0] in crashes:

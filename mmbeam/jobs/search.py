@@ -194,7 +194,7 @@ def _encode(
 
 
 def _reading(recorded: Mapping[str, Any]) -> Reading:
-    """Return how the run read its samples, without its selection."""
+    """Return the run's Reading, without its `where` expressions."""
     cleaning = recorded["cleaning"]
     return Reading(
         fields=FieldMap(),

@@ -1,10 +1,10 @@
 """The worker processes of the `workers` option: the launcher, the worker, and how they share devices and cores.
 
 Each process runs the pipeline's fused stage, from reading to writing, over one unit after another, as a runner would
-run it over a bundle. It has its share of the cores: the environment in which it starts tells every library that
-computes how many threads to make, before any of them is imported. Units are sent one by one, to the first process with
-room, so that a slow unit delays no other. A worker process that ends by itself (killed by the kernel when memory is
-short, or by a crash in a codec) is replaced, and its units run again after all others.
+run it over a bundle. It has its share of the cores: environment variables set at its start tell each numerical library
+how many threads to create, before any of them is imported. Units are sent one by one, to the first process with room,
+so that a slow unit delays no other. A worker process that ends by itself (killed by the kernel when memory is short, or
+by a crash in a codec) is replaced, and its units run again after all others.
 
 Launcher and worker exchange pickles over a pair of sockets. The worker receives the module path and log levels, then
 the work, then units. It answers with counts while a unit is being processed, and at its end with the report or the
@@ -50,7 +50,7 @@ log = logging.getLogger(__name__)
 # Every library that computes in threads of its own reads one of these.
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS")
 MAX_RESTARTS = 10  # processes that may end with the same unit in flight
-EXIT_SECONDS = 2.0  # given to a process to end by itself
+EXIT_SECONDS = 2.0  # grace period between SIGTERM and SIGKILL
 _SERVE = "import sys; from mmbeam.jobs.workers import serve; serve(int(sys.argv[1]))"
 
 
@@ -71,7 +71,7 @@ class UnitWork:
     steps: Callable[[], Sequence["beam.DoFn"]]  # made anew for each unit, since a DoFn belongs to one thread
     devices: tuple[str, ...]
     cores: int
-    expendable: bool = False  # if memory is short, the kernel shall kill this process, and not its parent
+    expendable: bool = False  # if memory is short, the kernel should kill this process rather than its parent
 
     def __call__(self, unit: WorkUnit, tell: Callable[[Tally], None]) -> UnitReport:
         """Run the unit as a bundle of one element through the fused stage."""
@@ -126,7 +126,7 @@ class Workers:
     """Worker processes, one for each of `works`. A context manager: entering starts them, leaving ends them.
 
     `threads` is the number of compute threads of each process, `units_per_process` the units it has in flight. A unit
-    that was in flight in `restarts` processes that ended is not run again.
+    may be in flight in `restarts` processes that die; after one more, the job ends.
     """
 
     def __init__(

@@ -157,7 +157,7 @@ def _download(model: str) -> Resolved:
             allow_patterns=list(MODEL_FILES),
             ignore_patterns=list(NOT_MODEL_FILES),
         )
-    except Exception as error:  # the hub's errors have no common root
+    except Exception as error:  # the hub's errors have no common base class
         raise ModelError(_hub_message(name, revision, error)) from error
     return Resolved(Path(directory), Path(directory).name, name)
 
@@ -266,7 +266,7 @@ def model_files(directory: Path) -> dict[str, Path]:
             relative = f"{prefix}{path.name}"
             if path.is_dir():
                 real = path.resolve()
-                if real not in above:  # a link to a folder above would have no end
+                if real not in above:  # a link to a parent folder would recurse forever
                     walk(path, f"{relative}/", (*above, real))
             elif is_model_file(relative) and path.exists():
                 if not any(path.resolve().is_relative_to(home) for home in homes):
@@ -283,7 +283,9 @@ def model_files(directory: Path) -> dict[str, Path]:
 
 
 def model_path(directory: Path, name: object, named_by: str) -> Path:
-    """Return the path of the model's file that the file `named_by` names. Raises ModelError if it is not one.
+    """Return the path of `name`, a file that the model's file `named_by` refers to.
+
+    Raises ModelError if it is none of the model's.
 
     A file that climbs out of the directory, or that is not of the model's kinds, escapes its digest.
     """
@@ -459,7 +461,10 @@ def _check_keys(directory: Path, cls: str, info: Mapping[str, Any], ignore_missi
 
 
 def _attention_mask(make: Any, **arguments: Any) -> torch.Tensor | None:
-    """Return transformers' mask. On a GPU, do not read whether it could be left out, which would wait for the GPU."""
+    """Return transformers' mask.
+
+    On a GPU, do not check whether the mask can be skipped: the check would synchronise with the GPU.
+    """
     mask = arguments.get("attention_mask")
     if mask is not None and mask.is_cuda:
         arguments |= {"allow_is_causal_skip": False, "allow_is_bidirectional_skip": False}

@@ -6,11 +6,11 @@ Models stay loaded for the life of the process.
 
 A process that launches a job uses every GPU it sees. A unit leases the least busy device when it begins and keeps it
 until it ends, so with twice as many concurrent units as GPUs, each GPU has one unit that computes and one that is being
-prepared. A worker process that a runner starts claims one GPU, because the runner starts as many processes as there
-are GPUs (Flink: --sdk_worker_parallelism). A claim is a lock on a file per GPU in the temporary directory; the
-operating system drops it when the process ends, however it ends. Processes in excess of the GPUs share the least
-claimed one and log a warning. A container that was given a single GPU (CUDA_VISIBLE_DEVICES, Kubernetes) has nothing
-to claim.
+prepared. A worker process that a runner starts claims one GPU, because the runner starts as many processes as there are
+GPUs (Flink: --sdk_worker_parallelism). A claim is a lock on a file per GPU in the temporary directory; the operating
+system drops it when the process ends, however it ends. If there are more processes than GPUs, the others share the GPU
+with the fewest claims and log a warning. A container that was given a single GPU (CUDA_VISIBLE_DEVICES, Kubernetes) has
+nothing to claim.
 """
 
 import logging
@@ -62,7 +62,7 @@ def classify(error: BaseException) -> Fault:
 
 
 def release_cached_memory() -> None:
-    """Return the memory that torch's allocator holds for reuse on GPUs: after a failure it is in pieces."""
+    """Release the GPU memory that torch's allocator caches, which is fragmented after a failure."""
     if cuda.is_initialized():
         cuda.empty_cache()
 
@@ -116,8 +116,8 @@ class Device:
     def run(self, stage: Stage, batch: Batch) -> Batch:
         """Run `stage` on `batch`, and wait for the result. The stage's own device is ignored.
 
-        On a GPU, the calling thread prepares work while the device computes what was prepared before. On a CPU, which
-        is the device, everything runs on the device's thread.
+        On a GPU, the calling thread prepares work while the device computes what was prepared before. On a CPU,
+        everything runs on the device's thread.
 
         The result's tally gains the seconds that the device computed ("compute"), that the calling thread prepared and
         collected ("prepare", on a GPU), loaded the model ("load_model") and waited for the device ("device_wait").
@@ -140,7 +140,7 @@ class Device:
 
     @contextmanager
     def _failure_noted(self) -> Iterator[None]:
-        """Raise DeviceError if the device has failed before; raise and note its first failure as one."""
+        """Raise DeviceError if the device has failed before; record its first failure and raise it as DeviceError."""
         self._raise_if_failed()
         try:
             yield
@@ -276,7 +276,7 @@ def release_device(name: str, unit: str) -> None:
 
 
 def claim_one_device(name: str) -> None:
-    """Use only one of the GPUs that `name` means, unclaimed by other processes: for a runner's worker process."""
+    """Use only one of the GPUs that `name` means, the one with the fewest claims: for a runner's worker process."""
     with _lock:
         devices = devices_of(name)
         if len(devices) > 1:

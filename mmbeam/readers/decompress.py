@@ -13,7 +13,7 @@ import zstandard
 GZIP_MAGIC = b"\x1f\x8b"
 ZSTD_MAGIC = b"\x28\xb5\x2f\xfd"
 ZSTD_SKIPPABLE = b"\x2a\x4d\x18"  # after a byte from 50 to 5f: a frame to skip
-STORED_BYTES = 64 << 10  # per read; each gzip member that ends in this block copies the rest of it
+STORED_BYTES = 64 << 10  # bytes per read; each gzip member that ends in the block copies the rest of it, so it is small
 ZSTD_WINDOW_BYTES = 128 << 20  # the largest window that is allowed: the memory that a frame may ask for
 EXPANSION_FREE = 1 << 30  # bytes exempt from the limit on expansion
 
@@ -27,8 +27,8 @@ class Decompressed(io.RawIOBase):
     """The bytes of a gzip or zstd stream, which may consist of several members or frames.
 
     Damage does not raise: the bytes end, and `fault` holds the reason (name of an error class, message). They also end
-    beyond `expansion` times the stored size, plus 1 GiB. `head` was already read from `stream`. Errors of `stream`
-    itself pass through.
+    when their number exceeds `expansion` times the stored size plus 1 GiB. `head` was already read from `stream`.
+    Errors of `stream` itself pass through.
     """
 
     def __init__(self, stream: BinaryIO, head: bytes, expansion: float) -> None:

@@ -1,7 +1,8 @@
 """The samples of a folder of media files, as the plan lists them.
 
-Siblings of one stem are a sample (`a.jpg`, `a.txt`, `a.json`). A row of the nearest `metadata.csv` or `metadata.jsonl`
-that names one of its files (`file_name`, relative to the table) is its metadata, unless it has a JSON file.
+Files in one folder with the same stem form a sample (`a.jpg`, `a.txt`, `a.json`). A row of the nearest `metadata.csv`
+or `metadata.jsonl` that names one of its files (`file_name`, relative to the table) is its metadata, unless it has a
+JSON file.
 """
 
 import csv
@@ -20,8 +21,8 @@ from mmbeam.errors import ShardError
 from mmbeam.readers.paths import FileError, etag_of, file_system, is_local, split_name
 from mmbeam.types import Damage, FolderSample, Input, RawSample, Shard, SourceFile, SourceReader, printable_name
 
-CONCURRENT_READS = 16  # samples of a remote folder, each of which takes the latency of a request
-AHEAD_BYTES = 32 * MIB  # of them, as listed
+CONCURRENT_READS = 16  # samples of a remote folder that are read concurrently, to hide the latency of requests
+AHEAD_BYTES = 32 * MIB  # listed size of the samples that are read ahead
 ItemT = TypeVar("ItemT")
 FILE_NAME = "file_name"  # the column of a table of metadata that names a file
 

@@ -45,9 +45,11 @@ log = logging.getLogger(__name__)
 T = TypeVar("T")
 
 LIST_FOLDER_ABOVE = 16  # paths in one folder, above which one listing is cheaper than a request per path
-HTTP_PROBES = 1000  # shards of a web server whose size is requested; it stays unknown for the others
+HTTP_PROBES = 1000  # maximum of shards of a web server whose size is requested
 MAX_REQUESTS = 32  # concurrent
-CUTTABLE_BYTES = 32 * MIB  # above this size a web server is asked whether it supports ranges: the shard may be cut
+CUTTABLE_BYTES = (
+    32 * MIB
+)  # size above which a web server is asked whether it supports ranges, because the shard may be cut
 PLACES_SHOWN = 5  # in an error
 EXPECTED = (
     "Name tars, zip archives, a folder or pattern of image, audio or text files, or tables (Parquet, CSV, JSON lines); "
@@ -176,7 +178,10 @@ def _read_lines(url: str) -> list[tuple[int, str]]:
 
 
 def exists_literally(path: str) -> bool:
-    """Return whether the local `path` exists although it holds characters of a pattern. A broken link exists."""
+    """Return whether `path` contains pattern characters and is a local file of exactly this name.
+
+    A broken link counts.
+    """
     if not is_local(path) or not _PATTERN_CHARACTERS.search(path):
         return False
     return os.path.lexists(local_path(path))
@@ -579,7 +584,7 @@ def _info(place: _Place) -> Info | None:
         if place.is_http and (info.get("size") or 0) > CUTTABLE_BYTES:
             return {**info, "partial": supports_ranges(place.fs, place.path, info["size"])}
         return info or None
-    except (FileNotFoundError, NotADirectoryError):  # some web servers answer so to requests they deny
+    except (FileNotFoundError, NotADirectoryError):  # some web servers answer denied requests like this
         return None
     except OSError as error:
         if error.errno == errno.ELOOP:  # a symbolic link to itself

@@ -31,7 +31,7 @@ Info = Mapping[str, Any]  # of one path, as fsspec reports it
 
 
 class FileError(Exception):
-    """A fault of one file, and the name of its class of error."""
+    """An error of one file. `kind` is the name of the error class in its record."""
 
     def __init__(self, kind: str, message: str) -> None:
         super().__init__(message)

@@ -1,4 +1,4 @@
-"""Requests to stores, repeated after faults within one budget. It imports no client of a store."""
+"""Retry requests to stores, within one time budget. It imports no client of a store."""
 
 import logging
 import re
@@ -12,8 +12,8 @@ from mmbeam.errors import MmbeamError, redact
 
 logger = logging.getLogger(__name__)
 
-RETRY_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)  # seconds before each retry; any progress starts over
-RETRY_SECONDS = 60.0  # without progress, attempts and waits together, after which a request is given up
+RETRY_WAITS = (0.5, 1.0, 2.0, 4.0, 8.0, 16.0, 28.0)  # seconds before each retry; after any progress, they start again
+RETRY_SECONDS = 60.0  # without progress, attempts and waits included, after which a request fails
 CREDENTIALS = {  # where the client of a store looks for credentials
     "s3": "check AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_PROFILE, or FSSPEC_S3_KEY and FSSPEC_S3_SECRET, and "
     "that they may do this",
@@ -44,9 +44,9 @@ def retry(
 ) -> T:
     """Return `action()`, repeated after faults of the store or the network within the budget of retries.
 
-    The budget is RETRY_SECONDS and `waits` (RETRY_WAITS). A server that asks to wait longer (Retry-After) is waited
-    for, if the budget allows it. This is the only place that retries: the clients of stores are told not to, as far as
-    they have an option for it. `path` and `failure` begin the messages.
+    The budget is RETRY_SECONDS and `waits` (RETRY_WAITS). A longer Retry-After of the server is respected, if the
+    budget allows it. This is the only place that retries: retries are turned off in the clients of the stores that have
+    an option for it. `path` and `failure` begin the messages.
 
     Raise PermissionError if access is denied, `error_type` if the budget is spent or the request is refused, and every
     other error unchanged.

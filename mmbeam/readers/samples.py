@@ -30,7 +30,7 @@ class Counted(Protocol):
 def open_samples(
     source: Input, want: Callable[[str], bool], reading: Reading
 ) -> Iterator[tuple[TarReader | SourceReader, Counted]]:
-    """Open an input; yield the reader of its samples, and what counts the bytes.
+    """Open an input; yield the reader of its samples, and the object that counts its bytes.
 
     `want(field)` states whether the bytes of a field are needed. Raises ShardError, here or while reading.
     """
@@ -53,11 +53,11 @@ def open_samples(
 
 
 def read_sample(shard: str, offset: int, limits: Limits | None = None) -> RawSample:
-    """Return the sample that begins at byte `offset` of a shard, as the columns `shard` and `offset` of a row name it.
+    """Return the sample that begins at byte `offset` of a shard.
 
-    `shard` is a path or URL. An uncompressed tar is read from that byte on, a compressed one from its beginning. Raises
-    ShardError if the shard cannot be read, or if no sample begins at that byte. A folder is not read: its offsets
-    number the samples in the plan of a run.
+    `shard` and `offset` are the values of these columns in a row; `shard` is a path or URL. An uncompressed tar is read
+    from that byte on, a compressed one from its beginning. Raises ShardError if the shard cannot be read, or if no
+    sample begins at that byte. A folder is not read: its offsets number the samples in the plan of a run.
     """
     path = public_path(shard)
     reading = Reading(limits=limits or Limits())
@@ -75,10 +75,10 @@ def read_samples(
 ) -> Iterator[RawSample]:
     """Yield the samples that begin at these bytes of a shard, or have these numbers in a folder or a table, in order.
 
-    Of a tar or a table in parts, any part will do; of a folder, `source` holds the samples to choose from. Members of a
-    field that `want` rejects are not read. An offset at which no member begins is left out. A pax global header, which
-    holds for all later members of an uncompressed tar, is not applied. `waits` are those of `open_shard`. Raises
-    ShardError if the shard cannot be read, or is not the one that was listed.
+    For a tar or a table that is cut, `source` may be any of its parts. For a folder, it must hold the samples to read.
+    Members of a field that `want` rejects are not read. An offset at which no member begins is left out. A pax global
+    header, which holds for all later members of an uncompressed tar, is not applied. `waits` are those of `open_shard`.
+    Raises ShardError if the shard cannot be read, or is not the one that was listed.
     """
     reading, shard = reading or Reading(), source.shard
     limits = reading.limits

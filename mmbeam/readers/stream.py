@@ -38,18 +38,20 @@ logger = logging.getLogger(__name__)
 
 READ_BYTES = MIB  # per read of a file
 BLOCK_BYTES = 8 * MIB  # per request to a store: large enough to hide the latency of a request
-LEAST_BLOCK_BYTES = MIB  # of stores whose client drops a block that breaks off: each fault halves it
+LEAST_BLOCK_BYTES = MIB  # of stores whose client discards an interrupted block: each error halves it
 
 T = TypeVar("T")
 
 
 def content_digest(source: Input) -> str | None:
-    """Return a digest of the bytes of an input that is a file of this machine, which need not be a tar.
+    """Return a digest of the bytes of a local input, of any format.
 
     None for other stores, and if the file is not the one that was listed: its size or time differs.
     """
     shard = source.shard
-    if not is_local(shard.url) or (source.is_part and is_zip(shard.path)):  # the directory is at the end of a zip
+    if not is_local(shard.url) or (
+        source.is_part and is_zip(shard.path)
+    ):  # a part of a zip also depends on the directory at its end
         return None
     if shard.samples:
         return _folder_digest(shard)
@@ -107,9 +109,9 @@ class ShardStream(io.BufferedReader):
 def open_shard(shard: Shard, begin: int = 0, waits: Sequence[float] | None = None) -> ShardStream:
     """Open `shard` at byte `begin`, as stored.
 
-    After a fault of the store or the network, wait the next of `waits` seconds (see `retry`) and go on at the byte
-    reached. Raise ShardError, here or while reading, if the shard does not exist, has changed since it was listed or
-    opened, or stays unreadable; PermissionError if access is denied.
+    After a store or network error, sleep for the next of `waits` (see `retry`) and resume at the byte reached. Raise
+    ShardError, here or while reading, if the shard does not exist, has changed since it was listed or opened, or stays
+    unreadable; PermissionError if access is denied.
     """
     raw = _RetryingFile(shard, begin, waits)
     raw.open()
@@ -353,7 +355,7 @@ _RESPOND = {"http": _respond_http, "https": _respond_http, "gs": _respond_gcs, "
 
 
 class _Ranges:
-    """A file of a web server or a bucket, read in blocks. What arrived of a block that breaks off is kept."""
+    """A file of a web server or a bucket, read in blocks. The part of an interrupted block that arrived is kept."""
 
     def __init__(
         self, fs: Any, path: str, info: Info, size: int, respond: Any, check: Callable[[Mapping[str, str]], None]
@@ -411,7 +413,7 @@ def supports_ranges(fs: Any, url: str, size: int) -> bool:
             file.read(1)
     except ValueError:
         return False
-    except Exception as error:  # reading the shard will meet it again, and retry
+    except Exception as error:  # reading the shard will raise the same error, and retry
         logger.debug("%s: %s", redact(url), type(error).__name__)
     return True
 

@@ -130,7 +130,7 @@ class ByteReader:
         self._decompressed: Decompressed | None = None
         self._expansion = 0.0
         self._restarts = RESTARTS
-        self._unread = b""  # read, and to be read again
+        self._unread = b""  # pushed back by `unread`
         self._can_seek = stream.seekable()
         self._origin = self._size = 0
         if self._can_seek:
@@ -156,7 +156,7 @@ class ByteReader:
         return data
 
     def unread(self, data: bytes) -> None:
-        """Return to an earlier byte: the last ones that were read are `data`."""
+        """Push back `data`, the bytes read last."""
         self._unread = data + self._unread
         self.position -= len(data)
 
@@ -533,7 +533,7 @@ def _is_tar(name: str) -> bool:
 
 
 def header_inside(data: bytes, padding: bytes) -> int | None:
-    """Return the byte at which a member's data hold the header of another member, since its size is wrong."""
+    """Return the offset in a member's data of another member's header, which shows that the size is wrong."""
     magic = data[257::BLOCK]  # the first letter of "ustar", if a block is a header
     place = magic.find(b"u")
     while place >= 0:
@@ -629,14 +629,14 @@ def parts_join(parts: Iterable[InputRead]) -> bool:
 class TarReader:
     """The samples of one tar, plain or compressed by gzip or zstd (its first bytes decide, not its name).
 
-    `want(field)` states whether the bytes of a member are needed; others are skipped. Adjacent members of one key are
-    a sample; a field that repeats begins another one. Links are not followed: a wanted one is a damage of its sample.
-    Offsets are those in the uncompressed tar. Iterate once.
+    `want(field)` states whether the bytes of a member are needed; others are skipped. Adjacent members of one key are a
+    sample; a field that repeats begins another one. Links are not followed; a link to a needed field is recorded as a
+    Damage of its sample. Offsets are those in the uncompressed tar. Iterate once.
 
-    Damage costs the members that it hits, and nothing else. A damaged header belongs to the sample that its name
-    states, as far as it is legible, or to the neighbour that lacks a field which the last whole sample had. If it
-    belongs to neither, it is a sample of its own with nothing but its damage, or without a legible name one of
-    `failures`. After damage the tar is followed from the next header with magic and checksum on.
+    Damage affects only the members that it hits. A damaged header belongs to the sample that its name states, as far as
+    it is legible, or to the adjacent sample that lacks a field of the last complete sample. If it belongs to neither,
+    it becomes a sample with no members and one Damage; if no name is legible, it is added to `failures`. After damage
+    the tar is followed from the next header with magic and checksum on.
 
     With `begin` or `end` only the samples of the part between these two cuts are returned. The stream then begins at
     `part_origin(begin)`. A compressed tar belongs to the first part as a whole. With `origin`, the stream begins at
@@ -728,7 +728,7 @@ class TarReader:
             return
         if self._begin == 0 and not headers.count and (self.broken or headers.trailing_data or len(first) < BLOCK):
             raise ShardError(f"{self._shard}: {self._what_else(first)}")
-        if self.next_sample is None:  # so that one part reports the oddities of a shard
+        if self.next_sample is None:  # only the last part reports the shard's irregularities
             self.unterminated, self.trailing_data = headers.unterminated, headers.trailing_data
             self.concatenated = headers.concatenated
             self.is_empty = not headers.count

@@ -15,10 +15,10 @@ from mmbeam.types import FolderSample, Input, InputRead, Shard, SourceFile, Work
 
 UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for an encoder
 GENERATE_UNIT_BYTES = 32 * MIB  # the same for a generator
-UNPACKED_SHARDS = 1_000  # up to this number of shards, none are packed: a shard that cannot be read then fails alone
+UNPACKED_SHARDS = 1_000  # with at most this many shards, none are packed, so that an unreadable shard fails alone
 MAX_UNITS = 100_000  # cutting makes no more units than this, since each writes a Parquet file
-SPARE_SHARDS = 100  # of a unit with a limit, beyond the limit
-MAX_UNIT_SAMPLES = 4_096  # of a folder in one unit
+SPARE_SHARDS = 100  # extra shards in a unit with a limit, in case some cannot be read
+MAX_UNIT_SAMPLES = 4_096  # maximum of a folder or table in one unit
 MAX_SHARDS_PER_UNIT = 100  # most shards in one unit: its footer lists them all
 
 
@@ -127,7 +127,7 @@ def cut_folder(folder: Shard, planned: Sequence[Input], part_bytes: int) -> list
 
 
 def renewed(source: Input, now: Shard) -> Input:
-    """Return a planned input with its shard as listed `now`: of a folder, the samples that were planned for it.
+    """Return a planned input whose shard is updated to the listing `now`. For a folder, keep the planned samples.
 
     A sample whose files no longer exist stays as planned, so that reading it fails.
     """
@@ -163,7 +163,7 @@ def input_to_json(source: Input) -> dict[str, Any]:
 def inputs_to_json(unit: WorkUnit, inputs_read: Sequence[InputRead]) -> tuple[dict[str, Any], ...]:
     """Return the unit's inputs as a footer describes them: "from", "to", "error" and "broken" hold each InputRead.
 
-    Those that a unit with a limit has not reached are left out.
+    Inputs that a unit with a limit has not reached are omitted.
     """
     described = []
     for source, read in zip(unit.inputs, inputs_read or [InputRead()] * len(unit.inputs), strict=unit.limit is None):

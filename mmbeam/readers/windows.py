@@ -39,7 +39,7 @@ _PAUSED_READ_BYTES = 8 * MIB  # of a remote shard's samples, read ahead while de
 
 
 class HeldBytes:
-    """What the large samples of a unit's windows hold of the process's budget of memory. Thread-safe."""
+    """The part of the process's memory budget that the large samples of a unit's windows use. Thread-safe."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -50,10 +50,10 @@ class HeldBytes:
         """Hold `nbytes`, which were acquired, until window `index` is finished."""
         with self._lock:
             self._held.append((index, nbytes))
-        self.release_before(0)  # the consumer may have left meanwhile
+        self.release_before(0)  # the consumer may have stopped reading in the meantime
 
     def release_before(self, index: float) -> None:
-        """Release what the windows before `index` hold, now and in future."""
+        """Release the bytes held by windows before `index`, including those added later."""
         with self._lock:
             self._released = max(self._released, index)
             while self._held and self._held[0][0] < self._released:
@@ -63,13 +63,13 @@ class HeldBytes:
 def prefetch(batches: Generator[Batch], name: str, held: HeldBytes | None = None) -> Generator[Batch]:
     """Yield the windows of a unit, up to the one with `last`.
 
-    A thread makes the next window while the consumer processes the current one, so two are in memory. What `batches`
-    raises is raised here. Each tally gains the seconds of "read_wait", for which the consumer waited. Closing the
-    generator ends the thread, which is called `name`.
+    A thread makes the next window while the consumer processes the current one, so two are in memory. Exceptions of
+    `batches` are re-raised here. Each tally gains the seconds of "read_wait", for which the consumer waited. Closing
+    the generator ends the thread, which is called `name`.
 
     Samples that take more than 32 MiB to decode share 600 MB with those of the process's other units: such a sample is
-    decoded when the consumer has finished with enough of them, that is, has asked for the next window. `held`, which
-    `read_batches` got too, counts them.
+    decoded once the consumer has asked for a later window and so released enough of the budget. Pass the same `held` to
+    `read_batches`.
     """
     ready: queue.SimpleQueue[Batch | BaseException] = queue.SimpleQueue()
     room = threading.Semaphore(1)  # held from the start of a window until the consumer takes it
@@ -242,7 +242,7 @@ def read_batches(
     alone_bytes = max(_LARGE_BYTES, windows.decoded_bytes // 4)
 
     def decode(raw: RawSample, max_bytes: int | None = alone_bytes) -> _DecodedSample | tuple[RawSample, int]:
-        """Return the sample, or its bytes with the memory that decoding them takes if that is more than `max_bytes`."""
+        """Return the decoded sample, or the raw sample and the bytes needed if decoding takes more than `max_bytes`."""
         begin = time.perf_counter()
         steps.begin("decode", [raw])
         crash = None if isolation is None else isolation.crashes.get(raw.id)
@@ -281,8 +281,8 @@ def read_batches(
         with closing(ordered_map(decode, raws, decode_pool(), ahead)) as decoded_samples:
             for decoded in decoded_samples:
                 if isinstance(decoded, tuple):
-                    # A window reserves memory once, for all its large samples, so that none that holds memory waits for
-                    # more: it is on its way to the consumer. Only the sample that is next in order waits.
+                    # To avoid deadlock, a window reserves memory for its large samples once. A window that # holds
+                    # memory never waits for more; it is yielded first. Only the next sample in order may wait.
                     raw, large_bytes = decoded
                     if window.reserved_bytes and window.large_bytes + large_bytes > window.reserved_bytes:
                         yield window.close(unit, index, source, last=False)
@@ -344,7 +344,7 @@ class _UnitSamples:
 
         If an input of a pack cannot be opened, the others are still read. If it fails after some of its samples, the
         unit fails. In both cases the recorded error makes the next launch plan the pack without it (runs/plan.py).
-        With a limit, the inputs behind one that fails are read in any case; the unit fails if none yields a sample.
+        With a limit, the inputs after a failed one are still read; the unit fails if none yields a sample.
         """
         is_limited = self._unit.limit is not None
         is_pack = len(self._unit.inputs) > 1 and not is_limited
@@ -396,7 +396,7 @@ class _UnitSamples:
             )
 
     def _unknown_extension(self, name: str) -> str | None:
-        """Return the extension of a field that is of no kind, and count it from then on as one of a few, or "other"."""
+        """Return the extension of a field that no job reads, "(other)" beyond KINDS_COUNTED; None for others."""
         extension = name.rpartition(".")[2]
         if self._reading.fields.kind(name) is not None or extension in KIND_OF_EXTENSION:
             return None

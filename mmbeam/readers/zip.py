@@ -19,7 +19,7 @@ from mmbeam.readers.paths import split_name
 from mmbeam.types import Damage, Input, RawSample, SourceReader
 
 KINDS_COUNTED = 50  # kinds of members that belong to no sample
-EXPANDED_BYTES = 1024 * MIB  # decompressed in any case; beyond it Limits.expansion applies
+EXPANDED_BYTES = 1024 * MIB  # may always be decompressed; beyond this, Limits.expansion applies
 _ENCRYPTED = 0x1  # general purpose flag
 _INVALID = (
     zipfile.BadZipFile,
@@ -37,10 +37,11 @@ _INVALID = (
 class ZipReader(SourceReader):
     """The samples of a zip archive in the order of its central directory. Iterate once.
 
-    `want(field)` states whether the bytes of a member are needed. A key without image, audio and text by `fields` is
-    not a sample; its members are counted. Without `fields`, each key is a sample. A field that repeats within a key
-    begins another sample. A member that is encrypted, damaged, too large, or compressed by another method than deflate
-    is damage to its sample. Names are keys only, never paths. With `offsets`, only the samples at these are read.
+    `want(field)` states whether the bytes of a member are needed. A key that has no image, audio or text field (see
+    `fields`) is not a sample; its members are counted. Without `fields`, each key is a sample. A field that repeats
+    within a key begins another sample. A member that is encrypted, damaged, too large, or compressed by another method
+    than deflate is damage to its sample. Names are keys only, never paths. With `offsets`, only the samples at these
+    offsets are read.
 
     Raises ShardError if the archive has no readable central directory.
     """
@@ -86,7 +87,7 @@ class ZipReader(SourceReader):
             for number, (key, members) in enumerate(groups):
                 offset = next(iter(members.values())).header_offset
                 is_shared = offset in known
-                if is_shared:  # only a hostile archive: an offset that no header can have
+                if is_shared:  # only in a malicious archive: an offset past its end keeps the sample's id unique
                     offset = size + number
                 known.add(offset)
                 is_repeated = key in keys

@@ -83,7 +83,7 @@ def _load_shard(
             sample = SampleId(source.shard.path, raw.offset)
             if raw.key.encode("utf-8", "backslashreplace").decode() == keys[sample]:
                 media[sample] = _media(raw, reading)
-    except Exception as error:  # of a store, too: a report is made without its inputs
+    except Exception as error:  # of a store, too: a missing input does not prevent the report
         reason = f"the input cannot be read: {printable(redact(str(error) or type(error).__name__))}"
     return {sample: media.get(sample) or Media(notes=[reason]) for sample in samples}
 

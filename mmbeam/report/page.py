@@ -43,19 +43,19 @@ from mmbeam.runs.summary import read_summary
 from mmbeam.types import Input, SampleId, Shard, Tally, UnitReport
 
 MARK = "<!-- mmbeam report -->"  # the beginning of every page; another file is never replaced
-MAX_PARTS = 64  # Parquet files that are read; of a run with more, as many at random
-MAX_ROWS = 20_000  # rows whose columns are counted; of more, as many at random
+MAX_PARTS = 64  # maximum of Parquet files that are read; a larger run is sampled at random
+MAX_ROWS = 20_000  # maximum of rows that are read; a larger run is sampled at random
 VECTOR_ROWS = 4_000  # of these, the rows whose vectors are read
 POINTS = 1_500  # of these, the rows on the maps
 TEXT_CHARS = 2_000  # of a text, on a card
 POINT_CHARS = 160  # of a text, on a map
 BINS = 24  # bars of a histogram
 CLUSTERS = 8  # at most, and also colours of a map
-COMPONENTS = 16  # of the principal components, for the clusters
+COMPONENTS = 16  # number of principal components that are clustered
 FOUND = 20  # labels, objects, segments or tags on a card
 EXTREMES = 8  # cards of the most likely texts, and of the least likely
 PAIRS = 4  # near-duplicates of a column
-NEAR = 0.95  # least cosine similarity of near-duplicates
+NEAR = 0.95  # minimum cosine similarity of near-duplicates
 FAILURE_FILES = 64  # read for examples
 EXAMPLES = 8  # failures of a kind
 FAILED_SAMPLES = 24  # cards of failures
@@ -376,7 +376,7 @@ def _histogram(name: str, values: npt.NDArray[np.float64]) -> dict[str, Any]:
         return chart
     low, middle, high = float(finite.min()), float(np.median(finite)), float(finite.max())
     log = low > 0 and high > 20 * middle
-    same = high - low <= 1e-5 * abs(high)  # but for the last digits, as norms of vectors at length 1
+    same = high - low <= 1e-5 * abs(high)  # up to rounding, as the norms of unit vectors are
     if same:
         edges = np.array([low, high])
     elif log:
@@ -487,7 +487,8 @@ def _clusters(scores: Vectors, count: int, seed: int) -> npt.NDArray[np.int64]:
 def _categories(values: Sequence[str | None]) -> tuple[list[str], npt.NDArray[np.int64]]:
     """Return the labels of at most CLUSTERS groups of values, and the group of each value.
 
-    Many different numbers become ranges of about equal count; of many other values, the rarer ones are one group.
+    More than CLUSTERS distinct numbers are binned by quantiles; of more distinct other values, the rarest share a
+    group.
     """
     known = [value for value in values if value is not None]
     counts = Counter(known)

@@ -1,10 +1,10 @@
-"""Marks of attempts at units, which show what attempts have ended their processes.
+"""Marks of attempts at units, from which later attempts see that earlier ones died.
 
 A mark is created when an attempt begins and removed when it ends, with success or by an exception. What remains is the
-mark of an attempt whose process ended: killed, crashed in a codec, or out of memory. On the host of an observer (the
-same process namespace) the process table tells whether the process still exists. Elsewhere the mark's age does: while
-its process lives, a mark is written again every BEAT_SECONDS. The age is the difference of two times of the store, so
-the clocks of hosts do not matter. A wrong verdict costs time and no row: a unit is committed once, by any attempt.
+mark of an attempt whose process ended: killed, crashed in a codec, or out of memory. A reader in the same process
+namespace looks the process up. Any other reader goes by the mark's age: while its process lives, a mark is written
+again every BEAT_SECONDS. The age is the difference of two times of the store, so the clocks of hosts do not matter. A
+wrong decision wastes time but loses no row: a unit is committed once, by any attempt.
 """
 
 import atexit
@@ -73,7 +73,7 @@ def is_left_behind(store: Store, name: str) -> bool:
 
 
 def hold(store: Store, name: str, content: bytes) -> None:
-    """Write the file again from time to time, until `release` or the end of the process."""
+    """Rewrite the file every BEAT_SECONDS, until `release` or the end of the process."""
     global _beat
     with _lock:
         _held[store.url, name] = store, content

@@ -47,7 +47,7 @@ def report_of(run: Run, unit_id: str) -> UnitReport | None:
 
 
 def whole_reports(run: Run, ids: Iterable[str]) -> dict[str, UnitReport]:
-    """Return the reports of those of the units that are committed, by unit and in the order of `ids`.
+    """Return the reports of the committed units among `ids`, by unit, in order.
 
     Damaged Parquet files are removed, as by `report_of`. It takes one listing, and one request per unit.
     """

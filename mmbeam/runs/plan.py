@@ -1,7 +1,7 @@
 """The plan of a run: its work units, extended at launch by new shards and corrected after the run.
 
-Each launch that adds or corrects units writes one file of the plan, a unit per line. The last line of a unit counts.
-A line without inputs withdraws its unit: the unit does not run again, and its rows and failures are removed.
+Each launch that adds or corrects units writes one file of the plan, a unit per line. For each unit, the last line is
+valid. A line without inputs withdraws its unit: the unit does not run again, and its rows and failures are removed.
 """
 
 import json
@@ -44,7 +44,7 @@ from mmbeam.types import Input, Shard, UnitReport, WorkUnit, files_of, printable
 logger = logging.getLogger(__name__)
 
 PAIRS_SHOWN = 5  # of moved shards, in an error
-GROWN_SAMPLES = 10_000  # of a run with a limit, whose rows a larger run may replace without being told to
+GROWN_SAMPLES = 10_000  # the largest `limit` whose rows a larger run replaces without `overwrite`
 
 _PLAN_FILE = re.compile(r"\d{6,}\.jsonl")
 FILES_SHOWN = 5  # of a folder, in an error
@@ -61,7 +61,10 @@ def _read(run: Run, known_files: int = 0) -> dict[str, dict[str, Any]]:
 
 
 def _read_lines(run: Run, names: Iterable[str]) -> dict[str, bytes]:
-    """Return the last line of each unit as written, withdrawn units included. A line takes a tenth of its object."""
+    """Return the last line of each unit as written, withdrawn units included.
+
+    A line takes a tenth of the memory of the parsed object.
+    """
     lines = (line for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
     return {json.loads(line)["id"]: line for line in lines}
 
@@ -137,7 +140,7 @@ def grow_out_of_limit(run: Run, shards: Sequence[Shard]) -> None:
     """Remove a run that read the first samples of `shards`, if `run` differs from it only in reading more of them.
 
     Nothing else of the configuration may differ, and every shard of the smaller run must be among `shards`. A run of
-    more than GROWN_SAMPLES samples is left alone, since it is computed again: `open_run` then raises.
+    more than GROWN_SAMPLES samples is kept, because its rows would have to be recomputed; `open_run` then raises.
     """
     manifest = read_manifest(run.store)
     limit = None if manifest is None else manifest["configuration"].get("limit")
@@ -157,8 +160,8 @@ def grow_out_of_limit(run: Run, shards: Sequence[Shard]) -> None:
 def _check_not_moved(run: Run, known: Sequence[WorkUnit], shards: Sequence[Shard]) -> None:
     """Raise RunMismatchError if planned shards are absent and new ones have their names and sizes.
 
-    Their rows would be doubled under the new paths. Shards that share names by chance are accepted: those that have
-    a pair must be at least half of the absent ones, or of the new ones.
+    Their rows would be doubled under the new paths. Accidental matches are ignored: the error is raised only if
+    matching shards are at least half of the absent or of the new shards.
     """
     planned = {source.shard.path: source.shard for unit in known for source in unit.inputs}
     listed = {shard.path for shard in shards}
@@ -190,8 +193,8 @@ def _name(shard: Shard) -> str:
 def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> list[WorkUnit]:
     """Return the units with their shards as listed now.
 
-    Raises RunMismatchError if a committed shard has changed. A file of this machine whose time alone has changed is
-    read again and compared.
+    Raises RunMismatchError if a committed shard has changed. A local file of which only the modification time has
+    changed is compared by content.
     """
     current, differing = [], []
     for unit in units:
@@ -262,7 +265,7 @@ def _changes(
 
 @dataclass(frozen=True, kw_only=True)
 class Launch:
-    """The units of a launch, of nearly constant size: those of the run's plan, and how this launch differs from it."""
+    """The units of a launch, as the run's plan and the differences from it, so that it hardly grows with the units."""
 
     run: Run | None
     files: tuple[str, ...]  # of the plan

@@ -358,7 +358,7 @@ def process_is_gone(identity: Mapping[str, Any]) -> bool | None:
 
 @cache
 def _process_space() -> str:
-    """Return what identifies the set of processes that this one can look up: containers of one host differ."""
+    """Return an identifier of this process namespace; containers on one host have different ones."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -367,7 +367,7 @@ def _process_space() -> str:
 
 
 def _start(pid: int) -> int | None:
-    """Return when the process started, in the system's ticks; None if unknown. Numbers of processes are used again."""
+    """Return when the process started, in the system's ticks; None if unknown. Process ids are reused."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
     except (OSError, IndexError, ValueError):

@@ -42,7 +42,9 @@ class EmbedStage(ModelStage):
     name: str | None = None  # prefix of the columns, if several models run in one pass
     tokens: bool = False  # whether to keep the sequence of token or patch vectors in addition to the pooled vector
     vector_type: str = "float32"  # of the stored numbers: float32 or float16
-    dims: int | None = None  # numbers of a vector to keep (of Matryoshka models), normalised again; None: all
+    dims: int | None = (
+        None  # dimensions to keep of each vector (Matryoshka models), which is normalised again; None: all
+    )
 
     @property
     def key(self) -> str:
@@ -68,7 +70,7 @@ class EmbedStage(ModelStage):
         return outputs
 
     def width(self, modality: Modality) -> int:
-        """Return the numbers of a stored vector."""
+        """Return the width of a stored vector."""
         return self.dims or self.spec.dims[modality]
 
     def _column(self, modality: Modality, kind: Literal["embedding", "tokens"]) -> str:
@@ -100,7 +102,7 @@ class EmbedStage(ModelStage):
                 )
 
     def transfer(self, model: Encoder, group: str, items: Values) -> Any:
-        """Return the values, on a GPU also as one copy in its memory; or what a processor makes of them."""
+        """Return the model's inputs: what `model.prepare` returns, or the values, copied to the GPU if there is one."""
         prepared = model.prepare(cast(Modality, group), items)
         if prepared is not None:
             return prepared
@@ -207,7 +209,7 @@ class EmbedStage(ModelStage):
 
 @dataclass(frozen=True)
 class _Vectors:
-    """The float32 vectors of a pack on the host, which are there only when the device has completed its work."""
+    """The float32 vectors of a pack on the host, valid only after the device has completed its work."""
 
     pooled_BD: torch.Tensor
     tokens_TD: torch.Tensor | None = None  # of all samples

@@ -106,7 +106,7 @@ class GenerateStage(ModelStage):
 
     @property
     def details(self) -> Sequence[tuple[str, pa.DataType]]:
-        """The further columns about a text, by the end of their names."""
+        """Additional columns of a text, by the end of their names."""
         return [pair for pair in self.spec.details if pair[0] != "words" or self.decoding.word_timestamps]
 
     def _attribution_column(self, modality: Modality) -> str:
@@ -248,7 +248,7 @@ def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Gen
 
 
 def padded_weights(model: Generator, requests: Sequence[Request], decoding: Decoding) -> list[int]:
-    """Return the tokens of each request, with those to generate, for all beams; 1 if the generator has a scheduler."""
+    """Return the tokens of each request and its text, times the beams; 1 if the generator has a scheduler."""
     if model.has_scheduler:
         return [1] * len(requests)
     return [(weight + decoding.limit) * decoding.num_beams for weight in weigh_requests(model, requests)]

@@ -81,7 +81,9 @@ class MemoryLimit:
                 yield from self.split(half)
 
 
-_limits: dict[str, MemoryLimit] = {}  # by the key of a stage and the modality; a device's thread alone uses its own
+_limits: dict[
+    str, MemoryLimit
+] = {}  # by the key of a stage and the modality; each is used only by the thread of its device
 on_reset(_limits.clear)
 
 
@@ -171,7 +173,7 @@ def launch_pack(
 
 
 def _release_frames(error: BaseException) -> None:
-    """Drop the frames of an error and of those behind it: they keep the batch's tensors in memory."""
+    """Drop the tracebacks of an error and of its causes: they keep the batch's tensors in memory."""
     errors: list[BaseException | None] = [error]
     for link in errors:
         if link is not None:

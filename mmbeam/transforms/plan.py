@@ -25,7 +25,7 @@ LOST_SHOWN = 5  # of units that were not reported, in an error
 class Plan(beam.PTransform):
     """PBegin -> PCollection[WorkUnit].
 
-    `shards` is patterns, which are listed now on the machine that builds the pipeline, or units planned before. With a
+    `shards` holds patterns, which are listed when the pipeline is built, or units that are already planned. With a
     `run` the patterns are planned for it: its output is opened, and units that an earlier launch planned stay as they
     are. Large shards are cut and small ones packed only with a `run`, because a misread part can only be corrected in
     the plan of a run. This is the only shuffle before the write, and it carries only paths. With a `run` a worker reads

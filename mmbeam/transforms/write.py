@@ -105,8 +105,8 @@ class _Write(beam.DoFn):
             return UnitReport(unit=unit.id, status="failed")
         progress.add(tally)
         count_tally(tally)
-        # Only the check of the whole run counts parts after the first and retried units. Such a part may have been
-        # misread (readers/tar.py), and retried units have more failures than average.
+        # Retried units, and all parts of a shard but the first, are counted only in the check at the end of the run.
+        # Such a part may have been misread (readers/tar.py), and retried units have more failures than average.
         if not unit.replace and all(source.begin == 0 for source in unit.inputs):
             count_window(self.run, tally, batch.failures)
         if not batch.last:
