@@ -190,6 +190,32 @@ def test_a_csv_that_breaks_off_says_where(pictures: Path) -> None:
         assert "line 4: invalid CSV" in str(reader.broken)
 
 
+def test_a_bad_quote_costs_its_row(pictures: Path) -> None:
+    (pictures / "t.csv").write_text('file_name,text\nsub/p0.JPG,a\n"sub"/p1.JPG,b\nsub/p2.JPG,c\n')
+    samples = read(pictures / "t.csv")
+    assert [(sample.key, sample.offset, len(sample.damages)) for sample in samples] == [
+        ("sub/p0", 0, 0),
+        ("00000001", 1, 1),
+        ("sub/p2", 2, 0),
+    ]
+    assert "line 3: invalid CSV" in samples[1].damages[0].message
+
+
+def test_tables_that_break_off_keep_the_rows_before(pictures: Path) -> None:
+    (pictures / "t.jsonl").write_bytes(b'{"file_name": "sub/p0.JPG"}\n{"file_name": "sub/p')
+    path = write(pictures / "t.parquet", [{"image": jpeg} for jpeg in JPEGS], row_group_size=2, compression="none")
+    with pq.ParquetFile(path) as parquet:
+        page = parquet.metadata.row_group(1).column(0).dictionary_page_offset
+    data = bytearray(path.read_bytes())
+    data[page : page + 8] = b"\xff" * 8
+    path.write_bytes(data)
+    for name, count, message in (("t.jsonl", 2, "row 1: cut off"), ("t.parquet", 2, "from row 2 on: damaged")):
+        shard = Shard(path=str(pictures / name), url=str(pictures / name))
+        with open_samples(Input(shard=shard), lambda field: True, Reading()) as (reader, _):
+            assert len(list(reader)) == count
+            assert message in str(reader.broken)
+
+
 # Parts
 
 
@@ -335,7 +361,7 @@ def test_a_private_address_is_refused_however_it_is_written(web: Web) -> None:
     ):
         with pytest.raises(FileError, match="not a public address"):
             fetch_module.fetch(f"http://{host}:{port}/a", 1 << 20)
-    for address in ("10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "[fd00::1]", "[fe80::1]"):
+    for address in ("10.0.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "[fd00::1]", "[64:ff9b::a00:1]"):
         with pytest.raises(FileError, match="not a public address"):
             fetch_module.fetch(f"http://{address}/a", 1 << 20)
     assert len(web.requests) == 1

@@ -21,6 +21,8 @@ PER_HOST = 4  # concurrent connections to one server
 CONNECT_SECONDS, SILENT_SECONDS, TOTAL_SECONDS = 10.0, 20.0, 300.0
 REDIRECTS = 5
 WAITS = (1.0, 2.0, 4.0, 8.0)  # seconds before each retry; a server's Retry-After may make it longer
+# Addresses of IPv6 whose last 32 bits are an address of IPv4: NAT64 (RFC 6052), and IPv4-compatible ones (RFC 4291).
+_HOLD_IPV4 = (ipaddress.IPv6Network("64:ff9b::/96"), ipaddress.IPv6Network("::/96"))
 AGENT = "mmbeam (dataset reader)"
 
 
@@ -139,6 +141,8 @@ def _check_literal(host: str, allow_private: bool) -> None:
 def _check_address(host: str, address: str, allow_private: bool) -> None:
     ip = ipaddress.ip_address(address.partition("%")[0])
     mapped = getattr(ip, "ipv4_mapped", None) or getattr(ip, "sixtofour", None)
+    if isinstance(ip, ipaddress.IPv6Address) and any(ip in network for network in _HOLD_IPV4):
+        mapped = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
     if not allow_private and not ((mapped or ip).is_global and not (mapped or ip).is_multicast):
         raise FileError(
             "PermissionError",

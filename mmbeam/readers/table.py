@@ -315,6 +315,7 @@ def table_suffix(path: str) -> str:
 
 def _parquet_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[tuple[int, Any]]:
     where, limits = reader._shard.path, reader._reading.limits
+    number, yielded = 0, False
     if not reader._stream.seekable():
         raise ShardError(f"{where}: expected a server with range requests, as Parquet needs; copy it to this machine")
     try:
@@ -322,7 +323,6 @@ def _parquet_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[
         schema = parquet.schema_arrow
         reader._roles = roles({field.name: field.type for field in schema}, reader._reading, where)
         size = reader._stream.seek(0, 2)
-        number = 0
         for group in range(parquet.num_row_groups):
             info = parquet.metadata.row_group(group)
             if number + info.num_rows <= begin or (end is not None and number >= end):
@@ -336,11 +336,15 @@ def _parquet_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[
                     continue
                 for row in batch.to_pylist():
                     if number >= begin and (end is None or number < end):
+                        yielded = True
                         yield number, row
                     number += 1
     except (pa.ArrowException, OSError, ValueError) as error:
         if isinstance(error, PermissionError | ConnectionError):
             raise
+        if yielded:  # their rows are kept
+            reader.broken = f"{where}: from row {number:,} on: damaged ({' '.join(str(error).split())})"
+            return
         raise ShardError(f"{where}: not a Parquet file, or damaged ({' '.join(str(error).split())})") from None
 
 
@@ -354,7 +358,10 @@ def _json_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[tup
         if end is not None and number >= end:
             return
         if number >= begin:
-            yield number, _json_row(line, limit)
+            row = _json_row(line, limit)
+            if isinstance(row, FileError) and not line.endswith(b"\n"):
+                reader.broken = f"{where}: row {number:,}: cut off; what follows is unknown"
+            yield number, row
 
 
 def _lines(stream: BinaryIO, limit: int) -> Iterator[bytes]:
@@ -389,15 +396,27 @@ def _csv_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[tupl
             raise ShardError(f"{where}: expected different names of columns, found {', '.join(header)}")
         reader._roles = roles(dict.fromkeys(header, None), reader._reading, where)
         number = -1
-        for row in rows:
-            if not row:
+        while True:
+            row: list[str] | FileError
+            try:
+                row = next(rows)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if "expected after" not in str(error):
+                    raise
+                # A quote inside a value; the next line begins another row.
+                row = FileError("DecodeError", f"line {rows.line_num:,}: invalid CSV: {error}")
+            if row == []:
                 continue
             number += 1
             if number < begin:
                 continue
             if end is not None and number >= end:
                 return
-            if len(row) != len(header):
+            if isinstance(row, FileError):
+                yield number, row
+            elif len(row) != len(header):
                 yield number, FileError("DecodeError", f"expected {len(header)} values, found {len(row)}")
             else:
                 yield number, dict(zip(header, row, strict=True))
