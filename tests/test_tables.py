@@ -3,6 +3,7 @@
 import csv
 import http.server
 import json
+import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -367,6 +368,34 @@ def test_a_private_address_is_refused_however_it_is_written(web: Web) -> None:
     assert len(web.requests) == 1
 
 
+def test_a_signed_url_reaches_neither_a_row_nor_a_record(web: Web, tmp_path: Path) -> None:
+    web.answers["/a.jpg?X-Amz-Signature=secret"] = [(200, {}, JPEGS[0])]
+    rows = [{"url": f"{web.url}/{name}.jpg?X-Amz-Signature=secret", "text": "a"} for name in ("a", "none")]
+    for suffix in ("csv", "jsonl"):
+        path = write(tmp_path / f"t.{suffix}", rows)
+        first, second = read(path, trusted=True)
+        assert first.members["url.jpg"] == JPEGS[0]
+        (damage,) = second.damages
+        assert "status 404" in damage.message or "404" in damage.message
+        for raw in (first, second):
+            assert b"secret" not in raw.members["json"]
+            assert not any("secret" in damage.message for damage in raw.damages)
+
+
+def test_a_host_that_does_not_exist_is_asked_for_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[object] = []
+
+    def fail(host: object, *_: object, **__: object) -> None:
+        asked.append(host)
+        raise socket.gaierror(socket.EAI_NONAME, "unknown")
+
+    monkeypatch.setattr(socket, "getaddrinfo", fail)
+    with pytest.raises(FileError, match="example: no such host"):
+        fetch_module.fetch("http://no-such-host.example/a", 100)
+    assert len(asked) == 1
+    fetch_module.close()
+
+
 def test_redirects_are_followed_and_checked(web: Web) -> None:
     web.answers["/a"] = [(302, {"Location": "/b"}, b"")]
     web.answers["/b"] = [(200, {}, b"content")]
@@ -428,6 +457,15 @@ def test_rows_of_a_job_are_features_and_no_table(clip: Path, pictures: Path, tmp
             look_up([str(source)], Reading())
     table = write(tmp_path / "t.parquet", [{"text": "a"}])
     assert not look_up([str(table)], Reading(), features=True).features
+
+
+def test_plan_cuts_a_table_too(pictures: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from mmbeam.transforms import Plan
+
+    monkeypatch.setattr("mmbeam.readers.units.MAX_UNIT_SAMPLES", 2)
+    path = write(pictures / "t.csv", paths())
+    (unit,) = Plan(str(path)).units  # without a run nothing is cut
+    assert unit.inputs[0].shard.rows == 5
 
 
 def test_columns_are_part_of_the_fingerprint_only_if_named(clip: Path, pictures: Path, tmp_path: Path) -> None:

@@ -11,13 +11,12 @@ from typing import TYPE_CHECKING, Literal
 
 from mmbeam.clean.where import SampleValues
 from mmbeam.config import Reading
-from mmbeam.errors import MissingModalityError, NoShardsError, ShardError, UsageError, did_you_mean
+from mmbeam.errors import MissingModalityError, NoShardsError, UsageError, did_you_mean
 from mmbeam.features.files import feature_files, is_features
 from mmbeam.names import FEATURE_SUFFIX, KINDS, Modality
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.paths import is_table, public_path
-from mmbeam.readers.stream import open_shard
-from mmbeam.readers.table import count_rows
+from mmbeam.readers.paths import public_path
+from mmbeam.readers.samples import with_rows
 from mmbeam.report.inspect import Probe, probe
 from mmbeam.types import Shard
 
@@ -81,19 +80,10 @@ def look_up(
             f"`input`: expected shards (tar files), found rows of an mmbeam job ({parquets[0].path}); name the shards "
             "that the job read"
         )
-    shards = [_with_rows(shard) if is_table(shard.path) else shard for shard in shards]
+    shards = with_rows(shards)
     first = probe(shards, reading, metadata=True)
     check_named_fields(shards, first, reading)
     return Inputs(files=tuple(as_moved(shards, moved)), first=first)
-
-
-def _with_rows(table: Shard) -> Shard:
-    """Return a table with the number of its rows, by which it is cut; unknown if it cannot be read."""
-    try:
-        with open_shard(table) as stream:
-            return replace(table, rows=count_rows(table.path, stream))
-    except ShardError:
-        return table
 
 
 def check_named_fields(shards: Sequence[Shard], first: Probe, reading: Reading) -> None:

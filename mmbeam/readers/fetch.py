@@ -4,7 +4,8 @@ import asyncio
 import atexit
 import ipaddress
 import socket
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
 from functools import cache, partial
 from typing import Any
 from urllib.parse import urljoin, urlsplit
@@ -53,7 +54,7 @@ async def _get(url: str, limit: int, allow_private: bool) -> bytes:
     for _ in range(REDIRECTS + 1):
         host = urlsplit(url).hostname or ""
         _check_literal(host, allow_private)
-        async with _session(allow_private).get(url, allow_redirects=False) as response:
+        async with _request(url, host, allow_private) as response:
             if response.status in (301, 302, 303, 307, 308) and "Location" in response.headers:
                 url = urljoin(url, response.headers["Location"])
                 if not url.lower().startswith(("http://", "https://")):
@@ -67,6 +68,18 @@ async def _get(url: str, limit: int, allow_private: bool) -> bytes:
                     raise FileError("LimitError", f"has more than {limit:,} bytes (--max-member-bytes)")
             return bytes(content)
     raise FileError("ConnectionError", f"redirects more than {REDIRECTS} times")
+
+
+@asynccontextmanager
+async def _request(url: str, host: str, allow_private: bool) -> AsyncIterator[aiohttp.ClientResponse]:
+    """Send a GET request without following redirects. Raises FileError for a host that does not exist."""
+    try:
+        async with _session(allow_private).get(url, allow_redirects=False) as response:
+            yield response
+    except aiohttp.ClientConnectorError as error:
+        if getattr(error.os_error, "errno", None) in (socket.EAI_NONAME, getattr(socket, "EAI_NODATA", None)):
+            raise FileError("ConnectionError", f"{host}: no such host") from None
+        raise
 
 
 _sessions: dict[bool, aiohttp.ClientSession] = {}

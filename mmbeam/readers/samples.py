@@ -1,7 +1,7 @@
 """Open an input of any form: a tar, a zip archive, a folder, a table. Read single samples again by their offset."""
 
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
@@ -12,7 +12,7 @@ from mmbeam.readers.fetch import fetch
 from mmbeam.readers.folder import FolderReader
 from mmbeam.readers.paths import is_table, is_zip, public_path
 from mmbeam.readers.stream import open_shard
-from mmbeam.readers.table import TableReader
+from mmbeam.readers.table import TableReader, count_rows
 from mmbeam.readers.tar import BLOCK, TarReader, is_header_or_end, part_origin
 from mmbeam.readers.zip import ZipReader
 from mmbeam.types import Input, RawSample, Shard, SourceReader
@@ -50,6 +50,18 @@ def open_samples(
         return
     with open_shard(shard, part_origin(source.begin)) as stream:
         yield TarReader(stream, shard.path, want, limits, source.begin, source.end), stream
+
+
+def with_rows(shards: Sequence[Shard]) -> list[Shard]:
+    """Return the shards, tables with the number of their rows, by which they are cut; unknown for one without."""
+    counted: list[Shard] = []
+    for shard in shards:
+        rows = None
+        if is_table(shard.path):
+            with suppress(ShardError), open_shard(shard) as stream:
+                rows = count_rows(shard.path, stream)
+        counted.append(shard if rows is None else replace(shard, rows=rows))
+    return counted
 
 
 def read_sample(shard: str, offset: int, limits: Limits | None = None) -> RawSample:

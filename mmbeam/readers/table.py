@@ -18,7 +18,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmbeam.config import MIB, SAMPLE_MEMBERS, Reading
-from mmbeam.errors import ShardError, printable
+from mmbeam.errors import ShardError, printable, public_url
 from mmbeam.readers.folder import file_bytes, read_ahead
 from mmbeam.readers.paths import FileError, is_local, local_path, origin, scheme_of, split_name, without_query
 from mmbeam.types import Damage, Input, RawSample, Shard, SourceReader
@@ -206,8 +206,8 @@ class TableReader(SourceReader):
             else:
                 path = value if isinstance(value, str) else value.get("path") if isinstance(value, dict) else None
                 data = value if isinstance(value, bytes) else value.get("bytes") if isinstance(value, dict) else None
-                if role != "bytes":
-                    metadata[column] = path
+                if role != "bytes" and path is not None:
+                    metadata[column] = public_url(path) if "://" in path else path  # it may hold a signature
                 if path and not has_path and key == f"{number:08d}":
                     stem = split_name(printable(without_query(path).rpartition("://")[2]))
                     key = stem[0] if stem else key
@@ -226,7 +226,9 @@ class TableReader(SourceReader):
                         field = f"{column.lower()}.{'wav' if 'audio' in column.lower() else 'jpg'}"
                     fields[field] = None
                     fault = str(error).replace("no longer exists", "does not exist")
-                    where = f"row {number:,}, {column}: {f'{printable(path)}: ' if path else ''}{fault}"
+                    shown = printable(public_url(path)) if path else ""
+                    named = fault if fault.startswith(shown) else f"{shown}: {fault}"
+                    where = f"row {number:,}, {column}: {named}"
                     damages.append(Damage(field=field, offset=None, error=error.kind, message=where))
                     continue
                 if data is None:

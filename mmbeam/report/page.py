@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from mmbeam.config import FieldMap, Limits, Reading
+from mmbeam.config import FieldMap, Limits, Reading, Table
 from mmbeam.errors import SECRET_NAME, UsageError, redact
 from mmbeam.features.captions import json_object
 from mmbeam.features.read import read_columns
@@ -713,6 +713,7 @@ def _reading(run: Run) -> Reading:
     limits = {field.name for field in fields(Limits)}
     return Reading(
         fields=FieldMap(**{kind: recorded.get("fields", {}).get(kind) for kind in KINDS}),
+        table=Table(**{name: tuple(columns) for name, columns in recorded.get("table", {}).items()}),
         limits=Limits(**{name: value for name, value in recorded.get("limits", {}).items() if name in limits}),
         background=tuple(recorded.get("background", (255, 255, 255))),
     )

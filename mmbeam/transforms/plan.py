@@ -11,6 +11,7 @@ from mmbeam.config import FieldMap
 from mmbeam.errors import FlowError
 from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
+from mmbeam.readers.samples import with_rows
 from mmbeam.readers.units import GENERATE_UNIT_BYTES, UNIT_BYTES, plan_units
 from mmbeam.runs.commits import report_of
 from mmbeam.runs.control import check_failure_rate, clear_stop
@@ -67,7 +68,7 @@ def _units(shards: str | Sequence[str] | Sequence[WorkUnit], run: Run | None) ->
     if mixed and not patterns:
         return units
     reading = {} if run is None else run.configuration.get("reading", {})
-    listed = list_shards(patterns, fields=FieldMap(**reading.get("fields", {})))
+    listed = with_rows(list_shards(patterns, fields=FieldMap(**reading.get("fields", {}))))
     if run is None:
         return units + plan_units(listed, units)
     open_run(run)
