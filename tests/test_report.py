@@ -4,6 +4,8 @@ import fcntl
 import io
 import json
 import os
+import re
+import socket
 import struct
 import termios
 import threading
@@ -25,12 +27,13 @@ from mmbeam.process import Progress, progress
 from mmbeam.report import progress as module
 from mmbeam.report.inspect import inspect, inspect_text
 from mmbeam.report.progress import Committed, ProgressLine, clock, progress_line
-from mmbeam.report.status import status_text
+from mmbeam.report.status import read_status, status_text
 from mmbeam.report.summary import summary_text
-from mmbeam.runs.commits import report_failed_unit
+from mmbeam.runs.attempts import attempt
+from mmbeam.runs.commits import load_reports, report_failed_unit
 from mmbeam.runs.control import clear_stop, stop_run
 from mmbeam.runs.plan import extend_plan
-from mmbeam.runs.run import Run, find_run, open_run
+from mmbeam.runs.run import Run, find_run, open_run, part_name
 from mmbeam.runs.store import Store
 from mmbeam.runs.summary import read_summary, write_summary
 from mmbeam.types import RunReport, Shard, Tally, UnitReport
@@ -300,7 +303,13 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     assert "units: 4 planned, 1 committed, 1 FAILED, 2 to do" in text
     assert "samples: 10 = 10 rows; 2 rows lack some of their outputs" in text
     assert f"FAILED unit {units[1].id}: 1.tar: is not a tar" in text
-    assert "The job is running or was interrupted" in text
+    assert "No process is known to work on it. To resume it, run the same command again" in text
+    with attempt(run.store, units[2].id, part_name(units[2].id)):
+        text = "\n".join(status_text(output))
+        assert f"at work on {socket.gethostname()} (process {os.getpid()}): unit {units[2].id}, last sign of" in text
+        assert "No process" not in text
+        (working,) = read_status(output).to_json()["attempts"]
+        assert (working["unit"], working["is_alive"]) == (units[2].id, True)
     stop_run(run, "too many failures")
     text = "\n".join(status_text(output))
     assert text.endswith("STOPPED: too many failures")
@@ -311,6 +320,19 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     text = "\n".join(status_text(output))
     assert "units: 4 planned, 4 committed\n" in text
     assert "FAILED" not in text
+    write_summary(run, list(load_reports(run, [unit.id for unit in units])), 75.0)
+    assert re.search(r"^ended: \d{4}-\d\d-\d\d .*, took 1m15s$", "\n".join(status_text(output)), re.MULTILINE)
+
+
+def test_status_as_json_and_until_the_end(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, units = planned_run(str(tmp_path / "out"), 2)
+    write_unit(run, units[0]).commit()
+    assert main(["status", str(tmp_path / "out"), "--json"]) == 0
+    values = json.loads(capsys.readouterr().out)
+    assert (values["planned"], values["committed"], values["left"], values["tally"]["rows"]) == (2, 1, 1, 10)
+    write_unit(run, units[1]).commit()
+    assert main(["status", str(tmp_path / "out"), "--json", "--watch", "1"]) == 0
+    assert json.loads(capsys.readouterr().out)["left"] == 0
 
 
 def listing(run: Run) -> dict[str, dict[str, int]]:
