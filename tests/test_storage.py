@@ -163,7 +163,7 @@ class TestBuckets:
         assert {report.status for report in run_units(job)} == {"written", "failed"}
         [rows] = read_parts(tmp_path).values()
         assert [row["text"] for row in rows] == ["steady"] * 60
-        [record] = [record for name in job.run.store.list("failures") for record in read_failures(job.run.store, name)]
+        [record] = [record for name in job.run.store.list("_failures") for record in read_failures(job.run.store, name)]
         assert "b.tar: changed while it was read" in record["message"]
         assert {report.status for report in run_units(make_job(folder, tmp_path))} == {"kept", "written"}
         texts = sorted(row["text"] for rows in read_parts(tmp_path).values() for row in rows)

@@ -49,7 +49,8 @@ class EmbedStage(ModelStage):
     @property
     def key(self) -> str:
         """The identity of the loaded model."""
-        return f"{self.digest}:{dtype_name(self.dtype, self.device)}:{self.image_filter}:{self.device}"
+        dtype, prompt = dtype_name(self.dtype, self.device), self.spec.text_prompt  # which the encoder holds
+        return f"{self.digest}:{dtype}:{self.image_filter}:{prompt!r}:{self.device}"
 
     @property
     def needs(self) -> Needs:
