@@ -10,8 +10,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from mmbeam.clean.text import json_object
 from mmbeam.errors import UsageError
-from mmbeam.features.captions import CaptionReader, Captions, json_object, read_keyed, text_of
+from mmbeam.features.captions import CaptionReader, Captions, read_keyed, text_of
 from mmbeam.metrics.pairs import ReferenceFile
 
 DEEP = "[" * 100_000

@@ -17,13 +17,13 @@ from pathlib import Path
 from typing import Any
 
 import fsspec
-import pyarrow.parquet as pq
 import pytest
 from outputs import start
 from servers import STORES, fresh_output
 from shards import member_bytes
 
 from mmbeam.config import Reading, Windows
+from mmbeam.features.read import open_part
 from mmbeam.readers import tar, units
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.stream import open_shard
@@ -115,8 +115,8 @@ def rows(output: str) -> list[tuple[str, Row]]:
     store = Store(output)
     published = []
     for name in store.list("data"):
-        with store.open(f"data/{name}") as file:
-            for row in pq.read_table(file).to_pylist():
+        with open_part(store, f"data/{name}") as parquet:
+            for row in parquet.read().to_pylist():
                 published.append((row["shard"].rpartition("/")[2], (row["key"], row["offset"], row["text"])))
     return sorted(published)
 

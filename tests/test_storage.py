@@ -1,6 +1,8 @@
 """Faults of stores: S3 and GCS behind a proxy that cuts, refuses and delays, a web server, and local files."""
 
+import gzip
 import io
+import json
 import os
 import tarfile
 import uuid
@@ -11,6 +13,7 @@ from pathlib import Path
 import fsspec
 import numpy as np
 import pyarrow as pa
+import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 import pytest
 from killers import make_corpus, make_job, run_units
@@ -21,6 +24,8 @@ from test_stream import Web, serve
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError, UsageError
 from mmbeam.features import FeatureDataset
+from mmbeam.features.captions import read_keyed
+from mmbeam.features.read import WrittenRows
 from mmbeam.readers import paths as paths_module
 from mmbeam.readers import retry as retry_module
 from mmbeam.readers import stream as stream_module
@@ -298,6 +303,34 @@ class TestFeatures:
         bucket.put("f/part.parquet", parquet[:4] + parquet)
         with pytest.raises(ShardError, match=r"part.parquet: changed since it was listed"):
             list(dataset)
+
+    @pytest.mark.parametrize("name", ["texts.csv", "texts.jsonl.gz", "texts.parquet"])
+    def test_faults_of_a_file_of_captions(self, name: str, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(stream_module, "BLOCK_BYTES", 50_000)
+        texts = {f"k{row}": f"text {row}" for row in range(9000)}
+        table = pa.table({"key": list(texts), "text": list(texts.values())})
+        content = io.BytesIO()
+        if name.endswith(".csv"):
+            pa_csv.write_csv(table, content)
+        elif name.endswith(".gz"):
+            content.write(gzip.compress("".join(json.dumps(row) + "\n" for row in table.to_pylist()).encode(), 0))
+        else:
+            pq.write_table(table, content)
+        bucket.put(name, content.getvalue())
+        bucket.proxy.cut_after, bucket.proxy.faults = 40_000, [(name, 503, {}), (name, 500, {})]
+        assert dict(read_keyed(f"{bucket.url}/{name}", "key", "text")) == texts
+        assert bucket.proxy.faults == []
+
+    def test_faults_of_the_rows_of_a_run(self, bucket: Bucket, tmp_path: Path) -> None:
+        make_corpus(tmp_path / "in", {}, count=8)
+        job = make_job(tmp_path / "in", f"{bucket.url}/rows")
+        run_units(job)
+        bucket.proxy.faults = [(job.units[0].id, 503, {}), (job.units[1].id, 500, {})]
+        rows = WrittenRows.of(job.run.output)
+        bucket.proxy.faults = [(rows.parts[0].rpartition("/")[2], 503, {})] * 2
+        bucket.proxy.cut_after = 1000
+        assert sum(batch.num_rows for batch in rows.read(["key"])) == rows.count() == 8
+        assert bucket.proxy.faults == []
 
     def test_a_fetched_list_may_not_name_local_paths(self, bucket: Bucket, parquet: bytes, tmp_path: Path) -> None:
         (tmp_path / "a.parquet").write_bytes(parquet)

@@ -1,14 +1,15 @@
-"""Steps that normalise text, applied in the user's order. None is on by default.
+"""Steps that normalise text, applied in the user's order, and JSON written by strangers.
 
-Every step except "markup" is idempotent: unescaping `&lt;b&gt;` yields new markup.
+No step is on by default. Every step except "markup" is idempotent: unescaping `&lt;b&gt;` yields new markup.
 """
 
 import html
+import json
 import re
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal
 
 from mmbeam.errors import UsageError, did_you_mean
 
@@ -18,6 +19,15 @@ _MAX_DIGITS = 4300  # Python's own limit: converting more takes quadratic time
 def json_integer(digits: str) -> int | float:
     """Return an integer of JSON, for `parse_int`; infinity for one of more than 4,300 digits, which JSON allows."""
     return int(digits) if len(digits) <= _MAX_DIGITS else float(digits)
+
+
+def json_object(text: str | bytes | None) -> Mapping[str, Any]:
+    """Return the JSON object in `text`, or an empty one if the text is missing, invalid or another JSON value."""
+    try:
+        value = json.loads(text or "{}", parse_int=json_integer)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
 
 
 # Format characters that carry meaning: the joiners of Persian, Indic scripts and emoji, and the visible number

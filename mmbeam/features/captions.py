@@ -2,21 +2,24 @@
 
 import csv
 import gzip
+import io
 import json
 import logging
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import fsspec
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.clean.text import json_integer
+from mmbeam.clean.text import json_integer, json_object
 from mmbeam.errors import UsageError
 from mmbeam.readers.paths import public_path, without_query
+from mmbeam.readers.stream import open_shard
+from mmbeam.types import Shard
 
 log = logging.getLogger(__name__)
 
@@ -95,20 +98,22 @@ def read_keyed(url: str, key: str, field: str) -> Iterator[tuple[str, Any]]:
     The suffix of the file decides its format. Text files are UTF-8, with or without a byte order mark, and may be
     compressed by gzip. The value of a row without the field is None; a row whose key is null is skipped. Raises
     UsageError, which names the file and the line, if the file does not have the format of its suffix, if a line is
-    invalid, or if no row has both fields.
+    invalid, or if no row has both fields; ShardError if it does not exist or stays unreadable.
     """
     path, name = public_path(url), without_query(url).lower()
     suffix = "." + name.removesuffix(".gz").rpartition(".")[2]
     if suffix not in KEYED_SUFFIXES or name.endswith(".parquet.gz"):
         raise UsageError(f"{path}: expected a file whose name ends in {', '.join(KEYED_SUFFIXES)}")
-    options: dict[str, Any] = {"mode": "rb"}
-    if suffix != ".parquet":
-        newline = "" if suffix in (".csv", ".tsv") else None  # the csv module splits lines itself
-        options = {"mode": "rt", "encoding": "utf-8-sig", "newline": newline}
+    newline = "" if suffix in (".csv", ".tsv") else None  # the csv module splits lines itself
     fields: Iterable[Any] = ()
     has_field = False
     try:
-        with fsspec.open(url, **options, compression="gzip" if name.endswith(".gz") else None, expand=False) as file:
+        with ExitStack() as opened:
+            file: Any = opened.enter_context(open_shard(Shard(path=path, url=url)))
+            if name.endswith(".gz"):
+                file = opened.enter_context(gzip.GzipFile(fileobj=file))
+            if suffix != ".parquet":
+                file = opened.enter_context(io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline))
             for where, row in _READERS[suffix](file, path, key, field):
                 fields = fields or row
                 if key not in row:
@@ -171,15 +176,6 @@ _READERS: Mapping[str, Callable[[Any, str, str, str], Iterator[tuple[str, Mappin
     ".csv": _csv_rows,
     ".tsv": partial(_csv_rows, delimiter="\t"),
 }
-
-
-def json_object(text: str | bytes | None) -> Mapping[str, Any]:
-    """Return the JSON object in `text`, or an empty one if the text is missing, invalid or another JSON value."""
-    try:
-        value = json.loads(text or "{}", parse_int=json_integer)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
 
 
 def text_of(value: object) -> str | None:

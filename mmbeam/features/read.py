@@ -3,6 +3,7 @@
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ from mmbeam.clean.text import clean_text
 from mmbeam.clean.where import compile_where, rejecting_expression
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import JobError, ShardError, UsageError
-from mmbeam.features.files import check_sizes, open_counted
+from mmbeam.features.files import check_sizes, open_counted, open_parquet
 from mmbeam.features.schema import FACTS, IDENTITY, check_schema, widths_of
 from mmbeam.runs.commits import committed, load_reports
 from mmbeam.runs.run import find_run, part_name
@@ -258,8 +259,8 @@ class WrittenRows:
                 f"{run.store}: expected the rows of a job, found no committed unit; run the job to its end first"
             )
         parts = tuple(part_name(unit) for unit in units)
-        with run.store.open(parts[0]) as file:
-            schema = pq.read_schema(file)
+        with open_part(run.store, parts[0]) as parquet:
+            schema = parquet.schema_arrow
         failed = sum(report.tally.failed for report in load_reports(run, units))
         return cls(store=run.store, fingerprint=run.fingerprint, failed=failed, parts=parts, schema=schema)
 
@@ -272,8 +273,8 @@ class WrittenRows:
         """Return the number of rows, from the footers."""
         total = 0
         for part in self.parts:
-            with self.store.open(part) as file:
-                total += pq.read_metadata(file).num_rows
+            with open_part(self.store, part) as parquet:
+                total += parquet.metadata.num_rows
         return total
 
     def read(self, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
@@ -282,9 +283,14 @@ class WrittenRows:
             yield from read_columns(self.store, part, columns)
 
 
+def open_part(store: Store, part: str) -> AbstractContextManager[pq.ParquetFile]:
+    """Open a part of the rows of a run, with the errors of `open_parquet`."""
+    return open_parquet(Shard(path=f"{store}/{part}", url=f"{store.url}/{part}"))
+
+
 def read_columns(store: Store, part: str, columns: Sequence[str]) -> Iterator[pa.RecordBatch]:
     """Yield the rows of a part, in order, with these columns."""
-    with store.open(part) as file, pq.ParquetFile(file) as parquet:
+    with open_part(store, part) as parquet:
         yield from parquet.iter_batches(batch_size=BATCH_ROWS, columns=list(columns))
 
 

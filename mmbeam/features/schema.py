@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from mmbeam.clean.text import json_object
 from mmbeam.errors import UsageError
-from mmbeam.features.captions import json_object
 from mmbeam.names import MODALITIES, UNNAMED_MODEL, Modality
 from mmbeam.types import FeatureColumn, Origin
 

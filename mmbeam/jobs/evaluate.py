@@ -16,8 +16,8 @@ import numpy as np
 import pyarrow as pa
 from apache_beam.runners.runner import PipelineState
 
+from mmbeam.clean.text import json_object
 from mmbeam.errors import FlowError, JobError, UsageError
-from mmbeam.features.captions import json_object
 from mmbeam.features.read import WrittenRows, rows_with_vectors, to_vectors
 from mmbeam.features.schema import parse_name
 from mmbeam.jobs.execute import plain_error, versions

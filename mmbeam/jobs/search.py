@@ -12,13 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from mmbeam.clean import parse_image_filter
 from mmbeam.config import Cleaning, FieldMap, Limits, Reading
 from mmbeam.decode import decode_sample
 from mmbeam.errors import JobError, ModelError, SampleError, UsageError
-from mmbeam.features.read import WrittenRows, read_columns, to_vectors
+from mmbeam.features.read import WrittenRows, open_part, read_columns, to_vectors
 from mmbeam.features.schema import ColumnName, parse_name
 from mmbeam.names import MODALITIES, Modality
 from mmbeam.process import cores
@@ -229,7 +228,7 @@ def _load_rows(rows: WrittenRows, hits: Sequence[tuple[float, _Place]]) -> list[
     loaded: dict[_Place, Mapping[str, Any]] = {}
     for part in {place.part for _, place in hits}:
         wanted = sorted(place.row for _, place in hits if place.part == part)
-        with rows.store.open(part) as file, pq.ParquetFile(file) as parquet:
+        with open_part(rows.store, part) as parquet:
             first = 0
             for number in range(parquet.num_row_groups):
                 count = parquet.metadata.row_group(number).num_rows

@@ -10,7 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from mmbeam.features.captions import json_object, read_keyed
+from mmbeam.clean.text import json_object
+from mmbeam.features.captions import read_keyed
 
 KEY = "key"  # column of the rows, and of a file of references
 IDENTITY = (KEY, "shard", "offset")

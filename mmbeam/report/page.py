@@ -22,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
+from mmbeam.clean.text import json_object
 from mmbeam.config import FieldMap, Limits, Reading, Table
 from mmbeam.errors import SECRET_NAME, UsageError, redact
-from mmbeam.features.captions import json_object
-from mmbeam.features.read import read_columns
+from mmbeam.features.read import open_part, read_columns
 from mmbeam.features.schema import widths_of
 from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK, KINDS, MODALITIES, VERSION
 from mmbeam.readers.paths import is_local, local_path, public_path
@@ -260,8 +259,8 @@ def _draw(run: Run, reports: Sequence[UnitReport], options: ReportOptions) -> _D
         if options.color is not None:
             raise UsageError(f"`color` {options.color}: {run.store} has no rows")
         return _Drawn(0, 0, 0, [], {}, places, places, {}, [], {})
-    with run.store.open(part_name(kept[0].unit)) as file:
-        schema = pq.read_schema(file)
+    with open_part(run.store, part_name(kept[0].unit)) as parquet:
+        schema = parquet.schema_arrow
     plain = [field.name for field in schema if not pa.types.is_nested(field.type) or field.name == "errors"]
     rows: list[Mapping[str, Any]] = []
     lengths: dict[str, list[Any]] = defaultdict(list)

@@ -17,7 +17,6 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
-from io import BytesIO
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,11 +78,6 @@ class Store:
         """Return the content of the file. Raises FileNotFoundError."""
         fs, path = self._at(name)
         return bytes(self._ask(name, "cannot be read", lambda: fs.cat_file(path)))
-
-    def open(self, name: str) -> Any:
-        """Return the file as a seekable stream for reading; a context manager. Raises FileNotFoundError."""
-        fs, path = self._at(name)
-        return self._ask(name, "cannot be read", lambda: fs.open(path, "rb"))
 
     def tail(self, name: str, size: int) -> bytes:
         """Return the last `size` bytes of the file, or all of it if it is shorter."""
@@ -216,10 +210,6 @@ class DryStore(Store):
         if content is None:
             raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), f"{self}/{name}")
         return content
-
-    def open(self, name: str) -> Any:
-        """As `Store.open`."""
-        return BytesIO(self.read(name)) if name in self.written else super().open(name)
 
     def tail(self, name: str, size: int) -> bytes:
         """As `Store.tail`."""

@@ -14,11 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from mmbeam.clean.text import json_object
 from mmbeam.config import Reading, Windows
 from mmbeam.corpus.render import render_audio, render_image
 from mmbeam.corpus.scene import Scene, generate_scenes, tag
 from mmbeam.errors import ShardError, TrainingError, UsageError
-from mmbeam.features.captions import Captions, json_object, text_of
+from mmbeam.features.captions import Captions, text_of
 from mmbeam.features.dataset import CAPTION, FeatureDataset, rank_of, split_of, units_of_rank
 from mmbeam.features.files import feature_files, open_parquet
 from mmbeam.features.schema import check_origin, warn_of_unknown_origin
