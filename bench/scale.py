@@ -1,10 +1,11 @@
 """The measured cost of many work units, to check the model of docs/scale.md (scale_model.py).
 
-    python bench/scale.py [--units 100000] [--directory DIR]
+    python bench/scale.py [--units 100000] [--directory DIR] [--launch]
 
 creates one sparse shard of a gigabyte per unit, then plans the run, kills it with SIGKILL when half of the units are
 written, resumes it, runs it again and writes its summary. Planner, pipeline, writer and resume are the real ones;
-reading and the model are replaced by a constant window of rows. Each step runs in a separate process.
+reading and the model are replaced by a constant window of rows. Each step runs in a separate process. With --launch
+nothing is written: the units are planned twice, and made-up reports of them are summed.
 """
 
 import argparse
@@ -32,13 +33,14 @@ from mmbeam.jobs.execute import execute_pipeline
 from mmbeam.jobs.options import pipeline_options
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import MAX_UNITS, UNIT_BYTES
-from mmbeam.runs.commits import committed, load_reports
-from mmbeam.runs.plan import extend_plan
+from mmbeam.runs.commits import Totals, committed, load_reports
+from mmbeam.runs.plan import extend_plan, launch_of
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import write_summary
 from mmbeam.transforms import Plan, Summarize, WriteParquet
+from mmbeam.transforms.plan import Sum, summarize
 from mmbeam.transforms.read import ReadUnits
-from mmbeam.types import Batch, Needs, Output, Sample, Tally, WorkUnit
+from mmbeam.types import Batch, Needs, Output, Sample, Tally, UnitReport, WorkUnit
 
 ROWS = 2  # of each unit
 COLUMN = pa.field("image_embedding", pa.list_(pa.float32()))
@@ -153,8 +155,26 @@ def step_reports(directory: Path) -> dict[str, float]:
     with timed() as loading:
         reports = list(load_reports(run, ids))
     with timed() as summing:
-        write_summary(run, [replace(report, status="written") for report in reports], 1.0)
+        write_summary(run, Totals.of(replace(report, status="written") for report in reports), 1.0)
     return {"load": loading[0], "sum_up": summing[0], "gathered_mb": sum(len(pickle.dumps(r)) for r in reports) / 1e6}
+
+
+def step_sum(directory: Path, units: int) -> dict[str, float]:
+    """Measure the sum of the reports of all units, combined by bundles of ten as a runner does, and the summary."""
+    run = make_run(str(directory / "out"))
+    planned = launch_of(extend_plan(run, list_shards([str(directory / "shards")])), run)
+    tally = Tally(samples=10_000, rows=10_000, bytes_read=SHARD_BYTES, seconds={"compute": 10.0, "read": 1.0})
+    with timed() as seconds:
+        total, combine, remaining = Totals(), Sum(), planned.ids()
+        while ids := list(itertools.islice(remaining, 10)):
+            inputs = {"path": f"/corpus/{ids[0]}.tar", "size": SHARD_BYTES, "etag": "e", "begin": 0, "end": None}
+            reports = (UnitReport(unit=unit, status="written", tally=tally, inputs=(inputs,)) for unit in ids)
+            total = combine.merge_accumulators([total, pickle.loads(pickle.dumps(Totals.of(reports)))])
+    size = len(pickle.dumps(total))
+    with timed() as summarising:
+        report = summarize(total, run, time.time(), None, launches=[planned])
+    assert report.units_written == units
+    return {"sum": seconds[0], "summary": summarising[0], "sum_mb": size / 1e6}
 
 
 @contextlib.contextmanager
@@ -166,7 +186,7 @@ def timed() -> Iterator[list[float]]:
     seconds.append(time.perf_counter() - begin)
 
 
-STEPS = {"plan": step_plan, "write": step_write, "reports": step_reports}
+STEPS = {"plan": step_plan, "write": step_write, "reports": step_reports, "sum": step_sum}
 
 
 def run_step(step: str, directory: Path, *arguments: int) -> dict[str, float] | None:
@@ -180,10 +200,14 @@ def run_step(step: str, directory: Path, *arguments: int) -> dict[str, float] | 
     return figures
 
 
-def measure(directory: Path, units: int) -> Iterator[tuple[str, dict[str, float]]]:
+def measure(directory: Path, units: int, only_launch: bool = False) -> Iterator[tuple[str, dict[str, float]]]:
     """Yield the name and figures of each step. Raises AssertionError if a unit is lost or written twice."""
     make_shards(directory / "shards", units)
     yield "plan", run_step("plan", directory) or {}
+    if only_launch:
+        yield "again", run_step("plan", directory) or {}
+        yield "sum", run_step("sum", directory, units) or {}
+        return
     assert run_step("write", directory, units // 2) is None
     before = written(directory)
     assert units // 2 - 2 <= len(before) <= units // 2  # two were in flight
@@ -206,17 +230,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--units", type=int, default=100_000, help="number of work units (default: 100,000)")
     parser.add_argument("--directory", type=Path, help="parent of the working directory (default: the system's)")
+    parser.add_argument("--launch", action="store_true", help="only plan the units, and sum up their reports")
     parser.add_argument("--step", choices=STEPS, help=argparse.SUPPRESS)
-    parser.add_argument("kill_after", type=int, nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("number", type=int, nargs="?", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.step:
-        arguments = {} if args.kill_after is None else {"kill_after": args.kill_after}
-        figures = STEPS[args.step](args.directory, **arguments)
+        figures = STEPS[args.step](args.directory, *() if args.number is None else (args.number,))
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / MIB
         print(json.dumps({**figures, "peak_mb": peak}))
         return
     with tempfile.TemporaryDirectory(dir=args.directory) as directory:
-        for name, figures in measure(Path(directory), args.units):
+        for name, figures in measure(Path(directory), args.units, args.launch):
             print(f"{name:<10}" + "  ".join(f"{key} {value:,.4g}" for key, value in figures.items()), flush=True)
 
 

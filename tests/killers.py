@@ -21,6 +21,7 @@ from mmbeam.jobs.execute import Job, check_present, plan
 from mmbeam.jobs.options import JobOptions
 from mmbeam.jobs.workers import UnitWork
 from mmbeam.readers.listing import list_shards
+from mmbeam.runs.commits import Totals
 from mmbeam.runs.run import Run
 from mmbeam.runs.summary import write_summary
 from mmbeam.runs.writer import UnitWriter
@@ -130,5 +131,5 @@ def run_units(job: Job) -> list[UnitReport]:
         reports = [work(unit, lambda _: None) for unit in job.units]
     finally:
         process.reset()
-    write_summary(job.run, reports, 1.0)
+    write_summary(job.run, Totals.of(reports), 1.0)
     return reports

@@ -2,10 +2,13 @@
 
 import json
 import logging
+import pickle
+import random
 import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +20,7 @@ import shards
 from apache_beam.metrics import MetricsFilter
 from apache_beam.metrics.metric import Lineage
 from apache_beam.transforms.display import DisplayData
-from outputs import make_batches, make_run, make_unit, read_rows
+from outputs import make_batches, make_run, make_unit, read_rows, write_unit
 from test_transforms import collect
 from tiny_clip import save_clip
 
@@ -26,6 +29,7 @@ from mmbeam.errors import FlowError, ShardError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
 from mmbeam.jobs.options import pipeline_options
 from mmbeam.names import MODALITIES
+from mmbeam.runs.commits import Totals
 from mmbeam.runs.run import open_run
 from mmbeam.runs.summary import read_summary
 from mmbeam.stages.embed import embed_stage
@@ -42,7 +46,8 @@ from mmbeam.transforms import (
     WriteParquet,
     parse_example,
 )
-from mmbeam.types import Needs, UnitReport
+from mmbeam.transforms.plan import Sum
+from mmbeam.types import Needs, Tally, UnitReport
 
 ROOT = Path(__file__).parents[1]
 DOCUMENT = (ROOT / "docs" / "compose.md").read_text(encoding="utf-8")
@@ -426,9 +431,53 @@ def test_a_lost_unit_is_an_error_that_names_it(where: str, here: Path) -> None:
 def test_a_unit_that_is_reported_twice_counts_once(tmp_path: Path) -> None:
     run = make_run(str(tmp_path / "out"))
     open_run(run)
-    reports = [UnitReport(unit="a-1", status="kept"), UnitReport(unit="a-1", status="written")]
+    [written, other] = [write_unit(run, make_unit(name)).commit() for name in ("a-1", "b-2")]
+    failed = UnitReport(unit="a-1", status="failed", error="another attempt was first")
+    reports = [replace(written, status="kept"), failed, other, written]
     (report,) = collect(beam.Create(reports), Summarize(run))
-    assert (report.units_written, report.units_kept) == (1, 0)
+    assert (report.units_written, report.units_kept, report.units_failed, report.tally.rows) == (2, 0, 0, 20)
+
+
+def test_reports_are_summed_in_any_grouping(tmp_path: Path) -> None:
+    run = make_run(str(tmp_path / "out"))
+    open_run(run)
+    random_ = random.Random(0)
+    reports = []
+    for number in range(2000):
+        inputs = [{"path": f"{number}.tar", "begin": 0, "end": None, "size": 1, "etag": None}]
+        match number % 500:
+            case 1:
+                inputs[0] |= {"broken": "cut off"}
+            case 2 | 3 | 4:
+                begin = number % 500 - 2
+                inputs[0] |= {"path": "big.tar", "begin": begin, "end": None if begin == 2 else begin + 1}
+            case 5:
+                inputs += [{**inputs[0], "error": "not a tar"}]
+        reports.append(
+            UnitReport(
+                unit=f"unit-{number}",
+                status="failed" if number % 500 == 6 else "written" if number % 2 else "kept",
+                tally=Tally(samples=2, rows=1, failed=1, seconds={"compute": 0.5}, failures={"decode: E": 1}),
+                failures_file=f"{number}.parquet",
+                inputs=tuple(inputs),
+            )
+        )
+    whole = Totals.of(reports)
+    assert len(pickle.dumps(whole)) < 100 * len(reports)
+    random_.shuffle(reports)
+    combine = Sum()
+    groups = [Totals.of(reports[begin : begin + 7]) for begin in range(0, len(reports), 7)]
+    some = combine.merge_accumulators(groups[100:])
+    total = combine.merge_accumulators([*groups[:100], pickle.loads(pickle.dumps(some))])
+    assert total.report(2.0) == replace(whole.report(2.0), broken=total.report(2.0).broken)
+    assert (total.report(2.0).units_written, total.report(2.0).units_failed) == (1000, 4)
+    assert sorted(total.parts["big.tar"][1]) == sorted(whole.parts["big.tar"][1])
+    assert len(total.packs) == len(total.report(2.0).broken) == 4
+    assert dict(total.reported(["unit-0", "unit-6", "unit-2000"])) == {
+        "unit-0": True,
+        "unit-6": True,
+        "unit-2000": False,
+    }
 
 
 def test_a_batch_is_never_serialised() -> None:

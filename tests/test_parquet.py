@@ -39,7 +39,7 @@ from servers import STORES, fresh_output
 from mmbeam.errors import FlowError
 from mmbeam.names import MODALITIES
 from mmbeam.runs import writer as parquet
-from mmbeam.runs.commits import committed, report_failed_unit, report_of
+from mmbeam.runs.commits import Totals, committed, report_failed_unit, report_of
 from mmbeam.runs.rows import FAILURE_SCHEMA, build_schema, make_rows
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import sweep
@@ -353,7 +353,7 @@ def check_committed_once(run: Run, orphans: int = 0) -> None:
     assert report is not None
     assert rows_of(run)["offset"].to_pylist() == [number * 1024 for number in range(10)]
     assert len(run.store.list("_failures")) == 1 + orphans
-    sweep(run, [report])
+    sweep(run, Totals.of([report]))
     assert set(run.store.list("_failures")) == {report.failures_file}
     assert len(failures_of(run, report.failures_file)) == 2
 

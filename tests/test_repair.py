@@ -28,7 +28,7 @@ from mmbeam.readers import tar, units
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.windows import read_batches
-from mmbeam.runs.commits import committed, load_reports, report_failed_unit, report_of
+from mmbeam.runs.commits import Totals, committed, load_reports, report_failed_unit, report_of
 from mmbeam.runs.plan import extend_plan, repair
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.store import Store
@@ -90,12 +90,12 @@ def launch(output: str, source: str, part_bytes: int = PART) -> RunReport:
     planned = extend_plan(run, list_shards([source]), unit_bytes=part_bytes)
     done = committed(run)
     if all(unit.id in done for unit in planned):
-        return confirm_summary(run, repair(run, list(load_reports(run, [unit.id for unit in planned]))))
+        return confirm_summary(run, repair(run, Totals.of(load_reports(run, [unit.id for unit in planned]))))
     return sum_up_units(run, [attempt(run, unit) for unit in planned])
 
 
 def sum_up_units(run: Run, reports: Sequence[UnitReport]) -> RunReport:
-    return write_summary(run, repair(run, reports), 1.0)
+    return write_summary(run, repair(run, Totals.of(reports)), 1.0)
 
 
 def attempt(run: Run, unit: WorkUnit) -> UnitReport:

@@ -30,7 +30,7 @@ from mmbeam.report.progress import Committed, ProgressLine, clock, progress_line
 from mmbeam.report.status import read_status, status_text
 from mmbeam.report.summary import summary_text
 from mmbeam.runs.attempts import attempt
-from mmbeam.runs.commits import load_reports, report_failed_unit
+from mmbeam.runs.commits import Totals, load_reports, report_failed_unit
 from mmbeam.runs.control import clear_stop, stop_run
 from mmbeam.runs.plan import extend_plan
 from mmbeam.runs.run import Run, find_run, open_run, part_name
@@ -231,7 +231,7 @@ def test_the_summary_names_counts_failures_and_paths(tmp_path: Path) -> None:
     ]
     extra = Tally(samples=3, skipped={"image_width >= 64": 3}, repeated_keys=2, seconds={"compute": 3, "read_wait": 1})
     reports[0] = replace(reports[0], tally=reports[0].tally + extra)
-    text = summary_text(write_summary(run, reports, wall_seconds=4.0), str(tmp_path / "out"))
+    text = summary_text(write_summary(run, Totals.of(reports), wall_seconds=4.0), str(tmp_path / "out"))
     assert text.splitlines()[:4] == [
         "units: 2 written, 7 FAILED",
         "samples: 23 = 20 rows + 3 skipped (image_width >= 64); 4 rows lack some of their outputs",
@@ -269,7 +269,7 @@ def test_a_summary_of_an_unknown_number_of_workers_has_no_utilisation(tmp_path: 
     """Ten GPUs on other machines compute for longer than the job takes."""
     run = make_run(str(tmp_path / "out"))
     open_run(run)
-    report = write_summary(run, [write_unit(run, make_unit("a-1")).commit()], 2.0, devices=None)
+    report = write_summary(run, Totals.of([write_unit(run, make_unit("a-1")).commit()]), 2.0, devices=None)
     assert report == read_summary(run)
     extra = Tally(seconds={"compute": 75})
     text = "".join(summary_text(replace(report, tally=report.tally + extra), "memory://out/"))
@@ -320,7 +320,7 @@ def test_status_tells_how_far_a_run_is_on_any_store(output: str) -> None:
     text = "\n".join(status_text(output))
     assert "units: 4 planned, 4 committed\n" in text
     assert "FAILED" not in text
-    write_summary(run, list(load_reports(run, [unit.id for unit in units])), 75.0)
+    write_summary(run, Totals.of(load_reports(run, [unit.id for unit in units])), 75.0)
     assert re.search(r"^ended: \d{4}-\d\d-\d\d .*, took 1m15s$", "\n".join(status_text(output)), re.MULTILINE)
 
 

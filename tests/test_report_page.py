@@ -33,7 +33,7 @@ from mmbeam.readers.tar import TarReader
 from mmbeam.report import page
 from mmbeam.report.gallery import load_media
 from mmbeam.report.page import ReportOptions, collect, write_report
-from mmbeam.runs.commits import report_failed_unit
+from mmbeam.runs.commits import Totals, report_failed_unit
 from mmbeam.runs.run import open_run
 from mmbeam.runs.summary import write_summary
 from mmbeam.runs.writer import UnitWriter
@@ -95,7 +95,7 @@ def run_on_shards(root: Path, truths: Sequence[shards.Truth], **changes: Any) ->
             writer.write(batch)
             reports.append(replace(writer.commit(), status="written"))
     reports.append(report_failed_unit(run, make_unit("gone-1"), "/shards/gone-1.tar: does not exist"))
-    write_summary(run, reports, wall_seconds=4.0)
+    write_summary(run, Totals.of(reports), wall_seconds=4.0)
     return root / "out"
 
 

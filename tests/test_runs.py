@@ -24,6 +24,7 @@ from mmbeam.jobs.inputs import as_moved
 from mmbeam.report.status import failed_units
 from mmbeam.runs.commits import (
     DamagedPartError,
+    Totals,
     committed,
     load_reports,
     read_failures,
@@ -152,7 +153,7 @@ def test_overwrite_removes_only_files_of_mmbeam(output: str) -> None:
     run = make_run(output)
     open_run(run)
     extend_plan(run, make_shards(2))
-    write_summary(run, [commit(run, "a-1")], 1.0)
+    write_summary(run, Totals.of([commit(run, "a-1")]), 1.0)
     run.store.create("data/notes.txt", b"theirs")
     run.store.create("_failures/notes.txt", b"theirs")
     with pytest.raises(RunMismatchError, match=r"notes\.txt"):  # it could hold rows
@@ -433,7 +434,7 @@ def test_the_summary_sums_the_reports(output: str) -> None:
         *load_reports(run, ["a-1"]),
         report_failed_unit(run, make_unit("c-3"), "not a tar"),
     ]
-    summary = write_summary(run, reports, wall_seconds=5.0)
+    summary = write_summary(run, Totals.of(reports), wall_seconds=5.0)
     assert (summary.units_written, summary.units_kept, summary.units_failed) == (1, 1, 1)
     assert summary.tally.samples == summary.tally.rows == 20
     assert summary.tally.impaired == 4
@@ -445,19 +446,22 @@ def test_the_summary_sums_the_reports(output: str) -> None:
 
 
 def test_model_utilisation_counts_only_written_units(local: str) -> None:
-    def report(status: Any) -> UnitReport:
-        return UnitReport(unit="u", status=status, tally=Tally(samples=1, rows=1, seconds={"compute": 6.0}))
+    def utilisation(*statuses: Any, seconds: float, devices: int = 1) -> float | None:
+        tally = Tally(samples=1, rows=1, seconds={"compute": 6.0})
+        reports = [UnitReport(unit=f"u-{n}", status=status, tally=tally) for n, status in enumerate(statuses)]
+        report = write_summary(make_run(local), Totals.of(reports), seconds, devices)
+        assert report.rate == (statuses.count("written") / seconds if seconds else 0.0)
+        return report.model_utilisation
 
-    run = make_run(local)
-    assert write_summary(run, [report("written"), report("kept")], 10.0).model_utilisation == 0.6
-    assert write_summary(run, [report("written"), report("written")], 10.0, devices=2).model_utilisation == 0.6
-    assert write_summary(run, [report("kept")], 0.0).rate == 0.0
+    assert utilisation("written", "kept", seconds=10.0) == 0.6
+    assert utilisation("written", "written", seconds=10.0, devices=2) == 0.6
+    assert utilisation("kept", seconds=0.0) == 0.0
 
 
 def test_counts_that_do_not_add_up_are_an_error(local: str) -> None:
     lost = UnitReport(unit="a-1", status="written", tally=Tally(samples=3, rows=1, skipped={"too small": 1}))
     with pytest.raises(FlowError, match=r"unit a-1: expected .* 3 samples; .* together 2"):
-        write_summary(make_run(local), [lost], 1.0)
+        write_summary(make_run(local), Totals.of([lost]), 1.0)
 
 
 def test_failure_files_that_no_footer_names_are_removed(output: str) -> None:
@@ -466,7 +470,7 @@ def test_failure_files_that_no_footer_names_are_removed(output: str) -> None:
     for name in ("part-a-1-000000000000", "part-a-1-failed", "part-b-2-000000000000", "part-a-10-000000000000"):
         run.store.create(f"_failures/{name}.parquet", b"x")
     run.store.create("_failures/notes.txt", b"x")
-    sweep(run, [report])
+    sweep(run, Totals.of([report]))
     kept = {report.failures_file, "part-b-2-000000000000.parquet", "part-a-10-000000000000.parquet", "notes.txt"}
     assert set(run.store.list("_failures")) == kept
 
@@ -480,7 +484,7 @@ def test_failure_files_of_the_old_folder_are_read_swept_and_removed(tmp_path: Pa
         pq.write_table(pa.Table.from_pylist([record], FAILURE_SCHEMA), tmp_path / "out" / "failures" / name)
     assert [record["key"] for record in read_failures(run.store, "part-a-1-ab.parquet")] == ["old"]
     assert failed_units(run, set()) == {"c-3": ""}
-    write_summary(run, [UnitReport(unit="b-2", status="kept", failures_file=None)], 1.0)
+    write_summary(run, Totals.of([UnitReport(unit="b-2", status="kept", failures_file=None)]), 1.0)
     assert set(list_failures(run.store)) == {"part-a-1-ab.parquet", "part-c-3-failed.parquet"}
     open_run(run, overwrite=True)
     assert not list_failures(run.store)

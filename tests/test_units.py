@@ -175,6 +175,17 @@ def test_packs_are_limited_in_bytes_and_in_shards(monkeypatch: pytest.MonkeyPatc
     )
 
 
+def test_packs_of_tiny_shards_exceed_the_unit_size_where_there_would_be_too_many(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(units, "UNPACKED_SHARDS", 1)
+    monkeypatch.setattr(units, "MAX_UNITS", 10)
+    shards = [make_shard(f"/d/{number}.tar", 10) for number in range(100)]
+    shards[50:50] = [make_shard("/d/large.tar", 60)]  # larger than a unit: not packed
+    packs = [[source.shard.size for source in unit.inputs] for unit in plan_units(shards, [], 40)]
+    assert packs == [[10] * 10] * 5 + [[60]] + [[10] * 10] * 5
+
+
 def test_few_shards_are_not_packed() -> None:
     """So that a shard that cannot be read fails alone."""
     shards = [make_shard(f"/d/{number}.tar", 10) for number in range(units.UNPACKED_SHARDS)]

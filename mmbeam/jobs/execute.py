@@ -4,7 +4,7 @@ import logging
 import re
 import resource
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -26,7 +26,7 @@ from mmbeam.process import progress
 from mmbeam.readers.units import UNIT_BYTES
 from mmbeam.report.plan import Calibration, stored_bytes
 from mmbeam.runs.attempts import marks
-from mmbeam.runs.commits import committed, whole_reports
+from mmbeam.runs.commits import Totals, committed, whole_reports
 from mmbeam.runs.control import clear_stop, lock_run, running_here, stop_reason
 from mmbeam.runs.plan import extend_plan, grow_out_of_limit, repair
 from mmbeam.runs.rows import make_rows
@@ -127,18 +127,18 @@ class Job:
         kept = whole_reports(self.run, [unit.id for unit in self.units if not unit.replace])
         left = [unit for unit in self.units if unit.id not in kept]
         if not left:
-            return _finish_committed(self.run, list(kept.values()), self.check)
+            return _finish_committed(self.run, kept.values(), self.check)
         clear_stop(self.run)
-        started, reports = time.time(), list(kept.values())
-        for report in reports:
+        started, totals = time.time(), Totals.of(kept.values())
+        for report in kept.values():
             progress.unit_done(report)
         count = min(self.options.workers, len(left))
         steps = replace(self, units=()).steps  # the units are sent one by one
         with make_workers(steps, devices, count, UNITS_PER_DEVICE) as workers:
             for report in workers.do(left, progress.add):
                 progress.unit_done(report)
-                reports.append(report)
-        return summarize(reports, self.run, started, self.check, devices=max(count, len(devices)))
+                totals.add(report)
+        return summarize(totals, self.run, started, self.check, devices=max(count, len(devices)))
 
     def calibrate(self) -> Calibration:
         """Read the first samples of the first unit and run the stages on them twice; nothing is written.
@@ -260,7 +260,7 @@ def execute_pipeline(
     if all(unit.id in done and not unit.replace for unit in units):
         kept = whole_reports(run, [unit.id for unit in units])
         if len(kept) == len(units):
-            return _finish_committed(run, list(kept.values()), check)
+            return _finish_committed(run, kept.values(), check)
     clear_stop(run)
     pipeline = beam.Pipeline(options=pipeline_options(args, devices))
     build(pipeline)
@@ -276,10 +276,10 @@ def execute_pipeline(
     return read_summary(run)
 
 
-def _finish_committed(run: Run, reports: Sequence[UnitReport], check: Callable[[RunReport], None]) -> RunReport:
+def _finish_committed(run: Run, reports: Iterable[UnitReport], check: Callable[[RunReport], None]) -> RunReport:
     """Write and check the summary of a run in which every unit is committed already."""
     log.info("every unit is committed already")
-    report = confirm_summary(run, repair(run, reports))
+    report = confirm_summary(run, repair(run, Totals.of(reports)))
     check(report)
     return report
 

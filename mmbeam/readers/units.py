@@ -16,7 +16,7 @@ from mmbeam.types import FolderSample, Input, InputRead, Shard, SourceFile, Work
 UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for an encoder
 GENERATE_UNIT_BYTES = 32 * MIB  # the same for a generator
 UNPACKED_SHARDS = 1_000  # with at most this many shards, none are packed, so that an unreadable shard fails alone
-MAX_UNITS = 100_000  # cutting makes no more units than this, since each writes a Parquet file
+MAX_UNITS = 100_000  # neither cutting nor packing aims at more units, since each writes a Parquet file
 SPARE_SHARDS = 100  # extra shards in a unit with a limit, in case some cannot be read
 MAX_UNIT_SAMPLES = 4_096  # maximum of a folder or table in one unit
 MAX_SHARDS_PER_UNIT = 100  # most shards in one unit: its footer lists them all
@@ -38,20 +38,24 @@ def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit], unit_bytes: i
     tar or a zip archive (by its name) that is larger is cut into parts. A folder is always cut, into units of about
     UNIT_BYTES or MAX_UNIT_SAMPLES; of a folder that was planned before, only the new samples make new units. If there
     are more than UNPACKED_SHARDS shards, small adjacent ones are packed, as long as about UNPACKED_SHARDS units remain.
-    Parts are larger where there would otherwise be more than MAX_UNITS. A shard of unknown size is one unit. Pass
+    Parts and packs are larger where there would otherwise be more than MAX_UNITS; a shard of more than `unit_bytes` is
+    not packed. A shard of unknown size is one unit. Pass
     `unit_bytes` only with a run: only a run detects a part that was read from the wrong byte.
     """
-    planned = defaultdict(list)
-    for unit in known:
-        for source in unit.inputs:
-            planned[source.shard.path].append(source)
     listed = list(shards)
     folders = [shard for shard in listed if shard.samples]
-    new = [shard for shard in listed if not shard.samples and shard.path not in planned]
-    groups = ((Input(shard=shard),) for shard in new) if unit_bytes is None else _groups(new, unit_bytes)
+    inputs_of: dict[str, list[Input]] = {shard.path: [] for shard in folders}
+    planned = set()
+    for unit in known:
+        for source in unit.inputs:
+            planned.add(source.shard.path)
+            if source.shard.path in inputs_of:
+                inputs_of[source.shard.path].append(source)
+    new = (shard for shard in listed if not shard.samples and shard.path not in planned)
+    groups = ((Input(shard=shard),) for shard in new) if unit_bytes is None else _groups(list(new), unit_bytes)
     made = [WorkUnit(id=unit_id(*inputs), inputs=inputs) for inputs in groups]
     for folder in folders:
-        for part in cut_folder(folder, planned[folder.path], unit_bytes or UNIT_BYTES):
+        for part in cut_folder(folder, inputs_of[folder.path], unit_bytes or UNIT_BYTES):
             made.append(WorkUnit(id=unit_id(part), inputs=(part,)))
     units = {unit.id: unit for unit in known}
     for unit in made:
@@ -68,7 +72,7 @@ def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, .
     """Yield the inputs of each unit."""
     total = sum(shard.size or 0 for shard in shards)
     part_bytes = max(unit_bytes, total // MAX_UNITS)
-    pack_bytes = 0 if len(shards) <= UNPACKED_SHARDS else min(unit_bytes, total // UNPACKED_SHARDS)
+    pack_bytes = 0 if len(shards) <= UNPACKED_SHARDS else min(part_bytes, total // UNPACKED_SHARDS)
     pack: list[Input] = []
     held = 0
     for shard in shards:
@@ -76,7 +80,7 @@ def _groups(shards: Sequence[Shard], unit_bytes: int) -> Iterator[tuple[Input, .
         if pack and (held + size > pack_bytes or len(pack) == MAX_SHARDS_PER_UNIT):
             yield tuple(pack)
             pack, held = [], 0
-        if size <= pack_bytes:
+        if size <= min(pack_bytes, unit_bytes):
             pack.append(Input(shard=shard))
             held += size
         else:

@@ -10,12 +10,12 @@ from typing import Any
 from mmbeam.report.progress import clock
 from mmbeam.report.summary import SHOWN, broken_text, failed_text, samples_text, trouble_text
 from mmbeam.runs.attempts import STALE_SECONDS, marks
-from mmbeam.runs.commits import committed, load_reports, read_failures
+from mmbeam.runs.commits import broken_shards, committed, load_reports, read_failures
 from mmbeam.runs.control import stop_reason
 from mmbeam.runs.plan import load_plan
 from mmbeam.runs.run import SUMMARY, Run, find_run, list_failures
 from mmbeam.runs.store import ATTEMPTS, process_is_gone
-from mmbeam.runs.summary import broken_shards, read_summary
+from mmbeam.runs.summary import read_summary
 from mmbeam.types import Tally
 
 

@@ -5,22 +5,27 @@ are a cache of the footers, written by attempts and never by readers. A unit tha
 and one failure file, which stays until the unit is committed.
 """
 
+import hashlib
 import json
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
+from itertools import islice
+from typing import Any, NamedTuple, Self
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmbeam.errors import RunMismatchError
+from mmbeam.readers.paths import is_zip
 from mmbeam.readers.units import inputs_to_json
-from mmbeam.runs.rows import FAILURE_SCHEMA
+from mmbeam.runs.rows import FAILURE_SCHEMA, check_conserved
 from mmbeam.runs.run import DATA, FAILURES, OLD_FAILURES, Run, commit_name, failures_name, part_name, part_unit
 from mmbeam.runs.store import Store
-from mmbeam.types import InputRead, UnitReport, WorkUnit
+from mmbeam.types import InputRead, RunReport, Tally, UnitReport, UnitStatus, WorkUnit
 
 log = logging.getLogger(__name__)
 
@@ -184,3 +189,176 @@ def report_failed_unit(run: Run, unit: WorkUnit, reason: str, inputs_read: Seque
     pq.write_table(pa.Table.from_pylist([record], FAILURE_SCHEMA), path, compression="zstd")
     run.store.replace(name, path)
     return replace(report, failures_file=name.rpartition("/")[2])
+
+
+# The reports of all units, summed
+
+
+class Part(NamedTuple):
+    """A committed unit that read a part of a tar or a zip archive."""
+
+    unit: str
+    source: Mapping[str, Any]  # its input, as the report describes it
+
+
+@dataclass(slots=True)
+class Sums:
+    """Additive results of committed units."""
+
+    tally: Tally = field(default_factory=Tally)
+    written: Tally = field(default_factory=Tally)  # of the units that this launch wrote
+    units_written: int = 0
+    units_kept: int = 0
+    broken: list[str] = field(default_factory=list)  # why, for each shard that breaks off
+
+    def add(self, sums: "Sums") -> None:
+        """Add the results of other units."""
+        self.tally += sums.tally
+        self.written += sums.written
+        self.units_written += sums.units_written
+        self.units_kept += sums.units_kept
+        self.broken += sums.broken
+
+
+@dataclass(slots=True)
+class Totals:
+    """The sum of unit reports, in any order and grouping, with what `plan.repair` and `sweep` need of each.
+
+    A unit takes 24 bytes. Parts of shards, failed units, and packs with an unreadable shard take more.
+    """
+
+    sums: Sums = field(default_factory=Sums)  # of all units but the parts
+    parts: dict[str, tuple[Sums, list[Part]]] = field(default_factory=dict)  # by path of the shard
+    failed: dict[str, UnitReport] = field(default_factory=dict)
+    packs: list[UnitReport] = field(default_factory=list)  # with an unreadable shard
+    committed: bytearray = field(default_factory=bytearray)  # digests of the units, one after the other
+    written: bytearray = field(default_factory=bytearray)  # digests of those that this launch wrote
+    files: bytearray = field(default_factory=bytearray)  # digests of the names of their failure files
+
+    @classmethod
+    def of(cls, reports: Iterable[UnitReport]) -> Self:
+        """Return the sum of reports. Raises FlowError if the counts of a unit are inconsistent."""
+        totals = cls()
+        for report in reports:
+            totals.add(report)
+        return totals
+
+    def add(self, report: UnitReport) -> None:
+        """Add a unit. Raises FlowError if its counts are inconsistent."""
+        check_conserved(report.tally, f"unit {report.unit}")
+        if any("error" in source for source in report.inputs):
+            self.packs.append(replace(report, tally=Tally()))
+        if report.status == "failed":
+            self.failed[report.unit] = replace(report, inputs=())
+            return
+        is_written = report.status == "written"
+        self.committed += _digest(report.unit)
+        if is_written:
+            self.written += _digest(report.unit)
+        if report.failures_file is not None:
+            self.files += _digest(report.failures_file)
+        sums = self.sums
+        if len(report.inputs) == 1 and _is_part(report.inputs[0]):
+            sums, parts = self.parts.setdefault(report.inputs[0]["path"], (Sums(), []))
+            parts.append(Part(report.unit, report.inputs[0]))
+        sums.add(
+            Sums(
+                tally=report.tally,
+                written=report.tally if is_written else Tally(),
+                units_written=int(is_written),
+                units_kept=int(not is_written),
+                broken=list(broken_shards([report])),
+            )
+        )
+
+    def merge(self, totals: "Totals") -> None:
+        """Add the units of another sum."""
+        self.sums.add(totals.sums)
+        for path, (sums, parts) in totals.parts.items():
+            known_sums, known_parts = self.parts.setdefault(path, (Sums(), []))
+            known_sums.add(sums)
+            known_parts += parts
+        self.failed |= totals.failed
+        self.packs += totals.packs
+        self.committed += totals.committed
+        self.written += totals.written
+        self.files += totals.files
+
+    def reported(self, ids: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Yield each of `ids` and whether its unit was reported."""
+        known = np.concatenate([_digests(self.committed), _digests(b"".join(map(_digest, self.failed)))])
+        yield from _contained(ids, known)
+
+    def have_committed(self, ids: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Yield each of `ids` and whether its unit was reported as committed."""
+        yield from _contained(ids, _digests(self.committed))
+
+    def name_files(self, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
+        """Yield the name of each failure file and whether a committed unit names it."""
+        yield from _contained(names, _digests(self.files))
+
+    def counted_once(self, run: Run) -> "Totals":
+        """Return the sum with each unit counted once, also one that several steps reported.
+
+        The reports of such a sum are read again, one by one. A unit that is committed has not failed.
+        """
+        units = np.unique(_digests(self.committed))
+        failed = {unit: self.failed[unit] for unit, done in _contained(self.failed, units) if not done}
+        if len(units) == len(_digests(self.committed)):
+            return replace(self, failed=failed)
+        again = [unit for unit, was_reported in _contained(sorted(committed(run)), units) if was_reported]
+        status: dict[str, UnitStatus] = {
+            unit: "written" if new else "kept" for unit, new in _contained(again, _digests(self.written))
+        }
+        reports = (replace(report, status=status[report.unit]) for unit in again if (report := report_of(run, unit)))
+        return Totals.of([*reports, *failed.values()])
+
+    def report(self, wall_seconds: float, devices: int | None = 1) -> RunReport:
+        """Return the report of the run.
+
+        `wall_seconds` and `devices` belong to this launch: rate and model utilisation count only what it wrote.
+        `devices` is None if only the runner knows the number of workers.
+        """
+        sums = Sums()
+        for some in (self.sums, *(of_parts for of_parts, _ in self.parts.values())):
+            sums.add(some)
+        computed = sums.written.seconds.get("compute", 0.0)
+        failed = [report.tally for report in self.failed.values()]  # of units to be replaced, which keep their rows
+        return RunReport(
+            units_written=sums.units_written,
+            units_kept=sums.units_kept,
+            units_failed=len(self.failed),
+            tally=sum(failed, sums.tally),
+            wall_seconds=wall_seconds,
+            rate=sums.written.samples / wall_seconds if wall_seconds else 0.0,
+            model_utilisation=None if devices is None else computed / (wall_seconds * devices) if wall_seconds else 0.0,
+            failed={unit: report.error or "" for unit, report in sorted(self.failed.items())},
+            broken=tuple(sums.broken),
+        )
+
+
+def broken_shards(reports: Iterable[UnitReport]) -> tuple[str, ...]:
+    """Return why, for each shard of a committed unit that breaks off."""
+    done = (report for report in reports if report.status != "failed")
+    return tuple(str(source["broken"]) for report in done for source in report.inputs if source.get("broken"))
+
+
+def _is_part(source: Mapping[str, Any]) -> bool:
+    """Return whether an input is a part that may have been read from the wrong byte. Rows of a table cannot be."""
+    is_archive = source["path"].lower().endswith(".tar") or is_zip(source["path"])
+    return bool(is_archive and (source["begin"] > 0 or source["end"] is not None))
+
+
+def _digest(name: str) -> bytes:
+    return hashlib.blake2b(name.encode(), digest_size=8).digest()
+
+
+def _digests(joined: bytes | bytearray) -> npt.NDArray[np.uint64]:
+    return np.frombuffer(bytes(joined), np.uint64)
+
+
+def _contained(names: Iterable[str], digests: npt.NDArray[np.uint64]) -> Iterator[tuple[str, bool]]:
+    """Yield each name and whether its digest is among `digests`."""
+    remaining = iter(names)
+    while some := list(islice(remaining, 65_536)):
+        yield from zip(some, np.isin(_digests(b"".join(map(_digest, some))), digests).tolist(), strict=True)

@@ -9,9 +9,9 @@ import logging
 import re
 import shlex
 import zlib
-from collections import defaultdict
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from io import BytesIO
 from typing import Any
 
 from mmbeam.errors import RunMismatchError
@@ -27,7 +27,7 @@ from mmbeam.readers.units import (
     unit_id,
     unit_to_json,
 )
-from mmbeam.runs.commits import committed, load_reports, report_failed_unit
+from mmbeam.runs.commits import Part, Totals, committed, load_reports, report_failed_unit
 from mmbeam.runs.run import (
     PLAN,
     Run,
@@ -39,7 +39,7 @@ from mmbeam.runs.run import (
     read_manifest,
     remove_failures,
 )
-from mmbeam.types import Input, Shard, UnitReport, WorkUnit, files_of, printable_name
+from mmbeam.types import Input, Shard, WorkUnit, files_of, printable_name
 
 logger = logging.getLogger(__name__)
 
@@ -52,21 +52,22 @@ FILES_SHOWN = 5  # of a folder, in an error
 
 def load_plan(run: Run) -> list[dict[str, Any]]:
     """Return the planned units, in the order in which they were first planned."""
-    return [line for line in _read(run).values() if line["inputs"]]
+    return [line for line in map(json.loads, _lines(run, _files(run))) if line["inputs"]]
 
 
-def _read(run: Run, known_files: int = 0) -> dict[str, dict[str, Any]]:
-    """Return the last line of each unit, withdrawn units included."""
-    return {unit: json.loads(line) for unit, line in _read_lines(run, _files(run, known_files)).items()}
+def _lines(run: Run, names: Sequence[str]) -> Iterator[bytes]:
+    """Yield the last line of each unit in these files of the plan, withdrawn units included.
 
-
-def _read_lines(run: Run, names: Iterable[str]) -> dict[str, bytes]:
-    """Return the last line of each unit as written, withdrawn units included.
-
-    A line takes a tenth of the memory of the parsed object.
+    It holds the content of one file, and the lines of all files but the first.
     """
-    lines = (line for name in names for line in run.store.read(f"{PLAN}/{name}").splitlines())
-    return {json.loads(line)["id"]: line for line in lines}
+    later = {json.loads(line)["id"]: line for name in names[1:] for line in _content(run, name)}
+    for line in _content(run, names[0]) if names else ():
+        yield later.pop(json.loads(line)["id"], line) if later else line
+    yield from later.values()
+
+
+def _content(run: Run, name: str) -> Iterator[bytes]:
+    return (line.rstrip() for line in BytesIO(run.store.read(f"{PLAN}/{name}")))
 
 
 def _files(run: Run, known_files: int = 0) -> list[str]:
@@ -83,9 +84,11 @@ def _files(run: Run, known_files: int = 0) -> list[str]:
 
 def _try_add(run: Run, number: int, units: Sequence[WorkUnit]) -> bool:
     """Write units as the plan file of this number; False if another launch has written that file."""
-    lines = "".join(json.dumps(unit_to_json(unit)) + "\n" for unit in units)
+    path = run.store.scratch_file(".jsonl")  # a million lines would take a gigabyte
+    with path.open("w", encoding="utf-8") as file:
+        file.writelines(json.dumps(unit_to_json(unit)) + "\n" for unit in units)
     try:
-        run.store.create(f"{PLAN}/{_file_name(number)}", lines.encode())
+        run.store.create(f"{PLAN}/{_file_name(number)}", path)
     except FileExistsError:
         return False
     return True
@@ -104,7 +107,7 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     New units are those of `plan_units`, or one unit over all shards if the run has a limit. They are in the plan before
     they are returned. A planned unit keeps its id and its cuts, with the URLs, sizes and etags of its shards as listed
     now. A planned unit is skipped with a warning if none of its shards is in `shards`; in a run with a limit, if any of
-    them is not. Rows and failures of withdrawn units are removed first.
+    them is not. Rows and failures of withdrawn units are removed.
 
     Raises RunMismatchError with the committed shards that have changed, or with those that have moved.
     """
@@ -113,9 +116,9 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     known_files = 0
     while True:
         number = len(_files(run, known_files))
-        plan = _read(run, known_files)
-        _remove_units(run, {unit for unit, line in plan.items() if not line["inputs"]})
-        known = _renewed(run, [unit_from_json(line) for line in plan.values() if line["inputs"]], now)
+        withdrawn: set[str] = set()
+        known = _renewed(run, _planned(run, _files(run, known_files), withdrawn), now)
+        _remove_units(run, withdrawn)
         _check_not_moved(run, known, shards)
         new = plan_units(shards, known, unit_bytes) if limit is None else []
         if limit is not None and not known:
@@ -136,6 +139,15 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     return [*present, *new]
 
 
+def _planned(run: Run, names: Sequence[str], withdrawn: set[str]) -> Iterator[WorkUnit]:
+    """Yield the units in these files of the plan, and add those that are withdrawn to `withdrawn`."""
+    for line in map(json.loads, _lines(run, names)):
+        if line["inputs"]:
+            yield unit_from_json(line)
+        else:
+            withdrawn.add(line["id"])
+
+
 def grow_out_of_limit(run: Run, shards: Sequence[Shard]) -> None:
     """Remove a run that read the first samples of `shards`, if `run` differs from it only in reading more of them.
 
@@ -149,7 +161,7 @@ def grow_out_of_limit(run: Run, shards: Sequence[Shard]) -> None:
     larger = run.configuration.get("limit")
     if {**manifest["configuration"], "limit": larger} != json.loads(json.dumps(run.configuration)):
         return
-    planned = {source["path"] for line in _read(run).values() for source in line["inputs"]}
+    planned = {source["path"] for line in load_plan(run) for source in line["inputs"]}
     if (larger is None or larger > limit) and planned <= {shard.path for shard in shards}:
         logger.warning(
             "%s: the rows of the first %d samples (--limit) are replaced by those of this run", run.store, limit
@@ -163,9 +175,12 @@ def _check_not_moved(run: Run, known: Sequence[WorkUnit], shards: Sequence[Shard
     Their rows would be doubled under the new paths. Accidental matches are ignored: the error is raised only if
     matching shards are at least half of the absent or of the new shards.
     """
-    planned = {source.shard.path: source.shard for unit in known for source in unit.inputs}
     listed = {shard.path for shard in shards}
-    absent = [shard for shard in planned.values() if shard.path not in listed]
+    shards_of = (source.shard for unit in known for source in unit.inputs)
+    absent = list({shard.path: shard for shard in shards_of if shard.path not in listed}.values())
+    if not absent:
+        return
+    planned = {source.shard.path for unit in known for source in unit.inputs}
     new: dict[tuple[str, int | None], Shard] = {
         (_name(shard), shard.size): shard for shard in shards if shard.path not in planned and shard.size
     }
@@ -190,7 +205,7 @@ def _name(shard: Shard) -> str:
     return shard.path.rpartition("/")[2]
 
 
-def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> list[WorkUnit]:
+def _renewed(run: Run, units: Iterable[WorkUnit], now: Mapping[str, Shard]) -> list[WorkUnit]:
     """Return the units with their shards as listed now.
 
     Raises RunMismatchError if a committed shard has changed. A local file of which only the modification time has
@@ -218,7 +233,7 @@ def _renewed(run: Run, units: Sequence[WorkUnit], now: Mapping[str, Shard]) -> l
         ]
         if changes:
             raise RunMismatchError(
-                f"{run.store} holds rows of inputs that have changed since. {_count(changes, units)}:\n  "
+                f"{run.store} holds rows of inputs that have changed since. {_count(changes, current)}:\n  "
                 + "\n  ".join(dict.fromkeys(change for _, change in changes))
                 + "\nRestore the old files, choose another `output`, or use `overwrite` to start over"
             )
@@ -278,9 +293,9 @@ class Launch:
         yield from changed
         if self.run is not None:
             skipped = self.omitted.union(json.loads(line)["id"] for line in changed)
-            yield from (
-                line.decode() for unit, line in _read_lines(self.run, self.files).items() if unit not in skipped
-            )
+            for line in _lines(self.run, self.files):
+                if json.loads(line)["id"] not in skipped:
+                    yield line.decode()
 
     def ids(self) -> Iterator[str]:
         """Yield the ids of the units."""
@@ -290,12 +305,16 @@ class Launch:
 def launch_of(units: Sequence[WorkUnit], run: Run | None) -> Launch:
     """Return the launch that runs `units`, most of which are in the plan of `run`, if there is one."""
     files = () if run is None else tuple(_files(run))
-    planned = {} if run is None else _read_lines(run, files)
-    ids = {unit.id for unit in units}
-    lines = [_line(unit) for unit in units]
-    changed = [line for unit, line in zip(units, lines, strict=True) if line.encode() != planned.get(unit.id)]
-    compressed = zlib.compress(json.dumps(changed).encode())
-    return Launch(run=run, files=files, omitted=frozenset(planned.keys() - ids), changed=compressed)
+    changed = {unit.id: unit for unit in units}
+    omitted = set()
+    for line in () if run is None else _lines(run, files):
+        unit_id = json.loads(line)["id"]
+        if unit_id not in changed:
+            omitted.add(unit_id)
+        elif _line(changed[unit_id]).encode() == line:
+            del changed[unit_id]
+    lines = json.dumps([_line(unit) for unit in units if unit.id in changed])
+    return Launch(run=run, files=files, omitted=frozenset(omitted), changed=zlib.compress(lines.encode()))
 
 
 def _line(unit: WorkUnit) -> str:
@@ -317,8 +336,8 @@ def unit_from_line(line: str) -> WorkUnit:
 # After the run
 
 
-def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
-    """Correct the plan from the reports of the units; return the reports for the corrected plan.
+def repair(run: Run, totals: Totals) -> Totals:
+    """Correct the plan from the reports of the units; return their sum, corrected like the plan.
 
     - Where the parts of a shard do not join (readers/tar.py), all of them are withdrawn, and the next launch reads the
       shard as one unit. Shards with a part that failed or has not run are left alone.
@@ -329,19 +348,21 @@ def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
     any rows are removed, so a kill at any point loses nothing. Each launch removes the rows of withdrawn units, also
     those that a slow attempt publishes later.
     """
+    totals = totals.counted_once(run)
     plan_changes: list[WorkUnit] = []
     reruns: list[tuple[WorkUnit, str]] = []
     withdrawn: set[str] = set()
-    for parts in _misread(reports):
-        source = Input(shard=_unit_of(parts[0]).inputs[0].shard)
+    misread = {path: parts for path, (_, parts) in totals.parts.items() if _is_misread(parts)}
+    for path, parts in misread.items():
+        source = Input(shard=_unit_of(parts[0].unit, [parts[0].source]).inputs[0].shard)
         reason = (
-            f"{source.shard.path}: its {len(parts)} parts were not read from the right bytes, probably because a "
+            f"{path}: its {len(parts)} parts were not read from the right bytes, probably because a "
             "member is itself a tar. Their rows were removed. Run the same command again to read the shard as one unit"
         )
         reruns.append((WorkUnit(id=unit_id(source), inputs=(source,)), reason))
         plan_changes += [WorkUnit(id=part.unit, inputs=()) for part in parts]
         withdrawn |= {part.unit for part in parts}
-    for pack, singles in _packs_to_split(run, reports):
+    for pack, singles in _packs_to_split(run, totals):
         plan_changes.append(pack)
         reruns += singles
     plan_changes += [unit for unit, _ in reruns]
@@ -349,47 +370,43 @@ def repair(run: Run, reports: Sequence[UnitReport]) -> list[UnitReport]:
     while plan_changes and not _try_add(run, number, plan_changes):
         number += 1
     _remove_units(run, withdrawn)
-    failed = [report_failed_unit(run, unit, reason) for unit, reason in reruns]
-    return [report for report in reports if report.unit not in withdrawn] + failed
+    totals = replace(totals, parts={path: of for path, of in totals.parts.items() if path not in misread})
+    totals.merge(Totals.of(report_failed_unit(run, unit, reason) for unit, reason in reruns))
+    return totals
 
 
-def _misread(reports: Sequence[UnitReport]) -> Iterator[list[UnitReport]]:
-    """Yield the parts of each shard whose parts are all committed and do not join."""
-    shards: dict[str, list[UnitReport]] = defaultdict(list)
-    for report in reports:
-        if len(report.inputs) == 1 and (report.inputs[0]["begin"] > 0 or report.inputs[0]["end"] is not None):
-            shards[report.inputs[0]["path"]].append(report)
-    for parts in shards.values():
-        parts.sort(key=lambda part: int(part.inputs[0]["begin"]))
-        inputs = [part.inputs[0] for part in parts]
-        complete = [0, *(source["end"] for source in inputs)] == [*(source["begin"] for source in inputs), None]
-        is_committed = all(part.status != "failed" for part in parts)
-        if complete and is_committed and not parts_join(map(input_read_from_json, inputs)):
-            yield parts
+def _is_misread(parts: Sequence[Part]) -> bool:
+    """Return whether the committed parts of a shard are all of it, and do not join."""
+    inputs = sorted((part.source for part in parts), key=lambda source: int(source["begin"]))
+    complete = [0, *(source["end"] for source in inputs)] == [*(source["begin"] for source in inputs), None]
+    return complete and not parts_join(map(input_read_from_json, inputs))
 
 
-def _packs_to_split(run: Run, reports: Sequence[UnitReport]) -> Iterator[tuple[WorkUnit, list[tuple[WorkUnit, str]]]]:
+def _packs_to_split(run: Run, totals: Totals) -> Iterator[tuple[WorkUnit, list[tuple[WorkUnit, str]]]]:
     """Yield each pack without its unreadable shards, and these shards as units of their own, with the reason.
 
     A shard that was its own unit in this launch is not split off again. If an earlier launch committed the pack, a
     shard that is already planned as its own unit is not split off again either.
     """
-    bad = [report for report in reports if any("error" in source for source in report.inputs)]
-    launched = {report.unit for report in reports}
-    planned = {str(unit["id"]) for unit in load_plan(run)} if bad else set()
-    for report in bad:
-        pack = _unit_of(report)
+    planned = {unit.id for unit in _planned(run, _files(run), set())} if totals.packs else set()
+    for report in totals.packs:
+        pack = _unit_of(report.unit, report.inputs)
         reasons = [source.get("error") for source in report.inputs]
         inputs = list(zip(pack.inputs, reasons, strict=True))
-        before = launched | planned if report.status == "kept" else launched
         singles = [(WorkUnit(id=unit_id(source), inputs=(source,)), reason) for source, reason in inputs if reason]
-        new = [(unit, reason) for unit, reason in singles if unit.id not in before]
+        launched = dict(totals.reported([unit.id for unit, _ in singles]))
+        new = [
+            (unit, reason)
+            for unit, reason in singles
+            if not launched[unit.id] and not (report.status == "kept" and unit.id in planned)
+        ]
         if new:
             yield replace(pack, inputs=tuple(source for source, reason in inputs if not reason)), new
 
 
-def _unit_of(report: UnitReport) -> WorkUnit:
-    return unit_from_json({"id": report.unit, "inputs": report.inputs})
+def _unit_of(unit: str, inputs: Sequence[Mapping[str, Any]]) -> WorkUnit:
+    """Return the unit whose report describes `inputs`."""
+    return unit_from_json({"id": unit, "inputs": inputs})
 
 
 def _remove_units(run: Run, withdrawn: Collection[str]) -> None:

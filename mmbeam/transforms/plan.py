@@ -1,7 +1,7 @@
 """Plan and Summarize: work units spread over the workers, and a check that each was reported."""
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import apache_beam as beam
@@ -13,7 +13,7 @@ from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.samples import with_rows
 from mmbeam.readers.units import GENERATE_UNIT_BYTES, UNIT_BYTES, plan_units
-from mmbeam.runs.commits import report_of
+from mmbeam.runs.commits import Totals, report_of
 from mmbeam.runs.control import check_failure_rate, clear_stop
 from mmbeam.runs.plan import Launch, extend_plan, launch_of, repair, unit_from_line
 from mmbeam.runs.run import Run, open_run
@@ -95,12 +95,32 @@ class Summarize(beam.PTransform):
         """Apply the step."""
         return (
             reports
-            | "Gather" >> beam.combiners.ToList()  # list[UnitReport]
+            | "Sum" >> beam.CombineGlobally(Sum())  # Totals
             | "Summary"
             >> beam.Map(
                 summarize, self.run, time.time(), self.check, self.devices, planned_in(reports.pipeline, self.run)
             )  # RunReport
         )
+
+
+class Sum(beam.CombineFn):
+    """Sums unit reports, so that no worker holds all of them."""
+
+    def create_accumulator(self) -> Totals:
+        return Totals()
+
+    def add_input(self, accumulator: Totals, element: UnitReport) -> Totals:
+        accumulator.add(element)
+        return accumulator
+
+    def merge_accumulators(self, accumulators: Iterable[Totals]) -> Totals:
+        merged = Totals()
+        for totals in accumulators:
+            merged.merge(totals)
+        return merged
+
+    def extract_output(self, accumulator: Totals) -> Totals:
+        return accumulator
 
 
 class _Launches(PipelineVisitor):
@@ -124,25 +144,26 @@ def planned_in(pipeline: beam.Pipeline, run: Run) -> tuple[Launch, ...]:
 
 
 def summarize(
-    reports: Sequence[UnitReport],
+    totals: Totals,
     run: Run,
     started: float,
     check: Callable[[RunReport], None] | None,
     devices: int | None = 1,
     launches: Sequence[Launch] = (),
 ) -> RunReport:
-    """Write and check the summary of a launch from the reports of all units; `started` is in Unix time.
+    """Write and check the summary of a launch from the sum of all units; `started` is in Unix time.
 
     Raises FlowError if a unit of `launches` has no report.
     """
-    by_unit = {report.unit: report for report in sorted(reports, key=lambda report: report.status == "written")}
-    lost = sorted({unit for launch in launches for unit in launch.ids()} - by_unit.keys())
+    ids = (unit for launch in launches for unit in launch.ids())
+    lost = sorted({unit for unit, was_reported in totals.reported(ids) if not was_reported})
     for unit in lost:
-        by_unit[unit] = report_of(run, unit) or UnitReport(unit=unit, status="failed", error="no step reported it")
-    report = write_summary(run, repair(run, list(by_unit.values())), time.time() - started, devices)
+        totals.add(report_of(run, unit) or UnitReport(unit=unit, status="failed", error="no step reported it"))
+    report = write_summary(run, repair(run, totals), time.time() - started, devices)
     if lost:
+        planned = report.units_written + report.units_kept + report.units_failed
         raise FlowError(
-            f"{len(lost):,} of {len(by_unit):,} planned units were not reported: {', '.join(lost[:LOST_SHOWN])}"
+            f"{len(lost):,} of {planned:,} planned units were not reported: {', '.join(lost[:LOST_SHOWN])}"
             f"{', ...' if len(lost) > LOST_SHOWN else ''}; a step between Plan and Summarize lost them. Let every "
             "WorkUnit, every Batch with `last`, and every UnitReport pass"
         )
