@@ -4,7 +4,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -25,10 +25,16 @@ from mmbeam.runs.commits import Totals
 from mmbeam.runs.run import Run
 from mmbeam.runs.summary import write_summary
 from mmbeam.runs.writer import UnitWriter
-from mmbeam.types import Batch, Needs, Output, RawSample, Tally, UnitReport
+from mmbeam.types import Batch, Needs, Output, RawSample, Stage, Tally, UnitReport
 
 LENGTH = Output(modalities=frozenset({"text"}), columns=(pa.field("text_length", pa.int32()),))
-SIGNALS = {"decode": signal.SIGSEGV, "model": signal.SIGKILL, "write": signal.SIGABRT}
+SIGNALS = {
+    "decode": signal.SIGSEGV,
+    "prepare": signal.SIGABRT,
+    "launch": signal.SIGKILL,
+    "collect": signal.SIGSEGV,
+    "write": signal.SIGABRT,
+}
 
 
 def kill_if(step: str, texts: Sequence[str | bytes | None]) -> None:
@@ -51,10 +57,9 @@ def _write(writer: UnitWriter, batch: Batch, real: Callable[[UnitWriter, Batch],
 
 
 @dataclass(frozen=True)
-class Lengths:
+class Lengths(Stage):
     """A stage that counts the characters of each text."""
 
-    device: str = "cpu"
     key = "lengths"
     needs = Needs(modalities=frozenset({"text"}))
     outputs = (LENGTH,)
@@ -65,10 +70,18 @@ class Lengths:
     def load(self) -> str:
         return "no model"
 
-    def run(self, model: str, batch: Batch) -> Batch:
-        kill_if("model", [sample.text for sample in batch.samples])
-        lengths = [None if sample.text is None else len(sample.text) for sample in batch.samples]
-        return replace(batch, features={**batch.features, "text_length": pa.array(lengths, pa.int32())})
+    def prepare(self, model: str, batch: Batch) -> Iterator[Sequence[str | None]]:
+        texts = [sample.text for sample in batch.samples]
+        kill_if("prepare", texts)
+        yield texts
+
+    def launch(self, model: str, work: Sequence[str | None]) -> Sequence[int | None]:
+        kill_if("launch", work)
+        return [None if text is None else len(text) for text in work]
+
+    def collect(self, model: str, batch: Batch, results: Sequence[Sequence[int | None]]) -> Batch:
+        kill_if("collect", [sample.text for sample in batch.samples])
+        return replace(batch, features={**batch.features, "text_length": pa.array(results[0], pa.int32())})
 
 
 def _lengths() -> Lengths:

@@ -438,7 +438,10 @@ def test_help_imports_no_slow_package() -> None:
     assert done.stdout.endswith("\n[]\n")
 
 
-@pytest.mark.parametrize(("number", "word"), [(signal.SIGINT, "interrupted"), (signal.SIGTERM, "terminated")])
+@pytest.mark.parametrize(
+    ("number", "word"),
+    [pytest.param(signal.SIGINT, "interrupted", marks=pytest.mark.torture), (signal.SIGTERM, "terminated")],
+)
 def test_a_signal_ends_the_process_and_the_same_command_resumes(
     number: signal.Signals, word: str, mmbeam: Mmbeam, clip: Path, tmp_path: Path
 ) -> None:

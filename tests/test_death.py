@@ -20,7 +20,7 @@ from typing import Any
 
 import pyarrow.parquet as pq
 import pytest
-from killers import make_corpus, make_job, run_units
+from killers import SIGNALS, make_corpus, make_job, run_units
 from known import read_parts
 from outputs import make_run, make_unit, write_unit
 from servers import STORES, fresh_output
@@ -34,7 +34,7 @@ from mmbeam.runs import attempts
 from mmbeam.runs.attempts import attempt, is_left_behind, marks, release_all
 from mmbeam.runs.commits import read_failures
 from mmbeam.runs.control import lock_run
-from mmbeam.runs.run import LOCK, Run, part_name
+from mmbeam.runs.run import LOCK, Run, list_failures, part_name
 from mmbeam.runs.store import ATTEMPTS, Store, process_identity
 from mmbeam.types import SampleId, UnitReport, WorkUnit
 
@@ -254,10 +254,8 @@ def test_a_unit_fails_if_no_sample_explains_the_end_or_too_many_do() -> None:
 @pytest.mark.parametrize(
     "marked",
     [
-        pytest.param({9: "kill in decode"}, marks=pytest.mark.torture),
-        pytest.param({9: "kill in model"}, marks=pytest.mark.torture),
-        pytest.param({9: "kill in write"}, marks=pytest.mark.torture),
-        pytest.param({0: "kill in write", 1: "kill in model", 11: "kill in decode"}, marks=pytest.mark.torture),
+        *(pytest.param({9: f"kill in {step}"}, marks=pytest.mark.torture) for step in SIGNALS),
+        pytest.param({0: "kill in write", 1: "kill in launch", 11: "kill in decode"}, marks=pytest.mark.torture),
     ],
     ids=str,
 )
@@ -284,6 +282,7 @@ def test_a_sample_that_ends_its_process_is_one_failure(
         ("crash", "CrashError", False)
     ] * len(marked)
     step = marked.get(9, "kill in write").rpartition(" ")[2]
+    step = "model" if step in ("prepare", "launch", "collect") else step
     assert f"in the step {step}, twice with this sample alone" in records[0]["message"]
     assert "3 attempts ended their processes" in caplog.text
     assert not list((tmp_path / "out" / ATTEMPTS).iterdir())
@@ -298,7 +297,7 @@ def test_a_sample_that_ends_its_process_is_one_failure_with_workers(output: str,
     report = make_job(tmp_path / "in", output, workers=2).execute()
     assert (report.units_written, report.tally.samples, report.tally.failed) == (4, 24, 1)
     store = Store(output)
-    assert [record["step"] for name in store.list("failures") for record in read_failures(store, name)] == ["crash"]
+    assert [record["step"] for name in list_failures(store) for record in read_failures(store, name)] == ["crash"]
     assert store.list(ATTEMPTS) == {}
 
 

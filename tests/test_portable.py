@@ -75,17 +75,22 @@ def test_a_job_service_with_an_external_worker_pool_writes_the_same_rows(
     assert_same(read_parts(tmp_path), known.parts)
 
 
+@pytest.mark.torture
 def test_prism_writes_the_same_rows(known: Known, prism: list[str], tmp_path: Path) -> None:
     assert_command_writes_the_same_rows(known, tmp_path, prism)
 
 
+@pytest.mark.torture
 def test_prism_with_an_external_worker_pool_writes_the_same_rows(
     known: Known, prism: list[str], worker_pool: list[str], tmp_path: Path
 ) -> None:
     assert_command_writes_the_same_rows(known, tmp_path, [*prism, *worker_pool, "--shared-output"])
 
 
-@pytest.mark.parametrize(("runner", "store"), [("job_service", "s3"), ("prism", "gcs"), ("two_processes", "s3")])
+@pytest.mark.parametrize(
+    ("runner", "store"),
+    [("job_service", "s3"), ("prism", "gcs"), pytest.param("two_processes", "s3", marks=pytest.mark.torture)],
+)
 def test_from_an_object_store_to_an_object_store(
     known: Known, worker_pool: list[str], store: str, runner: str, tmp_path: Path, request: pytest.FixtureRequest
 ) -> None:

@@ -324,6 +324,7 @@ sys.exit(main(sys.argv[3:]))
 """
 
 
+@pytest.mark.torture
 def test_two_processes_with_the_same_command_at_the_same_time(known: Known, tmp_path: Path) -> None:
     """Each unit is committed once, and both processes succeed."""
     output, meeting = tmp_path / "out", tmp_path / "meeting"
