@@ -30,7 +30,7 @@ _MESSAGES = {
     int(signal.SIGINT): "interrupted",
     int(signal.SIGTERM): "terminated",
 }  # the message to print, by signal number
-CLEANING_SECONDS = 3.0  # time limit of the `before_exit` callbacks
+CLEANUP_SECONDS = 3.0  # time limit of the `before_exit` callbacks
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _exiting = threading.Lock()
 
@@ -150,7 +150,7 @@ def _exit_now(number: int, _frame: object = None) -> None:
         return  # the other caller is ending the process
     cleaning = threading.Thread(target=lambda: [call() for call in before_exit], daemon=True)
     cleaning.start()
-    cleaning.join(timeout=CLEANING_SECONDS)  # a store may not answer
+    cleaning.join(timeout=CLEANUP_SECONDS)  # a store may not answer
     for file in Path("/proc/self/task").glob("*/children"):  # a job server, for example, would outlive this process
         with suppress(OSError):  # a thread or child may have ended
             for pid in file.read_text().split():

@@ -11,7 +11,7 @@ from mmbeam.errors import UsageError
 from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind, LabelTask, SegmentKind
 
 MIB = 1 << 20
-SAMPLE_MEMBERS = 4  # a sample may hold this multiple of Limits.member_bytes: image, audio, text, metadata
+SAMPLE_BYTES_FACTOR = 4  # a sample may hold this multiple of Limits.member_bytes: image, audio, text, metadata
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -31,7 +31,7 @@ import re
 from collections.abc import Iterable, Iterator
 
 SECRET_NAME = re.compile("secret|token|passw|pwd|credential|key|signature|connection_string|sas_", re.IGNORECASE)
-SECRET_CHARS = 8  # shorter values of environment variables are not redacted
+MIN_SECRET_CHARS = 8  # shorter values of environment variables are not redacted
 
 _NAMES_ONLY = ("file", "local", "gs", "gcs", "s3", "s3a")  # with these, ? and # are part of a name
 _CONTAINER_AT = ("abfs", "abfss", "wasb", "wasbs", "github")  # what is before the @ names a container or a repository
@@ -104,13 +104,13 @@ def _secrets_of_environment() -> Iterator[str]:
                 yield from _secrets_of(json.loads(value))
             except (ValueError, RecursionError):
                 continue
-        elif SECRET_NAME.search(name) and len(value) >= SECRET_CHARS and not value.startswith(("/", "~", ".")):
+        elif SECRET_NAME.search(name) and len(value) >= MIN_SECRET_CHARS and not value.startswith(("/", "~", ".")):
             yield value
 
 
 def _secrets_of(options: object) -> Iterator[str]:
     for name, value in options.items() if isinstance(options, dict) else ():
-        if isinstance(value, str) and SECRET_NAME.search(name) and len(value) >= SECRET_CHARS:
+        if isinstance(value, str) and SECRET_NAME.search(name) and len(value) >= MIN_SECRET_CHARS:
             yield value
         yield from _secrets_of(value)
 

@@ -69,7 +69,7 @@ class Shard:
             while folder not in folders:
                 folders.add(folder)
                 folder = folder.rpartition("/")[0]
-        tables = tuple(table for table in self.tables if printable_name(table.name.rpartition("/")[0]) in folders)
+        tables = tuple(table for table in self.tables if utf8_name(table.name.rpartition("/")[0]) in folders)
         part = replace(self, samples=tuple(samples), tables=tables)
         listed = files_of(part)
         digest = hashlib.sha256()
@@ -84,7 +84,7 @@ def files_of(folder: Shard) -> list[SourceFile]:
     return [*(file for sample in folder.samples for file in sample.files), *folder.tables]
 
 
-def printable_name(name: str) -> str:
+def utf8_name(name: str) -> str:
     """Return a file's name with backslash escapes for bytes that are not UTF-8."""
     return name.encode("utf-8", "backslashreplace").decode()
 

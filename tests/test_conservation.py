@@ -25,7 +25,7 @@ from tars import PACK, write
 from mmbeam.cli import main
 from mmbeam.config import Reading, Windows
 from mmbeam.readers.listing import list_shards
-from mmbeam.readers.tar import parts_join
+from mmbeam.readers.tar import parts_are_contiguous
 from mmbeam.readers.units import plan_units
 from mmbeam.readers.windows import read_batches
 from mmbeam.runs.rows import build_schema, check_conserved, make_rows
@@ -311,7 +311,7 @@ def test_a_large_shard_in_parts_costs_the_same_as_a_whole_one(tmp_path: Path) ->
         expected = [sample for batch in read_batches(whole, Reading(), needs, windows) for sample in batch.samples]
         batches = [list(read_batches(part, Reading(), needs, windows)) for part in parts]
         assert not any(batch.unit_error for some in batches for batch in some)
-        if parts_join(some[-1].inputs_read[0] for some in batches):
+        if parts_are_contiguous(some[-1].inputs_read[0] for some in batches):
             assert [sample for some in batches for batch in some for sample in batch.samples] == expected
 
 

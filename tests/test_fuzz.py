@@ -21,7 +21,15 @@ from tars import FORMATS, PACK, corpus, everything, info, write
 
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
-from mmbeam.readers.tar import BLOCK, TarReader, is_header_or_end, legible_name, part_origin, parts_join, pax_records
+from mmbeam.readers.tar import (
+    BLOCK,
+    TarReader,
+    is_header_or_end,
+    legible_name,
+    part_origin,
+    parts_are_contiguous,
+    pax_records,
+)
 from mmbeam.types import InputRead, RawSample
 
 CORPUS = Path(__file__).parent / "fuzz_corpus.txt"  # per line a name and zlib-compressed bytes in base 85
@@ -65,7 +73,9 @@ def check(data: bytes, cuts: tuple[int, ...] = (1024, 4096)) -> None:
     assert not reader.broken or reader.failures or any(sample.damages for sample in samples)
     begins = (0, *cuts)
     parts = [read(data, begin, end) for begin, end in zip(begins, (*cuts, None), strict=True)]
-    if parts_join(InputRead(first_sample=part.first_sample, next_sample=part.next_sample) for _, part in parts):
+    if parts_are_contiguous(
+        InputRead(first_sample=part.first_sample, next_sample=part.next_sample) for _, part in parts
+    ):
         assert [sample for some, _ in parts for sample in some] == samples
 
 

@@ -19,7 +19,7 @@ from tars import everything, info, write
 from mmbeam.config import Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers import tar as tar_reader
-from mmbeam.readers.tar import TarReader, part_origin, parts_join
+from mmbeam.readers.tar import TarReader, part_origin, parts_are_contiguous
 from mmbeam.types import Input, InputRead, RawSample, Shard
 
 Cuts = Sequence[int]
@@ -51,7 +51,7 @@ def read_part(data: bytes, source: Input) -> tuple[list[RawSample], InputRead]:
 def in_parts(data: bytes, cuts: Cuts) -> tuple[list[RawSample], bool]:
     """Return the samples of all parts, and whether the parts join."""
     parts = [read_part(data, source) for source in inputs_of(cuts)]
-    return [sample for samples, _ in parts for sample in samples], parts_join(read for _, read in parts)
+    return [sample for samples, _ in parts for sample in samples], parts_are_contiguous(read for _, read in parts)
 
 
 KEYS = st.sampled_from(["a", "b", "c", "d/" + "e" * 120, "é"])
@@ -216,7 +216,7 @@ def test_parts_without_headers(packed: bool) -> None:
 def test_parts_join_if_every_part_begins_where_the_previous_ended(
     reads: list[tuple[int | None, int | None]], join: bool
 ) -> None:
-    assert parts_join(InputRead(first_sample=first, next_sample=after) for first, after in reads) == join
+    assert parts_are_contiguous(InputRead(first_sample=first, next_sample=after) for first, after in reads) == join
 
 
 def v7(header: tarfile.TarInfo) -> bytes:

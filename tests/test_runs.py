@@ -32,7 +32,7 @@ from mmbeam.runs.commits import (
     report_of,
 )
 from mmbeam.runs.control import clear_stop, count_window, lock_run, stop_reason, stop_run
-from mmbeam.runs.plan import extend_plan, grow_out_of_limit, load_plan
+from mmbeam.runs.plan import extend_plan, load_plan, replace_limited_run
 from mmbeam.runs.rows import FAILURE_SCHEMA
 from mmbeam.runs.run import Run, list_failures, open_run, read_manifest
 from mmbeam.runs.store import Store
@@ -251,9 +251,9 @@ def test_a_run_grows_out_of_its_limit(local: str) -> None:
         (make_run(local, tokens=True), shards),
         (whole, shards[:2]),
     ]:
-        grow_out_of_limit(other, inputs)
+        replace_limited_run(other, inputs)
         assert committed(small) == {unit.id}
-    grow_out_of_limit(whole, make_shards(4))
+    replace_limited_run(whole, make_shards(4))
     open_run(whole)
     assert committed(whole) == set()
     assert len(extend_plan(whole, make_shards(4))) == 4

@@ -32,7 +32,7 @@ from mmbeam.readers import stream as stream_module
 from mmbeam.readers.listing import expand, list_shards
 from mmbeam.readers.stream import open_shard
 from mmbeam.readers.tar import TarReader
-from mmbeam.runs.commits import read_failures, whole_reports
+from mmbeam.runs.commits import intact_reports, read_failures
 from mmbeam.runs.store import Store, forget_file_systems
 from mmbeam.training.options import TrainOptions
 from mmbeam.training.setup import row_source, set_up
@@ -271,7 +271,7 @@ class TestBuckets:
         bucket.proxy.behave()
         assert {name: store.read(f"data/{name}") for name in store.list("data")} == before
         job = make_job(tmp_path / "in", output)
-        assert len(job.units) == len(whole_reports(job.run, [unit.id for unit in job.units])) == 2
+        assert len(job.units) == len(intact_reports(job.run, [unit.id for unit in job.units])) == 2
         assert len(store.list("_mmbeam/plan")) == 1
 
     def test_one_fault_of_a_listing_is_waited_out(self, bucket: Bucket) -> None:

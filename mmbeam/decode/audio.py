@@ -29,7 +29,7 @@ from mmbeam.types import Audio, Waveform
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG")  # libsndfile reads more; these are accepted
 _SUPPORTED = "WAV, FLAC, MP3, Ogg Vorbis and Opus are supported"
 _RATES = (100, 384_000)  # Hz
-_MAX_OWN_RATE = 48_000  # Hz: a sound that is not resampled for a model is stored at this rate at most
+_MAX_NATIVE_RATE = 48_000  # Hz: a sound that is not resampled for a model is stored at this rate at most
 # The limit in seconds is for this many samples per second over all channels (8 channels at 48 kHz); a sound of more is
 # limited in proportion, so that decoding takes a bounded time.
 _SAMPLES_PER_SECOND = 384_000
@@ -62,8 +62,8 @@ def decode_audio(data: bytes, limits: Limits, rates: Set[int], max_bytes: int | 
     length = _Length(limits)
     for stream in streams:
         with codec_errors(kind, len(data)), _opened(stream, kind, length) as sound:
-            targets = [output.rate for output in outputs] or sorted(rates or {min(sound.samplerate, _MAX_OWN_RATE)})
-            seconds = length.seconds + sound.frames / sound.samplerate if _is_known(sound) else 0.0
+            targets = [output.rate for output in outputs] or sorted(rates or {min(sound.samplerate, _MAX_NATIVE_RATE)})
+            seconds = length.seconds + sound.frames / sound.samplerate if _has_known_length(sound) else 0.0
             for block in _blocks(sound, kind, length):
                 nbytes = len(data) + round(4 * sum(targets) * max(seconds, length.seconds))
                 check_memory(kind, nbytes, limits.decode_bytes, max_bytes)
@@ -81,7 +81,7 @@ def audio_seconds(data: bytes, limits: Limits) -> float:
     length = _Length(limits)
     for stream in streams:
         with codec_errors(kind, len(data)), _opened(stream, kind, length) as sound:
-            if _is_known(sound):
+            if _has_known_length(sound):
                 length.extend(length.seconds, sound.frames, sound)
             else:
                 for _ in _blocks(sound, kind, length):
@@ -119,17 +119,17 @@ class _Resampled:
         self.rate = rate
         self._wave: Waveform = np.empty(expected + rate, np.float32)  # pages that are not written take no memory
         self._size = 0
-        self._own_rate = rate
+        self._input_rate = rate
         self._stream: soxr.ResampleStream | None = None
         self._run = 0, 0  # frames read since the input rate last changed, and the output size at that point
 
-    def write(self, block: Waveform, own_rate: int) -> None:
-        """Append a block at `own_rate` Hz."""
-        if own_rate != self._own_rate:
+    def write(self, block: Waveform, input_rate: int) -> None:
+        """Append a block at `input_rate` Hz."""
+        if input_rate != self._input_rate:
             self._end_run()
-            self._own_rate, self._run = own_rate, (0, self._size)
-            if own_rate != self.rate:
-                self._stream = soxr.ResampleStream(own_rate, self.rate, 1, dtype="float32", quality="HQ")
+            self._input_rate, self._run = input_rate, (0, self._size)
+            if input_rate != self.rate:
+                self._stream = soxr.ResampleStream(input_rate, self.rate, 1, dtype="float32", quality="HQ")
         self._run = self._run[0] + len(block), self._run[1]
         self._append(block if self._stream is None else self._stream.resample_chunk(block))
 
@@ -144,7 +144,7 @@ class _Resampled:
             self._append(self._stream.resample_chunk(np.empty(0, np.float32), last=True))
             self._stream = None
             if self._size == self._run[1]:
-                raise DecodeError(f"sound too short to resample: {self._run[0]} frames at {self._own_rate:,} Hz")
+                raise DecodeError(f"sound too short to resample: {self._run[0]} frames at {self._input_rate:,} Hz")
 
     def _append(self, block: Waveform) -> None:
         end = self._size + len(block)
@@ -321,7 +321,7 @@ def _opened(data: bytes, kind: str, length: _Length) -> Iterator["_Stream"]:
                 f"{kind} of {sound.channels:,} channels, at most {length.limits.channels:,} are decoded "
                 "(--max-channels)"
             )
-        if _is_known(sound):
+        if _has_known_length(sound):
             begin = length.seconds
             length.extend(begin, sound.frames, sound)
             length.seconds = begin
@@ -351,7 +351,7 @@ class _HiddenLength(io.BytesIO):
         return super().seek(0) if whence == io.SEEK_END else super().seek(offset, whence)
 
 
-def _is_known(sound: _Stream) -> bool:
+def _has_known_length(sound: _Stream) -> bool:
     return bool(sound.frames < _UNKNOWN_FRAMES)
 
 
@@ -368,5 +368,5 @@ def _blocks(sound: _Stream, kind: str, length: _Length) -> Iterator[Waveform]:
         frames += len(block)
         length.extend(begin, frames, sound)
         yield mono
-    if frames < sound.frames - (_MP3_SLACK if kind == "MP3" else 0) and _is_known(sound):
+    if frames < sound.frames - (_MP3_SLACK if kind == "MP3" else 0) and _has_known_length(sound):
         raise DecodeError(f"truncated {kind} (expected {sound.frames:,} frames, found {frames:,})")

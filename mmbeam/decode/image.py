@@ -89,7 +89,7 @@ _TIFF_BYTES = (
     6  # per pixel of a compressed file, besides Pillow's image and the result: one strip may contain the whole image
 )
 _MAX_TIFF_STRIPS = 200_000
-_MAX_TIFF_TAGS = 4096  # of one folder; real files have up to a hundred
+_MAX_TIFF_TAGS = 4096  # of one image file directory; real files have up to a hundred
 _TIFF_HEADER = re.compile(rb"II\*\0|MM\0\*")
 _MAX_TIFF_HEADERS = 100
 _TIFF_TYPE_BYTES = {
@@ -111,7 +111,7 @@ _TIFF_TYPE_BYTES = {
     18: 8,
 }
 _TIFF_STRIP_TAGS = (273, 279, 324, 325)  # offsets and sizes of strips and tiles
-_TIFF_FOLDER_TAGS = (34665, 34853, 40965)  # EXIF, GPS and interoperability tags: Pillow reads them too
+_SUB_IFD_TAGS = (34665, 34853, 40965)  # EXIF, GPS and interoperability tags: Pillow reads them too
 _FILL = re.compile(rb"\xff*")
 _PNG_END = b"\0\0\0\0IEND\xae\x42\x60\x82"
 _PILLOW_FILTER = ("ignore", None, Warning, re.compile(r"PIL\."), 0)
@@ -298,20 +298,20 @@ def _check_tags(data: bytes | memoryview) -> None:
     def number(at: int, length: int) -> int:
         return int.from_bytes(data[at : at + length], order)
 
-    folders, total = [number(8 if is_big else 4, size)], 0
-    for index, folder in enumerate(folders):
-        first = folder + count_size
-        entries = min(number(folder, count_size), max(0, len(data) - first) // entry_size)
+    ifds, total = [number(8 if is_big else 4, size)], 0
+    for index, ifd in enumerate(ifds):
+        first = ifd + count_size
+        entries = min(number(ifd, count_size), max(0, len(data) - first) // entry_size)
         if entries > _MAX_TIFF_TAGS:
-            raise DecodeError(f"damaged tags ({entries:,} in one folder, at most {_MAX_TIFF_TAGS:,} are read)")
+            raise DecodeError(f"damaged tags ({entries:,} in one directory, at most {_MAX_TIFF_TAGS:,} are read)")
         for entry in range(first, first + entries * entry_size, entry_size):
             tag, kind, count = number(entry, 2), number(entry + 2, 2), number(entry + 4, size)
             nbytes = count * _TIFF_TYPE_BYTES.get(kind, 0)
             total += nbytes if nbytes > size else 0
             if tag in _TIFF_STRIP_TAGS and count > _MAX_TIFF_STRIPS:
                 raise LimitError(f"TIFF of {count:,} strips, at most {_MAX_TIFF_STRIPS:,} are decoded")
-            if tag in _TIFF_FOLDER_TAGS and index == 0 and len(folders) <= len(_TIFF_FOLDER_TAGS):
-                folders.append(number(entry + 4 + size, size))
+            if tag in _SUB_IFD_TAGS and index == 0 and len(ifds) <= len(_SUB_IFD_TAGS):
+                ifds.append(number(entry + 4 + size, size))
         if total > len(data) + 65536:
             raise DecodeError(f"damaged tags (they hold {total:,} bytes, the file has {len(data):,})")
 
@@ -470,10 +470,10 @@ def _orientation(exif: bytes, xmp: bytes) -> int:
     while exif.startswith(b"Exif\0\0"):
         exif = exif[6:]
     order: Literal["little", "big"] = "little" if exif[:1] == b"I" else "big"
-    folder = int.from_bytes(exif[4:8], order)
+    ifd = int.from_bytes(exif[4:8], order)
     value = None
-    for number in range(int.from_bytes(exif[folder : folder + 2], order) if exif[:2] in (b"II", b"MM") else 0):
-        entry = exif[folder + 2 + 12 * number : folder + 14 + 12 * number]
+    for number in range(int.from_bytes(exif[ifd : ifd + 2], order) if exif[:2] in (b"II", b"MM") else 0):
+        entry = exif[ifd + 2 + 12 * number : ifd + 14 + 12 * number]
         if len(entry) < 12:
             break
         tag, kind = (int.from_bytes(entry[at : at + 2], order) for at in (0, 2))

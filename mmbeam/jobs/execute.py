@@ -26,9 +26,9 @@ from mmbeam.process import progress
 from mmbeam.readers.units import UNIT_BYTES
 from mmbeam.report.plan import Calibration, stored_bytes
 from mmbeam.runs.attempts import marks
-from mmbeam.runs.commits import Totals, committed, whole_reports
+from mmbeam.runs.commits import Totals, committed, intact_reports
 from mmbeam.runs.control import clear_stop, lock_run, running_here, stop_reason
-from mmbeam.runs.plan import extend_plan, grow_out_of_limit, repair
+from mmbeam.runs.plan import extend_plan, repair, replace_limited_run
 from mmbeam.runs.rows import make_rows
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
@@ -124,7 +124,7 @@ class Job:
         Raises what a worker process raised, and JobError if one was killed; the other processes are then terminated.
         """
         progress.start(len(self.units))
-        kept = whole_reports(self.run, [unit.id for unit in self.units if not unit.replace])
+        kept = intact_reports(self.run, [unit.id for unit in self.units if not unit.replace])
         left = [unit for unit in self.units if unit.id not in kept]
         if not left:
             return _finish_committed(self.run, kept.values(), self.check)
@@ -207,13 +207,13 @@ def plan(
     """
     if options.dry_run:
         run = replace(run, dry=True)
-    grow_out_of_limit(run, shards)
+    replace_limited_run(run, shards)
     open_run(run, overwrite=options.overwrite)
     died = marks(run.store)  # units that may have ended processes run after the others
     units = sorted(extend_plan(run, shards, unit_bytes=unit_bytes), key=lambda unit: unit.id in died)
     if not options.retry_failures:
         return tuple(units)
-    reports = whole_reports(run, [unit.id for unit in units])
+    reports = intact_reports(run, [unit.id for unit in units])
     failed = {report.unit for report in reports.values() if report.tally.failures}
     return tuple(replace(unit, replace=unit.id in failed) for unit in units)
 
@@ -258,7 +258,7 @@ def execute_pipeline(
     progress.start(len(units))
     done = committed(run)
     if all(unit.id in done and not unit.replace for unit in units):
-        kept = whole_reports(run, [unit.id for unit in units])
+        kept = intact_reports(run, [unit.id for unit in units])
         if len(kept) == len(units):
             return _finish_committed(run, kept.values(), check)
     clear_stop(run)

@@ -36,7 +36,7 @@ class Decompressed(io.RawIOBase):
         self._stored = _Stored(stream, head)
         self._inflate = _Gunzip(self._stored) if head.startswith(GZIP_MAGIC) else _Unzstd(self._stored)
         self._expansion = expansion
-        self._made = 0
+        self._decompressed_bytes = 0
         self.fault: tuple[str, str] | None = None
 
     def readable(self) -> bool:
@@ -50,11 +50,11 @@ class Decompressed(io.RawIOBase):
         except (zlib.error, zstandard.ZstdError, EOFError) as error:
             self.fault = ("DecodeError", f"cannot be decompressed beyond stored byte {self._stored.count:,}: {error}")
             return 0
-        self._made += len(data)
-        if self._made > self._stored.count * self._expansion + EXPANSION_FREE:
+        self._decompressed_bytes += len(data)
+        if self._decompressed_bytes > self._stored.count * self._expansion + EXPANSION_FREE:
             self.fault = (
                 "LimitError",
-                f"{self._stored.count:,} stored bytes grew to more than {self._made:,}, beyond "
+                f"{self._stored.count:,} stored bytes grew to more than {self._decompressed_bytes:,}, beyond "
                 f"{self._expansion:g} times and 1 GiB (--max-expansion)",
             )
             return 0

@@ -16,10 +16,10 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, BinaryIO, TypeVar
 
-from mmbeam.config import MIB, SAMPLE_MEMBERS, Limits
+from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers.paths import FileError, etag_of, file_system, is_local, split_name
-from mmbeam.types import Damage, FolderSample, Input, RawSample, Shard, SourceFile, SourceReader, printable_name
+from mmbeam.types import Damage, FolderSample, Input, RawSample, Shard, SourceFile, SourceReader, utf8_name
 
 CONCURRENT_READS = 16  # samples of a remote folder that are read concurrently, to hide the latency of requests
 AHEAD_BYTES = 32 * MIB  # listed size of the samples that are read ahead
@@ -70,15 +70,15 @@ class FolderReader(SourceReader):
         damages: list[Damage] = []
         held = 0
         for file in sample.files:
-            name = (split_name(printable_name(file.name)) or ("", ""))[1]
+            name = (split_name(utf8_name(file.name)) or ("", ""))[1]
             fields[name] = None
             if not self._want(name):
                 continue
-            limit = min(self._limits.member_bytes, SAMPLE_MEMBERS * self._limits.member_bytes - held)
+            limit = min(self._limits.member_bytes, SAMPLE_BYTES_FACTOR * self._limits.member_bytes - held)
             try:
                 data = self._bytes(file, limit)
             except FileError as error:
-                message = f"{self._folder.path}/{printable_name(file.name)}: {error}"
+                message = f"{self._folder.path}/{utf8_name(file.name)}: {error}"
                 damages.append(Damage(field=name, offset=None, error=error.kind, message=message))
                 continue
             members[name] = data
@@ -99,7 +99,7 @@ class FolderReader(SourceReader):
     def _bytes(self, file: SourceFile, limit: int) -> bytes:
         folder = self._folder
         shard = Shard(
-            path=f"{folder.path}/{printable_name(file.name)}",
+            path=f"{folder.path}/{utf8_name(file.name)}",
             url=f"{folder.url.rstrip('/')}/{file.name}",
             size=file.size,
             etag=file.etag,
@@ -109,7 +109,7 @@ class FolderReader(SourceReader):
 
     def _rows(self, table: SourceFile, files: set[str]) -> dict[str, str]:
         """Return the rows of a table of metadata as JSON objects, by the name of the file below the folder."""
-        where = f"{self._folder.path}/{printable_name(table.name)}"
+        where = f"{self._folder.path}/{utf8_name(table.name)}"
         try:
             text = self._bytes(table, self._limits.member_bytes).decode("utf-8-sig")
         except FileError as error:

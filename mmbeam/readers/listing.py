@@ -38,7 +38,7 @@ from mmbeam.readers.paths import (
 )
 from mmbeam.readers.retry import http_status, retry
 from mmbeam.readers.stream import supports_ranges
-from mmbeam.types import FolderSample, Shard, SourceFile, printable_name
+from mmbeam.types import FolderSample, Shard, SourceFile, utf8_name
 
 log = logging.getLogger(__name__)
 
@@ -188,7 +188,7 @@ def exists_literally(path: str) -> bool:
 
 
 @dataclass(frozen=True)
-class _Place:
+class _ListedPath:
     """A path or glob: its file system, its path there, and the prefix that turns such a path into a URL."""
 
     url: str
@@ -228,7 +228,7 @@ class _Place:
         )
 
 
-def _place(entry: Entry) -> _Place:
+def _listed_path(entry: Entry) -> _ListedPath:
     url = entry.url
     try:
         fs, path = file_system(url, may_redirect=entry.may_redirect)
@@ -239,7 +239,7 @@ def _place(entry: Entry) -> _Place:
     plain = url.rstrip("/")
     remote = not isinstance(fs, LocalFileSystem) and plain.endswith(path.rstrip("/"))
     magic = "[*[]" if url.startswith(("http://", "https://")) else "[*?[]"
-    return _Place(
+    return _ListedPath(
         url=url,
         fs=fs,
         path=path,
@@ -279,8 +279,8 @@ def list_shards(
         for pattern in patterns
         for entry in ([pattern] if isinstance(pattern, Entry) else expand([pattern], allow_local_paths))
     ]
-    places = [_place(entry) for entry in dict.fromkeys(expanded)]
-    infos = _look_up([place for place in places if not place.is_glob])
+    places = [_listed_path(entry) for entry in dict.fromkeys(expanded)]
+    infos = _info_of_all([place for place in places if not place.is_glob])
     shards: dict[str, Shard] = {}
     folders: dict[str, dict[str, SourceFile]] = {}  # media files by their name below the folder, by its path
     missing: list[str] = []
@@ -293,7 +293,7 @@ def list_shards(
         media: dict[str, SourceFile] = {}
         root = place.url.rstrip("/") or "/"
         if place.is_glob or is_folder:
-            matches, media, others = _sort_out(place, is_folder, fields, any_file)
+            matches, media, others = _classify_entries(place, is_folder, fields, any_file)
             if not any_file:
                 matches = [replace(s, may_redirect=allow_local_paths) if is_table(s.path) else s for s in matches]
             if place.is_glob:
@@ -301,7 +301,7 @@ def list_shards(
             if matches or media:
                 left_out += others
             else:
-                unmatched.append(f"{public_path(place.url)}: {_why_empty(place, is_folder, others)}")
+                unmatched.append(f"{public_path(place.url)}: {_describe_empty(place, is_folder, others)}")
         elif info and not any_file and _is_media(place.path, fields):
             root, name = _split_url(place)
             media = {name: _source_file(name, info)}
@@ -339,12 +339,12 @@ def list_shards(
     for line in unmatched:
         log.warning("`input` %s", line)
     if left_out:
-        log.warning("`input`: left out %d files that are not inputs: %s", len(left_out), _shown(left_out))
+        log.warning("`input`: left out %d files that are not inputs: %s", len(left_out), _summarize_names(left_out))
     return list(shards.values())
 
 
-def _sort_out(
-    place: _Place, is_folder: bool, fields: FieldMap, any_file: bool
+def _classify_entries(
+    place: _ListedPath, is_folder: bool, fields: FieldMap, any_file: bool
 ) -> tuple[list[Shard], dict[str, SourceFile], list[str]]:
     """Return the shards of a folder or a glob, its media files by their name below it, and the names of other files.
 
@@ -379,7 +379,7 @@ def _sort_out(
     return [place.shard_at(place.prefix + path, info) for _, path, info in shards], {}, others
 
 
-def _entries(place: _Place, is_folder: bool, any_file: bool) -> Iterator[tuple[str, str, Info]]:
+def _entries(place: _ListedPath, is_folder: bool, any_file: bool) -> Iterator[tuple[str, str, Info]]:
     """Yield the files of a glob or a folder: name below the folder, path in the store, and the listing's entry.
 
     If a folder has shards directly in it, only the files beside them are listed; otherwise those at any depth. A
@@ -439,7 +439,7 @@ def _group(
     tables = []
     others: list[str] = []
     for file in sorted(files, key=lambda file: file.name):
-        names = split_name(printable_name(file.name))
+        names = split_name(utf8_name(file.name))
         if file.name.rpartition("/")[2].lower() in TABLE_NAMES:
             tables.append(file)
         elif names is None:
@@ -463,7 +463,7 @@ def _source_file(name: str, info: Info) -> SourceFile:
     return SourceFile(name, info.get("size"), etag_of(info))
 
 
-def _split_url(place: _Place) -> tuple[str, str]:
+def _split_url(place: _ListedPath) -> tuple[str, str]:
     """Return the URL of the folder of a file, and the file's name."""
     url = plain_url(place.url)
     if is_local(url):
@@ -493,7 +493,7 @@ def _is_hidden(name: str) -> bool:
     return any(part.startswith(".") for part in name.split("/"))
 
 
-def _what(name: str) -> str:
+def _extension_label(name: str) -> str:
     """Return the kind of a file that is not an input, for counting: its extension."""
     last = name.rpartition("/")[2]
     if _is_hidden(name):
@@ -501,11 +501,11 @@ def _what(name: str) -> str:
     return printable("." + _extension(name)) if "." in last else "without an extension"
 
 
-def _shown(names: Sequence[str]) -> str:
+def _summarize_names(names: Sequence[str]) -> str:
     """Return the number of `names` of each kind, with an example of each."""
     kinds: dict[str, list[str]] = defaultdict(list)
     for name in names:
-        kinds[_what(name)].append(name)
+        kinds[_extension_label(name)].append(name)
     largest = sorted(kinds, key=lambda kind: -len(kinds[kind]))
     shown = [
         f"{len(kinds[kind]):,} {kind} ({printable(kinds[kind][0])}{', ...' if len(kinds[kind]) > 1 else ''})"
@@ -525,22 +525,22 @@ def _of_target(fs: Any, entry: Info) -> Info:
     return info
 
 
-def _why_empty(place: _Place, is_folder: bool, others: Sequence[str]) -> str:
+def _describe_empty(place: _ListedPath, is_folder: bool, others: Sequence[str]) -> str:
     if others or is_folder:
-        held = f"it holds {_shown(others)}" if others else "it holds no files"
+        held = f"it holds {_summarize_names(others)}" if others else "it holds no files"
         return f"holds no {', '.join('*' + suffix for suffix in SHARD_SUFFIXES)} and no media files; {held}. {EXPECTED}"
     folder = re.split("[*?[]", place.path)[0].rpartition("/")[0]
     state = "exists" if place.ask(lambda: place.fs.exists(folder)) else "does not exist"
     return f"no match in {public_path(place.prefix + folder)}, which {state}"
 
 
-def _look_up(places: Sequence[_Place]) -> dict[str, Info | None]:
+def _info_of_all(places: Sequence[_ListedPath]) -> dict[str, Info | None]:
     """Return the entry of each place by its URL: None if it does not exist, {} beyond HTTP_PROBES."""
-    folders: dict[tuple[int, str], list[_Place]] = defaultdict(list)
+    folders: dict[tuple[int, str], list[_ListedPath]] = defaultdict(list)
     for place in places:
         folders[id(place.fs), place.path.rstrip("/").rpartition("/")[0]].append(place)
     infos: dict[str, Info | None] = {}
-    singles: list[_Place] = []
+    singles: list[_ListedPath] = []
     for (_, folder), siblings in folders.items():
         entries: Mapping[str, Info] | None = None
         if len(siblings) > LIST_FOLDER_ABOVE and not siblings[0].is_http:
@@ -563,7 +563,7 @@ def _look_up(places: Sequence[_Place]) -> dict[str, Info | None]:
     return infos | {url: {} for url in unknown}
 
 
-def _ask_info(place: _Place) -> Info:
+def _ask_info(place: _ListedPath) -> Info:
     try:
         info: Info = place.fs.info(place.path)
     except FileNotFoundError as error:  # fsspec raises it for any failed request to a web server
@@ -576,7 +576,7 @@ def _ask_info(place: _Place) -> Info:
     return info
 
 
-def _info(place: _Place) -> Info | None:
+def _info(place: _ListedPath) -> Info | None:
     if place.is_http and place.url.endswith("/"):
         return {"type": "directory"}
     try:

@@ -26,7 +26,7 @@ CREDENTIALS = {  # where the client of a store looks for credentials
 
 # Errors of these packages come from the store or the network. Any other error that is not an OSError is a bug.
 STORE_PACKAGES = {"aiobotocore", "aiohttp", "botocore", "gcsfs", "google", "http", "requests", "urllib3"}
-_BUSY = (408, 409, 412, 425, 429)  # statuses below 500 after which a request is repeated
+_RETRYABLE = (408, 409, 412, 425, 429)  # statuses below 500 after which a request is repeated
 _NO_CREDENTIALS = re.compile(
     "NoCredentials|PartialCredentials|CredentialRetrieval|TokenRetrieval|SSOToken|RefreshError|DefaultCredentials|"
     "ExpiredToken|RequestExpired|InvalidToken|TokenRefreshRequired|InvalidAccessKeyId|SignatureDoesNotMatch"
@@ -59,7 +59,7 @@ def retry(
             status = http_status(error)
             _raise_permanent(error, status, path, failure)
             reason = f"{type(error).__name__}: {' '.join(redact(str(error.__cause__ or error)).split())}"
-            if status is not None and 400 <= status < 500 and status not in _BUSY:
+            if status is not None and 400 <= status < 500 and status not in _RETRYABLE:
                 raise error_type(f"{path}: {failure}: the server refuses the request: {reason}") from None
             asked = _retry_after(error)
             pause = max(wait or 0.0, asked)

@@ -143,7 +143,7 @@ class _RetryingFile(io.RawIOBase):
         self._block_bytes = BLOCK_BYTES
         self._opened = False
         self._opened_as = (0, 0, 0)  # inode, size and time of a local file
-        self._is_object = False  # of a store whose client does not tell versions apart
+        self._checks_version_at_end = False  # of a store whose client does not tell versions apart
         self.bytes_read = 0
         self.size = shard.size
         self.etag = shard.etag
@@ -194,7 +194,7 @@ class _RetryingFile(io.RawIOBase):
             raise EOFError(f"the connection ended at byte {self._position:,} of {self.size:,}")
         if isinstance(self._fs, LocalFileSystem):
             self._check_local()
-        elif count == 0 and self._is_object:
+        elif count == 0 and self._checks_version_at_end:
             self._compare(self._fs.info(self._path))  # its client does not tell versions apart
         return count
 
@@ -255,7 +255,7 @@ class _RetryingFile(io.RawIOBase):
             self._raise_changed(now.st_size, f"{now.st_mtime_ns // 1000}-{now.st_size}")
 
     def _open_file(self, info: Any) -> Any:
-        self._is_object = False
+        self._checks_version_at_end = False
         if isinstance(self._fs, LocalFileSystem):
             file = Path(self._path).open("rb", buffering=0)  # noqa: SIM115 (_drop closes it)
             stat = os.fstat(file.fileno())
@@ -272,7 +272,7 @@ class _RetryingFile(io.RawIOBase):
                 return file
         if scheme in _RESPOND and self.size is not None:
             return _Ranges(self._fs, self._path, info, self.size, _RESPOND[scheme], self._compare_headers)
-        self._is_object = True
+        self._checks_version_at_end = True
         return self._fs.open(self._path, "rb", block_size=self._block_bytes, cache_type="readahead")
 
     def _compare_headers(self, headers: Mapping[str, str]) -> None:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.config import MIB, SAMPLE_MEMBERS, Reading
+from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, Reading
 from mmbeam.errors import ShardError, printable, public_url
 from mmbeam.readers.folder import file_bytes, read_ahead
 from mmbeam.readers.paths import FileError, is_local, local_path, origin, scheme_of, split_name, without_query
@@ -217,7 +217,7 @@ class TableReader(SourceReader):
                     fields[field] = None
                     continue
                 limit = min(
-                    self._reading.limits.member_bytes, SAMPLE_MEMBERS * self._reading.limits.member_bytes - held
+                    self._reading.limits.member_bytes, SAMPLE_BYTES_FACTOR * self._reading.limits.member_bytes - held
                 )
                 try:
                     data = self._data(data, path, role, limit)

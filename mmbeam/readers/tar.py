@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, NamedTuple
 
-from mmbeam.config import MIB, SAMPLE_MEMBERS, Limits
+from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers.decompress import Decompressed, is_compressed
 from mmbeam.readers.paths import split_name
@@ -85,7 +85,7 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True)
-class Loss:
+class LostMember:
     """A member whose header is damaged."""
 
     offset: int  # of the header
@@ -97,13 +97,13 @@ class Loss:
 
 
 @dataclass(frozen=True, slots=True)
-class Break:
+class DamagedRegion:
     """Damage at `offset`, and the members that are lost by it."""
 
     offset: int
     error: str  # class of error
     message: str
-    losses: tuple[Loss, ...] = ()
+    losses: tuple[LostMember, ...] = ()
     member: Member | None = None  # whose data are cut off, or whose size is wrong
     truncated: bool = False  # nothing after it can be read
 
@@ -232,7 +232,7 @@ class Members:
         """Whether a pax global header has occurred. It applies to every later member."""
         return bool(self._global_pax)
 
-    def __iter__(self) -> Iterator[Member | Break]:
+    def __iter__(self) -> Iterator[Member | DamagedRegion]:
         source = self._source
         member: Member | None = None  # the last one, unless a break follows it
         after_break = False
@@ -241,13 +241,13 @@ class Members:
             if len(self._block) < BLOCK and not self._block.strip(b"\0"):
                 self.unterminated = source.fault is None
                 if source.fault is not None:
-                    yield Break(begin, *source.fault, truncated=True)
+                    yield DamagedRegion(begin, *source.fault, truncated=True)
                 return
             pax, prefix, name_problem = dict(self._global_pax), None, ""
             try:
                 info = parse_header(self._block)
                 if info is None:
-                    damage = self._pass_zeros(begin)
+                    damage = self._skip_zeros(begin)
                     if damage is None:
                         return
                     yield damage
@@ -268,7 +268,7 @@ class Members:
                         raise _BadHeaderError("a block of zeros")
                 begin = source.position - BLOCK if prefix is None else prefix
                 if info.type == tarfile.GNUTYPE_SPARSE:
-                    self._pass_sparse_map()
+                    self._skip_sparse_map()
             except _BadHeaderError as error:
                 hint = "" if prefix is None else pax.get("path", "")
                 damage = self._resynchronise(begin, str(error), member, hint)
@@ -286,14 +286,14 @@ class Members:
             if name_problem:
                 message = f"byte {begin:,}: a member whose name is unknown: {name_problem}"
                 name = self._orphan or member.name
-                yield Break(begin, "DecodeError", message, (Loss(begin, name, "DecodeError", message),))
+                yield DamagedRegion(begin, "DecodeError", message, (LostMember(begin, name, "DecodeError", message),))
             else:
                 yield member
             self._orphan, after_break = None, False
             data_end = member.data_offset + member.size
             source.skip(data_end - source.position)
             if source.position < data_end:
-                damage = self._pass_cut(member)
+                damage = self._truncated(member)
                 yield damage
                 if damage.truncated:
                     return
@@ -320,7 +320,7 @@ class Members:
             if info.type == b"g":
                 self._global_pax.update(records)
 
-    def _pass_sparse_map(self) -> None:
+    def _skip_sparse_map(self) -> None:
         more = self._block[482]  # whether a block of the map follows; in each of those blocks, byte 504 states it
         while more:
             block = self._source.read(BLOCK)
@@ -328,7 +328,7 @@ class Members:
                 raise _BadHeaderError("the cut-off map of a sparse file")
             more = block[504]
 
-    def _pass_zeros(self, begin: int) -> Break | None:
+    def _skip_zeros(self, begin: int) -> DamagedRegion | None:
         """Read blocks of zeros from `begin` on, and what follows; return None if they end the tar.
 
         Two blocks, or one at the end of the file, are the end-of-archive marker, after which another tar may begin. One
@@ -340,23 +340,25 @@ class Members:
             self._block = self._source.read(BLOCK)
         after = self._source.position - len(self._block)
         if not self._block.strip(b"\0"):
-            return None if self._source.fault is None else Break(after, *self._source.fault, truncated=True)
-        while len(self._block) == BLOCK and not _is_anchor(self._block):
+            return None if self._source.fault is None else DamagedRegion(after, *self._source.fault, truncated=True)
+        while len(self._block) == BLOCK and not _is_ustar_header(self._block):
             trailing_zeros = trailing_zeros + 1 if self._block.count(0) == BLOCK else 0
             self._block = self._source.read(BLOCK)
         if len(self._block) < BLOCK and zeros == 1 and trailing_zeros > 1 and self._source.fault is None:
             self._block = bytes(BLOCK)
         if len(self._block) < BLOCK and zeros > 1:
             self.trailing_data = True
-            return None if self._source.fault is None else Break(after, *self._source.fault, truncated=True)
+            return None if self._source.fault is None else DamagedRegion(after, *self._source.fault, truncated=True)
         what = f"byte {begin:,}: expected a tar header, found {512 * zeros:,} zeros"
         found = self._source.position - len(self._block)
         if zeros > 1 and found == after:
             self.concatenated = True
-            return Break(begin, "DecodeError", what, (Loss(begin, "", "DecodeError", what, is_certain=False),))
-        return self._broken(begin, what, (begin,), ("",))
+            return DamagedRegion(
+                begin, "DecodeError", what, (LostMember(begin, "", "DecodeError", what, is_certain=False),)
+            )
+        return self._damaged_region(begin, what, (begin,), ("",))
 
-    def _pass_cut(self, member: Member) -> Break:
+    def _truncated(self, member: Member) -> DamagedRegion:
         """Return the break of a member that claims more bytes than there are; move to the next header in its data."""
         present = max(0, self._source.position - member.data_offset)
         error, why = self._source.end_error()
@@ -365,14 +367,14 @@ class Members:
             if len(self._block) == BLOCK:
                 return self._wrong_size(member)
         message = f"expected {member.size:,} bytes, found {present:,}; {why}"
-        return Break(member.offset, error, message, member=member, truncated=True)
+        return DamagedRegion(member.offset, error, message, member=member, truncated=True)
 
-    def _wrong_size(self, member: Member) -> Break:
+    def _wrong_size(self, member: Member) -> DamagedRegion:
         found = self._source.position - BLOCK
         message = f"its size, {member.size:,} bytes, is wrong: the header of another member is at byte {found:,}"
-        return Break(member.offset, "DecodeError", message, member=member)
+        return DamagedRegion(member.offset, "DecodeError", message, member=member)
 
-    def _resynchronise(self, begin: int, found: str, member: Member | None, hint: str) -> Break:
+    def _resynchronise(self, begin: int, found: str, member: Member | None, hint: str) -> DamagedRegion:
         """Move to the next header after the damage at `begin`, and return the break.
 
         `member` is the one before the damage; its size may be wrong. `hint` is the name that an extended header states.
@@ -391,8 +393,8 @@ class Members:
             back = source.position
             source.skip(_padded(size))
             self._block = source.read(BLOCK)
-            if _is_anchor(self._block) or self._block.count(0) == BLOCK:
-                return self._broken(begin, what, (begin,), (name,))
+            if _is_ustar_header(self._block) or self._block.count(0) == BLOCK:
+                return self._damaged_region(begin, what, (begin,), (name,))
             source.rewind(back)
         offsets: list[int] = []
         names: list[str] = []
@@ -410,7 +412,7 @@ class Members:
                 names.append(name or legible_name(block))
             name = ""
             block = source.read(BLOCK)
-            if _is_anchor(block):
+            if _is_ustar_header(block):
                 break
         if not names and (self._orphan is None or len(block) < BLOCK):
             offsets, names = [begin], [hint or legible_name(self._block)]
@@ -418,13 +420,15 @@ class Members:
         self._block = bytes(BLOCK) if is_end_mark else block
         if member is not None and not member.is_padded and not any(names):
             message = f"its size, {member.size:,} bytes, is wrong: its data continue after them"
-            return Break(member.offset, "DecodeError", message, member=member, truncated=len(self._block) < BLOCK)
-        return self._broken(begin, what, offsets, names)
+            return DamagedRegion(
+                member.offset, "DecodeError", message, member=member, truncated=len(self._block) < BLOCK
+            )
+        return self._damaged_region(begin, what, offsets, names)
 
-    def _broken(self, begin: int, what: str, offsets: Sequence[int], names: Sequence[str]) -> Break:
+    def _damaged_region(self, begin: int, what: str, offsets: Sequence[int], names: Sequence[str]) -> DamagedRegion:
         """Return the break at `begin` with a loss for each name; `_block` is the next header, or shorter at the end."""
         is_end_mark = self._block.count(0) == BLOCK
-        is_end = not is_end_mark and not _is_anchor(self._block)
+        is_end = not is_end_mark and not _is_ustar_header(self._block)
         error, why = self._source.end_error() if is_end else ("DecodeError", "")
         if is_end:
             what += f"; no header follows: {why}"
@@ -433,10 +437,10 @@ class Members:
         else:
             what += f"; the next header is at byte {self._source.position - BLOCK:,}"
         losses = tuple(
-            Loss(offset, name, error, what)
+            LostMember(offset, name, error, what)
             for offset, name in zip(offsets[:DAMAGES_KEPT], names[:DAMAGES_KEPT], strict=True)
         )
-        return Break(begin, error, what, losses, truncated=is_end)
+        return DamagedRegion(begin, error, what, losses, truncated=is_end)
 
 
 def _member(info: Header, pax: dict[str, str], offset: int, data_offset: int) -> Member:
@@ -486,12 +490,12 @@ def _number(field: bytes) -> int:
 def find_header(source: ByteReader, stop: int | None = None) -> bytes:
     """Return the next block before `stop` that has the magic and checksum of a header; else fewer than BLOCK bytes."""
     block = source.read(BLOCK)
-    while len(block) == BLOCK and not _is_anchor(block):
+    while len(block) == BLOCK and not _is_ustar_header(block):
         block = source.read(BLOCK) if stop is None or source.position < stop else b""
     return block
 
 
-def _is_anchor(block: bytes) -> bool:
+def _is_ustar_header(block: bytes) -> bool:
     """Return whether a tar can be followed from this block on: it has a header's magic and checksum."""
     return block[257:262] == b"ustar" and is_header_or_end(block)
 
@@ -537,11 +541,11 @@ def header_inside(data: bytes, padding: bytes) -> int | None:
     magic = data[257::BLOCK]  # the first letter of "ustar", if a block is a header
     place = magic.find(b"u")
     while place >= 0:
-        if _is_anchor(data[place * BLOCK : (place + 1) * BLOCK]):
+        if _is_ustar_header(data[place * BLOCK : (place + 1) * BLOCK]):
             return place * BLOCK
         place = magic.find(b"u", place + 1)
     tail = len(data) // BLOCK * BLOCK
-    return tail if _is_anchor(data[tail:] + padding) else None
+    return tail if _is_ustar_header(data[tail:] + padding) else None
 
 
 def pax_records(payload: bytes) -> dict[str, str]:
@@ -581,8 +585,8 @@ class _Group:
     members: dict[str, bytes] = field(default_factory=dict)
     fields: dict[str, None] = field(default_factory=dict)
     damages: list[Damage] = field(default_factory=list)
-    losses: list[Loss] = field(default_factory=list)  # members that may have belonged to this sample
-    held: int = 0  # bytes
+    losses: list[LostMember] = field(default_factory=list)  # members that may have belonged to this sample
+    size: int = 0  # bytes of its members
     truncated: bool = False
 
     @property
@@ -610,7 +614,7 @@ def part_origin(begin: int) -> int:
     return max(0, begin - LOOK_BACK) // BLOCK * BLOCK
 
 
-def parts_join(parts: Iterable[InputRead]) -> bool:
+def parts_are_contiguous(parts: Iterable[InputRead]) -> bool:
     """Return whether the parts of a tar, in order, hold each of its samples once.
 
     The first part reads from the beginning of the tar, so its `next_sample` is certainly the beginning of a sample. The
@@ -662,11 +666,11 @@ class TarReader:
         self._want = want
         self._limits = limits
         self._seen: set[int] = set()  # hashes of keys, smaller than keys
-        self._typical: tuple[str, ...] | None = None  # fields of the last whole sample
-        self._waiting: _Group | None = None  # a sample that is compared with the next one to see what it lacks
+        self._expected_fields: tuple[str, ...] | None = None  # fields of the last whole sample
+        self._pending: _Group | None = None  # a sample that is compared with the next one to see what it lacks
         # Byte of damage that a part cannot attribute, since the sample to compare with belongs to another part. The
         # part reports it as `next_sample`, so that the parts do not join and the shard is read again as a whole.
-        self._unsure: int | None = None
+        self._unattributed_offset: int | None = None
         # Set by iterating:
         self.first_sample: int | None = 0 if begin == 0 else None  # byte of the part's first sample; None: no sample
         self.next_sample: int | None = None  # byte of the first sample after the part; None: no sample
@@ -686,7 +690,7 @@ class TarReader:
         begin, end = _PartBoundary(self._begin), _PartBoundary(self._end)
         group: _Group | None = None
         any_sample = False
-        losses: list[Loss] = []  # since the last member
+        losses: list[LostMember] = []  # since the last member
         for member in headers:
             names = None
             if isinstance(member, Member) and (member.kind == "file" or member.kind in LINKS):
@@ -694,14 +698,13 @@ class TarReader:
                 names = None if names and member.kind in LINKS and not self._want(names[1]) else names
             # A pax global header applies to all later members, but a part that begins after it cannot see it. So the
             # part that contains it reads to the end of the tar, and a part that meets it before its own first sample
-            # yields none. Parts that begin after it then do not join (`parts_join`), and the next launch reads the
-            # shard as one unit.
+            # yields none. Parts that begin after it are then not contiguous: the next launch reads the shard as one unit.
             if names is not None and not headers.global_pax:
                 if self.first_sample is None and begin.is_passed(member.offset, names[0]):
                     self.first_sample = member.offset
                 if end.is_passed(member.offset, names[0]):
                     self.next_sample = member.offset
-                    self._unsure = losses[0].offset if losses else self._unsure
+                    self._unattributed_offset = losses[0].offset if losses else self._unattributed_offset
                     break
             if self.first_sample is None:
                 if names is not None and isinstance(member, Member) and member.size <= LOOK_BACK:
@@ -709,14 +712,14 @@ class TarReader:
                         _Group(names[0], member.offset), names[1], member
                     )  # finds the headers that its part finds
                 continue
-            if isinstance(member, Break):
+            if isinstance(member, DamagedRegion):
                 losses += self._losses(group, member)
             elif names is None:
                 self._count(member)
             else:
                 key, name = names
                 is_same = group is not None and key == group.key and name not in group.fields
-                ahead = self._divide(losses, group, key, is_same)
+                ahead = self._assign_losses(losses, group, key, is_same)
                 losses = []
                 if group is None or not is_same:
                     if group is not None:
@@ -727,21 +730,21 @@ class TarReader:
         if self.first_sample is None:
             return
         if self._begin == 0 and not headers.count and (self.broken or headers.trailing_data or len(first) < BLOCK):
-            raise ShardError(f"{self._shard}: {self._what_else(first)}")
+            raise ShardError(f"{self._shard}: {self._describe_other_format(first)}")
         if self.next_sample is None:  # only the last part reports the shard's irregularities
             self.unterminated, self.trailing_data = headers.unterminated, headers.trailing_data
             self.concatenated = headers.concatenated
             self.is_empty = not headers.count
-            losses = self._divide_at_the_end(losses, group)
-        elif self._typical is None and (last := self._waiting or group) is not None and last.losses:
-            self._unsure = last.losses[0].offset
+            losses = self._assign_losses_at_end(losses, group)
+        elif self._expected_fields is None and (last := self._pending or group) is not None and last.losses:
+            self._unattributed_offset = last.losses[0].offset
         if group is not None:
             yield from self._close(group, losses, is_last=True)
         else:
-            for stray in self._strays(losses):
+            for stray in self._unattributed(losses):
                 any_sample = True
                 yield stray
-        self.next_sample = self.next_sample if self._unsure is None else self._unsure
+        self.next_sample = self.next_sample if self._unattributed_offset is None else self._unattributed_offset
         if self.failures and not any_sample and self.next_sample is None and self._begin == 0:
             raise ShardError(f"{self._shard}: holds no sample that can be read: {self.failures[0].message}")
 
@@ -756,7 +759,7 @@ class TarReader:
             head = self._source.read(BLOCK)
         return head
 
-    def _what_else(self, first: bytes) -> str:
+    def _describe_other_format(self, first: bytes) -> str:
         """Return what the shard is, since it is not a tar. Its bytes are not quoted: it may be any file."""
         text = first.lstrip(b"\xef\xbb\xbf \t\r\n")
         looks = next((name for sign, name in OTHER_FORMATS if text.startswith(sign)), None)
@@ -764,13 +767,13 @@ class TarReader:
         what += f"; it looks like {looks}" if looks else ": it has no tar header"
         return f"{what}; {self._source.fault[1]}" if self._source.fault else what
 
-    def _losses(self, group: _Group | None, damage: Break) -> list[Loss]:
+    def _losses(self, group: _Group | None, damage: DamagedRegion) -> list[LostMember]:
         """Return what a break costs. Damage to the data of a member of `group` is added to that sample."""
         if damage.truncated:
             self.broken = f"{self._shard}: {damage.message}"
         member, losses = damage.member, list(damage.losses)
         if member is None:
-            return losses or [Loss(damage.offset, "", damage.error, damage.message)] * damage.truncated
+            return losses or [LostMember(damage.offset, "", damage.error, damage.message)] * damage.truncated
         names = split_name(member.name)
         message = f"member {member.name} at byte {member.offset:,}: {damage.message}"
         if group is not None and names is not None and names[0] == group.key and names[1] in group.fields:
@@ -778,7 +781,7 @@ class TarReader:
             group.truncated = group.truncated or damage.truncated
             _add_damage(group, Damage(field=names[1], offset=member.offset, error=damage.error, message=message))
             return losses
-        return [*losses, Loss(member.offset, "", damage.error, message)]
+        return [*losses, LostMember(member.offset, "", damage.error, message)]
 
     def _count(self, member: Member) -> None:
         """Count a member that belongs to no sample."""
@@ -788,11 +791,13 @@ class TarReader:
             kind = "file without an extension" if "." not in last else "hidden or reserved file"
         self.members[kind if kind in self.members or len(self.members) < KINDS_COUNTED else "other"] += 1
 
-    def _divide(self, losses: Sequence[Loss], group: _Group | None, key: str, is_same: bool) -> list[Loss]:
+    def _assign_losses(
+        self, losses: Sequence[LostMember], group: _Group | None, key: str, is_same: bool
+    ) -> list[LostMember]:
         """Add losses between `group` and a member of `key` to the group, and return those that may belong to `key`."""
-        if losses and self._typical is None and self._begin:
-            self._unsure = losses[0].offset
-        ahead: list[Loss] = []
+        if losses and self._expected_fields is None and self._begin:
+            self._unattributed_offset = losses[0].offset
+        ahead: list[LostMember] = []
         for loss in sorted(losses, key=lambda loss: loss.offset):
             if (
                 group is not None
@@ -805,17 +810,17 @@ class TarReader:
                 ahead.append(loss)
         return ahead
 
-    def _may_be_of(self, group: _Group, loss: Loss, next_key: str) -> bool:
+    def _may_be_of(self, group: _Group, loss: LostMember, next_key: str) -> bool:
         """Return whether the loss may belong to `group`, after which a member of `next_key` follows."""
         names, lacking = split_name(loss.name), self._lacking(group)
         if names is None:
             return bool(lacking)
         return names[0] == group.key or (names[0] != next_key and names[1] in lacking)
 
-    def _divide_at_the_end(self, losses: Sequence[Loss], group: _Group | None) -> list[Loss]:
+    def _assign_losses_at_end(self, losses: Sequence[LostMember], group: _Group | None) -> list[LostMember]:
         """Add losses after `group`, the last sample, to it, and return those that do not belong to it."""
-        if losses and self._typical is None and self._begin:
-            self._unsure = losses[0].offset
+        if losses and self._expected_fields is None and self._begin:
+            self._unattributed_offset = losses[0].offset
         left = []
         for loss in losses:
             names = split_name(loss.name)
@@ -823,7 +828,7 @@ class TarReader:
                 left.append(loss)
             elif self.broken is None and (names or self._lacking(group)):
                 group.losses.append(loss)
-            elif self.broken is not None and (names or self._typical is None or self._lacking(group)):
+            elif self.broken is not None and (names or self._expected_fields is None or self._lacking(group)):
                 group.truncated = True
                 _add_damage(group, Damage(field="", offset=loss.offset, error=loss.error, message=loss.message))
             else:
@@ -840,24 +845,26 @@ class TarReader:
 
     def _lacking(self, group: _Group, typical: Sequence[str] | None = None) -> list[str]:
         """Return the fields that the last whole sample had and `group` has not."""
-        return [name for name in typical or self._typical or () if name not in group.fields]
+        return [name for name in typical or self._expected_fields or () if name not in group.fields]
 
-    def _close(self, group: _Group, losses: Sequence[Loss] = (), is_last: bool = False) -> Iterator[RawSample]:
+    def _close(self, group: _Group, losses: Sequence[LostMember] = (), is_last: bool = False) -> Iterator[RawSample]:
         """Yield the sample, and the lost ones around it; `losses` are after it.
 
         Without a whole sample to compare with, wait for the next.
         """
-        waiting, self._waiting = self._waiting, None
+        waiting, self._pending = self._pending, None
         if waiting is not None:
             yield from self._finish(waiting, tuple(group.fields) if group.is_whole else None)
-        if group.losses and self._typical is None and not is_last:
-            self._waiting = group
+        if group.losses and self._expected_fields is None and not is_last:
+            self._pending = group
             return
         is_whole = group.is_whole
-        yield from self._finish(group, self._typical, losses)
-        self._typical = tuple(group.fields) if is_whole else self._typical
+        yield from self._finish(group, self._expected_fields, losses)
+        self._expected_fields = tuple(group.fields) if is_whole else self._expected_fields
 
-    def _finish(self, group: _Group, typical: Sequence[str] | None, losses: Sequence[Loss] = ()) -> Iterator[RawSample]:
+    def _finish(
+        self, group: _Group, typical: Sequence[str] | None, losses: Sequence[LostMember] = ()
+    ) -> Iterator[RawSample]:
         """Yield the sample, between those that were lost before and after it; `losses` are after it."""
         lacking, strays = self._lacking(group, typical), []
         for loss in group.losses:
@@ -878,11 +885,11 @@ class TarReader:
                 group.fields |= {name: None} if name else {}
             lacking = [name for name in lacking if name not in group.fields]
         strays = [loss for loss in strays if loss.is_certain]
-        yield from self._strays([loss for loss in strays if loss.offset < group.offset])
+        yield from self._unattributed([loss for loss in strays if loss.offset < group.offset])
         yield self._sample(group.key, group.offset, group.members, tuple(group.fields), group.damages, group.truncated)
-        yield from self._strays([*(loss for loss in strays if loss.offset > group.offset), *losses])
+        yield from self._unattributed([*(loss for loss in strays if loss.offset > group.offset), *losses])
 
-    def _strays(self, losses: Sequence[Loss]) -> Iterator[RawSample]:
+    def _unattributed(self, losses: Sequence[LostMember]) -> Iterator[RawSample]:
         """Yield a sample without members for each key in the damaged headers; add the others to `failures`."""
         damages: dict[tuple[str, int], list[Damage]] = {}
         for loss in sorted(losses, key=lambda loss: loss.offset):
@@ -929,10 +936,10 @@ class TarReader:
             error, reason = refusal
             message = f"member {member.name} at byte {member.offset:,}: {reason}"
             _add_damage(group, Damage(field=name, offset=member.offset, error=error, message=message))
-        if group.held > SAMPLE_MEMBERS * self._limits.member_bytes + MIB:
+        if group.size > SAMPLE_BYTES_FACTOR * self._limits.member_bytes + MIB:
             return  # a key with unlimited members: their names are not kept either
         group.fields[name] = None
-        group.held += len(name) + FIELD_COST
+        group.size += len(name) + FIELD_COST
         if not wanted or refusal is not None or not self._source.has(member.data_offset + member.size):
             return  # of a member that is cut off, Members reports it
         data = self._source.read(member.size)
@@ -951,7 +958,7 @@ class TarReader:
         elif len(data) == member.size:
             member.is_padded = not padding.strip(b"\0")
             group.members[name] = data
-            group.held += member.size
+            group.size += member.size
 
     def _refuse(self, group: _Group, member: Member) -> tuple[str, str] | None:
         """Return the class and message of the error if the member's bytes must not be read."""
@@ -966,8 +973,8 @@ class TarReader:
             return "DecodeError", "is stored as a sparse file, which is unsupported; pack it as a regular file"
         if member.size > allowed:
             return "LimitError", f"has {member.size:,} bytes; {allowed:,} are allowed (--max-member-bytes)"
-        if group.held + member.size > SAMPLE_MEMBERS * allowed:
-            whole = f"{group.held + member.size:,} bytes; {SAMPLE_MEMBERS} times {allowed:,} are allowed"
+        if group.size + member.size > SAMPLE_BYTES_FACTOR * allowed:
+            whole = f"{group.size + member.size:,} bytes; {SAMPLE_BYTES_FACTOR} times {allowed:,} are allowed"
             return "LimitError", f"would raise its sample to {whole} (--max-member-bytes)"
         return None
 

@@ -11,7 +11,7 @@ from mmbeam.config import MIB
 from mmbeam.errors import UsageError
 from mmbeam.readers.paths import is_table, is_zip, split_name
 from mmbeam.readers.tar import BLOCK
-from mmbeam.types import FolderSample, Input, InputRead, Shard, SourceFile, WorkUnit, printable_name
+from mmbeam.types import FolderSample, Input, InputRead, Shard, SourceFile, WorkUnit, utf8_name
 
 UNIT_BYTES = 256 * MIB  # of a shard, as stored: minutes of work for an encoder
 GENERATE_UNIT_BYTES = 32 * MIB  # the same for a generator
@@ -55,7 +55,7 @@ def plan_units(shards: Iterable[Shard], known: Sequence[WorkUnit], unit_bytes: i
     groups = ((Input(shard=shard),) for shard in new) if unit_bytes is None else _groups(list(new), unit_bytes)
     made = [WorkUnit(id=unit_id(*inputs), inputs=inputs) for inputs in groups]
     for folder in folders:
-        for part in cut_folder(folder, inputs_of[folder.path], unit_bytes or UNIT_BYTES):
+        for part in split_folder(folder, inputs_of[folder.path], unit_bytes or UNIT_BYTES):
             made.append(WorkUnit(id=unit_id(part), inputs=(part,)))
     units = {unit.id: unit for unit in known}
     for unit in made:
@@ -110,7 +110,7 @@ def cut_table(table: Shard, part_bytes: int) -> list[Input]:
     return [Input(shard=table, begin=begin, end=min(rows, begin + per_part)) for begin in begins]
 
 
-def cut_folder(folder: Shard, planned: Sequence[Input], part_bytes: int) -> list[Input]:
+def split_folder(folder: Shard, planned: Sequence[Input], part_bytes: int) -> list[Input]:
     """Return parts of about `part_bytes` each with the samples of a folder that no `planned` part holds."""
     known = {sample.key for source in planned for sample in source.shard.samples}
     new = [sample for sample in folder.samples if sample.key not in known]
@@ -222,5 +222,5 @@ def unit_from_json(
 
 def _folder_sample(files: Sequence[Sequence[Any]]) -> FolderSample:
     first = SourceFile(*files[0])
-    names = split_name(printable_name(first.name))
+    names = split_name(utf8_name(first.name))
     return FolderSample(names[0] if names else first.name, tuple(SourceFile(*file) for file in files))

@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Collection, Iterator
 from typing import BinaryIO
 
-from mmbeam.config import MIB, SAMPLE_MEMBERS, FieldMap, Limits
+from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, FieldMap, Limits
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import MODALITIES
 from mmbeam.readers.paths import split_name
@@ -183,8 +183,8 @@ class ZipReader(SourceReader):
             return "DecodeError", f"is compressed by method {info.compress_type}; expected stored (0) or deflated (8)"
         if info.file_size > allowed:
             return "LimitError", f"has {info.file_size:,} bytes; {allowed:,} are allowed (--max-member-bytes)"
-        if held + info.file_size > SAMPLE_MEMBERS * allowed:
-            whole = f"{held + info.file_size:,} bytes; {SAMPLE_MEMBERS} times {allowed:,} are allowed"
+        if held + info.file_size > SAMPLE_BYTES_FACTOR * allowed:
+            whole = f"{held + info.file_size:,} bytes; {SAMPLE_BYTES_FACTOR} times {allowed:,} are allowed"
             return "LimitError", f"would raise its sample to {whole} (--max-member-bytes)"
         if info.file_size > self._budget:
             return "LimitError", "the archive expands beyond its limit (--max-expansion), as a zip bomb does"

@@ -48,10 +48,10 @@ def report_of(run: Run, unit_id: str) -> UnitReport | None:
     Raises RunMismatchError if its Parquet file was written for another configuration, or not by mmbeam.
     """
     size = run.store.size(part_name(unit_id))
-    return None if size is None else _load_whole(run, unit_id, size)
+    return None if size is None else _load_intact(run, unit_id, size)
 
 
-def whole_reports(run: Run, ids: Iterable[str]) -> dict[str, UnitReport]:
+def intact_reports(run: Run, ids: Iterable[str]) -> dict[str, UnitReport]:
     """Return the reports of the committed units among `ids`, by unit, in order.
 
     Damaged Parquet files are removed, as by `report_of`. It takes one listing, and one request per unit.
@@ -59,7 +59,7 @@ def whole_reports(run: Run, ids: Iterable[str]) -> dict[str, UnitReport]:
     sizes = {part_unit(name): size for name, size in run.store.list(DATA).items()}
     done = [unit_id for unit_id in ids if unit_id in sizes]
     with ThreadPoolExecutor(max_workers=_READERS, thread_name_prefix="mmbeam-reports") as pool:
-        reports = pool.map(lambda unit_id: _load_whole(run, unit_id, sizes[unit_id]), done)
+        reports = pool.map(lambda unit_id: _load_intact(run, unit_id, sizes[unit_id]), done)
         return {unit_id: report for unit_id, report in zip(done, reports, strict=True) if report is not None}
 
 
@@ -102,7 +102,7 @@ class DamagedPartError(RunMismatchError):
     """The Parquet file of a committed unit is cut off or damaged."""
 
 
-def _load_whole(run: Run, unit_id: str, size: int) -> UnitReport | None:
+def _load_intact(run: Run, unit_id: str, size: int) -> UnitReport | None:
     """Return the report of a unit whose Parquet file has this size; remove a file that is not whole."""
     try:
         record = json.loads(run.store.read(commit_name(unit_id)))

@@ -16,7 +16,7 @@ from typing import Any
 
 from mmbeam.errors import RunMismatchError
 from mmbeam.readers.stream import content_digest
-from mmbeam.readers.tar import parts_join
+from mmbeam.readers.tar import parts_are_contiguous
 from mmbeam.readers.units import (
     UNIT_BYTES,
     input_read_from_json,
@@ -39,12 +39,12 @@ from mmbeam.runs.run import (
     read_manifest,
     remove_failures,
 )
-from mmbeam.types import Input, Shard, WorkUnit, files_of, printable_name
+from mmbeam.types import Input, Shard, WorkUnit, files_of, utf8_name
 
 logger = logging.getLogger(__name__)
 
 PAIRS_SHOWN = 5  # of moved shards, in an error
-GROWN_SAMPLES = 10_000  # the largest `limit` whose rows a larger run replaces without `overwrite`
+MAX_REPLACED_SAMPLES = 10_000  # the largest `limit` whose rows a larger run replaces without `overwrite`
 
 _PLAN_FILE = re.compile(r"\d{6,}\.jsonl")
 FILES_SHOWN = 5  # of a folder, in an error
@@ -148,15 +148,15 @@ def _planned(run: Run, names: Sequence[str], withdrawn: set[str]) -> Iterator[Wo
             withdrawn.add(line["id"])
 
 
-def grow_out_of_limit(run: Run, shards: Sequence[Shard]) -> None:
+def replace_limited_run(run: Run, shards: Sequence[Shard]) -> None:
     """Remove a run that read the first samples of `shards`, if `run` differs from it only in reading more of them.
 
     Nothing else of the configuration may differ, and every shard of the smaller run must be among `shards`. A run of
-    more than GROWN_SAMPLES samples is kept, because its rows would have to be recomputed; `open_run` then raises.
+    more than MAX_REPLACED_SAMPLES samples is kept, because recomputing its rows takes long; `open_run` then raises.
     """
     manifest = read_manifest(run.store)
     limit = None if manifest is None else manifest["configuration"].get("limit")
-    if manifest is None or limit is None or limit > GROWN_SAMPLES:
+    if manifest is None or limit is None or limit > MAX_REPLACED_SAMPLES:
         return
     larger = run.configuration.get("limit")
     if {**manifest["configuration"], "limit": larger} != json.loads(json.dumps(run.configuration)):
@@ -267,7 +267,7 @@ def _changes(
                 continue
         if shard.samples and differing:
             old_files = set(files_of(planned[shard.path]))
-            names = sorted({printable_name(file.name) for file in old_files.symmetric_difference(files_of(shard))})
+            names = sorted({utf8_name(file.name) for file in old_files.symmetric_difference(files_of(shard))})
             more = f" and {len(names) - FILES_SHOWN:,} more" if len(names) > FILES_SHOWN else ""
             yield shard.path, f"{shard.path}: {', '.join(names[:FILES_SHOWN]) or 'some of its files'}{more}"
             continue
@@ -379,7 +379,7 @@ def _is_misread(parts: Sequence[Part]) -> bool:
     """Return whether the committed parts of a shard are all of it, and do not join."""
     inputs = sorted((part.source for part in parts), key=lambda source: int(source["begin"]))
     complete = [0, *(source["end"] for source in inputs)] == [*(source["begin"] for source in inputs), None]
-    return complete and not parts_join(map(input_read_from_json, inputs))
+    return complete and not parts_are_contiguous(map(input_read_from_json, inputs))
 
 
 def _packs_to_split(run: Run, totals: Totals) -> Iterator[tuple[WorkUnit, list[tuple[WorkUnit, str]]]]:

@@ -335,19 +335,24 @@ def _is_stale(path: Path) -> bool:
 
 def process_identity() -> dict[str, Any]:
     """Return what identifies this process among those of all hosts and containers, for `process_is_gone`."""
-    return {"host": socket.gethostname(), "pid": os.getpid(), "space": _process_space(), "start": _start(os.getpid())}
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "space": _process_namespace(),
+        "start": _start(os.getpid()),
+    }
 
 
 def process_is_gone(identity: Mapping[str, Any]) -> bool | None:
     """Return whether the process of `process_identity` has ended; None if it cannot be looked up from here."""
-    if identity.get("space", identity["host"]) not in (_process_space(), socket.gethostname()):
+    if identity.get("space", identity["host"]) not in (_process_namespace(), socket.gethostname()):
         return None
     pid = int(identity["pid"])
     return not process_exists(pid) or identity.get("start") not in (None, _start(pid))
 
 
 @cache
-def _process_space() -> str:
+def _process_namespace() -> str:
     """Return an identifier of this process namespace; containers on one host have different ones."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()

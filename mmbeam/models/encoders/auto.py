@@ -152,12 +152,12 @@ class AutoEncoder(Encoder):
 
     def prepare_audio(self, wave: Waveform, rate: int) -> list[dict[str, torch.Tensor]]:
         """Return the inputs that the checkpoint's feature extractor makes of each piece of a clip, on the CPU."""
-        own_rate = int(self.processors.audio.sampling_rate)
-        [clip] = to_rate([wave], [rate], own_rate, torch.device("cpu"))
-        count = -(-len(clip) // (PIECE_SECONDS * own_rate))
+        model_rate = int(self.processors.audio.sampling_rate)
+        [clip] = to_rate([wave], [rate], model_rate, torch.device("cpu"))
+        count = -(-len(clip) // (PIECE_SECONDS * model_rate))
         options = {} if self.audio_mask is None else {"return_attention_mask": True}
         return [
-            _tensors(self.processors.audio(piece.numpy(), sampling_rate=own_rate, return_tensors="pt", **options))
+            _tensors(self.processors.audio(piece.numpy(), sampling_rate=model_rate, return_tensors="pt", **options))
             for piece in torch.tensor_split(clip, max(1, count))
         ]
 
