@@ -698,7 +698,7 @@ class TarReader:
                 names = None if names and member.kind in LINKS and not self._want(names[1]) else names
             # A pax global header applies to all later members, but a part that begins after it cannot see it. So the
             # part that contains it reads to the end of the tar, and a part that meets it before its own first sample
-            # yields none. Parts that begin after it are then not contiguous: the next launch reads the shard as one unit.
+            # yields none. Parts that begin after it are not contiguous: the next launch reads the shard as one unit.
             if names is not None and not headers.global_pax:
                 if self.first_sample is None and begin.is_passed(member.offset, names[0]):
                     self.first_sample = member.offset
