@@ -353,7 +353,7 @@ def test_cuda_without_a_gpu_is_an_error(embed: Mmbeam, tmp_path: Path) -> None:
         (["--image-filter", "median:2"], ["median:2", "odd"]),
         (["--model", "no-name!=x"], ["--model no-name!=x: 'no-name!' cannot prefix a column"]),
         (
-            ["--runner=DataflowRunner", "--shared-output", "--device", "auto"],
+            ["--runner=DataflowRunner", "--sdk_container_image=i", "--shared-output", "--device", "auto"],
             ["--device auto", "the workers are on other machines"],
         ),
     ],

@@ -21,6 +21,7 @@ def known(tmp_path_factory: pytest.TempPathFactory) -> Known:
     return make_known(tmp_path_factory.mktemp("known"))
 
 
+DATAFLOW = ["--runner=DataflowRunner", "--sdk_container_image=repository/mmbeam:1"]
 ELSEWHERE = [
     ["--runner=FlinkRunner", "--flink_master=host:8081"],
     ["--runner=flink", "--flink_master=host:8081"],
@@ -155,8 +156,27 @@ def test_dry_runs_and_templates_are_rejected_on_other_runners(known: Known, opti
 )
 def test_several_gpus_per_dataflow_machine_are_rejected(option: str) -> None:
     with pytest.raises(UsageError, match=r"expected count:1, and (2|16) times as many machines"):
-        check_cluster(["--runner=DataflowRunner", option])
-    check_cluster(["--runner=DataflowRunner", "--experiments=worker_accelerator=type:nvidia-l4;count:1"])
+        check_cluster([*DATAFLOW, option], "cuda")
+
+
+def test_a_launch_on_dataflow_needs_an_image_and_the_gpus_of_its_device(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(UsageError, match="--sdk_container_image is missing"):
+        check_cluster(DATAFLOW[:1], "cpu")
+    for device in ("cuda", "cuda:0"):
+        with pytest.raises(UsageError, match=f"`device` {device}: the machines have no GPU; add --dataflow_service_o"):
+            check_cluster(DATAFLOW, device)
+    check_cluster(DATAFLOW, "cpu")
+    for option in ("--dataflow_service_options", "--experiments"):
+        check_cluster([*DATAFLOW, f"{option}=worker_accelerator=type:nvidia-l4;count:1"], "cuda")
+    assert not caplog.messages
+    check_cluster([*DATAFLOW, "--experiments=worker_accelerator=type:nvidia-l4;count:1"], "cpu")
+    assert "paid for and not used" in caplog.text
+
+
+@pytest.mark.parametrize("runner", [(), ("--runner=FlinkRunner",), ("--runner=DataflowRunner",)])
+def test_a_streaming_job_is_rejected(runner: tuple[str, ...]) -> None:
+    with pytest.raises(UsageError, match="--streaming: expected a batch job"):
+        check_cluster([*runner, "--streaming"], "cpu")
 
 
 @pytest.mark.parametrize("args", ELSEWHERE)

@@ -196,14 +196,33 @@ def test_a_launch_without_waiting_has_no_report(home: Path, tmp_path: Path, opti
         job.execute()
 
 
-def test_a_launch_without_waiting_submits_the_job_and_says_so(
+def test_a_dry_run_describes_the_job_and_writes_nothing(
     home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    output = tmp_path / "out"
+    arguments = ["--input", str(home / "in"), "--output", str(output), "--model", str(home / "clip"), "--device=cuda"]
+    assert main(["embed", *arguments, "--shared-output", *DRY]) == 0
+    shown = capsys.readouterr().out
+    assert "units: 3 planned, 0 committed, 3 to do" in shown
+    assert "nothing was handed over to the runner" in shown
+    assert not output.exists()
+    job = embed_job(home, output)
+    described = describe(job).proto_pipeline
+    assert not output.exists()
+    embed_job(home, output, beam_args=ON_DATAFLOW)  # writes the plan
+    again = describe(embed_job(home, output)).proto_pipeline
+    assert len(described.SerializeToString()) == pytest.approx(len(again.SerializeToString()), rel=0.02)
+
+
+def test_a_launch_without_waiting_submits_the_job_and_says_so(
+    home: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    submitted: list[Job] = []
+    monkeypatch.setattr(Job, "submit", lambda job: submitted.append(job))
     arguments = ["embed", "--input", str(home / "in"), "--output", str(tmp_path), "--model", str(home / "clip")]
-    assert main([*arguments, "--device=cuda", "--shared-output", *DRY]) == 0
+    assert main([*arguments, "--device=cuda", "--shared-output", *ON_DATAFLOW, "--no_wait_until_finish"]) == 0
     assert "without waiting for the end" in capsys.readouterr().out
-    embed_job(home, tmp_path).submit()
-    assert len(load_plan(embed_job(home, tmp_path).run)) == 3
+    assert len(load_plan(submitted[0].run)) == 3
 
 
 def test_a_launch_without_waiting_cannot_retry_failures(home: Path, tmp_path: Path) -> None:
@@ -358,6 +377,7 @@ def test_the_launcher_writes_the_job_and_returns(home: Path, tmp_path: Path) -> 
     arguments += ["--job_name=mmbeam-1", f"--staging_location={bucket}/staging", f"--temp_location={bucket}/temp"]
     arguments += [f"--template_location={bucket}/staging/template_launches/1/job_object"]
     arguments += ["--requirements_cache_only_sources", f"--sdk_container_image={IMAGE}"]
+    arguments += [f"--dataflow_service_options={ACCELERATOR}"]
     done = subprocess.run(
         [sys.executable, DEPLOY / "launcher.py", *arguments],
         env={**os.environ, "PYTHONWARNINGS": "ignore"},

@@ -248,12 +248,13 @@ def test_run_requests_a_driver(tmp_path: Path, setting: dict[str, str], driver: 
 
 
 def test_run_uses_a_subnetwork_without_public_addresses(tmp_path: Path) -> None:
-    more = {"SUBNETWORK": "regions/r/subnetworks/s", "SERVICE_ACCOUNT": "a@b", "WORKERS": "7"}
+    more = {"SUBNETWORK": "regions/r/subnetworks/s", "SERVICE_ACCOUNT": "a@b", "WORKERS": "7", "START": "3"}
     (call,) = run("run.sh", tmp_path, "input=a", "output=gs://b", **PLACE, **more)
     assert "--disable-public-ips" in call
     assert flags(call)["--subnetwork"] == ["regions/r/subnetworks/s"]
     assert flags(call)["--service-account-email"] == ["a@b"]
-    assert flags(call)["--max-workers"] == flags(call)["--num-workers"] == ["7"]
+    assert flags(call)["--max-workers"] == ["7"]
+    assert flags(call)["--num-workers"] == ["3"]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -10,7 +10,8 @@
 # BUCKET      a bucket, without gs://, for the files that the job stages
 # IMAGE       the image of build.sh and template.sh
 # TEMPLATE    the file that template.sh wrote (default: gs://$BUCKET/templates/mmbeam.json)
-# WORKERS     number of machines, from the start (default: 2)
+# WORKERS     most machines at a time (default: 2)
+# START       machines at the start (default: WORKERS); with fewer, Dataflow adds more as it estimates the rest
 # GPU         of each machine (default: nvidia-l4); "" for none, with DEVICE=cpu in build.sh
 # DRIVER      NVIDIA driver that Dataflow installs (default: its default version); 5xx is its newest. The image's torch is
 #             built for CUDA 13 and needs 580 or later
@@ -59,7 +60,7 @@ flags=(
     --launcher-machine-type n2-standard-4
     --worker-machine-type "$MACHINE"
     # All workers from the start: autoscaling begins with one, and estimates the duration of a unit too late.
-    --num-workers "$WORKERS"
+    --num-workers "${START:-$WORKERS}"
     --max-workers "$WORKERS"
 )
 if [[ -n "${SERVICE_ACCOUNT:-}" ]]; then

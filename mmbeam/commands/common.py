@@ -367,8 +367,11 @@ def run_job(
         else:
             report = None
             prepared.submit()
-    if options.dry_run:
+    if options.writes_nothing:
         yield from plan_text(prepared.run, prepared.units, options.overwrite)
+        if not options.dry_run:
+            yield "The job was described, and nothing was handed over to the runner. Omit --dry_run to submit it."
+            return 0
         if calibration is not None:
             left = units_left(prepared.run, prepared.units, options.overwrite)
             devices = max(options.workers, prepared.devices)

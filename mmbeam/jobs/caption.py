@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -105,6 +105,7 @@ def prepare(options: CaptionOptions) -> CaptionJob:
         max_failure_rate=options.max_failure_rate,
         recorded=options.recorded,
     )
+    run = replace(run, dry=options.writes_nothing)
     return CaptionJob(
         run=run,
         stages=(*embed, generate),

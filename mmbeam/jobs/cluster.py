@@ -18,6 +18,7 @@ from apache_beam.options.pipeline_options import (
     PortableOptions,
     StandardOptions,
     TestOptions,
+    WorkerOptions,
 )
 
 from mmbeam.errors import JobError, MmbeamError, UsageError, redact
@@ -89,20 +90,38 @@ def _is_local(path: str) -> bool:
     return is_local(path) or scheme_of(path) == "memory"
 
 
-def check_cluster(args: Sequence[str]) -> None:
+def check_cluster(args: Sequence[str], device: str = "auto") -> None:
     """Raise JobError if the service that runs the job does not answer or has another version than its client.
 
-    Raises UsageError for an invalid address, and for several GPUs per Dataflow machine.
+    `device` is the option, that of the workers. Raises UsageError for an invalid address, for a streaming job, and for
+    a launch on Dataflow whose workers would fail or be idle: without an image, or with another number of GPUs than one.
     """
     options = PipelineOptions(list(args))
+    if options.view_as(StandardOptions).streaming:
+        raise UsageError("--streaming: expected a batch job; the units of a job are planned when it starts, so omit it")
     if runner_of(args) == "dataflow":
+        if not options.view_as(WorkerOptions).sdk_container_image:
+            raise UsageError(
+                "--sdk_container_image is missing: Beam's own image lacks mmbeam and torch; name the image of "
+                "deploy/dataflow/build.sh"
+            )
         services = options.view_as(GoogleCloudOptions).dataflow_service_options or []
-        for option in [*services, *(options.view_as(DebugOptions).experiments or [])]:
+        offered = [*services, *(options.view_as(DebugOptions).experiments or [])]
+        for option in offered:
             several = _SEVERAL_GPUS.search(option)
             if several:  # one process of each machine holds the model, and uses one GPU
                 raise UsageError(
                     f"{option}: expected count:1, and {several[1]} times as many machines: each uses one GPU"
                 )
+        has_gpu = any("worker_accelerator=" in option for option in offered)
+        if device.startswith("cuda") and not has_gpu:
+            raise UsageError(
+                f"`device` {device}: the machines have no GPU; add --dataflow_service_options="
+                "'worker_accelerator=type:nvidia-l4;count:1;install-nvidia-driver' and a --machine_type for it, or use "
+                "`device` cpu"
+            )
+        if device == "cpu" and has_gpu:
+            log.warning("--device cpu: the GPU of each machine (worker_accelerator) is paid for and not used")
     portable = options.view_as(PortableOptions)
     if portable.job_endpoint not in (None, "embed"):
         _must_listen(_host_and_port(portable.job_endpoint, "--job_endpoint"), "job service", "--job_endpoint")

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -69,6 +69,7 @@ def prepare(options: EmbedOptions) -> EmbedJob:
         max_failure_rate=options.max_failure_rate,
         recorded=options.recorded,
     )
+    run = replace(run, dry=options.writes_nothing)
     return EmbedJob(
         run=run,
         stages=stages,

@@ -202,11 +202,9 @@ def plan(
 ) -> tuple[WorkUnit, ...]:
     """Open the run and return its units, each of about `unit_bytes` of input; if that is None, one unit per shard.
 
-    With `retry_failures` committed units that hold failures are marked, to be done again and replaced. With `dry_run`
-    nothing is written.
+    With `retry_failures` committed units that hold failures are marked, to be done again and replaced. If the run is
+    dry, nothing is written.
     """
-    if options.dry_run:
-        run = replace(run, dry=True)
     replace_limited_run(run, shards)
     open_run(run, overwrite=options.overwrite)
     died = marks(run.store)  # units that may have ended processes run after the others

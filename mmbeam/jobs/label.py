@@ -1,7 +1,7 @@
 """The label job: shards in, one row with the classes, objects, segments or tags of each sample out."""
 
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -65,6 +65,7 @@ def prepare(options: LabelOptions) -> LabelJob:
         max_failure_rate=options.max_failure_rate,
         recorded=options.recorded,
     )
+    run = replace(run, dry=options.writes_nothing)
     return LabelJob(
         run=run,
         stages=(stage,),

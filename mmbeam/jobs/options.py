@@ -74,6 +74,11 @@ class JobOptions:
         return None if name is None else parse_image_filter(name)
 
     @property
+    def writes_nothing(self) -> bool:
+        """Whether the job is only planned, or by Beam's own `--dry_run` only described."""
+        return self.dry_run or is_dry_run(self.beam_args)
+
+    @property
     def recorded(self) -> dict[str, Any]:
         """The options that run.json records although they change no row."""
         beam_args = public_args(self.beam_args)
@@ -126,12 +131,16 @@ def pipeline_options(args: Sequence[str] = (), devices: int = 1) -> PipelineOpti
     return PipelineOptions(list(args))
 
 
+def is_dry_run(args: Sequence[str]) -> bool:
+    """Return whether Beam's options say to describe the job and to hand nothing over."""
+    return bool(PipelineOptions(list(args)).view_as(TestOptions).dry_run)
+
+
 def is_waited_for(args: Sequence[str]) -> bool:
     """Return whether the launcher waits for the job to end: not for a template, a dry run or no_wait_until_finish."""
     options = PipelineOptions(list(args))
     template = options.view_as(GoogleCloudOptions).template_location
-    dry_run = options.view_as(TestOptions).dry_run
-    return not (template or dry_run or options.view_as(StandardOptions).no_wait_until_finish)
+    return not (template or is_dry_run(args) or options.view_as(StandardOptions).no_wait_until_finish)
 
 
 def device_of(options: JobOptions) -> str:
@@ -158,7 +167,7 @@ def check_options(options: JobOptions) -> None:
     check_output(options.output, options.beam_args, options.shared_output)
     check_input(options.input, options.beam_args, options.shared_output, options.allow_local_paths)
     check_ended(options.beam_args, is_waited_for(options.beam_args))
-    check_cluster(options.beam_args)
+    check_cluster(options.beam_args, options.device)
 
 
 def check_workers(options: JobOptions) -> None:

@@ -218,9 +218,10 @@ class _ListedPath:
                 ) from None
             raise UsageError(f"{path!r}: the name is not UTF-8; rename the shard") from None
         cuttable = info.get("partial", True)
+        address = plain_url(url)
         return Shard(
             path=path,
-            url=plain_url(url),
+            url=path if address == path else address,  # one string for both, of up to a million shards
             size=info.get("size"),
             etag=etag_of(info),
             cuttable=cuttable,
@@ -351,7 +352,8 @@ def _classify_entries(
     Only one of the first two is not empty. The media files include all that may belong to their samples. Raises
     UsageError for shards beside images or audio.
     """
-    entries = sorted(_entries(place, is_folder, any_file), key=lambda entry: entry[:2])
+    listed = _entries(place, is_folder, any_file)
+    entries = sorted(((name, path, _reduced(info)) for name, path, info in listed), key=lambda entry: entry[:2])
     if any_file:
         return [place.shard_at(place.prefix + name, info) for _, name, info in entries], {}, []
     shards = [entry for entry in entries if without_query(entry[1]).lower().endswith(SHARD_SUFFIXES)]
@@ -379,6 +381,13 @@ def _classify_entries(
     return [place.shard_at(place.prefix + path, info) for _, path, info in shards], {}, others
 
 
+def _reduced(info: Info) -> Info:
+    """Return the facts of a listing's entry that are used, without the kilobytes that a store adds."""
+    facts = {key: info[key] for key in ("size", "type", "partial") if key in info}
+    etag = etag_of(info)
+    return facts if etag is None else {**facts, "etag": etag}
+
+
 def _entries(place: _ListedPath, is_folder: bool, any_file: bool) -> Iterator[tuple[str, str, Info]]:
     """Yield the files of a glob or a folder: name below the folder, path in the store, and the listing's entry.
 
@@ -392,6 +401,9 @@ def _entries(place: _ListedPath, is_folder: bool, any_file: bool) -> Iterator[tu
             if target.get("type") != "directory":
                 yield path.removeprefix(root).lstrip("/"), path, target
         return
+    if isinstance(place.fs, LocalFileSystem):
+        yield from _local_entries(place.path, any_file)
+        return
     root = place.url if place.is_http else place.path
     listed = place.ask(lambda: place.fs.ls(root, detail=True))
     has_shards = any(without_query(entry["name"]).lower().endswith(SHARD_SUFFIXES) for entry in listed)
@@ -403,28 +415,46 @@ def _entries(place: _ListedPath, is_folder: bool, any_file: bool) -> Iterator[tu
                 if info.get("type") != "directory":
                     yield name, entry["name"], info
         return
-    if not isinstance(place.fs, LocalFileSystem):
-        for path, info in place.ask(lambda: place.fs.find(root, detail=True)).items():
-            name = path.removeprefix(root.rstrip("/")).lstrip("/")
-            if name and not name.endswith("/"):
+    for path, info in place.ask(lambda: place.fs.find(root, detail=True)).items():
+        name = path.removeprefix(root.rstrip("/")).lstrip("/")
+        if name and not name.endswith("/"):
+            yield name, path, info
+
+
+def _local_entries(root: str, any_file: bool) -> Iterator[tuple[str, str, Info]]:
+    """Yield the files of a local folder as `_entries` does. fsspec would hold a kilobyte per file."""
+    with os.scandir(root) as entries:
+        names = [entry.name for entry in entries]
+    shards = [name for name in names if name.lower().endswith(SHARD_SUFFIXES)]
+    if shards or any_file:
+        for name in shards if any_file else names:
+            path = f"{root.rstrip('/')}/{name}"
+            info = _status(path)
+            if info.get("type") != "directory":
                 yield name, path, info
         return
 
     def fail(error: OSError) -> None:
         raise error
 
-    for folder, subfolders, names in os.walk(root, onerror=fail):
-        for name in [*names, *(name for name in subfolders if name.startswith("."))]:
+    for folder, subfolders, files in os.walk(root, onerror=fail):
+        for name in [*files, *(name for name in subfolders if name.startswith("."))]:
             path = f"{folder.rstrip('/')}/{name}"
-            try:
-                status = os.stat(path)  # noqa: PTH116 (100,000 paths)
-            except OSError:  # a broken link: its sample fails
-                yield path.removeprefix(root).lstrip("/"), path, {}
-                continue
-            if stat.S_ISREG(status.st_mode) or name.startswith("."):
-                info = {"size": status.st_size, "mtime": status.st_mtime, "ino": status.st_ino, "type": "file"}
+            info = _status(path)
+            if info.get("type") in (None, "file") or name.startswith("."):
                 yield path.removeprefix(root).lstrip("/"), path, info
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+
+
+def _status(path: str) -> Info:
+    """Return the entry of a local path, of the target if it is a link; {} for a broken link, whose unit fails."""
+    try:
+        status = os.stat(path)  # noqa: PTH116 (up to a million paths)
+    except OSError:
+        return {}
+    mode = status.st_mode
+    kind = "file" if stat.S_ISREG(mode) else "directory" if stat.S_ISDIR(mode) else "other"
+    return {"size": status.st_size, "mtime": status.st_mtime, "ino": status.st_ino, "type": kind}
 
 
 def _group(

@@ -192,6 +192,10 @@ class DryStore(Store):
 
     written: dict[str, bytes | None] = field(default_factory=dict, repr=False, compare=False)  # None: removed
 
+    def __reduce__(self) -> tuple[type["DryStore"], tuple[str]]:
+        """Pickle without what was written: the description of a job does not grow with its plan."""
+        return DryStore, (self.url,)
+
     def list(self, folder: str) -> dict[str, int]:
         """As `Store.list`."""
         sizes = super().list(folder)

@@ -114,10 +114,10 @@ class Sum(beam.CombineFn):
         return accumulator
 
     def merge_accumulators(self, accumulators: Iterable[Totals]) -> Totals:
-        merged = Totals()
-        for totals in accumulators:
-            merged.merge(totals)
-        return merged
+        first, *others = accumulators
+        for totals in others:
+            first.merge(totals)
+        return first
 
     def extract_output(self, accumulator: Totals) -> Totals:
         return accumulator
