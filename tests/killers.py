@@ -37,10 +37,15 @@ SIGNALS = {
 }
 
 
+def in_a_child_process() -> bool:
+    """Return whether this is a process that a job or a test started with `python -c`, not one that runs the tests."""
+    return sys.argv[0] == "-c" and "pytest" not in sys.modules  # the processes of pytest-xdist start with -c, too
+
+
 def kill_if(step: str, texts: Sequence[str | bytes | None]) -> None:
     """End a worker process if one of the texts is marked for the step."""
     marked = any(f"kill in {step}" in str(text) for text in texts)
-    if marked and sys.argv[0] == "-c":  # how worker processes start; the process of the tests goes on
+    if marked and in_a_child_process():
         os.kill(os.getpid(), SIGNALS[step])
         time.sleep(60)  # another thread may receive the signal
 
@@ -86,7 +91,7 @@ class Lengths(Stage):
 
 def _lengths() -> Lengths:
     """Make the stage, and in a worker process let marked samples end it at the other steps too."""
-    if sys.argv[0] == "-c":
+    if in_a_child_process():
         mmbeam.readers.windows.decode_sample = _decode
         UnitWriter.write = partial_method(_write, real=UnitWriter.write)  # type: ignore[method-assign]
     return Lengths()
