@@ -1,22 +1,29 @@
 """The export job and command, on rows that were committed as a job commits them."""
 
 import csv
+import io
+import itertools
 import json
 import os
+import tarfile
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from killers import make_job, run_units
 from test_evaluate import CAPTION, WIDTH, vector_output, write_run
 
 from mmbeam.cli import main
 from mmbeam.errors import UsageError
 from mmbeam.jobs import export as export_module
-from mmbeam.jobs.export import ExportOptions, export, safe_name
+from mmbeam.jobs.export import ExportOptions, export, safe_name, shard_key
+from mmbeam.types import Output
 
 ROWS = [
     {"key": "a/1", "text": 'with "quotes",\nand lines', "caption": "Grüße", "image_embedding": [1.0] * WIDTH},
@@ -72,6 +79,79 @@ def test_text_files_stay_inside_the_target(stored: str, tmp_path: Path) -> None:
     assert (result.rows, result.left_out) == (3, {"without caption": 1})
 
 
+SEGMENTS = [
+    {"start": 2.5, "end": 4.0, "text": "second: <b>1 & 2</b> --> 3\n\n00:00:09,000"},
+    {"start": 0.0, "end": 3.0, "text": " first, which is so long that it takes more than one line of text "},
+    {"start": 3661.0014, "end": 3662.0, "text": "an hour later"},
+    {"start": 9.0, "end": 9.0, "text": "without a duration"},
+    {"start": 10.0, "end": 11.0, "text": " \x1b "},
+]
+
+
+def test_subtitles_are_in_order_and_text_stays_text(tmp_path: Path) -> None:
+    span = pa.list_(pa.struct([("start", pa.float32()), ("end", pa.float32()), ("text", pa.string())]))
+    timed = Output(modalities=frozenset({"image"}), columns=(pa.field("transcript_segments", span),))
+    rows = [{"key": "a", "transcript_segments": SEGMENTS}, {"key": "b", "transcript_segments": []}, {"key": "c"}]
+    run = str(write_run(tmp_path / "out", [[{**row, "caption": "c"} for row in rows]], timed, CAPTION))
+    for kind in ("srt", "vtt"):
+        result = export(ExportOptions(run=run, target=str(tmp_path / kind), format=kind))
+        assert (result.rows, result.left_out) == (2, {"without transcript_segments": 1})
+    assert (tmp_path / "srt" / "a.srt").read_text() == (
+        "1\n00:00:00,000 --> 00:00:02,500\nfirst, which is so long that it takes more\nthan one line of text\n\n"
+        "2\n00:00:02,500 --> 00:00:04,000\nsecond: <b>1 & 2</b> -> 3 00:00:09,000\n\n"
+        "3\n01:01:01,001 --> 01:01:02,000\nan hour later\n"
+    )
+    vtt = (tmp_path / "vtt" / "a.vtt").read_text()
+    assert vtt.startswith("WEBVTT\n\n00:00:00.000 --> 00:00:02.500\nfirst, which")
+    assert "second: &lt;b&gt;1 &amp; 2&lt;/b&gt; -&gt; 3 00:00:09,000\n" in vtt
+    assert ((tmp_path / "srt" / "b.srt").read_text(), (tmp_path / "vtt" / "b.vtt").read_text()) == ("", "WEBVTT\n")
+
+
+@pytest.mark.parametrize("form", ["tar", "zip", "folder"])
+def test_shards_hold_the_members_of_the_input_and_the_columns(form: str, tmp_path: Path) -> None:
+    files = {f"{folder}{n}.{name}": f"{folder} {n} {name}".encode() for folder in ("", "v1.0/") for n in range(3)
+             for name in ("txt", "json", "jpg")}  # fmt: skip
+    if form == "folder":
+        for name, data in files.items():
+            (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / "in" / name).write_bytes(data)
+    elif form == "zip":
+        (tmp_path / "in").mkdir()
+        with zipfile.ZipFile(tmp_path / "in" / "a.zip", "w") as archive:
+            for name, data in files.items():
+                archive.writestr(name, data)
+    else:
+        (tmp_path / "in").mkdir()
+        with tarfile.open(tmp_path / "in" / "a.tar", "w") as tar:
+            for name, data in files.items():
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+    run_units(make_job(tmp_path / "in", tmp_path / "out"))
+    options = ExportOptions(
+        run=str(tmp_path / "out"), target=str(tmp_path / "tars"), format="tar", columns=("text_length", "text")
+    )
+    assert export(options)[1:] == (6, 1, {})
+    [shard] = (tmp_path / "tars").iterdir()
+    with tarfile.open(shard) as tar:
+        written = {member.name: tar.extractfile(member).read() for member in tar}  # type: ignore[union-attr]
+    added = {name: data for name, data in written.items() if name not in files}
+    assert {name: written[name] for name in files} == files
+    assert added["v1.0/2.text.txt"] == files["v1.0/2.txt"]
+    assert added["v1.0/2.text_length.json"] == str(len(files["v1.0/2.txt"])).encode()
+    assert len(added) == 12
+    keys = [name.rpartition("/")[2].partition(".")[0] for name in written]
+    assert [key for key, _ in itertools.groupby(keys)] == ["0", "1", "2"] * 2  # the members of a sample are adjacent
+
+
+@pytest.mark.parametrize(
+    ("key", "safe"),
+    [("a/b", "a/b"), ("./000", "000"), ("../x", "%2E%2E/x"), ("/etc/passwd", "%/etc/passwd"), ("a/b.c", "a/b%2Ec")],
+)
+def test_a_key_of_an_exported_shard_is_a_path_inside_it(key: str, safe: str) -> None:
+    assert shard_key(key) == safe
+
+
 @given(st.text(max_size=300))
 def test_a_safe_name_is_a_relative_path_inside_its_directory(key: str) -> None:
     name = safe_name(key)
@@ -100,10 +180,15 @@ def test_arrays_and_metadata_are_in_the_same_order(
 @pytest.mark.parametrize(
     ("target", "changes", "message"),
     [
-        ("rows.xlsx", {}, "ends in neither .csv nor .jsonl; set `format` to one of csv, jsonl, txt, npy"),
+        (
+            "rows.xlsx",
+            {},
+            "ends in neither .csv nor .jsonl; set `format` to one of csv, jsonl, txt, srt, vtt, npy, tar",
+        ),
         ("rows.csv", {"columns": ("caption", "nothing")}, "`columns` nothing: the rows have key"),
         ("texts", {"format": "txt", "columns": ("key", "text")}, "name the one column of text"),
         ("emb", {"format": "npy", "columns": ("text",)}, "has no column of vectors"),
+        ("subtitles", {"format": "srt"}, "expected one column of texts with their times, found none"),
     ],
 )
 def test_an_impossible_export_names_the_reason(

@@ -1,17 +1,21 @@
-"""The export job: the rows of a run as CSV, JSON lines, text files, or the arrays of clip-retrieval. No Beam.
+"""The export job: the rows of a run as CSV, JSON lines, text files, subtitles, arrays or shards. No Beam.
 
 Rows are exported in the order of the output. Nothing is written outside the target: a key, which comes from untrusted
 input, is percent-encoded where it is not a plain relative path.
 """
 
 import csv
+import html
 import io
 import json
 import re
+import tarfile
+import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 import fsspec
@@ -20,13 +24,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmbeam.errors import JobError, UsageError
-from mmbeam.features.read import WrittenRows, rows_with_vectors, to_vectors
+from mmbeam.features.read import WrittenRows, read_columns, rows_with_vectors, to_vectors
 from mmbeam.features.schema import parse_name
-from mmbeam.names import COLUMN_OF_TASK
+from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK
 from mmbeam.readers.paths import public_path
+from mmbeam.readers.samples import read_samples
+from mmbeam.readers.units import unit_from_json
+from mmbeam.runs.plan import load_plan
+from mmbeam.runs.run import find_run, part_name, recorded_reading
+from mmbeam.types import SampleId
 
 ROWS_PER_ARRAY = 100_000  # vectors in one .npy file: 200 MB of 1,024 half-precision numbers
 CLIP_RETRIEVAL_NAMES = {"image": "img_emb", "text": "text_emb", "audio": "audio_emb"}  # folders and files by modality
+LINE_CHARS = 42  # of a subtitle
 MAX_NAME_BYTES = 200  # of one component of a path; file systems take 255
 
 
@@ -37,7 +47,7 @@ class ExportOptions:
     run: str  # the output of a job
     target: str  # a file or a directory, local or any URL that fsspec can write to
     format: str | None = None  # one of FORMATS; None: by the extension of `target`
-    columns: tuple[str, ...] = ()  # empty: every column except vectors; of txt: the generated text; of npy: all vectors
+    columns: tuple[str, ...] = ()  # empty: the format's default
     overwrite: bool = False
 
 
@@ -55,7 +65,7 @@ def export(options: ExportOptions) -> Exported:
 
     Raises UsageError for an unknown format or column, or if the target exists; JobError if the run has no rows.
     """
-    kind = options.format or next((name for name in FORMATS if options.target.lower().endswith(f".{name}")), None)
+    kind = options.format or next((name for name in FILES if options.target.lower().endswith(f".{name}")), None)
     if kind is None or kind not in FORMATS:
         raise UsageError(
             f"TARGET {public_path(options.target)}: ends in neither .csv nor .jsonl; "
@@ -106,16 +116,12 @@ def _write_txt(rows: WrittenRows, options: ExportOptions, fs: Any, path: str) ->
     if len(columns) != 1 or not pa.types.is_string(rows.schema.field(columns[0]).type):
         texts = [field.name for field in rows.schema if pa.types.is_string(field.type)]
         raise UsageError(f"`columns`: name the one column of text to export, one of {', '.join(texts)}")
-    seen, left_out, count = Counter[str](), Counter[str](), 0
+    names, left_out, count = _Names(), Counter[str](), 0
     for row in _rows(rows, ("key", columns[0])):
         if row[columns[0]] is None:
             left_out[f"without {columns[0]}"] += 1
             continue
-        name = safe_name(row["key"])
-        seen[name] += 1
-        file = f"{path.rstrip('/')}/{name}{f'.{seen[name]}' if seen[name] > 1 else ''}.txt"
-        fs.makedirs(file.rpartition("/")[0], exist_ok=True)
-        fs.pipe_file(file, row[columns[0]].encode())
+        _put(fs, f"{path.rstrip('/')}/{names.of(row['key'])}.txt", row[columns[0]].encode())
         count += 1
     return count, count, left_out
 
@@ -186,8 +192,141 @@ def _put(fs: Any, path: str, data: bytes) -> None:
     fs.pipe_file(path, data)
 
 
+def _write_subtitles(
+    kind: Literal["srt", "vtt"], rows: WrittenRows, options: ExportOptions, fs: Any, path: str
+) -> Written:
+    """Write a file KEY.srt or KEY.vtt per row, with the segments of its transcript as cues."""
+    timed = [field.name for field in rows.schema if _is_timed(field.type)]
+    columns = list(options.columns) or [name for name in timed if name.endswith("_segments")]
+    if len(columns) != 1 or columns[0] not in timed:
+        raise UsageError(
+            "`columns`: expected one column of texts with their times, found "
+            f"{', '.join(columns) or 'none'}; the rows have {', '.join(timed) or 'none'}. "
+            "A transcript by Whisper has transcript_segments, and transcript_words with `word_timestamps`"
+        )
+    left_out, count, names = Counter[str](), 0, _Names()
+    for row in _rows(rows, ("key", columns[0])):
+        if row[columns[0]] is None:
+            left_out[f"without {columns[0]}"] += 1
+            continue
+        _put(fs, f"{path.rstrip('/')}/{names.of(row['key'])}.{kind}", subtitles(row[columns[0]], kind).encode())
+        count += 1
+    return count, count, left_out
+
+
+def _is_timed(type_: pa.DataType) -> bool:
+    if not pa.types.is_list(type_) or not pa.types.is_struct(type_.value_type):
+        return False
+    return {"start", "end", "text"} <= {field.name for field in type_.value_type}
+
+
+def subtitles(segments: Sequence[Mapping[str, Any]], kind: Literal["srt", "vtt"]) -> str:
+    """Return SubRip ("srt") or WebVTT ("vtt") text of segments with `start` and `end` in seconds.
+
+    Cues are in order and do not overlap: a segment ends at the latest where the next one begins. Lines are wrapped at
+    42 characters. Text cannot end a cue, and in WebVTT it cannot be markup. Source: the W3C's WebVTT recommendation.
+    """
+    cues = sorted(
+        ((round(1000 * segment["start"]), round(1000 * segment["end"]), segment["text"]) for segment in segments),
+        key=lambda cue: cue[:2],
+    )
+    blocks = ["WEBVTT\n"] if kind == "vtt" else []
+    for number, (start, end, text) in enumerate(cues, 1):
+        if number < len(cues):
+            end = min(end, cues[number][0])
+        words = " ".join(re.sub(r"[\x00-\x1f\x7f-\x9f]", " ", text).split()).replace("-->", "->")
+        lines = textwrap.wrap(words, LINE_CHARS, break_long_words=False, break_on_hyphens=False)
+        if lines and end > start:
+            mark = "." if kind == "vtt" else ","
+            times = f"{_timestamp(start, mark)} --> {_timestamp(end, mark)}"
+            head = [str(len(blocks) + 1), times] if kind == "srt" else [times]
+            lines = [html.escape(line, quote=False) if kind == "vtt" else line for line in lines]
+            blocks.append("\n".join([*head, *lines]) + "\n")
+    return "\n".join(blocks)
+
+
+def _timestamp(milliseconds: int, mark: str) -> str:
+    seconds, thousandths = divmod(milliseconds, 1000)
+    return f"{seconds // 3600:02}:{seconds // 60 % 60:02}:{seconds % 60:02}{mark}{thousandths:03}"
+
+
+class _Names:
+    """File names of keys. A key that repeats gets `.2`, `.3`, ... appended."""
+
+    def __init__(self) -> None:
+        self._seen = Counter[str]()
+
+    def of(self, key: str) -> str:
+        name = safe_name(key)
+        self._seen[name] += 1
+        return f"{name}.{self._seen[name]}" if self._seen[name] > 1 else name
+
+
+def _write_tar(rows: WrittenRows, options: ExportOptions, fs: Any, path: str) -> Written:
+    """Write a shard per work unit: the members of each sample as they are in the input, and a member per column.
+
+    A column of text becomes the member `<column>.txt`, any other `<column>.json`. By default the columns are the
+    generated texts and the labels.
+    """
+    run = find_run(options.run)
+    generated = (*COLUMN_OF_TASK.values(), *COLUMN_OF_LABELS.values())
+    columns = list(options.columns) or [name for name in dict.fromkeys(generated) if name in rows.schema.names]
+    if not columns:
+        raise UsageError(f"`columns`: name the columns to add; the rows have {', '.join(_columns(rows, options))}")
+    reading = recorded_reading(run)
+    left_out, count, files = Counter[str](), 0, 0
+    for unit in map(unit_from_json, load_plan(run)):
+        part = part_name(unit.id)
+        if part not in rows.parts:
+            continue
+        members: dict[SampleId, Mapping[str, Any]] = {}
+        for batch in read_columns(rows.store, part, ("shard", "offset", *columns)):
+            members |= {SampleId(row.pop("shard"), row.pop("offset")): row for row in batch.to_pylist()}
+        fs.makedirs(path, exist_ok=True)
+        with fs.open(f"{path.rstrip('/')}/{unit.id}.tar", "wb") as raw, tarfile.open(fileobj=raw, mode="w|") as tar:
+            before, repeats = "", 0
+            for source in unit.inputs:
+                offsets = [sample.offset for sample in members if sample.shard == source.shard.path]
+                for sample in read_samples(source, offsets, reading=reading):
+                    row = members.pop(sample.id, None)
+                    if row is None:
+                        continue
+                    key = shard_key(sample.key)
+                    before, repeats = key, repeats + 1 if key == before else 0
+                    texts = {
+                        f"{name}.{'txt' if isinstance(value, str) else 'json'}": (
+                            value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+                        ).encode("utf-8", "replace")
+                        for name, value in row.items()
+                        if value is not None
+                    }
+                    for field, data in {**sample.members, **texts}.items():
+                        member = tarfile.TarInfo(f"{key}{f'-{repeats + 1}' if repeats else ''}.{field}")
+                        member.size = len(data)
+                        tar.addfile(member, io.BytesIO(data))
+                    count += 1
+        files += 1
+        left_out["whose sample could not be read again"] += len(members)
+    return count, files, +left_out
+
+
+def shard_key(key: str) -> str:
+    """Return a key as a safe path in a tar, whose last part has no dot: a dot would begin the field."""
+    folder, slash, last = key.removeprefix("./").rpartition("/")
+    return f"{safe_name(folder) if slash else ''}{slash}{safe_name(last).replace('.', '%2E')}"
+
+
 Writer = Callable[[WrittenRows, ExportOptions, Any, str], Written]
-FORMATS: Mapping[str, Writer] = {"csv": _write_csv, "jsonl": _write_jsonl, "txt": _write_txt, "npy": _write_npy}
+FORMATS: Mapping[str, Writer] = {
+    "csv": _write_csv,
+    "jsonl": _write_jsonl,
+    "txt": _write_txt,
+    "srt": partial(_write_subtitles, "srt"),
+    "vtt": partial(_write_subtitles, "vtt"),
+    "npy": _write_npy,
+    "tar": _write_tar,
+}
+FILES = ("csv", "jsonl")  # formats of a single file; the target of any other is a directory
 
 
 def _columns(rows: WrittenRows, options: ExportOptions) -> Sequence[str]:

@@ -11,7 +11,7 @@ import json
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from importlib.resources import files
 from itertools import pairwise
@@ -24,11 +24,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from mmbeam.clean.text import json_object
-from mmbeam.config import FieldMap, Limits, Reading, Table
 from mmbeam.errors import SECRET_NAME, UsageError, redact
 from mmbeam.features.read import open_part, read_columns
 from mmbeam.features.schema import widths_of
-from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK, KINDS, MODALITIES, VERSION
+from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK, MODALITIES, VERSION
 from mmbeam.readers.paths import is_local, local_path, public_path
 from mmbeam.readers.units import unit_from_json
 from mmbeam.report.gallery import draw_masks, load_media
@@ -37,7 +36,7 @@ from mmbeam.report.summary import STEPS
 from mmbeam.runs.commits import committed, load_reports, read_failures
 from mmbeam.runs.control import stop_reason
 from mmbeam.runs.plan import load_plan
-from mmbeam.runs.run import PRIVATE, Run, find_run, part_name
+from mmbeam.runs.run import PRIVATE, Run, find_run, part_name, recorded_reading
 from mmbeam.runs.summary import read_summary
 from mmbeam.types import Input, SampleId, Shard, Tally, UnitReport
 
@@ -610,7 +609,7 @@ def _gallery(
     add("Near-duplicates", f"the pairs of greatest similarity, {NEAR} or more, {among}", pairs)
 
     crashed = {sample for sample, faults in of_sample.items() if any(fault["step"] == "crash" for fault in faults)}
-    media = load_media({s: key for s, key in keys.items() if s not in crashed}, sources, _reading(run))
+    media = load_media({s: key for s, key in keys.items() if s not in crashed}, sources, recorded_reading(run))
     cards = []
     for sample, key in keys.items():
         row, read = rows.get(sample, {}), media.get(sample)
@@ -704,15 +703,3 @@ def _near_duplicates(rows: npt.NDArray[np.int64], vectors: Vectors) -> Iterator[
         if i not in used and j not in used:
             used |= {i, j}
             yield int(rows[i]), int(rows[j]), min(value, 1.0)
-
-
-def _reading(run: Run) -> Reading:
-    """Return how the run read its samples, without cleaning and selection; defaults for what it does not record."""
-    recorded = run.configuration.get("reading", {})
-    limits = {field.name for field in fields(Limits)}
-    return Reading(
-        fields=FieldMap(**{kind: recorded.get("fields", {}).get(kind) for kind in KINDS}),
-        table=Table(**{name: tuple(columns) for name, columns in recorded.get("table", {}).items()}),
-        limits=Limits(**{name: value for name, value in recorded.get("limits", {}).items() if name in limits}),
-        background=tuple(recorded.get("background", (255, 255, 255))),
-    )

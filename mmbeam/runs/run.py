@@ -6,12 +6,13 @@ import logging
 import re
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import Any, Self
 
 import pyarrow as pa
 
+from mmbeam.config import FieldMap, Limits, Reading, Table
 from mmbeam.errors import JobError, RunMismatchError
 from mmbeam.names import KINDS, UNNAMED_MODEL
 from mmbeam.runs.rows import build_schema
@@ -149,6 +150,18 @@ class Run:
     def fingerprint(self) -> str:
         """The fingerprint of `configuration`."""
         return fingerprint_of(self.configuration)
+
+
+def recorded_reading(run: Run) -> Reading:
+    """Return how the run read its samples, without cleaning and selection; defaults for what it does not record."""
+    recorded = run.configuration.get("reading", {})
+    names = {item.name for item in fields(Limits)}
+    return Reading(
+        fields=FieldMap(**{kind: recorded.get("fields", {}).get(kind) for kind in KINDS}),
+        table=Table(**{name: tuple(columns) for name, columns in recorded.get("table", {}).items()}),
+        limits=Limits(**{name: value for name, value in recorded.get("limits", {}).items() if name in names}),
+        background=tuple(recorded.get("background", (255, 255, 255))),
+    )
 
 
 def open_run(run: Run, overwrite: bool = False) -> None:
