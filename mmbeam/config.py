@@ -11,12 +11,12 @@ from mmbeam.errors import UsageError
 from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind, LabelTask, SegmentKind
 
 MIB = 1 << 20
-SAMPLE_BYTES_FACTOR = 4  # a sample may hold this multiple of Limits.member_bytes: image, audio, text, metadata
+SAMPLE_BYTES_FACTOR = 5  # a sample may hold this multiple of Limits.member_bytes: one for each kind of field
 
 
 @dataclass(frozen=True, kw_only=True)
 class FieldMap:
-    """Which field of a sample is its image, audio, text and metadata.
+    """Which field of a sample is its image, audio, text, video and metadata.
 
     By default the field's last part decides (`b.jpg` is an image). If a sample has several fields of one kind,
     the plain one (`jpg`) wins, then the first in the tar. A field named here is used whatever its extension, and
@@ -26,6 +26,7 @@ class FieldMap:
     image: str | None = None
     audio: str | None = None
     text: str | None = None
+    video: str | None = None
     metadata: str | None = None
 
     def __post_init__(self) -> None:
@@ -70,8 +71,10 @@ class Limits:
 
     member_bytes: int = 256 * MIB  # of one member; a larger one is not read into memory
     pixels: int = 100_000_000  # width x height: 300 MB decoded
-    seconds: float = 1800.0  # of audio: 330 MB at 48 kHz in float32
+    seconds: float = 1800.0  # of audio, 330 MB at 48 kHz in float32, or of a video
     channels: int = 32  # of audio
+    frames: int = 60_000  # of a video's stream, whether they are chosen or not: 33 minutes at 30 per second
+    streams: int = 32  # of a video
     text_chars: int = 1_000_000
     metadata_bytes: int = 4 * MIB  # of JSON
     decode_bytes: int = 600_000_000  # of memory, for decoding one image or sound, its file included
@@ -102,13 +105,20 @@ class Reading:
     cleaning: Cleaning = field(default_factory=Cleaning)
     background: tuple[int, int, int] = (255, 255, 255)  # RGB behind transparent pixels
     draft: bool = False  # decode large JPEGs at 1/2, 1/4 or 1/8 where that is still large enough
+    frames: int | None = None  # of a video, evenly; None: as many as the model takes, or 8
+    fps: float | None = None  # frames per second of a video, instead of `frames`
     isolate_decoding: bool = False  # decode in child processes; not part of the fingerprint
 
     def configuration(self) -> dict[str, Any]:
-        """Return the values that a fingerprint covers. Limits that 0.1.0 did not have are left out at their default."""
+        """Return the values that a fingerprint covers. Options that 0.1.0 lacked are left out at their default."""
         values = asdict(self)
         del values["isolate_decoding"]
-        for name in ("channels", "metadata_bytes", "decode_bytes"):
+        for name in ("frames", "fps"):
+            if values[name] is None:
+                del values[name]
+        if self.fields.video is None:
+            del values["fields"]["video"]
+        for name in ("channels", "metadata_bytes", "decode_bytes", "frames", "streams"):
             if getattr(self.limits, name) == getattr(Limits, name):
                 del values["limits"][name]
         if self.table == Table():

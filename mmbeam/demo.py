@@ -22,7 +22,7 @@ from mmbeam.corpus.scene import COLOURS
 from mmbeam.corpus.write import write_corpus
 from mmbeam.errors import UsageError
 from mmbeam.features.schema import widths_of
-from mmbeam.names import MODALITIES
+from mmbeam.names import FUSION_MODALITIES
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.readers.windows import read_batches
@@ -105,7 +105,7 @@ def _side_by_side(sample: Sample, row: Row) -> Iterator[str]:
     for left, right in zip_longest(image, sound, fillvalue=""):
         yield f"    {left}   |{right}|"
     yield f"    caption: {row['caption']}"
-    parts = ", ".join(f"{modality} {row[f'caption_{modality}_attribution']:.0%}" for modality in MODALITIES)
+    parts = ", ".join(f"{modality} {row[f'caption_{modality}_attribution']:.0%}" for modality in FUSION_MODALITIES)
     yield f"    attribution: {parts}; log-probability {row['caption_logprob']:.3f}"
 
 

@@ -8,9 +8,10 @@ from typing import Literal, get_args
 
 VERSION = "0.1.0"  # of mmbeam
 
-Modality = Literal["image", "audio", "text"]
+Modality = Literal["image", "audio", "text", "video"]
 MODALITIES: tuple[Modality, ...] = get_args(Modality)
-Kind = Literal["image", "audio", "text", "metadata"]  # what a member of a sample holds
+FUSION_MODALITIES: tuple[Modality, ...] = ("image", "audio", "text")  # of the fusion model and its corpus
+Kind = Literal["image", "audio", "text", "video", "metadata"]  # what a member of a sample holds
 KINDS: tuple[Kind, ...] = get_args(Kind)
 Split = Literal["train", "validation", "test"]
 SPLITS: tuple[Split, ...] = get_args(Split)
@@ -66,8 +67,9 @@ UNNAMED_MODEL = "model"  # stands for a model without a name in run.json and in 
 _NETPBM = ("ppm", "pgm", "pbm", "pnm")
 EXTENSIONS: Mapping[Kind, tuple[str, ...]] = {
     "image": ("jpg", "jpeg", "jpe", "jfif", "png", "apng", "webp", "avif", "gif", "bmp", "tif", "tiff", *_NETPBM),
-    "audio": ("wav", "flac", "mp3", "ogg", "oga", "opus", "m4a"),
+    "audio": ("wav", "flac", "mp3", "ogg", "oga", "opus", "m4a", "aac"),
     "text": ("txt",),
+    "video": ("mp4", "m4v", "mov", "webm", "mkv", "avi"),
     "metadata": ("json",),
 }
 KIND_OF_EXTENSION: Mapping[str, Kind] = {ext: kind for kind, exts in EXTENSIONS.items() for ext in exts}

@@ -215,6 +215,21 @@ class Audio:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Video:
+    """The chosen frames of a video, or none if only its length and size were read."""
+
+    frames: tuple[ImageHWC, ...]  # in order; all have the size of the first, unless the video changes its size
+    times: tuple[float, ...]  # when each begins, in seconds from the beginning of the video
+    seconds: float  # duration of the whole video
+    size: tuple[int, int]  # width, height as displayed
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the frames in bytes; repeated frames count once."""
+        return sum({id(frame): frame.nbytes for frame in self.frames}.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Sample:
     """One decoded sample. A modality that is `present` but None could not be decoded."""
 
@@ -224,7 +239,8 @@ class Sample:
     present: frozenset[Modality] = frozenset()
     image: ImageHWC | None = None
     image_size: tuple[int, int] | None = None  # width, height as displayed (after EXIF orientation)
-    audio: Audio | None = None
+    audio: Audio | None = None  # if no field holds it, the sound track of the video
+    video: Video | None = None
     text: str | None = None  # as stored
     text_clean: str | None = None  # after cleaning; None without cleaning
     metadata: str | None = None  # the JSON as stored
@@ -249,9 +265,10 @@ class Sample:
         """Decoded size in bytes; it decides where windows close."""
         image = 0 if self.image is None else self.image.nbytes
         audio = 0 if self.audio is None else sum(wave.nbytes for wave in self.audio.waves.values())
+        video = 0 if self.video is None else self.video.nbytes
         features = sum(feature.nbytes for feature in self.features.values())
         texts = sum(4 * len(text) for text in (self.text, self.text_clean, self.metadata) if text is not None)
-        return image + audio + features + texts
+        return image + audio + video + features + texts
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -261,7 +278,7 @@ class Failure:
     key: str
     shard: str
     offset: int
-    modality: str  # "image", "audio", "text", "metadata"; "" for the whole sample
+    modality: str  # "image", "audio", "text", "video", "metadata"; "" for the whole sample
     step: str  # "read", "decode", "embed", "label", "generate", "crash"
     error: str  # name of an exception class
     message: str
@@ -393,6 +410,7 @@ class Needs:
     modalities: frozenset[Modality] = frozenset()
     sampling_rates: frozenset[int] = frozenset()  # Hz; empty: each sound's own rate
     image_side: int | None = None  # pixels: the largest shorter side that a model resizes to
+    frames: frozenset[int] = frozenset()  # of a video, of models that take a fixed number; empty: any number
     columns: frozenset[FeatureColumn] = frozenset()  # if the input is rows of features
 
     def __or__(self, needs: "Needs") -> "Needs":
@@ -401,6 +419,7 @@ class Needs:
             modalities=self.modalities | needs.modalities,
             sampling_rates=self.sampling_rates | needs.sampling_rates,
             image_side=max(sides, default=None),
+            frames=self.frames | needs.frames,
             columns=self.columns | needs.columns,
         )
 

@@ -27,7 +27,7 @@ from mmbeam.corpus.scene import (
     tag,
 )
 from mmbeam.errors import UsageError
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSION_MODALITIES, Modality
 
 KEYS = st.tuples(st.integers(0, 2**64 - 1), st.integers(0, 2**64 - 1))
 GOLDEN = Scene(
@@ -52,7 +52,7 @@ GOLDEN_PIXELS = [
     [71.8, 65.4, 60.3, 58.4, 54.8, 53.5, 49.0, 38.8],
 ]
 GOLDEN_WAVE = [-0.0002, 0.0255, 0.1697, 0.1608, 0.0011, -0.0009, -0.0565, 0.2269, -0.0002, 0.0014]
-SUBSETS = [subset for size in range(1, 4) for subset in combinations(MODALITIES, size)]
+SUBSETS = [subset for size in range(1, 4) for subset in combinations(FUSION_MODALITIES, size)]
 
 
 def one_shape(form: str = "circle", colour: str = "red", size: str = "large", position: str = "in the middle") -> Scene:
@@ -97,7 +97,7 @@ def test_caption_of_a_subset_of_modalities(subset: tuple[Modality, ...]) -> None
     for scene in generate_scenes(11, count=50):
         caption = scene.caption(subset)
         assert caption == ", ".join(scene.clauses()[modality] for modality in subset) + "."
-        for modality in set(MODALITIES) - set(subset):
+        for modality in set(FUSION_MODALITIES) - set(subset):
             assert scene.clauses()[modality] not in caption
 
 

@@ -344,6 +344,7 @@ NOT_IN_THE_TEMPLATE = {
     "config", "dry_run", "bytes_column", "path_column", "url_column",  # the template has a form, and its own parameters
     "retry_failures",  # holds a lock while the job runs
     "engine",  # the image has no vLLM
+    "fps", "frames", "video_field",  # of videos
     "dims", "isolate_decoding", "robust", "text_prompt", "word_timestamps",  # rarely used
     *(f"max_{name}" for name in LIMITS),  # rarely changed; a template of one's own can add them
 }  # fmt: skip

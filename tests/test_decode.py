@@ -628,7 +628,7 @@ class TestAudio:
             (id3v2() + b"%PDF-1.7" * 100, "not audio of a known format.*it begins with b'%PDF"),
             (id3v2() + b"\xff\xf1\x50\x80" * 100, "AAC"),
             (b"\xff\xf9\x50\x80" * 100, "AAC"),
-            (id3v2() + b"\0\0\0\x20ftypM4A " + bytes(100), "AAC"),
+            (id3v2() + b"\0\0\0\x20ftypM4A " + bytes(100), "MP4"),
             (id3v2(0) * 1000 + SOUNDS["mp3"], "more than 100 tags"),
             (id3v2(0) * 1_000_000, "more than 100 tags"),
         ],
@@ -772,7 +772,7 @@ class TestAudio:
             decode_audio(sound(rate=48_000, seconds=1.5 / 48_000), LIMITS, frozenset({16_000}))
 
     def test_other_formats_are_not_opened(self) -> None:
-        with pytest.raises(DecodeError, match=r"m4a, AAC.* is not supported; WAV, FLAC"):
+        with pytest.raises(DecodeError, match="MP4"):
             decode_audio(b"\0\0\0\x20ftypM4A \0\0\0\0" + b"\0" * 100, LIMITS, frozenset())
         for data in (b"", b"\0" * 100, sound("AIFF"), sound("AU"), sound("CAF")):
             with pytest.raises(DecodeError, match="not audio of a known format"):

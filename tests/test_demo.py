@@ -11,7 +11,7 @@ import pytest
 from mmbeam.cli import main
 from mmbeam.corpus.scene import COLOURS
 from mmbeam.demo import nearest_neighbours, sketch_audio, sketch_image
-from mmbeam.names import MODALITIES
+from mmbeam.names import FUSION_MODALITIES
 
 README = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
 
@@ -27,7 +27,7 @@ def test_the_demo_captions_correctly_and_can_be_repeated(
     assert "48 of 48 captions equal the true caption in the corpus's JSON" in out
     table = ds.dataset("demo/captions/data").to_table()
     assert table.num_rows == 48
-    for modality in MODALITIES:
+    for modality in FUSION_MODALITIES:
         assert f"  {modality + '_embedding':<26} list of float, 64 each" in out
         assert table[f"{modality}_embedding"].null_count == 0
         assert table[f"caption_{modality}_attribution"].null_count == 0

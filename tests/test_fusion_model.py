@@ -31,10 +31,10 @@ from mmbeam.models.fusion import FusionConfig, FusionModel
 from mmbeam.models.fusion.configuration import MASK, feature_source
 from mmbeam.models.fusion.encoders import run_rnn
 from mmbeam.models.loading import load_pretrained
-from mmbeam.names import FUSIONS, GENERATOR_KINDS, MODALITIES
+from mmbeam.names import FUSION_MODALITIES, FUSIONS, GENERATOR_KINDS
 
 CPU = torch.device("cpu")
-SUBSETS = [s for size in range(4) for s in itertools.combinations(MODALITIES, size)]
+SUBSETS = [s for size in range(4) for s in itertools.combinations(FUSION_MODALITIES, size)]
 EVERY_LOSS = {"align": 0.1, "reconstruct": 0.1, "modality_adversary": 0.1}
 FEATURES: dict[str, tuple[Any, int, bool]] = {
     "clip_image_embedding": ("image", 12, False),
@@ -97,7 +97,7 @@ def test_feature_sources_train_all_parameters() -> None:
     assert [name for name, value in model.named_parameters() if value.grad is None] == []
 
 
-@pytest.mark.parametrize("order", list(itertools.permutations(MODALITIES))[1:])
+@pytest.mark.parametrize("order", list(itertools.permutations(FUSION_MODALITIES))[1:])
 def test_order_of_sources_does_not_matter(order: Sequence[str], tmp_path: Path) -> None:
     model = tiny_model(fusion="concat")
     inputs, labels = tiny_inputs(model), tiny_labels()
@@ -118,7 +118,7 @@ def test_order_of_sources_does_not_matter(order: Sequence[str], tmp_path: Path) 
 def test_masked_source_equals_omitted_source(fusion: str, training: bool) -> None:
     model = tiny_model(fusion=fusion, loss_weights=EVERY_LOSS).train(training)
     for present in SUBSETS:
-        absent = [name for name in MODALITIES if name not in present]
+        absent = [name for name in FUSION_MODALITIES if name not in present]
         masked = spoiled(tiny_inputs(model), {name: torch.ones(BATCH, dtype=torch.bool) for name in absent})
         first = _outcome(model, masked)
         assert first["loss"].isfinite()

@@ -22,7 +22,7 @@ from mmbeam.models.fusion.audio import MelRecipe, log_mel
 from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.models.loading import read_json
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSION_MODALITIES, Modality
 from mmbeam.prompts.ask import Decoding, Generated, Request
 
 CPU = torch.device("cpu")
@@ -253,7 +253,7 @@ def test_saved_processor_prepares_the_same_inputs(processor: FusionProcessor, tm
     assert again.decode(again.token_ids(texts)) == texts
     for name in ("modalities", "columns", "sampling_rate", "image_side", "vocab_size"):
         assert getattr(again, name) == getattr(processor, name)
-    assert (again.modalities, again.sampling_rate, again.image_side) == (MODALITIES, 8000, 32)
+    assert (again.modalities, again.sampling_rate, again.image_side) == (FUSION_MODALITIES, 8000, 32)
 
 
 @pytest.mark.parametrize(
@@ -327,7 +327,7 @@ DECODINGS = {
 
 def test_generator_spec(generator: FusionGenerator) -> None:
     spec = generator.spec
-    assert (spec.modalities, spec.required, spec.sampling_rate, spec.image_side) == (MODALITIES, (), 8000, 32)
+    assert (spec.modalities, spec.required, spec.sampling_rate, spec.image_side) == (FUSION_MODALITIES, (), 8000, 32)
     assert (spec.max_text_tokens, spec.max_new_tokens, spec.embedding_dim) == (16, 32, 16)
     assert {(c.name, c.modality, c.width, c.tokens) for c in spec.columns} == {
         ("clip_image_embedding", "image", 12, False),
@@ -357,7 +357,7 @@ def test_masking_a_modality_masks_its_features(generator: FusionGenerator) -> No
     texts = generator.generate(MIXED[:1], DECODINGS["greedy"])
     columns = generator.processor.columns
     whole = generator.score(MIXED[:1], texts)
-    for modality in MODALITIES:
+    for modality in FUSION_MODALITIES:
         without = MIXED[0].without(modality, columns)
         inputs = generator.processor([without], CPU)
         present = {name for name in generator.processor.sources if inputs[name + MASK].any()}
@@ -384,14 +384,14 @@ def test_generator_counts_tokens_and_weights(generator: FusionGenerator) -> None
 
 def test_encoder_equals_the_model(directory: Path) -> None:
     spec = FusionEncoder.describe(directory, read_json(directory, "config.json"))
-    assert spec.dims == dict.fromkeys(MODALITIES, 16)
-    assert spec.token_dims == dict.fromkeys(MODALITIES, 32)
+    assert spec.dims == dict.fromkeys(FUSION_MODALITIES, 16)
+    assert spec.token_dims == dict.fromkeys(FUSION_MODALITIES, 32)
     encoder = FusionEncoder.load(spec, CPU, torch.float32)
     rows = [request(row) for row in range(3)]
     with torch.inference_mode():
         inputs = encoder.processor(rows, CPU)
         expected = encoder.model.encode(**inputs).embeddings
-        states = {name: encoder.model.embed(name, inputs[name], inputs[name + MASK])[0] for name in MODALITIES}
+        states = {name: encoder.model.embed(name, inputs[name], inputs[name + MASK])[0] for name in FUSION_MODALITIES}
     sounds = [row.audio for row in rows if row.audio is not None]
     encodings: dict[Modality, Encoded] = {
         "image": encoder.encode_image([row.image for row in rows if row.image is not None], tokens=True),

@@ -95,4 +95,4 @@ def test_the_extensions_are_listed() -> None:
     for kind, extensions in EXTENSIONS.items():
         listed = re.search(rf"{kind} `([a-z0-9 ]+)`", README)
         assert listed is not None
-        assert set(listed[1].split()) == set(extensions) - {"m4a"}
+        assert set(listed[1].split()) == set(extensions)

@@ -15,7 +15,7 @@ from mmbeam.jobs.caption import CaptionOptions, caption
 from mmbeam.models.generators import describe, load
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import resolve
-from mmbeam.names import MODALITIES, SHIPPED_MODEL
+from mmbeam.names import FUSION_MODALITIES, SHIPPED_MODEL
 from mmbeam.prompts.ask import Decoding, Generated
 from mmbeam.training.sources import scene_example
 from pipelines.train_shipped import EVALUATION_SEED, evaluate
@@ -82,7 +82,7 @@ def test_caption_job_with_the_shipped_model(rows: list[dict[str, object]]) -> No
 
 
 def test_attribution_covers_every_modality(rows: list[dict[str, object]]) -> None:
-    attributions = np.array([[row[f"caption_{m}_attribution"] for m in MODALITIES] for row in rows], float)
+    attributions = np.array([[row[f"caption_{m}_attribution"] for m in FUSION_MODALITIES] for row in rows], float)
     assert np.allclose(attributions.sum(1), 1)
     assert (attributions > 0.05).all()
 
@@ -95,7 +95,7 @@ def test_masking_a_modality_removes_its_clause_only() -> None:
     (made,) = model.generate([request], Decoding())
     assert made.text == scene.caption()
     clauses = list(scene.clauses().values())
-    for number, modality in enumerate(MODALITIES):
+    for number, modality in enumerate(FUSION_MODALITIES):
         before = prefix(model, ", ".join(clauses[:number]), made)
         until = prefix(model, ", ".join(clauses[: number + 1]), made)
         whole, masked = (

@@ -19,7 +19,7 @@ from torch import nn
 from mmbeam.corpus.scene import VOCABULARY, generate_scenes
 from mmbeam.errors import TrainingError, UsageError
 from mmbeam.models.fusion import FusionConfig, FusionModel, SourceConfig
-from mmbeam.names import MODALITIES, SCHEDULES, Modality
+from mmbeam.names import FUSION_MODALITIES, SCHEDULES, Modality
 from mmbeam.prompts.ask import Request
 from mmbeam.training import checkpoint
 from mmbeam.training.batching import (
@@ -48,8 +48,8 @@ def example(number: int, caption: str = "a cat.", clauses: bool = False, group: 
     parts: dict[Modality, str] = {"image": "a cat", "audio": "with a meow", "text": "at home"}
     return Example(
         key=str(number),
-        caption=compose(parts, MODALITIES) if clauses else caption,
-        present=frozenset(MODALITIES),
+        caption=compose(parts, FUSION_MODALITIES) if clauses else caption,
+        present=frozenset(FUSION_MODALITIES),
         request=lambda kept: Request(text=" ".join(sorted(kept))),
         clauses=parts if clauses else None,
         group=group,
@@ -101,7 +101,7 @@ def test_a_difference_names_nested_options() -> None:
 
 def test_a_caption_is_composed_of_the_clauses_of_the_kept_modalities() -> None:
     whole = example(0, clauses=True)
-    assert whole.keeping(MODALITIES).caption == "a cat, with a meow, at home."
+    assert whole.keeping(FUSION_MODALITIES).caption == "a cat, with a meow, at home."
     assert whole.keeping(("text", "image")).caption == "a cat, at home."
     assert whole.keeping(("text", "image")).make().text == "image text"
     assert example(0).keeping(("audio",)).caption == "a cat."  # it has no clauses
@@ -111,7 +111,7 @@ def test_a_caption_whose_clauses_are_all_dropped_stays_whole() -> None:
     partial = Example(
         key="0",
         caption="a cat.",
-        present=frozenset(MODALITIES),
+        present=frozenset(FUSION_MODALITIES),
         request=lambda kept: Request(),
         clauses={"image": "a cat"},
     )
@@ -168,7 +168,9 @@ def test_the_shuffle_buffer_is_limited_in_bytes() -> None:
 
 @given(st.floats(0, 0.99), st.integers(0, 1000))
 def test_modality_dropout_keeps_a_modality_of_every_sample(probability: float, seed: int) -> None:
-    examples = [example(number, clauses=True).keeping(kept) for number, kept in enumerate([MODALITIES, ("text",)] * 5)]
+    examples = [
+        example(number, clauses=True).keeping(kept) for number, kept in enumerate([FUSION_MODALITIES, ("text",)] * 5)
+    ]
     for before, after in zip(
         examples, drop_modalities(examples, probability, np.random.default_rng(seed)), strict=True
     ):
@@ -181,7 +183,7 @@ def test_modality_dropout_keeps_a_modality_of_every_sample(probability: float, s
 def test_modalities_are_dropped_with_the_requested_probability() -> None:
     examples = drop_modalities([example(number) for number in range(4000)], 0.2, np.random.default_rng(0))
     counts = Counter(modality for item in examples for modality in item.present)
-    assert all(abs(counts[modality] / 4000 - 0.8) < 0.03 for modality in MODALITIES)
+    assert all(abs(counts[modality] / 4000 - 0.8) < 0.03 for modality in FUSION_MODALITIES)
 
 
 class Words:

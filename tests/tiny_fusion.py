@@ -8,7 +8,7 @@ import torch
 from mmbeam.models.fusion import FusionConfig, FusionModel
 from mmbeam.models.fusion.configuration import MASK
 from mmbeam.models.placement import compute_on_one_thread
-from mmbeam.names import MODALITIES
+from mmbeam.names import FUSION_MODALITIES
 
 compute_on_one_thread()
 KINDS = ("conv", "mlp", "lstm", "transformer")  # of the model's own encoders
@@ -95,7 +95,7 @@ def spoiled(inputs: Mapping[str, torch.Tensor], missing: Mapping[str, torch.Tens
     return out
 
 
-def only(inputs: Mapping[str, torch.Tensor], row: int, names: Any = MODALITIES) -> dict[str, torch.Tensor]:
+def only(inputs: Mapping[str, torch.Tensor], row: int, names: Any = FUSION_MODALITIES) -> dict[str, torch.Tensor]:
     """Return one row as a batch with these sources only, without the padding of sequences."""
     single: dict[str, torch.Tensor] = {}
     for name in names:

@@ -31,6 +31,9 @@ KIND_OF_NAME: Mapping[str, Kind | None] = {
     "image_height": "image",
     "image_pixels": "image",
     "audio_seconds": "audio",
+    "video_width": "video",  # pixels, as shown
+    "video_height": "video",
+    "video_seconds": "video",
     "text_chars": "text",  # of the cleaned text
     "text_words": "text",
     "text": "text",
@@ -274,6 +277,9 @@ _VALUE_OF: Mapping[str, Callable[[Sample], Any]] = {
     "image_height": lambda sample: sample.image_size and sample.image_size[1],
     "image_pixels": lambda sample: sample.image_size and sample.image_size[0] * sample.image_size[1],
     "audio_seconds": lambda sample: sample.audio and sample.audio.seconds,
+    "video_width": lambda sample: sample.video and sample.video.size[0],
+    "video_height": lambda sample: sample.video and sample.video.size[1],
+    "video_seconds": lambda sample: sample.video and sample.video.seconds,
     "text_chars": lambda sample: None if sample.model_text is None else len(sample.model_text),
     "text_words": lambda sample: None if sample.model_text is None else len(sample.model_text.split()),
     "text": lambda sample: sample.model_text,

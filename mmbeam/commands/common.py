@@ -25,15 +25,18 @@ if TYPE_CHECKING:
 
 OptionsT = TypeVar("OptionsT", bound="JobOptions")
 
+MAX_FPS = 240
 SOME_UNITS_FAILED = 3  # exit status: done, but some units failed, or shards break off
 LIMITS = {  # the fields of config.Limits: what each limits
-    "member_bytes": "size of a member; a sample may have 4 times as much",
-    "pixels": "width x height of an image",
-    "seconds": "length of a sound",
+    "member_bytes": "size of a member; a sample may have 5 times as much",
+    "pixels": "width x height of an image or a frame",
+    "seconds": "length of a sound or a video",
     "channels": "channels of a sound",
+    "frames": "frames in a video, chosen or not",
+    "streams": "streams of a video",
     "text_chars": "characters of a text",
     "metadata_bytes": "size of a sample's JSON",
-    "decode_bytes": "memory for decoding one image or sound",
+    "decode_bytes": "memory for decoding one image, sound or video",
     "expansion": "decompressed size of a shard divided by its stored size, beyond the first GiB",
 }
 _QUANTITY = re.compile(r"(\d{1,18}(?:\.\d{1,9})?) ?(?:([kKMGT])(i?))?B?")
@@ -137,6 +140,7 @@ def input_arguments(parser: argparse.ArgumentParser, features: bool = False) -> 
         "repeated",
     )
     field_arguments(group)
+    frame_arguments(group)
     table_arguments(group)
 
 
@@ -169,6 +173,29 @@ def field_arguments(parser: Group) -> None:
         parser.add_argument(
             f"--{kind}-field", metavar="FIELD", help=f"field that holds the {kind} (default: by extension)"
         )
+
+
+def frame_arguments(parser: Any) -> None:
+    """Add the arguments that choose the frames of a video."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument(
+        "--frames",
+        type=positive,
+        metavar="N",
+        help="frames of a video, at equal distances in time (default: as many as the model takes, or 8)",
+    )
+    group.add_argument("--fps", type=_rate, metavar="F", help="frames of a video per second, instead of --frames")
+
+
+def _rate(text: str) -> float:
+    """Parse a positive number of frames per second (argument type)."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= MAX_FPS:
+        raise argparse.ArgumentTypeError(f"expected a number above 0, at most {MAX_FPS}, found {text!r}")
+    return value
 
 
 def _cleaning_arguments(parser: argparse.ArgumentParser) -> None:
@@ -261,10 +288,10 @@ def _device(text: str) -> str:
 
 
 def fields_of(args: argparse.Namespace) -> "FieldMap":
-    """Return the fields that --image-field, --audio-field, --text-field and --metadata-field name."""
+    """Return the fields that --image-field and the like name."""
     from mmbeam.config import FieldMap
 
-    return FieldMap(image=args.image_field, audio=args.audio_field, text=args.text_field, metadata=args.metadata_field)
+    return FieldMap(**{kind: getattr(args, f"{kind}_field") for kind in KINDS})
 
 
 def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str, Any]:
@@ -290,6 +317,8 @@ def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str
         limits=limits_of(args),
         cleaning=cleaning,
         draft=args.draft,
+        frames=args.frames,
+        fps=args.fps,
         isolate_decoding=args.isolate_decoding,
     )
     _check_output(args.output)

@@ -19,10 +19,10 @@ from mmbeam.commands.common import (
 )
 from mmbeam.names import (
     BUILTIN_ENCODERS,
+    FUSION_MODALITIES,
     FUSIONS,
     GENERATOR_KINDS,
     LOSSES,
-    MODALITIES,
     OPTIMIZERS,
     SCHEDULES,
     SELECTIONS,
@@ -300,7 +300,7 @@ def _pair(text: str) -> tuple[str, str]:
 
 def _encoder(text: str) -> tuple[str, str]:
     modality, _, encoder = text.partition("=")
-    if modality not in MODALITIES or not encoder:
+    if modality not in FUSION_MODALITIES or not encoder:
         raise argparse.ArgumentTypeError(f"expected image=, audio= or text= and an encoder, found {text!r}")
     return modality, encoder
 

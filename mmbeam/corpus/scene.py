@@ -17,7 +17,7 @@ from typing import TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSION_MODALITIES, Modality
 
 T = TypeVar("T")
 Key = tuple[int, int]  # seed and index, each from 0 to 2**64 - 1
@@ -182,10 +182,10 @@ class Scene:
             "text": f"in the {self.place} at {self.time}",
         }
 
-    def caption(self, modalities: Collection[Modality] = MODALITIES) -> str:
+    def caption(self, modalities: Collection[Modality] = FUSION_MODALITIES) -> str:
         """Return the caption for `modalities`. All its words are in VOCABULARY."""
         clauses = self.clauses()
-        return ", ".join(clauses[modality] for modality in MODALITIES if modality in modalities) + "."
+        return ", ".join(clauses[modality] for modality in FUSION_MODALITIES if modality in modalities) + "."
 
 
 def generate_scenes(seed: int, start: int = 0, count: int | None = None) -> Iterator[Scene]:

@@ -25,6 +25,7 @@ from mmbeam.decode.audio import audio_seconds, decode_audio
 from mmbeam.decode.common import LargeValueError
 from mmbeam.decode.image import decode_image, image_size
 from mmbeam.decode.text import decode_metadata, decode_text
+from mmbeam.decode.video import decode_video, has_sound, video_header
 from mmbeam.errors import FlowError, SampleError
 from mmbeam.names import KINDS, MODALITIES, Kind
 from mmbeam.process import on_reset
@@ -41,7 +42,8 @@ def wanted_fields(reading: Reading, needs: Needs) -> Callable[[str], bool]:
 
 def _wanted_kinds(reading: Reading, needs: Needs) -> frozenset[Kind]:
     always: frozenset[Kind] = frozenset({"text", "metadata"})
-    return always.union(needs.modalities, *map(where_needs, reading.cleaning.where))
+    wanted = always.union(needs.modalities, *map(where_needs, reading.cleaning.where))
+    return wanted | {"video"} if "audio" in wanted else wanted  # for its sound track
 
 
 def decode_sample(
@@ -49,16 +51,17 @@ def decode_sample(
 ) -> tuple[Sample, tuple[Failure, ...]]:
     """Return the sample with the values that could be decoded, and a Failure for each that could not.
 
-    Images and audio that no stage needs are not decoded. If a `where` expression uses their size or length,
-    only their header is read (an Audio without waves). A truncated sample, or one with a damaged header inside,
+    Images, audio and videos that no stage needs are not decoded. If a `where` expression uses their size or length,
+    only their header is read (an Audio without waves, a Video without frames). The audio of a sample without an audio
+    field is the sound track of its video, if it has one. A truncated sample, or one with a damaged header inside,
     is not decoded, since the extent of the loss is unknown: it gets one Failure for the whole sample (modality "").
     Nor is one that ended a process before; `crash` states how.
     Raises LargeValueError if decoding one of its members takes more than `max_bytes` of memory.
     Damage to a field that is not needed is a Failure that costs nothing.
     """
     chosen = reading.fields.choose(raw.fields)
-    present = frozenset(kind for kind in MODALITIES if kind in chosen)
-    sample = partial(Sample, key=raw.key, shard=raw.shard, offset=raw.offset, present=present)
+    present = {kind for kind in MODALITIES if kind in chosen}
+    sample = partial(Sample, key=raw.key, shard=raw.shard, offset=raw.offset, present=frozenset(present))
     if crash is not None:
         return sample(), (Failure.of(raw, "crash", "CrashError", crash),)
     for damage in raw.damages:
@@ -72,21 +75,31 @@ def decode_sample(
     values: dict[str, Any] = {}
     failures: list[Failure] = []
     wanted = _wanted_kinds(reading, needs)
-    for kind in sorted(wanted & chosen.keys(), key=KINDS.index):
-        name = chosen[kind]
+    sources: dict[Kind, str] = {kind: chosen[kind] for kind in wanted & chosen.keys()}
+    if "audio" in wanted and "audio" not in chosen and "video" in chosen:
+        sources["audio"] = chosen["video"]
+    if "video" not in needs.modalities.union(*map(where_needs, reading.cleaning.where)):
+        sources.pop("video", None)  # read for its sound track alone
+    for kind, name in sorted(sources.items(), key=lambda source: KINDS.index(source[0])):
+        is_track = kind == "audio" and name == chosen.get("video")
+        if is_track:
+            present.add("audio")  # unless the video turns out to have none
         if name in damages:
             failures.append(_damage_failure(raw, damages[name], kind))
             continue
         if name not in raw.members:
             raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage was recorded")
         try:
+            if is_track and not has_sound(raw.members[name], reading.limits):
+                present.discard("audio")
+                continue
             values |= _decode(kind, raw.members[name], reading, needs, max_bytes)
         except SampleError as error:
             failures.append(Failure.of(raw, "decode", error, modality=kind))
     for damage in raw.damages:
         if damage.error == "DecodeError" and damage.field not in {chosen[kind] for kind in wanted if kind in chosen}:
             failures.append(_damage_failure(raw, damage, reading.fields.kind(damage.field) or damage.field))
-    return sample(**values), tuple(failures)
+    return sample(**values, present=frozenset(present)), tuple(failures)
 
 
 def _damage_failure(raw: RawSample, damage: Damage, modality: str = "") -> Failure:
@@ -108,6 +121,11 @@ def _decode(kind: Kind, data: bytes, reading: Reading, needs: Needs, max_bytes: 
             return {"audio": Audio(waves={}, seconds=audio_seconds(data, limits))}
         case "audio":
             return {"audio": decode_audio(data, limits, needs.sampling_rates, max_bytes)}
+        case "video" if kind not in needs.modalities:
+            return {"video": video_header(data, limits)}
+        case "video":
+            frames = reading.frames or max(needs.frames, default=None)
+            return {"video": decode_video(data, limits, frames, reading.fps, max_bytes)}
         case "metadata":
             return {"metadata": decode_metadata(data, limits)}
     text, steps = decode_text(data, limits), reading.cleaning.text

@@ -1,9 +1,9 @@
-"""Bytes to mono float32 waveforms, by libsndfile and soxr. Features are computed on the device.
+"""Bytes to mono float32 waveforms, by libsndfile, FFmpeg and soxr. Features are computed on the device.
 
-Supported: WAV (PCM of 8 to 32 bits, float, A-law, mu-law, ADPCM), FLAC, MP3, Ogg Vorbis and Opus. Channels
-are averaged. Sound is decoded and resampled in blocks, so that memory depends on the output alone. Tags (ID3v1,
-ID3v2, APEv2) are skipped. Streams that follow each other in one file, a chained
-Ogg or joined MP3s, are decoded to the last.
+Supported: WAV (PCM of 8 to 32 bits, float, A-law, mu-law, ADPCM), FLAC, MP3, Ogg Vorbis and Opus by libsndfile; MP4
+(m4a), AAC, and the first sound track of a video (MP4, WebM, Matroska, AVI) by FFmpeg. Channels are averaged. Sound is
+decoded and resampled in blocks, so that memory depends on the output alone. Tags (ID3v1, ID3v2, APEv2) are skipped.
+Streams that follow each other in one file, a chained Ogg or joined MP3s, are decoded to the last.
 
 A truncated file is an error. Truncation is detected by the size in the header (WAV, MP3 with a Xing header), by
 libsndfile (FLAC), or by an incomplete last page (Ogg). It cannot be detected in an MP3 without a Xing header, nor in
@@ -16,6 +16,7 @@ import struct
 from collections.abc import Iterator, Set
 from contextlib import contextmanager
 from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 import soundfile
@@ -23,11 +24,13 @@ import soxr
 
 from mmbeam.config import Limits
 from mmbeam.decode.common import check_memory, codec_errors, first_bytes
+from mmbeam.decode.container import container_kind, open_container, sound_blocks, sound_track
 from mmbeam.errors import DecodeError, LimitError
 from mmbeam.types import Audio, Waveform
 
 _FORMATS = ("WAV", "WAVEX", "RF64", "FLAC", "MP3", "OGG")  # libsndfile reads more; these are accepted
-_SUPPORTED = "WAV, FLAC, MP3, Ogg Vorbis and Opus are supported"
+_SUPPORTED = "WAV, FLAC, MP3, Ogg Vorbis, Opus, MP4 (m4a) and AAC are supported"
+_CONTAINERS = ("MP4", "Matroska", "AVI", "AAC")  # by FFmpeg
 _RATES = (100, 384_000)  # Hz
 _MAX_NATIVE_RATE = 48_000  # Hz: a sound that is not resampled for a model is stored at this rate at most
 # The limit in seconds is for this many samples per second over all channels (8 channels at 48 kHz); a sound of more is
@@ -60,6 +63,21 @@ def decode_audio(data: bytes, limits: Limits, rates: Set[int], max_bytes: int | 
     kind, streams = _split(data)
     outputs: list[_Resampled] = []
     length = _Length(limits)
+    if kind in _CONTAINERS:
+        [data] = streams
+        with codec_errors(kind, len(data)), open_container(data, limits) as container:
+            track, seconds = _header_of_track(container, kind, length)
+            for block, rate, channels in sound_blocks(container, track, len(data)):
+                if channels > limits.channels or not _RATES[0] <= rate <= _RATES[1]:
+                    raise LimitError(f"{kind} of {channels:,} channels at {rate:,} Hz (--max-channels)")
+                targets = [output.rate for output in outputs] or sorted(rates or {min(rate, _MAX_NATIVE_RATE)})
+                length.extend(length.seconds, len(block), _Format(rate, channels))
+                nbytes = 2 * len(data) + round(4 * sum(targets) * max(seconds, length.seconds))
+                check_memory(kind, nbytes, limits.decode_bytes, max_bytes)
+                outputs = outputs or [_Resampled(target, round(seconds * target)) for target in targets]
+                for output in outputs:
+                    output.write(block, rate)
+        streams = []
     for stream in streams:
         with codec_errors(kind, len(data)), _opened(stream, kind, length) as sound:
             targets = [output.rate for output in outputs] or sorted(rates or {min(sound.samplerate, _MAX_NATIVE_RATE)})
@@ -79,6 +97,10 @@ def audio_seconds(data: bytes, limits: Limits) -> float:
     """Return the length in seconds, from the header. Raises the errors of `decode_audio` that a header can cause."""
     kind, streams = _split(data)
     length = _Length(limits)
+    if kind in _CONTAINERS:
+        [data] = streams
+        with codec_errors(kind, len(data)), open_container(data, limits) as container:
+            return _header_of_track(container, kind, length)[1]
     for stream in streams:
         with codec_errors(kind, len(data)), _opened(stream, kind, length) as sound:
             if _has_known_length(sound):
@@ -89,6 +111,33 @@ def audio_seconds(data: bytes, limits: Limits) -> float:
     return length.seconds
 
 
+class _Format(NamedTuple):
+    """The format of a block of sound."""
+
+    samplerate: int  # Hz
+    channels: int
+
+
+def _header_of_track(container: Any, kind: str, length: "_Length") -> tuple[Any, float]:
+    """Return the sound track of a container, and its seconds, 0 if the header does not state them."""
+    track = sound_track(container)
+    if track is None:
+        raise DecodeError(f"{kind} without a sound track")
+    context = track.codec_context
+    if context.channels > length.limits.channels:
+        raise LimitError(
+            f"{kind} of {context.channels:,} channels, at most {length.limits.channels:,} are decoded (--max-channels)"
+        )
+    if track.duration is not None:
+        seconds = float(track.duration * track.time_base)
+    else:
+        seconds = (container.duration or 0) / 1e6
+    if seconds and context.sample_rate:
+        length.extend(0.0, round(seconds * context.sample_rate), _Format(context.sample_rate, max(1, context.channels)))
+        length.seconds = 0.0
+    return track, max(0.0, seconds)
+
+
 class _Length:
     """The length of the streams decoded so far. Raises LimitError beyond the limit in seconds."""
 
@@ -96,7 +145,7 @@ class _Length:
         self.seconds = 0.0
         self.limits = limits
 
-    def extend(self, begin: float, frames: int, sound: "_Stream") -> None:
+    def extend(self, begin: float, frames: int, sound: "_Stream | _Format") -> None:
         """Set the length to `begin` seconds and `frames` of `sound`."""
         share = min(1.0, _SAMPLES_PER_SECOND / (sound.samplerate * sound.channels))
         seconds = begin + frames / sound.samplerate
@@ -162,10 +211,9 @@ def _split(data: bytes) -> tuple[str, list[bytes]]:
     start = _skip_tags(data, 0)
     kind = _kind(data, start)
     if kind is None:
-        if data[start + 4 : start + 8] == b"ftyp":
-            raise DecodeError(f"MP4 audio (m4a, AAC) is not supported; {_SUPPORTED}")
-        if int.from_bytes(data[start : start + 2], "big") & 0xFFF6 == 0xFFF0:
-            raise DecodeError(f"AAC audio (ADTS) is not supported; {_SUPPORTED}")
+        kind = container_kind(data[start : start + 16])
+        if kind is not None:
+            return kind, [data[start:]]
         raise DecodeError(f"not audio of a known format ({_SUPPORTED}): {first_bytes(data[start : start + 16])}")
     data = data[start:]
     match kind:

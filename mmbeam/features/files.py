@@ -78,7 +78,7 @@ def _parquets_at(place: Entry) -> list[Entry] | None:
 
 
 def _is_media(name: str) -> bool:
-    return KIND_OF_EXTENSION.get(name.lower().rpartition(".")[2]) in ("image", "audio")
+    return KIND_OF_EXTENSION.get(name.lower().rpartition(".")[2]) in ("image", "audio", "video")
 
 
 def _parquets(names: Iterable[str]) -> list[str]:

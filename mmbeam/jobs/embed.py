@@ -10,10 +10,10 @@ from mmbeam.clean import parse_image_filter
 from mmbeam.config import ModelRef, Reading
 from mmbeam.errors import UsageError, public_url
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
-from mmbeam.jobs.inputs import check_modalities, inputs_of, shipped_model_warning
+from mmbeam.jobs.inputs import Inputs, check_frames, check_modalities, inputs_of, shipped_model_warning
 from mmbeam.jobs.options import JobOptions, check_options, device_of
 from mmbeam.models.loading import dtype_name
-from mmbeam.names import SHIPPED_MODEL, UNNAMED_MODEL, Modality
+from mmbeam.names import MODALITIES, SHIPPED_MODEL, UNNAMED_MODEL, Modality
 from mmbeam.runs.run import Run
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.types import RunReport, Stage
@@ -54,7 +54,8 @@ def prepare(options: EmbedOptions) -> EmbedJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
     check_options(options)
     inputs = inputs_of(options)
-    stages = _stages(options)
+    stages = _stages(options, inputs)
+    check_frames(options.reading, [stage.needs for stage in stages])
     modalities = tuple(dict.fromkeys(modality for stage in stages for modality in stage.modalities))
     required = options.modalities is not None
     check_modalities(inputs.first, modalities, required)
@@ -80,7 +81,10 @@ def prepare(options: EmbedOptions) -> EmbedJob:
     )
 
 
-def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
+def _stages(options: EmbedOptions, inputs: Inputs) -> tuple[EmbedStage, ...]:
+    modalities = options.modalities
+    if modalities is None and "video" in inputs.first.modalities:
+        modalities = MODALITIES  # image encoders encode the frames
     models = options.models or (ModelRef(model=SHIPPED_MODEL),)
     names = [ref.name or UNNAMED_MODEL for ref in models]
     if len(set(names)) < len(names):
@@ -96,7 +100,7 @@ def _stages(options: EmbedOptions) -> tuple[EmbedStage, ...]:
         stage = embed_stage(
             ref.model,
             name=ref.name,
-            modalities=options.modalities,
+            modalities=modalities,
             device=device_of(options),
             dtype=options.dtype,
             batch_size=options.batch_size,

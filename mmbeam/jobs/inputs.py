@@ -18,7 +18,7 @@ from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import public_path
 from mmbeam.readers.samples import with_rows
 from mmbeam.report.inspect import Probe, probe
-from mmbeam.types import Shard
+from mmbeam.types import Needs, Shard
 
 if TYPE_CHECKING:
     from mmbeam.jobs.options import JobOptions
@@ -146,11 +146,22 @@ def check_modalities(probe: Probe, modalities: Sequence[Modality], required: boo
     missing = [modality for modality in modalities if modality not in probe.modalities]
     if not probe.samples or not missing or (not required and len(missing) < len(modalities)):
         return
-    present = ", ".join(sorted(probe.modalities)) or "none of image, audio and text"
+    present = ", ".join(sorted(probe.modalities)) or "none of image, audio, text and video"
     message = f"expected {' and '.join(missing)} in the first samples of the input, found {present}"
     if probe.whole:
         raise MissingModalityError(f"{message}; see `mmbeam inspect`, and `image_field`, `audio_field`, `text_field`")
     log.warning("%s; continuing, since there are more samples", message)
+
+
+def check_frames(reading: Reading, needs: Sequence[Needs]) -> None:
+    """Raise UsageError unless the models take equal numbers of frames, and as many as the options choose."""
+    counts = sorted(frozenset().union(*(need.frames for need in needs)))
+    if len(counts) > 1:
+        listed = ", ".join(map(str, counts))
+        raise UsageError(f"`models`: they take different numbers of frames of a video ({listed}); run a job for each")
+    if counts and (reading.fps is not None or reading.frames not in (None, *counts)):
+        chosen = f"`fps` {reading.fps:g}" if reading.fps is not None else f"`frames` {reading.frames}"
+        raise UsageError(f"{chosen}: the model takes {counts[0]} frames of a video; omit it")
 
 
 def shipped_model_warning(inputs: Inputs, patterns: Sequence[str], job: Literal["caption", "embed"]) -> str | None:

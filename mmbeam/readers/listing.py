@@ -52,8 +52,8 @@ CUTTABLE_BYTES = (
 )  # size above which a web server is asked whether it supports ranges, because the shard may be cut
 PLACES_SHOWN = 5  # in an error
 EXPECTED = (
-    "Name tars, zip archives, a folder or pattern of image, audio or text files, or tables (Parquet, CSV, JSON lines); "
-    "features (Parquet of `mmbeam embed`) are an input of `mmbeam caption` and `mmbeam train`"
+    "Name tars, zip archives, a folder or pattern of image, audio, video or text files, or tables (Parquet, CSV, JSON "
+    "lines); features (Parquet of `mmbeam embed`) are an input of `mmbeam caption` and `mmbeam train`"
 )
 LEFT_OUT_SHOWN = 6  # extensions of files that are not inputs, in a message
 MAX_PATHS = 5_000_000  # that patterns stand for
@@ -462,8 +462,8 @@ def _group(
 ) -> tuple[list[FolderSample], tuple[SourceFile, ...], list[str]]:
     """Return the samples of a folder's files, sorted by key, its tables of metadata, and the names of the other files.
 
-    A field that repeats within a key (`a.jpg`, `a.JPG`) begins another sample. A key without image, audio and text is
-    not a sample.
+    A field that repeats within a key (`a.jpg`, `a.JPG`) begins another sample. A key without a modality is not a
+    sample.
     """
     groups: dict[str, list[dict[str, SourceFile]]] = defaultdict(lambda: [{}])
     tables = []
@@ -508,7 +508,7 @@ def _kind(name: str, fields: FieldMap) -> str | None:
 
 
 def _is_media(name: str, fields: FieldMap) -> bool:
-    return _kind(name, fields) in ("image", "audio")
+    return _kind(name, fields) in ("image", "audio", "video")
 
 
 def _extension(name: str) -> str:

@@ -35,8 +35,10 @@ PATH_NAMES = (
     "image_path",
     "audio",
     "audio_path",
+    "video",
+    "video_path",
 )
-URL_NAMES = ("url", "image_url", "audio_url", "image_link", "audio_link")
+URL_NAMES = ("url", "image_url", "audio_url", "video_url", "image_link", "audio_link", "video_link")
 TEXT_NAMES = ("text", "caption", "sentence", "transcription", "txt")
 KEY_NAMES = ("key", "__key__")
 BATCH_ROWS = 16  # of Parquet, decoded together
@@ -57,6 +59,7 @@ _MAGIC = (
     (b"II*\0", "tif"),
     (b"MM\0*", "tif"),
     (b"BM", "bmp"),
+    (b"\x1a\x45\xdf\xa3", "mkv"),
 )
 
 
@@ -223,7 +226,8 @@ class TableReader(SourceReader):
                     data = self._data(data, path, role, limit)
                 except FileError as error:
                     if names.kind(field) is None:  # its format is unknown; the column was meant to hold media
-                        field = f"{column.lower()}.{'wav' if 'audio' in column.lower() else 'jpg'}"
+                        name = column.lower()
+                        field = f"{name}.{'wav' if 'audio' in name else 'mp4' if 'video' in name else 'jpg'}"
                     fields[field] = None
                     fault = str(error).replace("no longer exists", "does not exist")
                     shown = printable(public_url(path)) if path else ""
@@ -304,9 +308,9 @@ def _text(value: Any) -> str:
 def _extension_of(data: bytes) -> str | None:
     """Return the extension of a file by its first bytes; None if they are of no known format."""
     if data[:4] == b"RIFF":
-        return {b"WEBP": "webp", b"WAVE": "wav"}.get(data[8:12])
+        return {b"WEBP": "webp", b"WAVE": "wav", b"AVI ": "avi"}.get(data[8:12])
     if data[4:8] == b"ftyp":
-        return "avif" if data[8:11] == b"avi" else "m4a"
+        return "avif" if data[8:11] == b"avi" else "m4a" if data[8:11] == b"M4A" else "mp4"
     return next((extension for magic, extension in _MAGIC if data.startswith(magic)), None)
 
 

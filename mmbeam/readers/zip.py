@@ -37,7 +37,7 @@ _INVALID = (
 class ZipReader(SourceReader):
     """The samples of a zip archive in the order of its central directory. Iterate once.
 
-    `want(field)` states whether the bytes of a member are needed. A key that has no image, audio or text field (see
+    `want(field)` states whether the bytes of a member are needed. A key that has no field of a modality (see
     `fields`) is not a sample; its members are counted. Without `fields`, each key is a sample. A field that repeats
     within a key begins another sample. A member that is encrypted, damaged, too large, or compressed by another method
     than deflate is damage to its sample. Names are keys only, never paths. With `offsets`, only the samples at these

@@ -35,8 +35,9 @@ class Probe:
 
     @property
     def modalities(self) -> frozenset[Modality]:
-        """The modalities that any of the samples has."""
-        return frozenset(modality for modality in MODALITIES if modality in self.kinds.values())
+        """The modalities that any of the samples has, with the sound that a video may have."""
+        modalities = frozenset(modality for modality in MODALITIES if modality in self.kinds.values())
+        return modalities | {"audio"} if "video" in modalities else modalities
 
 
 def probe(

@@ -41,17 +41,21 @@ _OF_SAMPLE: Mapping[str, Callable[[Sample], Any]] = {
     "image_width": lambda sample: None if sample.image_size is None else sample.image_size[0],
     "image_height": lambda sample: None if sample.image_size is None else sample.image_size[1],
     "audio_seconds": lambda sample: None if sample.audio is None else sample.audio.seconds,
+    "video_seconds": lambda sample: None if sample.video is None else sample.video.seconds,
 }
 
 
 def build_schema(outputs: Sequence[Output], cleaning: bool, metadata: Mapping[str, str]) -> pa.Schema:
     """Return the schema of all Parquet files of a run: the columns of the sample, those of the outputs, and `errors`.
 
+    An output of videos adds `video_seconds`.
+
     A vector column fixed_size_list<T>[D] is stored as list<T>, because no release of pyarrow up to 25 reads a null in a
     fixed-size list back from Parquet (apache/arrow issue 35692). D is in the metadata under "mmbeam.dims", a JSON
     object by column. A vector may be null, but its elements may not, so readers need not check each element.
     """
     columns = [column for output in outputs for column in output.columns]
+    has_video = any("video" in output.modalities for output in outputs)
     dims = {column.name: column.type.list_size for column in columns if pa.types.is_fixed_size_list(column.type)}
     fields = [
         pa.field("key", pa.string(), nullable=False),
@@ -64,6 +68,7 @@ def build_schema(outputs: Sequence[Output], cleaning: bool, metadata: Mapping[st
         pa.field("image_width", pa.int32()),
         pa.field("image_height", pa.int32()),
         pa.field("audio_seconds", pa.float32()),
+        *([pa.field("video_seconds", pa.float32())] if has_video else []),
         *(pa.field(column.name, _stored(column.type)) for column in columns if column.name != "text_num_tokens"),
         pa.field("errors", _STRINGS, nullable=False),
     ]

@@ -54,10 +54,12 @@ class ModelStage(Stage):
         """Return what to decode for these modalities. A CPU resamples audio while decoding, a GPU does it itself."""
         is_cpu = torch.device(self.device).type == "cpu"
         rate = self.spec.sampling_rate if "audio" in modalities and is_cpu else None
+        frames = getattr(self.spec, "frames", None)
         return Needs(
             modalities=frozenset(modalities),
             sampling_rates=frozenset(() if rate is None else (rate,)),
             image_side=self.spec.image_side if "image" in modalities else None,
+            frames=frozenset({frames}) if "video" in modalities and frames is not None else frozenset(),
         )
 
     def load_arguments(self) -> tuple[Any, torch.device, torch.dtype]:

@@ -1,5 +1,8 @@
 """The stage that adds vectors: each modality of a window through one encoder.
 
+An image encoder also encodes videos: each frame as an image, and the video as the mean of their vectors, normalised if
+the encoder's vectors are. The tokens of a video are then the vectors of its frames.
+
 Failures are recorded per modality and sample: if an image cannot be decoded, the text of the sample still gets its
 vector, and if one model fails, the columns of the other models are not affected.
 """
@@ -65,14 +68,22 @@ class EmbedStage(ModelStage):
         for modality in self.modalities:
             columns = [pa.field(self._column(modality, "embedding"), pa.list_(number, self.width(modality)))]
             if self.tokens:
-                tokens = pa.list_(pa.list_(number, self.spec.token_dims[modality]))
+                tokens = pa.list_(pa.list_(number, self.token_width(modality)))
                 columns.append(pa.field(self._column(modality, "tokens"), tokens))
             outputs.append(Output(modalities=frozenset((modality,)), columns=tuple(columns)))
         return outputs
 
     def width(self, modality: Modality) -> int:
         """Return the width of a stored vector."""
-        return self.dims or self.spec.dims[modality]
+        return self.dims or self.spec.dims["image" if self.by_frames(modality) else modality]
+
+    def token_width(self, modality: Modality) -> int:
+        """Return the width of a token's vector; 1 if the model has none."""
+        return self.width(modality) if self.by_frames(modality) else self.spec.token_dims.get(modality, 1)
+
+    def by_frames(self, modality: str) -> bool:
+        """Return whether these are videos that the model encodes frame by frame."""
+        return modality == "video" and "video" not in self.spec.dims
 
     def _column(self, modality: Modality, kind: Literal["embedding", "tokens"]) -> str:
         return f"{modality}_{kind}" if self.name is None else f"{self.name}_{modality}_{kind}"
@@ -82,7 +93,7 @@ class EmbedStage(ModelStage):
         return load(*self.load_arguments(), image_filter=self.image_filter)
 
     def packs(self, model: Encoder, batch: Batch) -> Iterator[Pack[Any] | PackResults[Any]]:
-        """Yield the images, clips and texts of a window in packs, one modality after the other."""
+        """Yield the images, clips, texts and videos of a window in packs, one modality after the other."""
         for modality in self.modalities:
             positions = [index for index, sample in enumerate(batch.samples) if sample.has(modality)]
             values = self._values(model, modality, [batch.samples[index] for index in positions])
@@ -103,7 +114,14 @@ class EmbedStage(ModelStage):
                 )
 
     def transfer(self, model: Encoder, group: str, items: Values) -> Any:
-        """Return the model's inputs: what `model.prepare` returns, or the values, copied to the GPU if there is one."""
+        """Return the model's inputs: what `model.prepare` returns, or the values, copied to the GPU if there is one.
+
+        For videos encoded frame by frame: the inputs of their frames, a batch at a time, and the frames of each video.
+        """
+        if self.by_frames(group):
+            frames = [frame for video in items for frame in video]
+            parts = (frames[first : first + self.batch_limit] for first in range(0, len(frames), self.batch_limit))
+            return [self.transfer(model, "image", part) for part in parts], list(map(len, items))
         prepared = model.prepare(cast(Modality, group), items)
         if prepared is not None:
             return prepared
@@ -116,6 +134,14 @@ class EmbedStage(ModelStage):
 
     def compute(self, model: Encoder, group: str, inputs: Values) -> "_Vectors":
         """Return the vectors of a pack, on their way to the host."""
+        if self.by_frames(group):
+            parts, counts = inputs
+            frames_FD = torch.cat([_encode(model, "image", part, tokens=False).pooled.float() for part in parts])
+            frames_FD = frames_FD[:, : self.dims]
+            frames_FD = F.normalize(frames_FD, dim=-1) if model.normalized else frames_FD
+            means_BD = torch.stack([frames.mean(0) for frames in torch.split(frames_FD, counts)])
+            means_BD = F.normalize(means_BD, dim=-1) if model.normalized else means_BD
+            return _Vectors(to_host(means_BD), *((to_host(frames_FD), counts) if self.tokens else ()))
         encoded = _encode(model, group, inputs, self.tokens)
         pooled_BD = encoded.pooled.float()[:, : self.dims]
         pooled_BD = F.normalize(pooled_BD, dim=-1) if model.normalized else pooled_BD
@@ -125,9 +151,11 @@ class EmbedStage(ModelStage):
         return _Vectors(to_host(pooled_BD), tokens_TD, list(map(len, encoded.tokens)))
 
     def known_good(self, model: Encoder, group: str) -> Any:
-        """Return an image, a clip or a text that every working model accepts."""
+        """Return an image, a clip, a text or a video that every working model accepts."""
         if group == "image":
             return good_image()
+        if group == "video":
+            return (good_image(),) * (self.spec.frames or 1)
         return good_audio() if group == "audio" else model.tokenize(["a text that every working model encodes"])[0]
 
     def collect(self, model: Encoder, batch: Batch, results: Sequence[PackResults["_Vectors"]]) -> Batch:
@@ -151,6 +179,8 @@ class EmbedStage(ModelStage):
     def _values(self, model: Encoder, modality: Modality, samples: Sequence[Sample]) -> Values:
         if modality == "image":
             return [sample.image for sample in samples]
+        if modality == "video":
+            return [sample.video.frames for sample in samples if sample.video is not None]
         if modality == "text":
             return model.tokenize([model.with_prompt(sample.model_text or "") for sample in samples])
         return [sample.audio.at(self.spec.sampling_rate) for sample in samples if sample.audio is not None]
@@ -162,14 +192,17 @@ class EmbedStage(ModelStage):
             return [image.shape[0] * image.shape[1] for image in values], size, None
         if modality == "audio":
             return [len(wave) for wave, _ in values], size, None
+        if modality == "video":  # a batch has at most `size` frames, and at least one video
+            counts = [len(frames) for frames in values]
+            return counts, max(1, size // max(counts, default=1)), None
         # Up to 4 times as many short texts as `batch_size`, limited by their padded tokens.
         return [len(ids) for ids in values], 4 * size, size * TEXT_TOKENS_PER_SAMPLE
 
     def _check_finite(self, model: Encoder, modality: Modality) -> None:
         """Raise DeviceError if even an input known to be good has a vector that is not finite."""
         item = self.known_good(model, modality)
-        vector = _encode(model, modality, self.transfer(model, modality, [item]), tokens=False).pooled
-        if not bool(torch.isfinite(vector).all()):
+        vectors = self.compute(model, modality, self.transfer(model, modality, [item]))
+        if not bool(torch.isfinite(vectors.pooled_BD).all()):
             raise DeviceError(
                 f"{self.model} on {self.device}: the {modality} vector of an input known to be good is not finite; "
                 f"set `dtype` to a wider one than {dtype_name(self.dtype, self.device)}, or check the device"
@@ -182,7 +215,7 @@ class EmbedStage(ModelStage):
         count, row_of = len(positions), {position: row for row, position in enumerate(positions)}
         errors = {row_of[position]: error for result in results for position, error in result.failed.items()}
         pooled = np.zeros((count, self.width(modality)), np.float32)
-        empty = np.zeros((0, self.spec.token_dims.get(modality, 1)), np.float32)
+        empty = np.zeros((0, self.token_width(modality)), np.float32)
         sequences = [empty] * count
         for part, vectors in (done for result in results for done in result.done):
             rows = [row_of[position] for position in part]
@@ -222,6 +255,8 @@ def _encode(model: Encoder, modality: str, values: Any, tokens: bool) -> Encoded
         return model.encode_image(values, tokens)
     if modality == "text":
         return model.encode_text(values, tokens)
+    if modality == "video":
+        return model.encode_video(values, tokens)
     waves, rates = values
     return model.encode_audio(waves, rates, tokens)
 
@@ -255,17 +290,19 @@ def embed_stage(
 ) -> EmbedStage:
     """Return the stage of `model`: a hub name with optional @revision, or a directory. Reads no weights.
 
-    `modalities` defaults to all that the model encodes. `device` is the device on the workers: "cpu" or "cuda[:N]".
-    "auto" selects it by the devices of this machine. `text_prompt` is put before each text: the name of a prompt of the
-    checkpoint, or the prompt itself. `options` are other fields of EmbedStage: name, dtype, batch_size, tokens,
-    vector_type, image_filter, dims. If a pipeline has several stages, give each a `name`, and let one of them count
-    tokens.
+    `modalities` defaults to all that the model encodes; videos, whose frames an image encoder encodes, must be named.
+    `device` is the device on the workers: "cpu" or "cuda[:N]". "auto" selects it by the devices of this machine.
+    `text_prompt` is put before each text: the name of a prompt of the checkpoint, or the prompt itself. `options` are
+    other fields of EmbedStage: name, dtype, batch_size, tokens, vector_type, image_filter, dims. If a pipeline has
+    several stages, give each a `name`, and let one of them count tokens.
 
     Raises ModelError for an unusable model, UsageError if it encodes none of `modalities`.
     """
     resolved = resolve(model)
     spec = describe(resolved.directory, resolved.package)
-    encoded = tuple(m for m in MODALITIES if m in spec.dims and (modalities is None or m in modalities))
+    # An image encoder takes videos too, if they are asked for.
+    able = spec.dims.keys() | ({"video"} if "image" in spec.dims and modalities is not None else set())
+    encoded = tuple(m for m in MODALITIES if m in able and (modalities is None or m in modalities))
     if not encoded:
         raise UsageError(
             f"`modalities` {', '.join(modalities or ())}: {model} encodes none of these; "
@@ -273,10 +310,11 @@ def embed_stage(
         )
     if text_prompt is not None and "text" in encoded:
         spec = replace(spec, text_prompt=find_prompt(resolved.directory, text_prompt))
-    least = min(spec.dims[modality] for modality in encoded)
+    dims: dict[Modality, int] = {"video": spec.dims.get("image", 0), **spec.dims}
+    least = min(dims[modality] for modality in encoded)
     if (options.get("dims") or 1) > least:
         raise UsageError(f"`dims` {options['dims']}: {model} has vectors of {least} numbers; expected at most that")
-    without = [modality for modality in encoded if modality not in spec.token_dims]
+    without = [m for m in encoded if m not in spec.token_dims and (m != "video" or "video" in spec.dims)]
     if options.get("tokens") and without:
         raise UsageError(f"`tokens`: {model} has no vector per token of {' and '.join(without)}; omit it")
     return EmbedStage(

@@ -17,7 +17,7 @@ import torch
 from mmbeam.config import MIB
 from mmbeam.models.fusion.audio import time_axis
 from mmbeam.models.fusion.configuration import MASK, SourceConfig
-from mmbeam.names import MODALITIES
+from mmbeam.names import FUSION_MODALITIES
 from mmbeam.prompts.ask import Request
 from mmbeam.training.examples import Example
 
@@ -74,10 +74,10 @@ def shuffle_buffers(examples: Iterable[Example], batch_size: int) -> Iterator[li
 def drop_modalities(examples: Sequence[Example], probability: float, rng: np.random.Generator) -> list[Example]:
     """Drop each modality of each example with `probability`, but never all modalities of an example."""
     restricted = []
-    draws = rng.random((len(examples), len(MODALITIES) + 1)).tolist()
+    draws = rng.random((len(examples), len(FUSION_MODALITIES) + 1)).tolist()
     for example, (*of_modality, last) in zip(examples, draws, strict=True):
-        present = [modality for modality in MODALITIES if modality in example.present]
-        survives = {m: draw >= probability for m, draw in zip(MODALITIES, of_modality, strict=True)}
+        present = [modality for modality in FUSION_MODALITIES if modality in example.present]
+        survives = {m: draw >= probability for m, draw in zip(FUSION_MODALITIES, of_modality, strict=True)}
         kept = [modality for modality in present if survives[modality]]
         restricted.append(example.keeping(kept or [present[int(last * len(present))]]))
     return restricted

@@ -8,7 +8,7 @@ from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from mmbeam.names import MODALITIES, Modality, Split
+from mmbeam.names import FUSION_MODALITIES, Modality, Split
 from mmbeam.prompts.ask import Request
 
 
@@ -41,7 +41,7 @@ class Example:
 
 def compose(clauses: Mapping[Modality, str], modalities: Collection[Modality]) -> str:
     """Return the clauses of `modalities` in order, joined by ", " and ended by "."; "" without any."""
-    kept = [clauses[modality] for modality in MODALITIES if modality in modalities and modality in clauses]
+    kept = [clauses[modality] for modality in FUSION_MODALITIES if modality in modalities and modality in clauses]
     return ", ".join(kept) + "." if kept else ""
 
 
@@ -65,5 +65,7 @@ def clauses_of(value: object) -> dict[Modality, str] | None:
     """Return the clauses of a caption by modality; None if `value` is not an object with at least one."""
     if not isinstance(value, Mapping):
         return None
-    clauses: dict[Modality, str] = {m: value[m] for m in MODALITIES if isinstance(value.get(m), str) and value[m]}
+    clauses: dict[Modality, str] = {
+        m: value[m] for m in FUSION_MODALITIES if isinstance(value.get(m), str) and value[m]
+    }
     return clauses or None

@@ -23,13 +23,13 @@ from torch.nn import functional as F
 from mmbeam.models.fusion.configuration import IGNORED
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSION_MODALITIES, Modality
 from mmbeam.training.batching import TrainingBatch, collate, evaluation_batches, make_views, prefetch_batches
 from mmbeam.training.examples import Example
 
 EXTRA_TOKENS = 8  # decoded beyond the longest reference, so that a caption that does not end counts as wrong
 SUBSETS: tuple[tuple[Modality, ...], ...] = tuple(
-    subset for size in range(1, len(MODALITIES) + 1) for subset in combinations(MODALITIES, size)
+    subset for size in range(1, len(FUSION_MODALITIES) + 1) for subset in combinations(FUSION_MODALITIES, size)
 )
 
 

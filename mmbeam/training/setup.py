@@ -20,7 +20,7 @@ from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.fusion import read_processor
 from mmbeam.models.loading import load_pretrained, read_json, resolve
-from mmbeam.names import MODALITIES, Modality, Split
+from mmbeam.names import FUSION_MODALITIES, Modality, Split
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.training.checkpoint import write_text
@@ -197,7 +197,7 @@ def _audio_seconds(options: TrainOptions, config: FusionConfig, source: ShardSou
 
 def _modalities(options: TrainOptions, survey: Survey) -> tuple[Modality, ...]:
     """Return the requested modalities, or all modalities present. Raises MissingModalityError."""
-    present = [modality for modality in MODALITIES if survey.modalities[modality]]
+    present = [modality for modality in FUSION_MODALITIES if survey.modalities[modality]]
     if options.captions == CAPTION_IS_TEXT:
         present = [modality for modality in present if modality != "text"]
     requested = options.modalities or [modality for modality, _ in options.encoders]

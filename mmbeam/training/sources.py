@@ -25,7 +25,7 @@ from mmbeam.features.files import feature_files, open_parquet
 from mmbeam.features.schema import check_origin, warn_of_unknown_origin
 from mmbeam.models.fusion.configuration import feature_source
 from mmbeam.models.fusion.processing import FusionProcessor
-from mmbeam.names import MODALITIES, SPLITS, Modality, Split
+from mmbeam.names import FUSION_MODALITIES, SPLITS, Modality, Split
 from mmbeam.prompts.ask import Request
 from mmbeam.readers.windows import HeldBytes, prefetch, read_batches
 from mmbeam.training.examples import Example, clauses_of
@@ -117,7 +117,7 @@ class ShardSource:
 
     units: Sequence[WorkUnit]
     labelling: Labelling
-    modalities: frozenset[Modality] = frozenset(MODALITIES)
+    modalities: frozenset[Modality] = frozenset(FUSION_MODALITIES)
     needs: Needs = TEXT_ONLY
     reading: Reading = field(default_factory=Reading)
     counts: Mapping[Split, int] = field(default_factory=dict)
@@ -271,7 +271,7 @@ class CorpusSource:
             begin, size = epoch * self.epoch_size, self.epoch_size
             start, end = (begin + size * rank // self.world_size for rank in (self.rank, self.rank + 1))
         for scene in generate_scenes(self.seed + SPLITS.index(split), start, end - start):
-            yield scene_example(scene, self.side, self.rate).keeping(self.modalities or MODALITIES)
+            yield scene_example(scene, self.side, self.rate).keeping(self.modalities or FUSION_MODALITIES)
 
 
 def scene_example(scene: Scene, side: int = 64, rate: int = 8000) -> Example:
@@ -279,7 +279,7 @@ def scene_example(scene: Scene, side: int = 64, rate: int = 8000) -> Example:
     return Example(
         key=scene.key,
         caption=scene.caption(),
-        present=frozenset(MODALITIES),
+        present=frozenset(FUSION_MODALITIES),
         request=partial(_render, scene, side, rate),
         clauses=scene.clauses(),
     )
@@ -299,9 +299,9 @@ ROWS_PER_READ = 1024  # rows per batch of the data loader
 def column_modality(text: str) -> tuple[str, Modality | None]:
     """Parse NAME or NAME=MODALITY. Raises UsageError."""
     name, equals, value = text.partition("=")
-    modality = next((modality for modality in MODALITIES if modality == value), None)
+    modality = next((modality for modality in FUSION_MODALITIES if modality == value), None)
     if equals and modality is None:
-        raise UsageError(f"`columns` {text}: expected one of {', '.join(MODALITIES)} after the =")
+        raise UsageError(f"`columns` {text}: expected one of {', '.join(FUSION_MODALITIES)} after the =")
     return name, modality
 
 

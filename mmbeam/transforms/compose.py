@@ -27,7 +27,13 @@ from mmbeam.transforms.rows import Rows
 from mmbeam.transforms.run_stage import Embed, Generate, RunStage
 from mmbeam.types import Batch, Needs, RawSample, Sample, Stage, Tally, WorkUnit
 
-_EXTENSION = {"image": "jpg", "audio": "wav", "text": "txt", "metadata": "json"}  # of a field named after its kind
+_EXTENSION = {
+    "image": "jpg",
+    "audio": "wav",
+    "text": "txt",
+    "video": "mp4",
+    "metadata": "json",
+}  # of a field named after its kind
 
 
 class ToBatches(beam.PTransform):

@@ -35,6 +35,7 @@ class EncoderSpec:
     token_dims: Mapping[Modality, int] = field(default_factory=dict)  # width of one token's vector
     sampling_rate: int | None = None  # Hz, for audio
     image_side: int | None = None  # pixels: the shorter side its preprocessing resizes to
+    frames: int | None = None  # of a video, that the model takes; None: it encodes each frame as an image
     max_text_tokens: int | None = None  # special tokens included
     text_prompt: str | None = None  # put before every text; None: the checkpoint's default
     is_generic: bool = False  # served by auto.py, not by a family
@@ -88,6 +89,10 @@ class Encoder:
 
     def encode_audio(self, waves: Sequence[Waveform], rates: Sequence[int], tokens: bool = False) -> Encoded:
         """Encode waveforms, float32 [frames] at `rates` Hz, resampled on the device to the model's rate."""
+        raise NotImplementedError
+
+    def encode_video(self, videos: Any, tokens: bool = False) -> Encoded:
+        """Encode what `prepare` made of videos, each a sequence of frames. Only models with `spec.frames` do."""
         raise NotImplementedError
 
     def with_prompt(self, text: str) -> str:

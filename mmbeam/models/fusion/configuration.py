@@ -10,7 +10,7 @@ from torch import nn
 from transformers import PreTrainedConfig
 
 from mmbeam.errors import ModelError
-from mmbeam.names import FUSIONS, GENERATOR_KINDS, LOSSES, MODALITIES, SIMILARITIES, BuiltinEncoder, Modality
+from mmbeam.names import FUSION_MODALITIES, FUSIONS, GENERATOR_KINDS, LOSSES, SIMILARITIES, BuiltinEncoder, Modality
 from mmbeam.types import Origin
 
 EncoderKind = Literal[BuiltinEncoder, "pretrained", "features"]
@@ -71,10 +71,10 @@ class SourceConfig:
         return source
 
     def _check(self, name: str) -> None:
-        if self.modality not in MODALITIES or self.kind not in get_args(EncoderKind):
+        if self.modality not in FUSION_MODALITIES or self.kind not in get_args(EncoderKind):
             raise ModelError(
                 f"source {name}: modality {self.modality!r}, kind {self.kind!r}; expected one of "
-                f"{', '.join(MODALITIES)} and one of {', '.join(get_args(EncoderKind))}"
+                f"{', '.join(FUSION_MODALITIES)} and one of {', '.join(get_args(EncoderKind))}"
             )
         needs = {"features": ("width",), "pretrained": ("model",), "conv": ("shape", "channels")}
         needed = needs.get(self.kind, ("shape", "patch"))
@@ -153,7 +153,7 @@ class FusionConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
-        self.sources = self.sources or {modality: media_source(modality) for modality in MODALITIES}
+        self.sources = self.sources or {modality: media_source(modality) for modality in FUSION_MODALITIES}
         self.loss_weights = {"caption": 1.0, "align": 0.1, "reconstruct": 0.1} | (self.loss_weights or {})
         self.similarities = list(self.similarities)
         super().__post_init__(**kwargs)
@@ -172,7 +172,7 @@ class FusionConfig(PreTrainedConfig):
     def parsed_sources(self) -> dict[str, SourceConfig]:
         """Return the checked sources, ordered by modality and name, since config.json is sorted. Raises ModelError."""
         parsed = {name: SourceConfig.parse(name, data) for name, data in (self.sources or {}).items()}
-        return dict(sorted(parsed.items(), key=lambda item: (MODALITIES.index(item[1].modality), item[0])))
+        return dict(sorted(parsed.items(), key=lambda item: (FUSION_MODALITIES.index(item[1].modality), item[0])))
 
     def aligned_pairs(self) -> list[tuple[str, str]]:
         """Return the pairs to align. A pair of a name with itself aligns two views of one source."""
@@ -189,7 +189,7 @@ class FusionConfig(PreTrainedConfig):
     @classmethod
     def for_media(
         cls,
-        modalities: Sequence[Modality] = MODALITIES,
+        modalities: Sequence[Modality] = FUSION_MODALITIES,
         kinds: Mapping[Modality, EncoderKind] | None = None,
         sources: Mapping[str, Mapping[str, Any]] | None = None,
         **options: Any,

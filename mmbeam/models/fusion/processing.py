@@ -30,7 +30,7 @@ from mmbeam.models.fusion.configuration import BOS, EOS, IGNORED, MASK, PAD, Sou
 from mmbeam.models.fusion.encoders import scatter_rows
 from mmbeam.models.loading import model_path, read_json
 from mmbeam.models.tokenizing import count_in_pieces, enough_text, pad
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSION_MODALITIES, Modality
 from mmbeam.ops.audio import to_rate
 from mmbeam.ops.image import ImageRecipe, preprocess
 from mmbeam.ops.transfer import to_device
@@ -143,7 +143,7 @@ class FusionProcessor:
     @property
     def modalities(self) -> tuple[Modality, ...]:
         """The modalities of the sources."""
-        return tuple(m for m in MODALITIES if any(source.modality == m for source in self.sources.values()))
+        return tuple(m for m in FUSION_MODALITIES if any(source.modality == m for source in self.sources.values()))
 
     @property
     def columns(self) -> dict[str, Modality]:
