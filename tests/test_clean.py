@@ -16,7 +16,7 @@ from mmbeam.clean import parse_image_filter
 from mmbeam.clean.text import TEXT_STEPS, check_steps, clean_text
 from mmbeam.clean.where import KIND_OF_NAME, compile_where, rejecting_expression, where_needs
 from mmbeam.errors import UsageError
-from mmbeam.types import Audio, Sample
+from mmbeam.types import Audio, Sample, Video
 
 UNICODE = st.text(alphabet=st.characters(codec="utf-8"), max_size=40)
 ODD = st.text(
@@ -355,6 +355,7 @@ class TestSelect:
             offset=0,
             image_size=(4, 3),
             audio=Audio(waves={}, seconds=2.5),
+            video=Video(frames=(), times=(), seconds=3.5, size=(6, 5)),
             text="a bé",
             metadata='{"a": NaN, "b": Infinity}',
         )
@@ -363,6 +364,9 @@ class TestSelect:
             "image_height": "3",
             "image_pixels": "12",
             "audio_seconds": "2.5",
+            "video_width": "6",
+            "video_height": "5",
+            "video_seconds": "3.5",
             "text_chars": "4",
             "text_words": "2",
             "text": "'a bé'",

@@ -917,9 +917,9 @@ class TestSample:
             decode_sample(raw_sample({}, fields=("jpg",)), Reading(), self.ALL)
 
     def test_named_fields_match_in_any_case(self) -> None:
-        fields = FieldMap(image="B.JPG", audio="Sound", text="TXT", metadata="JSON")
-        assert fields == FieldMap(image="b.jpg", audio="sound", text="txt", metadata="json")
-        assert [fields.kind(name) for name in ("b.jpg", "sound", "txt", "json")] == list(KINDS)
+        fields = FieldMap(image="B.JPG", audio="Sound", text="TXT", video="MP4", metadata="JSON")
+        assert fields == FieldMap(image="b.jpg", audio="sound", text="txt", video="mp4", metadata="json")
+        assert [fields.kind(name) for name in ("b.jpg", "sound", "txt", "mp4", "json")] == list(KINDS)
 
     def test_named_fields(self) -> None:
         fields = {"b.jpg": IMAGES["jpeg"], "jpg": IMAGES["png"], "caption": b"x"}

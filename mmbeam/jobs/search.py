@@ -72,7 +72,7 @@ def search(options: SearchOptions) -> SearchResult:
     Raises UsageError for an invalid query or column, JobError if the output has no rows or no such key, ModelError if
     the run's model cannot be loaded or has changed, SampleError if the query's file cannot be decoded.
     """
-    queries = {name: getattr(options, name) for name in MODALITIES if getattr(options, name) is not None}
+    queries = {name: getattr(options, name) for name in MODALITIES if getattr(options, name, None) is not None}
     if len(queries) + (options.like is not None) != 1:
         raise UsageError("expected exactly one query: a text, `image`, `audio` or `like`")
     if options.top < 1:

@@ -229,7 +229,7 @@ def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Gen
     drops: list[dict[Modality, float]] = []
     for request in requests:
         of_features = {columns[name] for name in request.features if name in columns}
-        present = [m for m in MODALITIES if m in of_features or getattr(request, m) is not None]
+        present = [m for m in MODALITIES if m in of_features or getattr(request, m, None) is not None]
         drops.append(dict.fromkeys(present, 1.0))
     for modality in model.spec.modalities:
         rows = [row for row, row_drops in enumerate(drops) if modality in row_drops and len(row_drops) > 1]

@@ -108,7 +108,7 @@ class XClipEncoder(JointEncoder):
         if modality != "video":
             return None
         pixels = self.pixels([frame for frames in values for frame in frames])
-        return pixels.unflatten(0, (len(values), -1))
+        return pixels.reshape(len(values), -1, *pixels.shape[1:])
 
     @torch.inference_mode()
     def encode_video(self, videos: Any, tokens: bool = False) -> Encoded:
