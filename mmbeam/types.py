@@ -507,7 +507,8 @@ class Stage:
         return self.collect(model, batch, [self.launch(model, work) for work in self.prepare(model, batch)])
 
 
-UnitStatus = Literal["written", "kept", "failed"]  # committed by this launch, by an earlier one, or not committed
+# Committed by this launch, by an earlier one, or not committed; another process is at it.
+UnitStatus = Literal["written", "kept", "failed", "elsewhere"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -3,8 +3,10 @@
 import os
 import signal
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -40,6 +42,22 @@ SIGNALS = {
 def in_a_child_process() -> bool:
     """Return whether this is a process that a job or a test started with `python -c`, not one that runs the tests."""
     return sys.argv[0] == "-c" and "pytest" not in sys.modules  # the processes of pytest-xdist start with -c, too
+
+
+def hold_once(texts: Sequence[str | None]) -> None:
+    """Block the first process that reaches a text marked "hold", and note each window that begins.
+
+    The folder HOLD takes a file per window and process, and one of the process that is blocked.
+    """
+    folder = os.environ.get("HOLD")
+    if folder is None or not texts:
+        return
+    number = str(texts[0]).split()[1]
+    (Path(folder) / f"window-{number}-{os.getpid()}").touch()
+    if any("hold" in str(text) for text in texts):
+        with suppress(FileExistsError):
+            (Path(folder) / "held").touch(exist_ok=False)
+            threading.Event().wait()
 
 
 def kill_if(step: str, texts: Sequence[str | bytes | None]) -> None:
@@ -82,6 +100,7 @@ class Lengths(Stage):
 
     def launch(self, model: str, work: Sequence[str | None]) -> Sequence[int | None]:
         kill_if("launch", work)
+        hold_once(work)
         return [None if text is None else len(text) for text in work]
 
     def collect(self, model: str, batch: Batch, results: Sequence[Sequence[int | None]]) -> Batch:

@@ -12,6 +12,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
 from dataclasses import replace
@@ -25,17 +26,18 @@ from known import read_parts
 from outputs import make_run, make_unit, write_unit
 from servers import STORES, fresh_output
 
-from mmbeam.errors import JobError, RunMismatchError
+from mmbeam.errors import FailureRateError, JobError, RunMismatchError
 from mmbeam.jobs.isolate import MAX_CRASHES, Isolate, _End
-from mmbeam.jobs.workers import ProcessEndedError
+from mmbeam.jobs.workers import ProcessEndedError, run_unit
 from mmbeam.report.status import status_text
 from mmbeam.report.summary import summary_text
 from mmbeam.runs import attempts
 from mmbeam.runs.attempts import attempt, is_left_behind, marks, release_all
-from mmbeam.runs.commits import read_failures
-from mmbeam.runs.control import lock_run
+from mmbeam.runs.commits import committed, read_failures
+from mmbeam.runs.control import lock_run, stop_run
 from mmbeam.runs.run import LOCK, Run, list_failures, part_name
-from mmbeam.runs.store import ATTEMPTS, Store, process_identity
+from mmbeam.runs.store import ATTEMPTS, Store, _state, process_identity, process_is_gone
+from mmbeam.transforms.plan import wait_for_others
 from mmbeam.types import SampleId, UnitReport, WorkUnit
 
 
@@ -44,6 +46,15 @@ def ended_process() -> dict[str, Any]:
     with subprocess.Popen(["true"]) as process:
         process.wait()
     return {**process_identity(), "pid": process.pid, "start": 1}
+
+
+def test_a_process_that_was_not_reaped_has_ended() -> None:
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        identity = {**process_identity(), "pid": process.pid, "start": _state(process.pid)[1]}
+        assert not process_is_gone(identity)
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie, as under a parent that reaps none
+        assert process_is_gone(identity)
 
 
 def elsewhere() -> dict[str, Any]:
@@ -56,8 +67,8 @@ def leave_marks(run: Run, unit: str, identity: dict[str, Any], count: int = 3) -
         run.store.create(f"{ATTEMPTS}/{unit}-{number:012x}.json", json.dumps(identity).encode())
 
 
-def begin(run: Run, unit: str) -> AbstractContextManager[int]:
-    return attempt(run.store, unit, part_name(unit))
+def begin(run: Run, unit: str, exclusive: bool = False) -> AbstractContextManager[int | None]:
+    return attempt(run.store, unit, part_name(unit), exclusive)
 
 
 def failures(output: Path) -> list[dict[str, Any]]:
@@ -308,6 +319,89 @@ def test_a_worker_process_error_says_how_it_ended() -> None:
     assert replace(make_unit(), limit=1).isolation is None
 
 
+# Several launches of one run share its units
+
+
+def test_an_exclusive_attempt_does_not_begin_while_another_is_at_work(output: str) -> None:
+    run = make_run(output)
+    leave_marks(run, "a-1", ended_process())
+    with begin(run, "a-1", exclusive=True) as died:
+        assert died == 3
+        with begin(run, "a-1", exclusive=True) as second:
+            assert second is None
+        with begin(run, "b-1", exclusive=True) as other:
+            assert other == 0
+    leave_marks(run, "c-1", elsewhere(), count=1)
+    with begin(run, "c-1", exclusive=True) as died:
+        assert died is None
+    with begin(run, "c-1") as died:  # on a runner, which repeats the units of machines that it has lost
+        assert died == 0
+
+
+@pytest.mark.parametrize("ends", ["commits", "is lost"])
+def test_a_launch_waits_for_the_unit_of_another_machine_and_takes_it_if_that_is_lost(
+    ends: str, corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(corpus / "in", tmp_path)
+    first = job.units[0]
+    leave_marks(job.run, first.id, elsewhere(), count=1)
+    (mark,) = (tmp_path / ATTEMPTS).iterdir()
+    committed_before = []
+
+    def end(_: float) -> None:
+        committed_before.append(committed(job.run))
+        if ends == "commits":
+            mark.unlink()
+            run_unit(job.steps(), first)
+        else:
+            os.utime(mark, (0, 0))
+
+    monkeypatch.setattr("mmbeam.transforms.plan.time.sleep", end)
+    report = job.execute()
+    assert committed_before == [{unit.id for unit in job.units[1:]}]
+    kept = int(ends == "commits")
+    assert (report.units_written, report.units_kept, report.tally.rows) == (len(job.units) - kept, kept, 24)
+    assert read_parts(tmp_path) == read_parts(corpus / "out")
+    assert not list((tmp_path / ATTEMPTS).iterdir())
+
+
+def test_a_launch_that_waits_for_others_ends_when_the_run_is_stopped(
+    corpus: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = make_job(corpus / "in", tmp_path)
+    leave_marks(job.run, job.units[0].id, elsewhere(), count=1)
+    monkeypatch.setattr("mmbeam.transforms.plan.time.sleep", lambda _: stop_run(job.run, "too many failures"))
+    with pytest.raises(FailureRateError, match="too many failures"):
+        list(wait_for_others(job.run, job.units[:1], lambda units: ()))
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("workers", [1, 2])
+def test_two_launches_share_the_units_and_the_second_takes_those_of_the_first_when_it_is_killed(
+    workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make_corpus(tmp_path / "in", {0: "hold"}, number=8)
+    make_job(tmp_path / "in", tmp_path / "undisturbed").execute()
+    held = tmp_path / "held"
+    held.mkdir()
+    monkeypatch.setenv("HOLD", str(held))
+    with launch(tmp_path / "in", tmp_path / "out", workers) as first:
+        while not (held / "held").exists():
+            time.sleep(0.01)
+        with launch(tmp_path / "in", tmp_path / "out", workers) as second:
+            folders = [tmp_path / "out" / "data", tmp_path / "out" / ATTEMPTS]
+            while sum(len(list(folder.iterdir())) for folder in folders if folder.exists()) < 8:
+                assert second.poll() is None
+                time.sleep(0.01)
+            first.kill()
+            assert second.wait() == 0
+    assert read_parts(tmp_path / "out") == read_parts(tmp_path / "undisturbed")
+    assert not list((tmp_path / "out" / ATTEMPTS).iterdir())
+    windows = Counter(path.name.split("-")[1] for path in held.glob("window-*"))
+    assert {number for number, count in windows.items() if count > 1} == {"0"}
+    assert len(windows) == 8
+
+
 # Files that were damaged or added later
 
 
@@ -448,14 +542,21 @@ def test_a_disk_that_fills_while_rows_are_written_is_raised(corpus: Path, tmp_pa
     assert read_parts(tmp_path) == read_parts(corpus / "out")
 
 
-LAUNCH = "import sys; from killers import make_job; make_job(sys.argv[1], sys.argv[2]).execute()"
+LAUNCH = """
+import sys
+from killers import make_job
+import mmbeam.transforms.plan
+mmbeam.transforms.plan.POLL_SECONDS = 0.1
+make_job(sys.argv[1], sys.argv[2], workers=int(sys.argv[3])).execute()
+"""
 
 
-def launch(corpus: Path, output: Path) -> "subprocess.Popen[bytes]":
+def launch(corpus: Path, output: Path, workers: int = 1) -> "subprocess.Popen[bytes]":
     """Start the job in a process of its own, which marked samples end."""
     folders = [str(Path(__file__).parent), str(Path(__file__).parents[1])]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(folders)}
-    return subprocess.Popen([sys.executable, "-c", LAUNCH, str(corpus), str(output)], env=environment)
+    arguments = [str(corpus), str(output), str(workers)]
+    return subprocess.Popen([sys.executable, "-c", LAUNCH, *arguments], env=environment)
 
 
 @pytest.mark.torture

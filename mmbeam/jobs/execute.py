@@ -1,10 +1,11 @@
 """A job from its pipe expression to its report: by a Beam runner, or by worker processes of this machine."""
 
 import logging
+import random
 import re
 import resource
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial, reduce
@@ -16,10 +17,10 @@ from apache_beam.runners.runner import PipelineResult, PipelineState
 
 from mmbeam import errors
 from mmbeam.errors import FailureRateError, FlowError, JobError, MissingModalityError, ShardError, UsageError
-from mmbeam.jobs.cluster import runner_error, workers_are_here
+from mmbeam.jobs.cluster import runner_error, runner_of, workers_are_here
 from mmbeam.jobs.isolate import Isolate
-from mmbeam.jobs.options import UNITS_PER_DEVICE, JobOptions, is_waited_for, pipeline_options
-from mmbeam.jobs.workers import make_workers
+from mmbeam.jobs.options import IN_PROCESS, UNITS_PER_DEVICE, JobOptions, is_waited_for, pipeline_options
+from mmbeam.jobs.workers import make_workers, run_unit
 from mmbeam.models.placement import devices_of, lease_device, release_device
 from mmbeam.names import Modality
 from mmbeam.process import progress
@@ -34,7 +35,7 @@ from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
 from mmbeam.stages.label import LabelStage
-from mmbeam.transforms.plan import Plan, Summarize, summarize
+from mmbeam.transforms.plan import Plan, Summarize, summarize, wait_for_others
 from mmbeam.transforms.read import ReadFeatures, ReadShards
 from mmbeam.transforms.run_stage import Embed, Generate, Label
 from mmbeam.transforms.write import WriteParquet
@@ -86,7 +87,10 @@ class Job:
             batches = batches | f"{type(step).__name__}{getattr(stage, 'name', None) or number}" >> step  # Batch
         here = workers_are_here(self.options.beam_args)
         devices = len(self._devices()) if here else None
-        return batches | WriteParquet(self.run) | Summarize(self.run, self.check, devices)  # UnitReport, RunReport
+        take = partial(_run_here, partial(replace(self, units=()).steps)) if self._shared else None
+        return (
+            batches | WriteParquet(self.run) | Summarize(self.run, self.check, devices, take)
+        )  # UnitReport, RunReport
 
     def steps(self, isolate: bool = True) -> list[beam.DoFn]:
         """Return the DoFns of the fused stage, from reading to writing, for running without a runner.
@@ -134,8 +138,19 @@ class Job:
             progress.unit_done(report)
         count = min(self.options.workers, len(left))
         steps = replace(self, units=()).steps  # the units are sent one by one
+        if marks(self.run.store):  # other launches are at work: begin at another unit than they
+            begin = random.randrange(len(left))
+            left = left[begin:] + left[:begin]
         with make_workers(steps, devices, count, UNITS_PER_DEVICE) as workers:
+            others: list[WorkUnit] = []
+            by_id = {unit.id: unit for unit in left}
             for report in workers.do(left, progress.add):
+                if report.status == "elsewhere":
+                    others.append(by_id[report.unit])
+                    continue
+                progress.unit_done(report)
+                totals.add(report)
+            for report in wait_for_others(self.run, others, lambda units: workers.do(units, progress.add)):
                 progress.unit_done(report)
                 totals.add(report)
         return summarize(totals, self.run, started, self.check, devices=max(count, len(devices)))
@@ -181,7 +196,12 @@ class Job:
         read = ReadFeatures if self.features else ReadShards
         alone = Isolate(partial(replace(self, units=()).steps, isolate=False), self.stages[0].device)
         windows = self.options.windows.on(self.stages[0].device)
-        return read(needs, self.options.reading, self.run, windows, alone if isolate else None)
+        return read(needs, self.options.reading, self.run, windows, alone if isolate else None, self._shared)
+
+    @property
+    def _shared(self) -> bool:
+        """Whether several launches share the units. A runner on other machines spreads and repeats them itself."""
+        return runner_of(self.options.beam_args) in (*IN_PROCESS, "fnapi")
 
     @property
     def devices(self) -> int:
@@ -195,6 +215,11 @@ class Job:
         """
         device = self.stages[0].device
         return devices_of(device) if workers_are_here(self.options.beam_args) else (device,)
+
+
+def _run_here(steps: Callable[[], Sequence[beam.DoFn]], units: Sequence[WorkUnit]) -> Iterator[UnitReport]:
+    """Run units one after the other, and yield their reports."""
+    return (run_unit(steps(), unit) for unit in units)
 
 
 def plan(

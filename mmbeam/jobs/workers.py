@@ -85,19 +85,24 @@ class UnitWork:
                 Path("/proc/self/oom_score_adj").write_text("1000")
         if unit.isolation is not None:
             process_steps.relay = cast(Any, tell)
-        steps, flow = self.steps(), cast(Iterator[Any], iter([unit]))
-        try:
-            for step in steps:
-                step.start_bundle()
-                flow = chain.from_iterable(map(step.process, flow))
-            report: UnitReport
-            (report,) = flow
-            for step in steps:
-                step.finish_bundle()
-        finally:
-            for step in steps:
-                step.teardown()
-        return report
+        return run_unit(self.steps(), unit)
+
+
+def run_unit(steps: Sequence["beam.DoFn"], unit: WorkUnit) -> UnitReport:
+    """Run the unit as a bundle of one element through the steps of a fused stage, in this process."""
+    flow = cast(Iterator[Any], iter([unit]))
+    try:
+        for step in steps:
+            step.start_bundle()
+            flow = chain.from_iterable(map(step.process, flow))
+        report: UnitReport
+        (report,) = flow
+        for step in steps:
+            step.finish_bundle()
+    finally:
+        for step in steps:
+            step.teardown()
+    return report
 
 
 def share_cores(count: int, workers: int) -> list[int]:

@@ -1,4 +1,4 @@
-"""Marks of attempts at units, from which later attempts see that earlier ones died.
+"""Marks of attempts at units, from which later attempts see that earlier ones died, and others that one is at work.
 
 A mark is created when an attempt begins and removed when it ends, with success or by an exception. What remains is the
 mark of an attempt whose process ended: killed, crashed in a codec, or out of memory. A reader in the same process
@@ -30,10 +30,12 @@ _beat: threading.Thread | None = None
 
 
 @contextmanager
-def attempt(store: Store, unit_id: str, part: str) -> Iterator[int]:
+def attempt(store: Store, unit_id: str, part: str, exclusive: bool = False) -> Iterator[int | None]:
     """Mark an attempt at the unit, and yield the number of earlier ones that ended their processes.
 
-    `part` is the file that commits the unit. The marks of the earlier attempts stay until it exists.
+    `part` is the file that commits the unit. The marks of the earlier attempts stay until it exists. If `exclusive`,
+    yield None if another attempt is at work. Of two that begin simultaneously the second sees the mark of the first;
+    perhaps each sees that of the other, and both get None.
     """
     dead = [name for name in marks(store).get(unit_id, ()) if is_left_behind(store, f"{ATTEMPTS}/{name}")]
     name = f"{ATTEMPTS}/{unit_id}-{uuid.uuid4().hex[:12]}.json"
@@ -41,12 +43,18 @@ def attempt(store: Store, unit_id: str, part: str) -> Iterator[int]:
     store.create(name, content)
     hold(store, name, content)
     try:
-        yield len(dead)
+        yield None if exclusive and is_held(store, unit_id, name) else len(dead)
         if dead and store.exists(part):
             for other in dead:
                 store.remove(f"{ATTEMPTS}/{other}")
     finally:
         release(store, name)
+
+
+def is_held(store: Store, unit_id: str, but: str = "") -> bool:
+    """Return whether a process that may be alive holds a mark of the unit, other than the file `but`."""
+    paths = (f"{ATTEMPTS}/{name}" for name in marks(store).get(unit_id, ()))
+    return any(path != but and store.exists(path) and not is_left_behind(store, path) for path in paths)
 
 
 def marks(store: Store) -> dict[str, list[str]]:

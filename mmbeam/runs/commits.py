@@ -230,6 +230,7 @@ class Totals:
     sums: Sums = field(default_factory=Sums)  # of all units but the parts
     parts: dict[str, tuple[Sums, list[Part]]] = field(default_factory=dict)  # by path of the shard
     failed: dict[str, UnitReport] = field(default_factory=dict)
+    elsewhere: set[str] = field(default_factory=set)  # units at which other processes are
     packs: list[UnitReport] = field(default_factory=list)  # with an unreadable shard
     committed: bytearray = field(default_factory=bytearray)  # digests of the units, one after the other
     written: bytearray = field(default_factory=bytearray)  # digests of those that this launch wrote
@@ -245,6 +246,9 @@ class Totals:
 
     def add(self, report: UnitReport) -> None:
         """Add a unit. Raises FlowError if its counts are inconsistent."""
+        if report.status == "elsewhere":
+            self.elsewhere.add(report.unit)
+            return
         check_conserved(report.tally, f"unit {report.unit}")
         if any("error" in source for source in report.inputs):
             self.packs.append(replace(report, tally=Tally()))
@@ -279,6 +283,7 @@ class Totals:
             known_sums.add(sums)
             known_parts += parts
         self.failed |= totals.failed
+        self.elsewhere |= totals.elsewhere
         self.packs += totals.packs
         self.committed += totals.committed
         self.written += totals.written
@@ -286,7 +291,8 @@ class Totals:
 
     def reported(self, ids: Iterable[str]) -> Iterator[tuple[str, bool]]:
         """Yield each of `ids` and whether its unit was reported."""
-        known = np.concatenate([_digests(self.committed), _digests(b"".join(map(_digest, self.failed)))])
+        others = b"".join(map(_digest, [*self.failed, *self.elsewhere]))
+        known = np.concatenate([_digests(self.committed), _digests(others)])
         yield from _contained(ids, known)
 
     def have_committed(self, ids: Iterable[str]) -> Iterator[tuple[str, bool]]:

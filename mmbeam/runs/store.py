@@ -343,7 +343,7 @@ def process_identity() -> dict[str, Any]:
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "space": _process_namespace(),
-        "start": _start(os.getpid()),
+        "start": _state(os.getpid())[1],
     }
 
 
@@ -352,7 +352,8 @@ def process_is_gone(identity: Mapping[str, Any]) -> bool | None:
     if identity.get("space", identity["host"]) not in (_process_namespace(), socket.gethostname()):
         return None
     pid = int(identity["pid"])
-    return not process_exists(pid) or identity.get("start") not in (None, _start(pid))
+    state, start = _state(pid)
+    return not process_exists(pid) or state == "Z" or identity.get("start") not in (None, start)
 
 
 @cache
@@ -365,12 +366,16 @@ def _process_namespace() -> str:
         return socket.gethostname()
 
 
-def _start(pid: int) -> int | None:
-    """Return when the process started, in the system's ticks; None if unknown. Process ids are reused."""
+def _state(pid: int) -> tuple[str | None, int | None]:
+    """Return the state of the process ("Z": ended, not yet reaped) and when it started, in the system's ticks.
+
+    Process ids are reused, so that only both identify a process. None if unknown.
+    """
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19])
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return fields[0], int(fields[19])
     except (OSError, IndexError, ValueError):
-        return None
+        return None, None
 
 
 def process_exists(pid: int) -> bool:

@@ -1,5 +1,8 @@
 """Plan and Summarize: work units spread over the workers, and a check that each was reported."""
 
+import json
+import logging
+import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
@@ -8,18 +11,24 @@ import apache_beam as beam
 from apache_beam.pipeline import AppliedPTransform, PipelineVisitor
 
 from mmbeam.config import FieldMap
-from mmbeam.errors import FlowError
+from mmbeam.errors import FailureRateError, FlowError
 from mmbeam.names import TASKS
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.samples import with_rows
 from mmbeam.readers.units import GENERATE_UNIT_BYTES, UNIT_BYTES, plan_units
+from mmbeam.runs.attempts import is_held
 from mmbeam.runs.commits import Totals, report_of
-from mmbeam.runs.control import check_failure_rate, clear_stop
+from mmbeam.runs.control import check_failure_rate, clear_stop, stop_reason
 from mmbeam.runs.plan import Launch, extend_plan, launch_of, repair, unit_from_line
 from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import write_summary
 from mmbeam.types import RunReport, UnitReport, WorkUnit
 
+log = logging.getLogger(__name__)
+
+POLL_SECONDS = 5.0  # between looks at the units of other processes
+SAY_SECONDS = 300.0  # between messages about them
+Take = Callable[[Sequence[WorkUnit]], Iterable[UnitReport]]  # runs units in this process
 LOST_SHOWN = 5  # of units that were not reported, in an error
 
 
@@ -82,11 +91,18 @@ class Summarize(beam.PTransform):
 
     `check` is called with the report after it is written, and raises an error if the job must fail. `devices` is the
     number of devices that compute, None if unknown. Raises FlowError if a unit that a Plan step of this pipeline
-    planned for the run was not reported.
+    planned for the run was not reported. `take` runs units that other processes have left, if ReadShards is `shared`.
     """
 
-    def __init__(self, run: Run, check: Callable[[RunReport], None] | None = None, devices: int | None = 1) -> None:
+    def __init__(
+        self,
+        run: Run,
+        check: Callable[[RunReport], None] | None = None,
+        devices: int | None = 1,
+        take: Take | None = None,
+    ) -> None:
         super().__init__()
+        self.take = take
         self.run = run
         self.check = check
         self.devices = devices
@@ -98,7 +114,13 @@ class Summarize(beam.PTransform):
             | "Sum" >> beam.CombineGlobally(Sum())  # Totals
             | "Summary"
             >> beam.Map(
-                summarize, self.run, time.time(), self.check, self.devices, planned_in(reports.pipeline, self.run)
+                summarize,
+                self.run,
+                time.time(),
+                self.check,
+                self.devices,
+                planned_in(reports.pipeline, self.run),
+                self.take,
             )  # RunReport
         )
 
@@ -150,11 +172,18 @@ def summarize(
     check: Callable[[RunReport], None] | None,
     devices: int | None = 1,
     launches: Sequence[Launch] = (),
+    take: Take | None = None,
 ) -> RunReport:
     """Write and check the summary of a launch from the sum of all units; `started` is in Unix time.
 
-    Raises FlowError if a unit of `launches` has no report.
+    First wait for the units at which other processes are, and let `take` run those that they have left. Raises
+    FlowError if a unit of `launches` has no report.
     """
+    if take is not None and totals.elsewhere:
+        lines = (line for launch in launches for line in launch.lines() if json.loads(line)["id"] in totals.elsewhere)
+        others, totals.elsewhere = list(map(unit_from_line, lines)), set()
+        for report_there in wait_for_others(run, others, take):
+            totals.add(report_there)
     ids = (unit for launch in launches for unit in launch.ids())
     lost = sorted({unit for unit, was_reported in totals.reported(ids) if not was_reported})
     for unit in lost:
@@ -172,3 +201,33 @@ def summarize(
     if check is not None:
         check(report)
     return report
+
+
+def wait_for_others(run: Run, units: Sequence[WorkUnit], take: Take) -> Iterator[UnitReport]:
+    """Yield the reports of units at which other processes are, as they are committed.
+
+    `take` runs units whose attempts have ended without a commit. Raises FailureRateError if the run is stopped.
+    """
+    left = {unit.id: unit for unit in units}
+    said = 0.0
+    while left:
+        if (reason := stop_reason(run)) is not None:
+            raise FailureRateError(reason)
+        before = len(left)
+        free = []
+        for unit in list(left.values()):
+            report = report_of(run, unit.id)
+            if report is not None:
+                del left[unit.id]
+                yield report
+            elif not is_held(run.store, unit.id):
+                free.append(unit)
+        for report in take(free) if free else ():
+            if report.status != "elsewhere":
+                del left[report.unit]
+                yield report
+        if len(left) == before:
+            if time.monotonic() - said > SAY_SECONDS:
+                said = time.monotonic()
+                log.warning("%s: waiting for %d units at which other processes are", run.store, len(left))
+            time.sleep(POLL_SECONDS * (0.5 + random.random()))  # random, so that two do not meet again and again

@@ -34,7 +34,8 @@ class ReadShards(beam.PTransform):
 
     With a `run`, a committed unit is not read again: it passes as one empty batch that holds its report.
     The batches of a unit come in order and stay in one fused stage. With `isolate` too, attempts at units are marked,
-    and `isolate` runs a unit of which MAX_ATTEMPTS have ended their processes.
+    and `isolate` runs a unit of which MAX_ATTEMPTS have ended their processes. If `shared`, a unit at which another
+    process is passes as one empty batch whose report has the status "elsewhere".
     """
 
     read: Read = staticmethod(read_batches)
@@ -46,9 +47,10 @@ class ReadShards(beam.PTransform):
         run: Run | None = None,
         windows: Windows | None = None,
         isolate: Isolate | None = None,
+        shared: bool = False,
     ) -> None:
         super().__init__()
-        self.dofn = ReadUnits(self.read, needs, reading, run, windows, isolate)
+        self.dofn = ReadUnits(self.read, needs, reading, run, windows, isolate, shared)
 
     def expand(self, units: beam.PCollection[WorkUnit]) -> beam.PCollection[Batch]:
         """Apply the step."""
@@ -86,6 +88,7 @@ class ReadUnits(beam.DoFn):
         run: Run | None,
         windows: Windows | None,
         isolate: Isolate | None = None,
+        shared: bool = False,
     ) -> None:
         self.read = read
         self.needs = needs
@@ -93,6 +96,7 @@ class ReadUnits(beam.DoFn):
         self.run = run
         self.windows = windows or Windows()
         self.isolate = isolate
+        self.shared = shared
         if (
             run is not None
             and run.configuration.get("reading", self.reading.configuration()) != self.reading.configuration()
@@ -114,8 +118,16 @@ class ReadUnits(beam.DoFn):
             if self.run is None or self.isolate is None or unit.isolation is not None:
                 yield from self._read(unit)
                 return
-            with attempt(self.run.store, unit.id, part_name(unit.id)) as died:
-                if died < MAX_ATTEMPTS:
+            exclusive = self.shared and not unit.replace
+            with attempt(self.run.store, unit.id, part_name(unit.id), exclusive) as died:
+                if exclusive:
+                    if died is None:
+                        yield Batch(unit=unit, index=0, last=True, report=UnitReport(unit=unit.id, status="elsewhere"))
+                        return
+                    if (report := report_of(self.run, unit.id)) is not None:  # committed since the look above
+                        yield Batch(unit=unit, index=0, last=True, report=report)
+                        return
+                if died is None or died < MAX_ATTEMPTS:
                     yield from self._read(unit)
                     return
                 log.warning("unit %s: %d attempts ended their processes; it runs in a child process", unit.id, died)

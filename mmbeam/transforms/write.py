@@ -84,8 +84,9 @@ class _Write(beam.DoFn):
             record_error(error)
             raise
         if report is not None:
-            progress.unit_done(report)
-            count_unit(report)
+            if report.status != "elsewhere":
+                progress.unit_done(report)
+                count_unit(report)
             yield report
 
     def _write(self, batch: Batch) -> UnitReport | None:

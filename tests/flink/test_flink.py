@@ -329,6 +329,23 @@ def test_a_lost_worker_pool_is_named_and_the_same_command_resumes(known: Known, 
     assert_nothing_lost(job, known, committed, seen)
 
 
+def test_a_process_without_a_runner_takes_the_units_that_a_lost_task_manager_leaves(
+    known: Known, flink: Cluster, tmp_path: Path
+) -> None:
+    """It leaves those at which the other TaskManager is. Flink then finds every unit committed."""
+    job = Traced(known, flink, tmp_path)
+    committed, seen = job.wait_for_the_middle()
+    flink.kill("taskmanager1")
+    flink.kill("pool1")
+    traced = [sys.executable, str(HERE / "traced.py"), str(job.trace_file), "0"]
+    helper = run(*traced, *command(known, "embed", str(job.output), []))
+    assert helper.returncode == 0, helper.stderr
+    assert_nothing_lost(job, known, committed, seen)
+    flink.start()
+    assert job.wait() == 0, job.errors
+    assert_same(read_parts(job.output), known.parts)
+
+
 # Errors
 
 
