@@ -40,9 +40,9 @@ def attempt(store: Store, unit_id: str, part: str, exclusive: bool = False) -> I
     dead = [name for name in marks(store).get(unit_id, ()) if is_left_behind(store, f"{ATTEMPTS}/{name}")]
     name = f"{ATTEMPTS}/{unit_id}-{uuid.uuid4().hex[:12]}.json"
     content = json.dumps(process_identity()).encode()
-    store.create(name, content)
-    hold(store, name, content)
+    hold(store, name, content)  # first: a fault may be reported after the mark was created
     try:
+        store.create(name, content)
         yield None if exclusive and is_held(store, unit_id, name) else len(dead)
         if dead and store.exists(part):
             for other in dead:

@@ -85,12 +85,14 @@ def _files(run: Run, known_files: int = 0) -> list[str]:
 def _try_add(run: Run, number: int, units: Sequence[WorkUnit]) -> bool:
     """Write units as the plan file of this number; False if another launch has written that file."""
     path = run.store.scratch_file(".jsonl")  # a million lines would take a gigabyte
-    with path.open("w", encoding="utf-8") as file:
-        file.writelines(json.dumps(unit_to_json(unit)) + "\n" for unit in units)
     try:
+        with path.open("w", encoding="utf-8") as file:
+            file.writelines(json.dumps(unit_to_json(unit)) + "\n" for unit in units)
         run.store.create(f"{PLAN}/{_file_name(number)}", path)
     except FileExistsError:
         return False
+    finally:
+        path.unlink(missing_ok=True)
     return True
 
 
