@@ -59,6 +59,16 @@ def test_the_job_finds_the_cluster_and_its_worker_pools(args: Any, cluster: Any)
     )
 
 
+def test_the_pool_is_the_one_in_the_image_that_restarts_workers(cluster: Any) -> None:
+    pool = worker_pool(cluster)
+    program, script, address = pool["command"]
+    assert program == "python"
+    assert address == f"127.0.0.1:{pool['ports'][0]['containerPort']}"  # not reachable from other pods
+    assert "('127.0.0.1', 50000)" in pool["readinessProbe"]["exec"]["command"][2]
+    copied = f"COPY deploy/flink/{Path(script).name} {Path(script).parent}/"
+    assert copied in (MANIFESTS.parents[1] / "docker" / "Dockerfile").read_text()
+
+
 def test_one_process_per_gpu_of_the_image_that_also_submits(args: Any, job: Any, cluster: Any) -> None:
     pool = worker_pool(cluster)
     assert pool["resources"]["limits"]["nvidia.com/gpu"] == "1"

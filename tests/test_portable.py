@@ -10,7 +10,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import pytest
+from apache_beam.metrics import MetricsFilter
 from beam_servers import Server, prism_binary
 from fsspec.core import url_to_fs
 from known import Known, assert_same, counts, options, read_parts
@@ -92,8 +94,23 @@ def test_prism_with_an_external_worker_pool_writes_the_same_rows(
     [("job_service", "s3"), ("prism", "gcs"), pytest.param("two_processes", "s3", marks=pytest.mark.torture)],
 )
 def test_from_an_object_store_to_an_object_store(
-    known: Known, worker_pool: list[str], store: str, runner: str, tmp_path: Path, request: pytest.FixtureRequest
+    known: Known,
+    worker_pool: list[str],
+    store: str,
+    runner: str,
+    tmp_path: Path,
+    request: pytest.FixtureRequest,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """The runner's own metrics show the counters."""
+    results: list[Any] = []
+    run = beam.Pipeline.run
+
+    def keep(pipeline: beam.Pipeline) -> Any:
+        results.append(run(pipeline))
+        return results[-1]
+
+    monkeypatch.setattr(beam.Pipeline, "run", keep)
     if store not in STORES:
         pytest.skip(report_header())
     source, output = fresh_output(store, tmp_path), fresh_output(store, tmp_path)
@@ -105,6 +122,13 @@ def test_from_an_object_store_to_an_object_store(
     else:
         beam_args = (*request.getfixturevalue(runner), *worker_pool)
         report = embed(replace(in_process, output=output, beam_args=beam_args))
+        metrics = results[0].metrics().query(MetricsFilter().with_namespace("mmbeam"))
+        counters = {counter.key.metric.name: counter.result for counter in metrics["counters"]}
+        names = ("units_written", "samples", "rows", "failed", "bytes_read")
+        expected = (report.units_written, *(getattr(report.tally, name) for name in names[1:]))
+        assert tuple(map(counters.get, names)) == expected
+        (seconds,) = [d.result for d in metrics["distributions"] if d.key.metric.name == "unit_ms"]
+        assert seconds.count == report.units_written
     assert counts(report) == counts(embed(in_process)) == counts(known.report)
     fs, path = url_to_fs(output)
     fs.get(f"{path}/data", str(tmp_path / "data"), recursive=True)

@@ -2,7 +2,7 @@
 
     python deploy/flink/worker_pool.py HOST:PORT
 
-Clients that can connect to the pool can start processes. The image of deploy/docker contains Beam's own pool.
+Clients that can connect to the pool can start processes. The image of deploy/docker contains it.
 """
 
 import os

@@ -143,6 +143,9 @@ def test_one_fused_stage_over_both_task_managers_and_one_model_per_process(
     loads = Counter(pid for pid, step, _ in job.trace if step == "load")
     assert list(loads.values()) == [1, 1]
     assert {pid for pid, step, _ in job.trace if step == "run"} == set(loads)
+    accumulators = str(flink.get(f"jobs/{job.id}/accumulators"))  # where Flink keeps Beam's counters
+    for name in ("units_written", "samples", "rows", "compute_ms", "unit_ms"):
+        assert name in accumulators
 
 
 class Traced:
