@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.epilog = (
         "Example: mmbeam label --input 'shards/*.tar' --output out --task classify --model google/vit-base-patch16-224."
     )
-    job_arguments(parser)
+    job_arguments(parser, features=True)
     parser.add_argument(
         "--model", required=True, metavar="MODEL", help="hub name with optional @revision, or a directory"
     )
@@ -90,7 +90,7 @@ def _options(args: argparse.Namespace) -> "LabelOptions":
         threshold=args.threshold,
         segments=args.segments,
     )
-    shared = shared_options(args)
+    shared = shared_options(args, features=True)
 
     from mmbeam.jobs.label import LabelOptions  # slow
 

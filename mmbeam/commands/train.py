@@ -17,6 +17,7 @@ from mmbeam.commands.common import (
     modalities_of,
     positive,
 )
+from mmbeam.errors import UsageError
 from mmbeam.names import (
     BUILTIN_ENCODERS,
     FUSION_MODALITIES,
@@ -32,13 +33,16 @@ from mmbeam.names import (
 if TYPE_CHECKING:
     from mmbeam.training.options import TrainOptions
 
-ABOUT = "Train a fusion model, which writes captions from image, audio and text, on shards or features."
+ABOUT = "Train a fusion model, which writes captions from image, audio and text, or a classification head."
 EPILOG = """\
 Samples are split by a hash of their keys into training, validation and test. After each epoch the model is scored on
 the validation split, and the best weights are kept. The test split is read once, at the end. To resume a training, run
 the same command again. To use the model: mmbeam caption --model MODEL_DIR
 
-Example: mmbeam train --input 'shards/*.tar' --output model --epochs 10
+--task classify trains a linear layer on features, for labels of your own. To use it: mmbeam label --model MODEL_DIR
+
+Examples: mmbeam train --input 'shards/*.tar' --output model --epochs 10
+          mmbeam train --input features --task classify --label species --output head
 
 Several processes or GPUs: torchrun --nproc-per-node N -m mmbeam train ...
 """
@@ -56,6 +60,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--output", required=True, metavar="MODEL_DIR", help="local directory for the model")
     parser.add_argument("--overwrite", action="store_true", help="discard any earlier training in --output")
+    parser.add_argument(
+        "--task",
+        choices=("caption", "classify"),
+        default="caption",
+        help="a fusion model that writes captions, or a classification head on features (default: caption)",
+    )
+    parser.add_argument(
+        "--label",
+        metavar="FIELD",
+        help="with --task classify: the field of the samples' JSON, or the column of features, that holds the label, "
+        "or a list of labels",
+    )
     _data_arguments(parser.add_argument_group("data"))
     _model_arguments(parser.add_argument_group("model"))
     _training_arguments(parser.add_argument_group("training"))
@@ -153,7 +169,9 @@ def _model_arguments(group: Group) -> None:
 
 
 def _training_arguments(group: Group) -> None:
-    group.add_argument("--epochs", type=positive, default=20, metavar="N", help="number of epochs (default: 20)")
+    group.add_argument(
+        "--epochs", type=positive, metavar="N", help="number of epochs, at most (default: 20; classify: 100)"
+    )
     group.add_argument("--steps", type=positive, metavar="N", help="number of optimizer steps, instead of --epochs")
     group.add_argument(
         "--batch-size",
@@ -163,7 +181,7 @@ def _training_arguments(group: Group) -> None:
         help="samples per batch, over all processes (default: 64)",
     )
     group.add_argument(
-        "--learning-rate", type=_number, default=1e-3, metavar="R", help="peak learning rate (default: 0.001)"
+        "--learning-rate", type=_number, metavar="R", help="peak learning rate (default: 0.001; classify: 0.003)"
     )
     group.add_argument(
         "--warmup-steps", type=int, metavar="N", help="steps of linear warmup (default: 5 %% of all steps)"
@@ -223,6 +241,10 @@ def _training_arguments(group: Group) -> None:
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     """Train, and yield the scores of the model. In other processes than rank 0, yield nothing."""
+    if args.task == "classify":
+        return (yield from _run_head(args))
+    if args.label is not None:
+        raise UsageError("`label` needs `task` classify, found caption")
     options = _options(args)
 
     from mmbeam.report.progress import TrainingLine
@@ -241,6 +263,59 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
     yield f"best: epoch {training['best_epoch'] + 1} of {training['epoch']}; {_scores_text(report['validation'])}"
     if test["samples"]:
         yield f"test split, {test['samples']:,} samples: {_scores_text(test)}"
+    yield f"model: {options.output}"
+    return 0
+
+
+_HEAD_ARGUMENTS = (  # that apply to --task classify
+    *("input", "output", "overwrite", "task", "label", "column", "split", "allow_local_paths", "epochs", "batch_size"),
+    *("learning_rate", "weight_decay", "patience", "seed", "device"),
+)
+
+
+def _run_head(args: argparse.Namespace) -> Generator[str, None, int]:
+    """Train a classification head, and yield its scores."""
+    if args.label is None:
+        raise UsageError("`task` classify needs `label`, the field or column that holds the labels")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    defaults = vars(parser.parse_args(["--input", "", "--output", ""]))
+    others = [name for name, value in defaults.items() if getattr(args, name) != value and name not in _HEAD_ARGUMENTS]
+    if others:
+        names = ", ".join(f"`{name}`" for name in others)
+        raise UsageError(f"{names}: applies to `task` caption only; omit it with `task` classify")
+
+    from mmbeam.report.progress import TrainingLine
+    from mmbeam.training.head import HeadOptions, train_head
+
+    chosen = {
+        name: getattr(args, name)
+        for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "seed", "device", "allow_local_paths")
+        if getattr(args, name) is not None
+    }
+    options = HeadOptions(
+        input=tuple(args.input),
+        output=args.output,
+        label=args.label,
+        columns=None if args.column is None else tuple(args.column),
+        split_fractions=args.split,
+        patience=args.patience or None,
+        **chosen,
+    )
+    line = TrainingLine(sys.stderr)
+    try:
+        report = train_head(options, overwrite=args.overwrite, reporter=line.show)
+    finally:
+        line.end()
+    samples, test = report["samples"], report["test"]
+    kind = "any number per sample" if report["multi_label"] else "one per sample"
+    yield f"trained: {report['classes']} classes, {kind}; {samples['train']:,} samples, {len(report['losses'])} epochs"
+    yield f"best: epoch {report['best_epoch'] + 1}; validation loss {report['losses'][report['best_epoch']][1]:.3f}"
+    if test["samples"]:
+        yield (
+            f"test split, {test['samples']:,} samples: accuracy {test['accuracy']:.1%}, "
+            f"F1 {test['f1_macro']:.1%} (macro), {test['f1_micro']:.1%} (micro)"
+        )
     yield f"model: {options.output}"
     return 0
 
@@ -273,7 +348,11 @@ def _options(args: argparse.Namespace) -> "TrainOptions":
         "search": args.search or 0,
         "mixed_precision": not args.no_mixed_precision,
     }
-    return TrainOptions(**({name: value for name, value in vars(args).items() if name in names} | converted))
+    known = {name: value for name, value in vars(args).items() if name in names}
+    for name in ("epochs", "learning_rate"):  # their defaults differ by task
+        if known[name] is None:
+            del known[name]
+    return TrainOptions(**known | converted)
 
 
 def _names(text: str | None) -> tuple[str, ...]:

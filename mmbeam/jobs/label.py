@@ -1,4 +1,4 @@
-"""The label job: shards in, one row with the classes, objects, segments or tags of each sample out."""
+"""The label job: shards or features in, one row with the classes, objects, segments or tags of each sample out."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
@@ -8,6 +8,7 @@ from typing import Any
 from mmbeam.clean import parse_image_filter
 from mmbeam.config import Labelling, Reading
 from mmbeam.errors import UsageError
+from mmbeam.features.files import check_columns
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
 from mmbeam.jobs.inputs import check_modalities, inputs_of
 from mmbeam.jobs.options import JobOptions, check_options, device_of
@@ -46,17 +47,21 @@ def label(options: LabelOptions) -> RunReport:
 def prepare(options: LabelOptions) -> LabelJob:
     """Check everything that can be checked without a model's weights, and plan the work."""
     check_options(options)
-    inputs = inputs_of(options)
+    inputs = inputs_of(options, features=True)
     stage = label_stage(
         options.model,
         **asdict(options.labelling),
+        features=inputs.features,
         device=device_of(options),
         dtype=options.dtype,
         batch_size=options.batch_size,
         image_filter=options.image_filter,
     )
     modalities = stage.spec.modalities
-    check_modalities(inputs.first, modalities, required=False)
+    if inputs.features:
+        check_columns(inputs.files, stage.spec.columns)
+    else:
+        check_modalities(inputs.first, modalities, required=False)
     run = label_run(
         options.output,
         stage,
@@ -72,6 +77,7 @@ def prepare(options: LabelOptions) -> LabelJob:
         units=plan(run, inputs.files, options),
         options=options,
         check=partial(check_present, modalities=modalities, required=()),
+        features=inputs.features,
     )
 
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, cast
 
+import numpy as np
 import pyarrow as pa
 
 from mmbeam.config import Labelling
@@ -22,6 +23,7 @@ from mmbeam.stages.base import ModelStage, good_audio, good_image
 from mmbeam.stages.packing import Pack, PackResults, pack
 from mmbeam.types import Batch, Failure, Needs, Output, Sample
 
+VECTORS_PER_BATCH = 4096  # of features
 TEXT_TOKENS_PER_SAMPLE = 128  # maximum number of padded tokens in a batch of texts, divided by the batch size
 # Images of these tasks keep their size or are enlarged: a batch of 32 would take gigabytes.
 AUTO_IMAGES: dict[LabelTask, int] = {"detect": 8, "segment": 8}
@@ -38,7 +40,8 @@ class LabelStage(ModelStage):
     def key(self) -> str:
         """The identity of the loaded model."""
         loaded = f"{self.digest}:{dtype_name(self.dtype, self.device)}:{self.image_filter}:{self.device}"
-        return f"label:{self.spec.labelling}:{loaded}"
+        source = "features:" if self.spec.columns else ""
+        return f"label:{source}{self.spec.labelling}:{loaded}"
 
     @property
     def column(self) -> str:
@@ -48,7 +51,9 @@ class LabelStage(ModelStage):
 
     @property
     def needs(self) -> Needs:
-        """What to decode of a sample."""
+        """What to decode of a sample, or the columns of features to read."""
+        if self.spec.columns:
+            return Needs(columns=frozenset(self.spec.columns))
         return self.needs_of(self.spec.modalities)
 
     @property
@@ -68,7 +73,20 @@ class LabelStage(ModelStage):
         return load(*self.load_arguments(), image_filter=self.image_filter)
 
     def packs(self, model: Labeller, batch: Batch) -> Iterator[Pack[Any] | PackResults[Any]]:
-        """Yield the images, clips and texts of a window in packs, one modality after the other."""
+        """Yield the images, clips and texts of a window in packs, one modality after the other; or its vectors."""
+        for column in self.spec.columns:
+            rows = [(index, sample.features.get(column.name)) for index, sample in enumerate(batch.samples)]
+            vectors = [(index, vector) for index, vector in rows if vector is not None]
+            for first in range(0, len(vectors), VECTORS_PER_BATCH):
+                some = vectors[first : first + VECTORS_PER_BATCH]
+                yield Pack(
+                    group=column.name,
+                    positions=[index for index, _ in some],
+                    items=[vector for _, vector in some],
+                    weights=[1] * len(some),
+                )
+        if self.spec.columns:
+            return
         for modality in self.spec.modalities:
             positions = [index for index, sample in enumerate(batch.samples) if sample.has(modality)]
             items = model.items(modality, [batch.samples[index] for index in positions])
@@ -104,6 +122,9 @@ class LabelStage(ModelStage):
 
     def known_good(self, model: Labeller, group: str) -> Any:
         """Return an image, a clip or a text that every working model accepts."""
+        for column in self.spec.columns:
+            if column.name == group:
+                return np.zeros(column.width, np.float32)
         if group == "image":
             return good_image()
         if group == "audio":
@@ -116,6 +137,7 @@ class LabelStage(ModelStage):
         failures: list[Failure] = []
         for result in results:
             errors = dict(result.failed)
+            modality = next((c.modality or "" for c in self.spec.columns if c.name == result.group), result.group)
             for positions, computed in result.done:
                 samples = [batch.samples[position] for position in positions]
                 split = model.split(cast(Modality, result.group), computed, samples)
@@ -126,7 +148,7 @@ class LabelStage(ModelStage):
                     else:
                         values.setdefault(position, []).append(value)
             failures += [
-                Failure.of(batch.samples[position], "label", error, modality=result.group, outputs=(self.column,))
+                Failure.of(batch.samples[position], "label", error, modality=modality, outputs=(self.column,))
                 for position, error in errors.items()
             ]
         [output] = self.outputs
@@ -158,6 +180,7 @@ def label_stage(
     top_k: int | None = None,
     threshold: float | None = None,
     segments: SegmentKind | None = None,
+    features: bool = False,
     device: str = "cpu",
     count_tokens: bool = True,
     **options: Any,
@@ -166,7 +189,8 @@ def label_stage(
 
     `labels` are what a zero-shot model looks for, or the names of the classes of a checkpoint that does not name them.
     `templates` turn a label into a text: "a photo of {}". `top_k` and `threshold` limit the labels of a sample, by
-    default as the task does (README). `device` is the device on the workers: "cpu" or "cuda[:N]"; "auto" selects it by
+    default as the task does (README). With `features`, the input is precomputed features, which a head of the user's
+    own takes. `device` is the device on the workers: "cpu" or "cuda[:N]"; "auto" selects it by
     the devices of this machine. `options` are other fields of LabelStage: name, dtype, batch_size, image_filter.
 
     Raises ModelError for an unusable model, UsageError for a task that it cannot do.
@@ -180,12 +204,12 @@ def label_stage(
         threshold=threshold,
         segments=segments,
     )
-    spec = describe(resolved.directory, labelling)
+    spec = describe(resolved.directory, labelling, features)
     return LabelStage(
         model=resolved.reference,
         spec=spec,
         digest=digest(resolved.directory),
         device=resolve_device(device) if device == "auto" else device,
-        count_tokens=count_tokens and "text" in spec.modalities,
+        count_tokens=count_tokens and "text" in spec.modalities and not features,
         **options,
     )

@@ -28,6 +28,7 @@ class Head(NamedTuple):
     labeller: str  # module.class, imported on first use
 
 
+TRAINED = "MmbeamHead"  # a head of the user's own, by `mmbeam train --task classify`
 HEADS: Sequence[Head] = (
     Head(auto.MODEL_FOR_IMAGE_CLASSIFICATION_MAPPING_NAMES.values(), ("classify",), "classify.ImageClassifier"),
     Head(auto.MODEL_FOR_AUDIO_CLASSIFICATION_MAPPING_NAMES.values(), ("classify",), "classify.AudioClassifier"),
@@ -49,6 +50,7 @@ HEADS: Sequence[Head] = (
         "segment.UniversalSegmenter",
     ),
     Head(auto.MODEL_FOR_TOKEN_CLASSIFICATION_MAPPING_NAMES.values(), ("tag",), "tag.Tagger"),
+    Head((TRAINED,), ("classify", "sentiment"), "head.Head"),
 )
 ZERO_SHOT = "zero_shot.ZeroShotClassifier"  # runs any encoder that embeds texts and another modality in one space
 
@@ -70,10 +72,11 @@ def tasks_of(directory: Path) -> tuple[LabelTask, ...]:
     return tuple(task for task in LABEL_TASKS if task in tasks or (task == "zero-shot" and is_joint))
 
 
-def describe(directory: Path, labelling: Labelling) -> LabellerSpec:
+def describe(directory: Path, labelling: Labelling, features: bool = False) -> LabellerSpec:
     """Return the spec of a model from the configuration files in `directory`, without loading weights.
 
-    Raises UsageError for a task that the model cannot do, ModelError if files are missing or unusable.
+    With `features`, the input is precomputed features. Raises UsageError for a task that the model cannot do or an
+    input that it does not take, ModelError if files are missing or unusable.
     """
     quiet_transformers()
     head = head_of(directory)
@@ -84,9 +87,16 @@ def describe(directory: Path, labelling: Labelling) -> LabellerSpec:
             f"`task` {labelling.task}: {directory} is a {architecture_of(directory) or 'model of an unnamed class'}, "
             + (f"which can do {tasks}" if tasks else "which can do none of " + ", ".join(LABEL_TASKS))
         )
-    config = read_config(directory)
+    is_trained = architecture_of(directory) == TRAINED
+    config = None if is_trained else read_config(directory)
     check_weights(directory)
-    return _labeller(directory, labelling.task).describe(directory, config, labelling)
+    spec = _labeller(directory, labelling.task).describe(directory, config, labelling)
+    if not features and is_trained:
+        on_shards: LabellerSpec = _import("head.Head").on_shards(spec)
+        return on_shards
+    if features and not spec.columns:
+        raise UsageError(f"`input`: {directory} takes raw {' and '.join(spec.modalities)}, not features; use shards")
+    return spec
 
 
 def load(

@@ -22,7 +22,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.loading import load_pretrained, read_json
 from mmbeam.names import Modality
 from mmbeam.ops.image import PixelFilter
-from mmbeam.types import Sample
+from mmbeam.types import FeatureColumn, Sample
 
 Scores = np.ndarray[Any, np.dtype[np.float32]]  # [classes] of one sample
 Record = dict[str, Any]  # one element of the column
@@ -70,6 +70,8 @@ class LabellerSpec:
     image_side: int | None = None  # pixels: the shorter side that its preprocessing resizes to
     max_text_tokens: int | None = None  # special tokens included
     notes: tuple[str, ...] = ()  # what the summary says of the model
+    columns: tuple[FeatureColumn, ...] = ()  # features that it takes in place of raw media
+    encoder: Any = None  # the EncoderSpec of a head that makes its own features
 
 
 class Labeller:
