@@ -77,7 +77,10 @@ def prepare(options: CaptionOptions) -> CaptionJob:
     }
     names = ("task", "prompt", "language", "source_language", "decoding", "explain", "engine")
     generate = generate_stage(
-        options.model or SHIPPED_MODEL, **{name: getattr(options, name) for name in names}, **shared
+        options.model or SHIPPED_MODEL,
+        **{name: getattr(options, name) for name in names},
+        **shared,
+        video="video" in inputs.first.modalities,
     )
     if options.engine == "vllm" and workers_are_here(options.beam_args):
         from mmbeam.models.generators import vllm  # imports the families, which takes seconds

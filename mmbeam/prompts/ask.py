@@ -7,7 +7,7 @@ what the sample holds: a caption is about all of its media, any other task about
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import pyarrow as pa
 
@@ -16,7 +16,7 @@ from mmbeam.errors import UsageError
 from mmbeam.names import Kind, Modality, Task
 from mmbeam.prompts.template import PromptField, Template, parse_template
 from mmbeam.prompts.turns import MESSAGES, Turn, parse_turns
-from mmbeam.types import Feature, FeatureColumn, ImageHWC, Output, Sample, Waveform
+from mmbeam.types import Feature, FeatureColumn, ImageHWC, Output, Sample, Video, Waveform
 
 # Default limit of new tokens per task. Only the longest texts are cut, such as a transcript of several minutes.
 NEW_TOKENS: Mapping[Task, int] = {
@@ -28,11 +28,14 @@ NEW_TOKENS: Mapping[Task, int] = {
 }
 # The modalities that a task without a prompt is about, in order of preference.
 ABOUT: Mapping[Task, tuple[Modality, ...]] = {
-    "caption": ("image", "audio"),
+    "caption": ("image", "video", "audio"),
     "transcribe": ("audio", "image"),
     "translate": ("audio", "text", "image"),
     "summarize": ("audio", "text", "image"),
 }
+
+
+VideoInput = Literal["video", "images", "middle"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +52,8 @@ class GeneratorSpec:
     image_side: int | None = None  # pixels: the shorter side that preprocessing resizes to
     max_text_tokens: int | None = None
     max_new_tokens: int | None = None  # the longest text that the model writes; None: unlimited
+    # What the model receives of a video: it itself, its frames as several images, or its middle frame.
+    video: VideoInput | None = None  # None: nothing
     columns: tuple[FeatureColumn, ...] = ()  # features that replace the media of their modalities
     embedding_dim: int | None = None  # of the shared space, if the model has one
     notes: tuple[str, ...] = ()  # what the summary says of the model, such as slower preprocessing
@@ -95,6 +100,7 @@ class Request:
 
     image: ImageHWC | None = None
     audio: tuple[Waveform, int] | None = None  # waveform and sampling rate in Hz
+    video: Video | None = None  # its frames, for GeneratorSpec.video "video" or "images"
     text: str | None = None  # the sample's text, which is translated, summarized or continued
     prompt: str | None = None  # the filled-in template; None: the task's own prompt
     turns: tuple[Turn, ...] = ()  # of a dialogue; the last is the user's, with the image and the audio
@@ -214,10 +220,14 @@ def make_output(spec: GeneratorSpec, instruction: Instruction, columns: tuple[pa
     fields = {field.name for field in prompt_fields(instruction)}
     has_words = instruction.template is not None or instruction.task == "dialogue"  # then the sample's text is optional
     kinds: tuple[Kind, ...] = ("text", "metadata")
+    required = frozenset(spec.required) - ({"text"} if has_words else set())
+    image_or_video: frozenset[Modality] = frozenset()
+    if "image" in required and "video" in media:
+        image_or_video = frozenset({"image", "video"})
     return Output(
-        modalities=frozenset() if fields else media,
+        modalities=image_or_video or (frozenset() if fields else media),
         columns=columns,
-        required=frozenset(spec.required) - ({"text"} if has_words else set()),
+        required=required - image_or_video,
         reads=media.union(kind for kind in kinds if kind in fields),
     )
 
@@ -230,8 +240,14 @@ def make_request(sample: Sample, spec: GeneratorSpec, instruction: Instruction, 
     if spec.takes_prompt and instruction.template is None and instruction.task not in ("caption", "dialogue"):
         present = present[:1]
     values = SampleValues(sample)
+    image, video = sample.image if "image" in present else None, sample.video if "video" in present else None
+    if video is not None and spec.video == "middle":
+        present = [modality for modality in present if modality != "video"]
+        image, video = (video.frames[len(video.frames) // 2] if image is None else image), None
+        present += ["image"] if "image" not in present else []
     return Request(
-        image=sample.image if "image" in present else None,
+        image=image,
+        video=video,
         audio=sample.audio.at(spec.sampling_rate) if sample.audio is not None and "audio" in present else None,
         text=sample.model_text if "text" in present else None,
         prompt=None if instruction.template is None else instruction.template.fill(values),

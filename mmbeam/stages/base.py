@@ -18,7 +18,7 @@ from mmbeam.models.loading import digest, parse_dtype, resolve
 from mmbeam.models.placement import Fault, resolve_device
 from mmbeam.names import Modality
 from mmbeam.stages.packing import Pack, PackResults, launch_pack, memory_limit
-from mmbeam.types import Batch, Failure, ImageHWC, Needs, Stage, Tally, Waveform
+from mmbeam.types import Batch, Failure, ImageHWC, Needs, Stage, Tally, Video, Waveform
 
 # Default samples per batch: on a CPU larger batches gain nothing, on a GPU they fill it.
 AUTO_BATCH_SIZE = {"cpu": 32, "cuda": 256}
@@ -148,6 +148,11 @@ class ModelStage(Stage):
 def good_image() -> ImageHWC:
     """Return an image that every working model accepts: grey, 32 x 32."""
     return np.full((32, 32, 3), 127, np.uint8)
+
+
+def good_video() -> Video:
+    """Return a video that every working model accepts: 4 grey frames in 2 seconds."""
+    return Video(frames=(good_image(),) * 4, times=(0.0, 0.5, 1.0, 1.5), seconds=2.0, size=(32, 32))
 
 
 def good_audio() -> tuple[Waveform, int]:

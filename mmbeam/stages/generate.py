@@ -35,9 +35,9 @@ from mmbeam.prompts.ask import (
 )
 from mmbeam.prompts.turns import Turn
 from mmbeam.runs.rows import covers
-from mmbeam.stages.base import ModelStage, good_audio, good_image, scatter_values
+from mmbeam.stages.base import ModelStage, good_audio, good_image, good_video, scatter_values
 from mmbeam.stages.packing import Pack, PackResults, pack
-from mmbeam.types import Batch, Failure, Needs, Output
+from mmbeam.types import Batch, Failure, ImageHWC, Needs, Output
 
 # Maximum number of padded tokens in a batch, divided by batch_size. Tokens still to be generated are included,
 # since the key-value cache of a 7 B model takes about 57 kB per token, 29 MB per sample.
@@ -186,6 +186,7 @@ class GenerateStage(ModelStage):
         shapes = {column.name: (1, column.width) if column.tokens else (column.width,) for column in self.spec.columns}
         return Request(
             image=good_image() if "image" in self.media else None,
+            video=good_video() if self.spec.video not in (None, "middle") and "video" in self.media else None,
             audio=good_audio() if "audio" in self.media else None,
             text="a" if "text" in self.media else None,
             prompt=None if self.instruction.template is None else "a",
@@ -197,11 +198,14 @@ class GenerateStage(ModelStage):
         )
 
     def _filtered(self, request: Request, name: str, value: float) -> Request:
-        if request.image is None:
-            return request
-        pixels_CHW = torch.tensor(request.image, device=self.device).permute(2, 0, 1)
-        filtered_CHW = apply_filter(pixels_CHW[None], name, value)[0]
-        return replace(request, image=np.ascontiguousarray(filtered_CHW.permute(1, 2, 0).cpu().numpy()))
+        def filtered(image: ImageHWC) -> ImageHWC:
+            pixels_CHW = torch.tensor(image, device=self.device).permute(2, 0, 1)
+            filtered_CHW = apply_filter(pixels_CHW[None], name, value)[0]
+            return np.ascontiguousarray(filtered_CHW.permute(1, 2, 0).cpu().numpy())
+
+        image = None if request.image is None else filtered(request.image)
+        video = request.video and replace(request.video, frames=tuple(map(filtered, request.video.frames)))
+        return replace(request, image=image, video=video)
 
     def _columns(self, texts: Mapping[int, tuple[Generated, Attribution]], count: int) -> dict[str, pa.Array]:
         positions = sorted(texts)
@@ -262,7 +266,11 @@ def plan_batches(model: Generator, requests: Sequence[Request], weights: Sequenc
     """
     if model.has_scheduler:
         return [list(range(len(requests)))] if requests else []
-    pixels = [0 if request.image is None else request.image.shape[0] * request.image.shape[1] for request in requests]
+    images = [
+        [image for image in (request.image, *(request.video.frames if request.video else ())) if image is not None]
+        for request in requests
+    ]
+    pixels = [sum(image.shape[0] * image.shape[1] for image in of_request) for of_request in images]
     return pack(weights, size, size * TOKENS_PER_SAMPLE, pixels, size * PIXELS_PER_SAMPLE)
 
 
@@ -294,12 +302,14 @@ def generate_stage(
     batch_size: int | None = None,
     image_filter: tuple[str, float] | None = None,
     engine: Engine = "transformers",
+    video: bool = False,
 ) -> GenerateStage:
     """Return the stage of `model`: a hub name with optional @revision, or a directory. Reads no weights.
 
     `decoding` defaults to greedy, `task` to the model's first. `prompt` is a template over the sample
     (prompts/template.py) that replaces the task's prompt. `device` is the device on the workers: "cpu" or "cuda[:N]".
-    "auto" selects it by the devices of this machine. `explain` adds the attribution of the text to each modality. For
+    "auto" selects it by the devices of this machine. `explain` adds the attribution of the text to each modality. With
+    `video`, samples may have videos, which a model of images receives in one of the ways of GeneratorSpec.video. For
     the others see ModelStage and Request.
 
     Raises ModelError for an unusable model, UsageError for options that contradict each other or the model.
@@ -309,7 +319,7 @@ def generate_stage(
         raise UsageError(
             f"`model` {model}: a model of {resolved.package} writes no texts; expected one of transformers"
         )
-    spec = describe(resolved.directory)
+    spec = describe(resolved.directory, video and engine == "transformers")
     instruction = make_instruction(spec, task, prompt, language, source_language)
     check_instruction(spec, instruction)
     decoding = with_default_tokens(decoding or Decoding(), spec, instruction)

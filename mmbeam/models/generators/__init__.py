@@ -20,7 +20,7 @@ from mmbeam.errors import ModelError, did_you_mean
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import check_weights, quiet_transformers, read_json
 from mmbeam.names import Engine
-from mmbeam.prompts.ask import Decoding, GeneratorSpec, Instruction
+from mmbeam.prompts.ask import Decoding, GeneratorSpec, Instruction, VideoInput
 
 # model_type: module.class, imported when first needed.
 FAMILIES: Mapping[str, str] = {
@@ -104,8 +104,11 @@ def _text_family(model_type: str, architecture: str | None) -> str | None:
     return None
 
 
-def describe(directory: Path) -> GeneratorSpec:
+def describe(directory: Path, video: bool = False) -> GeneratorSpec:
     """Return the spec of a model from the files in `directory`, without its weights.
+
+    With `video`, samples may have videos. A model whose own processor takes videos then runs by it (auto.py), and one
+    that takes several images receives the frames; others receive the middle frame. The spec's notes say so.
 
     Raises ModelError if files are missing, weights are pickled, or the family is unknown.
     """
@@ -116,7 +119,27 @@ def describe(directory: Path) -> GeneratorSpec:
     except ModelError as error:
         raise ModelError(f"{directory}: {error}") from None
     check_weights(directory)
-    return replace(family.describe(directory, config), family=str(config["model_type"]))
+    spec = replace(family.describe(directory, config), family=str(config["model_type"]))
+    return _with_video(spec, directory, config) if video and "image" in spec.modalities else spec
+
+
+def _with_video(spec: GeneratorSpec, directory: Path, config: Mapping[str, Any]) -> GeneratorSpec:
+    if spec.columns:  # it takes features
+        return spec
+    how: VideoInput = "middle"
+    if spec.family in GENERIC:
+        auto = importlib.import_module(f"{__name__}.auto")
+        how = auto.video_input(directory, spec.family)
+        if how != "middle":
+            spec = replace(auto.AutoGenerator.describe(directory, config), family=spec.family)
+    ways = {
+        "video": "videos are passed to the model by the checkpoint's own processor",
+        "images": "the frames of a video are passed to the model as several images",
+        "middle": "the model takes one image: of a video, its middle frame",
+    }
+    media = tuple(modality for modality in spec.modalities if modality != "text")
+    modalities = (*media, "video", *(modality for modality in spec.modalities if modality == "text"))
+    return replace(spec, modalities=modalities, video=how, notes=(*spec.notes, ways[how]))
 
 
 def load(spec: GeneratorSpec, device: torch.device, dtype: torch.dtype, engine: Engine = "transformers") -> Generator:
@@ -139,6 +162,9 @@ def check_engine(engine: Engine, spec: GeneratorSpec, decoding: Decoding, device
 
 
 def _family(spec: GeneratorSpec) -> type[Generator]:
+    if spec.video in ("video", "images"):
+        auto: type[Generator] = importlib.import_module(f"{__name__}.auto").AutoGenerator
+        return auto
     return family_of(spec.family, _architecture(read_json(Path(spec.directory), "config.json")))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 from threading import Lock
 from typing import Any, Self
 
+import numpy as np
 import torch
 import transformers
 from PIL import Image
@@ -33,8 +34,8 @@ from mmbeam.models.loading import load_pretrained, quiet_transformers, read_conf
 from mmbeam.models.recipes import read_image_processor
 from mmbeam.names import TASKS, Modality
 from mmbeam.ops.audio import to_rate
-from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
-from mmbeam.types import Waveform
+from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request, VideoInput
+from mmbeam.types import ImageHWC, Video, Waveform
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +49,8 @@ CLASSES: Mapping[str, str] = {**SPEECH, **modeling_auto.MODEL_FOR_MULTIMODAL_LM_
 PIECE_SECONDS = 30  # the longest piece of audio of a speech model
 TOKENS_PER_MEDIUM = 256  # assumed for the weight of a request
 PREFIXES: Mapping[str, str] = {"paligemma": "caption en"}  # what a model without a chat template is asked by default
+
+SEVERAL_IMAGES = ("gemma3", "gemma4", "idefics2", "idefics3", "mistral3", "aya_vision")
 
 Inputs = dict[str, Any]
 
@@ -102,7 +105,12 @@ class AutoGenerator(PretrainedGenerator):
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """Return the tokens of each request's words, and an estimate for its media."""
         counts = self.count_tokens([self._words(request) for request in requests])
-        media = [(request.image is not None) + (request.audio is not None) for request in requests]
+        media = [
+            (request.image is not None)
+            + (request.audio is not None)
+            + (len(request.video.frames) if request.video else 0)
+            for request in requests
+        ]
         return [1 + count + TOKENS_PER_MEDIUM * number for count, number in zip(counts, media, strict=True)]
 
     def prepare(self, request: Request) -> list[Inputs]:
@@ -132,14 +140,29 @@ class AutoGenerator(PretrainedGenerator):
                 options |= {"audio": [wave], "sampling_rate": self.spec.sampling_rate}
             return [_tensors(self.processor(text=[text], return_tensors="pt", **options))]
         media: list[Any] = [{"type": "image", "image": image}] if image is not None else []
+        options = {}
+        if request.video is not None and self.spec.video == "images":
+            media += [{"type": "image", "image": Image.fromarray(frame)} for frame in request.video.frames]
+        elif request.video is not None:
+            media.append({"type": "video"})
+            options = {"do_sample_frames": False, "video_metadata": [video_metadata(request.video)]}
         media += [{"type": "audio", "audio": wave}] if wave is not None else []
         turns = [(turn.role, turn.text) for turn in request.turns] or [("user", words)]
         messages: list[Any] = [{"role": role, "content": [{"type": "text", "text": text}]} for role, text in turns]
         messages[-1]["content"] = [*media, *messages[-1]["content"]]
-        inputs = self.processor.apply_chat_template(
-            messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
-        )
-        return [_tensors(inputs)]
+        if "video_metadata" not in options:
+            inputs = self.processor.apply_chat_template(
+                messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+            )
+            return [_tensors(inputs)]
+        assert request.video is not None
+        images = {"images": [image]} if image is not None else {}
+        audio = {"audio": [wave]} if wave is not None else {}
+        [rendered] = [self.processor.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)]
+        frames = [np.stack(_of_one_size(request.video.frames))]
+        return [
+            _tensors(self.processor(text=[rendered], videos=frames, return_tensors="pt", **images, **audio, **options))
+        ]
 
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
@@ -228,6 +251,43 @@ class AutoGenerator(PretrainedGenerator):
             for name, value in inputs[0].items()
             if name in names and name != "labels"
         }
+
+
+def video_input(directory: Path, model_type: str) -> VideoInput:
+    """Return what a model of this type receives of a video: by its processor, if that can be loaded."""
+    try:
+        processor = _read_processor(directory)
+    except ModelError as error:  # its family reads its files one by one
+        logger.info("%s", error)
+        return "middle"
+    if _template(processor) is None or model_type in SPEECH:
+        return "middle"
+    if getattr(processor, "video_processor", None) is not None:
+        return "video"
+    return "images" if model_type in SEVERAL_IMAGES else "middle"
+
+
+def video_metadata(video: Video) -> dict[str, Any]:
+    """Return what a video processor is told of the frames: their number, and the rate at which they were chosen."""
+    count = len(video.frames)
+    return {
+        "total_num_frames": count,
+        "fps": count / video.seconds,
+        "frames_indices": list(range(count)),
+        "duration": video.seconds,
+        "width": video.size[0],
+        "height": video.size[1],
+    }
+
+
+def _of_one_size(frames: Sequence[ImageHWC]) -> list[ImageHWC]:
+    """Return frames of the size of the first; a video may change its size."""
+    height, width = frames[0].shape[:2]
+    same = [frame.shape == frames[0].shape for frame in frames]
+    return [
+        frame if is_same else np.asarray(Image.fromarray(frame).resize((width, height)))
+        for frame, is_same in zip(frames, same, strict=True)
+    ]
 
 
 def _read_processor(directory: Path) -> Any:
