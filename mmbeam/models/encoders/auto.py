@@ -30,7 +30,7 @@ from mmbeam.models.encoders.base import Encoded, Encoder, EncoderSpec, encode_wi
 from mmbeam.models.loading import check_weights, load_pretrained, read_config, read_json
 from mmbeam.models.recipes import AS_DECODED, read_image_processor
 from mmbeam.models.tokenizing import TextTokenizer, check_vocabulary, pad, text_limit, vocabulary_size
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import Modality
 from mmbeam.ops.audio import to_rate
 from mmbeam.types import ImageHWC, Waveform
 
@@ -378,10 +378,14 @@ def _routes(model: Any, config: Any, processors: Processors) -> dict[Modality, R
         encoder = model.get_encoder()
         if encoder is not None and encoder.main_input_name == model.main_input_name:
             part = next(name for name, module in model.named_modules() if module is encoder)
-    available = {"image": processors.image, "audio": processors.audio, "text": processors.tokenizer}
+    available: dict[Modality, Any] = {
+        "image": processors.image,
+        "audio": processors.audio,
+        "text": processors.tokenizer,
+    }
     routes: dict[Modality, Route] = {}
-    for modality in MODALITIES:
-        if available[modality] is None:
+    for modality, processor in available.items():
+        if processor is None:
             continue
         towers = [name for name in TOWERS[modality] if isinstance(getattr(model, name, None), torch.nn.Module)]
         if hasattr(model, f"get_{modality}_features"):

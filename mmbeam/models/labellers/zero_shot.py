@@ -5,7 +5,7 @@ once per process. Scores are the softmax over the labels of the cosine times the
 each, with its bias, for SigLIP.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -17,13 +17,16 @@ from mmbeam.errors import ModelError, UsageError
 from mmbeam.models import encoders
 from mmbeam.models.encoders.base import Encoder, EncoderSpec
 from mmbeam.models.labellers.base import LabellerSpec, ScoreLabeller, defaults
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import Modality
 from mmbeam.ops.audio import upload_waves
 from mmbeam.ops.image import PixelFilter, upload_images
 from mmbeam.ops.transfer import to_host
 
 TOP_K = 5
-TEMPLATES = {"image": "This is a photo of {}.", "audio": "This is a sound of {}."}  # those of transformers' pipelines
+TEMPLATES: Mapping[Modality, str] = {  # those of transformers' pipelines
+    "image": "This is a photo of {}.",
+    "audio": "This is a sound of {}.",
+}
 DEFAULT_SCALE = 100.0  # CLIP's, for a model without one of its own
 LABELS_PER_BATCH = 256
 
@@ -43,7 +46,7 @@ class ZeroShotClassifier(ScoreLabeller):
             dims = encoders.describe(directory).dims
         except ModelError:
             return False
-        return "text" in dims and len(dims) > 1
+        return "text" in dims and not dims.keys().isdisjoint(TEMPLATES)
 
     @classmethod
     def describe(cls, directory: Path, config: Any, labelling: Labelling) -> LabellerSpec:
@@ -54,7 +57,7 @@ class ZeroShotClassifier(ScoreLabeller):
         for template in labelling.templates or ():
             if template.count("{}") != 1:
                 raise UsageError(f"`templates` {template!r}: expected one {{}}, which stands for the label")
-        modalities = tuple(modality for modality in MODALITIES if modality in encoder.dims and modality != "text")
+        modalities = tuple(modality for modality in TEMPLATES if modality in encoder.dims)
         return LabellerSpec(
             family=encoder.family,
             directory=str(directory),
