@@ -11,16 +11,16 @@ import transformers
 from pictures import pictures
 from shards import natural_sound
 from test_families import save_llava
-from tiny_auto import CAPTIONERS, Checkpoints
+from tiny_auto import CAPTIONERS, CTC, Checkpoints
 
-from mmbeam.errors import ModelError, PromptError
+from mmbeam.errors import ModelError, PromptError, UsageError
 from mmbeam.jobs.caption import caption_run
 from mmbeam.models.encoders import describe as describe_encoder
 from mmbeam.models.encoders import load as load_encoder
 from mmbeam.models.generators import auto, describe
 from mmbeam.models.generators.auto import CLASSES, PIECE_SECONDS
 from mmbeam.models.recipes import read_image_processor
-from mmbeam.prompts.ask import Request
+from mmbeam.prompts.ask import Decoding, Request
 from mmbeam.prompts.turns import Turn
 from mmbeam.stages.generate import generate_stage
 
@@ -154,6 +154,36 @@ def test_beams_need_texts_that_can_be_scored(models: dict[str, Any], monkeypatch
     monkeypatch.setattr(auto, "score", lambda *_: [0.0])
     with pytest.raises(ModelError, match="cannot score its texts, which `num_beams` needs"):
         hub.generate(models["paligemma"], [Request(image=IMAGES[0])], num_beams=2)
+
+
+@torch.inference_mode()
+@pytest.mark.parametrize("name", ["wav2vec2", pytest.param("hubert", marks=LONG), "parakeet"])
+def test_a_ctc_model_equals_its_processor(name: str, tmp_path: Path) -> None:
+    directory = CTC[name](tmp_path)
+    clips = [natural_sound(seed, seconds, RATE) for seed, seconds in enumerate((0.7, 1.3, 0.7, 32.0))]
+    processor: Any = transformers.AutoProcessor.from_pretrained(directory)
+    model: Any = transformers.AutoModelForCTC.from_pretrained(directory).eval()
+
+    def transcribed(clip: Any) -> str:
+        inputs = processor.feature_extractor(clip, sampling_rate=RATE, return_tensors="pt")
+        return str(processor.batch_decode(model(**inputs).logits.argmax(-1))[0])
+
+    expected = [transcribed(clip) for clip in clips[:3]]
+    expected.append(" ".join(filter(None, map(transcribed, np.array_split(clips[3], 2)))))
+    generator = hub.load_tiny(directory)
+    assert describe(directory).tasks == ("transcribe",)
+    texts = hub.generate(generator, [Request(audio=(clip, RATE), task="transcribe") for clip in clips])
+    assert [text.text for text in texts] == expected
+    assert len(set(expected)) > 1
+    alone = hub.generate(generator, [Request(audio=(clips[2], RATE), task="transcribe")])
+    assert (alone[0].text, alone[0].token_ids) == (texts[2].text, texts[2].token_ids)
+    assert alone[0].logprob == pytest.approx(texts[2].logprob, rel=1e-4)
+    assert alone[0].num_tokens == len(alone[0].token_ids) > 0
+    for option in ({"num_beams": 2}, {"temperature": 0.5}):
+        with pytest.raises(UsageError, match=f"`{next(iter(option))}`: .*CTC"):
+            generate_stage(str(directory), decoding=Decoding(**option))
+    with pytest.raises(UsageError, match="`explain`"):
+        generate_stage(str(directory), explain=True)
 
 
 def test_long_speech_is_transcribed_in_pieces(models: dict[str, Any]) -> None:

@@ -1,5 +1,6 @@
 """Tiny checkpoints of architectures without a family here, from their configurations."""
 
+import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -393,6 +394,40 @@ def save_glmasr(directory: Path) -> Path:
     return save(transformers.GlmAsrForConditionalGeneration, config, directory, processor)
 
 
+LETTERS = "|ETAOINSHRDLU"  # of a CTC model; | is a space
+
+
+def _ctc(name: str, cls: str) -> Callable[[Path], Path]:
+    def build(directory: Path) -> Path:
+        directory.mkdir(parents=True, exist_ok=True)
+        vocabulary = {token: number for number, token in enumerate(("<pad>", "<s>", "</s>", "<unk>", *LETTERS))}
+        (directory / "letters.json").write_text(json.dumps(vocabulary))
+        tokenizer = transformers.Wav2Vec2CTCTokenizer(str(directory / "letters.json"))
+        config = transformers.AutoConfig.for_model(
+            name, **TOWER, conv_dim=(16,) * 7, num_conv_pos_embeddings=16, vocab_size=len(vocabulary), pad_token_id=0
+        )
+        processor: Any = transformers.Wav2Vec2Processor(transformers.Wav2Vec2FeatureExtractor(), tokenizer)
+        return save(getattr(transformers, cls), config, directory, processor)
+
+    return build
+
+
+def save_parakeet(directory: Path) -> Path:
+    """A Parakeet CTC with a tokenizer of bytes; the blank is its padding token."""
+    tokenizer = byte_tokenizer()
+    encoder = TOWER | {"subsampling_conv_channels": 8, "conv_kernel_size": 9}
+    config = transformers.ParakeetCTCConfig(
+        encoder_config=encoder, vocab_size=len(tokenizer), pad_token_id=tokenizer.pad_token_id
+    )
+    processor: Any = transformers.ParakeetProcessor(transformers.ParakeetFeatureExtractor(), tokenizer)
+    return save(transformers.ParakeetForCTC, config, directory, processor)
+
+
+CTC: dict[str, Callable[[Path], Path]] = {
+    "wav2vec2": _ctc("wav2vec2", "Wav2Vec2ForCTC"),
+    "hubert": _ctc("hubert", "HubertForCTC"),
+    "parakeet": save_parakeet,
+}
 CAPTIONERS: dict[str, Callable[[Path], Path]] = {
     "paligemma": save_paligemma,
     "idefics": save_idefics,

@@ -56,6 +56,7 @@ class GeneratorSpec:
     video: VideoInput | None = None  # None: nothing
     columns: tuple[FeatureColumn, ...] = ()  # features that replace the media of their modalities
     embedding_dim: int | None = None  # of the shared space, if the model has one
+    only_greedy: bool = False  # without beams, sampling and scores of given texts
     notes: tuple[str, ...] = ()  # what the summary says of the model, such as slower preprocessing
     # Further columns about a text, by the end of their names. Only a Whisper has them, and only it can be `robust`.
     details: tuple[tuple[str, pa.DataType], ...] = ()
@@ -180,6 +181,9 @@ def with_default_tokens(decoding: Decoding, spec: GeneratorSpec, instruction: In
         )
     if not 0 < decoding.top_p <= 1 or (decoding.top_p < 1 and not decoding.is_sampled):
         raise UsageError(f"`top_p` {decoding.top_p}: expected a number above 0 and at most 1, with `temperature`")
+    if spec.only_greedy and (decoding.num_beams > 1 or decoding.is_sampled):
+        name = "num_beams" if decoding.num_beams > 1 else "temperature"
+        raise UsageError(f"`{name}`: {spec.family} takes the most likely token of each frame (CTC); omit it")
     for name in ("robust", "word_timestamps"):
         if getattr(decoding, name) and not spec.details:
             raise UsageError(f"`{name}`: only for Whisper; {spec.family} has no such option")

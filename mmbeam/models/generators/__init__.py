@@ -66,14 +66,17 @@ _NOT_TEXT = (
 def family_of(model_type: str | None, architecture: str | None = None) -> type[Generator]:
     """Return the class for a model_type and an architecture, if known. Raises ModelError for an unsupported one."""
     model_type = model_type or ""
-    path = FAMILIES.get(model_type) or _family_of_module(model_type) or _text_family(model_type, architecture)
+    is_ctc = architecture is not None and architecture == modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES.get(model_type)
+    path = "ctc.CtcGenerator" if is_ctc else FAMILIES.get(model_type) or _family_of_module(model_type)
+    path = path or _text_family(model_type, architecture)
     path = path or ("auto.AutoGenerator" if model_type in GENERIC else None)
     if path is None:
         suffix = f" with architecture {architecture!r}" if architecture else ""
         raise ModelError(
             f"unsupported model_type {model_type!r}{suffix} for generation{did_you_mean(model_type, FAMILIES)}; "
             "expected one that AutoModelForImageTextToText, AutoModelForMultimodalLM, AutoModelForSpeechSeq2Seq, "
-            f"AutoModelForSeq2SeqLM or AutoModelForCausalLM of transformers {transformers.__version__} loads. "
+            "AutoModelForCTC, AutoModelForSeq2SeqLM or AutoModelForCausalLM of transformers "
+            f"{transformers.__version__} loads. "
             "A new family is one file, mmbeam/models/generators/<model_type>.py: a subclass of "
             "mmbeam.models.generators.base.Generator that describes the model, makes its inputs and weighs them "
             "(docs/families.md)"
