@@ -82,3 +82,5 @@ _DOCUMENTS = ("json", "txt", "md", "html", "xml", "yaml", "yml", "log", "pdf", "
 NOT_INPUTS = (*(suffix[1:] for suffix in TABLE_SUFFIXES), *_DOCUMENTS)
 LIST_SUFFIXES = (".txt", ".list")
 FEATURE_SUFFIX = ".parquet"
+PACK_INDEX = "index.json"  # beside the shards of `mmbeam pack`
+PACK_FAILURES = "failures.jsonl"

@@ -22,7 +22,7 @@ from test_evaluate import CAPTION, WIDTH, vector_output, write_run
 from mmbeam.cli import main
 from mmbeam.errors import UsageError
 from mmbeam.jobs import export as export_module
-from mmbeam.jobs.export import ExportOptions, export, safe_name, shard_key
+from mmbeam.jobs.export import ExportOptions, export, safe_name
 from mmbeam.types import Output
 
 ROWS = [
@@ -142,14 +142,6 @@ def test_shards_hold_the_members_of_the_input_and_the_columns(form: str, tmp_pat
     assert len(added) == 12
     keys = [name.rpartition("/")[2].partition(".")[0] for name in written]
     assert [key for key, _ in itertools.groupby(keys)] == ["0", "1", "2"] * 2  # the members of a sample are adjacent
-
-
-@pytest.mark.parametrize(
-    ("key", "safe"),
-    [("a/b", "a/b"), ("./000", "000"), ("../x", "%2E%2E/x"), ("/etc/passwd", "%/etc/passwd"), ("a/b.c", "a/b%2Ec")],
-)
-def test_a_key_of_an_exported_shard_is_a_path_inside_it(key: str, safe: str) -> None:
-    assert shard_key(key) == safe
 
 
 @given(st.text(max_size=300))

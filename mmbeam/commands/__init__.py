@@ -34,6 +34,7 @@ COMMANDS = (
     "export",
     "inspect",
     "label",
+    "pack",
     "plan",
     "report",
     "rerun",

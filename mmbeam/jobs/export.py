@@ -9,7 +9,6 @@ import html
 import io
 import json
 import re
-import tarfile
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -29,6 +28,7 @@ from mmbeam.features.schema import parse_name
 from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK
 from mmbeam.readers.paths import public_path
 from mmbeam.readers.samples import read_samples
+from mmbeam.readers.tar import BLOCK, safe_key, tar_bytes
 from mmbeam.readers.units import unit_from_json
 from mmbeam.runs.plan import load_plan
 from mmbeam.runs.run import find_run, part_name, recorded_reading
@@ -283,7 +283,7 @@ def _write_tar(rows: WrittenRows, options: ExportOptions, fs: Any, path: str) ->
         for batch in read_columns(rows.store, part, ("shard", "offset", *columns)):
             members |= {SampleId(row.pop("shard"), row.pop("offset")): row for row in batch.to_pylist()}
         fs.makedirs(path, exist_ok=True)
-        with fs.open(f"{path.rstrip('/')}/{unit.id}.tar", "wb") as raw, tarfile.open(fileobj=raw, mode="w|") as tar:
+        with fs.open(f"{path.rstrip('/')}/{unit.id}.tar", "wb") as raw:
             before, repeats = "", 0
             for source in unit.inputs:
                 offsets = [sample.offset for sample in members if sample.shard == source.shard.path]
@@ -291,7 +291,7 @@ def _write_tar(rows: WrittenRows, options: ExportOptions, fs: Any, path: str) ->
                     row = members.pop(sample.id, None)
                     if row is None:
                         continue
-                    key = shard_key(sample.key)
+                    key = safe_key(sample.key)
                     before, repeats = key, repeats + 1 if key == before else 0
                     texts = {
                         f"{name}.{'txt' if isinstance(value, str) else 'json'}": (
@@ -300,20 +300,13 @@ def _write_tar(rows: WrittenRows, options: ExportOptions, fs: Any, path: str) ->
                         for name, value in row.items()
                         if value is not None
                     }
-                    for field, data in {**sample.members, **texts}.items():
-                        member = tarfile.TarInfo(f"{key}{f'-{repeats + 1}' if repeats else ''}.{field}")
-                        member.size = len(data)
-                        tar.addfile(member, io.BytesIO(data))
+                    name = f"{key}-{repeats + 1}" if repeats else key
+                    raw.write(tar_bytes(name, {**sample.members, **texts}))
                     count += 1
+            raw.write(bytes(2 * BLOCK))
         files += 1
         left_out["whose sample could not be read again"] += len(members)
     return count, files, +left_out
-
-
-def shard_key(key: str) -> str:
-    """Return a key as a safe path in a tar, whose last part has no dot: a dot would begin the field."""
-    folder, slash, last = key.removeprefix("./").rpartition("/")
-    return f"{safe_name(folder) if slash else ''}{slash}{safe_name(last).replace('.', '%2E')}"
 
 
 Writer = Callable[[WrittenRows, ExportOptions, Any, str], Written]

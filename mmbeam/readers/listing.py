@@ -22,7 +22,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from mmbeam.config import MIB, FieldMap
 from mmbeam.errors import NoShardsError, ShardError, UsageError, printable, redact
-from mmbeam.names import LIST_SUFFIXES, MODALITIES, NOT_INPUTS, SHARD_SUFFIXES, TABLE_NAMES
+from mmbeam.names import LIST_SUFFIXES, MODALITIES, NOT_INPUTS, PACK_FAILURES, PACK_INDEX, SHARD_SUFFIXES, TABLE_NAMES
 from mmbeam.readers.paths import (
     Info,
     etag_of,
@@ -377,7 +377,7 @@ def _classify_entries(
     elif not shards:  # a folder of tables only
         shards = [entry for entry in visible if is_table(entry[0]) and "/_" not in f"/{entry[0]}"]
     taken = {name for name, _, _ in shards}
-    others = [name for name, _, _ in entries if name not in taken]
+    others = [name for name, _, _ in entries if name not in taken and name not in (PACK_INDEX, PACK_FAILURES)]
     return [place.shard_at(place.prefix + path, info) for _, path, info in shards], {}, others
 
 
@@ -520,7 +520,8 @@ def _suffix(name: str) -> str:
 
 
 def _is_hidden(name: str) -> bool:
-    return any(part.startswith(".") for part in name.split("/"))
+    """Return whether a name begins with a dot, or is in a folder that macOS adds to archives."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
 
 
 def _extension_label(name: str) -> str:

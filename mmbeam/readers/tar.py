@@ -13,6 +13,7 @@ headers and can mislead it. Therefore each part reports the byte of its own firs
 sample after its end, and the run compares them (runs/plan.py).
 """
 
+import hashlib
 import io
 import re
 import sys
@@ -22,12 +23,13 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import BinaryIO, NamedTuple
+from urllib.parse import quote
 
 from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, Limits
 from mmbeam.errors import ShardError
 from mmbeam.readers.decompress import Decompressed, is_compressed
 from mmbeam.readers.paths import split_name
-from mmbeam.types import Damage, InputRead, RawSample
+from mmbeam.types import Damage, InputRead, RawSample, utf8_name
 
 BLOCK = 512
 LOOK_BACK = 4096  # bytes read before a part's cut, to find the extended header of a member directly after the cut
@@ -982,3 +984,52 @@ class TarReader:
 def _add_damage(group: _Group, damage: Damage) -> None:
     if len(group.damages) < DAMAGES_KEPT:
         group.damages.append(damage)
+
+
+# Writing
+
+
+MAX_NAME_BYTES = 200  # of one component of a path; file systems take 255
+
+
+def safe_key(key: str) -> str:
+    """Return a key that a reader of webdataset finds again in the names of members, and that is safe to extract.
+
+    A plain relative path stays as it is. Elsewhere, each component is percent-encoded, and a long one is shortened to
+    its beginning and a digest.
+    """
+    key = utf8_name(key)
+    parts = key.split("/")
+    is_short = all(len(part.encode()) <= MAX_NAME_BYTES for part in parts)
+    if is_short and key.isprintable() and split_name(f"{key}.x") == (key, "x") and {"", ".."}.isdisjoint(parts):
+        return key
+    encoded = []
+    for part in parts:
+        if part in ("", "."):
+            continue
+        name = quote(part, safe=" ,+=@~()!&'").replace(".", "%2E")
+        if name.startswith("__"):
+            name = "%5F" + name[1:]
+        if len(name) > MAX_NAME_BYTES:
+            name = f"{name[: MAX_NAME_BYTES - 20]}~{hashlib.sha256(part.encode()).hexdigest()[:16]}"
+        encoded.append(name)
+    return "/".join(encoded) or "%"
+
+
+def tar_bytes(key: str, members: Mapping[str, bytes]) -> bytes:
+    """Return the members of a sample as part of a tar: headers without times and owners, data, padding."""
+    parts: list[bytes] = []
+    names: set[str] = set()
+    for number, (name, data) in enumerate(members.items()):
+        plain = re.sub(r"[^\w.+-]+", "_", name).strip(".") or "bin"
+        if plain in names:
+            plain = f"{number}.{plain}"
+        names.add(plain)
+        header = tarfile.TarInfo(f"{key}.{plain}")
+        header.size = len(data)
+        parts += [
+            header.tobuf(tarfile.PAX_FORMAT, "utf-8", "surrogateescape"),
+            data,
+            bytes(-len(data) % tarfile.BLOCKSIZE),
+        ]
+    return b"".join(parts)
