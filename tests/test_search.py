@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import browser
 import numpy as np
 import pyarrow.dataset as ds
 import pytest
 import shards
 from test_evaluate import CAPTION, WIDTH, vector_output, write_run
+from test_report_page import HOSTILE, data_of
 from tiny_clip import save_clip
 
 from mmbeam.cli import main
@@ -16,6 +18,7 @@ from mmbeam.errors import JobError, ModelError, SampleError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed
 from mmbeam.jobs.search import SearchOptions, search
 from mmbeam.names import EXTENSIONS
+from mmbeam.report.page import write_results
 
 PARTS = (7, 1, 12)
 
@@ -114,6 +117,41 @@ def test_a_file_finds_its_own_row_and_a_text_its_own(embedded: tuple[Path, list[
     across = search(SearchOptions(run=out, text=text, top=1, device="cpu"))  # the text against the images
     assert across.column == "image_embedding"
     assert across.hits[0].score < 0.999
+
+
+def test_a_page_shows_the_media_texts_and_scores_of_the_hits(
+    embedded: tuple[Path, list[shards.Truth]], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, truths = embedded
+    file, args = tmp_path / "found.html", ["--like", truths[5].key, "--top", "3"]
+    assert main(["search", str(root / "out"), *args, "--html", str(file)]) == 0
+    assert capsys.readouterr().out == f"12 rows compared by image_embedding, 3 shown: {file}\n"
+    assert main(["search", str(root / "out"), *args, "--output", str(file)]) == 0  # replaces its own page
+    data = data_of(file)
+    expected = search(SearchOptions(run=str(root / "out"), like=truths[5].key, top=3)).hits
+    assert [card["key"] for card in data["samples"]] == [hit.row["key"] for hit in expected]
+    assert [card["score"] for card in data["samples"]] == [hit.score for hit in expected]
+    assert all(card["image"].startswith("data:image/jpeg") and card["texts"] for card in data["samples"])
+    mine = tmp_path / "mine.html"
+    mine.write_text("mine")
+    assert main(["search", str(root / "out"), *args, "--html", str(mine)]) == 2
+    assert "--html" in (message := capsys.readouterr().err)
+    assert "exists and is not a report of mmbeam" in message
+    assert main(["search", str(root / "out"), *args, "--html", str(tmp_path)]) == 2
+    assert "expected a file, found a directory" in capsys.readouterr().err
+    if browser.CHROMIUM is not None:
+        write_results(
+            str(root / "out"), str(file), HOSTILE, "image_embedding", 12, [(h.score, h.row) for h in expected]
+        )
+        with browser.Browser() as chromium:
+            page = chromium.page()
+            page.open(file)
+            assert page.run("section('title').textContent") == f"search: {HOSTILE}"
+            assert page.run("[...document.querySelectorAll('article h4')].map((node) => node.textContent)") == [
+                hit.row["key"] for hit in expected
+            ]
+            assert page.run("[...document.querySelectorAll('main > section')].map((node) => node.id)") == ["samples"]
+            assert page.problems == []
 
 
 def test_a_query_that_the_model_cannot_encode_is_refused(

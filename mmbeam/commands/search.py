@@ -12,7 +12,9 @@ _TEXT_WIDTH = 80  # characters shown of a text
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `mmbeam search`."""
-    parser.epilog = "Example: mmbeam search out 'a red car' --top 5"
+    parser.epilog = (
+        "Examples: mmbeam search out 'a red car' --top 5; mmbeam search out --like 0-000012 --html found.html"
+    )
     parser.add_argument("run", metavar="OUT", help="the --output of a job that wrote embeddings")
     parser.add_argument("text", nargs="?", metavar="TEXT", help="search for this text")
     parser.add_argument("--image", metavar="FILE", help="search for this image")
@@ -25,8 +27,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "compare with the query)",
     )
     parser.add_argument("--top", type=positive, default=10, metavar="N", help="number of rows to show (default: 10)")
-    parser.add_argument(
-        "--json", action="store_true", help="print one JSON object per row, with all columns but vectors"
+    form = parser.add_mutually_exclusive_group()
+    form.add_argument("--json", action="store_true", help="print one JSON object per row, with all columns but vectors")
+    form.add_argument(
+        "--html",
+        "--output",
+        metavar="FILE",
+        help="write the rows as an HTML page to look at: images, sounds, texts and scores (default: print a table)",
     )
     parser.add_argument(
         "--text-prompt",
@@ -39,6 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> Generator[str, None, int]:
     """Search, and yield the nearest rows."""
     from mmbeam.jobs.search import SearchOptions, search
+    from mmbeam.report.page import check_replaceable, page_path, write_results
 
     for name in ("run", "image", "audio"):
         if getattr(args, name) is not None:
@@ -54,8 +62,16 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
         device=args.device,
         text_prompt=args.text_prompt,
     )
+    if args.html is not None:
+        check_replaceable(page_path(args.html))
     with libraries_quiet(args.verbose):
         result = search(options)
+    if args.html is not None:
+        queries = {"": args.text, "image ": args.image, "sound ": args.audio, "rows like ": args.like}
+        query = next(f"{kind}{value}" for kind, value in queries.items() if value is not None)
+        path = write_results(args.run, args.html, query, result.column, result.rows, result.hits)
+        yield f"{result.rows:,} rows compared by {result.column}, {len(result.hits):,} shown: {path}"
+        return 0
     if args.json:
         yield from (json.dumps({"score": hit.score, **hit.row}, ensure_ascii=False) for hit in result.hits)
         return 0

@@ -30,7 +30,7 @@ from mmbeam.features.schema import widths_of
 from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK, MODALITIES, VERSION
 from mmbeam.readers.paths import is_local, local_path, public_path
 from mmbeam.readers.units import unit_from_json
-from mmbeam.report.gallery import draw_masks, load_media
+from mmbeam.report.gallery import Media, draw_masks, load_media
 from mmbeam.report.status import failed_units
 from mmbeam.report.summary import STEPS
 from mmbeam.runs.commits import committed, load_reports, read_failures
@@ -86,25 +86,79 @@ def write_report(options: ReportOptions) -> Written:
     Raises UsageError for an unknown `color`, or if `html` exists and is not a report; JobError if there is no run.
     """
     run = find_run(options.run)
-    if options.html is not None and not is_local(options.html):
-        raise UsageError(f"`html` {public_path(options.html)}: expected a local file")
     default = Path(local_path(run.output), PRIVATE, "report.html") if is_local(run.output) else Path("report.html")
-    path = default if options.html is None else Path(local_path(options.html))
+    path = default if options.html is None else page_path(options.html)
+    check_replaceable(path)
+    data = collect(options)
+    _write_page(path, data)
+    return Written(path, data["counts"]["rows"], len(data["samples"]))
+
+
+def write_results(
+    output: str, html: str, query: str, column: str, compared: int, hits: Sequence[tuple[float, Mapping[str, Any]]]
+) -> Path:
+    """Write the page of a search: a card per hit, and return the page's path.
+
+    `query` describes what was searched for, `column` holds the vectors of which `compared` rows have one, and `hits`
+    are rows of the job's `output` with their scores, best first. Raises UsageError as `page_path` and
+    `check_replaceable` do, JobError if there is no run.
+    """
+    path = page_path(html)
+    check_replaceable(path)
+    run = find_run(output)
+    rows = [(SampleId(row["shard"], row["offset"]), row) for _, row in hits]
+    reports = list(load_reports(run, sorted(committed(run))))
+    media = load_media(
+        {sample: row["key"] for sample, row in rows},
+        _sources(load_plan(run), reports),
+        recorded_reading(run),
+    )
+    cards = [
+        _card(sample, row, row["key"], media[sample]) | {"score": score}
+        for (score, _), (sample, row) in zip(hits, rows, strict=True)
+    ]
+    note = f"the {len(cards):,} nearest of {compared:,} rows with {column}, by cosine similarity"
+    data = {
+        "mmbeam": VERSION,
+        "made": datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC"),
+        "output": str(run.store),
+        "task": "search",
+        "query": redact(query),
+        "samples": cards,
+        "groups": [{"title": "Nearest rows", "note": note, "sets": [["", list(range(len(cards)))]]}] if cards else [],
+        "points": [],
+    }
+    _write_page(path, data)
+    return path
+
+
+def page_path(html: str) -> Path:
+    """Return the local path of a page to write. Raises UsageError for a URL."""
+    if not is_local(html):
+        raise UsageError(f"`html` {public_path(html)}: expected a local file")
+    return Path(local_path(html))
+
+
+def check_replaceable(path: Path) -> None:
+    """Raise UsageError if `path` exists and is not a page that mmbeam wrote."""
+    if path.is_dir():
+        raise UsageError(f"`html` {path}: expected a file, found a directory; name a file in it, such as report.html")
     if path.exists():
         with path.open("rb") as file:
             if not file.read(200).lstrip().startswith(b"<!doctype html>\n" + MARK.encode()):
                 raise UsageError(f"`html` {path}: exists and is not a report of mmbeam; choose another file")
-    data = collect(options)
+
+
+def _write_page(path: Path, data: Mapping[str, Any]) -> None:
     content = render(data)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.partial")
     scratch.write_bytes(content)
     scratch.replace(path)
-    return Written(path, data["counts"]["rows"], len(data["samples"]))
 
 
 def render(data: Mapping[str, Any]) -> bytes:
-    """Return the page that shows what `collect` returned."""
+    """Return the page that shows what `collect` returned, or the results of a search."""
     page = files("mmbeam.report").joinpath("page.html").read_text(encoding="utf-8")
     script, style = (re.search(f"<{name}>(.*?)</{name}>", page, re.DOTALL) for name in ("script", "style"))
     hashes = [base64.b64encode(hashlib.sha256(part[1].encode()).digest()).decode() for part in (script, style) if part]
@@ -610,50 +664,69 @@ def _gallery(
 
     crashed = {sample for sample, faults in of_sample.items() if any(fault["step"] == "crash" for fault in faults)}
     media = load_media({s: key for s, key in keys.items() if s not in crashed}, sources, recorded_reading(run))
-    cards = []
-    for sample, key in keys.items():
-        row, read = rows.get(sample, {}), media.get(sample)
-        faults = of_sample.get(sample, [])
-        cards.append(
-            {
-                "key": key,
-                "shard": sample.shard,
-                "offset": sample.offset,
-                "texts": [[name, row[name]] for name in _text_columns([row]) if row[name] is not None]
-                or [["text", text[:TEXT_CHARS]] for text in [read and read.text] if text],
-                "image": read and read.image,
-                "image_size": read and read.image_size,
-                "audio": read and read.audio,
-                "audio_seconds": row.get("audio_seconds"),
-                **_found(drawn.found.get(ids.get(sample, -1), {}), row, None if read is None else read.image_size),
-                "attribution": _attribution(row),
-                "metadata": _public(row.get("metadata")),
-                "values": [
-                    [name, value]
-                    for name, value in row.items()
-                    if isinstance(value, int | float | str)
-                    and name not in ("key", "shard", "offset", "metadata", *_text_columns([row]))
-                    and not name.endswith(("_attribution", "_share"))
-                ],
-                "failures": [
-                    {
-                        "kind": _kind(fault),
-                        "modality": fault["modality"],
-                        "message": _public(fault["message"]),
-                        "lost": fault["outputs"],
-                        "row": fault["row"],
-                    }
-                    for fault in faults
-                ],
-                "notes": ["not read again: this sample ended a process of the run"]
-                if read is None
-                else [note for note in read.notes if not any(note.endswith(fault["message"]) for fault in faults)],
-            }
+    cards = [
+        _card(
+            sample,
+            rows.get(sample, {}),
+            key,
+            media.get(sample),
+            of_sample.get(sample, ()),
+            drawn.found.get(ids.get(sample, -1), {}),
         )
+        for sample, key in keys.items()
+    ]
     place = {sample: number for number, sample in enumerate(keys)}
     for group in groups:
         group["sets"] = [[label, [place[sample] for sample in members]] for label, members in group["sets"]]
     return cards, groups
+
+
+def _card(
+    sample: SampleId,
+    row: Mapping[str, Any],
+    key: str,
+    read: Media | None,
+    faults: Sequence[Mapping[str, Any]] = (),
+    labels: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return the card of a sample: its row, empty without one, its media, None if not read again, and its failures.
+
+    `labels` holds the columns of labels, objects, segments and tags.
+    """
+    return {
+        "key": key,
+        "shard": sample.shard,
+        "offset": sample.offset,
+        "texts": [[name, row[name][:TEXT_CHARS]] for name in _text_columns([row]) if row[name] is not None]
+        or [["text", text[:TEXT_CHARS]] for text in [read and read.text] if text],
+        "image": read and read.image,
+        "image_size": read and read.image_size,
+        "audio": read and read.audio,
+        "audio_seconds": row.get("audio_seconds"),
+        **_found(labels or {}, row, None if read is None else read.image_size),
+        "attribution": _attribution(row),
+        "metadata": _public(row.get("metadata")),
+        "values": [
+            [name, value]
+            for name, value in row.items()
+            if isinstance(value, int | float | str)
+            and name not in ("key", "shard", "offset", "metadata", *_text_columns([row]))
+            and not name.endswith(("_attribution", "_share"))
+        ],
+        "failures": [
+            {
+                "kind": _kind(fault),
+                "modality": fault["modality"],
+                "message": _public(fault["message"]),
+                "lost": fault["outputs"],
+                "row": fault["row"],
+            }
+            for fault in faults
+        ],
+        "notes": ["not read again: this sample ended a process of the run"]
+        if read is None
+        else [note for note in read.notes if not any(note.endswith(fault["message"]) for fault in faults)],
+    }
 
 
 def _found(
