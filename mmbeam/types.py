@@ -123,7 +123,7 @@ class WorkUnit:
     id: str
     inputs: tuple[Input, ...]
     limit: int | None = None  # number of samples to stop after
-    replace: bool = False  # run it although it is committed, and replace its rows (retry_failures)
+    replace: bool = False  # run it although it is committed, and replace its rows (retry_failures, redo_changed)
     isolation: "Isolation | None" = None  # set only in a child process that searches for the sample that crashes it
 
 

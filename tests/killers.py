@@ -23,6 +23,7 @@ from mmbeam.jobs.execute import Job, check_present, plan
 from mmbeam.jobs.options import JobOptions
 from mmbeam.jobs.workers import UnitWork
 from mmbeam.readers.listing import list_shards
+from mmbeam.readers.units import UNIT_BYTES
 from mmbeam.runs.commits import Totals
 from mmbeam.runs.run import Run
 from mmbeam.runs.summary import write_summary
@@ -137,7 +138,7 @@ def make_corpus(directory: Path, marked: dict[int, str], count: int = 24, number
     shards.make_webdataset(directory, truths, shards=number)
 
 
-def make_job(directory: Path | str, output: Path | str, **changes: Any) -> Job:
+def make_job(directory: Path | str, output: Path | str, unit_bytes: int = UNIT_BYTES, **changes: Any) -> Job:
     """The job over a corpus, planned."""
     options = JobOptions(
         input=(str(directory),), output=str(output), device="cpu", windows=Windows(samples=4), max_failure_rate=1.0
@@ -155,7 +156,7 @@ def make_job(directory: Path | str, output: Path | str, **changes: Any) -> Job:
     return Job(
         run=run,
         stages=(stage,),
-        units=plan(run, list_shards(options.input), options),
+        units=plan(run, list_shards(options.input), options, unit_bytes),
         options=options,
         check=partial(check_present, modalities=(), required=()),
     )

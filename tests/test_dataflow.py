@@ -342,7 +342,7 @@ def test_only_embed_takes_several_models() -> None:
 NOT_IN_THE_TEMPLATE = {
     "verbose", "help", "workers", "shared_output",  # for one machine, or a terminal
     "config", "dry_run", "bytes_column", "path_column", "url_column",  # the template has a form, and its own parameters
-    "retry_failures",  # holds a lock while the job runs
+    "redo_changed", "retry_failures",  # hold a lock while the job runs
     "engine",  # the image has no vLLM
     "fps", "frames", "video_field",  # of videos
     "dims", "isolate_decoding", "robust", "text_prompt", "word_timestamps",  # rarely used

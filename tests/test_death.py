@@ -448,6 +448,34 @@ def test_a_touched_shard_is_unchanged_and_another_content_is_named(tmp_path: Pat
     assert second.stat().st_size == len(content)
     with pytest.raises(RunMismatchError, match=r"1 of 3 shards has changed:\n  .*000001.tar: etag .* -> "):
         make_job(tmp_path / "in", tmp_path / "out")
+    report = make_job(tmp_path / "in", tmp_path / "out", redo_changed=True).execute()
+    assert (report.units_written, report.units_kept) == (1, 2)
+    make_job(tmp_path / "in", tmp_path / "fresh").execute()
+    assert read_parts(tmp_path / "out") == read_parts(tmp_path / "fresh")
+    assert make_job(tmp_path / "in", tmp_path / "out", redo_changed=True).execute().units_kept == 3
+
+
+def test_changed_files_of_a_folder_and_parts_of_a_shard_are_redone(tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    for number in range(6):
+        (tmp_path / "in" / f"{number}.txt").write_text(f"text {number}")
+    make_job(tmp_path / "in", tmp_path / "out").execute()
+    (tmp_path / "in" / "3.txt").write_text("another text")
+    report = make_job(tmp_path / "in", tmp_path / "out", redo_changed=True).execute()
+    assert (report.units_written, report.tally.samples) == (1, 6)
+    [rows] = read_parts(tmp_path / "out").values()
+    assert [row["text"] for row in rows][3] == "another text"
+    for count in (40, 24, 60):  # the shard shrinks, and grows
+        make_corpus(tmp_path / "tar", {}, count=count, number=1)
+        job = make_job(tmp_path / "tar", tmp_path / "parts", unit_bytes=8192, redo_changed=True)
+        assert len(job.units) > 3
+        job.execute()
+        make_job(tmp_path / "tar", tmp_path / f"fresh-{count}").execute()
+        rows, fresh = (
+            sorted(row["text"] for part in read_parts(output).values() for row in part)
+            for output in (tmp_path / "parts", tmp_path / f"fresh-{count}")
+        )
+        assert rows == fresh
 
 
 @pytest.mark.parametrize("where", ["first", "middle"])

@@ -81,6 +81,9 @@ def job_arguments(parser: argparse.ArgumentParser, features: bool = False) -> No
     )
     run.add_argument("--overwrite", action="store_true", help="delete the results of an earlier run in --output first")
     run.add_argument("--retry-failures", action="store_true", help="redo units that contain failed samples")
+    run.add_argument(
+        "--redo-changed", action="store_true", help="redo units whose shards have changed since they were committed"
+    )
     run.add_argument("--dry-run", action="store_true", help="check and plan the job, and write nothing")
     run.add_argument(
         "--config",
@@ -351,6 +354,7 @@ def shared_options(args: argparse.Namespace, features: bool = False) -> dict[str
         "max_failure_rate": args.max_failure_rate,
         "overwrite": args.overwrite,
         "retry_failures": args.retry_failures,
+        "redo_changed": args.redo_changed,
         "dry_run": args.dry_run,
         "price_per_hour": args.price_per_hour,
         "command": args.words,

@@ -102,7 +102,7 @@ class Job:
     def execute(self) -> RunReport:
         """Run the job to its end."""
         devices = self._devices()
-        with lock_run(self.run) if self.options.retry_failures else nullcontext():
+        with lock_run(self.run) if self.options.retry_failures or self.options.redo_changed else nullcontext():
             if self.options.workers > 1:
                 return self._execute_in_processes(devices)
             return execute_pipeline(self.run, self.units, self.options.beam_args, self.build, self.check, len(devices))
@@ -110,11 +110,12 @@ class Job:
     def submit(self) -> PipelineResult:
         """Submit the job to its runner without waiting for its end, even if every unit is committed.
 
-        Raises UsageError for `retry_failures`: its lock is held by the launching process.
+        Raises UsageError for `retry_failures` and `redo_changed`: their lock is held by the launching process.
         """
-        if self.options.retry_failures:
+        if self.options.retry_failures or self.options.redo_changed:
+            name = "retry_failures" if self.options.retry_failures else "redo_changed"
             raise UsageError(
-                "`retry_failures` needs a launcher that waits for the job, because the launcher holds a lock; omit "
+                f"`{name}` needs a launcher that waits for the job, because the launcher holds a lock; omit "
                 "--template_location, --dry_run and --no_wait_until_finish"
             )
         clear_stop(self.run)
@@ -227,18 +228,19 @@ def plan(
 ) -> tuple[WorkUnit, ...]:
     """Open the run and return its units, each of about `unit_bytes` of input; if that is None, one unit per shard.
 
-    With `retry_failures` committed units that hold failures are marked, to be done again and replaced. If the run is
-    dry, nothing is written.
+    With `retry_failures` committed units that hold failures are marked, to be done again and replaced; with
+    `redo_changed` those whose inputs have changed. If the run is dry, nothing is written.
     """
     replace_limited_run(run, shards)
     open_run(run, overwrite=options.overwrite)
     died = marks(run.store)  # units that may have ended processes run after the others
-    units = sorted(extend_plan(run, shards, unit_bytes=unit_bytes), key=lambda unit: unit.id in died)
+    planned = extend_plan(run, shards, unit_bytes=unit_bytes, redo_changed=options.redo_changed)
+    units = sorted(planned, key=lambda unit: unit.id in died)
     if not options.retry_failures:
         return tuple(units)
     reports = intact_reports(run, [unit.id for unit in units])
     failed = {report.unit for report in reports.values() if report.tally.failures}
-    return tuple(replace(unit, replace=unit.id in failed) for unit in units)
+    return tuple(replace(unit, replace=unit.replace or unit.id in failed) for unit in units)
 
 
 def check_present(report: RunReport, modalities: Sequence[Modality], required: Sequence[Modality]) -> None:

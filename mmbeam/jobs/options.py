@@ -56,6 +56,7 @@ class JobOptions:
     max_failure_rate: float = 0.05
     overwrite: bool = False
     retry_failures: bool = False
+    redo_changed: bool = False  # redo the units whose inputs have changed since they were committed
     dry_run: bool = False  # plan, and write nothing
     price_per_hour: float | None = None  # of the machines, for the estimate of a plan
     shared_output: bool = False  # a local output is the same directory on every worker

@@ -103,7 +103,9 @@ def _file_name(number: int) -> str:
 # At launch
 
 
-def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT_BYTES) -> list[WorkUnit]:
+def extend_plan(
+    run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT_BYTES, redo_changed: bool = False
+) -> list[WorkUnit]:
     """Return the units to run over `shards`: the planned ones, and new ones for shards that no unit contains.
 
     New units are those of `plan_units`, or one unit over all shards if the run has a limit. They are in the plan before
@@ -111,7 +113,8 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     now. A planned unit is skipped with a warning if none of its shards is in `shards`; in a run with a limit, if any of
     them is not. Rows and failures of withdrawn units are removed.
 
-    Raises RunMismatchError with the committed shards that have changed, or with those that have moved.
+    Committed units whose shards have changed are marked to be done again with `redo_changed`. Raises RunMismatchError
+    with these shards otherwise, or with those that have moved.
     """
     now = {shard.path: shard for shard in shards}
     limit = run.configuration.get("limit")
@@ -119,7 +122,7 @@ def extend_plan(run: Run, shards: Sequence[Shard], unit_bytes: int | None = UNIT
     while True:
         number = len(_files(run, known_files))
         withdrawn: set[str] = set()
-        known = _renewed(run, _planned(run, _files(run, known_files), withdrawn), now)
+        known = _renewed(run, _planned(run, _files(run, known_files), withdrawn), now, redo_changed)
         _remove_units(run, withdrawn)
         _check_not_moved(run, known, shards)
         new = plan_units(shards, known, unit_bytes) if limit is None else []
@@ -207,10 +210,10 @@ def _name(shard: Shard) -> str:
     return shard.path.rpartition("/")[2]
 
 
-def _renewed(run: Run, units: Iterable[WorkUnit], now: Mapping[str, Shard]) -> list[WorkUnit]:
-    """Return the units with their shards as listed now.
+def _renewed(run: Run, units: Iterable[WorkUnit], now: Mapping[str, Shard], redo_changed: bool) -> list[WorkUnit]:
+    """Return the units with their shards as listed now, and committed ones whose shards have changed to be redone.
 
-    Raises RunMismatchError if a committed shard has changed. A local file of which only the modification time has
+    Raises RunMismatchError for these unless `redo_changed`. A local file of which only the modification time has
     changed is compared by content.
     """
     current, differing = [], []
@@ -228,16 +231,20 @@ def _renewed(run: Run, units: Iterable[WorkUnit], now: Mapping[str, Shard]) -> l
         done = committed(run)
         differing = [(unit, now_unit) for unit, now_unit in differing if unit.id in done]
         reports = load_reports(run, [unit.id for unit, _ in differing])
-        changes = [
-            change
+        changes = {
+            unit.id: list(_changes(report.inputs, unit.inputs, now_unit.inputs))
             for (unit, now_unit), report in zip(differing, reports, strict=True)
-            for change in _changes(report.inputs, unit.inputs, now_unit.inputs)
-        ]
-        if changes:
+        }
+        all_changes = [change for of_unit in changes.values() for change in of_unit]
+        if all_changes and redo_changed:
+            logger.warning("%s; their units are done again", _count(all_changes, current))
+            return [replace(unit, replace=bool(changes.get(unit.id))) for unit in current]
+        if all_changes:
             raise RunMismatchError(
-                f"{run.store} holds rows of inputs that have changed since. {_count(changes, current)}:\n  "
-                + "\n  ".join(dict.fromkeys(change for _, change in changes))
-                + "\nRestore the old files, choose another `output`, or use `overwrite` to start over"
+                f"{run.store} holds rows of inputs that have changed since. {_count(all_changes, current)}:\n  "
+                + "\n  ".join(dict.fromkeys(change for _, change in all_changes))
+                + "\nRestore the old files, redo these shards with `redo_changed`, choose another `output`, or use "
+                "`overwrite` to start over"
             )
     return current
 
