@@ -122,6 +122,16 @@ MEMBERS: Mapping[str, tuple[str, bytes, str | None]] = {
     "ID3 tag that claims 256 MB": ("mp3", b"ID3\4\0\0\x7f\x7f\x7f\x7f" + bytes(100), "DecodeError"),
     "a million ID3 tags": ("mp3", b"ID3\4\0\0\0\0\0\0" * 100_000, "DecodeError"),
     "Ogg of a million pages": ("ogg", (b"OggS\0\2" + bytes(21)) * 10_000, "DecodeError"),
+    "MP4 without an index": ("mp4", b"\0\0\0\x18ftypisom\0\0\2\0isomavc1", "DecodeError"),
+    "MP4 of 100,001 boxes": ("mp4", b"\0\0\0\x08free" * 100_001, "LimitError"),
+    "MP4 with a box that claims 2**63 bytes": ("mov", b"\0\0\0\1mdat\x7f" + b"\xff" * 7, "DecodeError"),
+    "playlist of a local file as a video": ("mp4", b"#EXTM3U\n#EXTINF:1,\nfile:///etc/passwd\n", "DecodeError"),
+    "playlist of a server as a video": ("webm", b"#EXTM3U\n#EXTINF:1,\nhttp://127.0.0.1/\n", "DecodeError"),
+    "list of FFmpeg as a video": ("mkv", b"ffconcat version 1.0\nfile /etc/passwd\n", "DecodeError"),
+    "Matroska of an unknown size": ("mkv", b"\x1a\x45\xdf\xa3\x01" + b"\xff" * 7, "DecodeError"),
+    "AVI that claims 4 GB": ("avi", b"RIFF\xff\xff\xff\xffAVI " + bytes(100), "DecodeError"),
+    "picture as a video": ("mp4", PIXEL, "DecodeError"),
+    "AAC frame of 0 bytes": ("aac", b"\xff\xf1\x50\x80\0\0\0" * 10, "DecodeError"),
     "JSON nested 100,000 deep": ("json", b"[" * 100_000 + b"]" * 100_000, "DecodeError"),
     "JSON objects nested 100,000 deep": ("json", b'{"a":' * 100_000 + b"1" + b"}" * 100_000, "DecodeError"),
     "JSON with duplicate keys": ("json", b'{"a": 1, "a": 2}', None),
@@ -141,7 +151,7 @@ KEYS = (
 
 def read(path: Path) -> list[Batch]:
     [unit] = plan_units(list_shards([str(path)]), [])
-    needs = Needs(modalities=frozenset(("image", "audio", "text")))
+    needs = Needs(modalities=frozenset(("image", "audio", "text", "video")))
     with closing(prefetch(read_batches(unit, Reading(), needs, Windows()), "mmbeam-read-it")) as batches:
         return list(batches)
 

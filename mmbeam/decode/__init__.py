@@ -83,16 +83,18 @@ def decode_sample(
     for kind, name in sorted(sources.items(), key=lambda source: KINDS.index(source[0])):
         is_track = kind == "audio" and name == chosen.get("video")
         if is_track:
-            present.add("audio")  # unless the video turns out to have none
+            # If the container cannot be read, the one failure is the video's, or else, if no video is needed, the
+            # sound's.
+            if _has_track(raw, name, reading, default="video" not in sources):
+                present.add("audio")
+            else:
+                continue
         if name in damages:
             failures.append(_damage_failure(raw, damages[name], kind))
             continue
         if name not in raw.members:
             raise FlowError(f"{raw.shard}: {raw.key}.{name} is needed but was not read, and no damage was recorded")
         try:
-            if is_track and not has_sound(raw.members[name], reading.limits):
-                present.discard("audio")
-                continue
             values |= _decode(kind, raw.members[name], reading, needs, max_bytes)
         except SampleError as error:
             failures.append(Failure.of(raw, "decode", error, modality=kind))
@@ -100,6 +102,14 @@ def decode_sample(
         if damage.error == "DecodeError" and damage.field not in {chosen[kind] for kind in wanted if kind in chosen}:
             failures.append(_damage_failure(raw, damage, reading.fields.kind(damage.field) or damage.field))
     return sample(**values, present=frozenset(present)), tuple(failures)
+
+
+def _has_track(raw: RawSample, name: str, reading: Reading, default: bool) -> bool:
+    """Return whether a video has a sound track, `default` if it cannot be read."""
+    try:
+        return has_sound(raw.members[name], reading.limits)
+    except (SampleError, KeyError):
+        return default
 
 
 def _damage_failure(raw: RawSample, damage: Damage, modality: str = "") -> Failure:

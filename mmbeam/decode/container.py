@@ -55,7 +55,8 @@ def container_kind(data: bytes) -> str | None:
 def open_container(data: bytes, limits: Limits) -> Iterator[Any]:
     """Open a container for reading, as av.container.InputContainer.
 
-    Raises DecodeError for an unknown format and for a file that is cut, LimitError for too many streams.
+    Raises DecodeError for an unknown format, for a file that is cut, and for any error of FFmpeg while it is open,
+    LimitError for too many streams.
     """
     kind = container_kind(data)
     if kind is None:
@@ -72,17 +73,16 @@ def open_container(data: bytes, limits: Limits) -> Iterator[Any]:
     if kind == "MP4":
         options |= {"enable_drefs": "0", "use_absolute_path": "0"}
     try:
-        container = av.open(
+        with av.open(
             io.BytesIO(data), "r", format=_DEMUXERS[kind], options=options, io_open=_refuse, metadata_errors="replace"
-        )
-    except av.error.FFmpegError as error:
+        ) as container:
+            if len(container.streams) > limits.streams:
+                raise LimitError(
+                    f"{kind} of more than {limits.streams:,} streams, at most that many are read (--max-streams)"
+                )
+            yield container
+    except av.error.FFmpegError as error:  # a MemoryError too: of a size in the file, which is refused
         raise DecodeError(f"damaged {kind} ({len(data):,} bytes): {error.strerror}") from error
-    with container:
-        if len(container.streams) > limits.streams:
-            raise LimitError(
-                f"{kind} of more than {limits.streams:,} streams, at most that many are read (--max-streams)"
-            )
-        yield container
 
 
 def _whitelisted(kind: str) -> str:
