@@ -6,11 +6,23 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tiny_clip import save_clip
+from tiny_chat_models import save_smolvlm
+from tiny_clip import save_clip, save_random
 from tiny_labellers import DETECTORS, IMAGES, SEGMENTERS, SOUNDS, TAGGERS, TEXTS, save_owlv2
+from transformers import VideoMAEConfig, VideoMAEModel, VideoMAEVideoProcessor
+from videos import video
 
 from mmbeam.cli import main
 from mmbeam.corpus.write import write_corpus
+
+
+def save_videomae(directory: Path) -> None:
+    """Write a VideoMAE of 4 frames."""
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    save_random(VideoMAEModel, VideoMAEConfig(**sizes, image_size=48, num_frames=4), directory)
+    square = {"height": 48, "width": 48}
+    VideoMAEVideoProcessor(size={"shortest_edge": 48}, crop_size=square).save_pretrained(directory)
+
 
 PAGE = (Path(__file__).parents[1] / "docs" / "tasks.md").read_text(encoding="utf-8")
 MODELS: dict[str, Callable[[Path], object]] = {
@@ -23,6 +35,8 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "nvidia/segformer-b0-finetuned-ade-512-512": SEGMENTERS["segformer"],
     "facebook/mask2former-swin-tiny-coco-instance": SEGMENTERS["mask2former"],
     "dslim/bert-base-NER": TAGGERS["bert"],
+    "MCG-NJU/videomae-base": save_videomae,
+    "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": save_smolvlm,
 }
 
 
@@ -31,6 +45,8 @@ MODELS: dict[str, Callable[[Path], object]] = {
 @pytest.mark.parametrize("whole", [False, pytest.param(True, marks=pytest.mark.torture)])
 def test_every_example_runs(whole: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write_corpus(tmp_path / "shards", samples=2, shards=1, image_side=64, rate=8000)
+    (tmp_path / "films").mkdir()
+    (tmp_path / "films" / "a.mp4").write_bytes(video(sound="aac"))
     for name, save in MODELS.items():
         save(tmp_path / name)
     monkeypatch.chdir(tmp_path)
