@@ -5,9 +5,11 @@ import logging
 import pickle
 import random
 import re
+import sqlite3
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +26,7 @@ from outputs import make_batches, make_run, make_unit, read_rows, write_unit
 from test_transforms import collect
 from tiny_clip import save_clip
 
+from mmbeam.api import load_encoder
 from mmbeam.config import FieldMap, ModelRef, Reading, Windows
 from mmbeam.errors import FlowError, ShardError, UsageError
 from mmbeam.jobs.embed import EmbedOptions, embed, embed_run
@@ -41,6 +44,7 @@ from mmbeam.transforms import (
     Plan,
     ReadShards,
     Rows,
+    StageEmbeddings,
     Summarize,
     ToBatches,
     WriteParquet,
@@ -249,6 +253,31 @@ def test_run_inference(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run_recipe("RunInference", here)
     (line,) = capsys.readouterr().out.splitlines()
     assert line.startswith("('a', [")
+
+
+@pytest.mark.filterwarnings("ignore:keys will default to True:DeprecationWarning")  # how Beam calls jsonpickle
+def test_a_stage_in_ml_transform(here: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_recipe("MLTransform", here)
+    rows = [eval(line) for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+    vectors = load_encoder(str(here / "clip")).encode(texts=["a red car", "a blue boat"])["text"]
+    assert sorted(row["id"] for row in rows) == [1, 2]
+    for row in rows:
+        assert row["title"] == pytest.approx(vectors[row["id"] - 1].tolist(), abs=1e-5)
+    stage = embed_stage("clip")
+    with pytest.raises(UsageError, match="`modality`: expected one of image, text, found None"):
+        StageEmbeddings(stage, columns=["a"])
+    handler = StageEmbeddings(stage, columns=["a"], modality="image").get_model_handler()
+    results = handler.run_inference([{"a": JPEG}, {"a": b"broken"}], handler.load_model())
+    assert [row["a"] is None for row in results] == [False, True]
+
+
+def test_rows_into_a_relational_database(here: Path) -> None:
+    for _ in range(2):
+        run_recipe("Into a relational database", here)
+    with closing(sqlite3.connect(here / "pictures.db")) as database:
+        rows = database.execute("SELECT key, length(vector) FROM pictures").fetchall()
+    assert len(rows) == len({key for key, _ in rows}) == 12
+    assert {size for _, size in rows} == {4 * embed_stage("clip").outputs[0].columns[0].type.list_size}
 
 
 def test_metrics(here: Path, capsys: pytest.CaptureFixture[str]) -> None:

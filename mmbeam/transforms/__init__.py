@@ -1,7 +1,15 @@
 """The steps of a job as Beam transforms, each usable alone: Plan, ReadShards or ReadFeatures, Embed, Label,
 Generate, WriteParquet or Rows, Summarize. ToBatches and Rows join them to other sources and sinks (docs/compose.md)."""
 
-from mmbeam.transforms.compose import CaptionRows, EmbedRows, Filter, StageHandler, ToBatches, parse_example
+from mmbeam.transforms.compose import (
+    CaptionRows,
+    EmbedRows,
+    Filter,
+    StageEmbeddings,
+    StageHandler,
+    ToBatches,
+    parse_example,
+)
 from mmbeam.transforms.plan import Plan, Summarize
 from mmbeam.transforms.read import ReadFeatures, ReadShards
 from mmbeam.transforms.rows import Rows
@@ -20,6 +28,7 @@ __all__ = [
     "ReadFeatures",
     "ReadShards",
     "Rows",
+    "StageEmbeddings",
     "StageHandler",
     "Summarize",
     "ToBatches",

@@ -1,31 +1,35 @@
 """Steps for pipelines with other sources and sinks: rows in, Filter, RunInference, and whole jobs for Beam YAML."""
 
 import hashlib
+import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import replace
 from functools import cache
-from typing import Any
+from typing import Any, cast
 from uuid import uuid4
 
 import apache_beam as beam
 import pyarrow as pa
-from apache_beam.ml.inference.base import ModelHandler, PredictionResult
+from apache_beam.ml.inference.base import ModelHandler, PredictionResult, RunInference
+from apache_beam.ml.transforms.base import EmbeddingsManager
 from google.protobuf import descriptor_pb2, descriptor_pool, message_factory, text_format
 from google.protobuf.message import DecodeError
 
 from mmbeam.config import Reading, Windows
 from mmbeam.errors import ShardError, UsageError
-from mmbeam.names import KINDS
+from mmbeam.names import KINDS, Modality
 from mmbeam.prompts.ask import Decoding
 from mmbeam.readers.windows import HeldBytes, prefetch, read_batches
 from mmbeam.stages.embed import embed_stage
 from mmbeam.stages.generate import generate_stage
 from mmbeam.transforms.plan import Plan
 from mmbeam.transforms.read import ReadShards
-from mmbeam.transforms.rows import Rows
+from mmbeam.transforms.rows import Rows, is_vector
 from mmbeam.transforms.run_stage import Embed, Generate, RunStage
 from mmbeam.types import Batch, Needs, RawSample, Sample, Stage, Tally, WorkUnit
+
+log = logging.getLogger(__name__)
 
 _EXTENSION = {
     "image": "jpg",
@@ -189,6 +193,55 @@ class StageHandler(ModelHandler[Any, PredictionResult, RunStage]):
     def get_metrics_namespace(self) -> str:
         """Return the namespace of RunInference's metrics."""
         return "mmbeam"
+
+
+class StageEmbeddings(EmbeddingsManager):
+    """A stage as an embedding of `beam.ml.transforms.MLTransform`: the values of `columns` become their vectors.
+
+    The values are bytes or str of one `modality`, by default the only one of the stage. A value that cannot be read
+    becomes None, with a warning. Raises UsageError for a stage without one vector of the modality.
+    """
+
+    def __init__(self, stage: Stage, columns: list[str], *, modality: Modality | None = None, **options: Any) -> None:
+        super().__init__(columns=columns, **options)
+        modalities = sorted(stage.needs.modalities)
+        if modality is None and len(modalities) == 1:
+            modality = modalities[0]
+        vectors = [out.name for out in stage.outputs if modality in out.modalities and is_vector(out.columns[0].type)]
+        if modality not in modalities or len(vectors) != 1:
+            raise UsageError(f"`modality`: expected one of {', '.join(modalities) or '(none)'}, found {modality}")
+        self.handler = StageHandler(stage, max_batch_size=self.max_batch_size or 256)
+        self.modality = modality
+        self.vector = vectors[0]
+
+    def get_model_handler(self) -> ModelHandler[Any, Any, RunStage]:
+        """Return a handler whose elements are dictionaries with the columns."""
+        return _ColumnHandler(self)
+
+    def get_ptransform_for_processing(self, **_: Any) -> beam.PTransform:
+        """Return the step of MLTransform."""
+        return RunInference(self.get_model_handler())
+
+
+class _ColumnHandler(ModelHandler[Any, Any, RunStage]):
+    def __init__(self, embeddings: StageEmbeddings) -> None:
+        super().__init__(min_batch_size=embeddings.min_batch_size, max_batch_size=embeddings.max_batch_size)
+        self.embeddings = embeddings
+
+    def load_model(self) -> RunStage:
+        return self.embeddings.handler.load_model()
+
+    def run_inference(
+        self, batch: Sequence[Any], model: RunStage, inference_args: dict[str, Any] | None = None
+    ) -> Iterable[Any]:
+        own = self.embeddings
+        values = own.type_adapter.input_fn(batch)
+        elements = [{"key": str(number), own.modality: value} for number, value in enumerate(values)]
+        results = [result.inference for result in own.handler.run_inference(elements, model)]
+        for result in results:
+            if result["errors"]:
+                log.warning("a value has no vector: %s", result["errors"][0])
+        return cast(Iterable[Any], own.type_adapter.output_fn(batch, [result[own.vector] for result in results]))
 
 
 class EmbedRows(beam.PTransform):

@@ -61,7 +61,7 @@ class Rows(beam.PTransform):
         self.outputs: list[Output] = [output for stage in stages for output in stage.outputs]
         self.schema = build_schema(self.outputs, cleaning, metadata={})
         self.form = form
-        vectors = [column.name for output in self.outputs for column in output.columns if _is_vector(column.type)]
+        vectors = [column.name for output in self.outputs for column in output.columns if is_vector(column.type)]
         if form == "item":
             vector = vector or (vectors[0] if len(vectors) == 1 else None)
             if vector not in vectors:
@@ -112,7 +112,8 @@ class _MakeRows(beam.DoFn):
                 yield _as_item(row, str(self.vector))
 
 
-def _is_vector(kind: pa.DataType) -> bool:
+def is_vector(kind: pa.DataType) -> bool:
+    """Return whether a column of this type holds vectors of one width."""
     return bool(pa.types.is_fixed_size_list(kind))
 
 
