@@ -77,7 +77,12 @@ KIND_OF_EXTENSION: Mapping[str, Kind] = {ext: kind for kind, exts in EXTENSIONS.
 ZIP_SUFFIX = ".zip"
 SHARD_SUFFIXES = (".tar", ".tar.gz", ".tgz", ".tar.zst", ZIP_SUFFIX)
 TABLE_NAMES = ("metadata.csv", "metadata.jsonl")  # beside the files of a folder: a row of metadata per file
-TABLE_SUFFIXES = (".parquet", ".csv", ".tsv", ".jsonl", ".ndjson")  # a row per sample
+_TEXT_TABLES = (".csv", ".tsv", ".jsonl", ".ndjson")
+TABLE_SUFFIXES = (  # a row per sample
+    ".parquet",
+    *_TEXT_TABLES,
+    *(f"{suffix}{compressed}" for suffix in _TEXT_TABLES for compressed in (".gz", ".zst")),
+)
 _DOCUMENTS = ("json", "txt", "md", "html", "xml", "yaml", "yml", "log", "pdf", "npy")
 NOT_INPUTS = (*(suffix[1:] for suffix in TABLE_SUFFIXES), *_DOCUMENTS)
 LIST_SUFFIXES = (".txt", ".list")

@@ -1,6 +1,7 @@
 """Tables as input: Parquet, CSV and JSON lines with media as bytes, paths or URLs, as samples and in whole jobs."""
 
 import csv
+import gzip
 import http.server
 import json
 import socket
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import shards
+import zstandard
 from outputs import is_conserved, read_failures, read_rows
 from tiny_clip import save_clip
 
@@ -25,7 +27,7 @@ from mmbeam.jobs.inputs import look_up
 from mmbeam.readers import fetch as fetch_module
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.paths import FileError
-from mmbeam.readers.samples import open_samples, read_samples
+from mmbeam.readers.samples import open_samples, read_samples, with_rows
 from mmbeam.types import Input, RawSample, RunReport, Shard
 
 JPEGS = [shards.encode_image(shards.natural_image(number)) for number in range(5)]
@@ -496,3 +498,39 @@ def test_samples_are_read_again_by_their_offset(pictures: Path) -> None:
     path = write(pictures / "t.csv", paths())
     source = Input(shard=Shard(path=str(path), url=str(path)))
     assert [raw.key for raw in read_samples(source, [3, 1])] == ["sub/p1", "sub/p3"]
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".tsv", ".jsonl"])
+@pytest.mark.parametrize("compression", [".gz", ".zst"])
+def test_a_compressed_table_has_the_same_samples(suffix: str, compression: str, pictures: Path) -> None:
+    plain = write(pictures / f"t{suffix}", paths())
+    compress = gzip.compress if compression == ".gz" else zstandard.compress
+    path = plain.rename(pictures / f"plain{suffix}").with_name(f"T{suffix.upper()}{compression}")
+    path.write_bytes(compress((pictures / f"plain{suffix}").read_bytes()))
+    [shard] = with_rows(list_shards([str(path)]))
+    assert shard.rows == 5
+    for span in ({}, {"begin": 2, "end": 4}):
+        expected, found = read(pictures / f"plain{suffix}", **span), read(path, **span)
+        assert [replace(raw, shard="") for raw in found] == [replace(raw, shard="") for raw in expected]
+        assert found
+
+
+@pytest.mark.parametrize("suffix", [".csv", ".jsonl"])
+def test_a_compressed_table_that_is_cut_off_keeps_the_rows_before(suffix: str, tmp_path: Path) -> None:
+    plain = write(tmp_path / f"t{suffix}", [{"text": f"{n:x}" * (n % 7 + 1), "n": n} for n in range(2000)])
+    data = gzip.compress(plain.read_bytes())
+    path = tmp_path / f"cut{suffix}.gz"
+    path.write_bytes(data[: len(data) // 2])
+    [shard] = with_rows(list_shards([str(path)]))
+    assert shard.rows is None
+    with open_samples(Input(shard=shard), lambda field: True, Reading()) as (reader, _):
+        rows = list(reader)
+    assert 100 < len(rows) < 2000
+    assert [raw.members["txt"] for raw in rows[:-1]] == [raw.members["txt"] for raw in read(plain)[: len(rows) - 1]]
+    assert reader.broken is not None
+    assert "cannot be decompressed" in reader.broken
+    path.write_bytes(data[:-8] + bytes(8))  # only the checksum is wrong
+    [shard] = list_shards([str(path)])
+    with open_samples(Input(shard=shard), lambda field: True, Reading()) as (reader, _):
+        assert [raw.members for raw in reader] == [raw.members for raw in read(plain)]
+    assert reader.broken is not None

@@ -12,13 +12,14 @@ import posixpath
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import chain, islice
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO, Literal, cast
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, Reading
+from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, Limits, Reading
 from mmbeam.errors import ShardError, printable, public_url
+from mmbeam.readers.decompress import Decompressed, is_compressed
 from mmbeam.readers.folder import file_bytes, read_ahead
 from mmbeam.readers.paths import FileError, is_local, local_path, origin, scheme_of, split_name, without_query
 from mmbeam.types import Damage, Input, RawSample, Shard, SourceReader
@@ -175,8 +176,26 @@ class TableReader(SourceReader):
         begin = self._source.begin
         end = self._source.end if last is None else last + 1
         suffix = table_suffix(self._shard.path)
-        parse = _parquet_rows if suffix == ".parquet" else _json_rows if suffix in (".jsonl", ".ndjson") else _csv_rows
-        yield from parse(self, begin, end)
+        if suffix == ".parquet":
+            yield from _parquet_rows(self, begin, end)
+            return
+        text = _PlainText(self._stream, self._reading.limits.expansion)
+        parse = _json_rows if suffix in (".jsonl", ".ndjson") else _csv_rows
+        held: tuple[int, Mapping[str, Any] | FileError] | None = None
+        for row in parse(self, cast(BinaryIO, io.BufferedReader(text)), begin, end):
+            if held is not None:
+                yield held
+            held = row
+        if text.fault is None or end is not None:
+            yield from [] if held is None else [held]
+            return
+        where = self._shard.path
+        if held is None:
+            raise ShardError(f"{where}: {text.fault[1]}")
+        number, values = held
+        is_cut = not text.ends_with_newline
+        yield number, FileError("DecodeError", f"cut off: {text.fault[1]}") if is_cut else values
+        self.broken = f"{where}: after row {number:,}: {text.fault[1]}"
 
     def _sample(self, item: tuple[int, Mapping[str, Any] | FileError]) -> RawSample:
         number, row = item
@@ -315,8 +334,35 @@ def _extension_of(data: bytes) -> str | None:
 
 
 def table_suffix(path: str) -> str:
-    """Return the suffix of a table, lower case: ".csv" of "a.CSV"."""
-    return posixpath.splitext(without_query(path))[1].lower()
+    """Return the suffix of a table, lower case, without that of its compression: ".csv" of "a.CSV.gz"."""
+    name = without_query(path).lower()
+    return posixpath.splitext(name.removesuffix(".gz").removesuffix(".zst"))[1]
+
+
+class _PlainText(io.RawIOBase):
+    """The bytes of a table of text, decompressed if it is gzip or zstd. `fault` is why they end early, if they do."""
+
+    def __init__(self, stream: BinaryIO, expansion: float) -> None:
+        super().__init__()
+        head = stream.read(4)
+        self._waiting = b"" if is_compressed(head) else head
+        self._stream: Any = Decompressed(stream, head, expansion) if is_compressed(head) else stream
+        self.ends_with_newline = True
+
+    @property
+    def fault(self) -> tuple[str, str] | None:
+        """The name of an error class and a message; None without a fault."""
+        return self._stream.fault if isinstance(self._stream, Decompressed) else None
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        data, self._waiting = self._waiting or self._stream.read(len(buffer)), b""
+        if data:
+            buffer[: len(data)] = data
+            self.ends_with_newline = data.endswith(b"\n")
+        return len(data)
 
 
 def _parquet_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[tuple[int, Any]]:
@@ -354,9 +400,9 @@ def _parquet_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[
         raise ShardError(f"{where}: not a Parquet file, or damaged ({' '.join(str(error).split())})") from None
 
 
-def _json_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[tuple[int, Any]]:
+def _json_rows(reader: TableReader, stream: BinaryIO, begin: int, end: int | None) -> Iterator[tuple[int, Any]]:
     where, limit = reader._shard.path, reader._reading.limits.member_bytes
-    lines = (line for line in _lines(reader._stream, limit) if line.strip())
+    lines = (line for line in _lines(stream, limit) if line.strip())
     first = list(islice(lines, NAMING_ROWS))  # of the whole table, so that its parts agree on the columns
     objects = (row for row in (_json_row(line, limit) for line in first) if isinstance(row, dict))
     reader._roles = roles({name: None for row in objects for name in row}, reader._reading, where)
@@ -388,10 +434,10 @@ def _json_row(line: bytes, limit: int) -> dict[str, Any] | FileError:
     return row if isinstance(row, dict) else FileError("DecodeError", "expected a JSON object")
 
 
-def _csv_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[tuple[int, Any]]:
+def _csv_rows(reader: TableReader, stream: BinaryIO, begin: int, end: int | None) -> Iterator[tuple[int, Any]]:
     where = reader._shard.path
     csv.field_size_limit(CSV_FIELD_BYTES)
-    text = io.TextIOWrapper(reader._stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     delimiter = "\t" if table_suffix(where) == ".tsv" else ","
     rows = csv.reader(text, delimiter=delimiter, strict=True)
     try:
@@ -432,18 +478,22 @@ def _csv_rows(reader: TableReader, begin: int, end: int | None) -> Iterator[tupl
         text.detach()
 
 
-def count_rows(path: str, stream: BinaryIO) -> int | None:
+def count_rows(path: str, stream: BinaryIO, expansion: float = Limits.expansion) -> int | None:
     """Return the number of rows of a table; None if it cannot be parsed, which its unit then reports."""
     try:
         if table_suffix(path) == ".parquet":
             return int(pq.read_metadata(stream).num_rows)
+        plain = _PlainText(stream, expansion)
+        lines = io.BufferedReader(plain)
         if table_suffix(path) in (".jsonl", ".ndjson"):
-            return sum(1 for line in stream if line.strip())
-        csv.field_size_limit(CSV_FIELD_BYTES)
-        text = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        try:
-            return max(0, sum(1 for row in csv.reader(text) if row) - 1)
-        finally:
-            text.detach()
+            count = sum(1 for line in lines if line.strip())
+        else:
+            csv.field_size_limit(CSV_FIELD_BYTES)
+            text = io.TextIOWrapper(lines, encoding="utf-8-sig", errors="surrogateescape", newline="")
+            try:
+                count = max(0, sum(1 for row in csv.reader(text) if row) - 1)
+            finally:
+                text.detach()
+        return count if plain.fault is None else None
     except (OSError, ValueError, csv.Error, pa.ArrowException):
         return None
