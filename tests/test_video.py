@@ -26,6 +26,7 @@ from mmbeam.errors import DecodeError, LimitError, SampleError
 from mmbeam.readers.listing import list_shards
 from mmbeam.readers.units import plan_units
 from mmbeam.readers.windows import read_batches
+from mmbeam.report.gallery import load_media
 from mmbeam.types import Needs, RawSample
 
 LIMITS = Limits()
@@ -329,3 +330,18 @@ def test_conditions_on_a_video_read_its_header() -> None:
     assert sample.video == video_header(data, LIMITS)
     wheres = [(text, compile_where(text)) for text in reading.cleaning.where]
     assert rejecting_expression(sample, wheres) is None
+
+
+def test_the_report_shows_a_strip_of_frames_and_plays_the_sound(tmp_path: Path) -> None:
+    tar = tmp_path / "t.tar"
+    tar.write_bytes(tars.write([("a.mp4", video(sound="aac")), ("b.mp4", video()), ("c.mp4", video()[:-9])]))
+    [unit] = plan_units(list_shards([str(tar)]), [])
+    [source] = unit.inputs
+    [batch] = read_batches(unit, Reading(), Needs(), Windows())
+    keys = {sample.id: sample.key for sample in batch.samples}
+    media = {keys[sample]: item for sample, item in load_media(keys, {str(tar): [source]}, Reading()).items()}
+    assert media["a"].image_size == media["b"].image_size == (8 * 64, 48)
+    assert media["a"].audio is not None
+    assert (media["b"].audio, media["b"].notes) == (None, [])
+    assert media["c"].image is None
+    assert len(media["c"].notes) == 1

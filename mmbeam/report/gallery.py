@@ -22,12 +22,14 @@ from mmbeam.decode import decode_sample, wanted_fields
 from mmbeam.decode.audio import decode_audio
 from mmbeam.decode.common import codec_errors
 from mmbeam.decode.masks import decode_mask
+from mmbeam.decode.video import has_sound
 from mmbeam.errors import SampleError, printable, redact
 from mmbeam.process import cores
 from mmbeam.readers.samples import read_samples
 from mmbeam.types import ImageHWC, Input, Needs, RawSample, SampleId, Shard, Waveform
 
 THUMB_SIDE = 320  # pixels, of the longer side
+STRIP_FRAMES, STRIP_SIDE = 8, 120  # of a video; pixels of a frame's longer side
 JPEG_QUALITY = 80
 CLIP_SECONDS = 8.0
 CLIP_RATES = (8000, 11025, 12000, 16000, 22050, 24000)  # Hz, stored as they are; other sounds are resampled to the last
@@ -43,7 +45,7 @@ BLOCK_NUMBERS = 1 << 17  # decoded at a time, over all channels
 class Media:
     """What was read back of a sample: data URLs, and notes on what could not be read."""
 
-    image: str | None = None
+    image: str | None = None  # or a strip of a video's frames
     image_size: tuple[int, int] | None = None  # width and height of the thumbnail
     audio: str | None = None  # at most CLIP_SECONDS
     text: str | None = None
@@ -89,18 +91,39 @@ def _load_shard(
 
 
 def _media(raw: RawSample, reading: Reading) -> Media:
-    needs = Needs(modalities=frozenset({"image"}), image_side=THUMB_SIDE)
+    needs = Needs(modalities=frozenset({"image", "video"}), image_side=THUMB_SIDE)
     sample, failures = decode_sample(raw, replace(reading, draft=True), needs)
     media = Media(text=sample.text, notes=[f"{fault.modality or 'sample'}: {fault.message}" for fault in failures])
     if sample.image is not None:
         media.image, media.image_size = _thumbnail(sample.image)
-    sound = raw.members.get(reading.fields.choose(raw.fields).get("audio", ""))
-    if sound is not None and not raw.truncated:
+    elif sample.video is not None:
+        media.image, media.image_size = _strip(sample.video.frames)
+    chosen = reading.fields.choose(raw.fields)
+    sound = raw.members.get(chosen.get("audio", chosen.get("video", "")))
+    if sound is not None and not raw.truncated and ("audio" in chosen or sample.video is not None):
         try:
-            media.audio = _clip(sound, reading.limits)
+            if "audio" in chosen or has_sound(sound, reading.limits):
+                media.audio = _clip(sound, reading.limits)
         except SampleError as error:
             media.notes.append(f"audio: {error}")
     return media
+
+
+def _strip(frames: Sequence[ImageHWC]) -> tuple[str, tuple[int, int]]:
+    """Return the data URL of a JPEG with up to STRIP_FRAMES frames side by side, and its width and height."""
+    last = len(frames) - 1
+    count = min(len(frames), STRIP_FRAMES)
+    shown = [Image.fromarray(frames[round(index * last / max(1, count - 1))]) for index in range(count)]
+    for image in shown:
+        image.thumbnail((STRIP_SIDE, STRIP_SIDE))
+    strip = Image.new("RGB", (sum(image.width for image in shown), max(image.height for image in shown)))
+    left = 0
+    for image in shown:
+        strip.paste(image, (left, 0))
+        left += image.width
+    buffer = io.BytesIO()
+    strip.save(buffer, "JPEG", quality=JPEG_QUALITY)
+    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}", strip.size
 
 
 def _thumbnail(pixels: ImageHWC) -> tuple[str, tuple[int, int]]:
