@@ -366,6 +366,14 @@ def test_shards_and_rows_are_contradictory_inputs(here: Path) -> None:
             _ = (pipeline if source is None else pipeline | source) | EmbedRows("clip", shards_)
 
 
+def test_elements_without_a_field_of_any_kind_are_an_error_that_names_them() -> None:
+    decode = ToBatches(Needs(modalities=frozenset({"text"}))).dofn
+    with pytest.raises(UsageError, match=r"found title, id; name yours by .*FieldMap\(text='title'\)"):
+        list(decode.process([{"title": "a"}, {"id": 1}]))
+    (batch,) = decode.process([{"title": "a"}, {"text": None}])
+    assert len(batch.samples) == 2
+
+
 # Rows
 
 

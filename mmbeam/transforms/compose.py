@@ -46,7 +46,7 @@ class ToBatches(beam.PTransform):
     An element's fields are those of a sample in a shard, as bytes or str: `jpg`, `wav`, `txt`, `json`, or any name that
     `reading.fields` gives, or `image`, `audio`, `text`, `metadata`. Fields of no kind and None are ignored. The field
     `key` (else a digest of the element) is the sample's key; `source` and a digest of the key stand for its shard and
-    offset, unless the element has fields `shard` and `offset` too.
+    offset, unless the element has fields `shard` and `offset` too. Elements without a field of any kind are an error.
     """
 
     def __init__(
@@ -75,12 +75,24 @@ class _Decode(beam.DoFn):
 
     def process(self, elements: Sequence[Any]) -> Iterator[Batch]:
         """Yield windows of the elements' samples, decoded ahead of the consumer."""
+        names = dict.fromkeys(name for element in elements for name in _values(element))
+        known = [name for name in names if name.lower() in KINDS or self.reading.fields.kind(name.lower())]
+        if elements and not known:
+            raise UsageError(
+                f"ToBatches: expected a field of an image, a sound, a text or metadata, found {', '.join(names)}; name "
+                f"yours by Reading(fields=FieldMap(text={next(iter(names), 'text')!r}))"
+            )
         unit = WorkUnit(id=f"{self.source}-{uuid4().hex}", inputs=())
         samples = raw_samples(elements, self.source, self.reading)
         held = HeldBytes()
         read = read_batches(unit, self.reading, self.needs, self.windows, held=held, samples=samples)
         with closing(prefetch(read, f"mmbeam-read-{unit.id}", held)) as batches:
             yield from batches
+
+
+def _values(element: Any) -> Mapping[str, Any]:
+    values: Mapping[str, Any] = element if isinstance(element, Mapping) else element._asdict()
+    return values
 
 
 def raw_samples(elements: Iterable[Any], source: str, reading: Reading) -> Iterator[RawSample]:
@@ -90,7 +102,7 @@ def raw_samples(elements: Iterable[Any], source: str, reading: Reading) -> Itera
     """
     seen: set[tuple[str, int]] = set()
     for element in elements:
-        values = element if isinstance(element, Mapping) else element._asdict()
+        values = _values(element)
         members: dict[str, bytes] = {}
         for name, value in values.items():
             field = name.lower()
