@@ -28,6 +28,7 @@ lint: $(VENV)/.ready-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy examples
 
 # Damaged tars for a number of seconds. A line that it prints belongs into tests/fuzz_corpus.txt, with the fix.
 fuzz: $(VENV)/.ready-test
