@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -181,7 +182,8 @@ def test_without_a_terminal_progress_is_plain_lines_and_a_short_job_has_none() -
         time.sleep(0.2)
     lines = stream.getvalue().splitlines()
     assert len(lines) > 1
-    assert all(line.startswith("0/2 units  5 samples") for line in lines)
+    assert all(line.partition("  ")[2].startswith("0/2 units  5 samples") for line in lines)
+    assert all(datetime.fromisoformat(line.partition("  ")[0]).tzinfo for line in lines)
 
 
 def test_progress_is_read_from_the_commits_if_this_process_has_no_counts(

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import deque
 from dataclasses import replace
+from datetime import datetime
 from typing import TextIO
 
 from mmbeam.process import RATE_SECONDS, Progress, progress
@@ -71,8 +72,8 @@ class Committed:
 class ProgressLine:
     """A context manager that shows the progress of the run in `output` on `stream`.
 
-    On a terminal, one line is rewritten in place and removed at the end. Elsewhere, a line is written every ten
-    seconds, so a short job writes none.
+    On a terminal, one line is rewritten in place and removed at the end. Elsewhere, a line with the time is written
+    every ten seconds, so a short job writes none.
     """
 
     def __init__(self, output: str, stream: TextIO, seconds: float | None = None) -> None:
@@ -105,7 +106,7 @@ class ProgressLine:
                 columns = os.get_terminal_size(self._stream.fileno()).columns or 80
                 self._write(f"{CLEAR_LINE}{line[: columns - 1]}")
             else:
-                self._write(f"{line}\n")
+                self._write(f"{datetime.now().astimezone().isoformat(timespec='seconds')}  {line}\n")
 
     def _progress(self) -> Progress:
         """Return the counts of this process or, if it has none, those of the committed units."""
