@@ -6,7 +6,7 @@ UV := VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --compile-byte
 export HF_HUB_OFFLINE ?= 1
 TORTURE := $(patsubst %,tests/test_%.py,conservation tarheaders hostile memory storage death)
 
-.PHONY: demo test torture test-flink lint fuzz bench model ablations clean
+.PHONY: demo test torture test-flink lint fuzz bench model ablations dist clean
 
 demo: $(VENV)/.ready
 	$(BIN)/mmbeam demo
@@ -55,5 +55,11 @@ $(VENV)/.ready-test: $(VENV)/.ready
 	$(UV) --group test --editable .
 	touch $@
 
+# The wheel and the sdist, checked as PyPI checks them.
+dist: $(VENV)/.ready-test
+	rm -rf dist
+	$(BIN)/uv build --quiet --out-dir dist
+	$(BIN)/uv tool run --quiet twine@7.0.0 check --strict dist/*.whl dist/*.tar.gz
+
 clean:
-	rm -rf $(VENV) .cache demo model
+	rm -rf $(VENV) .cache demo model dist build mmbeam.egg-info
