@@ -1,8 +1,8 @@
 """mmbeam: embeddings and captions for buckets of image-text-audio shards.
 
-Models and rows without a pipeline: load_encoder, load_generator, read_rows, read_sample, FeatureDataset. The steps of a
-pipeline: Plan, ReadShards, ReadFeatures, Embed, Label, Generate, WriteParquet, Rows, Summarize. They are imported with
-their first use, so that `import mmbeam` and `mmbeam --help` are fast.
+Models and rows without a pipeline: load_encoder, load_generator, load_labeller, read_rows, read_sample, FeatureDataset.
+The steps of a pipeline: Plan, ReadShards, ReadFeatures, Embed, Label, Generate, WriteParquet, Rows, Summarize. They are
+imported with their first use, so that `import mmbeam` and `mmbeam --help` are fast.
 """
 
 import importlib
@@ -11,7 +11,15 @@ from typing import TYPE_CHECKING, Any
 from mmbeam.names import VERSION
 
 if TYPE_CHECKING:
-    from mmbeam.api import EncoderModel, GeneratorModel, load_encoder, load_generator, read_rows
+    from mmbeam.api import (
+        EncoderModel,
+        GeneratorModel,
+        LabellerModel,
+        load_encoder,
+        load_generator,
+        load_labeller,
+        read_rows,
+    )
     from mmbeam.features.dataset import FeatureDataset
     from mmbeam.readers.samples import read_sample
     from mmbeam.transforms import (
@@ -34,6 +42,7 @@ __all__ = [
     "Generate",
     "GeneratorModel",
     "Label",
+    "LabellerModel",
     "Plan",
     "ReadFeatures",
     "ReadShards",
@@ -43,10 +52,14 @@ __all__ = [
     "__version__",
     "load_encoder",
     "load_generator",
+    "load_labeller",
     "read_rows",
     "read_sample",
 ]
-_API = ("EncoderModel", "GeneratorModel", "load_encoder", "load_generator", "read_rows")
+_API = (
+    *("EncoderModel", "GeneratorModel", "LabellerModel"),
+    *("load_encoder", "load_generator", "load_labeller", "read_rows"),
+)
 
 _MODULES = {"FeatureDataset": "features", "read_sample": "readers.samples"}
 

@@ -18,11 +18,12 @@ from mmbeam.config import Reading
 from mmbeam.decode import decode_sample
 from mmbeam.errors import SampleError, UsageError
 from mmbeam.features.read import WrittenRows
-from mmbeam.names import SHIPPED_MODEL, Modality, Task
+from mmbeam.names import SHIPPED_MODEL, LabelTask, Modality, SegmentKind, Task
 from mmbeam.prompts.ask import Decoding
 from mmbeam.readers.stream import read_file
 from mmbeam.stages.embed import EmbedStage, embed_stage
 from mmbeam.stages.generate import GenerateStage, generate_stage
+from mmbeam.stages.label import LabelStage, label_stage
 from mmbeam.types import Audio, Batch, Failure, RawSample, Sample, WorkUnit
 
 ImageLike = str | PathLike[str] | bytes | Image.Image | npt.NDArray[np.uint8]  # path or URL, file, image, [H, W, 3] RGB
@@ -104,6 +105,41 @@ class GeneratorModel:
         return generated
 
 
+class LabellerModel:
+    """A loaded labeller. Not thread-safe."""
+
+    def __init__(self, stage: LabelStage) -> None:
+        self._stage = stage
+        self._model = stage.load()
+
+    def label(
+        self,
+        *,
+        images: Sequence[ImageLike | None] = (),
+        texts: Sequence[str | None] = (),
+        audio: Sequence[AudioLike | None] = (),
+    ) -> list[list[dict[str, Any]] | None]:
+        """Return the labels, objects, segments or tags of each sample; None for a sample without a usable input.
+
+        Sample i consists of images[i], texts[i] and audio[i]. A missing one is None. The keys of a record are the
+        fields of the column that the task writes. Raises UsageError for a modality that the model does not take,
+        SampleError for a sample that cannot be labelled.
+        """
+        inputs: dict[Modality, Sequence[Any]] = {"image": images, "text": texts, "audio": audio}
+        taken = self._stage.spec.modalities
+        for modality, values in inputs.items():
+            if values and modality not in taken:
+                raise UsageError(f"`{_ARGUMENTS[modality]}`: {self._stage.model} labels {', '.join(taken)} only")
+        samples: list[dict[str, Any]] = [
+            {name: value for name, value in zip(inputs, values, strict=True) if value is not None}
+            for values in zip_longest(*inputs.values())
+        ]
+        labelled: list[list[dict[str, Any]] | None] = []
+        for batch in _run(self._stage, self._model, samples):
+            labelled += batch.features[self._stage.column].to_pylist()
+        return labelled
+
+
 def load_encoder(
     model: str,
     *,
@@ -160,6 +196,38 @@ def load_generator(
     return GeneratorModel(stage)
 
 
+def load_labeller(
+    model: str,
+    *,
+    task: LabelTask = "classify",
+    labels: Sequence[str] | None = None,
+    templates: Sequence[str] | None = None,
+    top_k: int | None = None,
+    threshold: float | None = None,
+    segments: SegmentKind | None = None,
+    device: str = "auto",
+    dtype: str | None = None,
+) -> LabellerModel:
+    """Load the labeller `model`: a hub name with optional @revision, or a directory.
+
+    `task` and the arguments after it are those of `mmbeam label`. Raises ModelError for an unusable model, UsageError
+    for a task that it cannot do.
+    """
+    stage = label_stage(
+        model,
+        task=task,
+        labels=labels,
+        templates=templates,
+        top_k=top_k,
+        threshold=threshold,
+        segments=segments,
+        device=device,
+        dtype=dtype,
+        count_tokens=False,
+    )
+    return LabellerModel(stage)
+
+
 def read_rows(output: str | PathLike[str], columns: Sequence[str] | None = None) -> pa.Table:
     """Return the committed rows of a job's output, in order, with these columns or all.
 
@@ -174,7 +242,9 @@ def read_rows(output: str | PathLike[str], columns: Sequence[str] | None = None)
     return pa.Table.from_batches(list(rows.read(names)), schema)
 
 
-def _run(stage: EmbedStage | GenerateStage, model: Any, samples: Sequence[Mapping[str, Any]]) -> Iterator[Batch]:
+def _run(
+    stage: EmbedStage | GenerateStage | LabelStage, model: Any, samples: Sequence[Mapping[str, Any]]
+) -> Iterator[Batch]:
     """Decode the samples and yield the windows with the stage's outputs. Raises SampleError for the first failure."""
     for first in range(0, len(samples), _SAMPLES_PER_WINDOW):
         decoded: list[Sample] = []
@@ -194,7 +264,7 @@ def _raise_first(failures: Sequence[Failure]) -> None:
 
 
 def _decode(
-    stage: EmbedStage | GenerateStage, number: int, values: Mapping[str, Any]
+    stage: EmbedStage | GenerateStage | LabelStage, number: int, values: Mapping[str, Any]
 ) -> tuple[Sample, Sequence[Failure]]:
     """Return a sample whose offset is its number. Pixels and waveforms are taken as they are."""
     members: dict[str, bytes] = {}

@@ -71,7 +71,8 @@ def assert_same(rows_by_part: Rows, expected: Rows) -> None:
         for row, expected_row in zip(rows, expected_rows, strict=True):
             for column in filter(_is_computed, row):
                 if row[column] is not None:
-                    np.testing.assert_allclose(row[column], expected_row[column], rtol=1e-5, atol=1e-6)
+                    numbers, expected_numbers = _numbers(row[column]), _numbers(expected_row[column])
+                    np.testing.assert_allclose(numbers, expected_numbers, rtol=1e-5, atol=1e-6)
 
 
 def plain(row: dict[str, Any]) -> dict[str, Any]:
@@ -80,4 +81,10 @@ def plain(row: dict[str, Any]) -> dict[str, Any]:
 
 
 def _is_computed(column: str) -> bool:
-    return column.endswith(("_embedding", "_logprob"))
+    return column.endswith(("_embedding", "_logprob", "labels"))
+
+
+def _numbers(value: Any) -> Any:
+    """Return the numbers of a value: a vector, a number, or the scores of labels by their names."""
+    is_labels = isinstance(value, list) and value and isinstance(value[0], dict)
+    return [record["score"] for record in sorted(value, key=lambda record: record["label"])] if is_labels else value

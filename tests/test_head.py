@@ -76,7 +76,7 @@ def run(source: Path, output: Path, model: Path, **changes: Any) -> list[dict[st
     options = LabelOptions(
         input=(str(source),),
         output=str(output),
-        model=str(model),
+        models=(ModelRef(model=str(model)),),
         labelling=Labelling(task="classify", **changes),
         device="cpu",
     )

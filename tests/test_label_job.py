@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import apache_beam as beam
 import numpy as np
 import pytest
 import shards
@@ -14,13 +15,17 @@ from outputs import is_conserved, read_failures, read_rows
 from PIL import Image
 from tiny_labellers import IMAGES, TEXTS
 
+import mmbeam
 from mmbeam.cli import main
-from mmbeam.config import Labelling, Windows
+from mmbeam.config import Labelling, ModelRef, Windows
 from mmbeam.decode.masks import encode_mask
-from mmbeam.errors import RunMismatchError
-from mmbeam.jobs.label import LabelOptions, label
+from mmbeam.errors import RunMismatchError, SampleError, UsageError
+from mmbeam.jobs.label import LabelOptions, label, prepare
+from mmbeam.jobs.options import pipeline_options
+from mmbeam.names import EXTENSIONS
 from mmbeam.report.page import _found
 from mmbeam.stages.label import label_stage
+from mmbeam.transforms import LabelRows
 from mmbeam.types import Batch, RunReport, Sample, WorkUnit
 
 
@@ -38,7 +43,7 @@ def run(tmp_path: Path, model: Path, task: Any = "classify", **changes: Any) -> 
     options = LabelOptions(
         input=(str(tmp_path / "in" / "*.tar"),),
         output=str(tmp_path / "out"),
-        model=str(model),
+        models=(ModelRef(model=str(model)),),
         labelling=Labelling(task=task, top_k=2),
         device="cpu",
         batch_size=4,
@@ -74,6 +79,67 @@ def test_a_second_run_does_nothing_and_another_labelling_is_an_error(tmp_path: P
     run(tmp_path, vit, overwrite=True, windows=Windows(samples=3), batch_size=3)
     for row, first in zip(read_rows(tmp_path / "out"), before, strict=True):
         assert [record["label"] for record in row["labels"]] == [record["label"] for record in first["labels"]]
+
+
+def test_several_models_write_a_column_each_as_each_does_alone_and_an_interrupted_run_is_resumed(
+    tmp_path: Path, vit: Path, bert: Path
+) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(9))
+    models = (ModelRef(model=str(vit), name="a"), ModelRef(model=str(bert), name="b"))
+    both = LabelOptions(
+        input=(str(tmp_path / "in"),),
+        output=str(tmp_path / "both"),
+        models=models,
+        labelling=Labelling(task="classify", top_k=2),
+        device="cpu",
+    )
+    with pytest.raises(UsageError, match="a different name for each"):
+        label(replace(both, models=tuple(replace(ref, name=None) for ref in models)))
+    job = prepare(both)
+    replace(job, units=job.units[:1]).execute()
+    report = label(both)
+    assert is_conserved(report)
+    assert (report.units_written, report.units_kept) == (1, 1)
+    rows = read_rows(tmp_path / "both")
+    for ref in models:
+        label(replace(both, output=str(tmp_path / str(ref.name)), models=(replace(ref, name=None),)))
+        alone = read_rows(tmp_path / str(ref.name))
+        assert [row[f"{ref.name}_labels"] for row in rows] == [row["labels"] for row in alone]
+    assert any(row["a_labels"] for row in rows)
+    assert any(row["b_labels"] for row in rows)
+    assert all(row["text_num_tokens"] for row in rows if row["text"])
+    with pytest.raises(RunMismatchError, match="models"):
+        label(replace(both, models=tuple(reversed(models))[:1]))
+
+
+def test_without_a_pipeline_and_in_one_with_rows_the_labels_are_those_of_a_job(tmp_path: Path, vit: Path) -> None:
+    shards.make_webdataset(tmp_path / "in", shards.make_truths(5), shards=1)
+    run(tmp_path, vit)
+    rows = {row["key"]: row["labels"] for row in read_rows(tmp_path / "out")}
+    with beam.Pipeline(options=pipeline_options()) as pipeline:
+        made = pipeline | LabelRows(str(vit), shards=str(tmp_path / "in" / "*.tar"), top_k=2, batch_size=4)
+        _ = made | beam.Map(_check_row, rows)
+    truths = [truth for truth in shards.make_truths(5) if rows[truth.key] is not None]
+    images = [next(data for name, data in truth.members.items() if name in EXTENSIONS["image"]) for truth in truths]
+    model = mmbeam.load_labeller(str(vit), top_k=2, device="cpu")
+    for truth, labels in zip(truths, model.label(images=images), strict=True):
+        _check(labels, rows[truth.key])
+    assert model.label(images=[None, images[0]])[0] is None
+    with pytest.raises(UsageError, match=r"`texts`: .* labels image only"):
+        model.label(texts=["a"])
+    with pytest.raises(SampleError, match=r"images\[0\]"):
+        model.label(images=[b"not an image"])
+
+
+def _check_row(row: Any, rows: dict[str, Any]) -> None:
+    labels = row.labels
+    _check(None if labels is None else [record._asdict() for record in labels], rows[row.key])
+
+
+def _check(labels: list[dict[str, Any]] | None, expected: list[dict[str, Any]] | None) -> None:
+    assert [record["label"] for record in labels or ()] == [record["label"] for record in expected or ()]
+    for record, other in zip(labels or (), expected or (), strict=True):
+        assert abs(record["score"] - other["score"]) < 1e-5
 
 
 def test_an_image_that_fails_in_the_model_costs_one_record(vit: Path, monkeypatch: pytest.MonkeyPatch) -> None:

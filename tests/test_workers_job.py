@@ -19,10 +19,14 @@ from test_workers import children
 
 from mmbeam import process
 from mmbeam.cli import main
+from mmbeam.config import Labelling, ModelRef
 from mmbeam.errors import UsageError
 from mmbeam.jobs.caption import CaptionOptions
 from mmbeam.jobs.caption import prepare as prepare_caption
 from mmbeam.jobs.embed import EmbedOptions, embed, prepare
+from mmbeam.jobs.execute import Job
+from mmbeam.jobs.label import LabelOptions, label
+from mmbeam.jobs.label import prepare as prepare_label
 from mmbeam.jobs.options import check_workers
 from mmbeam.jobs.workers import UnitWork, share_cores, share_devices
 from mmbeam.process import cores, progress
@@ -73,9 +77,13 @@ def test_a_finished_run_starts_no_process(known: Known, tmp_path: Path) -> None:
     assert (report.units_kept, counts(report)) == (5, counts(known.report))
 
 
-def in_this_process(job: EmbedOptions | CaptionOptions) -> list[Tally]:
+def in_this_process(job: EmbedOptions | CaptionOptions | LabelOptions) -> list[Tally]:
     """Do in this process what a worker process does with every unit of a job; return the counts that it sends."""
-    prepared = prepare_caption(job) if isinstance(job, CaptionOptions) else prepare(job)
+    prepared: Job
+    if isinstance(job, CaptionOptions):
+        prepared = prepare_caption(job)
+    else:
+        prepared = prepare_label(job) if isinstance(job, LabelOptions) else prepare(job)
     work = pickle.loads(pickle.dumps(UnitWork(replace(prepared, units=()).steps, ("cpu",), 1)))
     sent: list[Tally] = []
     try:
@@ -119,6 +127,22 @@ def test_worker_processes_write_captions(tmp_path: Path) -> None:
     captions = [text for path in (tmp_path / "out" / "data").glob("*.parquet") for text in captions_of(path)]
     assert len(captions) == 4
     assert all(captions)
+
+
+def test_worker_processes_write_labels(known: Known, tmp_path: Path) -> None:
+    job = LabelOptions(
+        input=(str(known.root / "in"),),
+        output=str(tmp_path / "out"),
+        models=(ModelRef(model=str(known.root / "clip")),),
+        labelling=Labelling(task="zero-shot", labels=("a cat", "a dog")),
+        device="cpu",
+        max_failure_rate=1.0,
+    )
+    assert sum(in_this_process(job), Tally()).samples == known.report.tally.samples
+    of_workers = read_parts(tmp_path / "out")
+    label(replace(job, output=str(tmp_path / "alone")))
+    assert_same(of_workers, read_parts(tmp_path / "alone"))
+    assert any(row["labels"] for rows in of_workers.values() for row in rows)
 
 
 def captions_of(path: Path) -> list[str]:

@@ -23,7 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     job_arguments(parser, features=True)
     parser.add_argument(
-        "--model", required=True, metavar="MODEL", help="hub name with optional @revision, or a directory"
+        "--model",
+        action="append",
+        required=True,
+        metavar="[NAME=]MODEL",
+        help="hub name with optional @revision, or a directory; NAME prefixes its column; may be repeated",
     )
     parser.add_argument(
         "--task",
@@ -71,9 +75,11 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
 
 def _options(args: argparse.Namespace) -> "LabelOptions":
-    from mmbeam.config import Labelling
+    from mmbeam.config import Labelling, ModelRef
 
-    check_model(args.model)
+    models = tuple(ModelRef.parse(model) for model in args.model)
+    for model in models:
+        check_model(model.model)
     labels = None if args.labels is None else read_list("labels", args.labels, ",")
     templates = None if args.templates is None else read_list("templates", args.templates, None)
     if args.task in NEEDS_LABELS and labels is None:
@@ -94,7 +100,7 @@ def _options(args: argparse.Namespace) -> "LabelOptions":
 
     from mmbeam.jobs.label import LabelOptions  # slow
 
-    return LabelOptions(model=args.model, labelling=labelling, **shared)
+    return LabelOptions(models=models, labelling=labelling, **shared)
 
 
 def read_list(name: str, text: str, separator: str | None) -> tuple[str, ...]:

@@ -8,10 +8,10 @@ from typing import Any
 
 from mmbeam.clean import parse_image_filter
 from mmbeam.config import ModelRef, Reading
-from mmbeam.errors import UsageError, public_url
+from mmbeam.errors import UsageError
 from mmbeam.jobs.execute import OUTPUT_VERSION, Job, check_present, plan, versions
 from mmbeam.jobs.inputs import Inputs, check_frames, check_modalities, inputs_of, shipped_model_warning
-from mmbeam.jobs.options import JobOptions, check_options, device_of
+from mmbeam.jobs.options import JobOptions, check_names, check_options, device_of
 from mmbeam.models.loading import dtype_name
 from mmbeam.names import MODALITIES, SHIPPED_MODEL, UNNAMED_MODEL, Modality
 from mmbeam.runs.run import Run
@@ -86,15 +86,7 @@ def _stages(options: EmbedOptions, inputs: Inputs) -> tuple[EmbedStage, ...]:
     if modalities is None and "video" in inputs.first.modalities:
         modalities = MODALITIES  # image encoders encode the frames
     models = options.models or (ModelRef(model=SHIPPED_MODEL),)
-    names = [ref.name or UNNAMED_MODEL for ref in models]
-    if len(set(names)) < len(names):
-        listed = ", ".join(
-            f"{ref.name}={public_url(ref.model)}" if ref.name else public_url(ref.model) for ref in models
-        )
-        again = " ".join(
-            f"--model {name}={public_url(ref.model)}" for name, ref in zip("abcdefgh", models, strict=False)
-        )
-        raise UsageError(f"`models`: expected a different name for each, found {listed}; for example {again}")
+    check_names(models)
     stages: list[EmbedStage] = []
     for ref in models:
         stage = embed_stage(

@@ -19,10 +19,11 @@ from apache_beam.options.pipeline_options import (
 from mmbeam.clean import parse_image_filter
 from mmbeam.clean.text import check_steps
 from mmbeam.clean.where import compile_where
-from mmbeam.config import Reading, Windows
-from mmbeam.errors import SECRET_NAME, UsageError, redact
+from mmbeam.config import ModelRef, Reading, Windows
+from mmbeam.errors import SECRET_NAME, UsageError, public_url, redact
 from mmbeam.jobs.cluster import check_cluster, check_ended, check_input, check_output, runner_of, workers_are_here
 from mmbeam.models.placement import devices_of
+from mmbeam.names import UNNAMED_MODEL
 from mmbeam.process import cores
 
 log = logging.getLogger(__name__)
@@ -204,3 +205,16 @@ def public_args(args: Sequence[str]) -> list[str]:
         else:
             shown.append("..." if secret else redact(arg))
     return shown
+
+
+def check_names(models: Sequence[ModelRef]) -> None:
+    """Raise UsageError unless each model has a name of its own, which prefixes its columns; a single one needs none."""
+    names = [ref.name or UNNAMED_MODEL for ref in models]
+    if len(set(names)) < len(names):
+        listed = ", ".join(
+            f"{ref.name}={public_url(ref.model)}" if ref.name else public_url(ref.model) for ref in models
+        )
+        again = " ".join(
+            f"--model {name}={public_url(ref.model)}" for name, ref in zip("abcdefgh", models, strict=False)
+        )
+        raise UsageError(f"`models`: expected a different name for each, found {listed}; for example {again}")

@@ -23,10 +23,11 @@ from mmbeam.prompts.ask import Decoding
 from mmbeam.readers.windows import HeldBytes, prefetch, read_batches
 from mmbeam.stages.embed import embed_stage
 from mmbeam.stages.generate import generate_stage
+from mmbeam.stages.label import label_stage
 from mmbeam.transforms.plan import Plan
 from mmbeam.transforms.read import ReadShards
 from mmbeam.transforms.rows import Rows, is_vector
-from mmbeam.transforms.run_stage import Embed, Generate, RunStage
+from mmbeam.transforms.run_stage import Embed, Generate, Label, RunStage
 from mmbeam.types import Batch, Needs, RawSample, Sample, Stage, Tally, WorkUnit
 
 log = logging.getLogger(__name__)
@@ -297,6 +298,24 @@ class CaptionRows(beam.PTransform):
     def expand(self, rows: Any) -> beam.PCollection[Any]:
         """Apply the steps."""
         return _rows_of(self.stage, Generate(self.stage), rows, self.shards)
+
+
+class LabelRows(beam.PTransform):
+    """Shards or rows in, beam.Row with classes, objects, segments or tags out: the label job's steps, for Beam YAML.
+
+    As EmbedRows; the other arguments are those of `mmbeam.stages.label.label_stage`.
+    """
+
+    _yaml_requires_inputs = False  # read by Beam YAML
+
+    def __init__(self, model: str, shards: str | Sequence[str] | None = None, **options: Any) -> None:
+        super().__init__()
+        self.stage: Stage = label_stage(model, **options)
+        self.shards = shards
+
+    def expand(self, rows: Any) -> beam.PCollection[Any]:
+        """Apply the steps."""
+        return _rows_of(self.stage, Label(self.stage), rows, self.shards)
 
 
 def _rows_of(stage: Stage, step: Embed, rows: Any, shards: str | Sequence[str] | None) -> beam.PCollection[Any]:

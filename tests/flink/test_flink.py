@@ -35,10 +35,12 @@ pytestmark = pytest.mark.timeout(2 * SECONDS)
 
 
 def command(known: Known, name: str, output: str, options: list[str], source: str | None = None) -> list[str]:
-    """Return the arguments of `mmbeam embed` or `mmbeam caption` on the known corpus, or on a copy at `source`."""
-    model = known.root / {"embed": "clip", "caption": "fusion"}[name]
+    """Return the arguments of a command on the known corpus, or on a copy at `source`."""
+    model = known.root / {"embed": "clip", "label": "clip", "caption": "fusion"}[name]
     arguments = ["--input", source or str(known.root / "in"), "--output", output, "--model", str(model)]
-    arguments += ["--max-new-tokens=8"] if name == "caption" else []
+    arguments += {"caption": ["--max-new-tokens=8"], "label": ["--task=zero-shot", "--labels=a cat,a dog"]}.get(
+        name, []
+    )
     return [name, *arguments, "--device=cpu", "--batch-size=3", "--max-failure-rate=1", *options]
 
 
@@ -120,6 +122,13 @@ def test_captions_are_the_same(embedded: bool, known: Known, flink: Cluster, cap
     done = run(*MMBEAM, *command(known, "caption", str(tmp_path), options))
     assert done.returncode == 0, done.stderr
     assert_same(read_parts(tmp_path), captions)
+
+
+def test_labels_are_the_same(known: Known, flink: Cluster, tmp_path: Path) -> None:
+    for folder, options in (("flink", [*flink.beam_options, UBER_JAR, "--shared-output"]), ("in_process", [])):
+        done = run(*MMBEAM, *command(known, "label", str(tmp_path / folder), options))
+        assert done.returncode == 0, done.stderr
+    assert_same(read_parts(tmp_path / "flink"), read_parts(tmp_path / "in_process"))
 
 
 # Distribution of the work
