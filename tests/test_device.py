@@ -4,6 +4,7 @@ The simulation raises for tensors on different devices and for tensors that are 
 results must equal those of the CPU.
 """
 
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -26,8 +27,10 @@ import torch
 from simulated_cuda import Gpu, simulated_gpu
 from tiny_clip import save_clip
 from tiny_gemma import save_embedding_gemma2
+from transformers import BatchEncoding, BatchFeature
 
 from mmbeam.errors import DeviceError
+from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.placement import Device
 from mmbeam.process import reset
 from mmbeam.prompts.ask import Decoding
@@ -135,6 +138,34 @@ def test_a_device_error_ends_both_units_and_is_reported_by_each() -> None:
 
 # Budgets
 
+
+@pytest.fixture
+def host_calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
+    """The calls of tokenizers ("BatchEncoding"), processors ("BatchFeature") and of a GPU's thread to either."""
+    calls = Counter[str]()
+
+    def count(cls: Any, method: str, name: str) -> None:
+        original = getattr(cls, method)
+
+        def counted(*args: Any, **options: Any) -> Any:
+            on_device = threading.current_thread().name.startswith("mmbeam-cuda")
+            calls[f"{name} on the device's thread" if on_device else name] += 1
+            return original(*args, **options)
+
+        monkeypatch.setattr(cls, method, counted)
+
+    count(BatchEncoding, "__init__", "BatchEncoding")
+    count(BatchFeature, "__init__", "BatchFeature")
+    count(FusionProcessor, "token_ids", "BatchEncoding")
+    count(FusionProcessor, "input_ids", "BatchEncoding")
+    return calls
+
+
+def check_threads(calls: Counter[str]) -> None:
+    """Fail if a GPU's thread called a tokenizer or a processor."""
+    assert not [name for name in calls if "device" in name], calls
+
+
 ENCODERS: dict[str, tuple[Callable[[Path], Path], int]] = {  # kernels of a window, at most
     "clip": (save_clip, 145),
     "siglip": (tiny_models.save_siglip, 145),
@@ -196,18 +227,25 @@ def cosine(a: Any, b: Any) -> float:
 @pytest.mark.filterwarnings("ignore:At least one mel filter")  # the tiny AST's
 @pytest.mark.parametrize("family", ENCODERS)
 def test_a_window_of_an_encoder_keeps_its_budget(
-    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None], host_calls: Counter[str]
 ) -> None:
     """Vectors and tokens. One copy to the device and one wait per pack, two copies to the host."""
     build, kernels = ENCODERS[family]
     stage = embed_stage(str(build(tmp_path / family)), dtype="float32", tokens=True)
-    expected = Device("cpu").run(stage, window())
+    cpu = Device("cpu")
+    expected = cpu.run(stage, window())
+    if "text" in stage.modalities:
+        model, texts = cpu._models[stage.key], ["", "a word", "\u00e9 </s> [SEP] b", "long " * 10_000]
+        counts = [model.count_encoded(ids) for ids in model.tokenize(texts)]
+        assert counts == [*model.count_tokens(texts[:3]), None]  # texts are tokenized once, if they are not truncated
     with simulated_gpu() as gpu:
         device = Device("cuda:0")
         device.run(stage, window())  # copies constants, once
         gpu.stats.clear()
         gpu.sites.clear()
+        host_calls.clear()
         result = device.run(stage, window())
+    check_threads(host_calls)
     record_property("device", f"{family}: {', '.join(f'{count} {what}' for what, count in sorted(gpu.stats.items()))}")
     assert result.failures == expected.failures == ()
     for column, values in expected.features.items():
@@ -266,7 +304,7 @@ PER_TOKEN = {"whisper": 8}  # it decodes the windows of a clip one after the oth
     ],
 )
 def test_a_generator_writes_the_same_text_and_waits_once_per_token(
-    family: str, tmp_path: Path, record_property: Callable[[str, object], None]
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None], host_calls: Counter[str]
 ) -> None:
     """The wait is for whether every text has ended. The rest is once per window, and of the model's own code."""
     task: Any = "summarize" if family == "qwen2" else None
@@ -279,7 +317,10 @@ def test_a_generator_writes_the_same_text_and_waits_once_per_token(
         device = Device("cuda:0")
         for measured in (few, few, more):
             gpu.stats.clear()
+            host_calls.clear()
             result = device.run(measured, batch)
+            if stats:  # the model is loaded
+                check_threads(host_calls)
             stats.append(Counter({what: count for what, count in gpu.stats.items() if what != "kernels"}))
     assert result.features[stage.column].to_pylist() == texts.to_pylist()
     per_token = {what: (count - stats[1][what]) / 2 for what, count in stats[2].items()}

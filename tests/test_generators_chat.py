@@ -62,7 +62,7 @@ def test_the_number_of_image_tokens_follows_from_the_size(model: Any, name: str)
     for image in pictures():
         request = Request(image=image.copy(), text="a")
         try:
-            tensors = model.tensors([request])
+            tensors = model.processed([request])
         except ValueError:  # Qwen processors reject an aspect ratio of 200
             continue
         placeholder = next(iter(model.token_types()), model.model.config.image_token_id)

@@ -100,7 +100,7 @@ def test_a_video_equals_the_processor_and_generate(name: str, tmp_path: Path) ->
         assert list(text.token_ids) == ids[: len(text.token_ids)]
         assert text.token_ids
     frames = [replace(clips[0], frames=clips[0].frames[::-1]), clips[0]]
-    backward, forward = (loaded.prepare(Request(video=clip, prompt="x"))[0] for clip in frames)
+    backward, forward = (loaded.prepare([Request(video=clip, prompt="x")])[0][0] for clip in frames)
     assert any(not torch.equal(backward[key], forward[key]) for key in forward)
 
 

@@ -138,6 +138,13 @@ class TextTokenizer:
         """Return the number of tokens of each text, not truncated, without special tokens. See count_in_pieces."""
         return count_in_pieces(texts, self._count)
 
+    def count_encoded(self, ids: Sequence[int], max_length: int) -> int | None:
+        """Return the number of tokens of a text by what `encode` returned for it, without special tokens.
+
+        None if the text may have been truncated.
+        """
+        return len(ids) - self._tokenizer.num_special_tokens_to_add() if len(ids) < max_length else None
+
     def _count(self, texts: Sequence[str]) -> list[int]:
         return [len(ids) for ids in self._ids(texts, truncation=False, add_special_tokens=False, verbose=False)]
 

@@ -110,7 +110,7 @@ class Request:
     task: Task = "caption"
     language: str | None = None  # of the text to write: "German", "de", or the model's own name for it
     source_language: str | None = None  # of the text to translate
-    prepared: Any = field(default=None, compare=False, repr=False)  # the model's inputs, of Generator.prepare
+    encoded: Any = field(default=None, compare=False, repr=False)  # what Generator.encode makes of it
 
     @property
     def words(self) -> str:
@@ -121,7 +121,7 @@ class Request:
         """Return the request with a modality masked, and its features; `columns` maps features to modalities."""
         features = {name: value for name, value in self.features.items() if columns.get(name) != modality}
         masked: dict[str, Any] = {modality: None}
-        return replace(self, **masked, features=features, prepared=None)
+        return replace(self, **masked, features=features, encoded=None)
 
 
 @dataclass(frozen=True, kw_only=True)

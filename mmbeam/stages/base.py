@@ -133,8 +133,14 @@ class ModelStage(Stage):
         added = dict(features)
         if self.count_tokens:
             positions = [index for index, sample in enumerate(batch.samples) if sample.text is not None]
-            counts = model.count_tokens([batch.samples[index].model_text or "" for index in positions])
-            added["text_num_tokens"] = scatter_values(pa.array(counts, pa.int32()), positions, len(batch.samples))
+            counts = {
+                index: count for result in results for index, count in result.num_tokens.items() if count is not None
+            }
+            others = [index for index in positions if index not in counts]
+            texts = [batch.samples[index].model_text or "" for index in others]
+            counts |= zip(others, model.count_tokens(texts) if texts else (), strict=True)
+            values = pa.array([counts[index] for index in positions], pa.int32())
+            added["text_num_tokens"] = scatter_values(values, positions, len(batch.samples))
         splits = sum((result.splits for result in results), Counter[Fault]())
         warnings = {SPLIT_WARNINGS[fault]: count for fault, count in splits.items()}
         return replace(

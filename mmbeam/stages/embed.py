@@ -103,6 +103,9 @@ class EmbedStage(ModelStage):
                 yield PackResults(modality, failed=failed)
                 positions = [index for index in positions if index not in failed]
                 values = [ids for ids in values if ids]
+            num_tokens: dict[int, int | None] = {}
+            if modality == "text" and self.count_tokens:
+                num_tokens = {index: model.count_encoded(ids) for index, ids in zip(positions, values, strict=True)}
             weights, size, max_weight = self._limits(modality, values)
             widths = [image.shape[1] for image in values] if modality == "image" else None  # equal sizes side by side
             for indices in pack(weights, size, max_weight, widths):
@@ -111,6 +114,7 @@ class EmbedStage(ModelStage):
                     positions=[positions[index] for index in indices],
                     items=[values[index] for index in indices],
                     weights=[weights[index] for index in indices],
+                    num_tokens=num_tokens,
                 )
 
     def transfer(self, model: Encoder, group: str, items: Values) -> Any:

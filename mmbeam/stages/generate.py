@@ -8,7 +8,7 @@ import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -16,7 +16,7 @@ import torch
 
 from mmbeam.errors import PromptError, UsageError
 from mmbeam.models.generators import check_engine, check_instruction, describe, load
-from mmbeam.models.generators.base import Generator
+from mmbeam.models.generators.base import Generator, Prepared
 from mmbeam.models.loading import digest, dtype_name, resolve
 from mmbeam.models.placement import resolve_device
 from mmbeam.names import COLUMN_OF_TASK, MODALITIES, Engine, Modality, Task
@@ -120,7 +120,7 @@ class GenerateStage(ModelStage):
         """Yield the requests of a window in packs, after the samples that lack a field of the prompt."""
         by_position, errors = self._requests(batch)
         yield PackResults(self.column, failed=errors)
-        positions, requests = list(by_position), list(by_position.values())
+        positions, requests = list(by_position), encode_requests(model, list(by_position.values()))
         weights = padded_weights(model, requests, self.decoding)
         for indices in plan_batches(model, requests, weights, self.batch_limit):
             yield Pack(
@@ -130,21 +130,26 @@ class GenerateStage(ModelStage):
                 weights=[weights[index] for index in indices],
             )
 
-    def transfer(self, model: Generator, group: str, items: Sequence[Request]) -> Sequence[Request]:
-        """Return the requests with filtered images, and with what the checkpoint's own processor makes of them."""
+    def transfer(
+        self, model: Generator, group: str, items: Sequence[Request]
+    ) -> tuple[Sequence[Request], Sequence["Masked"]]:
+        """Return the requests with filtered images and the model's inputs; with `explain` also the masked ones."""
         if self.image_filter is not None:
             items = [self._filtered(item, *self.image_filter) for item in items]
-        prepared = [model.prepare(item) for item in items]
-        if not any(prepared):
-            return items
-        return [replace(item, prepared=inputs) for item, inputs in zip(items, prepared, strict=True)]
+        masked = mask_each(model, items) if self.explain else []
+        return Prepared(items, model.prepare(items)), masked
 
-    def compute(self, model: Generator, group: str, inputs: Sequence[Request]) -> list[tuple[Generated, Attribution]]:
+    def compute(
+        self, model: Generator, group: str, inputs: tuple[Sequence[Request], Sequence["Masked"]]
+    ) -> list[tuple[Generated, Attribution]]:
         """Return the texts of requests, and with `explain` their attributions."""
-        texts = model.generate(inputs, self.decoding)
+        requests, masked = inputs
+        texts = model.generate(requests, self.decoding)
         if not all(math.isfinite(text.logprob) for text in texts):
             raise FloatingPointError("the model's log-probabilities are not finite; a wider `dtype` may help")
-        attributions: Sequence[Attribution] = attribute(model, inputs, texts) if self.explain else [{}] * len(texts)
+        attributions: Sequence[Attribution] = [{}] * len(texts)
+        if self.explain:
+            attributions = attribute(model, requests, texts, masked)
         return list(zip(texts, attributions, strict=True))
 
     def collect(
@@ -223,25 +228,49 @@ class GenerateStage(ModelStage):
         return {name: scatter_values(array, positions, count) for name, array in values.items()}
 
 
-def attribute(model: Generator, requests: Sequence[Request], texts: Sequence[Generated]) -> list[Attribution]:
-    """Return, for each text, the attribution to each modality of its request.
+class Masked(NamedTuple):
+    """The requests of a batch that have a modality among others, without it."""
+
+    modality: Modality
+    rows: Sequence[int]  # of the requests in the batch
+    requests: Sequence[Request]
+
+
+def mask_each(model: Generator, requests: Sequence[Request]) -> list[Masked]:
+    """Return the requests without each of their modalities in turn, prepared; only of those that have several."""
+    columns = {column.name: column.modality for column in model.spec.columns if column.modality}
+    present = [_modalities(request, columns) for request in requests]
+    masks = []
+    for modality in model.spec.modalities:
+        rows = [row for row, of_row in enumerate(present) if modality in of_row and len(of_row) > 1]
+        if rows:
+            masked = encode_requests(model, [requests[row].without(modality, columns) for row in rows])
+            masks.append(Masked(modality, rows, Prepared(masked, model.prepare(masked))))
+    return masks
+
+
+def _modalities(request: Request, columns: Mapping[str, Modality]) -> list[Modality]:
+    of_features = {columns[name] for name in request.features if name in columns}
+    return [m for m in MODALITIES if m in of_features or getattr(request, m, None) is not None]
+
+
+def attribute(
+    model: Generator,
+    requests: Sequence[Request],
+    texts: Sequence[Generated],
+    masked: Sequence[Masked] | None = None,
+) -> list[Attribution]:
+    """Return, for each text, the attribution to each modality of its request; `masked` is what `mask_each` returned.
 
     It is the drop of the text's log-probability when the modality is masked (a rise counts as 0), divided by the sum of
     the drops of all modalities. If that sum is 0, all attributions are 0. A single modality has attribution 1.
     """
     columns = {column.name: column.modality for column in model.spec.columns if column.modality}
-    drops: list[dict[Modality, float]] = []
-    for request in requests:
-        of_features = {columns[name] for name in request.features if name in columns}
-        present = [m for m in MODALITIES if m in of_features or getattr(request, m, None) is not None]
-        drops.append(dict.fromkeys(present, 1.0))
-    for modality in model.spec.modalities:
-        rows = [row for row, row_drops in enumerate(drops) if modality in row_drops and len(row_drops) > 1]
-        if rows:
-            masked = [requests[row].without(modality, columns) for row in rows]
-            for row, logprob in zip(rows, model.score(masked, [texts[row] for row in rows]), strict=True):
-                drop = texts[row].logprob - logprob
-                drops[row][modality] = drop if math.isnan(drop) else max(0.0, drop)
+    drops = [dict.fromkeys(_modalities(request, columns), 1.0) for request in requests]
+    for modality, rows, without in mask_each(model, requests) if masked is None else masked:
+        for row, logprob in zip(rows, model.score(without, [texts[row] for row in rows]), strict=True):
+            drop = texts[row].logprob - logprob
+            drops[row][modality] = drop if math.isnan(drop) else max(0.0, drop)
     attributions: list[Attribution] = []
     for row_drops in drops:
         total = sum(row_drops.values())
@@ -272,6 +301,17 @@ def plan_batches(model: Generator, requests: Sequence[Request], weights: Sequenc
     ]
     pixels = [sum(image.shape[0] * image.shape[1] for image in of_request) for of_request in images]
     return pack(weights, size, size * TOKENS_PER_SAMPLE, pixels, size * PIXELS_PER_SAMPLE)
+
+
+def encode_requests(model: Generator, requests: Sequence[Request]) -> list[Request]:
+    """Return the requests with their tokens; a request that raises an error without, which `generate` reports."""
+    try:
+        encoded = model.encode(requests)
+    except Exception:
+        if len(requests) == 1:
+            return list(requests)
+        return [encoded for request in requests for encoded in encode_requests(model, [request])]
+    return [replace(request, encoded=tokens) for request, tokens in zip(requests, encoded, strict=True)]
 
 
 def weigh_requests(model: Generator, requests: Sequence[Request]) -> list[int]:

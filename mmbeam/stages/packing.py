@@ -7,7 +7,7 @@ nearly all of it: at batch size 64, real tokens rise from 0.48 to 0.95 of all to
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
 from typing import Any, Generic, Self, TypeVar
@@ -29,6 +29,7 @@ class Pack(Generic[ItemT]):
     positions: list[int]  # in the window
     items: list[ItemT]
     weights: list[int]
+    num_tokens: Mapping[int, int | None] = field(default_factory=dict)  # of the window's texts; None: truncated
     inputs: Any = None  # the items as the model takes them, on the device or on their way; None: not prepared
 
     def halves(self) -> tuple[Self, Self]:
@@ -50,6 +51,7 @@ class PackResults(Generic[ResultT]):
     group: str
     done: list[tuple[list[int], ResultT]] = field(default_factory=list)  # positions and result of each part that ran
     failed: dict[int, Exception] = field(default_factory=dict)  # items that failed alone, by position
+    num_tokens: Mapping[int, int | None] = field(default_factory=dict)  # as in Pack
     splits: Counter[Fault] = field(default_factory=Counter)  # parts that failed, by cause
 
 
@@ -135,7 +137,7 @@ def launch_pack(
     An item that fails alone is recorded in `failed` only if the item of `known_good` passes. Otherwise, or if the
     device is broken, DeviceError is raised. Errors of the environment are raised unchanged.
     """
-    results: PackResults[ResultT] = PackResults(pack.group)
+    results: PackResults[ResultT] = PackResults(pack.group, num_tokens=pack.num_tokens)
     limit = limit or MemoryLimit()
     todo = [pack]
     while todo:

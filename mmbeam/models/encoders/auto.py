@@ -189,6 +189,14 @@ class AutoEncoder(Encoder):
         assert self.processors.tokenizer is not None
         return self.processors.tokenizer.count(texts)
 
+    def count_encoded(self, token_ids: Sequence[int]) -> int | None:
+        """Return the number of tokens of a text by its ids; None for a text that is truncated or has a prompt."""
+        assert self.processors.tokenizer is not None
+        assert self.spec.max_text_tokens is not None
+        if self.spec.text_prompt:
+            return None
+        return self.processors.tokenizer.count_encoded(token_ids, self.spec.max_text_tokens)
+
     @torch.inference_mode()
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
         """Encode texts that `tokenize` made; tokens are the last hidden states."""

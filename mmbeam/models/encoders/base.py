@@ -110,6 +110,10 @@ class Encoder:
         """Return the number of tokens of each text, not truncated, without special tokens."""
         raise NotImplementedError
 
+    def count_encoded(self, token_ids: Sequence[int]) -> int | None:
+        """Return what `count_tokens` returns for a text that `tokenize` made these ids of; None: unknown."""
+        return None
+
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
         """Encode texts that `tokenize` made, padded to the longest of the batch."""
         raise NotImplementedError
@@ -183,6 +187,10 @@ class TransformersEncoder(Encoder):
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, not truncated, without special tokens."""
         return self.tokenizer.count(texts)
+
+    def count_encoded(self, token_ids: Sequence[int]) -> int | None:
+        """Return the number of tokens of a text by its ids; None for a text that is truncated or has a prompt."""
+        return None if self.spec.text_prompt else self.tokenizer.count_encoded(token_ids, self.max_text_tokens)
 
 
 def encode_windows(

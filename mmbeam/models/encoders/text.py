@@ -72,6 +72,10 @@ class TextEncoder(TransformersEncoder):
         """Return the number of tokens of each text, not truncated, without special tokens and prompt."""
         return super().count_tokens([self._prepare(text) for text in texts])
 
+    def count_encoded(self, token_ids: Sequence[int]) -> int | None:
+        """Return the number of tokens of a text by its ids; None for a text that is truncated or has a prompt."""
+        return None if self.recipe.prompt else super().count_encoded(token_ids)
+
     @torch.inference_mode()
     def encode_text(self, token_ids: Sequence[Sequence[int]], tokens: bool = False) -> Encoded:
         """Encode texts that `tokenize` made, padded on the right to the longest; tokens are the last hidden states."""

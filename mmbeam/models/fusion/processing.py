@@ -177,7 +177,7 @@ class FusionProcessor:
             if source.kind == "features":
                 values, mask = self._features(name, source, requests, device)
             elif source.modality == "text":
-                values, mask = self._text(name, source, [request.text for request in requests], device)
+                values, mask = self._text(name, source, requests, device)
             else:
                 values, mask = self._media(name, source, requests, device)
             inputs[name] = values.to(dtype) if values.is_floating_point() else values
@@ -213,12 +213,15 @@ class FusionProcessor:
         lengths = to_device([recipe.length(len(wave)) for wave in waves], device)
         return values, torch.arange(values.shape[1], device=device) < lengths[:, None]
 
-    def _text(self, name: str, source: SourceConfig, texts: Sequence[str | None], device: torch.device) -> SourceInput:
-        ids = self.input_ids([text or "" for text in texts], name)
-        rows = [row if text else [] for row, text in zip(ids, texts, strict=True)]
+    def _text(self, name: str, source: SourceConfig, requests: Sequence[Request], device: torch.device) -> SourceInput:
+        if all(request.encoded is not None for request in requests):
+            ids = [request.encoded[name] for request in requests]
+        else:
+            ids = self.input_ids([request.text or "" for request in requests], name)
+        rows = [row if request.text else [] for row, request in zip(ids, requests, strict=True)]
         tokens, mask = pad(rows, PAD, device, vocabulary=(source.model or {}).get("vocab_size"))
         if not tokens.shape[1]:  # no sample has text
-            tokens = torch.full((len(texts), 1), PAD, device=device)
+            tokens = torch.full((len(requests), 1), PAD, device=device)
         return tokens, mask.bool() if mask.shape[1] else torch.zeros_like(tokens, dtype=torch.bool)
 
     def _features(
@@ -267,6 +270,17 @@ class FusionProcessor:
 
     def _count(self, texts: Sequence[str], source: str | None) -> list[int]:
         return [len(ids) for ids in self.token_ids(texts, source)]
+
+    def encode(self, texts: Sequence[str]) -> list[Any]:
+        """Return the token ids of each text by the name of the source that takes it; see `input_ids`."""
+        names = [
+            name for name, source in self.sources.items() if source.modality == "text" and source.kind != "features"
+        ]
+        rows = [self.input_ids(texts, name) for name in names]
+        return [
+            {name: of_source[index] if text else [] for name, of_source in zip(names, rows, strict=True)}
+            for index, text in enumerate(texts)
+        ]
 
     def input_ids(self, texts: Sequence[str], source: str) -> list[list[int]]:
         """Return token ids for `source`, with the special tokens of a pretrained encoder.

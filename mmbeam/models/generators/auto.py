@@ -34,6 +34,7 @@ from mmbeam.models.loading import load_pretrained, quiet_transformers, read_conf
 from mmbeam.models.recipes import read_image_processor
 from mmbeam.names import TASKS, Modality
 from mmbeam.ops.audio import to_rate
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request, VideoInput
 from mmbeam.types import ImageHWC, Video, Waveform
 
@@ -113,10 +114,14 @@ class AutoGenerator(PretrainedGenerator):
         ]
         return [1 + count + TOKENS_PER_MEDIUM * number for count, number in zip(counts, media, strict=True)]
 
-    def prepare(self, request: Request) -> list[Inputs]:
-        """Return the model's inputs for a request, on the CPU: one, or several for the pieces of long speech."""
+    def encode(self, requests: Sequence[Request]) -> list[Any]:
+        """Return None for each request: its processor makes its tokens and its media together."""
+        return [None] * len(requests)
+
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        """Return the inputs of each request, on the CPU: one, or several for the pieces of long speech."""
         with self._lock:
-            return self._prepare(request)
+            return [self._prepare(request) for request in requests]
 
     def _prepare(self, request: Request) -> list[Inputs]:
         image = None if request.image is None else Image.fromarray(request.image)
@@ -167,7 +172,7 @@ class AutoGenerator(PretrainedGenerator):
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
         """Return one text per request."""
-        prepared = [request.prepared or self.prepare(request) for request in requests]
+        prepared: list[list[Inputs]] = self.prepared(requests)
         parts = [(row, piece, inputs) for row, several in enumerate(prepared) for piece, inputs in enumerate(several)]
         done: dict[int, GeneratedTokens] = {}
         for positions in self._groups([inputs for *_, inputs in parts]):
@@ -190,7 +195,7 @@ class AutoGenerator(PretrainedGenerator):
     @torch.inference_mode()
     def score(self, requests: Sequence[Request], texts: Sequence[Generated]) -> list[float]:
         """Return the log-probability of each text given its request."""
-        inputs = [request.prepared or self.prepare(request) for request in requests]
+        inputs: list[list[Inputs]] = self.prepared(requests)
         if any(len(pieces) > 1 for pieces in inputs):
             raise ModelError(f"{self.spec.directory}: texts of audio in several pieces cannot be scored")
         return [
@@ -245,8 +250,11 @@ class AutoGenerator(PretrainedGenerator):
         """Return the batch of inputs, on the device, with the arguments that the model takes."""
         names = {*inspect.signature(self.model.forward).parameters, *inspect.signature(self.model.generate).parameters}
         return {
-            name: torch.cat([values[name] for values in inputs]).to(
-                self.device, self.dtype if value.is_floating_point() else value.dtype
+            name: to_device(
+                torch.cat([values[name] for values in inputs]).to(
+                    self.dtype if value.is_floating_point() else value.dtype
+                ),
+                self.device,
             )
             for name, value in inputs[0].items()
             if name in names and name != "labels"

@@ -15,6 +15,14 @@ from mmbeam.errors import UsageError
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request
 
 
+class Prepared(list[Request]):
+    """The requests of a batch, with the inputs that `Generator.prepare` made of them. Can stand for the list."""
+
+    def __init__(self, requests: Sequence[Request], inputs: Any) -> None:
+        super().__init__(requests)
+        self.inputs = inputs
+
+
 class Generator:
     """A loaded model on one device. Subclasses override every method that the model supports."""
 
@@ -50,12 +58,23 @@ class Generator:
         """
         raise NotImplementedError
 
-    def prepare(self, request: Request) -> Any:
-        """Return the model's inputs for a request, made on the CPU in the unit's thread, for `Request.prepared`.
+    def encode(self, requests: Sequence[Request]) -> list[Any]:
+        """Return the tokens of each request, for `Request.encoded`: in the unit's thread, once.
 
-        None if `generate` makes them.
+        `weigh` and `prepare` take them from there. None for a request without tokens of its own.
+        """
+        return [None] * len(requests)
+
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        """Return the inputs of a batch that the host makes, copied to the device without waiting for it.
+
+        Runs in the unit's thread, runs no kernels, and may raise for an invalid request. None if the host makes none.
         """
         return None
+
+    def prepared(self, requests: Sequence[Request]) -> Any:
+        """Return what `prepare` returns for requests, or has returned for them."""
+        return requests.inputs if isinstance(requests, Prepared) else self.prepare(requests)
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, without truncation and special tokens."""

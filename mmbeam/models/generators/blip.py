@@ -49,11 +49,15 @@ class BlipGenerator(ImageGenerator):
         """Return the begin token and the first words of the caption."""
         return [self.model.config.text_config.bos_token_id, *self.tokenizer.encode_words(request.words)]
 
+    def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the prompts and the images."""
+        return {**self.left_padded(self.prompts(requests)), **super().prepare(requests)}
+
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the prompts and the encoded images."""
-        hidden_BLD = self.model.vision_model(pixel_values=self.pixels(requests)).last_hidden_state
-        prompts = self.left_padded([self.encode_prompt(request) for request in requests])
-        return {**prompts, "encoder_hidden_states": hidden_BLD}
+        inputs = super().inputs(requests)
+        hidden_BLD = self.model.vision_model(pixel_values=inputs.pop("pixel_values")).last_hidden_state
+        return {**inputs, "encoder_hidden_states": hidden_BLD}
 
 
 class Blip2Generator(ImageGenerator):
@@ -81,10 +85,14 @@ class Blip2Generator(ImageGenerator):
         [words] = self.tokenizer.encode([request.words], self.spec.max_text_tokens or MAX_TOKENS)
         return [*image, *(token for token in words if token != config.image_token_index)]
 
+    def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the prompts and the images."""
+        return {**self.left_padded(self.prompts(requests)), **super().prepare(requests)}
+
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the prompts as embeddings, with the image embeddings at the positions of the image tokens."""
-        padded = self.left_padded([self.encode_prompt(request) for request in requests])
-        images_BQD = self.model.get_image_features(pixel_values=self.pixels(requests)).pooler_output
+        padded = super().inputs(requests)
+        images_BQD = self.model.get_image_features(pixel_values=padded["pixel_values"]).pooler_output
         words_BPD = self.model.get_input_embeddings()(padded["input_ids"])
         is_image_BP1 = (padded["input_ids"] == self.model.config.image_token_index)[..., None]
         embeds_BPD = words_BPD.masked_scatter(is_image_BP1, images_BQD.to(words_BPD.dtype))

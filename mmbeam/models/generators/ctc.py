@@ -18,6 +18,7 @@ from mmbeam.errors import ModelError
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.loading import load_pretrained, quiet_transformers, read_config
 from mmbeam.ops.audio import to_rate
+from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 
 CLASSES: Mapping[str, str] = modeling_auto.MODEL_FOR_CTC_MAPPING_NAMES
@@ -65,8 +66,11 @@ class CtcGenerator(Generator):
         """Return the number of tokens of each text."""
         return [len(self.processor.tokenizer(text, add_special_tokens=False).input_ids) for text in texts]
 
-    def prepare(self, request: Request) -> list[Inputs]:
-        """Return the model's inputs for the pieces of a sound, on the CPU."""
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        """Return the model's inputs for the pieces of each sound, on the CPU."""
+        return [self._pieces(request) for request in requests]
+
+    def _pieces(self, request: Request) -> list[Inputs]:
         assert self.spec.sampling_rate is not None
         wave, rate = _sound(request)
         [resampled] = to_rate([wave], [rate], self.spec.sampling_rate, torch.device("cpu"))
@@ -82,7 +86,7 @@ class CtcGenerator(Generator):
     @torch.inference_mode()
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
         """Return one text per request."""
-        prepared = [request.prepared or self.prepare(request) for request in requests]
+        prepared: list[list[Inputs]] = self.prepared(requests)
         groups: dict[Any, list[tuple[int, int]]] = {}
         for row, pieces in enumerate(prepared):
             for number, inputs in enumerate(pieces):
@@ -91,9 +95,10 @@ class CtcGenerator(Generator):
         done: dict[tuple[int, int], tuple[list[int], float]] = {}
         for positions in groups.values():
             parts = [prepared[row][number] for row, number in positions]
-            joined = {name: torch.cat([part[name] for part in parts]).to(self.device) for name in parts[0]}
+            joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0]}
             joined = {
-                name: value.to(self.dtype) if value.is_floating_point() else value for name, value in joined.items()
+                name: to_device(value.to(self.dtype) if value.is_floating_point() else value, self.device)
+                for name, value in joined.items()
             }
             logits_BTV = self.model(**joined).logits.float()
             best_BT = logits_BTV.argmax(-1)

@@ -63,11 +63,11 @@ class Florence2Generator(ImageGenerator):
         begin, end = config.text_config.bos_token_id, config.text_config.eos_token_id
         return [*image, begin, *words[:room], end]
 
-    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Return the padded prompts and the images' pixels."""
-        prompts = [self.encode_prompt(request) for request in requests]
+    def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the padded prompts and the images."""
+        prompts = self.prompts(requests)
         ids_BL, mask_BL = pad(prompts, self.tokenizer.pad_id, self.device, vocabulary=self.vocabulary)
-        return {"input_ids": ids_BL, "attention_mask": mask_BL, "pixel_values": self.pixels(requests)}
+        return {"input_ids": ids_BL, "attention_mask": mask_BL, **super().prepare(requests)}
 
 
 def _image_tokens(directory: Path) -> int:

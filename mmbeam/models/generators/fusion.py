@@ -14,7 +14,6 @@ from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.decoding import decode, score
 from mmbeam.models.loading import load_pretrained
-from mmbeam.models.tokenizing import enough_text
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Request
 from mmbeam.types import FeatureColumn
 
@@ -80,10 +79,16 @@ class FusionGenerator(Generator):
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """Return the tokens of text and features; all images, and all audio, have the same number of tokens."""
-        limit, count = self.spec.max_text_tokens or 0, self.processor.count_tokens
-        texts = count([enough_text(request.text or "", limit, count) for request in requests])
-        features = [sum(len(f) for f in request.features.values() if f.ndim > 1) for request in requests]
-        return [min(length, limit) + vectors for length, vectors in zip(texts, features, strict=True)]
+        weights = []
+        for request in requests:
+            rows = self.encode([request])[0] if request.encoded is None else request.encoded
+            features = sum(len(feature) for feature in request.features.values() if feature.ndim > 1)
+            weights.append(max(map(len, rows.values()), default=0) + features)
+        return weights
+
+    def encode(self, requests: Sequence[Request]) -> list[Any]:
+        """Return the token ids of each request's text, by source."""
+        return self.processor.encode([request.text or "" for request in requests])
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text, not truncated."""

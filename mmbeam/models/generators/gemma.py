@@ -60,13 +60,13 @@ class Gemma3Generator(ChatGenerator):
         tokens = IMAGE_3 * self.model.config.mm_tokens_per_image
         return [Medium("image", f"\n\n{BEGIN_IMAGE_3}{tokens}{END_IMAGE_3}\n\n")]
 
-    def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    def processed(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
         """Return the images' pixels."""
         images = images_of(requests)
         if not images:
             return {}
         pixels = self.processor(images, **AS_DECODED)["pixel_values"]
-        return {"pixel_values": to_device(pixels, self.device).to(self.dtype)}
+        return {"pixel_values": to_device(pixels.to(self.dtype), self.device)}
 
 
 class Gemma4Generator(ChatGenerator):

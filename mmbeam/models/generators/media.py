@@ -12,7 +12,7 @@ from torch.nn import functional
 from mmbeam.errors import ModelError
 from mmbeam.models.recipes import AS_DECODED, read_image_processor, read_image_recipe, read_whisper_recipe
 from mmbeam.ops.audio import to_rate
-from mmbeam.ops.image import ImageRecipe, preprocess
+from mmbeam.ops.image import ImageRecipe, preprocess, upload_images
 from mmbeam.ops.log_mel import whisper_log_mel
 from mmbeam.ops.transfer import to_device
 from mmbeam.prompts.ask import Request
@@ -47,12 +47,22 @@ class PixelReader:
         """Pixels of the shorter side that preprocessing needs; None: unlimited."""
         return None if self.recipe is None else self.recipe.shorter_side
 
-    def __call__(self, images: Sequence[ImageHWC], device: torch.device, dtype: torch.dtype) -> torch.Tensor:
-        """Return images of any sizes as [B, 3, height, width]."""
+    def prepare(
+        self, images: Sequence[ImageHWC], device: torch.device, dtype: torch.dtype
+    ) -> Sequence[ImageHWC] | torch.Tensor:
+        """Return images of any sizes, copied to the device; or what the processor makes of them."""
         if self.recipe is not None:
-            return preprocess(images, self.recipe, device, dtype)
-        pixels: torch.Tensor = self.processor(images, **AS_DECODED)["pixel_values"]
-        return to_device(pixels, device).to(dtype)
+            return images if device.type == "cpu" else upload_images(images, device, self.recipe)
+        return to_device(self.processor(images, **AS_DECODED)["pixel_values"].to(dtype), device)
+
+    def __call__(
+        self, prepared: Sequence[ImageHWC] | torch.Tensor, device: torch.device, dtype: torch.dtype
+    ) -> torch.Tensor:
+        """Return what `prepare` returned as [B, 3, height, width]."""
+        if isinstance(prepared, torch.Tensor):
+            return prepared
+        assert self.recipe is not None
+        return preprocess(prepared, self.recipe, device, dtype)
 
 
 class AudioWindow(NamedTuple):

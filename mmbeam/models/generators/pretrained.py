@@ -27,7 +27,7 @@ _CONTEXT_NAMES = ("max_position_embeddings", "n_positions", "seq_length", "max_s
 
 
 class PretrainedGenerator(Generator):
-    """A model of transformers with a `generate`. Subclasses implement `describe`, `encode_prompt` and `inputs`."""
+    """A model of transformers with a `generate`. Subclasses implement `describe`, `encode_prompt` and `prepare`."""
 
     model_class: ClassVar[Any]  # of transformers
 
@@ -58,9 +58,21 @@ class PretrainedGenerator(Generator):
         """Return the ids of the whole prompt, placeholders of the media included."""
         raise NotImplementedError
 
-    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
-        """Return the arguments of the model's `generate` for these requests."""
+    def encode(self, requests: Sequence[Request]) -> list[Any]:
+        """Return the ids of each prompt."""
+        return [self.encode_prompt(request) for request in requests]
+
+    def prompts(self, requests: Sequence[Request]) -> list[list[int]]:
+        """Return the ids of each prompt, encoded once."""
+        return [self.encode_prompt(request) if request.encoded is None else request.encoded for request in requests]
+
+    def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the arguments of the model's `generate` that the host makes."""
         raise NotImplementedError
+
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the arguments of the model's `generate`: those of `prepare`, and what the device computes."""
+        return dict(self.prepared(requests))
 
     @property
     def decoder(self) -> Any:
@@ -74,7 +86,7 @@ class PretrainedGenerator(Generator):
 
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """Return the length of each prompt."""
-        return [len(self.encode_prompt(request)) for request in requests]
+        return list(map(len, self.prompts(requests)))
 
     def count_tokens(self, texts: Sequence[str]) -> list[int]:
         """Return the number of tokens of each text."""
@@ -131,13 +143,21 @@ class ImageGenerator(PretrainedGenerator):
         shared |= {"image_side": pixels.shorter_side, "notes": pixels.notes}
         return super().make_spec(directory, **{**shared, **fields})
 
-    def pixels(self, requests: Sequence[Request]) -> torch.Tensor:
-        """Return the preprocessed images, [B, 3, height, width]."""
-        return self._pixels(images_of(requests), self.device, self.dtype)
+    def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the images, for `inputs`."""
+        return {"pixel_values": self._pixels.prepare(images_of(requests), self.device, self.dtype)}
+
+    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the arguments of `prepare`, with the preprocessed images, [B, 3, height, width]."""
+        inputs = super().inputs(requests)
+        return {**inputs, "pixel_values": self._pixels(inputs["pixel_values"], self.device, self.dtype)}
 
 
 class ChatGenerator(PretrainedGenerator):
-    """A decoder whose prompt holds media as tokens. Subclasses implement `describe`, `media` and `tensors`."""
+    """A decoder whose prompt holds media as tokens.
+
+    Subclasses implement `describe`, `media`, and `processed` or `tensors`.
+    """
 
     modalities: ClassVar[tuple[Modality, ...]]
     reserved: ClassVar[tuple[str, ...]] = ()  # tokens that the words of a sample are never encoded as
@@ -177,8 +197,12 @@ class ChatGenerator(PretrainedGenerator):
         """Return the request's images and audio, in the prompt's order."""
         return []
 
+    def processed(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """Return what the checkpoint's own processor makes of the media, on its way to the device; {} without any."""
+        return {}
+
     def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        """Return the model's arguments that hold the media, in the requests' order; {} without any."""
+        """Return what the device computes of the media, in the requests' order; {} without any."""
         return {}
 
     def token_types(self) -> dict[int, int]:
@@ -189,9 +213,13 @@ class ChatGenerator(PretrainedGenerator):
         """Return the ids of the whole prompt, placeholders of the media included."""
         return self.tokenizer.encode_prompt(self.media(request), request)
 
+    def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
+        """Return the padded prompts, and the processed media."""
+        return {**self.left_padded(self.prompts(requests)), **self.processed(requests)}
+
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the padded prompts, the kinds of their tokens, and the media."""
-        inputs = self.left_padded([self.encode_prompt(request) for request in requests])
+        inputs = super().inputs(requests)
         if self.type_ids is not None:
             types = torch.zeros_like(inputs["input_ids"])
             for token, kind in self.token_types().items():

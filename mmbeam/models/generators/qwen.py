@@ -66,18 +66,21 @@ class QwenGenerator(ChatGenerator):
                 media.append(Medium("audio", AUDIO * count))
         return media
 
-    def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
-        """Return the images' patches and grids, and the audio windows' log-mel features and masks."""
-        tensors: dict[str, torch.Tensor] = {}
+    def processed(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """Return the images' patches and grids."""
         images = images_of(requests)
-        if self.processor is not None and images:
-            processed = self.processor(images, **AS_DECODED)
-            tensors["pixel_values"] = to_device(processed["pixel_values"], self.device).to(self.dtype)
-            tensors["image_grid_thw"] = to_device(processed["image_grid_thw"], self.device)
+        if self.processor is None or not images:
+            return {}
+        processed = self.processor(images, **AS_DECODED)
+        return {
+            "pixel_values": to_device(processed["pixel_values"].to(self.dtype), self.device),
+            "image_grid_thw": to_device(processed["image_grid_thw"], self.device),
+        }
+
+    def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+        """Return the audio windows' log-mel features and masks."""
         mels = None if self.mels is None else self.mels(requests, self.device, is_padded=self.is_mel_padded)
-        if mels is not None:
-            tensors["input_features"], tensors["feature_attention_mask"] = mels[0].to(self.dtype), mels[1]
-        return tensors
+        return {} if mels is None else {"input_features": mels[0].to(self.dtype), "feature_attention_mask": mels[1]}
 
 
 class QwenVlGenerator(QwenGenerator):

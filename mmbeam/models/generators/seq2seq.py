@@ -113,9 +113,9 @@ class Seq2SeqGenerator(PretrainedGenerator):
             return self.tokenizer.encode_from(text, limit, _language_id(self.tokenizer, source))
         return self.tokenizer.encode([text], limit)[0]
 
-    def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
+    def prepare(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the padded texts, and the decoders' first tokens for mBART, M2M100 and NLLB."""
-        prompts = [self.encode_prompt(request) for request in requests]
+        prompts = self.prompts(requests)
         ids_BL, mask_BL = pad(prompts, self.tokenizer.pad_id, self.device, vocabulary=self.vocabulary)
         inputs = {"input_ids": ids_BL, "attention_mask": mask_BL}
         if (

@@ -57,13 +57,13 @@ class SmolVlmGenerator(ChatGenerator):
             tokens = f"{tiles}\n{tokens}"
         return [Medium("image", tokens)]
 
-    def tensors(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
+    def processed(self, requests: Sequence[Request]) -> dict[str, torch.Tensor]:
         """Return the images' tiles and the masks of their pixels."""
         images = [[image] for image in images_of(requests)]
         if not images:
             return {}
         processed = self.processor(images, **AS_DECODED)
         return {
-            "pixel_values": to_device(processed["pixel_values"], self.device).to(self.dtype),
+            "pixel_values": to_device(processed["pixel_values"].to(self.dtype), self.device),
             "pixel_attention_mask": to_device(processed["pixel_attention_mask"], self.device),
         }

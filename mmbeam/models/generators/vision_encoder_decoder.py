@@ -30,11 +30,15 @@ class VisionEncoderDecoderGenerator(ImageGenerator):
             max_new_tokens=context_length(decoder),
         )
 
+    def encode(self, requests: Sequence[Request]) -> list[Any]:
+        """Return None for each request: there are no prompts."""
+        return [None] * len(requests)
+
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """Return 1 for each request: all images have the same number of tokens."""
         return [1] * len(requests)
 
     def inputs(self, requests: Sequence[Request]) -> dict[str, Any]:
         """Return the encoded images."""
-        hidden_BLD = self.model.get_encoder()(pixel_values=self.pixels(requests)).last_hidden_state
+        hidden_BLD = self.model.get_encoder()(**super().inputs(requests)).last_hidden_state
         return {"encoder_outputs": BaseModelOutput(last_hidden_state=hidden_BLD)}

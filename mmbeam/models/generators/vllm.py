@@ -105,9 +105,13 @@ class VllmGenerator(ChatGenerator):
     def _window_count(self, request: Request) -> int:
         return 0 if self.window is None else len(self.window.lengths(request))
 
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        """Return vLLM's form of the prompts."""
+        return [self.vllm_prompt(request) for request in requests]
+
     def generate(self, requests: Sequence[Request], decoding: Decoding) -> list[Generated]:
         """Return one text per request. Raises vLLM's errors for invalid prompts, DeviceError for errors of a run."""
-        prompts = [self.vllm_prompt(request) for request in requests]
+        prompts = self.prepared(requests)
         params = [self._sampling_params(**sampling(decoding, request.seed, self._penalty)) for request in requests]
         self.engine.enqueue(prompts, params, use_tqdm=False)
         try:
@@ -125,7 +129,7 @@ class VllmGenerator(ChatGenerator):
         windows = self._window_count(request)
         if windows > MAX_WINDOWS:
             raise LimitError(f"audio of {windows} windows; expected at most {MAX_WINDOWS} with `engine` vllm")
-        prompt: dict[str, Any] = {"prompt_token_ids": self.encode_prompt(request)}
+        prompt: dict[str, Any] = {"prompt_token_ids": self.prompts([request])[0]}
         data: dict[str, Any] = {}
         if request.image is not None and "image" in self.spec.modalities:
             data["image"] = Image.fromarray(request.image)

@@ -129,6 +129,14 @@ class WhisperGenerator(PretrainedGenerator):
                 f"{', '.join(token.strip('<|>') for token in tokens)}, and no `source_language`"
             )
 
+    def encode(self, requests: Sequence[Request]) -> list[Any]:
+        """Return None for each request: the first tokens of a transcript depend on the sound."""
+        return [None] * len(requests)
+
+    def prepare(self, requests: Sequence[Request]) -> Any:
+        """Return None: the device makes the spectrograms."""
+        return None
+
     def weigh(self, requests: Sequence[Request]) -> list[int]:
         """Return the encoder's tokens: 1500 for each window of 30 s."""
         seconds = self.recipe.n_samples / self.recipe.sampling_rate
