@@ -1,6 +1,7 @@
 """Classifiers: the scores of transformers' own pipelines on tiny checkpoints, alone and in batches."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +11,12 @@ import torch
 import transformers
 from pictures import pictures
 from PIL import Image
-from tiny_labellers import ANIMALS, IMAGES, SOUNDS, TEXTS
+from tiny_labellers import ANIMALS, DETECTORS, IMAGES, SEGMENTERS, SOUNDS, TAGGERS, TEXTS
 from transformers.pipelines import pipeline
 
 from mmbeam.errors import ModelError, UsageError
+from mmbeam.models.labellers import tasks_of
+from mmbeam.names import LABEL_TASKS
 from mmbeam.stages.label import LabelStage, label_stage
 from mmbeam.types import Audio, Batch, Sample, WorkUnit
 
@@ -149,3 +152,22 @@ def test_a_task_that_a_model_cannot_do_names_those_it_can(tmp_path: Path) -> Non
     (bare / "config.json").write_text(json.dumps({**config, "architectures": ["ViTModel"]}))
     with pytest.raises(UsageError, match=r"ViTModel, which can do none of classify, zero-shot"):
         label_stage(str(bare))
+
+
+FAMILIES = [*IMAGES.values(), *SOUNDS.values(), *TEXTS.values(), *DETECTORS.values(), *SEGMENTERS.values()]
+
+
+@pytest.mark.torture
+@pytest.mark.parametrize("save", [*FAMILIES, *TAGGERS.values()])
+def test_every_family_names_its_tasks_and_needs_names_of_its_classes(save: Callable[..., Path], tmp_path: Path) -> None:
+    directory = save(tmp_path)
+    tasks = tasks_of(directory)
+    other = next(task for task in LABEL_TASKS if task not in (*tasks, "zero-shot"))
+    with pytest.raises(UsageError, match=f"`task` {other}: .* which can do {', '.join(tasks)}$"):
+        label_stage(str(directory), task=other)
+    config = json.loads((directory / "config.json").read_text())
+    for name in ("id2label", "label2id"):
+        del config[name]
+    (directory / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ModelError, match="expected id2label"):
+        label_stage(str(directory), task=tasks[0])
