@@ -22,6 +22,7 @@ import tiny_captioners
 import tiny_chat_models
 import tiny_generators
 import tiny_generators_hub as hub
+import tiny_labellers
 import tiny_models
 import torch
 from simulated_cuda import Gpu, simulated_gpu
@@ -37,6 +38,7 @@ from mmbeam.prompts.ask import Decoding
 from mmbeam.stages.base import ModelStage
 from mmbeam.stages.embed import embed_stage
 from mmbeam.stages.generate import generate_stage
+from mmbeam.stages.label import label_stage
 from mmbeam.stages.packing import Pack
 from mmbeam.types import Audio, Batch, Sample, WorkUnit
 
@@ -278,6 +280,45 @@ def test_the_number_of_sizes_hardly_adds_kernels(clip: Path, record_property: Ca
         device.run(stage, replace(window(), samples=samples))
     record_property("device", f"43 sizes: {gpu.stats['kernels']} kernels")
     assert gpu.stats["kernels"] < 43 + 100
+
+
+LABELLERS: dict[str, tuple[Any, Callable[[Path], Path], int]] = {  # task, and kernels of a window, at most
+    "vit": ("classify", tiny_labellers.IMAGES["vit"], 65),
+    "ast": ("classify", tiny_labellers.SOUNDS["ast"], 160),
+    "bert": ("classify", tiny_labellers.TEXTS["bert"], 70),
+    "detr": ("detect", tiny_labellers.DETECTORS["detr"], 950),
+    "segformer": ("segment", tiny_labellers.SEGMENTERS["segformer"], 60),
+    "tagger": ("tag", tiny_labellers.TAGGERS["bert"], 70),
+}
+
+
+@pytest.mark.filterwarnings("ignore:At least one mel filter")  # the tiny AST's
+@pytest.mark.parametrize("family", LABELLERS)
+def test_a_window_of_a_labeller_keeps_its_budget(
+    family: str, tmp_path: Path, record_property: Callable[[str, object], None], host_calls: Counter[str]
+) -> None:
+    """One wait per pack, and no processor or tokenizer on the device's thread."""
+    task, build, kernels = LABELLERS[family]
+    stage = label_stage(str(build(tmp_path / family)), task=task, dtype="float32")
+    expected = Device("cpu").run(stage, window())
+    with simulated_gpu() as gpu:
+        device = Device("cuda:0")
+        device.run(stage, window())  # copies constants, once
+        gpu.stats.clear()
+        gpu.sites.clear()
+        host_calls.clear()
+        result = device.run(stage, window())
+    check_threads(host_calls)
+    record_property("device", f"{family}: {', '.join(f'{count} {what}' for what, count in sorted(gpu.stats.items()))}")
+    assert result.failures == expected.failures == ()
+    for values in zip(*(batch.features[stage.column].to_pylist() for batch in (expected, result)), strict=True):
+        names, scores = ([[part[key] for part in value] for value in values] for key in ("label", "score"))
+        assert names[0] == names[1]
+        assert np.allclose(scores[0], scores[1], atol=0.02)
+    assert gpu.stats["kernels"] <= kernels
+    assert gpu.stats["waits for events"] == 1
+    assert gpu.stats["copies to the device"] <= 2 * len(window().samples)
+    assert not gpu.sites, gpu.sites
 
 
 ALIKE = {"mbart", "marian", "pegasus", "gpt2", "blip-2-t5", "idefics3", "qwen2_5_omni"}  # the code of another family
