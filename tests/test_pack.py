@@ -122,6 +122,7 @@ def contents(output: Path) -> dict[str, bytes]:
 def test_the_shards_hold_the_samples_of_the_input(kind: str, tmp_path: Path) -> None:
     source = INPUTS[kind](tmp_path)
     report = packed(source, tmp_path / "shards", shard_samples=3)
+    assert not any("__MACOSX" in key for key, _ in samples(tmp_path / "shards"))
     assert samples(tmp_path / "shards") == samples(source)
     index = json.loads((tmp_path / "shards" / "index.json").read_text())
     assert [shard["nsamples"] for shard in index["shardlist"]] == [3] * (report.samples // 3) + [report.samples % 3] * (

@@ -27,6 +27,7 @@ from mmbeam.readers.paths import (
     Info,
     etag_of,
     file_system,
+    is_hidden,
     is_local,
     is_table,
     local_path,
@@ -357,7 +358,7 @@ def _classify_entries(
     if any_file:
         return [place.shard_at(place.prefix + name, info) for _, name, info in entries], {}, []
     shards = [entry for entry in entries if without_query(entry[1]).lower().endswith(SHARD_SUFFIXES)]
-    visible = [entry for entry in entries if not _is_hidden(entry[0])]
+    visible = [entry for entry in entries if not is_hidden(entry[0])]
     media = [name for name, _, _ in visible if _is_media(name, fields)]
     if shards and media:
         path = public_path(place.url)
@@ -368,7 +369,7 @@ def _classify_entries(
             f"'{folder}/**/*{_suffix(shards[0][0])}' or '{folder}/**/*{_suffix(media[0])}'"
         )
     if not shards and (media or any(_kind(name, fields) == "text" for name, _, _ in visible)):
-        hidden = [name for name, _, _ in entries if _is_hidden(name)]
+        hidden = [name for name, _, _ in entries if is_hidden(name)]
         return [], {name: _source_file(name, info) for name, _, info in visible}, hidden
     if not shards and not is_folder:  # a tar may have any name
         shards = [entry for entry in visible if _extension(entry[0]) not in NOT_INPUTS and not _kind(entry[0], fields)]
@@ -519,15 +520,10 @@ def _suffix(name: str) -> str:
     return next((end for end in SHARD_SUFFIXES if name.lower().endswith(end)), "." + name.rpartition(".")[2])
 
 
-def _is_hidden(name: str) -> bool:
-    """Return whether a name begins with a dot, or is in a folder that macOS adds to archives."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in name.split("/"))
-
-
 def _extension_label(name: str) -> str:
     """Return the kind of a file that is not an input, for counting: its extension."""
     last = name.rpartition("/")[2]
-    if _is_hidden(name):
+    if is_hidden(name):
         return "hidden"
     return printable("." + _extension(name)) if "." in last else "without an extension"
 

@@ -231,3 +231,8 @@ def split_name(name: str) -> tuple[str, str] | None:
     if not base or not dot or META_NAME.match(name):
         return None
     return f"{folder}{slash}{base}", extension.lower()
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a part of a relative path begins with a dot, or is a folder that macOS adds to archives."""
+    return any(part == "__MACOSX" or part.startswith(".") for part in name.split("/") if part not in (".", ".."))

@@ -15,7 +15,7 @@ from typing import BinaryIO
 from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, FieldMap, Limits
 from mmbeam.errors import ShardError, printable
 from mmbeam.names import MODALITIES
-from mmbeam.readers.paths import split_name
+from mmbeam.readers.paths import is_hidden, split_name
 from mmbeam.types import Damage, Input, RawSample, SourceReader
 
 KINDS_COUNTED = 50  # kinds of members that belong to no sample
@@ -107,7 +107,7 @@ class ZipReader(SourceReader):
                 self._count("directory")
             elif mode and stat.S_IFMT(mode) not in (0, stat.S_IFREG):
                 self._count("link" if stat.S_ISLNK(mode) else "special file")
-            elif names is None:
+            elif names is None or is_hidden(info.filename):
                 name = info.filename.rpartition("/")[2]
                 self._count("hidden or reserved file" if "." in name else "file without an extension")
             else:
