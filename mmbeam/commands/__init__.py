@@ -113,6 +113,8 @@ def _with_config(words: Sequence[str]) -> list[str]:
         options = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UsageError(f"--config {path}: expected TOML, found an error: {error}") from error
+    except OSError as error:
+        raise UsageError(f"--config {path}: expected a TOML file with options: {error.strerror}") from error
     shown = {word.partition("=")[0] for word in rest}
     added: list[str] = []
     for name, value in options.items():

@@ -5,7 +5,7 @@ import importlib.util
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from mmbeam.commands.common import check_model, fraction, job_arguments, positive, run_job, shared_options
+from mmbeam.commands.common import check_model, fraction, job_arguments, positive, run_job, shared_options, whole
 from mmbeam.errors import UsageError
 from mmbeam.names import ENGINES, TASKS
 
@@ -82,7 +82,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     decoding.add_argument(
         "--word-timestamps", action="store_true", help="Whisper: also write the times of words (transcript_words)"
     )
-    decoding.add_argument("--seed", type=int, metavar="S", help="random seed of sampling (default: 0)")
+    decoding.add_argument("--seed", type=whole, metavar="S", help="random seed of sampling (default: 0)")
 
 
 def run(args: argparse.Namespace) -> Generator[str, None, int]:

@@ -269,6 +269,14 @@ def positive(text: str) -> int:
     return int(text)
 
 
+def whole(text: str) -> int:
+    """Parse an integer (argument type)."""
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
+
+
 def _batch_size(text: str) -> int | None:
     return None if text == "auto" else positive(text)
 

@@ -13,6 +13,7 @@ from mmbeam.commands.common import (
     positive,
     quantity,
     table_arguments,
+    whole,
 )
 
 ABOUT = "Write any input (shards, zip archives, folders, tables) as WebDataset shards with an index of checksums."
@@ -34,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--shuffle",
-        type=int,
+        type=whole,
         nargs="?",
         const=0,
         metavar="SEED",

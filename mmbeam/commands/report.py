@@ -3,7 +3,7 @@
 import argparse
 from collections.abc import Generator
 
-from mmbeam.commands.common import check_url, positive
+from mmbeam.commands.common import check_url, positive, whole
 
 ABOUT = "Write an HTML page to look at: counts, failures, distributions, maps of the vectors, and samples."
 
@@ -21,7 +21,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--samples", type=positive, default=48, metavar="N", help="number of random samples to show (default: 48)"
     )
     parser.add_argument(
-        "--seed", type=int, default=0, metavar="S", help="seed of every random choice of samples (default: 0)"
+        "--seed", type=whole, default=0, metavar="S", help="seed of every random choice of samples (default: 0)"
     )
     parser.add_argument(
         "--color",

@@ -16,6 +16,7 @@ from mmbeam.commands.common import (
     listing_arguments,
     modalities_of,
     positive,
+    whole,
 )
 from mmbeam.errors import UsageError
 from mmbeam.names import (
@@ -184,7 +185,7 @@ def _training_arguments(group: Group) -> None:
         "--learning-rate", type=_number, metavar="R", help="peak learning rate (default: 0.001; classify: 0.003)"
     )
     group.add_argument(
-        "--warmup-steps", type=int, metavar="N", help="steps of linear warmup (default: 5 %% of all steps)"
+        "--warmup-steps", type=whole, metavar="N", help="steps of linear warmup (default: 5 %% of all steps)"
     )
     group.add_argument(
         "--schedule", choices=SCHEDULES, default="cosine", help="learning rate after the warmup (default: cosine)"
@@ -217,7 +218,7 @@ def _training_arguments(group: Group) -> None:
     )
     group.add_argument(
         "--patience",
-        type=int,
+        type=whole,
         default=5,
         metavar="N",
         help="early stopping: stop after N epochs without a better validation score; 0: off (default: 5)",
@@ -234,7 +235,7 @@ def _training_arguments(group: Group) -> None:
     group.add_argument(
         "--search-steps", type=positive, default=200, metavar="N", help="steps of each configuration (default: 200)"
     )
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="random seed (default: 0)")
+    group.add_argument("--seed", type=whole, default=0, metavar="N", help="random seed (default: 0)")
     group.add_argument("--device", default="auto", metavar="DEVICE", help="auto, cpu, cuda or cuda:N (default: auto)")
     group.add_argument("--no-mixed-precision", action="store_true", help="compute in float32 on a GPU too")
 

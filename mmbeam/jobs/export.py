@@ -22,7 +22,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.errors import JobError, UsageError
+from mmbeam.errors import JobError, UsageError, did_you_mean
 from mmbeam.features.read import WrittenRows, read_columns, rows_with_vectors, to_vectors
 from mmbeam.features.schema import parse_name
 from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK
@@ -74,7 +74,10 @@ def export(options: ExportOptions) -> Exported:
     rows = WrittenRows.of(options.run)
     unknown = [name for name in options.columns if name not in rows.schema.names]
     if unknown:
-        raise UsageError(f"`columns` {', '.join(unknown)}: the rows have {', '.join(rows.schema.names)}")
+        raise UsageError(
+            f"`columns` {', '.join(unknown)}: the rows have {', '.join(rows.schema.names)}"
+            f"{did_you_mean(unknown[0], rows.schema.names)}"
+        )
     fs, path = fsspec.core.url_to_fs(options.target)
     if fs.isdir(path) and fs.ls(path):
         raise UsageError(f"TARGET {public_path(options.target)}: the directory is not empty; choose another")
