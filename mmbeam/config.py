@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mmbeam.errors import UsageError
-from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind, LabelTask, SegmentKind
+from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind, LabelTask, SegmentKind, SynthesisModality
 
 MIB = 1 << 20
 SAMPLE_BYTES_FACTOR = 5  # a sample may hold this multiple of Limits.member_bytes: one for each kind of field
@@ -151,6 +151,20 @@ class Labelling:
     top_k: int | None = None  # labels, objects or segments per sample
     threshold: float | None = None  # least score
     segments: SegmentKind | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Synthesis:
+    """Options of a stage that generates images or sounds. None means that the model decides."""
+
+    modality: SynthesisModality
+    prompt: str | None = None  # a template over the sample; None: its text
+    seed: int = 0
+    steps: int | None = None  # of denoising
+    guidance: float | None = None  # scale of classifier-free guidance
+    format: str | None = None  # of the files: FORMATS_OF_SYNTHESIS; None: the first
+    quality: int | None = None  # of jpg and webp, 1 to 100; None: 95
+    sampling_rate: int | None = None  # Hz, of sounds
 
 
 @dataclass(frozen=True, kw_only=True)

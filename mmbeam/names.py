@@ -39,6 +39,16 @@ COLUMN_OF_LABELS: Mapping[LabelTask, str] = {  # the column of the labels
 SegmentKind = Literal["semantic", "instance", "panoptic"]  # what a segment is: a class, an object, or either
 SEGMENT_KINDS: tuple[SegmentKind, ...] = get_args(SegmentKind)
 
+SynthesisModality = Literal["image", "audio"]  # what a synthesizer makes of a text
+SYNTHESIS_MODALITIES: tuple[SynthesisModality, ...] = get_args(SynthesisModality)
+FORMATS_OF_SYNTHESIS: Mapping[SynthesisModality, tuple[str, ...]] = {  # the first is the default
+    "image": ("png", "jpg", "webp"),
+    "audio": ("wav", "flac"),
+}
+MEDIA_COLUMN = "media"  # the name of a generated file in its shard
+MEDIA_SHARD = "media_shard"  # the name of that shard under _media/
+MEDIA_CONTENT = "media_content"  # the bytes of the file, which are written to the shard and to no column
+
 Engine = Literal["transformers", "vllm"]  # runs a generator
 ENGINES: tuple[Engine, ...] = get_args(Engine)
 DType = Literal["float32", "float16", "bfloat16"]  # of a model's weights

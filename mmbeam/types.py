@@ -521,6 +521,8 @@ class UnitReport:
     wall_seconds: float = 0.0
     error: str | None = None  # why it failed
     failures_file: str | None = None  # name under _failures/; None if nothing failed
+    media_file: str | None = None  # name under _media/; None if the unit has no generated media
+    media_bytes: int | None = None  # size of that file
     inputs: tuple[Mapping[str, Any], ...] = ()  # path, size, etag, begin and end of each, and its InputRead
     batch_plan: Mapping[str, Any] = field(default_factory=dict)
 

@@ -84,7 +84,7 @@ def test_the_extras_in_dockerfile_and_documents_exist() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     texts = [DOCKERFILE, *(path.read_text() for path in [ROOT / "README.md", *ROOT.glob("d*/**/*.md")])]
     names = {name for text in texts for group in re.findall(r"'\.\[([\w,]+)\]'", text) for name in group.split(",")}
-    assert names == {"s3", "eval", "dataflow", "open_clip", "timm"} == set(extras)
+    assert names == {"s3", "eval", "dataflow", "diffusers", "open_clip", "timm"} == set(extras)
     assert extras["dataflow"] == ["apache-beam[gcp]"]  # the dependencies of the Dataflow runner
 
 

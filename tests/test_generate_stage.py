@@ -16,7 +16,8 @@ from mmbeam.models.generators.base import Generator
 from mmbeam.models.generators.fusion import FusionGenerator
 from mmbeam.names import Modality
 from mmbeam.prompts.ask import Decoding, Generated, GeneratorSpec, Instruction, Request, make_request
-from mmbeam.stages.generate import GenerateStage, attribute, generate_stage, stream_seed
+from mmbeam.stages.base import stream_seed
+from mmbeam.stages.generate import GenerateStage, attribute, generate_stage
 from mmbeam.types import Audio, Batch, Failure, Sample, WorkUnit
 
 GREEDY = Decoding(max_new_tokens=12)

@@ -14,6 +14,7 @@ from tiny_audio_text import save_bert, save_clap
 from tiny_chat_models import save_qwen2_5_vl
 from tiny_clip import save_clip
 from tiny_models import save_blip
+from tiny_synthesizers import save_diffusion, save_vits
 from transformers import BlipForConditionalGeneration
 
 from mmbeam.cli import main
@@ -32,6 +33,8 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "facebook/nllb-200-distilled-600M": hub.save_nllb,
     "google-bert/bert-base-uncased": save_bert,
     "Qwen/Qwen2.5-VL-3B-Instruct": save_qwen2_5_vl,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": save_diffusion,
+    "facebook/mms-tts-eng": save_vits,
 }
 
 

@@ -9,6 +9,7 @@ import pytest
 from tiny_chat_models import save_smolvlm
 from tiny_clip import save_clip, save_random
 from tiny_labellers import DETECTORS, IMAGES, SEGMENTERS, SOUNDS, TAGGERS, TEXTS, save_owlv2
+from tiny_synthesizers import save_diffusion, save_vits
 from transformers import VideoMAEConfig, VideoMAEModel, VideoMAEVideoProcessor
 from videos import video
 
@@ -37,6 +38,8 @@ MODELS: dict[str, Callable[[Path], object]] = {
     "dslim/bert-base-NER": TAGGERS["bert"],
     "MCG-NJU/videomae-base": save_videomae,
     "HuggingFaceTB/SmolVLM2-500M-Video-Instruct": save_smolvlm,
+    "stable-diffusion-v1-5/stable-diffusion-v1-5": save_diffusion,
+    "facebook/mms-tts-eng": save_vits,
 }
 
 

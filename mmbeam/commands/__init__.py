@@ -32,6 +32,7 @@ COMMANDS = (
     "embed",
     "evaluate",
     "export",
+    "generate",
     "inspect",
     "label",
     "pack",

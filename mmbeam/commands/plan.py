@@ -6,7 +6,7 @@ from collections.abc import Generator, Sequence
 from mmbeam.errors import UsageError, did_you_mean
 
 ABOUT = "Show what a job will take before it runs: units, samples, time, memory, output and cost. Nothing is written."
-JOBS = ("caption", "embed", "label")
+JOBS = ("caption", "embed", "generate", "label")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -35,9 +35,10 @@ from mmbeam.runs.run import Run, open_run
 from mmbeam.runs.summary import confirm_summary, read_summary
 from mmbeam.stages.generate import GenerateStage
 from mmbeam.stages.label import LabelStage
+from mmbeam.stages.synthesize import SynthesizeStage
 from mmbeam.transforms.plan import Plan, Summarize, summarize, wait_for_others
 from mmbeam.transforms.read import ReadFeatures, ReadShards
-from mmbeam.transforms.run_stage import Embed, Generate, Label
+from mmbeam.transforms.run_stage import Embed, Generate, Label, Synthesize
 from mmbeam.transforms.write import WriteParquet
 from mmbeam.types import Needs, RunReport, Shard, Stage, UnitReport, WorkUnit
 
@@ -58,6 +59,7 @@ PACKAGES = (  # whose version may change a value
     "soundfile",
     "soxr",
     "vllm",
+    "diffusers",
 )
 
 # The last line of a traceback as Beam's harness decorates it.
@@ -82,7 +84,7 @@ class Job:
         """Apply the job's transforms to `pipeline`."""
         batches = pipeline | Plan(self.units, self.run) | self._read()  # WorkUnit, Batch
         for number, stage in enumerate(self.stages):
-            step_of = {GenerateStage: Generate, LabelStage: Label}.get(type(stage), Embed)
+            step_of = {GenerateStage: Generate, LabelStage: Label, SynthesizeStage: Synthesize}.get(type(stage), Embed)
             step = step_of(stage)
             batches = batches | f"{type(step).__name__}{getattr(stage, 'name', None) or number}" >> step  # Batch
         here = workers_are_here(self.options.beam_args)

@@ -70,7 +70,7 @@ class Decoding:
     num_beams: int = 1  # above 1: beam search
     temperature: float | None = None  # None: no sampling
     top_p: float = 1.0  # nucleus sampling: total probability of the tokens to draw from
-    seed: int = 0  # of sampling; each sample has its own random stream, see stages.generate.stream_seed
+    seed: int = 0  # of sampling; each sample has its own random stream, see stages.base.stream_seed
     robust: bool = False  # of Whisper: fall back to higher temperatures, and leave out windows without speech
     word_timestamps: bool = False  # of Whisper: also the times of words
 

@@ -23,7 +23,7 @@ from mmbeam.errors import RunMismatchError
 from mmbeam.readers.paths import is_zip
 from mmbeam.readers.units import inputs_to_json
 from mmbeam.runs.rows import FAILURE_SCHEMA, check_conserved
-from mmbeam.runs.run import DATA, FAILURES, OLD_FAILURES, Run, commit_name, failures_name, part_name, part_unit
+from mmbeam.runs.run import DATA, FAILURES, MEDIA, OLD_FAILURES, Run, commit_name, failures_name, part_name, part_unit
 from mmbeam.runs.store import Store
 from mmbeam.types import InputRead, RunReport, Tally, UnitReport, UnitStatus, WorkUnit
 
@@ -103,22 +103,27 @@ class DamagedPartError(RunMismatchError):
 
 
 def _load_intact(run: Run, unit_id: str, size: int) -> UnitReport | None:
-    """Return the report of a unit whose Parquet file has this size; remove a file that is not whole."""
+    """Return the report of a unit whose Parquet file has this size; remove a file that is not whole, or lacks media."""
+    problem: str | None = None
     try:
         record = json.loads(run.store.read(commit_name(unit_id)))
         report = _parse(run, record)[1]
         written = record.get("bytes")
     except (FileNotFoundError, KeyError, ValueError, TypeError):
         written = None
-    if written == size:
+    if written != size:
+        try:  # published by an attempt that ended before it wrote the record, or by mmbeam 0.1
+            report = read_footer(run, unit_id)[1]
+            problem = None if written is None else f"expected {written:,} bytes, found {size:,}"
+        except DamagedPartError as error:
+            problem = str(error.__cause__)
+    if problem is None and report.media_file is not None:
+        media_bytes = run.store.size(f"{MEDIA}/{report.media_file}")
+        if media_bytes != report.media_bytes:
+            state = "no file" if media_bytes is None else f"{media_bytes:,} bytes"
+            problem = f"{MEDIA}/{report.media_file}: expected {report.media_bytes:,} bytes, found {state}"
+    if problem is None:
         return report
-    try:  # published by an attempt that ended before it wrote the record, or by mmbeam 0.1
-        report = read_footer(run, unit_id)[1]
-        if written is None:
-            return report
-        problem = f"expected {written:,} bytes, found {size:,}"
-    except DamagedPartError as error:
-        problem = str(error.__cause__)
     log.warning("%s/%s: damaged since its commit (%s); its unit runs again", run.store, part_name(unit_id), problem)
     run.store.remove(commit_name(unit_id))  # first: it must not describe rows that are gone
     run.store.remove(part_name(unit_id))
@@ -234,7 +239,7 @@ class Totals:
     packs: list[UnitReport] = field(default_factory=list)  # with an unreadable shard
     committed: bytearray = field(default_factory=bytearray)  # digests of the units, one after the other
     written: bytearray = field(default_factory=bytearray)  # digests of those that this launch wrote
-    files: bytearray = field(default_factory=bytearray)  # digests of the names of their failure files
+    files: bytearray = field(default_factory=bytearray)  # digests of the names of their failure and media files
 
     @classmethod
     def of(cls, reports: Iterable[UnitReport]) -> Self:
@@ -259,8 +264,9 @@ class Totals:
         self.committed += _digest(report.unit)
         if is_written:
             self.written += _digest(report.unit)
-        if report.failures_file is not None:
-            self.files += _digest(report.failures_file)
+        for name in (report.failures_file, report.media_file):
+            if name is not None:
+                self.files += _digest(name)
         sums = self.sums
         if len(report.inputs) == 1 and _is_part(report.inputs[0]):
             sums, parts = self.parts.setdefault(report.inputs[0]["path"], (Sums(), []))
@@ -300,7 +306,7 @@ class Totals:
         yield from _contained(ids, _digests(self.committed))
 
     def name_files(self, names: Iterable[str]) -> Iterator[tuple[str, bool]]:
-        """Yield the name of each failure file and whether a committed unit names it."""
+        """Yield the name of each failure or media file and whether a committed unit names it."""
         yield from _contained(names, _digests(self.files))
 
     def counted_once(self, run: Run) -> "Totals":

@@ -29,12 +29,14 @@ from mmbeam.readers.units import (
 )
 from mmbeam.runs.commits import Part, Totals, committed, load_reports, report_failed_unit
 from mmbeam.runs.run import (
+    MEDIA,
     PLAN,
     Run,
     clear_run,
     commit_name,
     failures_unit,
     list_failures,
+    media_unit,
     part_name,
     read_manifest,
     remove_failures,
@@ -419,7 +421,7 @@ def _unit_of(unit: str, inputs: Sequence[Mapping[str, Any]]) -> WorkUnit:
 
 
 def _remove_units(run: Run, withdrawn: Collection[str]) -> None:
-    """Remove the rows and failures of withdrawn units."""
+    """Remove the rows, failures and media of withdrawn units."""
     if not withdrawn:
         return
     for unit in committed(run) & set(withdrawn):
@@ -428,3 +430,6 @@ def _remove_units(run: Run, withdrawn: Collection[str]) -> None:
     for name in list_failures(run.store):
         if failures_unit(name) in withdrawn:
             remove_failures(run.store, name)
+    for name in run.store.list(MEDIA):
+        if media_unit(name) in withdrawn:
+            run.store.remove(f"{MEDIA}/{name}")

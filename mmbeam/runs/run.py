@@ -23,6 +23,7 @@ logger = logging.getLogger(__name__)
 
 DATA = "data"
 FAILURES = "_failures"  # data frames skip names that begin with _ when they read the whole output
+MEDIA = "_media"  # pyarrow and pandas read every file of data/ as Parquet
 OLD_FAILURES = "failures"  # of mmbeam 0.1
 PRIVATE = "_mmbeam"
 MANIFEST = f"{PRIVATE}/run.json"
@@ -51,6 +52,7 @@ _ARGUMENTS = {
     "reading.draft": "draft",
 }
 _PART = re.compile(r"part-(.+)\.parquet")
+_MEDIA_SHARD = re.compile(r"media-(.+)-[0-9a-f]+\.tar")
 
 
 def part_name(unit_id: str) -> str:
@@ -61,6 +63,17 @@ def part_name(unit_id: str) -> str:
 def part_unit(name: str) -> str | None:
     """Return the unit of a file in data/; None if mmbeam did not write the file."""
     match = _PART.fullmatch(name)
+    return None if match is None else match[1]
+
+
+def media_name(unit_id: str, attempt: str) -> str:
+    """Return the name of the tar with the generated media of one attempt at a unit; `attempt` has no hyphen."""
+    return f"{MEDIA}/media-{unit_id}-{attempt}.tar"
+
+
+def media_unit(name: str) -> str | None:
+    """Return the unit of a file in _media/; None if mmbeam did not write the file."""
+    match = _MEDIA_SHARD.fullmatch(name)
     return None if match is None else match[1]
 
 
@@ -317,6 +330,9 @@ def clear_run(store: Store) -> None:
         for name in store.list(folder):
             if part_unit(name) is not None:
                 store.remove(f"{folder}/{name}")
+    for name in store.list(MEDIA):
+        if media_unit(name) is not None:
+            store.remove(f"{MEDIA}/{name}")
     for folder in (COMMITS, ATTEMPTS, PLAN, PRIVATE):
         for name in store.list(folder):
             if f"{folder}/{name}" != MANIFEST:

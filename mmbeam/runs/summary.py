@@ -1,11 +1,11 @@
-"""The summary of a run: the sum of its units' reports, checked, and the removal of stale failure files."""
+"""The summary of a run: the sum of its units' reports, checked, and the removal of stale failure and media files."""
 
 import json
 
 from mmbeam.runs.attempts import marks
 from mmbeam.runs.commits import Totals
 from mmbeam.runs.control import locked_by_another
-from mmbeam.runs.run import SUMMARY, Run, failures_unit, list_failures, remove_failures
+from mmbeam.runs.run import MEDIA, SUMMARY, Run, failures_unit, list_failures, media_unit, remove_failures
 from mmbeam.runs.store import ATTEMPTS
 from mmbeam.types import RunReport
 
@@ -39,9 +39,9 @@ def read_summary(run: Run) -> RunReport:
 
 
 def sweep(run: Run, totals: Totals) -> None:
-    """Remove the marks and the unnamed failure files of committed units: what attempts that died or lost have left.
+    """Remove marks, and unnamed failure and media files, of committed units: what attempts that died or lost have left.
 
-    Failure files of other units stay, since an attempt may be about to commit with them.
+    Files of other units stay, since an attempt may be about to commit with them.
     """
     if locked_by_another(run):  # it may be about to commit with a failure file that it has published
         return
@@ -50,12 +50,18 @@ def sweep(run: Run, totals: Totals) -> None:
     for unit, is_committed in totals.have_committed(marked):
         for name in marked[unit] if is_committed else ():
             run.store.remove(f"{ATTEMPTS}/{name}")
-    units = {name: failures_unit(name) or "" for name in list_failures(run.store)}
+    failures = {name: failures_unit(name) or "" for name in list_failures(run.store)}
+    media = {name: media_unit(name) or "" for name in run.store.list(MEDIA)}
+    units = {**failures, **media}
     done = [
         name
         for name, (_, is_committed) in zip(units, totals.have_committed(units.values()), strict=True)
         if is_committed
     ]
     for name, is_named in totals.name_files(done):
-        if not is_named:
+        if is_named:
+            continue
+        if name in media:
+            run.store.remove(f"{MEDIA}/{name}")
+        else:
             remove_failures(run.store, name)

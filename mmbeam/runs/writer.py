@@ -1,9 +1,13 @@
-"""The Parquet file of a unit: built in scratch, then published whole, after its failures and before its report."""
+"""The Parquet file of a unit: built in scratch, then published whole, after its failures and media."""
 
+import io
+import json
+import tarfile
 import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -13,11 +17,12 @@ import pyarrow.parquet as pq
 
 from mmbeam.config import MIB
 from mmbeam.errors import FlowError
+from mmbeam.names import MEDIA_COLUMN, MEDIA_CONTENT, MEDIA_SHARD
 from mmbeam.readers.stream import content_digest
 from mmbeam.readers.units import inputs_to_json
 from mmbeam.runs.commits import FAILED, FOOTER_KEY, commit_record, read_footer
 from mmbeam.runs.rows import FAILURE_SCHEMA, check_conserved, make_rows
-from mmbeam.runs.run import Run, commit_name, failures_name, part_name
+from mmbeam.runs.run import Run, commit_name, failures_name, media_name, part_name
 from mmbeam.runs.store import Store
 from mmbeam.types import Batch, InputRead, Tally, UnitReport, WorkUnit
 
@@ -79,9 +84,57 @@ class _PartFile:
         self._tables, self._rows, self._bytes = [], 0, 0
 
 
+class _MediaFile:
+    """A WebDataset shard of generated files under construction in scratch. Equal rows give equal bytes."""
+
+    def __init__(self, store: Store) -> None:
+        self._path = store.scratch_file(".tar")
+        self._tar = tarfile.open(self._path, "w", format=tarfile.GNU_FORMAT)  # noqa: SIM115
+
+    def append(self, rows: pa.Table, contents: Mapping[str, bytes]) -> None:
+        """Add the file of each row that has one, its prompt, and JSON that says of what and how it was made."""
+        kept = [name for name in rows.column_names if name in ("key", "shard", "offset") or name.startswith("media_")]
+        for row in rows.select([MEDIA_COLUMN, *kept]).to_pylist():
+            name = row.pop(MEDIA_COLUMN)
+            if name is None:
+                continue
+            del row[MEDIA_SHARD]  # its name differs between attempts
+            stem = name.rpartition(".")[0]
+            prompt = row["media_prompt"].encode()
+            for member, content in (
+                (name, contents[name]),
+                (f"{stem}.txt", prompt),
+                (f"{stem}.json", json.dumps(row, ensure_ascii=False).encode()),
+            ):
+                info = tarfile.TarInfo(member)
+                info.size = len(content)
+                self._tar.addfile(info, io.BytesIO(content))
+
+    def finish(self) -> Path:
+        """Close the file, and return its path in scratch."""
+        self._tar.close()
+        return self._path
+
+    def discard(self) -> None:
+        """Remove the file unless it has been published."""
+        with suppress(OSError):
+            self._tar.close()
+        self._path.unlink(missing_ok=True)
+
+
 def _repeating(schema: pa.Schema) -> list[str]:
     """Return the columns whose strings repeat. A dictionary for the others would only take time."""
-    names = ("shard", "modality", "step", "error", "unit", "errors.list.element", "outputs.list.element")
+    names = (
+        "shard",
+        "modality",
+        "step",
+        "error",
+        "unit",
+        "errors.list.element",
+        "outputs.list.element",
+        MEDIA_SHARD,
+        "media_model",
+    )
     return [name for name in names if name.partition(".")[0] in schema.names]
 
 
@@ -110,6 +163,7 @@ class UnitWriter:
         self._started = time.monotonic()
         self._rows = _PartFile(run.store, run.schema)
         self._failures: _PartFile | None = None
+        self._media: _MediaFile | None = None
         self._tally = Tally()
         self._next = 0  # index of the next window
         self._last = False
@@ -137,7 +191,16 @@ class UnitWriter:
                 f"unit {self.unit.id}: expected {expected}, found window {batch.index} of unit {batch.unit.id}. "
                 + _FUSION
             )
+        names = batch.features.get(MEDIA_COLUMN)
+        if names is not None and MEDIA_CONTENT in batch.features:
+            shard = media_name(self.unit.id, self.attempt).rpartition("/")[2]
+            shards = pa.array([None if name is None else shard for name in names.to_pylist()], pa.string())
+            batch = replace(batch, features={**batch.features, MEDIA_SHARD: shards})
         window = make_rows(batch, self.run.outputs, self.run.schema)
+        if names is not None and MEDIA_CONTENT in batch.features:
+            self._media = self._media or _MediaFile(self.run.store)
+            contents = dict(zip(names.to_pylist(), batch.features[MEDIA_CONTENT].to_pylist(), strict=True))
+            self._media.append(window.rows, contents)
         self._rows.append(window.rows)
         if window.failures:
             self._failures = self._failures or _PartFile(self.run.store, FAILURE_SCHEMA)
@@ -148,7 +211,7 @@ class UnitWriter:
         return tally
 
     def commit(self) -> UnitReport:
-        """Publish the failures, then the Parquet file, which is the commit, then the cached report.
+        """Publish the failures and the media, then the Parquet file, which is the commit, then the cached report.
 
         If another attempt was first, this one is removed, and the report of the other is returned as "kept".
         Raises FlowError if the last window is missing or the counts are inconsistent.
@@ -159,22 +222,30 @@ class UnitWriter:
             )
         check_conserved(self._tally, f"unit {self.unit.id}")
         failures = failures_name(self.unit.id, self.attempt)
+        media = media_name(self.unit.id, self.attempt)
+        media_path = None if self._media is None else self._media.finish()
         report = UnitReport(
             unit=self.unit.id,
             status="written",
             tally=self._tally,
             wall_seconds=time.monotonic() - self._started,
             failures_file=None if self._failures is None else failures.rpartition("/")[2],
+            media_file=None if media_path is None else media.rpartition("/")[2],
+            media_bytes=None if media_path is None else media_path.stat().st_size,
             inputs=self._inputs(),
             batch_plan={name: self.run.recorded.get(name) for name in BATCH_PLAN},
         )
         record = commit_record(self.run, self.attempt, report)
         if self._failures is not None:
             self.run.store.replace(failures, self._failures.finish({}))
+        if media_path is not None:
+            with suppress(FileExistsError):  # the store repeated a request: no other attempt has this name
+                self.run.store.create(media, media_path)
         path = self._rows.finish({FOOTER_KEY: record})
         size = path.stat().st_size
         winner = self._publish(path)
         if winner is not None:
+            self.run.store.remove(media)
             return winner
         record = commit_record(self.run, self.attempt, report, size)
         self.run.store.replace(commit_name(self.unit.id), record)
@@ -186,6 +257,8 @@ class UnitWriter:
         self._rows.discard()
         if self._failures is not None:
             self._failures.discard()
+        if self._media is not None:
+            self._media.discard()
 
     def _inputs(self) -> tuple[dict[str, Any], ...]:
         """Return the unit's inputs as the footer describes them, with digests of files of this machine.

@@ -3,6 +3,7 @@
 A stage is a frozen value that pickles, in the three steps of types.Stage. Stages do not depend on Beam.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import suppress
@@ -149,6 +150,11 @@ class ModelStage(Stage):
             failures=(*batch.failures, *failures),
             tally=batch.tally + Tally(warnings=warnings),
         )
+
+
+def stream_seed(seed: int, shard: str, offset: int) -> int:
+    """Return the 64-bit seed of a sample's random stream, which depends on the run's seed and the sample's identity."""
+    return int.from_bytes(hashlib.blake2b(f"{seed}\0{shard}\0{offset}".encode(), digest_size=8).digest())
 
 
 def good_image() -> ImageHWC:

@@ -4,7 +4,6 @@ A modality that a sample lacks is masked. If a modality is present but could not
 text made without it would be incomplete, and its row would not show that.
 """
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -35,7 +34,7 @@ from mmbeam.prompts.ask import (
 )
 from mmbeam.prompts.turns import Turn
 from mmbeam.runs.rows import covers
-from mmbeam.stages.base import ModelStage, good_audio, good_image, good_video, scatter_values
+from mmbeam.stages.base import ModelStage, good_audio, good_image, good_video, scatter_values, stream_seed
 from mmbeam.stages.packing import Pack, PackResults, pack
 from mmbeam.types import Batch, Failure, ImageHWC, Needs, Output
 
@@ -320,11 +319,6 @@ def weigh_requests(model: Generator, requests: Sequence[Request]) -> list[int]:
         return model.weigh(requests)
     except Exception:
         return [1] if len(requests) == 1 else [weigh_requests(model, [request])[0] for request in requests]
-
-
-def stream_seed(seed: int, shard: str, offset: int) -> int:
-    """Return the 64-bit seed of a sample's random stream, which depends on the run's seed and the sample's identity."""
-    return int.from_bytes(hashlib.blake2b(f"{seed}\0{shard}\0{offset}".encode(), digest_size=8).digest())
 
 
 def generate_stage(

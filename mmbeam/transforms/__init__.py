@@ -1,5 +1,6 @@
 """The steps of a job as Beam transforms, each usable alone: Plan, ReadShards or ReadFeatures, Embed, Label,
-Generate, WriteParquet or Rows, Summarize. ToBatches and Rows join them to other sources and sinks (docs/compose.md)."""
+Generate, Synthesize, WriteParquet or Rows, Summarize.
+ToBatches and Rows join them to other sources and sinks (docs/compose.md)."""
 
 from mmbeam.transforms.compose import (
     CaptionRows,
@@ -14,7 +15,7 @@ from mmbeam.transforms.compose import (
 from mmbeam.transforms.plan import Plan, Summarize
 from mmbeam.transforms.read import ReadFeatures, ReadShards
 from mmbeam.transforms.rows import Rows
-from mmbeam.transforms.run_stage import Embed, Generate, Label
+from mmbeam.transforms.run_stage import Embed, Generate, Label, Synthesize
 from mmbeam.transforms.write import BatchCoder, WriteParquet
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "StageEmbeddings",
     "StageHandler",
     "Summarize",
+    "Synthesize",
     "ToBatches",
     "WriteParquet",
     "parse_example",

@@ -1,4 +1,4 @@
-"""Embed, Label and Generate: run a stage on every batch, on the thread that owns the stage's device."""
+"""Embed, Label, Generate and Synthesize: run a stage on every batch, on the thread that owns the stage's device."""
 
 import logging
 import os
@@ -53,6 +53,13 @@ class Generate(Embed):
     """PCollection[Batch] -> PCollection[Batch]: add the text that the stage's model generates for each sample.
 
     It may follow Embed steps, which do not affect it. Models and devices are handled as in Embed.
+    """
+
+
+class Synthesize(Embed):
+    """PCollection[Batch] -> PCollection[Batch]: add the images or sounds that the stage's model makes of each text.
+
+    WriteParquet writes them to WebDataset shards under _media/. Models and devices are handled as in Embed.
     """
 
 
