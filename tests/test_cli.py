@@ -572,7 +572,7 @@ def test_a_plan_estimates_and_writes_nothing(mmbeam: Mmbeam, config: Path, tmp_p
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (("embedd",), "JOB: expected caption, embed, label, found embedd; did you mean embed?"),
+        (("embedd",), "JOB: expected caption, embed, generate, label, found embedd; did you mean embed?"),
         (("embed", "--price-per-hour", "x"), "argument --price-per-hour: invalid float value: 'x'"),
     ],
 )
