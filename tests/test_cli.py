@@ -197,6 +197,13 @@ def test_a_run_without_any_output_of_a_modality_ends_with_a_warning(embed: Mmbea
     assert "samples: 4 = 4 rows" in whole.out, whole
 
 
+def test_a_run_whose_samples_all_fail_ends_with_status_3(embed: Mmbeam, tmp_path: Path) -> None:
+    truths = [replace(truth, members={"jpg": b"\xff\xd8 no image"}) for truth in shards.make_truths(3)]
+    shards.make_webdataset(tmp_path / "in", truths)
+    result = embed("--input", tmp_path / "in", "--modalities", "image")
+    assert (result.status, "samples: 3 = 0 rows + 3 failed" in result.out) == (3, True)
+
+
 def test_the_shipped_model_on_other_samples_than_the_demos_is_a_warning(
     mmbeam: Mmbeam, good: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -144,6 +144,7 @@ MISTAKES = [
     ("export {tmp}/nothing {tmp}/a.csv", 1, "{tmp}/nothing: not the output of an mmbeam job"),
     ("export {tmp}/run {tmp}/a.xls", 2, "*a.xls"),
     ("search {tmp}/nothing red", 1, "{tmp}/nothing: not the output of an mmbeam job"),
+    ("evaluate {tmp}/run --metrics blue", 2, "unknown metric 'blue'; the metrics are bleu"),
     ("evaluate {tmp}/nothing", 1, "{tmp}/nothing: not the output of an mmbeam job"),
     ("report {tmp}/nothing", 1, "{tmp}/nothing: not the output of an mmbeam job"),
     (

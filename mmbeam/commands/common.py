@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 OptionsT = TypeVar("OptionsT", bound="JobOptions")
 
 MAX_FPS = 240
-SOME_UNITS_FAILED = 3  # exit status: done, but some units failed, or shards break off
+SOME_UNITS_FAILED = 3  # exit status: done, but some units or all samples failed, or shards break off
 LIMITS = {  # the fields of config.Limits: what each limits
     "member_bytes": "size of a member; a sample may have 5 times as much",
     "pixels": "width x height of an image or a frame",
@@ -426,7 +426,8 @@ def run_job(
         yield f"note: {note}"
     for warning in (*prepared.warnings, *outcome_warnings(report.tally, prepared.run.configuration)):
         yield f"warning: {warning}"
-    return SOME_UNITS_FAILED if report.units_failed or report.broken else 0
+    all_failed = report.tally.failed > 0 and not report.tally.rows
+    return SOME_UNITS_FAILED if report.units_failed or report.broken or all_failed else 0
 
 
 @contextmanager

@@ -42,13 +42,13 @@ def feature_files(inputs: Sequence[str], strict: bool = False, allow_local_paths
     return list_shards(files, strict, any_file=True) if files else []
 
 
-def is_features(file: Shard) -> bool:
-    """Return whether a Parquet file holds rows of an mmbeam job; True if it cannot be read, which is reported later."""
+def is_features(file: Shard, if_unreadable: bool = True) -> bool:
+    """Return whether a Parquet file holds rows of an mmbeam job; `if_unreadable` if that cannot be told."""
     try:
         with open_counted(file) as (parquet, _):
             return {"key", "shard", "offset"} <= set(parquet.schema_arrow.names)
     except (ShardError, OSError):
-        return True
+        return if_unreadable
 
 
 def _parquets_at(place: Entry) -> list[Entry] | None:

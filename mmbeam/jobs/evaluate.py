@@ -121,7 +121,8 @@ def evaluate(options: EvaluateOptions) -> dict[str, Any]:
 
 
 def _text_source(options: EvaluateOptions, rows: WrittenRows) -> tuple[PairSource, tuple[str, ...]] | None:
-    """Return the pairs to score and the metrics; None if no references are given."""
+    """Return the pairs to score and the metrics; None if no references are given. Raises for an unknown metric."""
+    text_metrics(options.metrics or ())
     if options.reference is None and options.references is None:
         return None
     column = _text_column(options, rows)

@@ -204,8 +204,8 @@ def _write_subtitles(
     if len(columns) != 1 or columns[0] not in timed:
         raise UsageError(
             "`columns`: expected one column of texts with their times, found "
-            f"{', '.join(columns) or 'none'}; the rows have {', '.join(timed) or 'none'}. "
-            "A transcript by Whisper has transcript_segments, and transcript_words with `word_timestamps`"
+            f"{', '.join(columns) or 'none'}; the rows have {', '.join(timed) or 'none'}; transcribe with Whisper, "
+            "whose rows have transcript_segments"
         )
     left_out, count, names = Counter[str](), 0, _Names()
     for row in _rows(rows, ("key", columns[0])):

@@ -75,7 +75,7 @@ def look_up(
             raise
         shards = files
     parquets = [shard for shard in shards if shard.path.lower().endswith(FEATURE_SUFFIX)]
-    if not features and parquets and is_features(parquets[0]):
+    if not features and parquets and is_features(parquets[0], if_unreadable=False):
         raise UsageError(
             f"`input`: expected shards (tar files), found rows of an mmbeam job ({parquets[0].path}); name the shards "
             "that the job read"
