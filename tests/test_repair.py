@@ -268,7 +268,7 @@ def test_a_truncated_giant_loses_only_its_last_sample(output: str, tmp_path: Pat
 
 
 def test_parts_within_a_large_member_are_empty(output: str, tmp_path: Path) -> None:
-    giant = member_bytes("0001.mp4", random.Random(0).randbytes(50_000))
+    giant = member_bytes("0001.bin", random.Random(0).randbytes(50_000))
     source = put(tmp_path, x=samples(0) + giant + samples(1, 2, 3))
     report = launch(output, source)
     assert report.units_failed == 0
