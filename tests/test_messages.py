@@ -179,7 +179,11 @@ MISTAKES = [
     (LABEL + " --top-k 0", 2, "argument --top-k: expected a whole number of at least 1, found '0'"),
     (LABEL + " --threshold 2", 2, "argument --threshold: expected a number from 0 to 1, found '2'"),
     ("plan", 2, "the following arguments are required: JOB"),
-    ("plan embd --input {tmp}/tars", 2, "JOB: expected caption, embed, generate, label, found embd; did you mean embed?"),
+    (
+        "plan embd --input {tmp}/tars",
+        2,
+        "JOB: expected caption, embed, generate, label, found embd; did you mean embed?",
+    ),
     (
         "plan embed --input {tmp}/nothing --output {tmp}/new",
         1,

@@ -18,10 +18,10 @@ from mmbeam.errors import ModelError, UsageError
 from mmbeam.models import encoders
 from mmbeam.models.encoders.base import Encoder
 from mmbeam.models.labellers.base import LabellerSpec, Record, ScoreLabeller, class_names, defaults
+from mmbeam.models.labellers.zero_shot import upload
 from mmbeam.models.loading import digest, read_json, resolve
 from mmbeam.names import MODALITIES, Modality
-from mmbeam.ops.audio import upload_waves
-from mmbeam.ops.image import PixelFilter, upload_images
+from mmbeam.ops.image import PixelFilter
 from mmbeam.ops.transfer import to_host
 from mmbeam.types import FeatureColumn, Origin, Sample
 
@@ -131,14 +131,7 @@ class Head(ScoreLabeller):
         """Return vectors on the device; or what the encoder takes of images, clips and texts."""
         if self.encoder is None:
             return torch.from_numpy(np.stack(items).astype(np.float32)).to(self.device, non_blocking=True)
-        prepared = None if modality == "text" else self.encoder.prepare(modality, items)
-        if prepared is not None or modality == "text":
-            return items if prepared is None else prepared
-        on_cpu = self.device.type == "cpu"
-        if modality == "audio":
-            waves, rates = [wave for wave, _ in items], [rate for _, rate in items]
-            return (waves if on_cpu else upload_waves(waves, rates, self.device)), rates
-        return items if on_cpu else upload_images(items, self.device)
+        return items if modality == "text" else upload(self.encoder, modality, items)
 
     @torch.inference_mode()
     def compute(self, modality: Modality, inputs: Any) -> torch.Tensor:

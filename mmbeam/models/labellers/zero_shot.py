@@ -101,14 +101,7 @@ class ZeroShotClassifier(ScoreLabeller):
 
     def prepare(self, modality: Modality, items: Sequence[Any]) -> Any:
         """Return the values, on a GPU also as one copy in its memory; or what a processor makes of them."""
-        prepared = self.encoder.prepare(modality, items)
-        if prepared is not None:
-            return prepared
-        on_cpu = self.device.type == "cpu"
-        if modality == "audio":
-            waves, rates = [wave for wave, _ in items], [rate for _, rate in items]
-            return (waves if on_cpu else upload_waves(waves, rates, self.device)), rates
-        return items if on_cpu else upload_images(items, self.device)
+        return upload(self.encoder, modality, items)
 
     @torch.inference_mode()
     def compute(self, modality: Modality, inputs: Any) -> torch.Tensor:
@@ -139,3 +132,15 @@ class ZeroShotClassifier(ScoreLabeller):
         if isinstance(temperature, torch.Tensor):
             return 1 / temperature.float()
         return DEFAULT_SCALE
+
+
+def upload(encoder: Encoder, modality: Modality, items: Sequence[Any]) -> Any:
+    """Return what the encoder takes of images or clips: on a GPU one copy in its memory, or what a processor makes."""
+    prepared = encoder.prepare(modality, items)
+    if prepared is not None:
+        return prepared
+    on_cpu = encoder.device.type == "cpu"
+    if modality == "audio":
+        waves, rates = [wave for wave, _ in items], [rate for _, rate in items]
+        return (waves if on_cpu else upload_waves(waves, rates, encoder.device)), rates
+    return items if on_cpu else upload_images(items, encoder.device)
