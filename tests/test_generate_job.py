@@ -2,7 +2,9 @@
 
 import hashlib
 import io
+import json
 import tarfile
+import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -21,7 +23,7 @@ from tiny_synthesizers import save_diffusion, save_vits
 
 from mmbeam.cli import main
 from mmbeam.config import Synthesis
-from mmbeam.errors import ModelError, UsageError
+from mmbeam.errors import ModelError, SampleError, UsageError
 from mmbeam.features.files import feature_files
 from mmbeam.jobs.generate import GenerateOptions, generate
 from mmbeam.models.synthesizers.base import Prompt
@@ -127,6 +129,43 @@ def test_a_batch_gives_what_each_prompt_gives_alone(scheduler: str, tmp_path: Pa
     assert np.abs(together[0].astype(int) - together[2].astype(int)).max() > 8
 
 
+def test_counting_tokens_changes_no_prompt_that_the_pipeline_tokenizes(pndm: Path) -> None:
+    """On a GPU the units' threads count while the device's thread runs the pipeline."""
+    model: Any = synthesize_stage(str(pndm), Synthesis(**FAST)).load()
+    stop = threading.Event()
+
+    def count() -> None:
+        while not stop.is_set():
+            assert model.num_tokens("a cat and " * 30) > 77
+
+    thread = threading.Thread(target=count)
+    thread.start()
+    try:
+        lengths = {
+            len(model.pipeline.tokenizer("a cat", padding="max_length", max_length=77, truncation=True).input_ids)
+            for _ in range(500)
+        }
+    finally:
+        stop.set()
+        thread.join()
+    assert lengths == {77}
+
+
+def test_a_file_that_cannot_be_written_is_a_failure(
+    tmp_path: Path, pndm: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as a WebP of more than 16383 pixels."""
+
+    def fail(*args: object, **options: object) -> None:
+        raise OSError("encoding error 5")
+
+    monkeypatch.setattr(Image.Image, "save", fail)
+    write_texts(tmp_path / "in" / "a.tar", ["a cat"])
+    run(tmp_path, pndm)
+    [record] = read_failures(tmp_path / "out")
+    assert (record["step"], record["message"]) == ("generate", "encoding error 5")
+
+
 def test_pixels_that_are_not_finite_are_failures(tmp_path: Path, pndm: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from mmbeam.models.synthesizers import diffusion
 
@@ -188,6 +227,8 @@ def test_media_of_a_killed_attempt_are_swept_and_lost_media_are_made_again(
         (["--quality", "101", "--format", "jpg"], "--quality 101: expected at most 100"),
         (["--sample-rate", "8000"], "--sample-rate needs --modality audio"),
         (["--modality", "audio"], "makes image"),
+        (["--modality", "audio", "--sample-rate", "700000"], "--sample-rate 700000: expected 4000 to 192000 Hz"),
+        (["--guidance", "nan"], "--guidance nan: expected a finite number"),
     ],
 )
 def test_contradictory_arguments(
@@ -231,3 +272,20 @@ def test_speech_is_made_again_by_its_seed_and_clipped(tmp_path: Path, vits: Path
         resampled = soxr.resample(expected, 16_000, 8000).clip(-1, 1)
         assert np.abs(wave - resampled).max() < 1e-3
     assert model.encode(np.full(800, 2.0, np.float32)).warning == "sounds clipped to full scale"
+    with pytest.raises(SampleError, match="empty"):
+        model.encode(np.zeros(0, np.float32))
+
+
+def test_a_language_without_latin_letters_has_a_prompt_known_to_be_good(tmp_path: Path) -> None:
+    """A failing sample of it must not look like a broken device."""
+    save_vits(tmp_path)
+    (tmp_path / "vocab.json").write_text(json.dumps({letter: number for number, letter in enumerate("_ кот")}))
+    stage = synthesize_stage(str(tmp_path), Synthesis(modality="audio"))
+    model: Any = stage.load()
+    with torch.inference_mode():
+        [wave] = model.compute([stage.known_good(model, "file")])
+    assert wave.size
+    (tmp_path / "vocab.json").write_text("{}")
+    stage = synthesize_stage(str(tmp_path), Synthesis(modality="audio"))
+    with pytest.raises(ModelError, match="expected the letters of a language"):
+        stage.load()

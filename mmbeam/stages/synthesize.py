@@ -120,8 +120,8 @@ class SynthesizeStage(ModelStage):
         return model.compute(inputs)
 
     def known_good(self, model: Synthesizer, group: str) -> Prompt:
-        """Return a prompt that every working model accepts."""
-        return Prompt("a", 0)
+        """Return a prompt that every working model of this vocabulary accepts."""
+        return Prompt(model.good_text, 0)
 
     def collect(self, model: Synthesizer, batch: Batch, results: Sequence[PackResults[Any]]) -> Batch:
         """Return `batch` with this stage's columns and files, and a Failure for each sample without a file."""
@@ -135,8 +135,11 @@ class SynthesizeStage(ModelStage):
                         if isinstance(value, FloatingPointError):
                             self._check_finite(model)
                         errors[position] = value
-                    else:
+                        continue
+                    try:
                         files[position] = model.encode(value)
+                    except (SampleError, ValueError, OSError, RuntimeError) as error:  # of an encoder in memory
+                        errors[position] = error
         failures = [
             Failure.of(batch.samples[position], "generate", error, outputs=(MEDIA_COLUMN,))
             for position, error in sorted(errors.items())

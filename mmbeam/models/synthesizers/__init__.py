@@ -4,6 +4,7 @@ To add a family: write a subclass of base.Synthesizer in a module of this packag
 """
 
 import importlib
+import math
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from mmbeam.models.synthesizers.base import Synthesizer, SynthesizerSpec
 from mmbeam.names import FORMATS_OF_SYNTHESIS, SynthesisModality
 
 SPEECH = ("VitsModel",)
+SAMPLING_RATES = range(4_000, 192_001)  # Hz; libsndfile writes no FLAC above 655,350
 
 
 def describe(directory: Path, synthesis: Synthesis) -> SynthesizerSpec:
@@ -33,6 +35,11 @@ def describe(directory: Path, synthesis: Synthesis) -> SynthesizerSpec:
         raise UsageError("`quality` needs `format` jpg or webp")
     if synthesis.sampling_rate is not None and synthesis.modality != "audio":
         raise UsageError("`sample_rate` needs `modality` audio")
+    if synthesis.sampling_rate is not None and synthesis.sampling_rate not in SAMPLING_RATES:
+        low, high = SAMPLING_RATES[0], SAMPLING_RATES[-1]
+        raise UsageError(f"`sample_rate` {synthesis.sampling_rate}: expected {low} to {high} Hz")
+    if synthesis.guidance is not None and not math.isfinite(synthesis.guidance):
+        raise UsageError(f"`guidance` {synthesis.guidance}: expected a finite number")
     modality, cls = _synthesizer(directory)
     if modality != synthesis.modality:
         raise UsageError(f"`modality` {synthesis.modality}: {directory} makes {modality}")

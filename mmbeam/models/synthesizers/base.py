@@ -42,6 +42,8 @@ class SynthesizerSpec:
 class Synthesizer:
     """A loaded model on one device."""
 
+    good_text: str = "a"  # a prompt that every working model of the family accepts
+
     def __init__(self, spec: SynthesizerSpec, device: torch.device, dtype: torch.dtype) -> None:
         self.spec = spec
         self.device = device
@@ -66,5 +68,5 @@ class Synthesizer:
         raise NotImplementedError
 
     def encode(self, made: Any) -> Encoded:
-        """Return the file."""
+        """Return the file. Raises SampleError if there is nothing to write."""
         raise NotImplementedError

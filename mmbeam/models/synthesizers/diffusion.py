@@ -1,5 +1,6 @@
 """Images by the text-to-image pipelines of diffusers: latent diffusion with any of their schedulers."""
 
+import copy
 import importlib
 import importlib.util
 import inspect
@@ -7,6 +8,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import torch
@@ -25,6 +27,8 @@ class DiffusionSynthesizer(Synthesizer):
     """A pipeline of diffusers. Each sample has a generator on the CPU, so every device draws the same noise."""
 
     pipeline: Any
+    counter: Any  # a copy of its first tokenizer, None if it has none
+    counting: Lock
 
     @classmethod
     def describe(cls, directory: Path, synthesis: Synthesis) -> SynthesizerSpec:
@@ -79,12 +83,16 @@ class DiffusionSynthesizer(Synthesizer):
             raise ModelError(f"{spec.directory}: {type(error).__name__}: {error}") from error
         model.pipeline.set_progress_bar_config(disable=True)
         model.pipeline.to(device)
+        # Truncation and padding are states of a tokenizer, and the pipeline sets them while other threads count.
+        model.counter, model.counting = copy.deepcopy(getattr(model.pipeline, "tokenizer", None)), Lock()
         return model
 
     def num_tokens(self, text: str) -> int:
         """Return the number of tokens by the pipeline's first tokenizer."""
-        tokenizer = getattr(self.pipeline, "tokenizer", None)
-        return len(text) if tokenizer is None else len(tokenizer(text, truncation=False, verbose=False).input_ids)
+        if self.counter is None:
+            return len(text)
+        with self.counting:
+            return len(self.counter(text, truncation=False, verbose=False).input_ids)
 
     def compute(self, prompts: Sequence[Prompt]) -> list[Any]:
         """Return an image [height, width, 3] of uint8 for each prompt, or why it has none."""

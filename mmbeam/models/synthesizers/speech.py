@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ import torch
 from transformers import VitsModel, VitsTokenizer
 
 from mmbeam.config import Synthesis
-from mmbeam.errors import ModelError
+from mmbeam.errors import ModelError, SampleError
 from mmbeam.models.loading import check_weights, load_pretrained, read_config, read_json
 from mmbeam.models.synthesizers.base import Encoded, Prompt, Synthesizer, SynthesizerSpec
+
+_random = Lock()  # all threads share torch's generator of the CPU, and a seed is set on every GPU
 
 
 class SpeechSynthesizer(Synthesizer):
@@ -53,6 +56,10 @@ class SpeechSynthesizer(Synthesizer):
         model = cls(spec, device, dtype)
         model.model = load_pretrained(VitsModel, Path(spec.directory), device, dtype)
         model.tokenizer = VitsTokenizer.from_pretrained(spec.directory, local_files_only=True)
+        letters = (letter for letter in ("a", *model.tokenizer.get_vocab()) if model.num_tokens(letter))
+        model.good_text = next(letters, "")
+        if not model.good_text:
+            raise ModelError(f"{spec.directory}/vocab.json: expected the letters of a language, found none")
         return model
 
     def num_tokens(self, text: str) -> int:
@@ -67,7 +74,7 @@ class SpeechSynthesizer(Synthesizer):
         devices = [self.device] if self.device.type == "cuda" else []
         for prompt in prompts:
             inputs = self.tokenizer(prompt.text, return_tensors="pt").to(self.device)
-            with torch.random.fork_rng(devices):
+            with _random, torch.random.fork_rng(devices):
                 torch.manual_seed(prompt.seed)
                 wave: Any = self.model(**inputs).waveform[0].float().cpu().numpy()
             is_finite = bool(np.isfinite(wave).all())
@@ -78,6 +85,8 @@ class SpeechSynthesizer(Synthesizer):
         """Return the sound as a file of 16 bits, resampled, and clipped to full scale."""
         rate, native = self.spec.synthesis.sampling_rate, int(self.model.config.sampling_rate)
         wave = made if rate == native else soxr.resample(made, native, rate)
+        if not wave.size:
+            raise SampleError(f"the sound is empty at {rate} Hz")
         buffer = io.BytesIO()
         soundfile.write(
             buffer, wave.clip(-1.0, 1.0), rate, format=str(self.spec.synthesis.format).upper(), subtype="PCM_16"
