@@ -19,14 +19,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.names import MODALITIES, Modality
+from mmbeam.names import FUSION_MODALITIES, Modality
 from mmbeam.runs.run import Run
 from mmbeam.runs.writer import UnitWriter
 from mmbeam.types import Batch, Input, Output, Sample, Shard, Tally, WorkUnit
 
 CACHE = Path(__file__).parents[1] / ".cache" / "bench"
 WIDTH = 512
-COLUMNS = [f"{modality}_embedding" for modality in MODALITIES]
+COLUMNS = [f"{modality}_embedding" for modality in FUSION_MODALITIES]
 UNITS, ROWS = 16, 10_000  # 480 MB, two shuffle windows
 BATCH = 1024
 EPOCHS = 3  # in one process; only the first allocates the buffers
@@ -38,7 +38,7 @@ def build() -> Path:
     output = CACHE / f"features-{UNITS}x{ROWS}"
     if not (output / "done").exists():
         rng = np.random.default_rng(0)
-        outputs = [_output(modality) for modality in MODALITIES]
+        outputs = [_output(modality) for modality in FUSION_MODALITIES]
         run = Run.create(output=str(output), configuration={"task": "embed"}, recorded={}, outputs=outputs)
         for number in range(UNITS):
             shard = Shard(path=f"/{number}.tar", url=f"/{number}.tar", size=1, etag="")
@@ -56,13 +56,13 @@ def _output(modality: Modality) -> Output:
 
 
 def _window(rng: np.random.Generator, unit: WorkUnit) -> Batch:
-    present = rng.random((ROWS, len(MODALITIES))) < 0.9
+    present = rng.random((ROWS, len(FUSION_MODALITIES))) < 0.9
     samples = [
         Sample(
             key=f"{unit.id}-{number:08}",
             shard=unit.inputs[0].shard.path,
             offset=number * 1024,
-            present=frozenset(modality for modality, has in zip(MODALITIES, row, strict=True) if has),
+            present=frozenset(modality for modality, has in zip(FUSION_MODALITIES, row, strict=True) if has),
         )
         for number, row in enumerate(present)
     ]

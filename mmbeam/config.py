@@ -12,6 +12,7 @@ from mmbeam.names import KIND_OF_EXTENSION, KINDS, Kind, LabelTask, SegmentKind,
 
 MIB = 1 << 20
 SAMPLE_BYTES_FACTOR = 5  # a sample may hold this multiple of Limits.member_bytes: one for each kind of field
+CSV_FIELD_BYTES = 16 * MIB
 
 
 @dataclass(frozen=True, kw_only=True)

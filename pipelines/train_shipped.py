@@ -30,7 +30,7 @@ from mmbeam.models.fusion.configuration import FusionConfig
 from mmbeam.models.fusion.modeling import FusionModel
 from mmbeam.models.fusion.processing import FusionProcessor
 from mmbeam.models.loading import load_pretrained, quiet_transformers
-from mmbeam.names import FUSIONS, GENERATOR_KINDS, MODALITIES, Modality
+from mmbeam.names import FUSION_MODALITIES, FUSIONS, GENERATOR_KINDS, Modality
 from mmbeam.report.progress import TrainingLine
 from mmbeam.training.checkpoint import write_text
 from mmbeam.training.distributed import joined, local_device
@@ -46,7 +46,7 @@ EPOCH_SAMPLES = 12_800  # training scenes between two validations
 VOCABULARY_SAMPLES = 4000  # scenes whose captions and tags determine the vocabulary
 VOCABULARY = 1024  # tokens at most: the bytes, and all words of the corpus in all cases
 # The modalities of a scene are independent of each other, so each is aligned with the caption only.
-PAIRS = [[name, "caption"] for name in (*MODALITIES, "fused")]
+PAIRS = [[name, "caption"] for name in (*FUSION_MODALITIES, "fused")]
 EVALUATION_SEED = 2026
 EVALUATION_SAMPLES = 2000
 FIGURES = "figures.json"
@@ -111,7 +111,7 @@ def _finish(report: Mapping[str, Any], output: Path, device: torch.device, count
 
 def corpus_setup(options: TrainOptions) -> Setup:
     """Return the setup of a training on the corpus, with a new model."""
-    modalities = options.modalities or MODALITIES
+    modalities = options.modalities or FUSION_MODALITIES
     pairs = [pair for pair in PAIRS if pair[0] in (*modalities, "fused") and "text" in modalities]
     config = FusionConfig.for_media(modalities, **{"pairs": pairs, **options.model})
     scenes = generate_scenes(options.seed, count=VOCABULARY_SAMPLES)

@@ -11,6 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmbeam.clean.text import json_object
+from mmbeam.config import CSV_FIELD_BYTES
 from mmbeam.errors import UsageError
 from mmbeam.features.captions import CaptionReader, Captions, read_keyed, text_of
 from mmbeam.metrics.pairs import ReferenceFile
@@ -79,7 +80,7 @@ def test_parquet_keys_may_be_integers_and_null(tmp_path: Path) -> None:
         ("a.csv", b"", "found no rows"),
         ("a.csv", b"key,text\n", "found no rows"),
         ("a.csv", b"id,text\n1,a\n", "expected rows with 'key' and 'text', found id, text"),
-        ("a.csv", CSV + b'3,"' + b"a" * 200_000 + b'"\n', "line 4: field larger than field limit"),
+        ("a.csv", CSV + b'3,"' + b"a" * (CSV_FIELD_BYTES + 1) + b'"\n', "line 4: field larger than field limit"),
         ("a.tsv", CSV, "expected rows with 'key' and 'text', found key,text"),
         ("a.parquet", b"PAR1", "cannot be read as Parquet"),
         ("a.parquet.gz", b"", r"expected a file whose name ends in \.parquet, .*\.tsv"),

@@ -16,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from mmbeam.clean.text import json_integer, json_object
+from mmbeam.config import CSV_FIELD_BYTES
 from mmbeam.errors import UsageError
 from mmbeam.readers.paths import public_path, without_query
 from mmbeam.readers.stream import open_shard
@@ -161,6 +162,7 @@ def _json_rows(file: Any, path: str, key: str, field: str) -> Iterator[tuple[str
 def _csv_rows(
     file: Any, path: str, key: str, field: str, delimiter: str = ","
 ) -> Iterator[tuple[str, Mapping[str, Any]]]:
+    csv.field_size_limit(CSV_FIELD_BYTES)  # of the process, as for tables
     rows = csv.DictReader(file, delimiter=delimiter)
     try:
         for row in rows:

@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Literal, cast
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmbeam.config import MIB, SAMPLE_BYTES_FACTOR, Limits, Reading
+from mmbeam.config import CSV_FIELD_BYTES, MIB, SAMPLE_BYTES_FACTOR, Limits, Reading
 from mmbeam.errors import ShardError, printable, public_url
 from mmbeam.readers.decompress import Decompressed, is_compressed
 from mmbeam.readers.folder import file_bytes, read_ahead
@@ -45,7 +45,6 @@ KEY_NAMES = ("key", "__key__")
 BATCH_ROWS = 16  # of Parquet, decoded together
 NAMING_ROWS = 100  # of JSON lines, whose names are the columns; later names are metadata
 EXPANDED_BYTES = 1024 * MIB  # of a row group, in any case; beyond it Limits.expansion applies
-CSV_FIELD_BYTES = 16 * MIB
 
 # The beginning of a file, and its extension.
 _MAGIC = (
