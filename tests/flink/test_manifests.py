@@ -47,10 +47,10 @@ def test_the_cluster_matches_the_schema_of_the_operator(schema: Any) -> None:
     (pool,) = [
         container
         for container in deployment["spec"]["taskManager"]["podTemplate"]["spec"]["containers"]
-        if "args" in container
+        if container["name"] == "worker-pool"
     ]
-    pool["arg"] = pool.pop("args")
-    with pytest.raises(jsonschema.ValidationError, match="'arg' was unexpected"):
+    pool["commands"] = pool.pop("command")
+    with pytest.raises(jsonschema.ValidationError, match="'commands' was unexpected"):
         jsonschema.validate(deployment, schema)
 
 
