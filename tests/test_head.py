@@ -11,11 +11,13 @@ import shards
 import tiny_clip
 from outputs import is_conserved, read_rows
 from safetensors.torch import load_file, save_file
+from test_evaluate import WIDTH, vector_output, write_run
 from tiny_labellers import IMAGES
 
 from mmbeam.cli import main
 from mmbeam.config import Labelling, ModelRef
 from mmbeam.errors import JobError, ModelError, RunMismatchError, TrainingError, UsageError
+from mmbeam.features.dataset import split_of
 from mmbeam.jobs.embed import EmbedOptions, embed
 from mmbeam.jobs.label import LabelOptions, label
 from mmbeam.training.head import HeadOptions, train_head
@@ -150,6 +152,7 @@ def test_the_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
         ({"label": "key"}, UsageError, "`label` key: expected labels that repeat"),
         ({"label": "other"}, JobError, "a head needs two classes to learn"),
         ({"columns": ("text",)}, UsageError, "text"),
+        ({"input": ("in",)}, UsageError, "`input`: expected features, found shards; write them by `mmbeam embed`"),
         ({"learning_rate": 1e30}, TrainingError, "NaN or infinite"),
         ({"epochs": 0}, UsageError, "`epochs` 0: expected at least 1"),
     ],
@@ -157,9 +160,26 @@ def test_the_commands(corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixtur
 def test_errors_of_training(
     corpus: Path, tmp_path: Path, changes: dict[str, Any], error: type[Exception], message: str
 ) -> None:
+    if "input" in changes:
+        changes = {"input": tuple(str(corpus / name) for name in changes["input"])}
     with pytest.raises(error, match=message):
         train_head(options_of(corpus, tmp_path, **changes))
     assert not (tmp_path / "head" / "config.json").exists()
+
+
+def test_a_class_that_only_validation_has(tmp_path: Path) -> None:
+    split_fractions = (0.5, 0.5, 0.0)
+    rows = []
+    for number in range(60):
+        split = split_of(f"{number}", 0, split_fractions)
+        name = {"train": "ab"[number % 2], "validation": "c"}[split]
+        rows.append({"key": f"{number}", "metadata": {"x": name}, "image_embedding": [float(number)] * WIDTH})
+    run = write_run(tmp_path / "out", [rows], vector_output("image"))
+    options = HeadOptions(
+        input=(str(run),), output=str(tmp_path / "head"), label="x", split_fractions=split_fractions, device="cpu"
+    )
+    with pytest.raises(JobError, match="`label` x: no validation sample has a class of the training samples"):
+        train_head(options)
 
 
 def test_another_training_and_another_model_are_not_overwritten(corpus: Path, head: Path, tmp_path: Path) -> None:

@@ -5,7 +5,16 @@ import importlib.util
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from mmbeam.commands.common import check_model, fraction, job_arguments, positive, run_job, shared_options, whole
+from mmbeam.commands.common import (
+    check_model,
+    fraction,
+    job_arguments,
+    number,
+    positive,
+    run_job,
+    shared_options,
+    whole,
+)
 from mmbeam.errors import UsageError
 from mmbeam.names import ENGINES, TASKS
 
@@ -66,7 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="number of beams of beam search (default: 1, greedy decoding)",
     )
-    decoding.add_argument("--temperature", type=float, metavar="T", help="sample at this temperature")
+    decoding.add_argument("--temperature", type=number, metavar="T", help="sample at this temperature")
     decoding.add_argument(
         "--top-p",
         type=fraction,

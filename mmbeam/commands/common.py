@@ -277,6 +277,14 @@ def whole(text: str) -> int:
         raise argparse.ArgumentTypeError(f"expected a whole number, found {text!r}") from None
 
 
+def number(text: str) -> float:
+    """Parse a number (argument type)."""
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
+
+
 def _batch_size(text: str) -> int | None:
     return None if text == "auto" else positive(text)
 

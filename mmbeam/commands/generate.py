@@ -4,7 +4,7 @@ import argparse
 from collections.abc import Generator
 from typing import TYPE_CHECKING
 
-from mmbeam.commands.common import check_model, job_arguments, positive, run_job, shared_options
+from mmbeam.commands.common import check_model, job_arguments, number, positive, run_job, shared_options, whole
 from mmbeam.errors import UsageError
 from mmbeam.names import FORMATS_OF_SYNTHESIS, SYNTHESIS_MODALITIES
 
@@ -35,10 +35,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="prompt instead of the sample's text: 'A photo of {metadata[title]}'; fields are {text}, {key} and "
         "{metadata[a][b]}, and {{ is a brace",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="S", help="random seed (default: 0)")
+    parser.add_argument("--seed", type=whole, default=0, metavar="S", help="random seed (default: 0)")
     parser.add_argument("--steps", type=positive, metavar="N", help="denoising steps (default: the pipeline's own)")
     parser.add_argument(
-        "--guidance", type=float, metavar="G", help="scale of classifier-free guidance (default: the pipeline's own)"
+        "--guidance", type=number, metavar="G", help="scale of classifier-free guidance (default: the pipeline's own)"
     )
     formats = [name for names in FORMATS_OF_SYNTHESIS.values() for name in names]
     parser.add_argument("--format", choices=formats, help="of the files (default: png, wav)")

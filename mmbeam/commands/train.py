@@ -15,6 +15,7 @@ from mmbeam.commands.common import (
     limits_of,
     listing_arguments,
     modalities_of,
+    number,
     positive,
     whole,
 )
@@ -157,7 +158,7 @@ def _model_arguments(group: Group) -> None:
     )
     group.add_argument(
         "--audio-seconds",
-        type=_number,
+        type=number,
         metavar="S",
         help="longer audio is truncated (default: the longest of the first 100 clips)",
     )
@@ -182,7 +183,7 @@ def _training_arguments(group: Group) -> None:
         help="samples per batch, over all processes (default: 64)",
     )
     group.add_argument(
-        "--learning-rate", type=_number, metavar="R", help="peak learning rate (default: 0.001; classify: 0.003)"
+        "--learning-rate", type=number, metavar="R", help="peak learning rate (default: 0.001; classify: 0.003)"
     )
     group.add_argument(
         "--warmup-steps", type=whole, metavar="N", help="steps of linear warmup (default: 5 %% of all steps)"
@@ -191,10 +192,10 @@ def _training_arguments(group: Group) -> None:
         "--schedule", choices=SCHEDULES, default="cosine", help="learning rate after the warmup (default: cosine)"
     )
     group.add_argument("--optimizer", choices=OPTIMIZERS, default="adamw", help="(default: adamw)")
-    group.add_argument("--weight-decay", type=_number, default=0.01, metavar="W", help="(default: 0.01)")
+    group.add_argument("--weight-decay", type=number, default=0.01, metavar="W", help="(default: 0.01)")
     group.add_argument(
         "--clip-norm",
-        type=_number,
+        type=number,
         default=1.0,
         metavar="N",
         help="gradient clipping: largest norm; 0: off (default: 1)",
@@ -269,8 +270,8 @@ def run(args: argparse.Namespace) -> Generator[str, None, int]:
 
 
 _HEAD_ARGUMENTS = (  # that apply to --task classify
-    *("input", "output", "overwrite", "task", "label", "column", "split", "allow_local_paths", "epochs", "batch_size"),
-    *("learning_rate", "weight_decay", "patience", "seed", "device"),
+    *("input", "output", "overwrite", "task", "label", "column", "split", "allow_local_paths", "strict_input"),
+    *("epochs", "batch_size", "learning_rate", "weight_decay", "patience", "seed", "device"),
 )
 
 
@@ -291,7 +292,10 @@ def _run_head(args: argparse.Namespace) -> Generator[str, None, int]:
 
     chosen = {
         name: getattr(args, name)
-        for name in ("epochs", "batch_size", "learning_rate", "weight_decay", "seed", "device", "allow_local_paths")
+        for name in (
+            *("epochs", "batch_size", "learning_rate", "weight_decay", "seed", "device"),
+            *("allow_local_paths", "strict_input"),
+        )
         if getattr(args, name) is not None
     }
     options = HeadOptions(
@@ -360,15 +364,8 @@ def _names(text: str | None) -> tuple[str, ...]:
     return tuple(text.split(",")) if text else ()
 
 
-def _number(text: str) -> float:
-    try:
-        return float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"expected a number, found {text!r}") from None
-
-
 def _fractions(text: str) -> tuple[float, ...]:
-    return tuple(_number(number) for number in text.split(","))
+    return tuple(number(part) for part in text.split(","))
 
 
 def _pair(text: str) -> tuple[str, str]:
@@ -389,4 +386,4 @@ def _weight(text: str) -> tuple[str, float]:
     name, _, weight = text.partition("=")
     if name not in LOSSES:
         raise argparse.ArgumentTypeError(f"expected LOSS=W, LOSS of {', '.join(LOSSES)}, found {text!r}")
-    return name, _number(weight)
+    return name, number(weight)

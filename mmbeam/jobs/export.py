@@ -28,7 +28,7 @@ from mmbeam.features.schema import parse_name
 from mmbeam.names import COLUMN_OF_LABELS, COLUMN_OF_TASK
 from mmbeam.readers.paths import public_path
 from mmbeam.readers.samples import read_samples
-from mmbeam.readers.tar import BLOCK, safe_key, tar_bytes
+from mmbeam.readers.tar import BLOCK, MAX_NAME_BYTES, safe_key, tar_bytes
 from mmbeam.readers.units import unit_from_json
 from mmbeam.runs.plan import load_plan
 from mmbeam.runs.run import find_run, part_name, recorded_reading
@@ -37,7 +37,6 @@ from mmbeam.types import SampleId
 ROWS_PER_ARRAY = 100_000  # vectors in one .npy file: 200 MB of 1,024 half-precision numbers
 CLIP_RETRIEVAL_NAMES = {"image": "img_emb", "text": "text_emb", "audio": "audio_emb"}  # folders and files by modality
 LINE_CHARS = 42  # of a subtitle
-MAX_NAME_BYTES = 200  # of one component of a path; file systems take 255
 
 
 @dataclass(frozen=True, kw_only=True)

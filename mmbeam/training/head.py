@@ -25,9 +25,11 @@ from safetensors.torch import save_file
 from mmbeam.clean.text import json_object
 from mmbeam.errors import JobError, RunMismatchError, TrainingError, UsageError
 from mmbeam.features.dataset import SPLIT_FRACTIONS, FeatureBatch, FeatureDataset, Fractions
+from mmbeam.features.files import feature_files, open_parquet
 from mmbeam.metrics.labels import classification_scores, true_labels
 from mmbeam.models.labellers.head import ARCHITECTURE, MODEL_TYPE
 from mmbeam.models.placement import resolve_device
+from mmbeam.names import Split
 from mmbeam.readers.paths import public_path
 from mmbeam.runs.run import find_run
 from mmbeam.training.checkpoint import write_text
@@ -56,6 +58,7 @@ class HeadOptions:
     weight_decay: float = 0.01
     seed: int = 0
     device: str = "auto"
+    strict_input: bool = False  # a pattern that matches nothing is an error
     allow_local_paths: bool = False  # lists that are fetched may name local paths, other servers and other buckets
 
     def __post_init__(self) -> None:
@@ -73,7 +76,7 @@ class HeadOptions:
     def identity(self) -> dict[str, Any]:
         """Return the options that determine the weights, as JSON values."""
         values = asdict(self)
-        for name in ("output", "device", "allow_local_paths"):
+        for name in ("output", "device", "strict_input", "allow_local_paths"):
             del values[name]
         values["input"] = [public_path(path) for path in self.input]
         return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
@@ -94,7 +97,8 @@ def train_head(
     if finished is not None:
         return finished
     device = torch.device(resolve_device(options.device))
-    splits = {name: _dataset(options, name) for name in ("train", "validation", "test")}
+    column = _label_column(options)
+    splits = {name: _dataset(options, column, name) for name in ("train", "validation", "test")}
     features = tuple(splits["train"].features.values())
     classes, is_multi, counts = _count_labels(splits, options)
     torch.manual_seed(options.seed)
@@ -105,7 +109,7 @@ def train_head(
     number = {name: position for position, name in enumerate(classes)}
 
     def losses(dataset: FeatureDataset) -> Iterator[tuple[torch.Tensor, int]]:
-        for batch, labels in _labelled(dataset, options.label, number):
+        for batch, labels, _ in _labelled(dataset, options.label, number):
             target_BC = torch.zeros(len(labels), len(classes), device=device)
             for row, names in enumerate(labels):
                 target_BC[row, [number[name] for name in names]] = 1
@@ -127,6 +131,8 @@ def train_head(
             total, rows = total + float(loss.detach()) * size, rows + size
         with torch.no_grad():
             validated = [(float(loss), size) for loss, size in losses(splits["validation"])]
+        if not rows or not validated:
+            raise JobError(f"`label` {options.label}: no validation sample has a class of the training samples")
         train_loss = total / rows
         loss_now = sum(loss * size for loss, size in validated) / sum(size for _, size in validated)
         if not math.isfinite(loss_now) or not math.isfinite(train_loss):
@@ -189,13 +195,21 @@ def _open(output: Path, options: HeadOptions, overwrite: bool) -> dict[str, Any]
     return report
 
 
-def _dataset(options: HeadOptions, split: Any) -> FeatureDataset:
-    is_column = not _is_json(options)
+def _label_column(options: HeadOptions) -> str:
+    """Return the column that holds the label: its own, or "metadata" if it is a field of the JSON there."""
+    files = feature_files(options.input, options.strict_input, options.allow_local_paths)
+    if not files:
+        raise UsageError("`input`: expected features, found shards; write them by `mmbeam embed` first")
+    with open_parquet(files[0]) as parquet:
+        return options.label if options.label in parquet.schema_arrow.names else "metadata"
+
+
+def _dataset(options: HeadOptions, column: str, split: Split) -> FeatureDataset:
     return FeatureDataset(
         options.input,
         batch_size=options.batch_size,
         features=options.columns,
-        columns=["key", options.label if is_column else "metadata"],
+        columns=[column],
         allow_local_paths=options.allow_local_paths,
         split=split,
         split_fractions=options.split_fractions,
@@ -205,40 +219,24 @@ def _dataset(options: HeadOptions, split: Any) -> FeatureDataset:
     )
 
 
-def _is_json(options: HeadOptions) -> bool:
-    """Return whether the label is a field of the JSON in `metadata`, and not a column of its own."""
-    try:
-        FeatureDataset(
-            options.input, batch_size=1, features=options.columns, columns=[options.label], allow_local_paths=True
-        )
-    except UsageError as error:
-        if f"expected columns {options.label}, found" not in str(error) or "metadata" not in str(error):
-            raise
-        return True
-    return False
-
-
 def _labelled(
-    dataset: FeatureDataset, label: str, known: Mapping[str, int] | None
-) -> Iterator[tuple[FeatureBatch, list[list[str]]]]:
-    """Yield the batches with the rows that have a label among the known ones, and their labels."""
+    dataset: FeatureDataset, label: str, known: Mapping[str, int] | None = None
+) -> Iterator[tuple[FeatureBatch, list[list[str]], bool]]:
+    """Yield the batches with the rows that have labels (known ones), the labels, and whether any of them is a list."""
     for batch in dataset:
         values = batch.get(label)
         if values is None:
             values = [json_object(text).get(label) for text in batch["metadata"]]
-        labels = [true_labels(value) if value is not None else None for value in values]
+        labels = [None if value is None else true_labels(value) for value in values]
         rows = [
             row
             for row, names in enumerate(labels)
-            if names is not None and (known is None or all(name in known for name in names))
+            if names is not None and (known is None or known.keys() >= set(names))
         ]
         if rows:
             index = torch.tensor(rows)
-            chosen = {
-                name: value[index] if isinstance(value, torch.Tensor) else [value[row] for row in rows]
-                for name, value in batch.items()
-            }
-            yield chosen, [labels[row] or [] for row in rows]
+            chosen = {name: value[index] for name, value in batch.items() if isinstance(value, torch.Tensor)}
+            yield chosen, [labels[row] or [] for row in rows], any(isinstance(values[row], list) for row in rows)
 
 
 def _count_labels(splits: Mapping[str, FeatureDataset], options: HeadOptions) -> tuple[list[str], bool, dict[str, Any]]:
@@ -246,12 +244,9 @@ def _count_labels(splits: Mapping[str, FeatureDataset], options: HeadOptions) ->
     classes = Counter[str]()
     rows, is_multi = Counter[str](), False
     for name, dataset in splits.items():
-        for batch, labels in _labelled(dataset, options.label, None):
+        for _, labels, has_lists in _labelled(dataset, options.label):
             rows[name] += len(labels)
-            values = batch.get(options.label)
-            if values is None:
-                values = [json_object(text).get(options.label) for text in batch["metadata"]]
-            is_multi = is_multi or any(isinstance(value, list) for value in values)
+            is_multi = is_multi or has_lists
             if name == "train":
                 classes.update(label for names in labels for label in names)
     if not sum(rows.values()):
@@ -276,7 +271,7 @@ def _standardisation(
     """Return weights of 0 and the mean and standard deviation of each column over the labelled training samples."""
     sums = {feature.name: torch.zeros(2, feature.width, dtype=torch.float64) for feature in features}
     present = Counter[str]()
-    for batch, _ in _labelled(dataset, label, None):
+    for batch, _, _ in _labelled(dataset, label):
         for feature in features:
             vectors_BD = batch[feature.name][batch[f"{feature.name}_mask"]].double()
             sums[feature.name] += torch.stack([vectors_BD.sum(0), vectors_BD.square().sum(0)])
@@ -304,7 +299,7 @@ def _test(
     """Return the scores of the test split, as `mmbeam evaluate --label` computes them; no scores without samples."""
     predicted: list[list[dict[str, Any]]] = []
     truths: list[list[str]] = []
-    for batch, labels in _labelled(dataset, label, None):
+    for batch, labels, _ in _labelled(dataset, label):
         logits_BC = logits(weights, features, batch, device)
         scores_BC = logits_BC.sigmoid() if is_multi else logits_BC.softmax(-1)
         for scores in scores_BC.cpu():
