@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import shutil
 import tarfile
 import threading
 from collections.abc import Iterator
@@ -251,6 +252,30 @@ def test_models_that_make_nothing_or_run_code_are_errors(tmp_path: Path, clip: P
     (tmp_path / "model_index.json").write_text('{"_class_name": "os"}')
     with pytest.raises(ModelError, match="expected a text-to-image pipeline"):
         synthesize_stage(str(tmp_path), Synthesis(**FAST))
+
+
+@pytest.mark.parametrize(
+    ("file", "value", "message"),
+    [
+        ("unet/diffusion_pytorch_model.safetensors.index.json", {"weight_map": {"a": "../../x.safetensors"}}, "names"),
+        ("text_encoder/model.safetensors.index.json", {"weight_map": {"a": "/etc/passwd"}}, "names the file"),
+        ("text_encoder/model.safetensors.index.json", {"weight_map": {"a": "pytorch_model.bin"}}, "names"),
+        ("vae/diffusion_pytorch_model.fp16.safetensors.index.json", {"weight_map": {"a": "w.json"}}, "names w.json"),
+        ("text_encoder/config.json", {"transformers_weights": "../x.safetensors"}, "names the file"),
+        ("text_encoder/config.json", {"_attn_implementation": "someone/kernel"}, "code from the hub"),
+        ("text_encoder/adapter_config.json", {}, "an adapter of PEFT"),
+    ],
+)
+def test_a_component_that_names_files_or_code_outside_the_pipeline(
+    file: str, value: dict[str, Any], message: str, pndm: Path, tmp_path: Path
+) -> None:
+    directory = tmp_path / "model"
+    shutil.copytree(pndm, directory)
+    path = directory / file
+    before = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps({**before, **value}))
+    with pytest.raises(ModelError, match=message):
+        synthesize_stage(str(directory), Synthesis(modality="image"))
 
 
 def test_speech_is_made_again_by_its_seed_and_clipped(tmp_path: Path, vits: Path) -> None:

@@ -359,11 +359,7 @@ def check_weights(directory: Path) -> None:
         model_path(directory, named, "config.json")
         single, index = (single, named) if str(named).endswith(".index.json") else (named, index)
     if (directory / index).exists():
-        weight_map = read_json(directory, index).get("weight_map")
-        shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
-        for shard in sorted(shards):
-            if not model_path(directory, shard, index).suffix == ".safetensors":
-                raise ModelError(f"{directory}/{index}: names {shard}; expected safetensors, others are never loaded")
+        shards = _indexed_files(directory, index)
         missing = sorted(shard for shard in shards if not (directory / shard).is_file())
         if missing or not shards:
             raise ModelError(
@@ -374,6 +370,27 @@ def check_weights(directory: Path) -> None:
             f"{directory}: has no {single}; pickled weights (pytorch_model.bin) are never loaded. If you "
             "trust them, convert them with `AutoModel.from_pretrained(dir).save_pretrained(new_dir)`"
         )
+
+
+def _indexed_files(directory: Path, index: str) -> set[str]:
+    """Return the files that an index of weights names. Raises ModelError unless all are safetensors of the model."""
+    weight_map = read_json(directory, index).get("weight_map")
+    shards = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    for shard in sorted(shards):
+        if model_path(directory, shard, index).suffix != ".safetensors":
+            raise ModelError(f"{directory}/{index}: names {shard}; expected safetensors, others are never loaded")
+    return shards
+
+
+def check_component(directory: Path) -> None:
+    """Raise ModelError if a folder of a pipeline names weights outside it or that are pickles, or code of the hub."""
+    _check_no_adapter(directory)
+    config = read_json(directory, "config.json", required=False)
+    check_implementations(directory, config)
+    if config.get("transformers_weights") is not None:
+        model_path(directory, config["transformers_weights"], "config.json")
+    for index in sorted(directory.glob("*.safetensors.index*.json")):
+        _indexed_files(directory, index.name)
 
 
 def digest(directory: Path) -> str:

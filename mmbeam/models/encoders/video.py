@@ -36,7 +36,7 @@ class VideoEncoder(TransformersEncoder):
         if not is_torchvision_available():
             raise ModelError(f"{directory}: its video processor needs torchvision; pip install torchvision")
         try:
-            return AutoVideoProcessor.from_pretrained(directory, local_files_only=True)
+            return AutoVideoProcessor.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises errors of many types
             raise ModelError(f"{directory}: its video processor cannot be loaded: {error}") from error
 

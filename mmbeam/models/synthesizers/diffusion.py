@@ -16,7 +16,7 @@ from PIL import Image
 
 from mmbeam.config import Synthesis
 from mmbeam.errors import ModelError, SampleError
-from mmbeam.models.loading import read_json
+from mmbeam.models.loading import check_component, read_json
 from mmbeam.models.synthesizers.base import Encoded, Prompt, Synthesizer, SynthesizerSpec
 
 DEFAULT_QUALITY = 95
@@ -51,6 +51,8 @@ class DiffusionSynthesizer(Synthesizer):
                     f"{directory}/model_index.json: {component} needs code of {library!r}, which is not run; expected "
                     "classes of diffusers and transformers"
                 )
+        for folder in sorted(path for path in directory.iterdir() if path.is_dir()):
+            check_component(folder)
         limit = read_json(directory, "tokenizer/tokenizer_config.json", required=False).get("model_max_length")
         return SynthesizerSpec(
             family=str(name),
