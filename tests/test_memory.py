@@ -18,9 +18,10 @@ from shards import huge_png, tar_bytes
 from test_decode import png_chunk
 from tiny_audio_text import save_clap, save_whisper
 from tiny_clip import save_clip
+from videos import video
 
 # MB that any single input may take beyond an ordinary run; a "header" is one that only an expression of --where needs
-EXTRA_MB = {"image": 700, "audio": 500, "text": 250, "header": 250, "clap": 700}
+EXTRA_MB = {"image": 700, "audio": 500, "text": 250, "header": 250, "clap": 700, "video": 700}
 
 
 Case = tuple[str, str | None, str, list[tuple[str, bytes]]]
@@ -139,6 +140,15 @@ def long_inputs() -> Iterator[Case]:
     )
     yield "30 minutes at 48 kHz for CLAP", None, "clap", members("flac", flac(1800, 48_000), 1)
     yield "30 minutes of stereo for CLAP", None, "clap", members("flac", flac(1800, 48_000, 2), 2)
+    options = (("preset", "ultrafast"), ("x264-params", "ref=16"))
+    large = video(size=(3840, 2400), count=20, options=options)
+    yield "video of 9 megapixels with 16 reference frames", None, "video", members("mp4", large, 2)
+    yield (
+        "video of 98 megapixels",
+        "LimitError",
+        "video",
+        members("avi", video("avi", "mjpeg", size=(9900, 9900), count=1, pixels="yuvj420p"), 1),
+    )
 
 
 def avif_of(width: int, height: int) -> bytes:
@@ -198,7 +208,7 @@ for line in sys.stdin:
 @pytest.mark.skipif(sys.platform != "linux", reason="needs /proc/self/clear_refs")
 @pytest.mark.parametrize("made", [inputs, pytest.param(long_inputs, marks=pytest.mark.torture)])
 def test_no_single_input_takes_more_than_700_mb(made: Callable[[], Iterator[Case]], tmp_path: Path) -> None:
-    models = dict.fromkeys(("image", "text", "header"), str(save_clip(tmp_path / "clip")))
+    models = dict.fromkeys(("image", "text", "header", "video"), str(save_clip(tmp_path / "clip")))
     models["audio"] = str(save_whisper(tmp_path / "whisper", seconds=30))
     if made is long_inputs:
         models["clap"] = str(save_clap(tmp_path / "clap", seconds=10))
