@@ -902,6 +902,14 @@ class TestSample:
         assert sample.has("audio")
         assert sample.present == {"image", "audio", "text"}
 
+    def test_a_damaged_video_beside_a_sound_is_recorded_once(self) -> None:
+        damages = (Damage(field="mp4", offset=1024, error="DecodeError", message="bad size"),)
+        raw = raw_sample({"wav": self.FIELDS["wav"]}, fields=("wav", "mp4"), damages=damages)
+        for modalities in ({"audio"}, {"audio", "video"}):
+            sample, failures = decode_sample(raw, Reading(), Needs(modalities=frozenset(modalities)))
+            assert [(f.modality, f.step, f.error) for f in failures] == [("video", "read", "DecodeError")]
+            assert sample.audio is not None
+
     @pytest.mark.parametrize(
         "lost",
         [{"truncated": True}, {"damages": (Damage(field="", offset=9, error="DecodeError", message="bad header"),)}],

@@ -99,7 +99,7 @@ def decode_sample(
         except SampleError as error:
             failures.append(Failure.of(raw, "decode", error, modality=kind))
     for damage in raw.damages:
-        if damage.error == "DecodeError" and damage.field not in {chosen[kind] for kind in wanted if kind in chosen}:
+        if damage.error == "DecodeError" and damage.field not in sources.values():
             failures.append(_damage_failure(raw, damage, reading.fields.kind(damage.field) or damage.field))
     return sample(**values, present=frozenset(present)), tuple(failures)
 

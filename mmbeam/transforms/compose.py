@@ -247,14 +247,16 @@ class _ColumnHandler(ModelHandler[Any, Any, RunStage]):
     def run_inference(
         self, batch: Sequence[Any], model: RunStage, inference_args: dict[str, Any] | None = None
     ) -> Iterable[Any]:
-        own = self.embeddings
-        values = own.type_adapter.input_fn(batch)
-        elements = [{"key": str(number), own.modality: value} for number, value in enumerate(values)]
-        results = [result.inference for result in own.handler.run_inference(elements, model)]
+        embeddings = self.embeddings
+        values = embeddings.type_adapter.input_fn(batch)
+        elements = [{"key": str(number), embeddings.modality: value} for number, value in enumerate(values)]
+        results = [result.inference for result in embeddings.handler.run_inference(elements, model)]
         for result in results:
             if result["errors"]:
                 log.warning("a value has no vector: %s", result["errors"][0])
-        return cast(Iterable[Any], own.type_adapter.output_fn(batch, [result[own.vector] for result in results]))
+        return cast(
+            Iterable[Any], embeddings.type_adapter.output_fn(batch, [result[embeddings.vector] for result in results])
+        )
 
 
 class EmbedRows(beam.PTransform):

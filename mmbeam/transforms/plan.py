@@ -182,8 +182,8 @@ def summarize(
     if take is not None and totals.elsewhere:
         lines = (line for launch in launches for line in launch.lines() if json.loads(line)["id"] in totals.elsewhere)
         others, totals.elsewhere = list(map(unit_from_line, lines)), set()
-        for report_there in wait_for_others(run, others, take):
-            totals.add(report_there)
+        for report_of_other in wait_for_others(run, others, take):
+            totals.add(report_of_other)
     ids = (unit for launch in launches for unit in launch.ids())
     lost = sorted({unit for unit, was_reported in totals.reported(ids) if not was_reported})
     for unit in lost:
